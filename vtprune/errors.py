@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, said before anything is lost."""
+
+
+class VTPruneError(Exception):
+    """Base of every error that vtprune raises on purpose."""
+
+
+class UnsupportedModelError(VTPruneError, ValueError):
+    """A part of the model that pruning needs is missing or cannot be used; the message names it."""
+
+
+class BudgetError(VTPruneError, ValueError):
+    """`ratio`, `keep` or `mean_ratio` is out of range, or cannot be met at the layers where the method cuts."""
+
+
+class MethodError(VTPruneError, ValueError):
+    """An unknown method, a bad option of a method, or a need of the method that the model cannot meet."""
+
+
+class NothingPrunedError(VTPruneError, RuntimeError):
+    """Visual tokens were present and fewer were asked for, but none was dropped."""

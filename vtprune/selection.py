@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores to a keep mask, under an exact budget per pool. Pure tensor functions over the ragged batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_ids(segments: Tensor) -> Tensor:
+    """Returns `[M]`: the pool number of every row, from offsets `segments` `[S + 1]`."""
+    lengths = segments.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=segments.device), lengths)
+
+
+def rank_in_segment(scores: Tensor, segments: Tensor) -> Tensor:
+    """Rank of every row inside its pool: 0 for the largest score, equal scores in order of the row number.
+
+    Args:
+        scores: `[M]`, any float dtype.
+        segments: `[S + 1]` offsets.
+
+    Returns:
+        Tensor: `[M]` int64.
+    """
+    pools = segment_ids(segments)
+    by_score = torch.sort(scores, descending=True, stable=True).indices
+    order = by_score[torch.sort(pools[by_score], stable=True).indices]  # [M] grouped by pool, best first
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - segments[:-1][pools]
+    return rank
+
+
+def top_k(scores: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+    """Keeps the `budgets[s]` largest scores of each pool; ties go to the smaller row.
+
+    Args:
+        scores: `[M]`.
+        segments: `[S + 1]` offsets.
+        budgets: `[S]` counts.
+
+    Returns:
+        Tensor: `[M]` bool.
+    """
+    return rank_in_segment(scores, segments) < budgets.to(scores.device)[segment_ids(segments)]
+
+
+def from_order(order: Tensor, total: int) -> Tensor:
+    """Keep mask `[total]` from chosen row numbers in any order; negative entries are padding."""
+    keep = torch.zeros(total, dtype=torch.bool, device=order.device)
+    keep[order[order >= 0]] = True
+    return keep
