@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` start from a fresh clone and nothing but Python.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+# The package index decides which build of torch this is; TORCH=/path/to.whl takes another one.
+TORCH ?= -r requirements/torch.txt
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install
+RUNTIME := $(VENV)/.stamp-runtime
+TEST := $(VENV)/.stamp-test
+
+.PHONY: demo test lint types pytest guard format clean
+
+demo: $(RUNTIME)
+	$(PY) -m vtprune demo
+
+# pytest comes last, so that its closing line is the last one of the run.
+test: lint types pytest
+
+lint: $(TEST)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(TEST)
+	$(PY) -m mypy
+
+pytest: $(TEST) lint types
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+
+# Hugging Face kernels is installed beside the environment, not into it: transformers behaves differently when it is there.
+guard: $(TEST)
+	$(PIP) -q --no-deps --upgrade --target $(VENV)/guard -r requirements/guard.txt
+	$(PY) scripts/check_packaging.py --kernels $(VENV)/guard
+
+format: $(TEST)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"vtprune needs Python 3.10 or newer; {sys.executable} is {sys.version.split()[0]} (choose another one with make PYTHON=...)")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements/runtime.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TEST): $(RUNTIME) requirements/test.txt
+	$(PIP) -r requirements/test.txt
+	@touch $@
