@@ -85,6 +85,29 @@ class AttentionInputs:
 
 
 @dataclass
+class Prompt:
+    """All columns that hold a token, text or visual, of the samples that have visual tokens; padding is left out.
+
+    The rows are those of `AttentionInputs.keys`. With them a method can look up what a tap without `columns` recorded
+    since the last cut, for text as well: `record[prompt.batch, prompt.column]` is `[C, ...]`.
+
+    Attributes:
+        batch, column: `[C]` where each token is in the `[B, T, ...]` tensors of the present stage.
+        segments: `[S + 1]` offsets of each sample's tokens.
+        visual: `[M]` rows of the visual tokens, in the order of `Tokens`.
+        text: `[R]` rows of the text after the last visual token of each sample; its last token where there is none.
+        text_segments: `[S + 1]` offsets of each sample's rows in `text`.
+    """
+
+    batch: Tensor
+    column: Tensor
+    segments: Tensor
+    visual: Tensor
+    text: Tensor
+    text_segments: Tensor
+
+
+@dataclass
 class Tokens:
     """The visual tokens that are alive at one stage of one prefill, flat over the batch.
 
@@ -108,6 +131,7 @@ class Tokens:
             `pixel_values` ...), untouched.
         anatomy: The parts of the model, for methods that call one (the projector, say).
         memory: A dictionary that lives for this prefill only: what a method wants to carry from stage to stage.
+        prompt: Where text and visual tokens are in the decoder's tensors, for methods that read taps on text.
     """
 
     hidden: Tensor
@@ -129,6 +153,7 @@ class Tokens:
     inputs: dict[str, Any] = field(default_factory=dict)
     anatomy: Anatomy | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    prompt: Prompt | None = None
     reader: Callable[..., AttentionInputs] | None = None
 
     def __len__(self) -> int:
@@ -211,6 +236,10 @@ class ScoreMethod(Method):
         """Returns `[M]`: higher stays."""
         raise NotImplementedError
 
+    def select(self, tokens: Tokens, scores: Tensor) -> Choice:
+        """Turns scores into a choice; a wrapper may hand in scores that it changed."""
+        return Choice(top_k(scores, tokens.segments, tokens.budgets), scores=scores)
+
     def choose(self, tokens: Tokens) -> Choice:
         scores = self.score(tokens)
         if scores.shape != (len(tokens),):
@@ -218,4 +247,4 @@ class ScoreMethod(Method):
                 f"{type(self).__name__}.score returned shape {tuple(scores.shape)}; expected ({len(tokens)},), "
                 "one number per visual token"
             )
-        return Choice(top_k(scores, tokens.segments, tokens.budgets), scores=scores)
+        return self.select(tokens, scores)
