@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vtprune` is the command `vtprune`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

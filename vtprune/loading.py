@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, pictures and prompts for the command line, with errors of one line each."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import VTPruneError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+EMBEDDED = "embedded"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_log = logging.getLogger("vtprune")
+
+
+class InputError(VTPruneError, ValueError):
+    """Something the user named cannot be used: a file, a folder, a model, a prompt."""
+
+
+def picture(path: str) -> Image:
+    """Reads a picture as RGB, turned the way its camera says.
+
+    Raises:
+        InputError: There is no such file, or it is not a picture that Pillow can read to its end.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).expanduser().is_file():
+        raise InputError(f"no picture at {path}: expected a file")
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {path} as a picture: {one_line(error)}") from error
+
+
+def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Loads an image-text-to-text model in eval mode with its processor. Code that comes with a model is never run.
+
+    Args:
+        name: `embedded` for the model inside the package, a local folder (read offline), or a name on the hub.
+        device: A torch device, or `auto` for the accelerator if there is one.
+        dtype: A torch dtype by name, or `auto` for the one that the weights are stored in.
+
+    Returns:
+        tuple: The model and its processor.
+
+    Raises:
+        InputError: The folder is missing or incomplete, the model takes no pictures, or something in it cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place = _device(device)
+    kind: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype, dtype)
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
+    if name == EMBEDDED:
+        from . import refvlm
+
+        model, processor = refvlm.load(None if kind == "auto" else kind)  # type: ignore[arg-type]
+        return model.to(place), processor
+    local = config(name)[1]
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=kind, local_files_only=local, trust_remote_code=False, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with the files of a model, the user gets one line
+        raise InputError(f"cannot load the model {name}: {one_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        _log.warning("%d weights of %s are missing and random (%s ...)", len(info["missing_keys"]), name, some)
+    return model.eval().to(place), processor
+
+
+def config(name: str) -> tuple[Any, bool]:
+    """The configuration of an image-text-to-text model, and whether it comes from a local folder.
+
+    Raises:
+        InputError: See `model_and_processor`.
+    """
+    if name == EMBEDDED:
+        from transformers import AutoConfig
+
+        from . import refvlm
+
+        return AutoConfig.from_pretrained(refvlm.WEIGHTS, local_files_only=True), True
+    folder = Path(name).expanduser()
+    local = folder.exists()
+    if local and not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json; expected a folder that save_pretrained has written")
+    if not local and not _HUB_NAME.fullmatch(name):
+        raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    try:
+        found = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        where = "in this folder" if local else "neither as a folder here nor on the hub"
+        raise InputError(f"cannot find the model {name} {where}: {one_line(error)}") from error
+    if type(found) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise InputError(
+            f"{name} is a {found.model_type} model, which takes no pictures with its text; expected a vision-language "
+            "model (image-text-to-text)"
+        )
+    return found, local
+
+
+def skeleton(name: str) -> Any:
+    """The model without its weights, on the meta device: enough to look at its parts."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    found, _ = config(name)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(found, trust_remote_code=False).eval()
+
+
+def prompt(processor: Any, image: Image, question: str) -> Any:
+    """Model inputs for one picture and one question.
+
+    The chat template of the processor is used where there is one; else the prompt is the image placeholder and the
+    question on a line of its own.
+
+    Raises:
+        InputError: The processor refuses them.
+    """
+    try:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            return processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        placeholder = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
+        return processor(images=image, text=f"{placeholder}\n{question}".lstrip("\n"), return_tensors="pt")
+    except Exception as error:  # processors raise what they like
+        raise InputError(f"{type(processor).__name__} cannot make a prompt of this: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"cannot use the device {name!r}: {one_line(error)}") from error
+    return device
