@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of DART: pivots, the order in which they take, and what is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtprune.methods.dart import duplication_aware, key_size
+from vtprune.selection import rank_in_segment
+
+
+def close(x: torch.Tensor, y: np.ndarray) -> None:
+    """Scores: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
+    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+
+
+def largest(values: torch.Tensor, count: int) -> list[int]:
+    ranks = rank_in_segment(values, torch.tensor([0, len(values)]))
+    return ranks.argsort()[:count].tolist()
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        start, count = int(case["image_start"]), int(case["num_image_tokens"])
+        end = start + count
+        size = key_size(torch.from_numpy(case["keys"]).transpose(0, 1))  # [S]
+        close(size[start:end], case["image_key_l1"])
+        close(size[end:], case["text_key_l1"])
+
+        pivots = len(case["image_pivots"])
+        image, text = largest(size[start:end], pivots), largest(size[end:], pivots)
+        assert image == case["image_pivots"].tolist()
+        assert text == case["text_pivots"].tolist()
+        order = sorted([start + i for i in image] + [end + i for i in text])
+        assert order == case["pivot_order"].tolist()
+
+        requested = int(case["max_num_truncation"])
+        if requested < 0:
+            requested = int(count * (1 - float(case["reduction_ratio"])))
+        assert requested // (2 * pivots) == int(case["tokens_per_pivot"])
+        assert pivots + requested // (2 * pivots) * 2 * pivots == int(case["budget"])
+        hidden = torch.from_numpy(case["hidden_normed"])
+        kinds = {False: requested, True: int(case["budget"])}  # at a count that divides evenly both modes agree
+        for exact, budget in kinds.items():
+            keep = duplication_aware(
+                hidden[start:end],
+                size[start:end],
+                torch.tensor([0, count]),
+                torch.tensor([budget]),
+                hidden[end:],
+                size[end:],
+                torch.tensor([0, len(hidden) - end]),
+                pivots,
+                exact,
+            )
+            assert keep.nonzero().flatten().tolist() == case["kept"].tolist()

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DART: duplication matters more than importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..errors import MethodError
+from ..selection import top_k
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+
+def key_size(keys: Tensor) -> Tensor:
+    """L1 norm of the keys `[n, G, dh]` over all their heads, `[n]` in float32."""
+    return keys.float().abs().sum(dim=(-2, -1))
+
+
+def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], segments: Tensor, quota: Tensor) -> Tensor:
+    """Takes, pivot by pivot, the tokens that resemble the pivot least among those not taken yet.
+
+    Args:
+        hidden: `[M, D]` states of the candidates.
+        start: `[M]` bool, what is taken from the start.
+        pivots: For each pool `[P, D]` states of its pivots, in the order in which they take.
+        segments: `[S + 1]` offsets of the pools.
+        quota: `[S]` how many tokens the pivots of a pool take together: each the same number, and one more for as many of
+            the first ones as the division leaves over. No more than there are.
+
+    Returns:
+        Tensor: `[M]` bool, `start` and what the pivots took. Equal similarities go to the smaller row.
+    """
+    lengths = segments.diff().tolist()
+    unit = nn.functional.normalize(torch.nan_to_num(hidden.float()), dim=-1)
+    dense = pad_sequence(list(unit.split(lengths)), batch_first=True)  # [S, N, D]
+    taken = pad_sequence(list(start.split(lengths)), batch_first=True, padding_value=1).bool()  # [S, N]
+    number = torch.tensor([len(p) for p in pivots], device=hidden.device).clamp_min(1)
+    axes = nn.functional.normalize(torch.nan_to_num(pad_sequence(pivots, batch_first=True).float()), dim=-1)
+    similarity = axes @ dense.mT  # [S, P, N]
+    for p in range(axes.shape[1]):
+        share = torch.where(p < number, quota // number + (p < quota % number), 0)
+        order = similarity[:, p].masked_fill(taken, torch.inf).sort(dim=1, stable=True).indices
+        taken |= order.argsort(dim=1) < share[:, None]
+    return torch.cat([row[:n] for row, n in zip(taken, lengths, strict=True)])
+
+
+def duplication_aware(
+    hidden: Tensor,
+    size: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    text: Tensor,
+    text_size: Tensor,
+    text_segments: Tensor,
+    pivots: int = 4,
+    exact: bool = True,
+) -> Tensor:
+    """The choice of DART.
+
+    Args:
+        hidden: `[M, D]` normed states of the visual tokens.
+        size: `[M]` L1 norms of their keys.
+        segments: `[S + 1]` offsets of the pools.
+        budgets: `[S]` counts.
+        text: `[R, D]` normed states of the text after the image.
+        text_size: `[R]` L1 norms of its keys.
+        text_segments: `[S + 1]` offsets of each pool's text.
+        pivots: Pivots of each kind.
+        exact: False takes `floor(budget / (2 pivots))` tokens per pivot, as released.
+
+    Returns:
+        Tensor: `[M]` bool.
+    """
+    budgets = budgets.to(hidden.device)
+    image = top_k(size, segments, budgets.clamp_max(pivots))
+    chosen = top_k(text_size, text_segments, text_segments.diff().clamp_max(pivots))
+    groups = []
+    for s in range(len(budgets)):  # visual pivots lie before those of the text: together they ascend
+        mine, said = slice(segments[s], segments[s + 1]), slice(text_segments[s], text_segments[s + 1])
+        groups.append(torch.cat([hidden[mine][image[mine]], text[said][chosen[said]]]))
+    room = segments.diff().to(hidden.device) - budgets.clamp_max(pivots)
+    quota = budgets - budgets.clamp_max(pivots)
+    if not exact:
+        quota = budgets // (2 * pivots) * torch.tensor([len(g) for g in groups], device=hidden.device)
+    return take_least_similar(hidden, image, groups, segments, torch.minimum(quota, room))
+
+
+@register("dart")
+@dataclass
+class DART(Method):
+    """Keeps pivots and the tokens that resemble the pivots least, in the decoder before layer K.
+
+    Paper: Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494.
+    Reads the rotated keys of layer K-1 and the states entering layer K; no attention.
+
+    Pivots are the `pivots` visual tokens and the `pivots` text tokens after the last image with the largest L1 norm of
+    their keys (all KV heads together). One pivot after the other, in ascending order of columns, takes the tokens with
+    the smallest cosine to it, of the states after the decoder's final norm, among those not taken yet.
+
+    Differences from the release: the count is exactly the budget: the pivots share what the visual ones leave over, the
+    first ones one more each where it does not divide evenly (`exact=False` is the released count,
+    `pivots + 2 pivots * floor(budget / (2 pivots))`); the order of the pivots is fixed; text pivots come after the last
+    image of a sample. K is clamped to the last layer. Before the decoder (K = 0, or a decoder of one layer) there is no
+    layer K-1: the keys are those of layer 0, and there are no text pivots.
+
+    Attributes:
+        layer: K, the layer before which tokens are dropped.
+        pivots: Pivots of each kind.
+        exact: Whether the count is the budget.
+    """
+
+    layer: int = 2
+    pivots: int = 4
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pivots < 1 or self.layer < 0:
+            raise MethodError(f"DART has layer={self.layer}, pivots={self.pivots}; expected layer >= 0 and pivots >= 1")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(min(self.layer, num_layers - 1), 0.222),)
+
+    def reads(self, num_layers: int) -> tuple[int, ...]:
+        return (max(self.schedule(num_layers)[0].layer - 1, 0),)
+
+    def taps(self, anatomy: Anatomy) -> tuple[Tap, ...]:
+        cut = self.schedule(anatomy.num_layers)[0].layer
+        return (Tap("dart.states", anatomy.layers[cut - 1], _states),) if cut else ()
+
+    def choose(self, tokens: Tokens) -> Choice:
+        prompt = tokens.prompt
+        if prompt is None:
+            raise MethodError("DART compares with the text of the prompt; these tokens come without it")
+        size = key_size(tokens.attention_inputs(max(tokens.layer - 1, 0), queries="last").keys)  # [C]
+        norm = final_norm(tokens.anatomy)
+        hidden, where, ends = norm(tokens.hidden), prompt.text, prompt.text_segments
+        if tokens.observed.get("dart.states"):
+            states = tokens.observed["dart.states"][-1]  # [B, T, D]
+            text = norm(states[prompt.batch[where], prompt.column[where]].to(hidden.device))  # [R, D]
+        else:
+            text, where, ends = hidden[:0], where[:0], torch.zeros_like(ends)
+        return Choice(
+            duplication_aware(
+                hidden,
+                size[prompt.visual],
+                tokens.segments,
+                tokens.budgets,
+                text,
+                size[where],
+                ends,
+                self.pivots,
+                self.exact,
+            )
+        )
+
+
+def final_norm(anatomy: Anatomy | None) -> nn.Module:
+    """The norm after the decoder's last layer, found by its class name among the decoder's own children."""
+    children = anatomy.decoder.children() if anatomy is not None else ()
+    norms = [child for child in children if "norm" in type(child).__name__.lower()]
+    return norms[-1] if norms else nn.Identity()
+
+
+def _states(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
+    """What a decoder layer returns, with or without a tuple around it."""
+    return output[0] if isinstance(output, tuple) else output
