@@ -151,6 +151,7 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     if not Path(args.output).suffix:
         raise InputError(f"cannot write {args.output}: expected a file name that ends in .png or .jpg")
     image = image or loading.picture(args.image)
+    loading.is_local(args.model)
     _quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     inputs = loading.prompt(processor, image, args.question).to(model.device)
@@ -237,6 +238,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
     from . import loading
 
+    loading.is_local(args.model)
     _quiet()
     print(vtprune.inspect(loading.skeleton(args.model)))
 

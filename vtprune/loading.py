@@ -82,6 +82,22 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
     return model.eval().to(place), processor
 
 
+def is_local(name: str) -> bool:
+    """Whether a model is read from this machine only; looks at no more than the name and the folder.
+
+    Raises:
+        InputError: It is neither a model folder nor a possible name on the hub.
+    """
+    if name == EMBEDDED:
+        return True
+    folder = Path(name).expanduser()
+    if not folder.exists() and not _HUB_NAME.fullmatch(name):
+        raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json; expected a folder that save_pretrained has written")
+    return folder.exists()
+
+
 def config(name: str) -> tuple[Any, bool]:
     """The configuration of an image-text-to-text model, and whether it comes from a local folder.
 
@@ -94,12 +110,7 @@ def config(name: str) -> tuple[Any, bool]:
         from . import refvlm
 
         return AutoConfig.from_pretrained(refvlm.WEIGHTS, local_files_only=True), True
-    folder = Path(name).expanduser()
-    local = folder.exists()
-    if local and not (folder / "config.json").is_file():
-        raise InputError(f"{name} holds no config.json; expected a folder that save_pretrained has written")
-    if not local and not _HUB_NAME.fullmatch(name):
-        raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+    local = is_local(name)
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards on what is shipped. Prints a line for each and ends with `N passed, N failed`.
+
+    python scripts/check_packaging.py [--kernels FOLDER]
+
+1. The wheel's top level is exactly `vtprune`, `vtprune_kernels` and the dist-info, and it holds what it should.
+2. From the repository root, the Hugging Face package `kernels` is importable: the folder `kernels/` does not shadow it.
+3. There is no `kernels/__init__.py`, and no test package called `kernels`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Import package -> folder in the repository.
+SOURCES = {"vtprune": "vtprune", "vtprune_kernels": "kernels/torch-ext/vtprune_kernels"}
+# What must travel with the code, by folder.
+DATA = {"vtprune": ("py.typed",), "vtprune/refvlm/weights": ("*",)}
+
+
+def expected_files(root: Path = ROOT) -> set[str]:
+    """Paths that the wheel must hold: every Python file of both packages, and the data."""
+    files = set()
+    for package, folder in SOURCES.items():
+        for path in (root / folder).rglob("*.py"):
+            files.add(f"{package}/{path.relative_to(root / folder).as_posix()}")
+    for folder, patterns in DATA.items():
+        for pattern in patterns:
+            files |= {path.relative_to(root).as_posix() for path in (root / folder).glob(pattern) if path.is_file()}
+    return files
+
+
+def packages(root: Path = ROOT) -> set[str]:
+    """Dotted names of all package folders in the tree."""
+    found = set()
+    for package, folder in SOURCES.items():
+        for init in (root / folder).rglob("__init__.py"):
+            inner = init.parent.relative_to(root / folder).parts
+            found.add(".".join((package, *inner)))
+    return found
+
+
+def wheel_problems(names: list[str], expected: set[str]) -> list[str]:
+    """What is wrong with a wheel that holds the files `names`."""
+    problems = []
+    files = {name for name in names if not name.endswith("/")}
+    tops = {name.split("/")[0] for name in files}
+    wanted = {name.split("/")[0] for name in expected}
+    meta = {top for top in tops if top.startswith("vtprune-") and top.endswith(".dist-info")}
+    if tops - meta != wanted:
+        problems.append(f"top level is {sorted(tops - meta)}, expected {sorted(wanted)}")
+    if len(meta) != 1:
+        problems.append(f"dist-info folders are {sorted(meta)}, expected one of vtprune")
+    missing = sorted(expected - files)
+    if missing:
+        problems.append(f"{len(missing)} files are missing: {', '.join(missing[:8])}")
+    extra = sorted(name for name in files - expected if name.split("/")[0] not in meta)
+    if extra:
+        problems.append(f"{len(extra)} files are not expected: {', '.join(extra[:8])}")
+    return problems
+
+
+def check_wheel() -> list[str]:
+    """Builds the wheel from a copy of the sources, where no earlier build can leave anything, and looks into it."""
+    expected = expected_files()
+    problems = [f"{package} holds no Python file" for package in SOURCES if f"{package}/__init__.py" not in expected]
+    if not any(name.endswith(".safetensors") for name in expected):
+        problems.append("the weights of the embedded model are not in the tree")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "source"
+        copy.mkdir()
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy2(ROOT / name, copy)
+        for source in SOURCES.values():
+            shutil.copytree(ROOT / source, copy / source, ignore=shutil.ignore_patterns("__pycache__"))
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            folder,
+        ]
+        build = subprocess.run([*command, str(copy)], capture_output=True, text=True, check=False)
+        if build.returncode:
+            return [*problems, f"pip wheel failed: {build.stderr.strip()[-800:]}"]
+        wheels = list(Path(folder).glob("*.whl"))
+        if len(wheels) != 1:
+            return [*problems, f"pip wheel made {len(wheels)} wheels, expected one"]
+        with zipfile.ZipFile(wheels[0]) as archive:
+            return problems + wheel_problems(archive.namelist(), expected)
+
+
+def check_kernels_import(folder: str | None, root: Path = ROOT) -> list[str]:
+    """Imports the Hugging Face package from the repository root; `folder` is where it is installed, if not here."""
+    code = "import transformers; from kernels import get_kernel"
+    if folder:  # behind the working directory, as an installed package would be
+        code = f"import sys; sys.path.append({str(Path(folder).resolve())!r}); {code}"
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    return [] if run.returncode == 0 else [f"Hugging Face kernels cannot be imported: {run.stderr.strip()[-400:]}"]
+
+
+def check_no_shadow(root: Path = ROOT) -> list[str]:
+    """Looks for packages that would be imported as `kernels`."""
+    places = [root / "kernels" / "__init__.py", root / "tests" / "kernels" / "__init__.py"]
+    return [f"{path.relative_to(root)} exists and shadows Hugging Face kernels" for path in places if path.exists()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", metavar="FOLDER", help="where Hugging Face kernels is installed, if not here")
+    args = parser.parse_args()
+    checks: dict[str, Callable[[], list[str]]] = {
+        "wheel": check_wheel,
+        "kernels import": lambda: check_kernels_import(args.kernels),
+        "no shadow": check_no_shadow,
+    }
+    failed = 0
+    for name, check in checks.items():
+        problems = check()
+        failed += bool(problems)
+        print(f"{name}: {'; '.join(problems) or 'ok'}", flush=True)
+    print(f"packaging: {len(checks) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
