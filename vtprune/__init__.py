@@ -1,1 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Training-free visual token pruning for vision-language models.
+
+```python
+patch = vtprune.patch(model, ratio=0.1)  # keep 10 % of the visual tokens
+model.generate(**inputs)
+print(patch.last.report())
+```
+"""
+
+from . import methods
+from .anatomy import Anatomy
+from .errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
+from .patching import Patch, inspect, patch, unpatch
+from .report import Pruning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "BudgetError",
+    "MethodError",
+    "NothingPrunedError",
+    "Patch",
+    "Pruning",
+    "UnsupportedModelError",
+    "VTPruneError",
+    "inspect",
+    "methods",
+    "patch",
+    "unpatch",
+]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep mask -> gathered tensors, and back. Pure functions; nothing here knows a model.
+
+A *packing* is a pair `index`, `alive`, both `[B, K]`: slot `j` of row `b` holds prompt column `index[b, j]`; slots that
+are not alive fill up rows that kept fewer columns and repeat some column's content, never to be attended to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Packs the kept columns of every row to the left, in order.
+
+    Padding columns are cheap to lose and needed only to make the rows equally long, so of a row's padding just as much
+    survives as the longest row asks for, the rightmost first: with right padding `generate` reads the last column.
+
+    Args:
+        keep: `[B, T]` bool, columns that stay if they are real.
+        real: `[B, T]` bool, False for padding.
+
+    Returns:
+        tuple: `index` int64 and `alive` bool, both `[B, K]`.
+    """
+    rows = []
+    for keep_row, real_row in zip(keep, real, strict=True):
+        needed = keep_row & real_row
+        needed[-1] |= keep_row[-1]
+        rows.append((needed, keep_row & ~needed))
+    width = max(int(needed.sum()) for needed, _ in rows)
+    index = torch.zeros(len(rows), width, dtype=torch.long)
+    alive = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (needed, spare) in enumerate(rows):
+        room = width - int(needed.sum())
+        if room:
+            padding = spare.nonzero()[:, 0]
+            needed = needed.clone()
+            needed[padding[max(0, len(padding) - room) :]] = True
+        columns = needed.nonzero()[:, 0]
+        index[b, : len(columns)] = columns
+        alive[b, : len(columns)] = True
+    return index, alive
+
+
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gathers columns: dimension `dim` of `x` is the column, the one before it the batch (or 1 for all rows).
+
+    Args:
+        x: `[..., B or 1, T, ...]`.
+        index: `[B, K]` on the device of `x`.
+        dim: Place of `T`; 0 for a tensor without a batch dimension.
+
+    Returns:
+        Tensor: `[..., B, K, ...]`; a batch dimension of 1 stays 1 where `index` has one row.
+    """
+    if index.shape[0] == 1 and (dim == 0 or x.shape[dim - 1] == 1):
+        return x.index_select(dim, index[0])
+    if dim == 0:
+        return x[index]  # [B, K, ...]: rows differ, so a batch dimension appears
+    if x.shape[dim - 1] == 1:
+        x = x.expand(*x.shape[: dim - 1], index.shape[0], *x.shape[dim:])
+    batch = torch.arange(index.shape[0], device=x.device)[:, None]
+    return x[(slice(None),) * (dim - 1) + (batch, index)]
+
+
+def scatter(x: Tensor, index: Tensor, alive: Tensor, length: int) -> Tensor:
+    """Puts packed columns back in their places among `length` columns; the others are zero.
+
+    Args:
+        x: `[B, K, ...]`.
+        index, alive: The packing, `[B, K]`, on the device of `x`.
+        length: Number of columns `T`.
+
+    Returns:
+        Tensor: `[B, T, ...]`, differentiable in `x`.
+    """
+    full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
+    target = torch.where(alive, index, length)  # slots that are not alive go to a column that is cut off again
+    batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
+    return full.index_put((batch, target), x)[:, :length]
+
+
+def column_dim(x: Tensor, batch: int, length: int) -> int | None:
+    """Where the prompt columns are in a tensor that a decoder hands to its layers, or None.
+
+    Known layouts: `[B or 1, T, ...]` (states, rotations, position ids), `[n, B or 1, T, ...]` (three or four position
+    axes, stacked states) and `[T]`.
+    """
+    if x.dim() >= 2 and x.shape[1] == length and x.shape[0] in (1, batch):
+        return 1
+    if x.dim() >= 3 and x.shape[2] == length and x.shape[1] in (1, batch):
+        return 2
+    if x.dim() == 1 and x.shape[0] == length:
+        return 0
+    return None
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """Applies `function` to every tensor inside tuples, lists and dicts; other values pass unchanged."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value
+
+
+def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, alive: Tensor) -> Tensor:
+    """Turns an attention mask over all prompt columns into one over the columns that a layer holds.
+
+    Args:
+        mask: `[B or 1, heads or 1, Q, KV]` bool (True attends) or float (added to logits), or `[B, KV]` (non-zero
+            attends). `Q` and `KV` count columns of the unpruned prompt.
+        rows: `[B, q]` query columns, or None when all queries are there.
+        slots: `[B, k]` column in each KV slot of the layer.
+        alive: `[B, k]` False for slots that nothing may attend to.
+
+    Returns:
+        Tensor: The same kind of mask, `[B, heads, q, k]` or `[B, k]`.
+    """
+    slots = slots.clamp(0, mask.shape[-1] - 1)
+    if mask.dim() == 2:
+        return gather(mask, slots, 1) * alive.to(mask.dtype)
+    batch = slots.shape[0]
+    if mask.shape[0] != batch:
+        mask = mask.expand(batch, *mask.shape[1:])
+    if batch == 1:
+        if rows is not None:
+            mask = mask.index_select(2, rows[0])
+        mask = mask.index_select(3, slots[0])
+    else:
+        b = torch.arange(batch, device=mask.device)
+        picked = [mask[i].index_select(1, rows[i]) if rows is not None else mask[i] for i in b.tolist()]
+        mask = torch.stack([picked[i].index_select(2, slots[i]) for i in b.tolist()])  # [B, h, q, k]
+    blocked = ~alive[:, None, None, :]
+    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+
+def causal_mask(columns: Tensor, slots: Tensor, alive: Tensor) -> Tensor:
+    """Builds the mask that `None` stood for: every query sees the live slots up to its own column.
+
+    Args:
+        columns: `[B, q]` columns of the queries.
+        slots, alive: `[B, k]`.
+
+    Returns:
+        Tensor: `[B, 1, q, k]` bool.
+    """
+    return ((slots[:, None, :] <= columns[:, :, None]) & alive[:, None, :])[:, None]

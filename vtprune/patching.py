@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`patch`, `unpatch` and `Patch`: what is attached to a model, and how it comes off again.
+
+A patch is a handful of forward hooks on module instances: one before and one after the composite (to see the call's
+inputs), one before and one after the decoder, one before each of its layers, and the method's taps. Nothing else of the
+model changes. What belongs to a call lives in the calling thread and is gone when the call returns; what belongs to a
+generation lives with its cache.
+"""
+
+from __future__ import annotations
+
+import inspect as _inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import anatomy as _anatomy
+from . import observe, prefill, visual_tokens
+from .anatomy import Anatomy
+from .budget import Budget, check_schedule, mean_share, solve_mean
+from .errors import NothingPrunedError, UnsupportedModelError, VTPruneError
+from .flops import DecoderShape
+from .methods import resolve
+from .methods.base import Method, Tap
+from .report import Pruning
+
+
+class _Hook:
+    """A forward hook that knows its patch. A model that carries one can be saved, but not copied or pickled."""
+
+    def __init__(self, patch: Patch, function: Callable) -> None:
+        self.patch = patch
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if observe.is_probing() else self.function(*args)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")
+
+    def __reduce__(self) -> Any:
+        raise VTPruneError("a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is")
+
+
+class _Thread(threading.local):
+    """What one thread is doing with a patch."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's running call
+        self.call: prefill.DecoderCall | None = None  # the decoder's running call
+        self.records: dict[str, list] = {}  # taps of the running call
+        self.paused = 0
+        self.last: Pruning | None = None
+        self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continued`
+
+
+class Patch:
+    """A method at work on a model. Made by `patch`; comes off with `remove` or at the end of a `with` block.
+
+    Attributes:
+        model: As it was passed in.
+        anatomy: The parts that were found.
+        method: The method's instance.
+        budget: What was asked for.
+        schedule: Where the method cuts this decoder.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, budget: Budget) -> None:
+        self.model = model
+        self.method = method
+        self.budget = budget
+        self.anatomy: Anatomy = _anatomy.find(model)
+        layers = self.anatomy.num_layers
+        self.schedule = tuple(method.schedule(layers))
+        check_schedule(self.schedule, layers, type(method).__name__)
+        if budget.mean_ratio is not None:
+            solve_mean(self.schedule, budget.mean_ratio, layers)  # raises where it cannot be met
+        taps = list(method.taps(self.anatomy))
+        self.column_taps = {tap.name for tap in taps if tap.columns}
+        self._thread = _Thread()
+        self._last: Pruning | None = None
+        self._handles: list[Any] = []
+        self._attach(taps)
+
+    # --- the public face ----------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> Pruning | None:
+        """The most recent prefill: of the calling thread if it ran one, else of any. None before the first."""
+        return self._thread.last or self._last
+
+    @contextmanager
+    def paused(self) -> Iterator[Patch]:
+        """Prefills of the calling thread are not pruned inside; caches that were pruned before go on working."""
+        self._thread.paused += 1
+        try:
+            yield self
+        finally:
+            self._thread.paused -= 1
+
+    def remove(self) -> None:
+        """Takes everything off the model. Calling it again does nothing."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        observe.uninstall()
+
+    @property
+    def removed(self) -> bool:
+        return not self._handles
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        cuts = ", ".join(str(stage.layer) for stage in self.schedule)
+        state = "removed" if self.removed else f"cuts before layer {cuts} of {self.anatomy.num_layers}"
+        return f"Patch({self.method}, {self.budget}, {state})"
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise VTPruneError("a patch cannot be copied; patch the other model instead")
+
+    @property
+    def mean_ratio(self) -> float:
+        """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets."""
+        from .budget import stretch
+
+        if self.budget.keep is not None:
+            raise VTPruneError("with keep= the mean ratio depends on the prompt; see patch.last.mean_ratio")
+        layers = self.anatomy.num_layers
+        ratio = self.budget.ratio or solve_mean(self.schedule, self.budget.mean_ratio or 1.0, layers)
+        return mean_share(self.schedule, stretch(self.schedule, ratio), layers)
+
+    # --- facts that the engine asks for ---------------------------------------------------------------------------------
+
+    @property
+    def _parameter(self) -> torch.Tensor:
+        return next(self.anatomy.decoder.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.anatomy.embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameter.device
+
+    @property
+    def attention(self) -> str:
+        """Name of the decoder's attention implementation."""
+        return str(getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager")
+
+    @property
+    def shape(self) -> DecoderShape:
+        return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
+
+    # --- hooks ------------------------------------------------------------------------------------------------------------
+
+    def _attach(self, taps: list[Tap]) -> None:
+        parts = self.anatomy
+        observe.install()
+        add = self._handles.append
+
+        def before(module: nn.Module, function: Callable) -> None:
+            add(module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True))
+
+        def after(module: nn.Module, function: Callable, always: bool = False) -> None:
+            add(module.register_forward_hook(_Hook(self, function), with_kwargs=True, always_call=always))
+
+        before(parts.composite, self._before_composite)
+        after(parts.composite, self._after_composite, always=True)
+        before(parts.decoder, self._before_decoder)
+        after(parts.decoder, self._after_decoder)
+        for number, layer in enumerate(parts.layers):
+            before(layer, self._layer_hook(number))
+        for tap in taps:
+            after(tap.module, self._tap_hook(tap))
+
+    def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        thread = self._thread
+        thread.call, thread.records = None, {}
+        bound = _inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        extra = bound.pop("kwargs", {})
+        thread.inputs = {**bound, **extra}
+
+    def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._thread.inputs, self._thread.call, self._thread.records = None, None, {}
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        thread = self._thread
+        visual = None
+        if thread.inputs is not None and not thread.paused:
+            visual = visual_tokens.locate(thread.inputs, self.anatomy)
+            if visual is None:
+                self._check_pixels(thread.inputs)
+        thread.call = call = prefill.begin(self, thread.inputs, args, kwargs, visual)
+        if call is None:
+            return None
+        call.observed = thread.records
+        if visual is not None:
+            self._continued(call, kwargs)
+        changed = prefill.own_planes(call, kwargs) if call.counts else None
+        return None if changed is None else (args, changed)
+
+    def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call, self._thread.call = self._thread.call, None
+        if call is None:
+            return None
+        output = call.finish(output)
+        if call.visual is not None:
+            self._thread.last = self._last = call.pruning()
+        return output
+
+    def _layer_hook(self, number: int) -> Callable:
+        def before_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            call = self._thread.call
+            return None if call is None else call.before_layer(number, module, args, kwargs)
+
+        return before_layer
+
+    def _tap_hook(self, tap: Tap) -> Callable:
+        def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            thread = self._thread
+            if thread.inputs is None or thread.paused or (tap.columns and (thread.call is None or not thread.call.counts)):
+                return
+            with torch.no_grad():
+                value = tap.record(args, kwargs, output)
+            if value is not None:
+                thread.records.setdefault(tap.name, []).append(value)
+
+        return record
+
+    def _check_pixels(self, inputs: dict[str, Any]) -> None:
+        pixels = [name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None]
+        if pixels and self.budget.asks_to_drop:
+            raise NothingPrunedError(
+                f"{' and '.join(pixels)} came with a prompt that has none of the placeholder tokens "
+                f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per visual token"
+            )
+
+    def _continued(self, call: prefill.DecoderCall, kwargs: dict) -> None:
+        """Without a cache every step of a generation is a prefill of its own; it must keep the first one's tokens.
+
+        A prompt that is the previous one and one more column, on the very same feature tensors, continues it.
+        """
+        thread = self._thread
+        previous, thread.cacheless = thread.cacheless, None
+        ids = call.inputs.get("input_ids")
+        if call.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
+            return
+        features = [weakref.ref(v) for n, v in sorted(call.inputs.items()) if n.startswith("pixel") and v is not None]
+        if previous is not None:
+            old_ids, old_features, old_kept = previous
+            same = len(features) == len(old_features) and all(
+                a() is b() for a, b in zip(features, old_features, strict=True)
+            )
+            if same and features and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
+                call.memo = old_kept
+        # `kept_flat` is filled while the call runs.
+        thread.cacheless = (ids, features, call.kept_flat)
+
+
+def patch(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    keep: int | None = None,
+    mean_ratio: float | None = None,
+    method: str | Method | type[Method] = "iwp",
+) -> Patch:
+    """Prunes the visual tokens of every prompt that `model` sees from now on.
+
+    Args:
+        model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
+        ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all.
+        keep: A number of visual tokens per sample instead.
+        mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different depths
+            cost the same.
+        method: Name, class or instance of the method.
+
+    Returns:
+        Patch: Also a context manager; it replaces an earlier patch of the same model.
+
+    Raises:
+        BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+        MethodError: No such method, or a need of it that the model cannot meet.
+        UnsupportedModelError: A part of the model was not found.
+    """
+    chosen = resolve(method)
+    budget = Budget(ratio, keep, mean_ratio)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
+    old = find_patch(model)
+    new = Patch(model, chosen, budget)
+    if old is not None:
+        old.remove()
+    return new
+
+
+def find_patch(model: nn.Module) -> Patch | None:
+    """The patch that a model carries, or None."""
+    for module in _anatomy.unwrap(model).modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Hook):
+                return hook.patch
+    return None
+
+
+def unpatch(model: nn.Module) -> None:
+    """Removes the patch of a model, if it has one."""
+    found = find_patch(model)
+    if found is not None:
+        found.remove()
+
+
+def inspect(model: nn.Module) -> Anatomy:
+    """The parts of a model that pruning would use; printable."""
+    return _anatomy.find(model)

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which prompt columns are visual, and which image, frame, crop, row and column of the picture each one shows.
+
+Columns come from the placeholder ids in `input_ids` (or the placeholder embeddings in `inputs_embeds`), never from a
+fixed offset. Places in the picture come from what the caller passes along with the pixels, by layout:
+
+* `*_grid_thw` (Qwen-VL and kin): frames x rows x columns, divided by the spatial merge;
+* any-resolution tiles (models with `pack_image_features`): the model's own packing is run on coordinate planes, so that
+  unpadding, shrinking and newline columns come out as the model does them;
+* otherwise every unbroken run of placeholders is an image of its own: a square grid, or equal square crops of
+  `image_seq_length` tokens, or video frames of equal square grids, possibly with one newline at the end.
+
+A token without a place in the picture (a newline) has row and column -1. It is a visual token like the others: it is
+scored, and it may be dropped. Text and tags between runs (tile names, timestamps) are never visual.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .anatomy import Anatomy
+
+
+@dataclass
+class VisualTokens:
+    """The visual columns of one call, on the CPU, in the order sample, column.
+
+    Attributes:
+        mask: `[B, T]` bool.
+        sample, column, index: `[M]` sample, prompt column, running number within the sample.
+        image, frame, crop, row, col: `[M]`; `image` counts through the batch, per kind of placeholder images first.
+        counts: Visual tokens of each sample.
+    """
+
+    mask: Tensor
+    sample: Tensor
+    column: Tensor
+    index: Tensor
+    image: Tensor
+    frame: Tensor
+    crop: Tensor
+    row: Tensor
+    col: Tensor
+    counts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+
+def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy) -> Tensor | None:
+    """Marks the placeholders of a call.
+
+    Args:
+        inputs: Keyword arguments of the composite's forward.
+        anatomy: Parts of the model.
+
+    Returns:
+        Tensor: `[B, T]` int on the CPU: 0 for text, 1 + i for the i-th kind of `anatomy.placeholders`; None if the call
+        has neither `input_ids` nor `inputs_embeds`.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is not None:
+        kinds = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
+        for i, token in enumerate(anatomy.placeholders.values()):
+            kinds.masked_fill_(ids == token, i + 1)
+        return kinds.cpu()
+    if embeds is None:
+        return None
+    kinds = torch.zeros(embeds.shape[:2], dtype=torch.uint8, device=embeds.device)
+    for i, token in enumerate(anatomy.placeholders.values()):
+        with torch.no_grad():
+            embedding = anatomy.embeddings(torch.tensor(token, device=embeds.device))
+        kinds.masked_fill_((embeds == embedding).all(-1), i + 1)
+    return kinds.cpu()
+
+
+def locate(inputs: dict[str, Any], anatomy: Anatomy) -> VisualTokens | None:
+    """Finds the visual tokens of a call.
+
+    Args:
+        inputs: Keyword arguments of the composite's forward.
+        anatomy: Parts of the model.
+
+    Returns:
+        VisualTokens: None for a call without placeholders (text, or a decoding step).
+    """
+    kinds = placeholder_kinds(inputs, anatomy)
+    if kinds is None or not kinds.any():
+        return None
+    sample, column = kinds.nonzero().unbind(1)
+    kind = kinds[sample, column]
+    counts = kinds.bool().sum(1)
+    starts = counts.cumsum(0) - counts
+    index = torch.arange(len(sample)) - starts[sample]
+    place = torch.full((len(sample), 5), -1)  # image, frame, crop, row, col
+    images = 0
+    for i, name in enumerate(anatomy.placeholders):
+        rows = (kind == i + 1).nonzero()[:, 0]
+        if len(rows) == 0:
+            continue
+        layout = _layout(name, inputs, anatomy, _runs(sample[rows], column[rows]))
+        for image in layout:
+            size = len(image)
+            place[rows[:size], 0] = images
+            place[rows[:size], 1:] = image
+            rows, images = rows[size:], images + 1
+    return VisualTokens(kinds.bool(), sample, column, index, *place.unbind(1), counts.tolist())
+
+
+def _runs(sample: Tensor, column: Tensor) -> list[int]:
+    """Lengths of the unbroken runs of placeholders."""
+    breaks = (sample.diff() != 0) | (column.diff() != 1)
+    edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(sample)]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int]) -> list[Tensor]:
+    """For every image, `[n, 4]` frame, crop, row, column. The sum of all `n` is the number of placeholders."""
+    total = sum(runs)
+    for attempt in (_from_grid, _from_packing):
+        images = attempt(kind, inputs, anatomy)
+        if images is not None and sum(map(len, images)) == total:
+            return images
+    crop = getattr(anatomy.config, "image_seq_length", None)
+    return [_from_run(n, kind, crop if isinstance(crop, int) else None) for n in runs]
+
+
+def _grid(frames: int, rows: int, cols: int) -> Tensor:
+    """`[frames * rows * cols, 4]` places in row-major order, crop 0."""
+    frame, row, col = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(cols), indexing="ij")
+    return torch.stack([frame, torch.zeros_like(frame), row, col], -1).reshape(-1, 4)
+
+
+def _from_grid(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
+    grids = inputs.get(f"{kind}_grid_thw")
+    if grids is None:
+        return None
+    vision = getattr(anatomy.config, "vision_config", anatomy.config)
+    merge = getattr(vision, "spatial_merge_size", None) or getattr(anatomy.vision_tower, "spatial_merge_size", 1)
+    return [_grid(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
+
+
+def _from_packing(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
+    sizes, pack = inputs.get("image_sizes"), getattr(anatomy.composite, "pack_image_features", None)
+    count = getattr(sys.modules[type(anatomy.composite).__module__], "image_size_to_num_patches", None)
+    if kind != "image" or sizes is None or pack is None or count is None:
+        return None
+    config = anatomy.config
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    sizes = torch.as_tensor(sizes).cpu()
+    per_sample = inputs.get("batch_num_images")
+    single = [True] * len(sizes) if per_sample is None else [n == 1 for n in per_sample for _ in range(n)]
+    tiles = [
+        count(size, config.image_grid_pinpoints, config.vision_config.image_size) if alone else 1
+        for size, alone in zip(sizes, single, strict=True)
+    ]
+    return pack_planes(anatomy, [_coordinates(n, side) for n in tiles], sizes, newline=torch.full((3,), -1.0))
+
+
+def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
+    """Runs the model's own any-resolution packing on planes of coordinates (crop, row, column).
+
+    Args:
+        anatomy: Parts of a model with `pack_image_features`.
+        planes: For each image `[tiles, side * side, 3]`.
+        sizes: `[images, 2]` original heights and widths.
+        newline: `[3]` what a newline token gets.
+
+    Returns:
+        list: For each image `[n, 4]` frame (0), crop, row, column. Rows and columns of the tile grid are counted afresh
+        from the top left of the unpadded picture; newlines have -1 in both.
+    """
+    pack = anatomy.composite.pack_image_features
+    # LLaVA-NeXT wants to be told that the class token is gone; OneVision has none.
+    strategy = "vision_feature_select_strategy"
+    extra = {strategy: "default"} if strategy in inspect.signature(pack).parameters else {}
+    packed, _ = pack(list(planes), sizes, image_newline=newline, **extra)
+    images = []
+    for plane in packed:
+        crop, place = plane[:, 0].round(), plane[:, 1:]
+        out = torch.full((len(plane), 4), -1)
+        out[:, 0] = 0
+        out[:, 1] = (crop > 0).long()
+        thumbnail = crop == 0
+        out[thumbnail, 2:] = place[thumbnail].round().long()
+        tiles = (~thumbnail).nonzero()[:, 0]
+        line_ends = (crop[tiles] < 0).nonzero()[:, 0]
+        width = int(line_ends[0]) + 1 if len(line_ends) else len(tiles)
+        if len(tiles):
+            order = torch.arange(len(tiles))
+            real = crop[tiles] > 0
+            out[tiles, 1] = 1
+            out[tiles[real], 2] = torch.div(order[real], width, rounding_mode="floor")
+            out[tiles[real], 3] = order[real] % width
+        images.append(out)
+    return images
+
+
+def _coordinates(tiles: int, side: int) -> Tensor:
+    """`[tiles, side * side, 3]`: crop (0 thumbnail, 1 tile), row and column inside the crop."""
+    row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    plane = torch.stack([torch.zeros_like(row), row, col], -1).reshape(1, -1, 3).repeat(tiles, 1, 1).float()
+    plane[1:, :, 0] = 1
+    return plane
+
+
+def _from_run(length: int, kind: str, crop: int | None) -> Tensor:
+    """Places of a run about which nothing else is known."""
+    side = math.isqrt(length)
+    if kind == "image" and crop and length % crop == 0 and math.isqrt(crop) ** 2 == crop and length != crop:
+        out = _grid(length // crop, math.isqrt(crop), math.isqrt(crop))
+        return out[:, [1, 0, 2, 3]]  # crops lie where frames were counted
+    if side * side == length:
+        return _grid(1, side, side)
+    for tail in (0, 1):  # a newline token may close the run
+        body = length - tail
+        squares = [s for s in range(math.isqrt(body), 1, -1) if body % (s * s) == 0]
+        if squares:
+            frames = body // squares[0] ** 2
+            out = _grid(frames, squares[0], squares[0])
+            if kind == "image":
+                out = out[:, [1, 0, 2, 3]] if frames > 1 else out
+            return torch.cat([out, torch.full((tail, 4), -1)])
+    out = torch.full((length, 4), -1)
+    out[:, :2] = 0
+    return out
