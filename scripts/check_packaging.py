@@ -81,18 +81,8 @@ def check_wheel() -> list[str]:
             shutil.copy2(ROOT / name, copy)
         for source in SOURCES.values():
             shutil.copytree(ROOT / source, copy / source, ignore=shutil.ignore_patterns("__pycache__"))
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--wheel-dir",
-            folder,
-        ]
-        build = subprocess.run([*command, str(copy)], capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+        build = subprocess.run([*pip, str(copy)], capture_output=True, text=True, check=False)
         if build.returncode:
             return [*problems, f"pip wheel failed: {build.stderr.strip()[-800:]}"]
         wheels = list(Path(folder).glob("*.whl"))

@@ -143,7 +143,7 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     """Everything that can be refused is refused before the model is loaded."""
     import vtprune
 
-    from . import loading, measure, methods
+    from . import loading, measure, methods, visualize
 
     method = methods.get(args.method)
     if not Path(args.output).expanduser().absolute().parent.is_dir():
@@ -167,12 +167,8 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     _print_sides(args, before, after, truth)
     if args.report:
         print(last.report())
-    from . import anatomy, visualize
-
-    parts = anatomy.find(model)
-    sheet = visualize.before_and_after(image, inputs, parts, last, (before.answer, after.answer))
     try:
-        sheet.save(Path(args.output).expanduser())
+        visualize.before_and_after(image, last, (before.answer, after.answer)).save(Path(args.output).expanduser())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {args.output}: {one_line(error)}") from error
     print(f"picture written to {args.output}: what was dropped is dark")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from .errors import VTPruneError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .anatomy import Anatomy
     from .report import Pruning
 
 # Weights of red, green and blue in what the eye takes for brightness (ITU-R BT.601).
@@ -121,38 +120,31 @@ def side_by_side(pictures: Sequence[Image], captions: Sequence[str] = (), *, hei
     return sheet
 
 
-def before_and_after(
-    image: Image, inputs: Mapping[str, Any], anatomy: Anatomy, pruning: Pruning, answers: tuple[str, str]
-) -> Image:
+def before_and_after(image: Image, pruning: Pruning, answers: tuple[str, str]) -> Image:
     """The picture as it is beside the picture with its dropped patches dimmed, for a prompt with one picture.
 
-    Where a model looks at the picture twice, as a whole and in tiles, there is a panel for each.
+    Where a model looks at the picture twice, as a whole and in tiles, there is a panel for each. With several cuts,
+    what went first is darkest.
 
     Args:
         image: The picture.
-        inputs: What the model was called with.
-        anatomy: Parts of the model.
         pruning: What `Patch.last` says of the call.
         answers: Without and with pruning.
 
     Raises:
         PictureError: The places of the visual tokens are not known.
     """
-    from .visual_tokens import locate
-
-    tokens = locate(dict(inputs), anatomy)
-    visual, kept = pruning.visual[0].cpu(), pruning.kept[0].cpu()
-    if tokens is None or len(tokens) != len(visual):
-        raise PictureError(f"the prompt has {len(visual)} visual tokens, but their places in the picture are not known")
-    stayed = np.isin(visual.numpy(), kept.numpy())  # [N]
-    panels, captions = [image], [f"{len(visual)} visual tokens: {answers[0]}"]
-    crops = sorted(set(tokens.crop[tokens.row >= 0].tolist()))
+    places = pruning.places
+    stages = [np.isin(np.arange(len(places)), kept.cpu().numpy()) for kept in pruning.kept_flat]  # each [M]
+    stages = stages or [np.ones(len(places), dtype=bool)]
+    panels, captions = [image], [f"all {len(places)} visual tokens: {answers[0]}"]
+    crops = sorted(set(places.crop[places.row >= 0].tolist())) or [0]
     for crop in crops:
-        here = (tokens.crop == crop).numpy()
-        grid = keep_grid(tokens.row[here], tokens.col[here], stayed[here])
-        panels.append(dim_dropped(image, grid))
+        here = (places.crop == crop).numpy()
+        grids = [keep_grid(places.row[here], places.col[here], stayed[here]) for stayed in stages]
+        panels.append(dim_dropped(image, grids))
         which = "" if len(crops) == 1 else " (tiles)" if crop else " (whole)"
-        captions.append(f"{stayed[here].sum()} of {here.sum()} kept{which}: {answers[1]}")
+        captions.append(f"{stages[-1][here].sum()} of {here.sum()} kept{which}: {answers[1]}")
     return side_by_side(panels, captions)
 
 

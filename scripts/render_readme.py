@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills the tables of README.md from the method registry and from `benchmarks/results/*.json`.
+
+    python scripts/render_readme.py            # rewrites README.md
+    python scripts/render_readme.py --check    # exit code 1 if it would change
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. Where there is no measurement yet, the block says
+so. Result files are written by benchmarks and never edited by hand:
+
+* `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
+  `ratio` (asked for), `kept` (visual tokens after the last cut, mean over questions) and `mean_tokens` (mean over
+  decoder layer inputs and questions); `unpruned` with `visual_tokens`;
+* `families.json`: `rows` with `model_type` and `laws`, a mapping from the name of a law to whether it held (a law that
+  does not apply is left out).
+
+Both carry `versions`, a mapping from package to version, and `machine`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "*Not yet measured.*"
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """The README with every marked block filled.
+
+    Raises:
+        ValueError: A block has no renderer, or is not closed.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in BLOCKS:
+            raise ValueError(f"README.md has a block {name!r}; there are: {', '.join(BLOCKS)}")
+        return f"<!-- begin:{name} -->\n{BLOCKS[name](results)}\n<!-- end:{name} -->"
+
+    if sorted(re.findall(r"<!-- begin:(\w+) -->", text)) != sorted(re.findall(r"<!-- end:(\w+) -->", text)):
+        raise ValueError("README.md has a block that is not closed")
+    return re.sub(r"<!-- begin:(\w+) -->.*?<!-- end:\1 -->", fill, text, flags=re.S)
+
+
+def methods(results: Path) -> str:
+    """A row for every registered method: where it cuts in 32 layers, and the first sentence of its docstring."""
+    from vtprune import methods as registry
+
+    rows = []
+    for name in registry.names():
+        cls = registry.get(name)
+        cuts = ", ".join(str(stage.layer) if stage.layer else "input" for stage in cls().schedule(32))
+        doc = " ".join((cls.__doc__ or "").split())
+        paper = re.search(r"(?:arXiv[:\s]*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", doc, re.I)
+        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
+        rows.append((f"`{name}`", cuts, doc.split(". ")[0].rstrip("."), link))
+    return _table(("method", "cuts before layer (of 32)", "what it does", "paper"), rows)
+
+
+def accuracy(results: Path) -> str:
+    """Methods down, ratios across; the tokens that were really kept stand beside every share of right answers."""
+    data = _read(results / "accuracy.json")
+    if data is None:
+        return MISSING
+    ratios = sorted({row["ratio"] for row in data["rows"]}, reverse=True)
+    by = {(row["method"], row["ratio"]): row for row in data["rows"]}
+    rows = []
+    for name in sorted({row["method"] for row in data["rows"]}):
+        cells = [by.get((name, ratio)) for ratio in ratios]
+        rows.append((f"`{name}`", *(_cell(row) for row in cells)))
+    base = data["unpruned"]
+    whole = f"{_percent(base)} with all {base['visual_tokens']} tokens"
+    text = f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers."
+    return f"{text} {_versions(data)}\n\n" + _table(("method", *(f"ratio {ratio:g}" for ratio in ratios)), rows)
+
+
+def families(results: Path) -> str:
+    """Families grouped by the laws that held on them, so that dozens of families stay a table of a few rows."""
+    data = _read(results / "families.json")
+    if data is None:
+        return MISSING
+    laws = list(dict.fromkeys(law for row in data["rows"] for law in row["laws"]))
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in sorted(data["rows"], key=lambda row: row["model_type"]):
+        broken = tuple(law for law in laws if row["laws"].get(law) is False)
+        groups.setdefault(broken, []).append(f"`{row['model_type']}`")
+    rows = [
+        (f"all but {', '.join(broken)}" if broken else "all", str(len(names)), ", ".join(names))
+        for broken, names in sorted(groups.items(), key=lambda item: len(item[0]))
+    ]
+    return f"Laws tried: {', '.join(laws)}. {_versions(data)}\n\n" + _table(("laws that hold", "", "families"), rows)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"methods": methods, "accuracy": accuracy, "families": families}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['right'] / row['total']:.1f} %"
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return f"{_percent(row)} ({row['kept']:.0f} / {row['mean_tokens']:.0f})" if row else ""
+
+
+def _versions(data: dict[str, Any]) -> str:
+    return f"({', '.join(f'{name} {version}' for name, version in data['versions'].items())}; {data['machine']})"
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heading, tuple("---" for _ in heading), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fills the tables of README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the README is out of date")
+    args = parser.parse_args()
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if args.check:
+        print("README.md is up to date" if new == old else "README.md is out of date: run scripts/render_readme.py")
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
