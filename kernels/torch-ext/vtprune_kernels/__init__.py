@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for choosing visual tokens: tensors in, row numbers out. They know nothing of models.
+
+Every operation is a folder: `naive.py` is its specification, `vectorised.py` the PyTorch path.
+"""
+
+from __future__ import annotations
+
+from .attention_rows import attention_rows
+from .compact import compact
+from .dpp_map import dpp_map
+from .progressive_mmr import progressive_mmr
+from .rank1_relevance import rank1_relevance
+from .received_attention import received_attention
+from .transition_variation import transition_variation
+from .weighted_farthest_point import weighted_farthest_point
+
+__all__ = [
+    "attention_rows",
+    "compact",
+    "dpp_map",
+    "progressive_mmr",
+    "rank1_relevance",
+    "received_attention",
+    "transition_variation",
+    "weighted_farthest_point",
+]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ragged batch: flat rows, `segments` `[S + 1]` with the offsets of the pools, `budgets` `[S]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def pools(segments: Tensor, budgets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yields `(start, stop, count)` of every pool; a budget above the pool's length means the whole pool."""
+    offsets = segments.tolist()
+    for start, stop, budget in zip(offsets[:-1], offsets[1:], budgets.tolist(), strict=True):
+        yield start, stop, max(0, min(int(budget), stop - start))
+
+
+def spans(segments: Tensor) -> Iterator[tuple[int, int]]:
+    """Yields `(start, stop)` of every pool."""
+    offsets = segments.tolist()
+    yield from zip(offsets[:-1], offsets[1:], strict=True)
+
+
+def empty_order(budgets: Tensor, device: torch.device) -> Tensor:
+    """`[S, max(budgets)]` int64, filled with the padding -1."""
+    width = int(budgets.max()) if len(budgets) else 0
+    return torch.full((len(budgets), max(width, 0)), -1, dtype=torch.int64, device=device)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """Float32 scores that stay above the minus infinity of rows already chosen: NaN and -inf become the lowest."""
+    return torch.nan_to_num(scores.float(), nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
+
+
+def unit_rows(rows: Tensor, eps: float = 1e-6) -> Tensor:
+    """Rows of length 1 in float32 along the last dimension; rows that are zero or not finite become zero."""
+    rows = rows.float()
+    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(eps)
+    return torch.nan_to_num(unit, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few query rows over all their keys, without an attention map of the layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .vectorised import attention_rows as _vectorised
+
+
+def attention_rows(
+    queries: Tensor,
+    keys: Tensor,
+    query_segments: Tensor,
+    key_segments: Tensor,
+    query_order: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    reduce: Literal["mean", "heads", "none"] = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention in float32 of the given rows over all keys of their sample.
+
+    Args:
+        queries: `[R, H, dh]`, rows of all samples.
+        keys: `[C, G, dh]`, keys of all samples, not repeated for grouped heads.
+        query_segments: `[S + 1]` offsets of the samples' rows.
+        key_segments: `[S + 1]` offsets of the samples' keys.
+        query_order: `[R]` place of each row among its sample's keys: it sees keys `0..query_order`.
+        scaling: Factor on the dot product.
+        softcap: Tanh cap on the logits.
+        reduce: `"mean"` over heads and rows of the sample; `"heads"` over heads only; `"none"`.
+        weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask chooses rows); they are divided by their
+            sum per sample. Used by `"mean"` only.
+
+    Returns:
+        Tensor: float32. `"mean"`: `[C]`, zero for samples without rows; `"heads"`: `[R, L]` and `"none"`: `[H, R, L]`,
+        where `L` is the largest number of keys of a sample and column `j` the sample's key `j`, zero beyond its keys.
+    """
+    if reduce not in ("mean", "heads", "none"):
+        raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'heads' or 'none'")
+    return _vectorised(queries, keys, query_segments, key_segments, query_order, scaling, softcap, reduce, weights)
+
+
+__all__ = ["attention_rows"]

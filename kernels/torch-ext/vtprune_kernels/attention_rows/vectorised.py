@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few query rows in matrix products, a block of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import spans
+
+_BLOCK = 1 << 22  # attention values alive at once
+
+
+def attention_rows(
+    queries: Tensor,
+    keys: Tensor,
+    query_segments: Tensor,
+    key_segments: Tensor,
+    query_order: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    reduce: str = "mean",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.attention_rows`."""
+    heads, groups = queries.shape[1], keys.shape[1]
+    longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
+    shape = {"mean": (len(keys),), "heads": (len(queries), longest), "none": (heads, len(queries), longest)}[reduce]
+    result = torch.zeros(shape, device=keys.device)
+    for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):
+        length = stop - start
+        if first == last or length == 0:
+            continue
+        weight = queries.new_ones(last - first, dtype=torch.float32) if weights is None else weights[first:last].float()
+        weight = torch.nan_to_num(weight / weight.sum(), nan=0.0, posinf=0.0, neginf=0.0)
+        k = keys[start:stop].permute(1, 2, 0).float()  # [G, dh, n]
+        step = max(1, _BLOCK // (heads * length))
+        for row in range(first, last, step):
+            rows = slice(row, min(row + step, last))
+            q = queries[rows].float().mul(scaling).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # [G, H/G, r, dh]
+            logits = (q.flatten(1, 2) @ k).unflatten(1, q.shape[1:3]).flatten(0, 1)  # [H, r, n]
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            hidden = torch.arange(length, device=keys.device) > query_order[rows, None]  # [r, n]
+            attention = torch.softmax(logits.masked_fill_(hidden, -torch.inf), -1)
+            if reduce == "none":
+                result[:, rows, :length] = attention
+            elif reduce == "heads":
+                result[rows, :length] = attention.mean(0)
+            else:
+                result[start:stop] += weight[rows.start - first : rows.stop - first] @ attention.mean(0)
+    return result

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathers the surviving columns of several tensors with one index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .vectorised import compact as _vectorised
+
+
+def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Gathers columns `index` of dimension 1 from every tensor.
+
+    Args:
+        tensors: Tensors `[B, T, ...]` of any dtype and strides (a transposed view of a cache, say).
+        index: `[B, K]` int64 columns; negative entries are padding and give zeros.
+
+    Returns:
+        list[Tensor]: `[B, K, ...]` each, in the dtype of its source.
+    """
+    return _vectorised(tensors, index)
+
+
+__all__ = ["compact"]

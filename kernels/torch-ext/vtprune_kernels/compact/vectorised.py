@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gathering the surviving columns of several tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """See `vtprune_kernels.compact`."""
+    padded = index < 0
+    empty = bool(padded.any())
+    index = index.clamp_min(0) if empty else index
+    samples = torch.arange(len(index), device=index.device)[:, None]
+    results = []
+    for tensor in tensors:
+        # Indexing reads any strides, so views of a cache or expanded rotations are not copied first.
+        result = tensor.index_select(1, index[0]) if len(index) == 1 else tensor[samples, index]  # [B, K, ...]
+        if empty:
+            result[padded] = 0
+        results.append(result)
+    return results

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy MAP of a conditional determinantal point process: the specification, with the full kernel matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import empty_order, finite, pools, unit_rows
+
+EXHAUSTED = 1e-6  # share of a row's own variance below which the chosen rows explain it, up to rounding
+
+
+def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+    """See `vtprune_kernels.dpp_map`."""
+    order = empty_order(budgets, features.device)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        unit, rel = unit_rows(features[start:stop]), relevance[start:stop].float()
+        kernel = rel[:, None] * (unit @ unit.T) * rel  # [n, n]
+        variance = finite(kernel.diagonal())
+        left = variance.clone()
+        free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
+        factors = torch.zeros(budget, stop - start, device=features.device)
+        chosen: list[int] = []
+        while len(chosen) < budget:
+            gain = torch.where(left > EXHAUSTED * variance, left, 0).masked_fill(~free, -torch.inf)
+            best = int(gain.argmax())
+            if gain[best] <= 0:
+                rest = torch.sort(variance.masked_fill(~free, -torch.inf), descending=True, stable=True).indices
+                chosen += rest[: budget - len(chosen)].tolist()
+                break
+            step = len(chosen)
+            factors[step] = (kernel[best] - factors[:step, best] @ factors[:step]) / left[best].sqrt()
+            left = left - factors[step].square()
+            free[best] = False
+            chosen.append(best)
+        order[number, :budget] = torch.tensor(chosen, dtype=torch.int64) + start
+    return order

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progressive chunked maximal marginal relevance over rank-one updates (IWP, arXiv 2604.00757, App. A)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .vectorised import Duplication
+from .vectorised import progressive_mmr as _vectorised
+
+
+def progressive_mmr(
+    relevance: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    duplication: float = 0.5,
+    chunk: int = 16,
+    growth: float = 0.25,
+    pool: int = 4,
+    objective: Literal["linear", "log"] = "linear",
+) -> Tensor:
+    """Chooses rows by relevance minus duplication with the rows already chosen.
+
+    The duplication of two rows is the cosine of their rank-one weight updates `phi(k)^T v`, averaged over the KV heads:
+    `S_ij = mean_g cos(v_gi, v_gj) * exp(-|k_gi - k_gj|^2 / (2 sqrt(dk)))`. The similarity matrix is never formed:
+    the state is a few numbers per row.
+
+    Each round chooses `c = max(1, floor(growth * chosen))` rows, at most `chunk`: exactly and greedily among the
+    `pool * c` best of the last round's values. `chunk=1` is the exact greedy choice.
+
+    Args:
+        relevance: `[M]` float, higher is better; for `objective="log"` the logarithm of the magnitudes.
+        keys: `[M, G, dk]` keys per KV head.
+        values: `[M, G, dv]` values per KV head.
+        segments: `[S + 1]` int64 offsets of the pools in the rows.
+        budgets: `[S]` int64 rows to choose from each pool.
+        duplication: Weight of the largest similarity with a chosen row, in `[0, 1]`.
+        chunk: Most rows chosen between two updates.
+        growth: Rows chosen in a round as a share of those already chosen.
+        pool: Candidates per row to choose; 1 takes the best `c` at once, without looking at each other.
+        objective: `"linear"`: `r - duplication * max(0, S_max)`;
+            `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
+
+    Returns:
+        Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+    """
+    if objective not in ("linear", "log"):
+        raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
+    if chunk < 1 or pool < 1 or growth < 0:
+        raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
+    return _vectorised(relevance, keys, values, segments, budgets, duplication, chunk, growth, pool, objective)
+
+
+__all__ = ["Duplication", "progressive_mmr"]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progressive chunked maximal marginal relevance: the specification, in readable loops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import empty_order, finite, pools, unit_rows
+
+
+def similarity(keys: Tensor, values: Tensor, one: int) -> Tensor:
+    """`[n]` duplication of every row with row `one`: `mean_g cos(v_i, v_j) exp(-|k_i - k_j|^2 / (2 sqrt(dk)))`."""
+    keys, unit = keys.float(), unit_rows(values)
+    distance = (keys - keys[one]).square().sum(-1)  # [n, G]
+    cosine = (unit * unit[one]).sum(-1)  # [n, G]
+    return (cosine * torch.exp(-distance / (2 * keys.shape[-1] ** 0.5))).mean(-1)
+
+
+def gains(relevance: Tensor, closest: Tensor, duplication: float, objective: str) -> Tensor:
+    """`[n]` value of each row, given its largest similarity with the rows chosen so far (0 while none is)."""
+    if objective == "log":
+        return finite(relevance + 0.5 * torch.log(1 - duplication * closest.clamp_min(0).square() + 1e-6))
+    return finite(relevance - duplication * closest.clamp_min(0))
+
+
+def progressive_mmr(
+    relevance: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    duplication: float = 0.5,
+    chunk: int = 16,
+    growth: float = 0.25,
+    pool: int = 4,
+    objective: str = "linear",
+) -> Tensor:
+    """See `vtprune_kernels.progressive_mmr`."""
+    order = empty_order(budgets, relevance.device)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        score, k, v = relevance[start:stop].float(), keys[start:stop], values[start:stop]
+        free = torch.ones(stop - start, dtype=torch.bool, device=relevance.device)
+        closest = torch.zeros(stop - start, device=relevance.device)
+        chosen: list[int] = []
+        while len(chosen) < budget:
+            count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))
+            value = gains(score, closest, duplication, objective).masked_fill(~free, -torch.inf)
+            best_first = torch.sort(value, descending=True, stable=True).indices.tolist()
+            candidates = best_first[: min(pool * count, int(free.sum()))]
+            if pool == 1:
+                picked = candidates
+            else:
+                picked, inner = [], closest
+                for _ in range(count):
+                    value = gains(score, inner, duplication, objective)
+                    rest = sorted(set(candidates) - set(picked))
+                    picked.append(max(rest, key=lambda row: (float(value[row]), -row)))
+                    inner = torch.maximum(inner, similarity(k, v, picked[-1]))
+            for row in picked:
+                closest = torch.maximum(closest, similarity(k, v, row))
+                free[row] = False
+            chosen += picked
+        order[number, :budget] = torch.tensor(chosen, dtype=torch.int64) + start
+    return order

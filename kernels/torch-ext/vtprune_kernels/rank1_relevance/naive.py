@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-magnitude of the rank-one updates seen by a few query rows: the specification, one row and head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._ragged import spans
+
+
+def rank1_relevance(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_segments: Tensor,
+    key_segments: Tensor,
+    query_order: Tensor,
+    visual: Tensor,
+    scaling: float,
+    reduce: str = "mean",
+    normalise: str = "visible",
+    softcap: float | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.rank1_relevance`."""
+    heads_per_group = queries.shape[1] // keys.shape[1]
+    result = torch.full((len(visual),), -torch.inf, device=keys.device)
+    samples = zip(spans(query_segments), spans(key_segments), strict=True)
+    for (first_row, last_row), (start, stop) in samples:
+        mine = (visual >= start) & (visual < stop)
+        places = visual[mine] - start
+        log_magnitudes = []
+        for row in range(first_row, last_row):
+            for head in range(queries.shape[1]):
+                group = head // heads_per_group
+                logits = scaling * (keys[start:stop, group].float() @ queries[row, head].float())  # [n]
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                logits[int(query_order[row]) + 1 :] = -torch.inf
+                normaliser = torch.logsumexp(logits if normalise == "visible" else logits[places], 0)
+                length = torch.log(values[visual[mine], group].float().norm(dim=-1) + 1e-12)
+                log_magnitudes.append(torch.nan_to_num(logits[places] - normaliser, nan=-torch.inf) + length)
+        if log_magnitudes:
+            stack = torch.stack(log_magnitudes)  # [rows * H, visual of the sample]
+            if reduce == "max":
+                result[mine] = stack.amax(0)
+            else:
+                power = 1 if reduce == "mean" else 2
+                result[mine] = (torch.logsumexp(power * stack, 0) - math.log(len(stack))) / power
+    return result

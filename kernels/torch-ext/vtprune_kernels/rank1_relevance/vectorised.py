@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-magnitude of the rank-one updates in matrix products, a block of query rows at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._ragged import spans
+
+_BLOCK = 1 << 22  # logits alive at once
+
+
+def rank1_relevance(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_segments: Tensor,
+    key_segments: Tensor,
+    query_order: Tensor,
+    visual: Tensor,
+    scaling: float,
+    reduce: str = "mean",
+    normalise: str = "visible",
+    softcap: float | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.rank1_relevance`."""
+    groups, per_group = keys.shape[1], queries.shape[1] // keys.shape[1]
+    power = 2.0 if reduce == "rms" else 1.0
+    result = torch.full((len(visual),), -torch.inf, device=keys.device)
+    for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):
+        mine = torch.nonzero((visual >= start) & (visual < stop)).squeeze(1)
+        if first == last or len(mine) == 0:
+            continue
+        places = visual[mine] - start
+        length = torch.log(values[visual[mine]].float().norm(dim=-1) + 1e-12)  # [m, G]
+        k = keys[start:stop].permute(1, 2, 0).float()  # [G, dh, n]
+        step = max(1, _BLOCK // (groups * per_group * (stop - start)))
+        total = torch.full((len(mine),), -torch.inf, device=keys.device)
+        for row in range(first, last, step):
+            rows = slice(row, min(row + step, last))
+            count = rows.stop - rows.start
+            q = queries[rows].float().mul(scaling).unflatten(1, (groups, per_group))  # [r, G, H/G, dh]
+            logits = (q.permute(1, 0, 2, 3).flatten(1, 2) @ k).unflatten(1, (count, per_group))  # [G, r, H/G, n]
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            hidden = torch.arange(stop - start, device=keys.device) > query_order[rows, None]  # [r, n]
+            if bool(hidden.any()):
+                logits.masked_fill_(hidden[:, None], -torch.inf)
+            seen = logits[..., places]  # [G, r, H/G, m]
+            normaliser = torch.logsumexp(logits if normalise == "visible" else seen, -1, keepdim=True)
+            logm = torch.nan_to_num_(seen - normaliser, nan=-torch.inf, neginf=-torch.inf)
+            logm = logm.add_(length.T[:, None, None]).flatten(0, 2)  # [G r H/G, m]
+            if reduce == "max":
+                total = torch.maximum(total, logm.amax(0))
+            else:
+                total = torch.logaddexp(total, torch.logsumexp(power * logm, 0))
+        if reduce != "max":
+            total = (total - math.log((last - first) * queries.shape[1])) / power
+        result[mine] = total
+    return result

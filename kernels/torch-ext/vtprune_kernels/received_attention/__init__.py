@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much attention each token of a vision layer receives, without the N x N map."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .vectorised import received_attention as _vectorised
+
+
+def received_attention(
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """Column means of the softmax attention of a whole bidirectional layer, over heads and query rows.
+
+    Args:
+        queries: `[B, H, N, dh]`.
+        keys: `[B, G, N, dh]`, `G` dividing `H`.
+        scaling: Factor on the dot product.
+        rows: Bool `[N]` or `[B, N]`: only these query rows are averaged (the CLS row alone, say).
+        segments: `[S + 1]` offsets along `N`: tokens attend inside their own segment only (packed images).
+
+    Returns:
+        Tensor: `[B, N]` float32; per sample and segment it sums to 1, or is 0 where no row is averaged.
+    """
+    return _vectorised(queries, keys, scaling, rows, segments)
+
+
+__all__ = ["received_attention"]

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that each token of a vision layer receives, a block of rows at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import spans
+
+_BLOCK = 1 << 22  # attention values alive at once
+
+
+def received_attention(
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+) -> Tensor:
+    """See `vtprune_kernels.received_attention`."""
+    batch, heads, length, _ = queries.shape
+    groups = keys.shape[1]
+    asking = None if rows is None else rows.expand(batch, length)
+    result = torch.zeros(batch, length, device=keys.device)
+    for start, stop in [(0, length)] if segments is None else spans(segments):
+        step = max(1, _BLOCK // (heads * max(1, stop - start)))
+        for sample in range(batch):
+            q = queries[sample, :, start:stop]  # [H, n, dh]
+            if asking is not None:
+                q = q[:, asking[sample, start:stop]]
+            if q.shape[1] == 0:
+                continue
+            k = keys[sample, :, start:stop].float().transpose(1, 2)  # [G, dh, n]
+            for block in q.split(step, 1):
+                grouped = block.float().mul(scaling).unflatten(0, (groups, -1)).flatten(1, 2)  # [G, H/G r, dh]
+                attention = torch.softmax(grouped @ k, -1)
+                result[sample, start:stop] += attention.sum((0, 1)) / (heads * q.shape[1])
+    return result

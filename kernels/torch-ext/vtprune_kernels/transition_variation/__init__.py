@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a module changes its tokens in length and direction (TransPrune, arXiv 2507.20630, section 3.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .naive import transition_variation as _naive
+
+
+def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Change of length and of direction between a module's input and output.
+
+    Args:
+        x_in: `[..., D]` normalised input of the module.
+        x_out: `[..., D]` its output before the residual addition.
+
+    Returns:
+        tuple[Tensor, Tensor]: `ratio = |out| / |in|` (no epsilon, as published) and `1 - cos(out, in)` (each length at
+        least 1e-8), both `[...]` float32.
+    """
+    return _naive(x_in, x_out)
+
+
+__all__ = ["transition_variation"]

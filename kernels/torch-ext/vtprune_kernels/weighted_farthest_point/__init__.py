@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Farthest-point choice by cosine distance (DivPrune, arXiv 2503.02175; ZOO-Prune, arXiv 2509.24837)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .vectorised import weighted_farthest_point as _vectorised
+
+
+def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
+    """Chooses rows that are far from all rows chosen before, by `1 - cos`.
+
+    Without weights (DivPrune) the first row is the one whose nearest other row is farthest away, and every further one
+    has the largest distance to its nearest chosen row. With weights (ZOO-Prune) the first row has the largest weight,
+    and every further one the largest `weight * distance`. A chosen row is never chosen again.
+
+    Args:
+        features: `[M, D]` float.
+        weights: `[M]` float, not negative for full speed, or None.
+        segments: `[S + 1]` int64 offsets of the pools.
+        budgets: `[S]` int64 rows to choose from each pool.
+
+    Returns:
+        Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+    """
+    return _vectorised(features, weights, segments, budgets)
+
+
+__all__ = ["weighted_farthest_point"]

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Farthest-point choice by cosine distance, with or without weights: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import empty_order, finite, pools, unit_rows
+
+
+def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
+    """See `vtprune_kernels.weighted_farthest_point`."""
+    order = empty_order(budgets, features.device)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        if budget == 0:
+            continue
+        unit = unit_rows(features[start:stop])
+        distance = 1 - unit @ unit.T  # [n, n]
+        if weights is None:
+            weight = torch.ones(stop - start, device=features.device)
+            nearest_other = distance + torch.diag(torch.full_like(weight, torch.inf))
+            first = int(finite(nearest_other.amin(1)).argmax())
+        else:
+            weight = weights[start:stop].float()
+            first = int(finite(weight).argmax())
+        chosen = [first]
+        while len(chosen) < budget:
+            value = finite(weight * distance[:, chosen].amin(1))
+            value[chosen] = -torch.inf
+            chosen.append(int(value.argmax()))
+        order[number, :budget] = torch.tensor(chosen, dtype=torch.int64) + start
+    return order

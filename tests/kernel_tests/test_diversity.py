@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Farthest point and DPP: the fast paths against their specifications."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets, strided
+from vtprune_kernels import dpp_map, weighted_farthest_point
+from vtprune_kernels.dpp_map.naive import dpp_map as naive_dpp
+from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_point as naive_farthest
+
+
+def case(lengths, width, seed):
+    features = clustered(sum(lengths), width, seed=seed)
+    weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed))
+    return features, weights, offsets(lengths)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kind", ["one", "some", "all"])
+@pytest.mark.parametrize("width", [60, 80])
+def test_farthest_point_equals_specification(lengths, kind, width):
+    features, weights, segments = case(lengths, width, seed=1)
+    counts = budgets(lengths, kind)
+    for weight in (None, weights):
+        order = weighted_farthest_point(features, weight, segments, counts)
+        assert_order(order, naive_farthest(features, weight, segments, counts), segments, counts)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kind", ["one", "some"])
+@pytest.mark.parametrize("width", [160, 200])
+def test_dpp_equals_specification(lengths, kind, width):
+    features, relevance, segments = case(lengths, width, seed=2)
+    counts = budgets(lengths, kind)
+    order = dpp_map(features, relevance + 0.1, segments, counts)
+    assert_order(order, naive_dpp(features, relevance + 0.1, segments, counts), segments, counts)
+
+
+def test_dpp_maximises_the_determinant_greedily():
+    features, relevance, segments = case((40,), 32, seed=3)
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    kernel = relevance[:, None].double() * (unit @ unit.T) * relevance.double()
+    chosen: list[int] = []
+    for _ in range(12):
+        rest = [row for row in range(40) if row not in chosen]
+        chosen.append(max(rest, key=lambda row: torch.linalg.det(kernel[chosen + [row]][:, chosen + [row]])))
+    assert dpp_map(features, relevance, segments, torch.tensor([12]))[0].tolist() == chosen
+
+
+def test_dpp_beyond_the_rank_falls_back_to_relevance():
+    rows = torch.eye(8).repeat(6, 1)
+    relevance = torch.arange(48, 0, -1) / 48.0
+    order = dpp_map(rows, relevance, torch.tensor([0, 48]), torch.tensor([48]))
+    assert order[0].tolist() == list(range(48))
+    narrow = clustered(60, 8, seed=4)
+    counts = torch.tensor([60])
+    order = dpp_map(narrow, relevance.repeat(2)[:60], torch.tensor([0, 60]), counts)
+    assert order[0].sort().values.tolist() == list(range(60))
+
+
+def test_ties_go_to_the_smaller_row():
+    rows, segments, counts = exact_rows(20, 32, seed=5).repeat(3, 1), torch.tensor([0, 60]), torch.tensor([40])
+    halves = torch.tensor([1.0, 0.5, 0.5]).repeat(20)
+    for weights in (None, torch.ones(60), halves):
+        order = weighted_farthest_point(rows, weights, segments, counts)
+        assert_order(order, naive_farthest(rows, weights, segments, counts), segments, counts)
+    order = dpp_map(rows[:20], torch.ones(20), torch.tensor([0, 20]), torch.tensor([1]))
+    assert order.tolist() == [[0]]
+
+
+def test_first_picks_follow_the_published_rules():
+    angles = torch.tensor([0.0, 0.1, 1.5, 1.55, 3.0])  # the last one is farthest from its nearest neighbour
+    rows = torch.stack([angles.cos(), angles.sin()], 1)
+    segments, counts = torch.tensor([0, 5]), torch.tensor([3])
+    assert weighted_farthest_point(rows, None, segments, counts)[0].tolist() == [4, 0, 2]
+    weights = torch.tensor([0.1, 0.1, 1.0, 0.1, 0.01])
+    assert weighted_farthest_point(rows, weights, segments, counts)[0].tolist() == [2, 0, 4]
+
+
+@pytest.mark.parametrize("weights", [torch.zeros(30), torch.linspace(-1, 1, 30), torch.full((30,), torch.nan)])
+def test_unusual_weights_still_give_the_budget(weights):
+    features, _, segments = case((30,), 24, seed=6)
+    order = weighted_farthest_point(features, weights, segments, torch.tensor([30]))
+    assert order[0].sort().values.tolist() == list(range(30))
+    counts = torch.tensor([12])
+    order = weighted_farthest_point(features, weights, segments, counts)
+    assert torch.equal(order, naive_farthest(features, weights, segments, counts))
+
+
+def test_rows_of_zeros_and_broken_numbers_still_give_the_budget():
+    features, weights, segments = case((30,), 24, seed=7)
+    features[3:8] = 0
+    features[9] = torch.nan
+    for order in (
+        weighted_farthest_point(features, None, segments, torch.tensor([30])),
+        weighted_farthest_point(features, weights, segments, torch.tensor([30])),
+        dpp_map(features, weights, segments, torch.tensor([30])),
+    ):
+        assert order[0].sort().values.tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_strides(dtype):
+    features, weights, segments = case((77, 20), 96, seed=8)
+    features, counts = features.to(dtype), torch.tensor([25, 4])
+    whole = features.float()
+    for weight in (None, weights):
+        order = weighted_farthest_point(strided(features), weight, segments, counts)
+        assert_order(order, naive_farthest(whole, weight, segments, counts), segments, counts)
+    order = dpp_map(strided(features), strided(weights), segments, counts)
+    assert_order(order, naive_dpp(whole, weights, segments, counts), segments, counts)
