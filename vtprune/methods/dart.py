@@ -32,8 +32,8 @@ def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], segm
         start: `[M]` bool, what is taken from the start.
         pivots: For each pool `[P, D]` states of its pivots, in the order in which they take.
         segments: `[S + 1]` offsets of the pools.
-        quota: `[S]` how many tokens the pivots of a pool take together: each the same number, and one more for as many of
-            the first ones as the division leaves over. No more than there are.
+        quota: `[S]` how many tokens the pivots of a pool take together: each the same number, and one more for as many
+            of the first ones as the division leaves over. No more than there are.
 
     Returns:
         Tensor: `[M]` bool, `start` and what the pivots took. Equal similarities go to the smaller row.

@@ -18,7 +18,7 @@ def scale_layer(layer: int, depth: int | None, num_layers: int) -> int:
         num_layers: Length of the decoder at hand.
 
     Returns:
-        int: `layer * num_layers / depth` rounded half up, at least 1 (a decision inside the decoder stays inside it) and at
+        int: `layer * num_layers / depth` rounded half up, at least 1 (a cut inside the decoder stays inside it) and at
         most the last layer, which is 0 in a decoder of a single layer.
     """
     scaled = layer if depth is None else (2 * layer * num_layers + depth) // (2 * depth)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastV: what the last token no longer looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtprune_kernels import attention_rows
+
+from ..errors import MethodError
+from .base import AttentionInputs, ScoreMethod, Stage, Tokens
+from .random import Random
+from .registry import register
+
+
+def visual_attention(inputs: AttentionInputs, weights: Tensor | None = None) -> Tensor:
+    """Attention that the visual tokens receive from the given rows, mean over heads and rows.
+
+    Args:
+        inputs: Queries and keys of one layer.
+        weights: `[R]` weights of the rows, by default equal.
+
+    Returns:
+        Tensor: `[M]` float32, of a softmax over all keys that a row sees.
+    """
+    received = attention_rows(
+        inputs.queries,
+        inputs.keys,
+        inputs.query_segments,
+        inputs.key_segments,
+        inputs.query_order,
+        inputs.scaling,
+        inputs.softcap,
+        weights=weights,
+    )
+    return received[inputs.visual]
+
+
+@register("fastv")
+@dataclass
+class FastV(ScoreMethod):
+    """Keeps the tokens with the largest attention of the last prompt token, in the decoder before layer K.
+
+    Paper: An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764, section 4. One cut before layer K; reads
+    queries and keys of layer K-1.
+
+    `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
+
+    Differences from the release: tokens are really removed, once, at the prefill (the accuracy tables of the paper
+    come from a mask that is ranked anew at every decoding step); the span of the image is found, not given by an
+    offset that was one column too large; positions are kept, as in the release. K is clamped to the last layer. With K
+    = 0 (or in a decoder of one layer) there is no layer K-1 to read and the choice is random, as in the release.
+
+    Attributes:
+        layer: K, the layer before which tokens are dropped.
+        seed: Start of the generator for K = 0.
+    """
+
+    layer: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise MethodError(f"FastV has layer={self.layer}; expected 0 or more")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(min(self.layer, num_layers - 1), 0.5),)
+
+    def reads(self, num_layers: int) -> tuple[int, ...]:
+        cut = self.schedule(num_layers)[0].layer
+        return (cut - 1,) if cut else ()
+
+    def score(self, tokens: Tokens) -> Tensor:
+        if tokens.layer == 0:
+            return Random(self.seed).score(tokens)
+        return visual_attention(tokens.attention_inputs(tokens.layer - 1, queries="last"))

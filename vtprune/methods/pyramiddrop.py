@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyramidDrop: fewer tokens, stage by stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import ScoreMethod, Stage, Tokens
+from .depth import scale_schedule
+from .fastv import visual_attention
+from .registry import register
+
+
+@register("pyramiddrop")
+@dataclass
+class PyramidDrop(ScoreMethod):
+    """Keeps, at several depths, the tokens with the largest attention of the last prompt token.
+
+    Paper: PyramidDrop, arXiv 2410.17247, section 3.2. Cuts before layers 8, 16 and 24 of 32; reads queries and keys of
+    the layer that comes next, so nothing is kept from layers that already ran.
+
+    `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
+
+    Differences from the release: KV heads shared by several query heads are handled; all images of a sample are one
+    pool; counts are rounded, not cut off. The release renumbers positions after every cut, while the patch keeps the
+    original ones unless it is made with `positions="compact"`. The release ranks by the end of the answer header, like
+    here; the paper speaks of the last instruction token.
+
+    Attributes:
+        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
+            one).
+        shares: Share of the original tokens that is left after each cut.
+        depth: Decoder length that `layers` refers to; None takes them as they are.
+    """
+
+    layers: tuple[int, ...] = (8, 16, 24)
+    shares: tuple[float, ...] = (0.5, 0.25, 0.125)
+    depth: int | None = 32
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return scale_schedule(self.layers, self.shares, self.depth, num_layers, "PyramidDrop")
+
+    def score(self, tokens: Tokens) -> Tensor:
+        return visual_attention(tokens.attention_inputs(queries="last"))
