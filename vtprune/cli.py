@@ -184,7 +184,7 @@ def _print_sides(args: argparse.Namespace, before: Side, after: Side, truth: str
         ("visual tokens", lambda side: side.visual_tokens, ""),
         ("prompt tokens", lambda side: side.prompt_tokens, ""),
         ("time to first token", lambda side: side.seconds, " s"),
-        ("KV cache of the prompt", lambda side: side.kv_bytes, " bytes"),
+        ("KV cache", lambda side: side.kv_bytes, " B"),
     ]
     table = Table(title=Text(f"{args.model}: {args.question}"), title_justify="left")
     table.add_column("")
@@ -222,8 +222,8 @@ def _methods(args: argparse.Namespace) -> None:
         cls = methods.get(name)
         method = cls()
         cuts = ", ".join(str(stage.layer) if stage.layer else "input" for stage in method.schedule(32))
-        fields = [f for f in dataclasses.fields(method) if f.init] if dataclasses.is_dataclass(method) else []
-        options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields)
+        fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+        options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields if f.init)
         summary = (cls.__doc__ or "").strip().split("\n\n")[0]
         table.add_row(*map(Text, (name, cuts, " ".join(summary.split()), options)))
     Console().print(table)

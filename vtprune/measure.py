@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def compare(
     Returns:
         tuple[Side, Side]: Without pruning, with pruning.
     """
-    ways = (patch.paused, nullcontext)
+    ways: tuple[Callable[[], AbstractContextManager], ...] = (patch.paused, nullcontext)
     answers, sizes = [], []
     for way in ways:
         with way():
