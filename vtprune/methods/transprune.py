@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TransPrune: how much a layer changes a token, and how much the instruction looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vtprune_kernels import transition_variation
+
+from ..errors import MethodError
+from ..selection import segment_ids
+from .base import Choice, ScoreMethod, Stage, Tap, Tokens
+from .depth import scale_schedule
+from .fastv import visual_attention
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+_MODULES = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "feedforward", "ffn", "moe"),
+}
+
+
+def submodule(layer: nn.Module, part: Literal["attention", "mlp"]) -> nn.Module | None:
+    """The attention or the MLP of a decoder layer, found by the names of the layer's own children; None without one."""
+    for name, child in layer.named_children():
+        is_norm = "norm" in name.lower() or "norm" in type(child).__name__.lower()
+        named = any(word in name.lower() for word in _MODULES[part])
+        if named and not is_norm and next(child.parameters(), None) is not None:
+            return child
+    return None
+
+
+def change(x_in: Tensor, x_out: Tensor, direction: Literal["signed", "absolute"] = "signed") -> Tensor:
+    """Change of every token by a module, before it is set in proportion to the other tokens.
+
+    Args:
+        x_in: `[..., D]` normed input of the module.
+        x_out: `[..., D]` its output before the residual addition.
+        direction: `"signed"` for `1 - cos`, `"absolute"` for `1 - |cos|`.
+
+    Returns:
+        Tensor: `[..., 2]` float32, change of length `|out| / |in|` and of direction.
+    """
+    ratio, turn = transition_variation(x_in, x_out)
+    if direction == "absolute":
+        turn = 1 - (1 - turn).abs()
+    return torch.stack([ratio, turn], -1)
+
+
+def variation(changes: Tensor, segments: Tensor) -> Tensor:
+    """Token transition variation of one module: `ratio * softmax(turn)`, the softmax over the tokens of a sample.
+
+    Args:
+        changes: `[C, 2]` of `change`.
+        segments: `[S + 1]` offsets of the samples.
+
+    Returns:
+        Tensor: `[C]`.
+    """
+    ratio, turn = changes.unbind(-1)
+    weight = torch.exp(turn)  # turn is at most 2
+    return ratio * weight / pool_sum(weight, segments)
+
+
+def pool_sum(values: Tensor, segments: Tensor) -> Tensor:
+    """`[M]`: the sum of each row's pool."""
+    pools = segment_ids(segments)
+    return values.new_zeros(len(segments) - 1).index_add_(0, pools, values)[pools]
+
+
+def combine(ttv: Tensor, attention: Tensor, segments: Tensor, alpha: float = 0.5) -> Tensor:
+    """Score of a cut: both parts as shares of their pool's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
+    parts = [x / (pool_sum(x, segments) + 1e-8) for x in (ttv, attention)]
+    return 2 * alpha * parts[0] + 2 * (1 - alpha) * parts[1]
+
+
+@register("transprune")
+@dataclass
+class TransPrune(ScoreMethod):
+    """Keeps, at three depths, the tokens that layers change most and that the instruction attends to.
+
+    Paper: TransPrune, arXiv 2507.20630, sections 3.2 and 3.3. Cuts before layers 7, 9 and 12 of 32. Reads input and
+    output of the attention and of the MLP in the layers from the one before the first cut to the one before the last,
+    and queries and keys of the layer that comes next.
+
+    For a module with normed input `x` and output `y` before the residual: `TTV = |y|/|x| * softmax(1 - cos(y, x))`,
+    added up over both modules of the layers seen so far. `IGA` is the attention from the text after the image, mean
+    over heads and rows. `score = alpha * TTV / sum(TTV) + (1 - alpha) * IGA / sum(IGA)`.
+
+    As in the release and unlike the paper: the sign of the cosine counts (`direction="absolute"` is the paper's form),
+    the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalised before
+    they are added. Differences from the release: the softmax ends at the sample instead of running over the whole
+    batch, counts are rounded, KV heads may be grouped, all images of a sample are one pool, everything is in float32.
+    The release renumbers positions after every cut, while the patch keeps the original ones unless it is made with
+    `positions="compact"`.
+
+    Attributes:
+        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
+            one).
+        shares: Share of the original tokens that is left after each cut.
+        depth: Decoder length that `layers` refers to; None takes them as they are.
+        alpha: Weight of TTV.
+        direction: `"signed"` or `"absolute"` change of direction.
+        support: Tokens that the softmax runs over, `"all"` or `"visual"`.
+    """
+
+    layers: tuple[int, ...] = (7, 9, 12)
+    shares: tuple[float, ...] = (0.875, 0.625, 0.125)
+    depth: int | None = 32
+    alpha: float = 0.5
+    direction: Literal["signed", "absolute"] = "signed"
+    support: Literal["all", "visual"] = "all"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise MethodError(f"TransPrune has alpha={self.alpha}; expected a weight from 0 to 1")
+        if self.direction not in ("signed", "absolute") or self.support not in ("all", "visual"):
+            raise MethodError(
+                f"TransPrune has direction={self.direction!r} and support={self.support!r}; expected 'signed' or "
+                "'absolute', and 'all' or 'visual'"
+            )
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return scale_schedule(self.layers, self.shares, self.depth, num_layers, "TransPrune")
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        cuts = self.schedule(anatomy.num_layers)
+        watched = range(max(cuts[0].layer - 1, 0), cuts[-1].layer)
+        found = [
+            Tap("transprune.change", module, self._record)
+            for layer in watched
+            for part in ("attention", "mlp")
+            if (module := submodule(anatomy.layers[layer], part)) is not None
+        ]
+        if watched and not found:
+            raise MethodError(
+                f"TransPrune found neither attention nor MLP in {type(anatomy.layers[watched[0]]).__name__}: expected "
+                f"children named like {_MODULES['attention']} and {_MODULES['mlp']}; use a method that needs attention "
+                "alone"
+            )
+        return found
+
+    def _record(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
+        x_in = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        x_out = output[0] if isinstance(output, tuple) else output
+        if x_in.dim() != 3 or x_out.numel() != x_in.numel():
+            raise MethodError(
+                f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expected "
+                "[batch, columns, width] on both sides; use a method that reads attention alone"
+            )
+        return change(x_in, x_out.reshape(x_in.shape), self.direction)  # [B, T, 2]
+
+    def score(self, tokens: Tokens) -> Tensor:
+        ttv = self._new_variation(tokens)
+        if "transprune.ttv" in tokens.memory:
+            ttv = ttv + tokens.memory["transprune.ttv"]
+        tokens.memory["transprune.ttv"] = ttv
+        return combine(ttv, visual_attention(tokens.attention_inputs()), tokens.segments, self.alpha)
+
+    def select(self, tokens: Tokens, scores: Tensor) -> Choice:
+        choice = super().select(tokens, scores)
+        tokens.memory["transprune.ttv"] = tokens.memory["transprune.ttv"][choice.keep]
+        return choice
+
+    def _new_variation(self, tokens: Tokens) -> Tensor:
+        """TTV of the visual tokens in the modules that ran since the last cut, `[M]`."""
+        records, prompt = tokens.observed.get("transprune.change", []), tokens.prompt
+        seen = tokens.memory.get("transprune.seen", 0)
+        tokens.memory["transprune.seen"] = len(records)
+        total = torch.zeros(len(tokens), device=tokens.hidden.device)
+        for record in records[seen:]:
+            if prompt is None:
+                raise MethodError("TransPrune reads the whole prompt; these tokens come without it")
+            changes = record[prompt.batch, prompt.column].to(total.device)  # [C, 2]
+            if self.support == "all":
+                total += variation(changes, prompt.segments)[prompt.visual]
+            else:
+                total += variation(changes[prompt.visual], tokens.segments)
+        return total
