@@ -9,6 +9,7 @@ generation lives with its cache.
 
 from __future__ import annotations
 
+import functools
 import inspect as _inspect
 import threading
 import weakref
@@ -20,10 +21,11 @@ import torch
 from torch import nn
 
 from . import anatomy as _anatomy
-from . import observe, prefill, visual_tokens
+from . import features, observe, prefill, visual_tokens
 from .anatomy import Anatomy
 from .budget import Budget, check_schedule, mean_share, solve_mean
 from .errors import NothingPrunedError, UnsupportedModelError, VTPruneError
+from .features import Encoded
 from .flops import DecoderShape
 from .methods import resolve
 from .methods.base import Method, Tap
@@ -47,11 +49,28 @@ class _Hook:
         raise VTPruneError("a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is")
 
 
+class _Override:
+    """A method of a module instance that is replaced for a while; `remove` puts things as they were."""
+
+    def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
+        self.module, self.name = module, name
+        self.before = vars(module).get(name)
+        setattr(module, name, function)
+
+    def remove(self) -> None:
+        delattr(self.module, self.name)
+        if self.before is not None:
+            setattr(self.module, self.name, self.before)
+
+
 class _Thread(threading.local):
     """What one thread is doing with a patch."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's running call
+        self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
+        self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
+        self.encoding: dict[str, list] | None = None  # taps of the running encoder
         self.call: prefill.DecoderCall | None = None  # the decoder's running call
         self.records: dict[str, list] = {}  # taps of the running call
         self.paused = 0
@@ -170,6 +189,10 @@ class Patch:
         parts = self.anatomy
         observe.install()
         add = self._handles.append
+        for kind in parts.placeholders:
+            name = f"get_{kind}_features"
+            if hasattr(parts.composite, name):
+                add(_Override(parts.composite, name, self._encoder(kind, getattr(parts.composite, name))))
 
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True))
@@ -186,9 +209,23 @@ class Patch:
         for tap in taps:
             after(tap.module, self._tap_hook(tap))
 
+    def _encoder(self, kind: str, encode: Callable) -> Callable:
+        @functools.wraps(encode)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            thread = self._thread
+            thread.encoding = records = {}
+            try:
+                output, thread.encoded[kind] = features.watch(kind, encode, args, kwargs, records)
+            finally:
+                thread.encoding = None
+            thread.fresh.add(kind)
+            return output
+
+        return watched
+
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self._thread
-        thread.call, thread.records = None, {}
+        thread.call, thread.records, thread.fresh = None, {}, set()
         bound = _inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         thread.inputs = {**bound, **extra}
@@ -198,17 +235,25 @@ class Patch:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self._thread
-        visual = None
+        visual, encoded = None, {}
         if thread.inputs is not None and not thread.paused:
-            visual = visual_tokens.locate(thread.inputs, self.anatomy)
-            if visual is None:
-                self._check_pixels(thread.inputs)
+            encoded = features.supplied(thread.inputs, thread.encoded, thread.fresh, list(self.anatomy.placeholders))
+            visual = visual_tokens.locate(thread.inputs, self.anatomy, encoded) if encoded else None
+            if encoded and visual is None and self.budget.asks_to_drop:
+                raise NothingPrunedError(
+                    f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "
+                    f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per visual token"
+                )
         thread.call = call = prefill.begin(self, thread.inputs, args, kwargs, visual)
         if call is None:
             return None
-        call.observed = thread.records
         if visual is not None:
+            for source in encoded.values():
+                call.inputs = {**source.inputs, **call.inputs}
+                for name, records in source.records.items():
+                    thread.records.setdefault(name, []).extend(records)
             self._continued(call, kwargs)
+        call.observed = thread.records
         changed = prefill.own_planes(call, kwargs) if call.counts else None
         return None if changed is None else (args, changed)
 
@@ -231,22 +276,17 @@ class Patch:
     def _tap_hook(self, tap: Tap) -> Callable:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             thread = self._thread
-            if thread.inputs is None or thread.paused or (tap.columns and (thread.call is None or not thread.call.counts)):
+            store = thread.records if thread.encoding is None else thread.encoding
+            if thread.paused or (thread.inputs is None and thread.encoding is None):
+                return
+            if tap.columns and (thread.call is None or not thread.call.counts):
                 return
             with torch.no_grad():
                 value = tap.record(args, kwargs, output)
             if value is not None:
-                thread.records.setdefault(tap.name, []).append(value)
+                store.setdefault(tap.name, []).append(value)
 
         return record
-
-    def _check_pixels(self, inputs: dict[str, Any]) -> None:
-        pixels = [name for name in inputs if name.startswith("pixel_values") and inputs[name] is not None]
-        if pixels and self.budget.asks_to_drop:
-            raise NothingPrunedError(
-                f"{' and '.join(pixels)} came with a prompt that has none of the placeholder tokens "
-                f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per visual token"
-            )
 
     def _continued(self, call: prefill.DecoderCall, kwargs: dict) -> None:
         """Without a cache every step of a generation is a prefill of its own; it must keep the first one's tokens.
@@ -258,16 +298,16 @@ class Patch:
         ids = call.inputs.get("input_ids")
         if call.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
             return
-        features = [weakref.ref(v) for n, v in sorted(call.inputs.items()) if n.startswith("pixel") and v is not None]
+        sources = [thread.inputs.get(n) for n in sorted(thread.inputs or ()) if n.startswith("pixel")]
+        sources += list((thread.inputs.get("mm_encoder_outputs") or {}).values())
+        sources = [weakref.ref(source) for source in sources if source is not None]
         if previous is not None:
-            old_ids, old_features, old_kept = previous
-            same = len(features) == len(old_features) and all(
-                a() is b() for a, b in zip(features, old_features, strict=True)
-            )
-            if same and features and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
+            old_ids, old_sources, old_kept = previous
+            same = len(sources) == len(old_sources) and all(a() is b() for a, b in zip(sources, old_sources, strict=True))
+            if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
                 call.memo = old_kept
         # `kept_flat` is filled while the call runs.
-        thread.cacheless = (ids, features, call.kept_flat)
+        thread.cacheless = (ids, sources, call.kept_flat)
 
 
 def patch(

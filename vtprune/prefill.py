@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import budget as budgets
 from . import compact, decode, observe
 from .errors import MethodError, NothingPrunedError, UnsupportedModelError
-from .methods.base import AttentionInputs, Tokens
+from .methods.base import AttentionInputs, Prompt, Tokens
 from .report import Pruning
 from .visual_tokens import VisualTokens
 
@@ -306,7 +306,7 @@ class DecoderCall:
             name: [r[rows.to(r.device), slot.to(r.device)] for r in records] if name in self.patch.column_taps else records
             for name, records in self.observed.items()
         }
-        places = {n: getattr(visual, n)[flat].to(device) for n in ("sample", "image", "frame", "crop", "row", "col", "index")}
+        places = {n: getattr(visual, n)[flat].to(device) for n in ("sample", "image", "frame", "crop", "row", "col", "index", "feature")}
         return Tokens(
             hidden=states,
             segments=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device),
@@ -320,9 +320,46 @@ class DecoderCall:
             inputs=self.inputs,
             anatomy=self.patch.anatomy,
             memory=self.memory,
+            prompt=self._prompt(flat).to(device),
             reader=read,
             **places,
         )
+
+    def _prompt(self, flat: Tensor) -> Prompt:
+        """Where every token of the samples with visual tokens stands at this stage."""
+        visual = self.visual
+        assert visual is not None
+        slot = self._slot_of_column(self.index, self.alive)
+        batch, columns, lengths, texts, text_lengths, visual_rows = [], [], [], [], [], []
+        offset = 0
+        for b in [b for b, n in enumerate(visual.counts) if n]:
+            here, asked = self._text(b, slot[b], "text")
+            order = torch.full((self.length,), -1)
+            order[here] = torch.arange(len(here)) + offset
+            batch.append(torch.full((len(here),), b))
+            columns.append(slot[b, here])
+            lengths.append(len(here))
+            texts.append(order[asked])
+            text_lengths.append(len(asked))
+            visual_rows.append(order[visual.column[flat[visual.sample[flat] == b]]])
+            offset += len(here)
+        cpu = torch.device("cpu")
+        return Prompt(
+            batch=torch.cat(batch),
+            column=torch.cat(columns),
+            segments=_offsets(lengths, cpu),
+            visual=torch.cat(visual_rows),
+            text=torch.cat(texts),
+            text_segments=_offsets(text_lengths, cpu),
+        )
+
+    def _text(self, b: int, slot: Tensor, queries: str) -> tuple[Tensor, Tensor]:
+        """Columns of sample `b` that hold a token, and those of the query rows among them."""
+        visual = self.visual
+        assert visual is not None
+        here = ((slot >= 0) & self.real[b]).nonzero()[:, 0]
+        text = here[(here > visual.column[visual.sample == b].max()) & ~visual.mask[b, here]]
+        return here, text if queries == "text" and len(text) else here[-1:]
 
     def _attention_inputs(
         self, number: int, snapshot: Snapshot, flat: Tensor, rope: bool, queries: str
@@ -334,14 +371,11 @@ class DecoderCall:
         device = probed.key.device
         past = self._past_keys(number) if rope else None
         slot = self._slot_of_column(snapshot.index, snapshot.alive)
-        query_rows, query_order, key_rows, visual_rows = [], [], [], []
+        query_rows, query_order, visual_rows = [], [], []
         keys, values, query_lengths, key_lengths = [], [], [], []
         offset = 0
         for b in [b for b, n in enumerate(visual.counts) if n]:
-            columns = ((slot[b] >= 0) & self.real[b]).nonzero()[:, 0]
-            mine = visual.column[visual.sample == b]
-            text = columns[(columns > mine.max()) & ~visual.mask[b, columns]]
-            asked = text if queries == "text" and len(text) else columns[-1:]
+            columns, asked = self._text(b, slot[b], queries)
             here = slot[b, columns].to(device)
             key, value = probed.key[b][:, here].transpose(0, 1), probed.value[b][:, here].transpose(0, 1)  # [C, G, d]
             before = 0

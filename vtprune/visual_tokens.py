@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
+from .features import Encoded
 
 
 @dataclass
@@ -36,7 +37,8 @@ class VisualTokens:
     Attributes:
         mask: `[B, T]` bool.
         sample, column, index: `[M]` sample, prompt column, running number within the sample.
-        image, frame, crop, row, col: `[M]`; `image` counts through the batch, per kind of placeholder images first.
+        feature: `[M]` row of the encoder's output that fills the column; images count first, then videos. Beams share rows.
+        image, frame, crop, row, col: `[M]`; `image` counts through the batch.
         counts: Visual tokens of each sample.
     """
 
@@ -44,6 +46,7 @@ class VisualTokens:
     sample: Tensor
     column: Tensor
     index: Tensor
+    feature: Tensor
     image: Tensor
     frame: Tensor
     crop: Tensor
@@ -82,37 +85,66 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy) -> Tensor | None
     return kinds.cpu()
 
 
-def locate(inputs: dict[str, Any], anatomy: Anatomy) -> VisualTokens | None:
+def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]) -> VisualTokens | None:
     """Finds the visual tokens of a call.
 
     Args:
         inputs: Keyword arguments of the composite's forward.
         anatomy: Parts of the model.
+        encoded: What is known of the features that the call brings, by kind. A placeholder without features (a model may
+            generate one) is text.
 
     Returns:
-        VisualTokens: None for a call without placeholders (text, or a decoding step).
+        VisualTokens: None for a call without visual tokens (text, or a decoding step).
     """
     kinds = placeholder_kinds(inputs, anatomy)
-    if kinds is None or not kinds.any():
+    if kinds is None:
+        return None
+    for i, name in enumerate(anatomy.placeholders):
+        if name not in encoded:
+            kinds[kinds == i + 1] = 0
+    if not kinds.any():
         return None
     sample, column = kinds.nonzero().unbind(1)
     kind = kinds[sample, column]
     counts = kinds.bool().sum(1)
-    starts = counts.cumsum(0) - counts
-    index = torch.arange(len(sample)) - starts[sample]
-    place = torch.full((len(sample), 5), -1)  # image, frame, crop, row, col
-    images = 0
+    index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+    feature = torch.zeros_like(sample)
+    place = torch.zeros(len(sample), 5, dtype=torch.long)  # image, frame, crop, row, col
+    features = images = 0
     for i, name in enumerate(anatomy.placeholders):
-        rows = (kind == i + 1).nonzero()[:, 0]
-        if len(rows) == 0:
+        mine = kind == i + 1
+        if not mine.any():
             continue
-        layout = _layout(name, inputs, anatomy, _runs(sample[rows], column[rows]))
-        for image in layout:
-            size = len(image)
-            place[rows[:size], 0] = images
-            place[rows[:size], 1:] = image
-            rows, images = rows[size:], images + 1
-    return VisualTokens(kinds.bool(), sample, column, index, *place.unbind(1), counts.tolist())
+        rows, first = _feature_rows(sample[mine], kinds == i + 1, encoded[name].total)
+        layout = _layout(name, {**inputs, **encoded[name].inputs}, anatomy, _runs(sample[mine][first], column[mine][first]))
+        numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
+        place[mine, 1:] = torch.cat(layout)[rows]
+        # Beams show the same picture, but each row of the batch has an image of its own.
+        place[mine, 0] = numbers[rows] + sample[mine] * len(layout) + images
+        feature[mine] = rows + features
+        features, images = features + int(first.sum()), images + len(layout) * len(kinds)
+    place[:, 0] = torch.unique(place[:, 0], return_inverse=True)[1]
+    return VisualTokens(kinds.bool(), sample, column, index, feature, *place.unbind(1), counts.tolist())
+
+
+def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
+    """Which row of the encoder's output fills each placeholder of a kind, and which placeholders are the first to show theirs.
+
+    `generate` repeats every sample for beams and returned sequences, one copy after the other, but encodes it once.
+    """
+    copies = len(sample) // total if total and len(sample) % total == 0 else 1
+    counts = mask.sum(1)
+    if copies > 1:
+        groups = counts.view(-1, copies) if len(counts) % copies == 0 else None
+        if groups is None or not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            copies = 1
+    first = sample % copies == 0
+    starts = torch.zeros(len(counts), dtype=torch.long)
+    per_group = counts[::copies]
+    starts += (per_group.cumsum(0) - per_group).repeat_interleave(copies)
+    within = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+    return starts[sample] + within, first
 
 
 def _runs(sample: Tensor, column: Tensor) -> list[int]:

@@ -106,6 +106,10 @@ class Prompt:
     text: Tensor
     text_segments: Tensor
 
+    def to(self, device: torch.device) -> Prompt:
+        """The same on another device."""
+        return Prompt(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 @dataclass
 class Tokens:
@@ -122,6 +126,8 @@ class Tokens:
             `col` count in the grid of the image or crop (`crop`), -1 for tokens without a place (newlines, separators).
         crop: `[M]` 0 for a thumbnail or an undivided image, 1.. for the tile grid of any-resolution layouts.
         index: `[M]` running number among the original visual tokens of the sample.
+        feature: `[M]` row of the encoder's output (all images, then all videos) that fills the column: what taps on the
+            vision side record per feature is looked up with it. Beams of one sample share rows.
         column: `[M]` prompt column of the present call.
         layer: The cut is before this decoder layer.
         stage: Number of the stage, 0-based.
@@ -145,6 +151,7 @@ class Tokens:
     row: Tensor
     col: Tensor
     index: Tensor
+    feature: Tensor
     column: Tensor
     layer: int
     stage: int

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call's visual features were made from.
+
+`generate` runs the image encoder before it calls the model, takes the arguments that describe the pictures (sizes, grids)
+away with the pixels, and repeats the features for beams. So the model's `get_image_features` and `get_video_features` are
+watched, wherever they are called from: their arguments, the length of what they return, and what the method's taps saw
+inside are kept until the next encoding of the same kind in the same thread.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Encoded:
+    """One run of an image or video encoder.
+
+    Attributes:
+        kind: "image" or "video".
+        inputs: Arguments of the encoder by name.
+        lengths: Tokens of each picture or clip; None where the output does not say.
+        records: What taps recorded inside.
+        output: Weak reference to the encoder's output, by which a later call shows that it uses it.
+    """
+
+    kind: str
+    inputs: dict[str, Any]
+    lengths: list[int] | None
+    records: dict[str, list] = field(default_factory=dict)
+    output: Callable[[], Any] = field(default=lambda: None)
+
+    @property
+    def total(self) -> int | None:
+        """Number of feature rows."""
+        return None if self.lengths is None else sum(self.lengths)
+
+
+def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[str, list]) -> tuple[Any, Encoded]:
+    """Runs an encoder and notes what it was given and what it returned.
+
+    Args:
+        kind: "image" or "video".
+        encode: The bound method.
+        args, kwargs: Its arguments.
+        records: Filled by taps while it runs.
+
+    Returns:
+        tuple: The encoder's output and the note.
+    """
+    output = encode(*args, **kwargs)
+    bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
+    bound.update(bound.pop("kwargs", {}))
+    try:
+        reference: Callable[[], Any] = weakref.ref(output)
+    except TypeError:  # a plain tuple cannot be referenced weakly; then nothing can be recognised later
+
+        def reference() -> None:
+            return None
+
+    return output, Encoded(kind, dict(bound), _lengths(getattr(output, "pooler_output", None)), records, reference)
+
+
+def _lengths(features: Any) -> list[int] | None:
+    if isinstance(features, Tensor):
+        return [features.shape[-2]] * features.shape[0] if features.dim() == 3 else [features.shape[0]]
+    if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
+        return [f.shape[:-1].numel() for f in features]
+    return None
+
+
+def supplied(inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str], kinds: list[str]) -> dict[str, Encoded]:
+    """Which kinds of features a call brings along.
+
+    Args:
+        inputs: Keyword arguments of the composite's call.
+        encoded: The thread's last encoding of each kind.
+        fresh: Kinds that were encoded inside this very call.
+        kinds: The kinds that the model has placeholders for.
+
+    Returns:
+        dict: For each kind that comes with features, what is known of them.
+    """
+    given = inputs.get("mm_encoder_outputs")
+    given = given if isinstance(given, dict) else {}
+    found = {}
+    for kind in kinds:
+        known = encoded.get(kind)
+        if known is not None and (kind in fresh or (given.get(kind) is not None and known.output() is given[kind])):
+            found[kind] = known
+        elif given.get(kind) is not None:
+            found[kind] = Encoded(kind, {}, None)
+        elif any(inputs.get(name) is not None for name in _pixel_names(kind, inputs)):
+            found[kind] = Encoded(kind, {}, None)
+    return found
+
+
+def _pixel_names(kind: str, inputs: dict[str, Any]) -> list[str]:
+    """Arguments that hold features of a kind, for models without a `get_*_features` method."""
+    words = ("pixel", "embeds", "features", "hidden_states", "patches")
+    names = [n for n in inputs if any(w in n for w in words) and n not in ("inputs_embeds", "pixel_mask", "pixel_attention_mask")]
+    video = [n for n in names if "video" in n]
+    return video if kind == "video" else [n for n in names if n not in video and "audio" not in n and "input_f" not in n]
