@@ -222,7 +222,7 @@ def _methods(args: argparse.Namespace) -> None:
         cls = methods.get(name)
         method = cls()
         cuts = ", ".join(str(stage.layer) if stage.layer else "input" for stage in method.schedule(32))
-        fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+        fields: tuple[dataclasses.Field, ...] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
         options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields if f.init)
         summary = (cls.__doc__ or "").strip().split("\n\n")[0]
         table.add_row(*map(Text, (name, cuts, " ".join(summary.split()), options)))

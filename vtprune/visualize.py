@@ -55,7 +55,7 @@ def keep_grid(row: Any, col: Any, kept: Any, shape: tuple[int, int] | None = Non
     return grid
 
 
-def dim_dropped(image: Image, keep: Any, *, strength: float = 0.75) -> Image:
+def dim_dropped(image: Image, keep: Any, *, strength: float = 0.65) -> Image:
     """The picture with dropped patches dark and grey, in the picture's own pixels.
 
     The grid is stretched over the whole picture, whatever its size: a pixel belongs to the cell that holds its centre.
@@ -150,7 +150,7 @@ def before_and_after(image: Image, pruning: Pruning, answers: tuple[str, str]) -
 
 def _loss(keep: Any) -> np.ndarray:
     """`[rows, cols]` float32 in [0, 1]: 0 where the patch stayed, 1 where the first cut took it, less for later."""
-    grids = [np.asarray(part) for part in keep] if np.ndim(keep[0]) == 2 else [np.asarray(keep)]
+    grids = [np.asarray(part) for part in keep] if len(keep) and np.ndim(keep[0]) == 2 else [np.asarray(keep)]
     for grid in grids:
         if grid.ndim != 2 or not grid.size or grid.shape != grids[0].shape:
             raise PictureError(f"a keep mask has shape {grid.shape}; expected [rows, cols], the same for every stage")

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says is true: its code runs, its tables are those that the results give, its links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+_spec = importlib.util.spec_from_file_location("render_readme", ROOT / "scripts" / "render_readme.py")
+renderer = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(renderer)
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+
+
+def test_python_blocks_run_one_after_the_other(capsys):
+    """As a reader would paste them into one session; the first one prints the report of a real pruning."""
+    scope: dict = {}
+    blocks = _blocks("python")
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), scope)
+    finally:
+        registry = importlib.import_module("vtprune.methods.registry")
+        registry._METHODS.pop("norm", None)
+    assert "144 -> 14" in capsys.readouterr().out
+    assert scope["patch"].last.tokens == (144, 14)
+    model = scope["model"]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_ten_lines_are_enough():
+    """Install, patch, generate, unpatch; and a method of one's own."""
+    first, own = _blocks("python")
+    code = [line for line in first.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(code) <= 10
+    method = own[own.index("@vtprune") : own.index("with vtprune")]
+    assert len([line for line in own.splitlines() if line.strip()]) <= 10 and method.count("def ") == 1
+
+
+def test_tables_are_what_the_results_give():
+    assert renderer.render(README) == README
+
+
+def test_both_commands_are_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^make (\w+)", "\n".join(_blocks("bash")), re.M)
+    assert commands == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in commands)
+
+
+def test_shown_command_lines_parse():
+    from vtprune.cli import _parser
+
+    shown = [line.split("#")[0] for line in "\n".join(_blocks("bash")).splitlines() if line.startswith("vtprune ")]
+    assert len(shown) >= 4
+    import shlex
+
+    for line in shown:
+        _parser().parse_args(shlex.split(line)[1:])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_it_stays_short():
+    assert len(README.splitlines()) < 150
+
+
+_RESULTS = {
+    "accuracy.json": {
+        "questions": "200 questions on held-out scenes",
+        "unpruned": {"right": 190, "total": 200, "visual_tokens": 144},
+        "rows": [
+            {"method": "b", "ratio": 0.1, "kept": 14, "mean_tokens": 30.2, "right": 150, "total": 200},
+            {"method": "a", "ratio": 0.2, "kept": 29, "mean_tokens": 29, "right": 171, "total": 200},
+        ],
+        "versions": {"torch": "2.13.0"},
+        "machine": "2 cores",
+    },
+    "families.json": {
+        "rows": [
+            {"model_type": "two", "laws": {"identity": True, "decode": False}},
+            {"model_type": "one", "laws": {"identity": True, "decode": True}},
+            {"model_type": "three", "laws": {"identity": True}},
+        ],
+        "versions": {"torch": "2.13.0"},
+        "machine": "2 cores",
+    },
+}
+
+
+def test_renderer_writes_the_numbers_of_the_results(tmp_path):
+    for name, data in _RESULTS.items():
+        (tmp_path / name).write_text(json.dumps(data))
+    empty = "<!-- begin:accuracy -->\nstale\n<!-- end:accuracy -->\n<!-- begin:families -->\n<!-- end:families -->\nrest"
+    text = renderer.render(empty, tmp_path)
+    assert "stale" not in text and text.endswith("rest")
+    assert "unpruned: 95.0 % with all 144 tokens" in text and "torch 2.13.0; 2 cores" in text
+    assert "| method | ratio 0.2 | ratio 0.1 |" in text
+    assert "| `a` | 85.5 % (29 / 29) |  |" in text and "| `b` |  | 75.0 % (14 / 30) |" in text
+    assert "| all | 2 | `one`, `three` |" in text and "| all but decode | 1 | `two` |" in text
+    assert renderer.render(text, tmp_path) == text
+
+
+def test_renderer_admits_what_was_not_measured(tmp_path):
+    assert "Not yet measured" in renderer.render("<!-- begin:accuracy -->\n<!-- end:accuracy -->", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["<!-- begin:accuracy -->", "<!-- begin:speed -->\n<!-- end:speed -->"])
+def test_renderer_refuses_blocks_it_does_not_know(text, tmp_path):
+    with pytest.raises(ValueError, match="README.md has a block"):
+        renderer.render(text, tmp_path)
