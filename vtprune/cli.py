@@ -146,10 +146,7 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     from . import loading, measure, methods, visualize
 
     method = methods.get(args.method)
-    if not Path(args.output).expanduser().absolute().parent.is_dir():
-        raise InputError(f"cannot write {args.output}: its folder does not exist")
-    if not Path(args.output).suffix:
-        raise InputError(f"cannot write {args.output}: expected a file name that ends in .png or .jpg")
+    _check_output(args.output)
     image = image or loading.picture(args.image)
     loading.is_local(args.model)
     _quiet()
@@ -172,6 +169,17 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {args.output}: {one_line(error)}") from error
     print(f"picture written to {args.output}: what was dropped is dark")
+
+
+def _check_output(path: str) -> None:
+    """Refuses a picture file that cannot be written."""
+    from PIL import Image
+
+    if not Path(path).expanduser().absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise InputError(f"cannot write {path} as a picture: expected a file name that ends in .png or .jpg")
 
 
 def _print_sides(args: argparse.Namespace, before: Side, after: Side, truth: str | None) -> None:
