@@ -80,8 +80,9 @@ def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | N
                 allowed &= real[:, None]
             for drop in drops:
                 allowed &= ~drop.mask(number, batch, total)[:, None]
-            # A dropped or padded column still computes something; let it see itself so that no row is empty.
-            allowed |= torch.eye(total, dtype=torch.bool)[past:]
+            # The first columns of a left-padded row see nothing at all; let them see themselves so that no row is empty.
+            empty = ~allowed.any(-1, keepdim=True)
+            allowed |= empty & torch.eye(total, dtype=torch.bool)[past:]
             mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
             kwargs = {**kwargs, "attention_mask": mask[:, None]}
             return (hidden, *args[1:]), kwargs
