@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small trained vision-language model that ships with the package: a stock LLaVA of a few million parameters.
+
+    model, processor = vtprune.refvlm.load()
+    picture = vtprune.refvlm.scenes.scene(7).image
+    inputs = processor(images=picture, text=vtprune.refvlm.prompt("how many stars are there?"), return_tensors="pt")
+    processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+It sees and answers questions about the scenes of `vtprune.refvlm.scenes` and about easy-VQA, nothing else. Pruning
+methods can be tried on it in seconds, offline, on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    from . import easy_vqa, scenes
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "IMAGE_SIZE",
+    "PATCH_SIZE",
+    "VISUAL_TOKENS",
+    "WEIGHTS",
+    "easy_vqa",
+    "load",
+    "prompt",
+    "scenes",
+]
+
+IMAGE_SIZE = 144
+PATCH_SIZE = 12
+VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+WEIGHTS = Path(__file__).parent / "weights"
+
+# The picture comes first and the instruction after it, which is what instruction-guided pruning relies on.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% else %}"
+    "{% if message['content'] is string %} answer: {{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %} answer: {{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} answer:{% endif %}"
+)
+
+
+def prompt(question: str) -> str:
+    """The text that the model was trained to continue with the answer to `question`."""
+    return f"<image> {question} answer:"
+
+
+def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The trained model in eval mode and its processor, from the files inside the package; never the network.
+
+    Args:
+        dtype: of the weights in memory, float32 by default (the file holds float16).
+    """
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        WEIGHTS, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+    )
+    return model.eval(), AutoProcessor.from_pretrained(WEIGHTS, local_files_only=True)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("scenes", "easy_vqa"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy of the reference model through its public face: `python -m vtprune.refvlm.evaluate --easy-vqa`.
+
+Every answer is generated greedily with `model.generate` from what the processor makes of picture and prompt, and is
+right only if it equals the reference word for word. The functions are reused by `benchmarks/` for pruned models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from . import WEIGHTS, easy_vqa, load, prompt, scenes
+
+
+class Sample(NamedTuple):
+    """A picture, a question and its answer; `patches` (row-major in the 12 x 12 grid) is empty where unknown."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+    patches: tuple[int, ...] = ()
+
+
+def held_out_scenes(n_scenes: int, questions_per_scene: int = 1) -> Iterator[Sample]:
+    """Questions on scenes that training never draws; the kinds get about the same number, not every scene has every kind."""
+    if n_scenes > scenes.TRAIN_SEEDS:
+        raise ValueError(f"only {scenes.TRAIN_SEEDS:,} scenes are held out, not {n_scenes:,}")
+    total: Counter[str] = Counter()
+    for seed in range(n_scenes):
+        drawn = scenes.scene(seed)
+        # The kinds asked least so far come first: rare kinds (a scene needs a sign for a digit) catch up.
+        questions = sorted(drawn.questions, key=lambda question: total[question.kind])
+        for question in questions[:questions_per_scene]:
+            total[question.kind] += 1
+            yield Sample(drawn.image, question.text, question.answer, question.kind, question.patches)
+
+
+def easy_vqa_test(limit: int | None = None) -> Iterator[Sample]:
+    """The questions of the easy-VQA test split, the first `limit` of them or all 9,673."""
+    for index, (image, sample) in enumerate(easy_vqa.load("test")):
+        if limit is not None and index >= limit:
+            return
+        yield Sample(image, sample.question, sample.answer, sample.kind)
+
+
+@torch.no_grad()
+def answer(model: Any, processor: Any, samples: Iterable[Any], batch_size: int = 32) -> list[str]:
+    """Greedy answers, one per sample, in order.
+
+    Args:
+        model: a model with `generate`, patched or not.
+        processor: its processor.
+        samples: anything with `image` and `question`; read lazily, one batch at a time.
+        batch_size: prompts per `generate` call, padded on the left.
+    """
+    answers: list[str] = []
+    for batch in _batches(samples, batch_size):
+        inputs = processor(
+            images=[sample.image for sample in batch],
+            text=[prompt(sample.question) for sample in batch],
+            return_tensors="pt",
+            padding=True,
+        ).to(model.device)
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        tail = generated[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(tail, skip_special_tokens=True)]
+    return answers
+
+
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share: `(low, high)`."""
+    if total == 0:
+        return 0.0, 1.0
+    share = right / total
+    middle = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def tally(samples: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Exact-match accuracy over everything (`all`) and by kind, with what always giving one answer would reach.
+
+    `majority` of a kind is the share of its most frequent answer; that of `all` is the best guess made kind by kind.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    guessed = 0
+    for kind in sorted({sample.kind for sample in samples}):
+        mine = [(sample.answer, given) for sample, given in zip(samples, answers, strict=True) if sample.kind == kind]
+        most = Counter(want for want, _ in mine).most_common(1)[0][1]
+        guessed += most
+        rows[kind] = _row(sum(want == given for want, given in mine), len(mine), most)
+    right = sum(sample.answer == given for sample, given in zip(samples, answers, strict=True))
+    return {"all": _row(right, len(samples), guessed), **rows}
+
+
+def _row(right: int, total: int, majority: int) -> dict[str, Any]:
+    interval = [round(bound, 4) for bound in wilson(right, total)]
+    share = majority / max(1, total)
+    return {
+        "right": right,
+        "total": total,
+        "accuracy": round(right / max(1, total), 4),
+        "interval": interval,
+        "majority": round(share, 4),
+    }
+
+
+def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for sample in samples:
+        batch.append(sample)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes (0: none)")
+    parser.add_argument("--questions", type=int, default=1, help="per scene")
+    parser.add_argument("--easy-vqa", action="store_true", help="also the easy-VQA test split")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    args = parser.parse_args(argv)
+
+    import transformers
+
+    model, processor = load()
+    result: dict[str, Any] = {
+        "weights_sha256": hashlib.sha256((WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "image_processor": type(processor.image_processor).__name__,
+    }
+    sets = {}
+    if args.scenes:
+        sets["scenes"] = list(held_out_scenes(args.scenes, args.questions))
+    if args.easy_vqa:
+        sets["easy_vqa_test"] = list(easy_vqa_test())
+    for name, samples in sets.items():
+        began = time.perf_counter()
+        result[name] = tally(samples, answer(model, processor, samples, args.batch))
+        print(f"{name}: {time.perf_counter() - began:.0f} s")
+        for kind, row in result[name].items():
+            low, high = row["interval"]
+            print(
+                f"  {kind:9} {row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}  95 % interval {low:.1%} to {high:.1%}"
+                f"  majority guess {row['majority']:.1%}"
+            )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the reference model from nothing: `python -m vtprune.refvlm.train`.
+
+Two phases, because a small model that is only asked questions stays at guessing for a very long time:
+
+1. *Look.* The vision tower and the projector learn to say, patch by patch, which object is there. The loss compares the
+   projected patch with the decoder's own word vectors, so that a patch of a red star arrives in the decoder as, roughly,
+   "red" + "star" + "big" + "top" + "left", and answering a question becomes finding the patch that matches its words.
+2. *Answer.* Everything is trained on questions, about seven packed behind one picture with a block mask. The same loss is
+   also taken after the third decoder layer, which makes the decoder look at the picture early. The patch loss goes on.
+
+Visual tokens are never dropped in training: this is an ordinary model, on which training-free pruning is tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from . import WEIGHTS, data, model, scenes
+
+SHARPNESS = 6.0  # a patch that shows a word should have the product 1 with its vector; half of it decides
+EARLY = 4  # decoder layers before the additional early answer
+# On most training pictures the text does not look at the picture in the first decoder layers. Word vectors and patches match so well
+# in this model that it would otherwise read everything it needs there, unlike large models, and dropping visual tokens
+# after those layers would cost nothing, whichever are dropped. All visual tokens stay, in all layers.
+BLIND_LAYERS = 2
+BLIND_SHARE = 0.6
+NULL_WEIGHT = 0.15  # most patches show background; they must not drown the objects
+
+
+class Attention:
+    """`sdpa` in float32 (on CPUs its bfloat16 backward pass is slower than all else), with a mask for the first layers.
+
+    Attributes:
+        blind: bool mask that replaces the model's own in the first `BLIND_LAYERS` decoder layers, or None.
+    """
+
+    def __init__(self) -> None:
+        self.blind: torch.Tensor | None = None
+
+    def __call__(self, module, query, key, value, mask, scaling=None, **_):
+        if mask is not None and self.blind is not None and module.layer_idx < BLIND_LAYERS:
+            mask = self.blind
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, value = query.float(), key.float(), value.float()
+            causal = mask is None and getattr(module, "is_causal", False)
+            if key.shape[1] != query.shape[1]:
+                key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, is_causal=causal)
+        return out.transpose(1, 2), None
+
+
+class Learner(nn.Module):
+    """The model with what only training needs: heads for the class token, and the losses."""
+
+    def __init__(self, vlm: nn.Module):
+        super().__init__()
+        self.attention = Attention()
+        transformers.AttentionInterface.register("refvlm_training", self.attention)
+        vlm.set_attn_implementation("refvlm_training")
+        self.vlm = vlm
+        width = vlm.config.vision_config.hidden_size
+        self.heads = nn.ModuleList(nn.Linear(width, len(data.PRESENT)) for _ in range(2))
+        words = [[model.VOCABULARY[word] for word in group] for group in data.GROUPS.values()]
+        self.words = [torch.tensor(group) for group in words]
+
+    def look(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Projected patches `[B, 144, D]`, the loss of what they and the class token show, and hit rates."""
+        tower = self.vlm.model.vision_tower(data.pixels(batch.images), output_hidden_states=True)
+        features = tower.hidden_states[self.vlm.config.vision_feature_layer]
+        patches = self.vlm.model.multi_modal_projector(features[:, 1:])
+        # The class token must know what is in the picture, so that its attention means something.
+        known = (self.heads[0](features[:, 0]), self.heads[1](tower.pooler_output))
+        loss = sum(F.binary_cross_entropy_with_logits(logits.float(), batch.present) for logits in known)
+        table = self.vlm.get_input_embeddings().weight.detach()
+        hits = {}
+        for column, (group, words) in enumerate(zip(data.GROUPS, self.words, strict=True)):
+            logits = SHARPNESS * (patches.float() @ table[words.to(table.device)].T)
+            none = logits.new_full((*logits.shape[:2], 1), SHARPNESS / 2)
+            logits, target = torch.cat((logits, none), dim=-1), batch.patches[..., column]
+            shown = (target != len(words)) & (target != data.IGNORE)
+            weight = torch.where(shown, 1.0, NULL_WEIGHT) * (target != data.IGNORE)
+            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=data.IGNORE, reduction="none")
+            loss = loss + (each * weight.flatten()).sum() / weight.sum()
+            with torch.no_grad():
+                right = logits.argmax(-1) == target
+                hits[group] = (
+                    right[shown].float().mean() if shown.any() else right.new_ones((), dtype=torch.float)
+                ).item()
+        return patches, loss, hits
+
+    def answer(
+        self, batch: data.Batch, patches: torch.Tensor, blind: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answer loss, and the predicted tokens `[B, TEXT]`; `blind` hides the picture from early text layers."""
+        count, mask = len(batch.tokens), batch.mask()
+        self.attention.blind = mask.clone() if blind else None
+        if blind:
+            self.attention.blind[: round(blind * count), :, data.PREFIX :, 1 : data.PREFIX] = False
+        embed = self.vlm.get_input_embeddings()
+        start = embed(batch.tokens.new_full((count, 1), model.VOCABULARY["<bos>"]))
+        inputs = torch.cat((start, patches.to(start.dtype), embed(batch.tokens)), dim=1)
+        prefix = torch.arange(data.PREFIX, device=batch.tokens.device).expand(count, -1)
+        states = self.vlm.model.language_model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=torch.cat((prefix, batch.positions), dim=1),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        asked = batch.labels != data.IGNORE
+        labels = batch.labels[asked]
+        final = self.vlm.lm_head(states.last_hidden_state[:, data.PREFIX :][asked]).float()
+        early = self.vlm.model.language_model.norm(states.hidden_states[EARLY][:, data.PREFIX :][asked])
+        early = self.vlm.lm_head(early).float()
+        loss = F.cross_entropy(final, labels) + 0.3 * F.cross_entropy(early, labels)
+        predicted = torch.full_like(batch.labels, data.IGNORE)
+        predicted[asked] = final.argmax(-1)
+        return loss, predicted
+
+
+def score(batch: data.Batch, predicted: torch.Tensor) -> Counter:
+    """Right answers and questions by kind, as `Counter({(kind, "right"): n, (kind, "asked"): m})`."""
+    wrong = (predicted != batch.labels).cpu()
+    tally: Counter = Counter()
+    for row, dialogues in enumerate(batch.asked):
+        for number, (kind, _, _) in enumerate(dialogues, start=1):
+            tally[kind, "asked"] += 1
+            tally[kind, "right"] += not wrong[row, batch.segments[row].cpu() == number].any()
+    return tally
+
+
+def validation(count: int) -> list[data.Batch]:
+    """Packed questions on held-out scenes and on the last easy-VQA training pictures' kind of questions."""
+    rng = random.Random(0)
+    rows = []
+    for seed in range(900_000, 900_000 + count):
+        drawn = scenes.scene(seed)
+        rows.append((data.small(drawn.image), drawn.objects, data.ask_many(drawn.objects, rng)))
+    return [data.pack(rows[start : start + 32]) for start in range(0, count, 32)]
+
+
+@torch.no_grad()
+def validate(learner: Learner, batches: list[data.Batch], device: torch.device) -> str:
+    tally: Counter = Counter()
+    hits: dict[str, list[float]] = {}
+    for batch in batches:
+        batch = batch.to(device)
+        patches, _, seen = learner.look(batch)
+        tally += score(batch, learner.answer(batch, patches)[1])
+        for group, value in seen.items():
+            hits.setdefault(group, []).append(value)
+    rates = {k: tally[k, "right"] / n for (k, what), n in sorted(tally.items()) if what == "asked"}
+    total = sum(n for (_, what), n in tally.items() if what == "right") / sum(
+        n for (_, what), n in tally.items() if what == "asked"
+    )
+    shown = " ".join(f"{group[:5]} {sum(v) / len(v):.2f}" for group, v in hits.items())
+    return f"held-out {total:.3f} | " + " ".join(f"{k} {v:.2f}" for k, v in rates.items()) + f" | patches {shown}"
+
+
+def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding.
+
+    Every group has a `scale` for the learning rate. In phase 2 what phase 1 has taught must not be lost while the decoder
+    is still wild: the vision side and the word vectors that its patches point to move slowly.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in learner.named_parameters():
+        scale = 1.0
+        if "embed_tokens" in name:
+            scale = 0.1
+        elif not looking and ("language_model" not in name):
+            scale = 0.2
+        groups.setdefault((weight.ndim == 2 and ".layers." in name, scale), []).append(weight)
+    matrices, others = (
+        [{"params": weights, "scale": scale} for (inside, scale), weights in groups.items() if inside is wanted]
+        for wanted in (True, False)
+    )
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, start: int, end: int, warm: int = 100) -> float:
+    """Share of the learning rate: a short warm-up, then a cosine down to 2 %."""
+    done = (step - start) / max(1, end - start)
+    return min(1.0, (step - start + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def share_gradients(learner: Learner, workers: int) -> None:
+    """Averages the gradients of all workers in one message; a weight without gradient counts as zero."""
+    if workers == 1:
+        return
+    weights = [w for w in learner.parameters() if w.requires_grad]
+    flat = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])
+    torch.distributed.all_reduce(flat)
+    flat /= workers
+    for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+
+
+def save_weights(vlm: nn.Module, folder: Path) -> None:
+    """The model in float16, with tokenizer and processor, as `from_pretrained` wants them."""
+    import copy
+
+    half = copy.deepcopy(vlm).to("cpu", torch.float16)
+    half.save_pretrained(folder)
+    model.processor().save_pretrained(folder)
+    os.chmod(folder / "model.safetensors", 0o644)
+
+
+def work(worker: int, args: argparse.Namespace) -> None:
+    """One of `args.workers` processes."""
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    if args.workers > 1:
+        store = f"file://{args.out.resolve()}/rendezvous"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=worker, world_size=args.workers)
+    learner = Learner(model.build(args.seed))
+    torch.manual_seed(args.seed)
+    learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+    learner.to(device)
+    checkpoint, step = args.out / "checkpoint.pt", 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        learner.load_state_dict(saved["learner"])
+        step = saved["step"]
+    optims = optimizers(learner, step < args.look)
+    if step not in (0, args.look):  # each phase starts with fresh optimisers
+        for optim, state in zip(optims, saved["optimizers"], strict=True):
+            optim.load_state_dict(state)
+    total = args.look + args.answer
+    began = time.time()
+    pool = data.Pool(args.seed, worker, args.workers, args.pool, args.fresh, step)
+    held_out = validation(args.validate) if worker == 0 else []
+    log = (args.out / "log.txt").open("a") if worker == 0 else None
+
+    def say(text: str) -> None:
+        if log:
+            print(f"{time.time() - began:6.0f} s  {text}", file=log, flush=True)
+            print(f"{time.time() - began:6.0f} s  {text}", flush=True)
+
+    say(
+        f"{sum(w.numel() for w in learner.vlm.parameters()):,} weights, pool of {args.pool * args.workers} scenes drawn"
+    )
+    share = args.batch // args.workers
+    losses: list[float] = []
+    while step < total:
+        looking = step < args.look
+        if step == args.look:
+            optims = optimizers(learner, looking)
+        factor = rate(step, 0, args.look) if looking else rate(step, args.look, total)
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = args.lr * factor * group["scale"]
+        captions = args.captions if step < args.look + args.answer // 2 else args.captions / 3
+        batch = pool.batch(step, share * (2 if looking else 1), share // 8 * (2 if looking else 1), captions).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            patches, loss, hits = learner.look(batch)
+            if not looking:
+                answers, predicted = learner.answer(batch, patches, BLIND_SHARE)
+                loss = answers + args.patch_weight * loss
+                losses.append(answers.item())
+            else:
+                losses.append(loss.item())
+        loss.backward()
+        share_gradients(learner, args.workers)
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        step += 1
+        if step % 25 == 0:
+            tail = (
+                ""
+                if looking
+                else " right {:.3f}".format(
+                    sum(n for (_, w), n in score(batch, predicted).items() if w == "right") / sum(map(len, batch.asked))
+                )
+            )
+            shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
+            say(f"step {step}/{total} loss {sum(losses) / len(losses):.4f}{tail} | {shown}")
+            losses.clear()
+        if step % args.every == 0 or step == total or step == args.look:
+            if worker == 0:
+                say(f"step {step} " + validate(learner, held_out, device))
+                state = {
+                    "learner": learner.state_dict(),
+                    "optimizers": [optim.state_dict() for optim in optims],
+                    "step": step,
+                }
+                torch.save(state, checkpoint.with_suffix(".new"))
+                checkpoint.with_suffix(".new").replace(checkpoint)
+                save_weights(learner.vlm, args.out / "weights")
+            if args.workers > 1:
+                torch.distributed.barrier()
+    if worker == 0:
+        save_weights(learner.vlm, args.weights)
+        say(f"weights written to {args.weights}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/refvlm"), help="log, checkpoint and weights so far")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the final weights go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--look", type=int, default=1000, help="steps of phase 1")
+    parser.add_argument("--answer", type=int, default=4000, help="steps of phase 2")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step (phase 1: twice as many)")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--patch-weight", type=float, default=0.3, help="of the patch loss in phase 2")
+    parser.add_argument("--captions", type=float, default=0.3, help="share of scenes that are also described")
+    parser.add_argument("--pool", type=int, default=8000, help="scenes in memory, per worker")
+    parser.add_argument("--fresh", type=int, default=4, help="new scenes a step, per worker")
+    parser.add_argument("--validate", type=int, default=192, help="held-out scenes for the log")
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share every batch")
+    parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "rendezvous").unlink(missing_ok=True)
+    if args.workers == 1:
+        work(0, args)
+    else:
+        torch.multiprocessing.start_processes(work, (args,), nprocs=args.workers, start_method="spawn")
+
+
+if __name__ == "__main__":
+    main()
