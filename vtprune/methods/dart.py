@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MethodError
-from ..selection import top_k
+from ..selection import segment_ids, top_k
 from .base import Choice, Method, Stage, Tap, Tokens
 from .registry import register
+from .taps import layer_output, over_prompt
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -133,33 +134,31 @@ class DART(Method):
 
     def taps(self, anatomy: Anatomy) -> tuple[Tap, ...]:
         cut = self.schedule(anatomy.num_layers)[0].layer
-        return (Tap("dart.states", anatomy.layers[cut - 1], _states),) if cut else ()
+        return (Tap("dart.states", anatomy.layers[cut - 1], layer_output),) if cut else ()
 
     def choose(self, tokens: Tokens) -> Choice:
-        prompt = tokens.prompt
-        if prompt is None:
-            raise MethodError("DART compares with the text of the prompt; these tokens come without it")
-        size = key_size(tokens.attention_inputs(max(tokens.layer - 1, 0), queries="last").keys)  # [C]
+        inputs = tokens.attention_inputs(max(tokens.layer - 1, 0))
+        size = key_size(inputs.keys)  # [C]
         norm = final_norm(tokens.anatomy)
-        hidden, where, ends = norm(tokens.hidden), prompt.text, prompt.text_segments
-        if tokens.observed.get("dart.states"):
-            states = tokens.observed["dart.states"][-1]  # [B, T, D]
-            text = norm(states[prompt.batch[where], prompt.column[where]].to(hidden.device))  # [R, D]
+        hidden = norm(tokens.hidden)
+        records, prompt = tokens.observed.get("dart.states"), tokens.prompt
+        if records and prompt is not None:
+            text, ends = norm(over_prompt(records[-1], tokens)[prompt.text]), inputs.query_segments  # [R, D]
+            asked = inputs.query_order + inputs.key_segments[:-1][segment_ids(ends)]
         else:
-            text, where, ends = hidden[:0], where[:0], torch.zeros_like(ends)
-        return Choice(
-            duplication_aware(
-                hidden,
-                size[prompt.visual],
-                tokens.segments,
-                tokens.budgets,
-                text,
-                size[where],
-                ends,
-                self.pivots,
-                self.exact,
-            )
+            text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_segments), inputs.query_order[:0]
+        keep = duplication_aware(
+            hidden,
+            size[inputs.visual],
+            tokens.segments,
+            tokens.budgets,
+            text,
+            size[asked],
+            ends,
+            self.pivots,
+            self.exact,
         )
+        return Choice(keep)
 
 
 def final_norm(anatomy: Anatomy | None) -> nn.Module:
@@ -167,8 +166,3 @@ def final_norm(anatomy: Anatomy | None) -> nn.Module:
     children = anatomy.decoder.children() if anatomy is not None else ()
     norms = [child for child in children if "norm" in type(child).__name__.lower()]
     return norms[-1] if norms else nn.Identity()
-
-
-def _states(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-    """What a decoder layer returns, with or without a tuple around it."""
-    return output[0] if isinstance(output, tuple) else output

@@ -18,6 +18,7 @@ from .base import Choice, ScoreMethod, Stage, Tap, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
 from .registry import register
+from .taps import layer_input, layer_output, over_prompt
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -148,9 +149,10 @@ class TransPrune(ScoreMethod):
             )
         return found
 
-    def _record(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-        x_in = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        x_out = output[0] if isinstance(output, tuple) else output
+    def _record(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        x_in, x_out = layer_input(args, kwargs, output), layer_output(args, kwargs, output)
+        if x_in.dim() == 3 and x_in.shape[1] == 1:
+            return None  # a decoding step
         if x_in.dim() != 3 or x_out.numel() != x_in.numel():
             raise MethodError(
                 f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expected "
@@ -177,9 +179,8 @@ class TransPrune(ScoreMethod):
         tokens.memory["transprune.seen"] = len(records)
         total = torch.zeros(len(tokens), device=tokens.hidden.device)
         for record in records[seen:]:
-            if prompt is None:
-                raise MethodError("TransPrune reads the whole prompt; these tokens come without it")
-            changes = record[prompt.batch, prompt.column].to(total.device)  # [C, 2]
+            changes = over_prompt(record, tokens)  # [C, 2]
+            assert prompt is not None
             if self.support == "all":
                 total += variation(changes, prompt.segments)[prompt.visual]
             else:

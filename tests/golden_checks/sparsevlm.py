@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of SparseVLM and SparseVLM+: raters, scores, what is kept, and what is recycled into what."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
+from vtprune.methods.sparsevlm import (
+    priority_heads,
+    rater_scores,
+    raters,
+    rope_weights,
+)
+from vtprune.selection import rank_in_segment, top_k
+
+
+def close(x: torch.Tensor, y: np.ndarray) -> None:
+    """Scores and attention: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
+    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+
+
+def equal(x: torch.Tensor, y: np.ndarray) -> None:
+    assert x.tolist() == y.tolist()
+
+
+def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Returns the recycled tokens in the order of the file."""
+    count, budget = len(scores), int(case["budget"])
+    members, clusters = recycled(count - budget)
+    assert (members, clusters) == (len(case["recycled_indices"]), int(case["cluster_num"]))
+    dropped = torch.ones(count, dtype=torch.bool)
+    dropped[torch.from_numpy(case["kept"])] = False
+    order = rank_in_segment(scores.masked_fill(~dropped, -torch.inf), torch.tensor([0, count])).argsort()
+    rows = order[:members]
+    equal(rows, case["recycled_indices"])
+    group, centres = density_peaks(visual[rows], clusters)
+    equal(group, case["cluster_assignment"])
+    equal(centres, case["cluster_centers"])
+
+    total = budget + clusters
+    if split_budget(count, total) != (
+        budget,
+        clusters,
+    ):  # two splits may have the same sum; ours then keeps one token more
+        assert split_budget(count, total) == (budget + 1, clusters - 1)
+        return torch.stack([visual[rows][group == c].mean(0) for c in range(clusters)])
+    keep, merged = recycle(visual, scores, scores, torch.tensor([0, count]), torch.tensor([total]))
+    expected = set(case["kept"].tolist()) | set(rows[centres].tolist())
+    assert set(keep.nonzero().flatten().tolist()) == expected
+    kept = torch.from_numpy(case["kept"])
+    assert torch.equal(merged[kept], visual[kept])
+    return merged[rows[centres]]
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        start, count, budget = (int(case[name]) for name in ("image_start", "num_image_tokens", "budget"))
+        end = start + count
+        embeds, hidden = torch.from_numpy(case["input_embeds"]), torch.from_numpy(case["layer_output"])
+        rating = rater_scores(embeds[start:end], embeds[end:])
+        close(rating, case["rater_scores"])
+        chosen = raters(rating).nonzero().flatten()
+        equal(chosen, case["rater_indices"])
+
+        attention = torch.from_numpy(case["text_attention_rows"])[:, chosen]  # [H, r, N]
+        if int(case["version2"]):
+            text = torch.arange(end, len(embeds))
+            divisor = rope_weights(text[:, None] - torch.arange(start, end), head_size=128)
+            close(divisor, case["rope_weights"])
+            attention = attention / divisor[chosen]
+            heads = priority_heads(attention, len(case["selected_heads"]))
+            equal(heads.nonzero().flatten(), case["selected_heads"])
+            attention = attention[heads]
+        scores = attention.mean(dim=(0, 1))
+        close(scores, case["scores"])
+        keep = top_k(scores, torch.tensor([0, count]), torch.tensor([budget])).nonzero().flatten()
+        equal(keep, case["kept"])
+
+        survivors = torch.cat([torch.arange(start), keep + start, torch.arange(end, len(hidden))])
+        sequence, positions = hidden[survivors], torch.from_numpy(case["position_ids"])
+        if int(case["version2"]):
+            positions = positions[survivors]  # original ids
+        else:
+            merged = check_recycling(case, scores, hidden[start:end])
+            np.testing.assert_allclose(merged.numpy(), case["merged_features"], rtol=1e-4, atol=1e-5)
+            sequence = torch.cat([sequence[: start + budget], merged, sequence[start + budget :]])
+            positions = positions[: len(sequence)]  # compact ids
+        np.testing.assert_allclose(sequence.numpy(), case["output_sequence"], rtol=1e-4, atol=1e-5)
+        equal(positions, case["output_position_ids"])

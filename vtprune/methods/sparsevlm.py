@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseVLM and SparseVLM+: text tokens that see the image rate it, and what is dropped is recycled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from vtprune_kernels import attention_rows
+
+from ..errors import MethodError
+from ..selection import segment_ids, top_k
+from .base import AttentionInputs, Choice, ScoreMethod, Stage, Tap, Tokens
+from .depth import scale_schedule
+from .fastv import visual_attention
+from .recycling import recycle
+from .registry import register
+from .taps import layer_input, over_prompt
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+_SHARES = {1: (300 / 576, 200 / 576, 110 / 576), 2: (300 / 576, 200 / 576, 118 / 576)}
+_HEADS = 14 / 32  # of the heads, where the release takes 14 of 32
+
+
+def rater_scores(visual: Tensor, text: Tensor) -> Tensor:
+    """How much the image has to do with each text token: softmax over the text of `visual text^T`, mean over the image.
+
+    Args:
+        visual: `[n, D]` input embeddings of the visual tokens.
+        text: `[t, D]` input embeddings of the text after them.
+
+    Returns:
+        Tensor: `[t]` float32, sums to 1.
+    """
+    return torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
+
+
+def raters(scores: Tensor) -> Tensor:
+    """`[t]` bool: text tokens above the mean; all of them where none is."""
+    above = scores > scores.mean()
+    return above if bool(above.any()) else torch.ones_like(above)
+
+
+def rope_weights(distance: Tensor, head_size: int, base: float = 10000.0) -> Tensor:
+    """Logits between vectors of ones that differ only by rotation: `2 / sqrt(dh) * sum_j cos(distance * theta_j)`."""
+    theta = base ** (-torch.arange(0, head_size, 2, device=distance.device) / head_size)
+    return 2 * torch.cos(distance[..., None] * theta).sum(-1) * head_size**-0.5
+
+
+def priority_heads(attention: Tensor, count: int) -> Tensor:
+    """`[H]` bool: the `count` heads with the largest sum of `attention` `[H, r, n]`."""
+    mass = attention.sum(dim=(1, 2))
+    return top_k(mass, torch.tensor([0, len(mass)], device=mass.device), torch.tensor([count]))
+
+
+@register("sparsevlm")
+@dataclass
+class SparseVLM(ScoreMethod):
+    """Keeps, at three depths, the tokens that the visually relevant words attend to, and merges some of the others.
+
+    Paper: SparseVLM, arXiv 2410.04417, section 3; `version=2` is SparseVLM+ of its later versions. Cuts after layers
+    2, 6 and 15 of 32 have run; reads queries and keys of those layers, and the input embeddings.
+
+    Raters are text tokens after the image with more than the mean of `mean_v softmax_t(H_v . H_t)`, chosen once, on
+    the input embeddings. `score_i` is the attention from the raters, mean over heads and raters. Version 1 recycles:
+    the best 30 % of the dropped tokens are clustered by density peaks, ten to a cluster, and each cluster lives on as
+    its mean, in the column of its centre. Version 2 does not recycle; it divides the attention by what rotation alone
+    gives vectors of ones, and looks only at the heads with most attention from raters to the image.
+
+    Differences from the release: kept tokens and clusters together are exactly the budget (the release adds the
+    clusters to its count); no noise in the densities, ties go to the smaller column; recycled tokens keep the place of
+    their centre (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
+    rotation that of the model with positions taken along the prompt, its divisor at least `floor` (the release divides
+    by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one pool; where
+    no word is above the mean, all are raters. The release of version 1 renumbers positions after every cut, while the
+    patch keeps the original ones unless it is made with `positions="compact"`; version 2 keeps them.
+
+    Attributes:
+        version: 1, or 2 for SparseVLM+.
+        layers: Cuts, before these layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet
+            become one). Each reads the layer before it.
+        shares: Share of the original tokens left after each cut, by default that of the version's 192-token setting.
+        depth: Decoder length that `layers` refers to; None takes them as they are.
+        heads: Version 2: number of heads, or None for 14/32 of them.
+        floor: Version 2: least divisor, as a share of the divisor at distance 0.
+    """
+
+    version: Literal[1, 2] = 1
+    layers: tuple[int, ...] = (3, 7, 16)
+    shares: tuple[float, ...] | None = None
+    depth: int | None = 32
+    heads: int | None = None
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.version not in (1, 2):
+            raise MethodError(f"SparseVLM has version={self.version!r}; expected 1, or 2 for SparseVLM+")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        shares = _SHARES[self.version] if self.shares is None else self.shares
+        return scale_schedule(self.layers, shares, self.depth, num_layers, "SparseVLM")
+
+    def reads(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(max(stage.layer - 1, 0) for stage in self.schedule(num_layers))
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (Tap("sparsevlm.embeddings", anatomy.layers[0], _embeddings),)
+
+    def score(self, tokens: Tokens) -> Tensor:
+        inputs = tokens.attention_inputs(max(tokens.layer - 1, 0))
+        if "sparsevlm.raters" not in tokens.memory:
+            tokens.memory["sparsevlm.raters"] = self._find_raters(tokens, inputs)
+            tokens.memory["sparsevlm.text_place"] = inputs.query_order
+            tokens.memory["sparsevlm.place"] = inputs.visual - inputs.key_segments[:-1][tokens.pool]
+        rate = tokens.memory["sparsevlm.raters"]
+        return visual_attention(inputs, rate.float()) if self.version == 1 else self._corrected(tokens, inputs, rate)
+
+    def select(self, tokens: Tokens, scores: Tensor, recycle_by: Tensor | None = None) -> Choice:
+        """Chooses by `scores`, and what to recycle by `recycle_by`, if that is given."""
+        if self.version == 2:
+            choice = super().select(tokens, scores)
+        else:
+            recycle_by = scores if recycle_by is None else recycle_by
+            keep, hidden = recycle(tokens.hidden, scores, recycle_by, tokens.segments, tokens.budgets)
+            choice = Choice(keep, hidden, scores)
+        tokens.memory["sparsevlm.place"] = tokens.memory["sparsevlm.place"][choice.keep]
+        return choice
+
+    def _find_raters(self, tokens: Tokens, inputs: AttentionInputs) -> Tensor:
+        """`[R]` bool; before the decoder, where text has not been seen yet, all."""
+        records, prompt = tokens.observed.get("sparsevlm.embeddings"), tokens.prompt
+        if not records or prompt is None:
+            return torch.ones(len(inputs.queries), dtype=torch.bool, device=tokens.hidden.device)
+        states = over_prompt(records[0], tokens)  # [C, D]
+        visual = states[prompt.visual].split(tokens.segments.diff().tolist())
+        text = states[prompt.text].split(prompt.text_segments.diff().tolist())
+        found = [raters(rater_scores(v, t)) for v, t in zip(visual, text, strict=True)]
+        return torch.cat(found)
+
+    def _corrected(self, tokens: Tokens, inputs: AttentionInputs, rate: Tensor) -> Tensor:
+        """The score of SparseVLM+, `[M]`."""
+        rows = rate.nonzero().flatten()
+        sample = segment_ids(inputs.query_segments)[rows]
+        counts = torch.bincount(sample, minlength=len(tokens.segments) - 1)
+        segments = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        attention = attention_rows(
+            inputs.queries[rows],
+            inputs.keys,
+            segments,
+            inputs.key_segments,
+            inputs.query_order[rows],
+            inputs.scaling,
+            inputs.softcap,
+            reduce="none",
+        )  # [H, r, L]
+        column = inputs.visual - inputs.key_segments[:-1][tokens.pool]  # [M]
+        size, base = inputs.queries.shape[-1], rope_base(tokens.anatomy)
+        heads = self.heads or max(1, round(_HEADS * len(attention)))
+        scores = []
+        edges, ends = tokens.segments.tolist(), segments.tolist()
+        for s in range(len(edges) - 1):
+            mine, here = slice(edges[s], edges[s + 1]), slice(ends[s], ends[s + 1])
+            asked = tokens.memory["sparsevlm.text_place"][rows[here], None]
+            distance = asked - tokens.memory["sparsevlm.place"][mine]  # [r, n]
+            divisor = rope_weights(distance, size, base).clamp_min(self.floor * size**0.5)
+            corrected = attention[:, here, column[mine]] / divisor  # [H, r, n]
+            scores.append(corrected[priority_heads(corrected, min(heads, len(corrected)))].mean(dim=(0, 1)))
+        return torch.cat(scores)
+
+
+def rope_base(anatomy: Anatomy | None) -> float:
+    """Base of the decoder's rotation, from its config; 10000 where that does not say."""
+    config = getattr(getattr(anatomy, "decoder", None), "config", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    bases = [p["rope_theta"] for p in (parameters, *parameters.values()) if isinstance(p, dict) and "rope_theta" in p]
+    return float(bases[0]) if bases else 10000.0
+
+
+def _embeddings(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    states = layer_input(args, kwargs, output)
+    return states if states.shape[1] > 1 else None  # not of decoding steps
