@@ -10,7 +10,7 @@ import torch
 
 from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, offsets, strided
 from vtprune_kernels import progressive_mmr
-from vtprune_kernels.progressive_mmr import Duplication
+from vtprune_kernels.progressive_mmr import Duplication, closest_other
 from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
 
 
@@ -129,6 +129,33 @@ def test_broken_numbers_still_give_the_budget():
     order = progressive_mmr(relevance, keys, values, segments, torch.tensor([30]))
     assert order[0].unique().numel() == 30
     assert set(range(45, 50)) <= set(order[0].tolist())
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_carried_rows_count_as_chosen_and_are_not_returned(chunk):
+    relevance, keys, values, segments = case((80, 1, 40), seed=12)
+    carried = torch.rand(121, generator=torch.Generator().manual_seed(12)) < 0.2
+    carried[80] = True
+    counts = torch.tensor([20, 0, 40 - int(carried[81:].sum())])
+    settings = {"chunk": chunk, "carried": carried, "scaling": 0.05}
+    order = progressive_mmr(relevance, keys, values, segments, counts, **settings)
+    assert_order(order, naive(relevance, keys, values, segments, counts, **settings), segments, counts)
+    assert not carried[order[order >= 0]].any()
+    whole = progressive_mmr(relevance, keys, values, segments, torch.tensor([30, 0, 30]), chunk=1)
+    first = torch.zeros(121, dtype=torch.bool)
+    first[torch.cat([whole[0, :10], whole[2, :10]])] = True
+    rest = progressive_mmr(relevance, keys, values, segments, torch.tensor([20, 0, 20]), chunk=1, carried=first)
+    assert torch.equal(rest[[0, 2]], whole[[0, 2], 10:])  # going on equals never having stopped
+
+
+def test_closest_other_is_the_largest_off_diagonal_similarity():
+    _, keys, values, segments = case((300, 1, 20), seed=13)
+    found = closest_other(keys, values, segments)
+    for start, stop in ((0, 300), (301, 321)):
+        everything = torch.arange(stop - start)
+        full = Duplication(keys[start:stop], values[start:stop])(everything, everything)
+        torch.testing.assert_close(found[start:stop], full.fill_diagonal_(-torch.inf).amax(1), atol=1e-6, rtol=0)
+    assert found[300] == -torch.inf
 
 
 def test_large_shared_bias_does_not_blur_the_distances():

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from .._ragged import spans
 from .vectorised import Duplication
 from .vectorised import progressive_mmr as _vectorised
 
@@ -22,12 +24,14 @@ def progressive_mmr(
     growth: float = 0.25,
     pool: int = 4,
     objective: Literal["linear", "log"] = "linear",
+    scaling: float | None = None,
+    carried: Tensor | None = None,
 ) -> Tensor:
     """Chooses rows by relevance minus duplication with the rows already chosen.
 
     The duplication of two rows is the cosine of their rank-one weight updates `phi(k)^T v`, averaged over the KV heads:
-    `S_ij = mean_g cos(v_gi, v_gj) * exp(-|k_gi - k_gj|^2 / (2 sqrt(dk)))`. The similarity matrix is never formed:
-    the state is a few numbers per row.
+    `S_ij = mean_g cos(v_gi, v_gj) * exp(-scaling |k_gi - k_gj|^2 / 2)`. The similarity matrix is never formed: the
+    state is a few numbers per row.
 
     Each round chooses `c = max(1, floor(growth * chosen))` rows, at most `chunk`: exactly and greedily among the
     `pool * c` best of the last round's values. `chunk=1` is the exact greedy choice.
@@ -44,6 +48,8 @@ def progressive_mmr(
         pool: Candidates per row to choose; 1 takes the best `c` at once, without looking at each other.
         objective: `"linear"`: `r - duplication * max(0, S_max)`;
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
+        scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
+        carried: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
 
     Returns:
         Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
@@ -52,7 +58,32 @@ def progressive_mmr(
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
     if chunk < 1 or pool < 1 or growth < 0:
         raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
-    return _vectorised(relevance, keys, values, segments, budgets, duplication, chunk, growth, pool, objective)
+    return _vectorised(
+        relevance, keys, values, segments, budgets, duplication, chunk, growth, pool, objective, scaling, carried
+    )
 
 
-__all__ = ["Duplication", "progressive_mmr"]
+def closest_other(keys: Tensor, values: Tensor, segments: Tensor, scaling: float | None = None) -> Tensor:
+    """Largest similarity of each row with another row of its pool, in blocks; a diagnostic that costs `O(N^2)` time.
+
+    Args:
+        keys: `[M, G, dk]`.
+        values: `[M, G, dv]`.
+        segments: `[S + 1]` int64 offsets of the pools.
+        scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
+
+    Returns:
+        Tensor: `[M]` float32, minus infinity in pools of one row.
+    """
+    closest = torch.full((len(keys),), -torch.inf, device=keys.device)
+    for start, stop in spans(segments):
+        similarity = Duplication(keys[start:stop], values[start:stop], scaling)
+        everything = torch.arange(stop - start, device=keys.device)
+        for rows in everything.split(256):
+            block = similarity(rows, everything)  # [256, n]
+            block[rows - rows[0], rows] = -torch.inf
+            closest[rows + start] = block.amax(1)
+    return closest
+
+
+__all__ = ["Duplication", "closest_other", "progressive_mmr"]

@@ -9,12 +9,13 @@ from torch import Tensor
 from .._ragged import empty_order, finite, pools, unit_rows
 
 
-def similarity(keys: Tensor, values: Tensor, one: int) -> Tensor:
-    """`[n]` duplication of every row with row `one`: `mean_g cos(v_i, v_j) exp(-|k_i - k_j|^2 / (2 sqrt(dk)))`."""
+def similarity(keys: Tensor, values: Tensor, one: int, scaling: float | None = None) -> Tensor:
+    """`[n]` duplication of every row with row `one`: `mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`."""
+    scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     keys, unit = keys.float(), unit_rows(values)
     distance = (keys - keys[one]).square().sum(-1)  # [n, G]
     cosine = (unit * unit[one]).sum(-1)  # [n, G]
-    return (cosine * torch.exp(-distance / (2 * keys.shape[-1] ** 0.5))).mean(-1)
+    return (cosine * torch.exp(-0.5 * scaling * distance)).mean(-1)
 
 
 def gains(relevance: Tensor, closest: Tensor, duplication: float, objective: str) -> Tensor:
@@ -35,6 +36,8 @@ def progressive_mmr(
     growth: float = 0.25,
     pool: int = 4,
     objective: str = "linear",
+    scaling: float | None = None,
+    carried: Tensor | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
     order = empty_order(budgets, relevance.device)
@@ -42,6 +45,10 @@ def progressive_mmr(
         score, k, v = relevance[start:stop].float(), keys[start:stop], values[start:stop]
         free = torch.ones(stop - start, dtype=torch.bool, device=relevance.device)
         closest = torch.zeros(stop - start, device=relevance.device)
+        for row in [] if carried is None else carried[start:stop].nonzero().flatten().tolist():
+            closest = torch.maximum(closest, similarity(k, v, row, scaling))
+            free[row] = False
+        budget = min(budget, int(free.sum()))
         chosen: list[int] = []
         while len(chosen) < budget:
             count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))
@@ -56,9 +63,9 @@ def progressive_mmr(
                     value = gains(score, inner, duplication, objective)
                     rest = sorted(set(candidates) - set(picked))
                     picked.append(max(rest, key=lambda row: (float(value[row]), -row)))
-                    inner = torch.maximum(inner, similarity(k, v, picked[-1]))
+                    inner = torch.maximum(inner, similarity(k, v, picked[-1], scaling))
             for row in picked:
-                closest = torch.maximum(closest, similarity(k, v, row))
+                closest = torch.maximum(closest, similarity(k, v, row, scaling))
                 free[row] = False
             chosen += picked
         order[number, :budget] = torch.tensor(chosen, dtype=torch.int64) + start

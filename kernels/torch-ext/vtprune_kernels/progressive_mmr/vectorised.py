@@ -17,13 +17,14 @@ class Duplication:
     Args:
         keys: `[n, G, dk]`, any float dtype.
         values: `[n, G, dv]`.
+        scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, scaling: float | None = None) -> None:
         keys = keys.float()
         # Distances do not change under a shift; without the shared part of the keys (their bias) less is cancelled.
         self.keys = keys - keys.mean(0)
-        self.scale = keys.shape[-1] ** -0.5
+        self.scale = keys.shape[-1] ** -0.5 if scaling is None else scaling
         self.half = self.keys.square().sum(-1) * (self.scale / 2)  # [n, G]
         self.values = unit_rows(values)
 
@@ -42,9 +43,9 @@ class Duplication:
 class _Pool:
     """State of one pool: the largest similarity of each row with the chosen ones, kept up only as far as needed."""
 
-    def __init__(self, relevance: Tensor, keys: Tensor, values: Tensor, duplication: float, objective: str) -> None:
+    def __init__(self, relevance: Tensor, similarity: Duplication, duplication: float, objective: str) -> None:
         self.relevance, self.duplication, self.objective = relevance.float(), duplication, objective
-        self.similarity = Duplication(keys, values)
+        self.similarity = similarity
         self.closest = torch.zeros_like(self.relevance)
         self.bounds = self.gains(torch.arange(len(relevance), device=relevance.device), self.closest)
         self.seen = torch.zeros(len(relevance), dtype=torch.int64, device=relevance.device)
@@ -90,21 +91,28 @@ def progressive_mmr(
     growth: float = 0.25,
     pool: int = 4,
     objective: str = "linear",
+    scaling: float | None = None,
+    carried: Tensor | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
     order = empty_order(budgets, relevance.device)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget == 0:
             continue
-        state = _Pool(relevance[start:stop], keys[start:stop], values[start:stop], duplication, objective)
-        while (done := len(state.chosen)) < budget:
+        similarity = Duplication(keys[start:stop], values[start:stop], scaling)
+        state = _Pool(relevance[start:stop], similarity, duplication, objective)
+        if carried is not None:
+            state.take(carried[start:stop].nonzero().flatten())
+        before = len(state.chosen)
+        budget = min(budget, stop - start - before)
+        while (done := len(state.chosen) - before) < budget:
             count = min(budget - done, chunk, max(1, int(growth * done)))
-            wanted = 1 if count == 1 else min(pool * count, stop - start - done)
-            candidates = lazy_top(state.bounds, state.seen, done, wanted, state.refresh)
+            wanted = 1 if count == 1 else min(pool * count, stop - start - before - done)
+            candidates = lazy_top(state.bounds, state.seen, before + done, wanted, state.refresh)
             if pool == 1:
                 best_first = torch.sort(state.bounds[candidates], descending=True, stable=True).indices
                 state.take(candidates[best_first])
             else:
                 state.take(state.pick(candidates, count))
-        order[number, :budget] = state.chosen + start
+        order[number, :budget] = state.chosen[before:] + start
     return order

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IWP: the mathematics it rests on, and the choice it makes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_tokens import Sample, tokens
+
+from vtprune.errors import MethodError
+from vtprune.methods import resolve
+from vtprune.methods.iwp import IWP
+from vtprune_kernels.progressive_mmr import Duplication
+
+READINGS = ["chunked", "streaming", "tournament"]
+
+
+def rotate(x, first=0, base=10000.0):
+    """Rotary embedding, half-split, positions `first..` along the last but one dimension."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(first, first + x.shape[-2])[:, None] * base ** (-torch.arange(half) / half)
+    cos, sin = angle.cos().repeat(1, 2).to(x.dtype), angle.sin().repeat(1, 2).to(x.dtype)
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def sample(count=60, text=5, heads=4, groups=2, size=16, seed=0, before=3):
+    g = torch.Generator().manual_seed(seed)
+    length = before + count + text
+    centres = torch.randn(8, groups, size, generator=g)
+    which = torch.randint(8, (length,), generator=g).sort().values
+    keys = (centres[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
+    values = (centres.flip(0)[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
+    queries = torch.randn(heads, text, size, generator=g)
+    rotated = rotate(queries, length - text)
+    return Sample(queries, keys, values, before, count, rotate(keys), rotated)
+
+
+def kept(method, samples, budgets, image=None):
+    batch = tokens(samples, budgets, image)
+    keep = method.choose(batch).keep
+    assert keep.dtype == torch.bool
+    counts = torch.zeros(len(samples), dtype=torch.int64).scatter_add(0, batch.sample, keep.long())
+    assert counts.tolist() == budgets
+    return keep.split([s.count for s in samples])
+
+
+def test_is_registered_and_clamps_its_layer_to_shallow_decoders():
+    assert isinstance(resolve("iwp"), IWP)
+    assert [IWP().schedule(n)[0].layer for n in (28, 3, 2, 1)] == [2, 2, 1, 0]
+    assert IWP(layer=8).schedule(4)[0].layer == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query": "mean"},
+        {"reduce": "median"},
+        {"relevance": "max"},
+        {"objective": "quadratic"},
+        {"reading": "random"},
+        {"duplication": 1.5},
+        {"layer": -1},
+        {"chunk": 0},
+        {"image_floor": 2},
+        {"image_floor": 0.5, "reading": "streaming"},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(options):
+    with pytest.raises(MethodError, match=next(iter(options))):
+        IWP(**options)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([4, 16, 60]), st.floats(0.1, 2))
+@settings(max_examples=25, deadline=None)
+def test_normalised_kernel_is_gaussian_and_symmetric_with_unit_diagonal(seed, size, spread):
+    g = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(9, 2, size, generator=g) * spread for _ in range(2))
+    k, v = keys.double(), values.double()
+    kappa = torch.exp(torch.einsum("igd,jgd->gij", k, k) / size**0.5)
+    gram = torch.einsum("igd,jgd->gij", v, v) * kappa
+    norm = gram.diagonal(dim1=1, dim2=2).sqrt()
+    everything = torch.arange(9)
+    found = Duplication(keys, values)(everything, everything)
+    expected = (gram / norm[:, :, None] / norm[:, None]).mean(0)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, found.T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.diagonal(), torch.ones(9), atol=1e-5, rtol=0)
+    assert torch.linalg.eigvalsh(gram).min() > -1e-9 * gram.abs().max()
+
+
+def test_rotation_changes_neither_norms_nor_the_query_free_magnitude():
+    s = sample()
+    torch.testing.assert_close(s.rotated_keys.norm(dim=-1), s.keys.norm(dim=-1))
+    plain, rotated = (IWP(rope_in_duplication=rope).candidates(tokens([s], [10])) for rope in (False, True))
+    assert torch.equal(plain.relevance, rotated.relevance)  # the magnitude stays free of positions
+    assert not torch.allclose(plain.keys, rotated.keys)
+    turned = IWP(rope_in_magnitude=True).candidates(tokens([s], [10]))
+    assert not torch.allclose(turned.relevance, rotated.relevance)
+
+
+def test_relevance_ignores_where_the_image_stands():
+    """Without rotation, moving every key by some positions changes no magnitude."""
+    s = sample()
+    moved = Sample(s.queries, s.keys, s.values, s.start, s.count, rotate(s.keys, 7), rotate(s.queries, 7))
+    first, second = (IWP().candidates(tokens([x], [10])).relevance for x in (s, moved))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("relevance", ["linear", "log", "rank"])
+@pytest.mark.parametrize("reading", READINGS)
+def test_without_duplication_it_is_top_k(relevance, reading):
+    s = sample(seed=1)
+    method = IWP(duplication=0, relevance=relevance, reading=reading, block=16)
+    batch = tokens([s], [20])
+    scores = method.candidates(batch).relevance
+    quotas = {"chunked": [16, 16, 16, 12], "streaming": [5, 5, 6, 4], "tournament": [11, 11, 11, 8]}[reading]
+    blocks = [b.topk(k).indices + 16 * i for i, (b, k) in enumerate(zip(scores.split(16), quotas, strict=True))]
+    among = torch.cat(blocks)
+    expected = among[scores[among].topk(20).indices]
+    assert set(method.choose(batch).keep.nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_full_budget_keeps_everything(reading, count):
+    assert kept(IWP(reading=reading, block=5), [sample(count)], [count])[0].all()
+    assert kept(IWP(reading=reading, block=5), [sample(count)], [1])[0].sum() == 1
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.25, 0.5, 1.0]))
+@settings(max_examples=25, deadline=None)
+def test_chunk_of_one_is_exact_greedy_for_any_pool(seed, budget, duplication):
+    s = sample(seed=seed)
+    first, second = (kept(IWP(chunk=1, pool_factor=b, duplication=duplication), [s], [budget])[0] for b in (1, 4))
+    assert torch.equal(first, second)
+
+
+def doubled(count, seed):
+    """Every visual token twice, and otherwise no two alike."""
+    s = sample(count, seed=seed)
+    keys, values = (
+        torch.cat([x[:, : 3 + count], x[:, 3 : 3 + count], x[:, 3 + count :]], 1) for x in (4 * s.keys, s.values)
+    )
+    return Sample(s.queries / 4, keys, values, 3, 2 * count)
+
+
+def test_duplicates_are_not_kept_while_others_are_worth_more():
+    s = doubled(40, seed=3)
+    keep = kept(IWP(duplication=1.0, relevance="rank"), [s], [20])[0]
+    assert not (keep[:40] & keep[40:]).any()
+    blind = kept(IWP(duplication=0), [s], [20])[0]
+    assert (blind[:40] == blind[40:]).all()
+
+
+SETTINGS = [{}, {"image_floor": 0.5}, *({"reading": reading, "block": 16} for reading in READINGS)]
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_a_sample_in_a_batch_is_chosen_as_alone(options):
+    samples = [sample(60, 5, seed=4), sample(7, 1, seed=5, before=0), sample(100, 9, seed=6)]
+    budgets = [12, 3, 40]
+    together = kept(IWP(**options), samples, budgets)
+    for s, budget, mine in zip(samples, budgets, together, strict=True):
+        assert torch.equal(kept(IWP(**options), [s], [budget])[0], mine)
+
+
+def test_streaming_spreads_the_budget_over_the_blocks():
+    keep = kept(IWP(reading="streaming", block=16), [sample(64, seed=7)], [10])[0]
+    assert [int(block.sum()) for block in keep.split(16)] == [2, 3, 2, 3]
+
+
+def test_streaming_does_not_repeat_what_was_kept_before():
+    method = IWP(reading="streaming", block=20, duplication=1.0, relevance="rank")
+    keep = kept(method, [doubled(20, seed=8)], [16])[0]
+    assert not (keep[:20] & keep[20:]).any()
+
+
+def test_every_image_is_sure_of_its_floor():
+    s = sample(90, seed=9)
+    dull = s.values.clone()
+    dull[:, 33:63] *= 1e-3  # nothing of the second image is relevant
+    image = torch.arange(3).repeat_interleave(30)
+    samples = [Sample(s.queries, s.keys, dull, 3, 90)]
+    without = kept(IWP(relevance="linear", duplication=0.1), samples, [30], image)[0]
+    with_floor = kept(IWP(relevance="linear", duplication=0.1, image_floor=0.5), samples, [30], image)[0]
+    assert without[30:60].sum() == 0 and with_floor[30:60].sum() == 5
+    assert all(part.sum() >= 5 for part in with_floor.split(30))
+
+
+def test_last_token_query_differs_and_text_free_prompts_have_only_it():
+    s = sample(seed=10)
+    mean, last = (IWP(query=q).candidates(tokens([s], [9])).relevance for q in ("instruction_mean", "last"))
+    assert not torch.allclose(mean, last)
+    s = sample(text=1, seed=10)
+    mean, last = (IWP(query=q).candidates(tokens([s], [9])).relevance for q in ("instruction_mean", "last"))
+    assert torch.equal(mean, last)
+
+
+def test_log_relevance_of_equal_tokens_is_one():
+    s = sample(1)
+    assert IWP(relevance="log").candidates(tokens([s], [1])).relevance.tolist() == [1.0]
+    assert IWP(relevance="rank").candidates(tokens([s], [1])).relevance.tolist() == [1.0]
+
+
+def test_statistics_are_logged_for_debugging_only(caplog):
+    batch = tokens([sample()], [9])
+    with caplog.at_level(logging.INFO, "vtprune"):
+        IWP().choose(batch)
+    assert not caplog.records
+    with caplog.at_level(logging.DEBUG, "vtprune"):
+        IWP().choose(batch)
+    assert "closest_similarity" in caplog.text
+    numbers = IWP().statistics(batch)
+    assert 0 < numbers["relevance"] <= 1 and 0 < numbers["closest_similarity"] <= 1
