@@ -46,8 +46,8 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}"
     "{% for part in message['content'] %}{% if part['type'] == 'text' %} {{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% else %}"
-    "{% if message['content'] is string %} answer: {{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %} answer: {{ part['text'] }}{% endif %}{% endfor %}"
+    " answer: {% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} answer:{% endif %}"
 )

@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 def held_out_scenes(n_scenes: int, questions_per_scene: int = 1) -> Iterator[Sample]:
-    """Questions on scenes that training never draws; the kinds get about the same number, not every scene has every kind."""
+    """Questions on scenes that training never draws, about the same number of each kind (not every scene has all)."""
     if n_scenes > scenes.TRAIN_SEEDS:
         raise ValueError(f"only {scenes.TRAIN_SEEDS:,} scenes are held out, not {n_scenes:,}")
     total: Counter[str] = Counter()
@@ -159,10 +159,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: {time.perf_counter() - began:.0f} s")
         for kind, row in result[name].items():
             low, high = row["interval"]
-            print(
-                f"  {kind:9} {row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}  95 % interval {low:.1%} to {high:.1%}"
-                f"  majority guess {row['majority']:.1%}"
-            )
+            share = f"{row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}"
+            print(f"  {kind:9} {share}  95 % interval {low:.1%} to {high:.1%}  majority guess {row['majority']:.1%}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -21,9 +21,9 @@ SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
 # Words that mark patches in the dense loss of training; `center` marks the one patch at an object's middle.
 MARKS = ("background", "center")
 QUESTION_WORDS = (
-    "circles rectangles triangles stars crosses signs shapes objects object yes no what color colour of the is shape size "
-    "or where how many are there a an in image does contain not present digit number on describe list and it this that "
-    "which picture scene see do you can any ? , . : answer"
+    "circles rectangles triangles stars crosses signs shapes objects object yes no what color colour of the is shape "
+    "size or where how many are there a an in image does contain not present digit number on describe list and it this "
+    "that which picture scene see do you can any ? , . : answer"
 )
 WORDS = (
     *COLORS,
