@@ -100,27 +100,31 @@ class DART(Method):
     """Keeps pivots and the tokens that resemble the pivots least, in the decoder before layer K.
 
     Paper: Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494.
-    Reads the rotated keys of layer K-1 and the states entering layer K; no attention.
+    Reads the keys of layer K-1 and the states entering layer K; no attention.
 
     Pivots are the `pivots` visual tokens and the `pivots` text tokens after the last image with the largest L1 norm of
     their keys (all KV heads together). One pivot after the other, in ascending order of columns, takes the tokens with
     the smallest cosine to it, of the states after the decoder's final norm, among those not taken yet.
 
-    Differences from the release: the count is exactly the budget: the pivots share what the visual ones leave over, the
-    first ones one more each where it does not divide evenly (`exact=False` is the released count,
-    `pivots + 2 pivots * floor(budget / (2 pivots))`); the order of the pivots is fixed; text pivots come after the last
-    image of a sample. K is clamped to the last layer. Before the decoder (K = 0, or a decoder of one layer) there is no
-    layer K-1: the keys are those of layer 0, and there are no text pivots.
+    Differences from the release: keys are read before rotation, because the L1 norm of a rotated key changes with the
+    padding in front of the prompt (`rope=True` is the release). The count is exactly the budget: the pivots share what
+    the visual ones leave over, the first ones one more each where it does not divide evenly (`exact=False` is the
+    released count, `pivots + 2 pivots * floor(budget / (2 pivots))`, which `patch` refuses where it is not the budget).
+    The order of the pivots is fixed. Text pivots come after the last image of a sample. K is clamped to the last layer.
+    Before the decoder (K = 0, or a decoder of one layer) there is no layer K-1: the keys are those of layer 0, and
+    there are no text pivots.
 
     Attributes:
         layer: K, the layer before which tokens are dropped.
         pivots: Pivots of each kind.
         exact: Whether the count is the budget.
+        rope: Whether the keys are rotated.
     """
 
     layer: int = 2
     pivots: int = 4
     exact: bool = True
+    rope: bool = False
 
     def __post_init__(self) -> None:
         if self.pivots < 1 or self.layer < 0:
@@ -137,7 +141,7 @@ class DART(Method):
         return (Tap("dart.states", anatomy.layers[cut - 1], layer_output),) if cut else ()
 
     def choose(self, tokens: Tokens) -> Choice:
-        inputs = tokens.attention_inputs(max(tokens.layer - 1, 0))
+        inputs = tokens.attention_inputs(max(tokens.layer - 1, 0), rope=self.rope)
         size = key_size(inputs.keys)  # [C]
         norm = final_norm(tokens.anatomy)
         hidden = norm(tokens.hidden)

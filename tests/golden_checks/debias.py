@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of attention debiasing: padding masks, curves, weighted scores and what is kept, for three hosts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtprune.methods.padding import PaddingRule
+from vtprune.methods.position_curve import Curve
+from vtprune.selection import rank_in_segment, top_k
+
+RULES = {
+    "fastv": PaddingRule("area", 0.5),
+    "fastvbefore": PaddingRule("integer"),
+    "pyramiddrop": PaddingRule("area", 0.01),
+    "sparsevlm": PaddingRule("bilinear"),
+}
+
+
+def close(x: torch.Tensor, y: np.ndarray) -> None:
+    """Scores: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
+    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        rule = RULES[max((host for host in RULES if group.startswith(host)), key=len)]
+        width, height = case["image_size"].tolist()
+        mask = rule.grid(height, width, len(case["pad_mask"]))
+        np.testing.assert_array_equal(mask.long().numpy(), case["pad_mask"])
+
+        attention = torch.from_numpy(case["attention"])
+        weights = torch.ones(len(attention))
+        if "curve" in case:
+            curve = Curve.preset("fastv") if "sigma" not in case else Curve("exponential", (float(case["sigma"]),))
+            weights = curve(torch.arange(len(attention)) / (len(attention) - 1))
+            close(weights, case["curve"])
+        scores = attention * weights * mask.flatten()
+        close(scores, case["scores"])
+
+        budget = int(case["budget"])
+        if "budget_requested" in case:  # the release lowers the rank to what shows the picture
+            assert budget == min(int(case["budget_requested"]), int(mask.sum()))
+        pool = torch.tensor([0, len(scores)])
+        kept = top_k(scores, pool, torch.tensor([budget])).nonzero().flatten()
+        assert kept.tolist() == case["kept"].tolist()
+        if "kept_in_order" in case:
+            assert rank_in_segment(scores, pool).argsort()[:budget].tolist() == case["kept_in_order"].tolist()

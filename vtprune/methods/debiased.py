@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention debiasing: the scores of another method, without its preference for late tokens and for padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import MethodError
+from .base import Choice, Pool, ScoreMethod, Stage, Tap, Tokens
+from .fastv import FastV
+from .padding import PaddingRule, shown
+from .position_curve import Curve
+from .registry import register
+from .sparsevlm import SparseVLM
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+_CURVES = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
+_RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bilinear")}
+
+
+@register("debiased")
+@dataclass
+class Debiased(ScoreMethod):
+    """Another method with its scores corrected: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
+    `Debiased(SparseVLM())`.
+
+    Paper: Attention Debiasing for Token Pruning, arXiv 2508.17807. Cuts where the host cuts, reads what the host reads.
+
+    `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the number of the token among the `N` original visual tokens
+    of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is known from
+    the size of the picture alone (`methods.padding.shown`); where the processor does not pad, nothing is suppressed.
+
+    Differences from the release: curves go over to any number of tokens by `x`; the budget is kept where fewer tokens
+    than that show the picture, and padding fills it in order of columns (the release lowers the budget for FastV);
+    `stages="all"` corrects later cuts too, by original numbers; SparseVLM recycles by corrected scores, so that
+    padding does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576
+    tokens of one
+    model: the defaults here, the one of FastV and those of GQA, are not fitted to your model. Fit your own with
+        `Curve.fit`.
+
+    Attributes:
+        host: The method to correct.
+        curve: A curve, the name of a released one (`"sparsevlm/pope"`), the path of a saved one (`.json`), `"flat"` to
+            suppress padding alone; None for the host's default.
+        padding: Whether padding is suppressed.
+        rule: How cells at the border of the picture are judged; None for what was released for the host (FastV: half
+            of the area; PyramidDrop: 1 %; SparseVLM: a shrunk mask).
+        stages: Which cuts are corrected, the `"first"` or `"all"`.
+        recycle: What SparseVLM recycles by, `"debiased"` or `"raw"` scores.
+    """
+
+    host: ScoreMethod = field(default_factory=FastV)
+    curve: Curve | str | None = None
+    padding: bool = True
+    rule: PaddingRule | None = None
+    stages: Literal["first", "all"] = "first"
+    recycle: Literal["debiased", "raw"] = "debiased"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, ScoreMethod):
+            raise MethodError(
+                f"Debiased corrects scores, and {type(self.host).__name__} is not a method with scores; expected an "
+                "instance of FastV, PyramidDrop, SparseVLM or another ScoreMethod"
+            )
+        self._curve = self._resolve()
+        self._rule = self.rule or _RULES.get(self.host.name, PaddingRule())
+
+    def _resolve(self) -> Curve:
+        if isinstance(self.curve, Curve):
+            return self.curve
+        if self.curve == "flat":
+            return Curve("exponential", (0.0,))
+        if self.curve is not None:
+            return Curve.load(self.curve) if self.curve.endswith(".json") else Curve.preset(self.curve)
+        if self.host.name not in _CURVES:
+            raise MethodError(
+                f"no curve was released for {type(self.host).__name__}; fit one with Curve.fit and pass it as curve="
+            )
+        return Curve.preset(_CURVES[self.host.name])
+
+    @property
+    def pool(self) -> Pool:  # type: ignore[override]
+        return self.host.pool
+
+    def schedule(self, num_layers: int) -> Iterable[Stage]:  # type: ignore[override]
+        return self.host.schedule(num_layers)
+
+    def reads(self, num_layers: int) -> Iterable[int]:
+        return self.host.reads(num_layers)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return self.host.taps(anatomy)
+
+    def weights(self, tokens: Tokens) -> Tensor:
+        """`[M]` factors of the host's scores."""
+        sample = tokens.sample[tokens.segments[:-1]]  # of each pool
+        counts = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device=sample.device)
+        counts.index_add_(0, sample, tokens.originals.to(sample.device))
+        number = (
+            counts.cumsum(0)[tokens.sample] - counts[tokens.sample] + tokens.index
+        )  # among all visual tokens at first
+        weight = self._curve(tokens.index.float() / (counts[tokens.sample] - 1).clamp_min(1))
+        if not self.padding:
+            return weight
+        if "debiased.shown" not in tokens.memory:
+            tokens.memory["debiased.shown"] = shown(tokens, self._rule)
+        return weight * tokens.memory["debiased.shown"][number]
+
+    def score(self, tokens: Tokens) -> Tensor:
+        raw = self.host.score(tokens)
+        first = tokens.memory.setdefault("debiased.first", tokens.stage) == tokens.stage
+        tokens.memory["debiased.raw"] = raw
+        return raw * self.weights(tokens) if first or self.stages == "all" else raw
+
+    def select(self, tokens: Tokens, scores: Tensor) -> Choice:
+        if self.recycle == "raw" and isinstance(self.host, SparseVLM):
+            return self.host.select(tokens, scores, recycle_by=tokens.memory["debiased.raw"])
+        return self.host.select(tokens, scores)
