@@ -67,7 +67,7 @@ def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | N
             past = int(cache.get_seq_length(number)) if cache is not None else 0
             total = past + queries
             for drop in drops:
-                if number in drop.merged and queries > 1:
+                if number in drop.merged and past <= drop.merged[number][1].min() < past + queries:
                     rows, columns, states = drop.merged[number]
                     hidden = hidden.clone()
                     hidden[rows, columns - past] = states.to(hidden.dtype)

@@ -302,12 +302,12 @@ class Patch:
         sources += list((thread.inputs.get("mm_encoder_outputs") or {}).values())
         sources = [weakref.ref(source) for source in sources if source is not None]
         if previous is not None:
-            old_ids, old_sources, old_kept = previous
+            old_ids, old_sources, decisions = previous
             same = len(sources) == len(old_sources) and all(a() is b() for a, b in zip(sources, old_sources, strict=True))
             if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
-                call.memo = old_kept
-        # `kept_flat` is filled while the call runs.
-        thread.cacheless = (ids, sources, call.kept_flat)
+                call.memo = decisions
+        # `decisions` is filled while the call runs.
+        thread.cacheless = (ids, sources, call.decisions)
 
 
 def patch(

@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Snapshot:
-    """A layer's input as it was when the layer was about to run."""
+    """A layer's input as it was when the layer was about to run, and how many slots its cache held then."""
 
     layer: nn.Module
     args: tuple
     kwargs: dict[str, Any]
     index: Tensor
     alive: Tensor
+    held: int
 
 
 @dataclass
@@ -103,7 +104,7 @@ class DecoderCall:
         state: Slots of a cache that was pruned by an earlier call.
         visual: The visual columns, or None where nothing is to be cut.
         inputs: Keyword arguments of the composite's call.
-        memo: Kept columns per stage, from an earlier call without a cache that this one continues.
+        memo: Kept tokens and merged states per stage, from an earlier call without a cache that this one continues.
     """
 
     patch: Patch
@@ -116,7 +117,7 @@ class DecoderCall:
     visual: VisualTokens | None
     inputs: dict[str, Any]
     cache: Any = None
-    memo: list[Tensor] | None = None
+    memo: list[tuple[Tensor, Tensor | None]] | None = None
     planes: Planes | None = None
     observed: dict[str, list] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +131,7 @@ class DecoderCall:
         self.snapshots: dict[int, Snapshot] = {}
         self.stages: list[tuple[int, list[Tensor]]] = []
         self.kept_flat: list[Tensor] = []
+        self.decisions: list[tuple[Tensor, Tensor | None]] = []
         self.scores: list[Tensor | None] = []
         self.counts: dict[int, list[int]] = {}
         self.reads: set[int] = set()
@@ -168,7 +170,8 @@ class DecoderCall:
             changed = None
         if number in self.reads:
             now_args, now_kwargs = changed if changed is not None else (args, kwargs)
-            self.snapshots[number] = Snapshot(layer, now_args, now_kwargs, self.index, self.alive)
+            held = decode.held(self.cache, number)
+            self.snapshots[number] = Snapshot(layer, now_args, now_kwargs, self.index, self.alive, held)
         self.packings.append((self.index, self.alive))
         return changed
 
@@ -221,7 +224,7 @@ class DecoderCall:
         stays = slot >= 0
         stays[visual.sample, visual.column] &= self.alive_visual
         relative = self._repack(stays, slot)
-        self._record(number)
+        self._record(number, merged)
         hidden = compact.gather(hidden, relative.to(hidden.device), 1)
         return self._arguments(number, *_with_hidden(*incoming, hidden))
 
@@ -249,10 +252,11 @@ class DecoderCall:
         sizes = torch.bincount(pools, minlength=len(self.pools.sizes))
         wanted = torch.tensor(self.counts[number])
         if self.memo is not None:
+            kept, merged = self.memo[stage]
             keep = torch.zeros_like(self.alive_visual)
-            keep[self.memo[stage]] = True
+            keep[kept] = True
             self.scores.append(None)
-            return keep[flat], None
+            return keep[flat], merged
         if torch.equal(sizes, wanted):
             self.scores.append(None)
             return torch.ones(len(flat), dtype=torch.bool), None
@@ -293,7 +297,7 @@ class DecoderCall:
                 f"visual tokens of sample {', '.join(map(str, bad))} hold NaN or Inf before layer {number}: scores would be "
                 "meaningless; check the image features"
             )
-        here = Snapshot(layer, args, kwargs, self.index, self.alive)
+        here = Snapshot(layer, args, kwargs, self.index, self.alive, decode.held(self.cache, number))
 
         def read(tokens: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
             if which != number and which not in self.snapshots:
@@ -369,7 +373,7 @@ class DecoderCall:
         assert visual is not None
         probed = observe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
         device = probed.key.device
-        past = self._past_keys(number) if rope else None
+        past = self._past_keys(number, snapshot.held) if rope else None
         slot = self._slot_of_column(snapshot.index, snapshot.alive)
         query_rows, query_order, visual_rows = [], [], []
         keys, values, query_lengths, key_lengths = [], [], [], []
@@ -405,9 +409,9 @@ class DecoderCall:
             softcap=probed.softcap,
         )
 
-    def _past_keys(self, number: int) -> list[tuple[Tensor, Tensor]] | None:
-        """Keys and values that a layer already has in its cache, `[C, G, d]` per sample, without padding."""
-        count = min(decode.held(self.cache, number), self._stored(number))
+    def _past_keys(self, number: int, held: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values of the `held` slots that earlier calls left in a layer, `[C, G, d]` per sample, without padding."""
+        count = min(held, self._stored(number))
         if count == 0:
             return None
         layer = self.cache.layers[number]
@@ -430,10 +434,11 @@ class DecoderCall:
             return 0
         return 0 if layer.is_sliding else layer.keys.shape[-2]
 
-    def _record(self, number: int) -> None:
+    def _record(self, number: int, merged: Tensor | None) -> None:
         visual = self.visual
         assert visual is not None
         self.kept_flat.append(self.alive_visual.nonzero()[:, 0])
+        self.decisions.append((self.kept_flat[-1], merged))
         columns, alive = (visual.column + self.past).split(visual.counts), self.alive_visual.split(visual.counts)
         self.stages.append((number, [c[a] for c, a in zip(columns, alive, strict=True)]))
 

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix: a new method or family is in it by existing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from families import FAMILIES  # noqa: E402
+from support import LAYOUTS  # noqa: E402
+
+from vtprune import methods  # noqa: E402
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`family`, `method`, `layout` and `attention` arguments run over all there is; families outermost, to build few models."""
+    names = metafunc.fixturenames
+    if "family" in names:
+        metafunc.parametrize("family", list(FAMILIES), scope="session")
+    if "method" in names:
+        metafunc.parametrize("method", methods.names())
+    if "layout" in names:
+        metafunc.parametrize("layout", list(LAYOUTS))
+    if "attention" in names:
+        metafunc.parametrize("attention", ["sdpa", "eager"])
+
+
+@pytest.fixture(autouse=True)
+def no_grad():  # noqa: ANN201
+    with torch.no_grad():
+        yield

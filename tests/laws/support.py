@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the laws share: models built once, spied methods, the masked reference of a pruned call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from families import FAMILIES, Image, Video
+from reference import Drops, masked
+
+import vtprune
+from vtprune.methods import Choice, Method, ScoreMethod, Stage, Tokens
+
+RATIO = 0.3
+ONE = [[3, Image(0), 5]]
+MIXED = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7], [9]]
+CLIP = [[3, Video(0), 5], [4, Image(1), 2, Video(1), 3]]
+
+
+@dataclass
+class Steps(ScoreMethod):
+    """Three cuts, one of them before the decoder: the hardest case for caches and masks."""
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return Stage(0, 0.7), Stage(1, 0.5), Stage(3, 0.2)
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.hidden.norm(dim=-1)
+
+
+@dataclass
+class Middle(ScoreMethod):
+    """One cut inside the decoder."""
+
+    layer: int = 2
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.hidden.norm(dim=-1)
+
+
+@dataclass
+class Merging(Method):
+    """A cut that changes what it keeps."""
+
+    layer: int = 1
+
+    def choose(self, tokens: Tokens) -> Choice:
+        from vtprune.selection import top_k
+
+        keep = top_k(tokens.hidden.norm(dim=-1), tokens.segments, tokens.budgets)
+        return Choice(keep, hidden=tokens.hidden * 0.5 + 0.1)
+
+
+LAYOUTS: dict[str, Method] = {
+    "input": Middle(layer=0),
+    "middle": Middle(),
+    "steps": Steps(),
+    "merging": Merging(),
+}
+
+
+@lru_cache(maxsize=2)
+def model_of(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return FAMILIES[family].build(attention, dtype)
+
+
+def patched(model: torch.nn.Module, method: Any, **budget: Any) -> vtprune.Patch:
+    """Patches, or skips where the method says that this model cannot serve it."""
+    import pytest
+
+    try:
+        return vtprune.patch(model, method=method, **(budget or {"ratio": RATIO}))
+    except vtprune.MethodError as error:
+        pytest.skip(f"refused: {error}")
+
+
+class Spy:
+    """Watches a patch's method, so that the reference can be given the states that a merging method wrote."""
+
+    def __init__(self, patch: vtprune.Patch) -> None:
+        self.patch, self.choose = patch, patch.method.choose
+        self.choices: list[tuple[Tokens, Choice]] = []
+        patch.method.choose = self._record  # type: ignore[method-assign]
+
+    def _record(self, tokens: Tokens) -> Choice:
+        choice = self.choose(tokens)
+        self.choices.append((tokens, choice))
+        return choice
+
+    def drops(self) -> Drops:
+        """What the most recent prefill dropped and replaced."""
+        last = self.patch.last
+        assert last is not None
+        drop = Drops.of(last)
+        for tokens, choice in self.choices:
+            if choice.hidden is not None:
+                kept = choice.keep
+                place = tokens.sample[kept], tokens.column[kept] + last.held_before
+                drop.merged[tokens.layer] = (*place, choice.hidden[kept])
+        self.choices.clear()
+        return drop
+
+    def close(self) -> None:
+        vars(self.patch.method).pop("choose", None)
+
+
+@contextmanager
+def pruned(model: torch.nn.Module, method: Any, **budget: Any) -> Iterator[tuple[vtprune.Patch, Spy]]:
+    """A patched model, unpatched at the end; skips where the method refuses the model."""
+    patch = patched(model, method, **budget)
+    spy = Spy(patch)
+    try:
+        yield patch, spy
+    finally:
+        spy.close()
+        patch.remove()
+
+
+def survivors(drops: list[Drops], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`[B, T]` columns that hold a token and were not dropped anywhere."""
+    rows, length = batch["input_ids"].shape
+    alive = batch["attention_mask"].bool().clone()
+    for drop in drops:
+        alive &= ~drop.mask(10_000, rows, length)
+    return alive
+
+
+def reference(model: torch.nn.Module, drops: list[Drops], batch: dict[str, torch.Tensor]) -> Any:
+    """Context manager under which the unpatched `model` hides what `drops` lists."""
+    return masked(vtprune.inspect(model).layers, drops, batch["attention_mask"])
