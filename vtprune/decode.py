@@ -163,8 +163,9 @@ def crop(self: Cache, tokens_to_remove: int) -> None:
     base: list[Tensor | None] = []
     for i, layer in enumerate(self.layers):
         slots = state.slots(i, held(self, i))
-        left = end if slots is None else int(((slots < end) & (slots >= 0)).sum(1).max())
-        if slots is not None and bool((slots[:, :left] < 0).any() | ((slots[:, left:] < end) & (slots[:, left:] >= 0)).any()):
+        stays = None if slots is None else (slots < end) & (slots >= 0)
+        left = end if stays is None else int(stays[0].sum())
+        if stays is not None and not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < left)).all()):
             raise VTPruneError(
                 "crop goes into the pruned part of a batch whose samples keep different numbers of tokens; crop only what "
                 "came after the prompt, or generate the samples one by one"

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 8: patched models, threads and interleaved generations never disturb each other; nothing grows."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Image
+from support import LAYOUTS, ONE, model_of, pruned
+
+import vtprune
+
+PROMPTS = [[3, Image(0), 5], [6, Image(1), 4], [2, Image(0), 9], [5, Image(1), 2]]
+
+
+def generate(model: torch.nn.Module, batch: dict, **kwargs: Any) -> list:
+    return model.generate(**batch, max_new_tokens=4, do_sample=False, **kwargs).tolist()
+
+
+def test_two_models_and_an_unpatched_one(family: str) -> None:
+    make = FAMILIES[family]
+    one, two, plain = make.build(seed=0), make.build(seed=1), make.build(seed=2)
+    batch = make.batch(ONE)
+    want_plain = plain(**batch).logits
+    alone = []
+    for model, method, ratio in ((one, "random", 0.5), (two, LAYOUTS["steps"], 0.2)):
+        with vtprune.patch(model, ratio=ratio, method=method):
+            alone.append(generate(model, batch))
+    with vtprune.patch(one, ratio=0.5, method="random"), vtprune.patch(two, ratio=0.2, method=LAYOUTS["steps"]):
+        assert torch.equal(plain(**batch).logits, want_plain)
+        assert [generate(one, batch), generate(two, batch)] == alone
+        assert torch.equal(plain(**batch).logits, want_plain)
+
+
+def test_threads_on_one_model(family: str, layout: str) -> None:
+    model, make = model_of(family), FAMILIES[family]
+    batches = [make.batch([prompt]) for prompt in PROMPTS]
+    if make.needs_types:
+        # transformers keeps rope_deltas on the model: positions of two prompts can mix even unpatched, so use one prompt.
+        batches = [make.batch([PROMPTS[0]], seed=seed) for seed in range(4)]
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, spy):
+        spy.close()  # the spy itself is not made for threads
+        want = [(generate(model, batch), [k.tolist() for k in patch.last.kept]) for batch in batches]
+        got: list[Any] = [None] * len(batches)
+
+        def work(i: int) -> None:
+            with torch.no_grad():
+                for _ in range(3):
+                    got[i] = (generate(model, batches[i]), [k.tolist() for k in patch.last.kept])
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert got == want
+
+
+def test_interleaved_generations(family: str, layout: str) -> None:
+    """Two conversations advance in turns on one model."""
+    model, make = model_of(family), FAMILIES[family]
+    batches = [make.batch([[3, Image(0), 5]], seed=s) for s in (0, 1)]
+
+    def start(batch: dict) -> Any:
+        return model(**batch, use_cache=True)
+
+    def advance(out: Any) -> Any:
+        return model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+
+    with pruned(model, LAYOUTS[layout], ratio=0.3):
+        serial = []
+        for batch in batches:
+            out = start(batch)
+            for _ in range(4):
+                out = advance(out)
+            serial.append(out.logits)
+        outs = [start(batch) for batch in batches]
+        for _ in range(4):
+            outs = [advance(out) for out in outs]
+    for out, want in zip(outs, serial, strict=True):
+        torch.testing.assert_close(out.logits, want)
+
+
+class Interrupt(BaseException):
+    """Stands for KeyboardInterrupt, which hooks that run on errors do not see."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Interrupt, KeyboardInterrupt])
+def test_an_exception_inside_leaves_the_model_usable(family: str, layout: str, error: type[BaseException]) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    plain = model(**batch).logits
+
+    def fail(*_: Any) -> None:
+        raise error("stop")
+
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, _):
+        want = model(**batch).logits
+        for module in (patch.anatomy.layers[3], patch.anatomy.vision_tower, patch.anatomy.layers[0]):
+            handle = module.register_forward_pre_hook(fail)
+            with pytest.raises(error):
+                model(**batch)
+            handle.remove()
+            assert torch.equal(model(**batch).logits, want)
+            # Text after an interrupted picture is text.
+            text = torch.tensor([[20, 21, 22]])
+            with patch.paused():
+                clean = model(input_ids=text).logits
+            assert torch.equal(model(input_ids=text).logits, clean)
+    assert torch.equal(model(**batch).logits, plain)
+
+
+def test_nothing_grows(family: str, layout: str) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
+        spy.close()
+
+        def tensors() -> int:
+            gc.collect()
+            return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+        for _ in range(3):
+            generate(model, batch)
+        before = tensors()
+        for _ in range(8):
+            generate(model, batch)
+        assert tensors() <= before
