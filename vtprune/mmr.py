@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class MMR:
     chunk: int = 16
     growth: float = 0.25
     pool: int = 4
-    objective: str = "linear"
+    objective: Literal["linear", "log"] = "linear"
 
     def order(self, rows: Candidates, budgets: Tensor, carried: Tensor | None = None) -> Tensor:
         """`[S, max(budgets)]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen."""

@@ -4,6 +4,9 @@
 A value computed a few picks ago is then an upper bound of today's. Only rows whose old value could still win are
 evaluated again, in blocks, so that the products stay matrix products. The result is the same as evaluating every row
 at every pick (Minoux, "Accelerated greedy algorithms", 1978).
+
+Going further, a window of the best rows is brought up to date together, and picks are made inside the window for as
+long as its best row beats the bounds of all rows outside.
 """
 
 from __future__ import annotations
@@ -43,8 +46,23 @@ def lazy_top(bounds: Tensor, seen: Tensor, step: int, count: int, refresh: Calla
     width = max(_BLOCK, count)
     while True:
         rows = top_set(bounds, count)
-        if bool((seen[rows] == step).all()):
+        exact = seen == step
+        if bool(exact[rows].all()):
             return rows
-        stale = bounds.masked_fill(seen == step, -torch.inf)
-        refresh(stale.topk(min(width, len(stale))).indices)
+        likely = bounds.masked_fill(exact, -torch.inf).topk(min(width, len(bounds)))
+        to_beat = bounds.masked_fill(~exact, -torch.inf).topk(count).values[-1]
+        refresh(likely.indices[likely.values >= to_beat])
         width *= 2  # where nothing can be saved, the number of blocks stays logarithmic
+
+
+class Window:
+    """How many rows to look at together: twice as many after a window with few picks, half after one with many."""
+
+    def __init__(self, rows: int = 96) -> None:
+        self.rows = rows
+
+    def adapt(self, picks: int) -> None:
+        if picks < 8:
+            self.rows = min(2 * self.rows, 384)
+        elif picks > 32:
+            self.rows = max(self.rows // 2, 32)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._lazy import lazy_top
-from .._ragged import empty_order, finite, pools, unit_rows
+from .._cosine import Cosine
+from .._lazy import Window, lazy_top
+from .._ragged import empty_order, finite, pools
 from .naive import EXHAUSTED
 
 
@@ -16,51 +17,80 @@ def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tens
     order = empty_order(budgets, features.device)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
-            state = _Pool(unit_rows(features[start:stop]), relevance[start:stop].float(), budget)
-            order[number, :budget] = state.choose() + start
+            kernel = Cosine(features[start:stop], relevance[start:stop].float())
+            order[number, :budget] = _Pool(kernel, budget).choose() + start
     return order
 
 
 class _Pool:
     """The factor `C` `[K, n]` of one pool (`kernel[chosen] = L C`), each column known up to `seen` rows."""
 
-    def __init__(self, unit: Tensor, relevance: Tensor, budget: int) -> None:
-        self.rows = torch.nan_to_num(unit * relevance[:, None], nan=0.0, posinf=0.0, neginf=0.0)
-        self.variance = finite(self.rows.square().sum(1))
+    def __init__(self, kernel: Cosine, budget: int) -> None:
+        self.kernel = kernel
+        self.variance = finite(kernel.squares())
         self.left = self.variance.clone()
-        self.bounds = self.gains(slice(None))
-        self.factors = unit.new_zeros(budget, len(unit))
-        self.triangle = unit.new_zeros(budget, budget)  # L, the factor's columns of the chosen rows
-        self.seen = torch.zeros(len(unit), dtype=torch.int64, device=unit.device)
-        self.chosen = torch.empty(budget, dtype=torch.int64, device=unit.device)
+        self.bounds = self.gains(self.left, self.variance)
+        self.factors = self.left.new_zeros(budget, len(kernel))
+        self.triangle = self.left.new_zeros(budget, budget)  # L, the factor's columns of the chosen rows
+        self.seen = torch.zeros_like(self.left, dtype=torch.int64)
+        self.chosen = self.seen.new_zeros(budget)
         self.done = 0
 
-    def gains(self, rows: Tensor | slice) -> Tensor:
-        return torch.where(self.left[rows] > EXHAUSTED * self.variance[rows], self.left[rows], 0)
+    @staticmethod
+    def gains(left: Tensor, variance: Tensor) -> Tensor:
+        return torch.where(left > EXHAUSTED * variance, left, 0)
+
+    def update(self, rows: Tensor, left: Tensor) -> None:
+        self.left[rows] = left
+        self.bounds[rows] = torch.minimum(self.bounds[rows], self.gains(left, self.variance[rows]))
+        self.seen[rows] = self.done
 
     def refresh(self, rows: Tensor) -> None:
         since, done = int(self.seen[rows].min()), self.done
-        new = self.rows[self.chosen[since:done]] @ self.rows[rows].T  # [done - since, r]
-        new -= self.triangle[since:done, :since] @ self.factors[:since, rows]
+        new = self.kernel.between(self.chosen[since:done], self.kernel.subset(rows))  # [done - since, r]
+        if since:
+            new -= self.triangle[since:done, :since] @ self.factors[:since, rows]
         new = torch.linalg.solve_triangular(self.triangle[since:done, since:done], new, upper=False)
         self.factors[since:done, rows] = new
         unseen = torch.arange(since, done, device=rows.device)[:, None] >= self.seen[rows]
-        self.left[rows] -= (new.square() * unseen).sum(0)
-        self.bounds[rows] = torch.minimum(self.bounds[rows], self.gains(rows))
-        self.seen[rows] = done
+        self.update(rows, self.left[rows] - (new.square_() * unseen).sum(0))
+
+    def pick(self, rows: Tensor, limit: int) -> None:
+        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
+        done, known = self.done, self.factors[: self.done, rows]
+        kernel = self.kernel.subset(rows)(slice(None)).sub_(known.T @ known)  # [w, w] given what is chosen
+        left, variance = self.left[rows], self.variance[rows]
+        new = left.new_zeros(limit, len(rows))
+        picked: list[int] = []
+        while len(picked) < limit:
+            value = self.gains(left, variance).index_fill(0, rows.new_tensor(picked), -torch.inf)
+            best = int(value.argmax())
+            if float(value[best]) <= max(0.0, rest if picked else 0.0):
+                break
+            step = len(picked)
+            new[step] = (kernel[best] - new[:step, best] @ new[:step]) / left[best].sqrt()
+            left = left - new[step].square()
+            picked.append(best)
+        count = len(picked)
+        self.factors[done : done + count, rows] = new[:count]
+        self.triangle[done : done + count, :done] = known[:, picked].T
+        self.triangle[done : done + count, done : done + count] = new[:count, picked].T.tril()
+        self.chosen[done : done + count] = rows[picked]
+        self.bounds[rows[picked]] = -torch.inf
+        self.done += count
+        self.update(rows, left)
 
     def choose(self) -> Tensor:
-        budget = len(self.chosen)
+        """`[budget]` rows in the order of choice."""
+        budget, window = len(self.chosen), Window()
         while self.done < budget:
-            row = lazy_top(self.bounds, self.seen, self.done, 1, self.refresh)
-            if bool(self.bounds[row] <= 0):  # nothing is left that the chosen rows do not explain
+            before, width = self.done, min(window.rows, len(self.kernel) - self.done)
+            self.pick(lazy_top(self.bounds, self.seen, before, width, self.refresh), min(width, budget - before))
+            if self.done == before:  # nothing is left that the chosen rows do not explain
                 rest = self.variance.masked_fill(self.bounds == -torch.inf, -torch.inf)
                 best_first = torch.sort(rest, descending=True, stable=True).indices
-                self.chosen[self.done :] = best_first[: budget - self.done]
+                self.chosen[before:] = best_first[: budget - before]
                 break
-            self.triangle[self.done, : self.done] = self.factors[: self.done, row].squeeze(1)
-            self.triangle[self.done, self.done] = self.left[row].sqrt()
-            self.chosen[self.done] = row
-            self.bounds[row] = -torch.inf
-            self.done += 1
+            window.adapt(self.done - before)
         return self.chosen

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .._ragged import empty_order, finite, pools, unit_rows
 
+TIE = 1e-6
+
 
 def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
@@ -20,7 +22,11 @@ def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: 
         if weights is None:
             weight = torch.ones(stop - start, device=features.device)
             nearest_other = distance + torch.diag(torch.full_like(weight, torch.inf))
-            first = int(finite(nearest_other.amin(1)).argmax())
+            value = finite(nearest_other.amin(1))
+            first = int(value.argmax())
+            partner = int(nearest_other[first].argmin())
+            if value[partner] >= value[first] - TIE:  # each other's nearest: rounding must not decide between the two
+                first = min(first, partner)
         else:
             weight = weights[start:stop].float()
             first = int(finite(weight).argmax())

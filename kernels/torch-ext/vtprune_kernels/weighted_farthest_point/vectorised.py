@@ -6,31 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._lazy import lazy_top
-from .._ragged import empty_order, finite, pools, unit_rows
-
-_PROBES = 64
-
-
-def most_isolated(unit: Tensor) -> int:
-    """Row whose nearest other row is farthest away.
-
-    The distance to any other row bounds the distance to the nearest from above, so a few probed rows rule out most
-    rows, and only the rest is compared with all others.
-    """
-    length = len(unit)
-    nearest = torch.full((length,), torch.inf, device=unit.device)
-    done = torch.zeros(length, dtype=torch.int64, device=unit.device)
-
-    def probe(rows: Tensor) -> None:
-        distance = 1 - unit[rows] @ unit.T  # [p, n]
-        distance[torch.arange(len(rows), device=unit.device), rows] = torch.inf
-        nearest.copy_(torch.minimum(nearest, distance.amin(0)))
-        nearest[rows] = torch.minimum(nearest[rows], distance.amin(1))
-        done[rows] = 1
-
-    probe(torch.arange(0, length, max(1, length // _PROBES), device=unit.device))
-    return int(lazy_top(nearest, done, 1, 1, probe))
+from .._cosine import Cosine
+from .._lazy import Window, lazy_top
+from .._ragged import empty_order, finite, pools
+from .isolated import most_isolated
 
 
 def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
@@ -39,34 +18,71 @@ def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: 
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
             weight = None if weights is None else weights[start:stop].float()
-            order[number, :budget] = _choose(unit_rows(features[start:stop]), weight, budget) + start
+            order[number, :budget] = _Pool(Cosine(features[start:stop]), weight, budget).choose() + start
     return order
 
 
-def _choose(unit: Tensor, weight: Tensor | None, budget: int) -> Tensor:
-    """`[budget]` rows of one pool in the order of choice."""
-    length = len(unit)
-    chosen = torch.empty(budget, dtype=torch.int64, device=unit.device)
-    chosen[0] = most_isolated(unit) if weight is None else finite(weight).argmax()
-    nearest = torch.full((length,), torch.inf, device=unit.device)
-    bounds = torch.full((length,), torch.inf, device=unit.device)
-    seen = torch.zeros(length, dtype=torch.int64, device=unit.device)
-    # A negative weight turns the distance around: its product rises, and no old value bounds it.
-    falling = weight is None or not bool((weight < 0).any())
+class _Pool:
+    """State of one pool: each row's distance to the nearest chosen one, kept up only as far as needed."""
 
-    def refresh(rows: Tensor, done: int) -> None:
-        unseen = chosen[int(seen[rows].min()) : done]
-        nearest[rows] = torch.minimum(nearest[rows], 1 - (unit[rows] @ unit[unseen].T).amax(1))
-        value = nearest[rows] if weight is None else finite(weight[rows] * nearest[rows])
-        bounds[rows] = torch.where(bounds[rows] == -torch.inf, bounds[rows], value)
-        seen[rows] = done
+    def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int) -> None:
+        self.cosine, self.weight = cosine, weight
+        self.everything = torch.arange(len(cosine), device=cosine.rows.device)
+        self.nearest = torch.full((len(cosine),), torch.inf, device=cosine.rows.device)
+        self.bounds = self.nearest.clone()
+        self.seen = torch.zeros_like(self.everything)
+        self.chosen = self.everything.new_zeros(budget)
+        self.done = 0
+        # A negative weight turns the distance around: its product rises, and no old value bounds it.
+        self.falling = weight is None or not bool((weight < 0).any())
 
-    everything = torch.arange(length, device=unit.device)
-    bounds[chosen[0]] = -torch.inf
-    for done in range(1, budget):
-        if done == 1 or not falling:
-            refresh(everything, done)
-        row = lazy_top(bounds, seen, done, 1, lambda rows, done=done: refresh(rows, done))
-        chosen[done] = row
-        bounds[row] = -torch.inf
-    return chosen
+    def values(self, rows: Tensor, nearest: Tensor) -> Tensor:
+        return nearest if self.weight is None else finite(self.weight[rows] * nearest)
+
+    def update(self, rows: Tensor, nearest: Tensor) -> None:
+        self.nearest[rows] = nearest
+        gone = self.bounds[rows] == -torch.inf
+        self.bounds[rows] = self.values(rows, nearest).masked_fill(gone, -torch.inf)
+        self.seen[rows] = self.done
+
+    def refresh(self, rows: Tensor) -> None:
+        unseen = self.chosen[int(self.seen[rows].min()) : self.done]
+        whole = self.cosine if rows is self.everything else self.cosine.subset(rows)
+        self.update(rows, torch.minimum(self.nearest[rows], 1 - self.cosine.between(unseen, whole).amax(0)))
+
+    def take(self, rows: Tensor) -> None:
+        self.chosen[self.done : self.done + len(rows)] = rows
+        self.bounds[rows] = -torch.inf
+        self.done += len(rows)
+
+    def pick(self, rows: Tensor, limit: int) -> None:
+        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
+        among = self.cosine.subset(rows)
+        distance = 1 - among(slice(None))  # [w, w]
+        nearest, weight = self.nearest[rows], None if self.weight is None else self.weight[rows]
+        picked: list[int] = []
+        while len(picked) < limit:
+            value = nearest if weight is None else finite(weight * nearest)
+            value = value.index_fill(0, rows.new_tensor(picked), -torch.inf)
+            best = int(value.argmax())
+            if picked and not float(value[best]) > rest:
+                break
+            picked.append(best)
+            nearest = torch.minimum(nearest, distance[best])
+        self.take(rows[picked])
+        self.update(rows, nearest)
+
+    def choose(self) -> Tensor:
+        """`[budget]` rows in the order of choice."""
+        budget, length = len(self.chosen), len(self.cosine)
+        self.take(most_isolated(self.cosine) if self.weight is None else finite(self.weight).argmax()[None])
+        window = Window()
+        while self.done < budget:
+            if self.done == 1 or not self.falling:
+                self.refresh(self.everything)
+            before = self.done
+            width = min(window.rows, length - before) if self.falling else 1
+            self.pick(lazy_top(self.bounds, self.seen, before, width, self.refresh), min(width, budget - before))
+            window.adapt(self.done - before)
+        return self.chosen

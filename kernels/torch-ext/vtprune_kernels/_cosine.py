@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cosines between rows, block by block, without a normalised copy of the rows."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from ._ragged import unit_rows
+
+
+class Cosine:
+    """Products of rows scaled by their inverse lengths; rows that are zero or not finite count as zero.
+
+    Args:
+        features: `[n, D]`, any float dtype.
+        weights: `[n]` factors on the rows, or None.
+    """
+
+    def __init__(self, features: Tensor, weights: Tensor | None = None, eps: float = 1e-6) -> None:
+        self.rows = features.float()
+        length = torch.linalg.vector_norm(self.rows, dim=1)
+        if bool(torch.isfinite(length).all()):
+            self.factor = 1 / length.clamp_min(eps)
+        else:
+            self.rows = unit_rows(features)
+            self.factor = torch.ones_like(length)
+        if weights is not None:
+            self.factor = torch.nan_to_num(self.factor * weights, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __call__(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """`[R, C]` products of `rows` with `columns`, with all rows by default."""
+        return self.between(rows, self if columns is None else self.subset(columns))
+
+    def between(self, rows: Tensor, others: Cosine) -> Tensor:
+        """`[R, m]` products of `rows` with all rows of `others`."""
+        return (self.rows[rows] @ others.rows.T).mul_(self.factor[rows, None]).mul_(others.factor)
+
+    def subset(self, rows: Tensor) -> Cosine:
+        """A copy that holds `rows` only."""
+        part = copy(self)
+        part.rows, part.factor = self.rows[rows], self.factor[rows]
+        return part
+
+    def squares(self) -> Tensor:
+        """`[n]` products of the rows with themselves."""
+        return (torch.linalg.vector_norm(self.rows, dim=1) * self.factor).square()
+
+    def nearby(self, width: int) -> Tensor:
+        """`[n // width, width, width]` products inside consecutive blocks of `width` rows; the rest is left out."""
+        whole = len(self) - len(self) % width
+        blocks, factor = self.rows[:whole].unflatten(0, (-1, width)), self.factor[:whole].unflatten(0, (-1, width))
+        return (blocks @ blocks.mT).mul_(factor[:, :, None]).mul_(factor[:, None])

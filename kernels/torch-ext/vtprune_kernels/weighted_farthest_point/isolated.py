@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row whose nearest other row is farthest away, without all pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._cosine import Cosine
+from .._lazy import lazy_top
+from .naive import TIE
+
+_NEARBY, _BATCH, _PROBES = 64, 64, 4
+_STEP = 999983  # a prime: stepping by it spreads the columns over the whole pool
+
+
+def most_isolated(cosine: Cosine) -> Tensor:
+    """`[1]` row with the largest distance to its nearest other row.
+
+    The distance to any other row bounds the distance to the nearest from above. Rows in order are often alike, so
+    neighbours are compared first. Then the most promising rows are compared with all, which also lowers everybody
+    else's bound, and once few are left in the race, batches of rows from everywhere with these alone.
+    """
+    length, device = len(cosine), cosine.rows.device
+    everything = torch.arange(length, device=device)
+    nearest = torch.full((length,), torch.inf, device=device)
+    exact = torch.zeros(length, dtype=torch.int64, device=device)
+
+    def probe(rows: Tensor) -> None:
+        distance = 1 - cosine(rows)  # [p, n]
+        distance[everything[: len(rows)], rows] = torch.inf
+        nearest.copy_(torch.minimum(nearest, distance.amin(0)))
+        nearest[rows] = torch.minimum(nearest[rows], distance.amin(1))
+        exact[rows] = 1
+
+    if length > 4 * _NEARBY:
+        distance = 1 - cosine.nearby(_NEARBY)
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+        nearest[: distance.shape[0] * _NEARBY] = distance.amin(2).flatten()
+        racing, among, columns = everything, cosine, everything[:0]
+        while len(racing) > 2 * _BATCH:
+            whole = len(racing) == length
+            probe(nearest.masked_fill(exact > 0, -torch.inf).topk(_BATCH if whole else _PROBES).indices)
+            alive = nearest[racing] > nearest[exact > 0].amax()
+            if int(alive.sum()) < 0.6 * len(racing):
+                if whole:
+                    columns = (exact == 0).nonzero().squeeze(1)
+                    columns = columns[everything[: len(columns)] * _STEP % len(columns)]
+                racing = racing[alive]
+                among = cosine.subset(racing)
+            if not whole and len(columns):
+                batch, columns = columns[:_BATCH], columns[_BATCH:]
+                distance = 1 - cosine.between(batch, among)  # [batch, racing]
+                distance.masked_fill_(batch[:, None] == racing, torch.inf)
+                nearest[racing] = torch.minimum(nearest[racing], distance.amin(0))
+    best = lazy_top(nearest, exact, 1, 1, probe)
+    # Two rows that are each other's nearest are equally far, and rounding must not decide between them.
+    distance = (1 - cosine(best))[0].index_fill(0, best, torch.inf)
+    other = distance.argmin()[None]
+    probe(other)
+    tie = (nearest[other] >= nearest[best] - TIE) & (other < best) & (length > 1)
+    return torch.where(tie, other, best)
