@@ -15,9 +15,11 @@ from vtprune.errors import MethodError
 from vtprune.methods.dart import duplication_aware
 from vtprune.methods.depth import scale_layer, scale_schedule
 from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
+from vtprune.methods.taps import over_prompt
 from vtprune.methods.transprune import submodule, variation
 from vtprune.methods.uniform import spread, spread_grid
 
+PARTS = ("states", "queries", "keys", "changes")  # of a sample, one row per token
 METHODS = {
     "random": methods.Random(),
     "uniform": methods.Uniform(),
@@ -109,8 +111,10 @@ def test_uniform_spreads_over_rows_and_columns() -> None:
             assert marks.sum() == k and marks.max() <= 1
             gaps = marks.nonzero().flatten().diff()
             assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
-    short_rows = torch.tensor([0, 1, 2, 2, 2, 2, 2, 2])  # nearly all cells in one row
-    assert all(int(spread_grid(short_rows, k).sum()) == k for k in range(1, 9))
+    assert spread(torch.ones(12, dtype=torch.int64), 4).nonzero().flatten().tolist() == [1, 4, 7, 10]
+    for lengths in ((1, 1, 6), (6, 1, 1), (1, 6, 1), (9, 1, 1, 1, 1, 9)):  # the used rows may be the short ones
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        assert all(int(spread_grid(rows, k).sum()) == k for k in range(len(rows) + 1))
 
 
 def test_uniform_takes_tokens_without_a_place_by_index() -> None:
@@ -158,14 +162,89 @@ def test_recycled_tokens_are_means_in_the_columns_of_their_centres() -> None:
         torch.testing.assert_close(merged[members[centres[c]]], hidden[members[group == c]].mean(0))
 
 
-def test_density_peaks_finds_separate_clusters_and_is_deterministic() -> None:
+def test_density_peaks_finds_separate_clusters() -> None:
     g = torch.Generator().manual_seed(0)
     truth = torch.arange(3).repeat(8)
     x = torch.randn(24, 5, generator=g) * 0.05 + torch.eye(3, 5)[truth] * 4
     group, centres = density_peaks(x, 3)
     assert sorted(truth[centres].tolist()) == [0, 1, 2] and torch.equal(truth[centres][group], truth)
-    same = torch.zeros(6, 5)  # all equally dense: the first row is the densest, the others are its duplicates
-    assert density_peaks(same, 2)[1].tolist() == density_peaks(same, 2)[1].tolist() == [0, 1]
+
+
+def test_density_peaks_is_what_it_says() -> None:
+    x = torch.rand(30, 4, generator=torch.Generator().manual_seed(2))
+    distance = [[float((a - b).norm()) / 2 for b in x] for a in x]  # the root of the width is 2
+    density = [torch.tensor(sorted(row)[:5]).square().mean().neg().exp().item() for row in distance]
+    longest = max(map(max, distance))
+    gap = [
+        min([d for j, d in enumerate(row) if density[j] > density[i]] or [longest]) for i, row in enumerate(distance)
+    ]
+    centres = sorted(range(30), key=lambda i: -gap[i] * density[i])[:5]
+    group, found = density_peaks(x, 5)
+    assert found.tolist() == centres
+    assert group.tolist() == [min(range(5), key=lambda c: distance[i][centres[c]]) for i in range(30)]
+
+
+def test_density_peaks_of_duplicates() -> None:
+    x = torch.zeros(6, 5)
+    x[3:] = 4.0
+    group, centres = density_peaks(x, 2)  # all are equally dense: the first of each kind stands for it
+    assert centres.tolist() == [0, 3] and group.tolist() == [0, 0, 0, 1, 1, 1]
+    group, centres = density_peaks(x, 3)  # more clusters than kinds: every cluster still has a member
+    assert sorted(torch.bincount(group, minlength=3).tolist()) == [1, 2, 3]
+
+
+def test_sparsevlm_scores_by_the_words_that_see_the_image() -> None:
+    s = RAGGED[0]
+    keys = s.keys.repeat_interleave(HEADS // GROUPS, 1)  # [C, H, dh]
+    visual, text = s.states[s.before : s.before + s.count], s.states[-s.after :]
+    rating = (visual @ text.T).softmax(-1).mean(0)
+    rows = (s.length - s.after + torch.arange(s.after))[rating > rating.mean()]
+    assert 0 < len(rows) < s.after
+    logits = torch.einsum("rhd,chd->hrc", s.queries[rows], keys).mul(SIZE**-0.5)
+    seen = torch.arange(s.length) <= rows[:, None]
+    attention = logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., s.before : s.before + s.count]  # [H, r, n]
+    torch.testing.assert_close(methods.SparseVLM().choose(tokens([s], [7])).scores, attention.mean((0, 1)))
+
+    distance = rows[:, None] - torch.arange(s.before, s.before + s.count)
+    theta = 10000.0 ** (-torch.arange(SIZE // 2) / (SIZE // 2))
+    divisor = 2 * torch.cos(distance[..., None] * theta).sum(-1) / SIZE**0.5
+    assert divisor.min() < 0.3 * SIZE**0.5  # far away the release divides by little, or less than nothing
+    corrected = attention / divisor.clamp_min(0.3 * SIZE**0.5)
+    best = corrected.sum((1, 2)).topk(3).indices  # 14/32 of 6 heads
+    plus = methods.SparseVLM(version=2, floor=0.3)
+    batch = tokens([s], [7])
+    choice = plus.choose(batch)
+    torch.testing.assert_close(choice.scores, corrected[best].mean((0, 1)))
+
+    # Later cuts measure distances in the prompt as it was.
+    assert torch.equal(batch.memory["sparsevlm.place"], s.before + choice.keep.nonzero().flatten())
+    far = replace(s, rows=1, cols=7)
+    later = tokens(
+        [replace(far, **{n: getattr(s, n)[[*range(10), *range(s.length - 6, s.length)]] for n in PARTS})], [3]
+    )
+    later.memory = batch.memory
+    moved = plus.choose(later).scores
+    later.memory = {}
+    assert not torch.allclose(moved, plus.choose(later).scores)
+
+
+def test_dart_reads_keys_before_rotation_unless_asked() -> None:
+    for rope in (False, True):
+        batch, asked = tokens(RAGGED, BUDGETS), []
+        read = batch.reader
+        batch.reader = lambda *args, asked=asked, read=read: asked.append(args[1:3]) or read(*args)
+        methods.DART(rope=rope).choose(batch)
+        assert asked == [(1, rope)]
+
+
+def test_taps_are_read_where_padding_was_taken_away_after_them() -> None:
+    batch = tokens(RAGGED, BUDGETS)
+    assert batch.prompt is not None
+    before = over_prompt(batch.observed["dart.states"][0], batch)
+    assert torch.equal(before, torch.cat([s.states for s in RAGGED]))
+    batch.prompt.column -= 2  # all samples are padded on the left by two columns more than needed
+    assert torch.equal(over_prompt(batch.observed["dart.states"][0], batch), before)
+    assert torch.equal(over_prompt(batch.observed["dart.states"][0][:, 2:], batch), before)
 
 
 def test_transprune_adds_up_over_stages() -> None:

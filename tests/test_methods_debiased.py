@@ -53,6 +53,13 @@ def test_fit_finds_the_curve_again(form: str) -> None:
     torch.testing.assert_close(fitted(x), Curve(form, expected)(x), atol=0.05, rtol=0.0)  # type: ignore[arg-type]
 
 
+def test_every_sample_counts_the_same_in_a_fit() -> None:
+    g = torch.Generator().manual_seed(1)
+    flat, steep = torch.rand(40, generator=g) + 1, torch.exp(2 * torch.linspace(0, 1, 40))
+    fitted, scaled = Curve.fit([flat, steep]), Curve.fit([flat, 100 * steep])
+    assert fitted.coefficients == pytest.approx(scaled.coefficients, abs=1e-6)
+
+
 def test_fit_is_a_least_squares_minimum() -> None:
     g = torch.Generator().manual_seed(3)
     x = torch.linspace(0, 1, 60, dtype=torch.float64)
