@@ -63,6 +63,6 @@ class Window:
 
     def adapt(self, picks: int) -> None:
         if picks < 8:
-            self.rows = min(2 * self.rows, 384)
+            self.rows = min(2 * self.rows, 128)
         elif picks > 32:
             self.rows = max(self.rows // 2, 32)

@@ -10,8 +10,13 @@ from .._cosine import Cosine
 from .._lazy import lazy_top
 from .naive import TIE
 
-_NEARBY, _BATCH, _PROBES = 64, 64, 4
+_NEARBY, _BATCH, _PROBES = 64, 64, 16
 _STEP = 999983  # a prime: stepping by it spreads the columns over the whole pool
+
+
+def _promising(nearest: Tensor, exact: Tensor, count: int) -> Tensor:
+    """`count` rows whose bounds are largest and not exact yet."""
+    return nearest.masked_fill(exact > 0, -torch.inf).topk(count).indices
 
 
 def most_isolated(cosine: Cosine) -> Tensor:
@@ -37,22 +42,23 @@ def most_isolated(cosine: Cosine) -> Tensor:
         distance = 1 - cosine.nearby(_NEARBY)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         nearest[: distance.shape[0] * _NEARBY] = distance.amin(2).flatten()
-        racing, among, columns = everything, cosine, everything[:0]
-        while len(racing) > 2 * _BATCH:
-            whole = len(racing) == length
-            probe(nearest.masked_fill(exact > 0, -torch.inf).topk(_BATCH if whole else _PROBES).indices)
-            alive = nearest[racing] > nearest[exact > 0].amax()
-            if int(alive.sum()) < 0.6 * len(racing):
-                if whole:
-                    columns = (exact == 0).nonzero().squeeze(1)
-                    columns = columns[everything[: len(columns)] * _STEP % len(columns)]
-                racing = racing[alive]
-                among = cosine.subset(racing)
-            if not whole and len(columns):
+        racing, among, columns = everything, cosine, everything
+        while len(racing) > 2 * _BATCH and len(columns):
+            if among is cosine:
+                probe(_promising(nearest, exact, _BATCH))
+            else:
                 batch, columns = columns[:_BATCH], columns[_BATCH:]
                 distance = 1 - cosine.between(batch, among)  # [batch, racing]
                 distance.masked_fill_(batch[:, None] == racing, torch.inf)
                 nearest[racing] = torch.minimum(nearest[racing], distance.amin(0))
+            alive = nearest[racing] > nearest[exact > 0].amax()
+            if int(alive.sum()) < 0.7 * len(racing):
+                if among is cosine:
+                    columns = (exact == 0).nonzero().squeeze(1)
+                    columns = columns[everything[: len(columns)] * _STEP % len(columns)]
+                probe(_promising(nearest, exact, _PROBES))
+                racing = racing[nearest[racing] > nearest[exact > 0].amax()]
+                among = cosine.subset(racing)
     best = lazy_top(nearest, exact, 1, 1, probe)
     # Two rows that are each other's nearest are equally far, and rounding must not decide between them.
     distance = (1 - cosine(best))[0].index_fill(0, best, torch.inf)
