@@ -115,9 +115,8 @@ class Debiased(ScoreMethod):
 
     def score(self, tokens: Tokens) -> Tensor:
         raw = self.host.score(tokens)
-        first = tokens.memory.setdefault("debiased.first", tokens.stage) == tokens.stage
         tokens.memory["debiased.raw"] = raw
-        return raw * self.weights(tokens) if first or self.stages == "all" else raw
+        return raw * self.weights(tokens) if tokens.stage == 0 or self.stages == "all" else raw
 
     def select(self, tokens: Tokens, scores: Tensor) -> Choice:
         if self.recycle == "raw" and isinstance(self.host, SparseVLM):
