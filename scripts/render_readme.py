@@ -10,8 +10,8 @@ so. Result files are written by benchmarks and never edited by hand:
 * `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
   `ratio` (asked for), `kept` (visual tokens after the last cut, mean over questions) and `mean_tokens` (mean over
   decoder layer inputs and questions); `unpruned` with `visual_tokens`;
-* `families.json`: `rows` with `model_type` and `laws`, a mapping from the name of a law to whether it held (a law that
-  does not apply is left out).
+* `families.json`: `rows` with `model_type`, `laws`, a mapping from the name of a law to whether it held (a law that does
+  not apply is left out), and `tests`, a mapping from `passed`, `failed`, `skipped` to counts.
 
 Both carry `versions`, a mapping from package to version, and `machine`.
 """
@@ -96,7 +96,10 @@ def families(results: Path) -> str:
         (f"all but {', '.join(broken)}" if broken else "all", str(len(names)), ", ".join(names))
         for broken, names in sorted(groups.items(), key=lambda item: len(item[0]))
     ]
-    return f"Laws tried: {', '.join(laws)}. {_versions(data)}\n\n" + _table(("laws that hold", "", "families"), rows)
+    tests = {kind: sum(row["tests"].get(kind, 0) for row in data["rows"]) for kind in ("passed", "failed", "skipped")}
+    counts = f"{tests['passed']:,} tests passed, {tests['failed']:,} failed, {tests['skipped']:,} skipped"
+    text = f"Laws tried: {', '.join(laws)}; {counts}. {_versions(data)}"
+    return f"{text}\n\n" + _table(("laws that hold", "", "families"), rows)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {"methods": methods, "accuracy": accuracy, "families": families}

@@ -93,9 +93,9 @@ _RESULTS = {
     },
     "families.json": {
         "rows": [
-            {"model_type": "two", "laws": {"identity": True, "decode": False}},
-            {"model_type": "one", "laws": {"identity": True, "decode": True}},
-            {"model_type": "three", "laws": {"identity": True}},
+            {"model_type": "two", "laws": {"identity": True, "decode": False}, "tests": {"passed": 3, "failed": 1}},
+            {"model_type": "one", "laws": {"identity": True, "decode": True}, "tests": {"passed": 4}},
+            {"model_type": "three", "laws": {"identity": True}, "tests": {"passed": 2, "skipped": 2}},
         ],
         "versions": {"torch": "2.13.0"},
         "machine": "2 cores",
@@ -114,6 +114,7 @@ def test_renderer_writes_the_numbers_of_the_results(tmp_path):
     assert "unpruned: 95.0 % with all 144 tokens" in text and "torch 2.13.0; 2 cores" in text
     assert "| method | ratio 0.2 | ratio 0.1 |" in text
     assert "| `a` | 85.5 % (29 / 29) |  |" in text and "| `b` |  | 75.0 % (14 / 30) |" in text
+    assert "identity, decode; 9 tests passed, 1 failed, 2 skipped." in text
     assert "| all | 2 | `one`, `three` |" in text and "| all but decode | 1 | `two` |" in text
     assert renderer.render(text, tmp_path) == text
 
