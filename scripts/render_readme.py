@@ -10,8 +10,8 @@ so. Result files are written by benchmarks and never edited by hand:
 * `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
   `ratio` (asked for), `kept` (visual tokens after the last cut, mean over questions) and `mean_tokens` (mean over
   decoder layer inputs and questions); `unpruned` with `visual_tokens`;
-* `families.json`: `rows` with `model_type`, `laws`, a mapping from the name of a law to whether it held (a law that does
-  not apply is left out), and `tests`, a mapping from `passed`, `failed`, `skipped` to counts.
+* `families.json`: `rows` with `model_type`, `laws` (name of a law to whether it held; one that does not apply is left
+  out) and `tests` (`passed`, `failed`, `skipped` to counts).
 
 Both carry `versions`, a mapping from package to version, and `machine`.
 """

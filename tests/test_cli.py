@@ -218,3 +218,12 @@ def test_cache_bytes_counts_keys_and_values_of_every_layer():
     cache.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), 0)
     cache.update(torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16), torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16), 1)
     assert cache_bytes(cache) == 2 * 2 * 5 * 4 * 4 + 2 * 2 * 3 * 4 * 2
+
+
+def test_version_is_that_of_the_installed_package(capfd):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as stop:
+        _run("--version")
+    assert stop.value.code == 0
+    assert capfd.readouterr().out.strip() == f"vtprune {version('vtprune')}"
