@@ -2,8 +2,8 @@
 """Tiny random models of every supported family, from the stock transformers classes, and prompts for them.
 
 A prompt is a list of parts: a number is that many text tokens, `Image(i)` is a picture of the family's i-th size,
-`Video(i)` a clip. `Family.batch` turns prompts into what a processor would return: `input_ids` with placeholders, pixels,
-padding on the side asked for.
+`Video(i)` a clip. `Family.batch` turns prompts into what a processor would return: `input_ids` with placeholders,
+pixels, padding on the side asked for.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class Family:
     config: Callable[[], Any]
     image: Callable[[int, torch.Generator], Pixels]
     video: Callable[[int, torch.Generator], Pixels] | None = None
-    join: Callable[[list[list[Pixels]], str], dict[str, torch.Tensor]] = field(default=lambda samples, kind: _cat(samples))
+    join: Callable[[list[list[Pixels]], str], dict[str, torch.Tensor]] = field(
+        default=lambda samples, kind: _cat(samples)
+    )
     needs_types: bool = False
 
     def build(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
@@ -98,7 +100,8 @@ class Family:
                     parameter.normal_(0, 0.1)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD
-        # A placeholder that a random model happens to generate has no features: without a cache, transformers would refuse it.
+        # A placeholder that a random model happens to generate has no features: without a cache, transformers would
+        # refuse it.
         model.generation_config.suppress_tokens = [IMAGE, VIDEO]
         return model.to(dtype)
 
@@ -151,7 +154,8 @@ def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-# --- LLaVA-1.5 ------------------------------------------------------------------------------------------------------------
+# --- LLaVA-1.5
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _clip(image_size: int, patch: int) -> dict[str, Any]:
@@ -171,7 +175,10 @@ def _llava_config() -> Any:
     from transformers import LlavaConfig
 
     return LlavaConfig(
-        vision_config=_clip(20, 4), text_config={"model_type": "llama", **TEXT}, image_token_id=IMAGE, image_seq_length=25
+        vision_config=_clip(20, 4),
+        text_config={"model_type": "llama", **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=25,
     )
 
 
@@ -179,7 +186,8 @@ def _llava_image(size: int, generator: torch.Generator) -> Pixels:
     return Pixels(25, {"pixel_values": _random(generator, 1, 3, 20, 20)})
 
 
-# --- any-resolution tiles ---------------------------------------------------------------------------------------------------
+# --- any-resolution tiles
+# ---------------------------------------------------------------------------------------------------
 
 _SIZES = [(30, 14), (16, 16), (12, 31), (40, 40)]  # heights and widths of the original pictures
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
@@ -241,7 +249,8 @@ def _join_onevision(samples: list[list[Pixels]], kind: str) -> dict[str, torch.T
     return _cat(samples)
 
 
-# --- Qwen-VL ------------------------------------------------------------------------------------------------------------------
+# --- Qwen-VL
+# ------------------------------------------------------------------------------------------------------------------
 
 _GRIDS = [(1, 8, 8), (1, 4, 12), (1, 12, 8), (1, 4, 4)]
 _CLIPS = [(2, 4, 8), (3, 4, 4)]
@@ -308,7 +317,8 @@ def _qwen_video(size: int, generator: torch.Generator) -> Pixels:
     return Pixels(t * h * w // 4, data, ([VISION_START], [VISION_END]))
 
 
-# --- InternVL, SmolVLM ----------------------------------------------------------------------------------------------------------
+# --- InternVL, SmolVLM
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _internvl_config() -> Any:

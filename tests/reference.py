@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference for "drop is mask": an unpatched model whose layers may not attend to what was dropped.
 
-Independent of the engine: it keeps every column, builds each layer's mask from scratch, and knows of the pruning only which
-columns were dropped before which layer (and, for merging methods, the states that kept columns were given).
+Independent of the engine: it keeps every column, builds each layer's mask from scratch, and knows of the pruning only
+which columns were dropped before which layer (and, for merging methods, the states that kept columns were given).
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | N
                 allowed &= real[:, None]
             for drop in drops:
                 allowed &= ~drop.mask(number, batch, total)[:, None]
-            # The first columns of a left-padded row see nothing at all; let them see themselves so that no row is empty.
+            # The first columns of a left-padded row see nothing at all; let them see themselves so that no row is
+            # empty.
             empty = ~allowed.any(-1, keepdim=True)
             allowed |= empty & torch.eye(total, dtype=torch.bool)[past:]
             mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)

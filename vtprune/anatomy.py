@@ -99,7 +99,8 @@ def find(model: nn.Module) -> Anatomy:
     decoder, layers = _find_decoder(inner, paths)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} is an encoder-decoder: its visual tokens reach the decoder by cross-attention, not "
+            f"{type(inner).__name__} is an encoder-decoder: its visual tokens reach the decoder by cross-attention, "
+            "not "
             "as columns of its prompt, so there is nothing to remove from the prompt"
         )
     tower = _find_vision_tower(inner, decoder, paths)
@@ -126,7 +127,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _layer_list(module: nn.Module) -> nn.ModuleList | None:
     """The longest direct list of equal-looking blocks, the one called `layers` first."""
-    lists = [(name, child) for name, child in module.named_children() if isinstance(child, nn.ModuleList) and len(child)]
+    lists = [
+        (name, child) for name, child in module.named_children() if isinstance(child, nn.ModuleList) and len(child)
+    ]
     if not lists:
         return None
     return max(lists, key=lambda item: (item[0] == "layers", len(item[1])))[1]
@@ -151,7 +154,8 @@ def _find_decoder(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[nn.Mod
             if layers is not None:
                 return child, layers
     raise UnsupportedModelError(
-        f"no decoder found in {type(model).__name__}: expected a module that owns the input embeddings and a ModuleList "
+        f"no decoder found in {type(model).__name__}: expected a module that owns the input embeddings and a "
+        "ModuleList "
         "of layers (looked at the owner of get_input_embeddings() and at get_decoder())"
     )
 
@@ -169,7 +173,7 @@ def _find_vision_tower(model: nn.Module, decoder: nn.Module, paths: dict[nn.Modu
         for module, name in paths.items()
         if module not in inside and name and not (above + ".").startswith(name + ".")
     ]
-    for name, module in outside:
+    for _, module in outside:
         # Sub-models are PreTrainedModels with a config of their own; the first in module order is the outermost.
         if hasattr(module, "config") and hasattr(module, "post_init") and _takes_images(module):
             return module
@@ -178,7 +182,8 @@ def _find_vision_tower(model: nn.Module, decoder: nn.Module, paths: dict[nn.Modu
             return model.get_submodule(_outermost_outside(name, above))
     raise UnsupportedModelError(
         f"no vision tower found in {type(model).__name__}: expected a sub-model outside the decoder "
-        f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; a text-only model has no visual tokens "
+        f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; a text-only model has no visual "
+        "tokens "
         "to prune"
     )
 

@@ -38,7 +38,8 @@ class Budget:
                 raise BudgetError(f"keep is {value!r}; expected a whole number of visual tokens, 1 or more")
         elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
             raise BudgetError(
-                f"{name} is {value!r}; expected the share of visual tokens to keep, above 0 and up to 1 (0.1 keeps 10 %)"
+                f"{name} is {value!r}; expected the share of visual tokens to keep, above 0 and up to 1 (0.1 keeps "
+                "10 %)"
             )
 
     @property
@@ -87,7 +88,8 @@ def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> f
     least = stages[0].layer / num_layers
     if mean_ratio <= least:
         raise BudgetError(
-            f"mean_ratio={mean_ratio:g} cannot be met: the first cut is before layer {stages[0].layer} of {num_layers}, so the "
+            f"mean_ratio={mean_ratio:g} cannot be met: the first cut is before layer {stages[0].layer} of "
+            f"{num_layers}, so the "
             f"mean over layer inputs is above {least:.3f}; ask for more, or cut earlier"
         )
     low, high = -745.0, 0.0  # log of the ratio

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What has to be remembered between calls: it lives with the KV cache of its generation, and dies with it.
 
-Callers, `generate` and the model's own bookkeeping go on counting columns of the unpruned conversation: to them a pruned
-cache reports the length it would have had. Only its layers hold less. `CacheState` knows which column sits in which slot
-of which layer, so that masks made for the unpruned length can be cut down layer by layer. Because the reported length is
-the true one, position ids that a model derives from it are the original ones, and continued chats, cropping and
-hand-written loops need nothing more.
+Callers, `generate` and the model's own bookkeeping go on counting columns of the unpruned conversation: to them a
+pruned cache reports the length it would have had. Only its layers hold less. `CacheState` knows which column sits in
+which slot of which layer, so that masks made for the unpruned length can be cut down layer by layer. Because the
+reported length is the true one, position ids that a model derives from it are the original ones, and continued chats,
+cropping and hand-written loops need nothing more.
 
     cache.get_seq_length()        columns of the conversation, dropped ones included
     cache.get_seq_length(layer)   slots that the layer really holds
@@ -13,6 +13,7 @@ hand-written loops need nothing more.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import VTPruneError
+from .positions import Shift
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -31,19 +33,29 @@ class CacheState:
     """Slots of a pruned KV cache.
 
     Attributes:
-        base: For each layer `[B, P]` the column in each of its first `P` slots, -1 where nothing may be attended to; None
-            for a layer that was never cut. Slots from `P` on hold consecutive columns.
+        base: For each layer `[B, P]` the column in each of its first `P` slots, -1 where nothing may be attended to;
+            None for a layer that was never cut. Slots from `P` on hold consecutive columns.
         length: Columns of the conversation when `base` was written.
+        shifts: For each layer how far positions are turned back, for methods that renumber.
     """
 
-    def __init__(self, base: list[Tensor | None], length: int) -> None:
+    def __init__(self, base: list[Tensor | None], length: int, shifts: Sequence[Shift | None] = ()) -> None:
         self.base = base
         self.length = length
+        self.shifts = list(shifts)
         self.ragged = [bool((b < 0).any()) if b is not None else False for b in base]
+
+    def base_of(self, layer: int) -> Tensor | None:
+        """`base` of a layer; layers that no prompt passed have none."""
+        return self.base[layer] if layer < len(self.base) else None
+
+    def shift(self, layer: int) -> Shift | None:
+        """How far a layer's positions are turned back; None where kept tokens keep theirs."""
+        return self.shifts[layer] if layer < len(self.shifts) else None
 
     def removed(self, layer: int) -> int:
         """How many columns the layer has lost."""
-        base = self.base[layer] if layer < len(self.base) else None
+        base = self.base_of(layer)
         return 0 if base is None else self.length - base.shape[1]
 
     def is_ragged(self, layer: int) -> bool:
@@ -51,8 +63,9 @@ class CacheState:
         return layer < len(self.ragged) and self.ragged[layer]
 
     def slots(self, layer: int, held: int) -> Tensor | None:
-        """`[B, held]` columns in the slots of a layer that holds `held` of them; None if slot and column are the same."""
-        base = self.base[layer] if layer < len(self.base) else None
+        """`[B, held]` columns in the slots of a layer that holds `held` of them; None if slot and column are the
+        same."""
+        base = self.base_of(layer)
         if base is None:
             return None
         if held <= base.shape[1]:
@@ -62,11 +75,16 @@ class CacheState:
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
-        self._map(lambda base: base.index_select(0, rows.to(base.device)))
+        self._map(lambda x: x[rows.to(x.device)])
 
-    def _map(self, function: Any) -> None:
-        done: dict[int, Tensor] = {}  # layers of one stage share a tensor, and shall go on sharing it
+    def repeat(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        done: dict[int, Any] = {}  # layers of one stage share their tensors, and shall go on sharing them
         self.base = [b if b is None else done.setdefault(id(b), function(b)) for b in self.base]
+        self.shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
 
 
 def state_of(cache: Cache | None) -> CacheState | None:
@@ -167,12 +185,13 @@ def crop(self: Cache, tokens_to_remove: int) -> None:
         left = end if stays is None else int(stays[0].sum())
         if stays is not None and not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < left)).all()):
             raise VTPruneError(
-                "crop goes into the pruned part of a batch whose samples keep different numbers of tokens; crop only what "
+                "crop goes into the pruned part of a batch whose samples keep different numbers of tokens; crop only "
+                "what "
                 "came after the prompt, or generate the samples one by one"
             )
         layer.crop(left - held(self, i))
         base.append(None if slots is None else slots[:, :left])
-    attach(self, CacheState(base, end))
+    attach(self, CacheState(base, end, state.shifts))
 
 
 def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
@@ -184,14 +203,13 @@ def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
 def batch_select_indices(self: Cache, indices: Tensor) -> None:
     """Keeps some rows of the batch."""
     type(self).batch_select_indices(self, indices)
-    state = getattr(self, _ATTRIBUTE)
-    state._map(lambda base: base[indices.to(base.device)])
+    getattr(self, _ATTRIBUTE).select(indices)
 
 
 def batch_repeat_interleave(self: Cache, repeats: int) -> None:
     """Repeats every row of the batch."""
     type(self).batch_repeat_interleave(self, repeats)
-    getattr(self, _ATTRIBUTE)._map(lambda base: base.repeat_interleave(repeats, 0))
+    getattr(self, _ATTRIBUTE).repeat(repeats)
 
 
 def reset(self: Cache) -> None:

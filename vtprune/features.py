@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call's visual features were made from.
 
-`generate` runs the image encoder before it calls the model, takes the arguments that describe the pictures (sizes, grids)
-away with the pixels, and repeats the features for beams. So the model's `get_image_features` and `get_video_features` are
+`generate` runs the image encoder before it calls the model, takes the arguments that describe the pictures (sizes,
+grids) away with the pixels, and repeats the features for beams. So the model's `get_image_features` and
+`get_video_features` are
 watched, wherever they are called from: their arguments, the length of what they return, and what the method's taps saw
 inside are kept until the next encoding of the same kind in the same thread.
 """
@@ -75,7 +76,9 @@ def _lengths(features: Any) -> list[int] | None:
     return None
 
 
-def supplied(inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str], kinds: list[str]) -> dict[str, Encoded]:
+def supplied(
+    inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str], kinds: list[str]
+) -> dict[str, Encoded]:
     """Which kinds of features a call brings along.
 
     Args:
@@ -94,9 +97,7 @@ def supplied(inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str
         known = encoded.get(kind)
         if known is not None and (kind in fresh or (given.get(kind) is not None and known.output() is given[kind])):
             found[kind] = known
-        elif given.get(kind) is not None:
-            found[kind] = Encoded(kind, {}, None)
-        elif any(inputs.get(name) is not None for name in _pixel_names(kind, inputs)):
+        elif given.get(kind) is not None or any(inputs.get(n) is not None for n in _pixel_names(kind, inputs)):
             found[kind] = Encoded(kind, {}, None)
     return found
 
@@ -104,6 +105,12 @@ def supplied(inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str
 def _pixel_names(kind: str, inputs: dict[str, Any]) -> list[str]:
     """Arguments that hold features of a kind, for models without a `get_*_features` method."""
     words = ("pixel", "embeds", "features", "hidden_states", "patches")
-    names = [n for n in inputs if any(w in n for w in words) and n not in ("inputs_embeds", "pixel_mask", "pixel_attention_mask")]
+    names = [
+        n
+        for n in inputs
+        if any(w in n for w in words) and n not in ("inputs_embeds", "pixel_mask", "pixel_attention_mask")
+    ]
     video = [n for n in names if "video" in n]
-    return video if kind == "video" else [n for n in names if n not in video and "audio" not in n and "input_f" not in n]
+    return (
+        video if kind == "video" else [n for n in names if n not in video and "audio" not in n and "input_f" not in n]
+    )

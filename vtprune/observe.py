@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a model without changing it: the probe for q, k, v of a decoder layer, and taps on modules.
 
-The probe calls a decoder layer on its would-be input with the cache left out, and stops it when it reaches the attention
-function. There q, k and v have been through norms, projections, q/k norms and rotation, whatever their names are. To be
-asked for the attention function, transformers' registry is wrapped on the first `patch` and restored by the last
-`remove`; for every thread that is not probing the wrapper hands out what the registry would.
+The probe calls a decoder layer on its would-be input with the cache left out, and stops it when it reaches the
+attention function. There q, k and v have been through norms, projections, q/k norms and rotation, whatever their names
+are. To be asked for the attention function, transformers' registry is wrapped on the first `patch` and restored by the
+last `remove`; for every thread that is not probing the wrapper hands out what the registry would.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
 def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
     if not (isinstance(rotation, tuple) and len(rotation) == 2):
         raise MethodError(
-            f"{type(layer).__name__} does not take its rotation as position_embeddings=(cos, sin), so keys before rotation "
+            f"{type(layer).__name__} does not take its rotation as position_embeddings=(cos, sin), so keys before "
+            "rotation "
             "cannot be read; choose the method's variant that reads rotated keys"
         )
     cos, sin = rotation

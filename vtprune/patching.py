@@ -24,7 +24,8 @@ from . import anatomy as _anatomy
 from . import features, observe, prefill, visual_tokens
 from .anatomy import Anatomy
 from .budget import Budget, check_schedule, mean_share, solve_mean
-from .errors import NothingPrunedError, UnsupportedModelError, VTPruneError
+from .deepstack import own_planes
+from .errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from .features import Encoded
 from .flops import DecoderShape
 from .methods import resolve
@@ -46,7 +47,9 @@ class _Hook:
         raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")
 
     def __reduce__(self) -> Any:
-        raise VTPruneError("a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is")
+        raise VTPruneError(
+            "a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is"
+        )
 
 
 class _Override:
@@ -99,6 +102,7 @@ class Patch:
         check_schedule(self.schedule, layers, type(method).__name__)
         if budget.mean_ratio is not None:
             solve_mean(self.schedule, budget.mean_ratio, layers)  # raises where it cannot be met
+        self.renumbers = self._renumbers()
         taps = list(method.taps(self.anatomy))
         self.column_taps = {tap.name for tap in taps if tap.columns}
         self._thread = _Thread()
@@ -160,7 +164,21 @@ class Patch:
         ratio = self.budget.ratio or solve_mean(self.schedule, self.budget.mean_ratio or 1.0, layers)
         return mean_share(self.schedule, stretch(self.schedule, ratio), layers)
 
-    # --- facts that the engine asks for ---------------------------------------------------------------------------------
+    def _renumbers(self) -> bool:
+        """Whether the method wants survivors renumbered; raises where the model's positions have several axes."""
+        policy = getattr(self.method, "positions", "original")
+        if policy not in ("original", "compact"):
+            raise MethodError(f'{type(self.method).__name__}.positions is {policy!r}; expected "original" or "compact"')
+        rope = getattr(self.anatomy.decoder.config, "rope_parameters", None) or {}
+        if policy == "compact" and "mrope_section" in str(rope):
+            raise MethodError(
+                'positions="compact" numbers tokens on one axis, but this model places them by time, height and '
+                'width; use positions="original"'
+            )
+        return policy == "compact"
+
+    # --- facts that the engine asks for
+    # ---------------------------------------------------------------------------------
 
     @property
     def _parameter(self) -> torch.Tensor:
@@ -183,7 +201,8 @@ class Patch:
     def shape(self) -> DecoderShape:
         return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
 
-    # --- hooks ------------------------------------------------------------------------------------------------------------
+    # --- hooks
+    # ------------------------------------------------------------------------------------------------------------
 
     def _attach(self, taps: list[Tap]) -> None:
         parts = self.anatomy
@@ -242,7 +261,8 @@ class Patch:
             if encoded and visual is None and self.budget.asks_to_drop:
                 raise NothingPrunedError(
                     f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "
-                    f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per visual token"
+                    f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
+                    "visual token"
                 )
         thread.call = call = prefill.begin(self, thread.inputs, args, kwargs, visual)
         if call is None:
@@ -254,8 +274,11 @@ class Patch:
                     thread.records.setdefault(name, []).extend(records)
             self._continued(call, kwargs)
         call.observed = thread.records
-        changed = prefill.own_planes(call, kwargs) if call.counts else None
-        return None if changed is None else (args, changed)
+        found = own_planes(kwargs, call.columns.real.shape) if call.counts else None
+        if found is None:
+            return None
+        call.planes, kwargs = found
+        return args, kwargs
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call, self._thread.call = self._thread.call, None
@@ -296,14 +319,16 @@ class Patch:
         thread = self._thread
         previous, thread.cacheless = thread.cacheless, None
         ids = call.inputs.get("input_ids")
-        if call.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
+        if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
             return
         sources = [thread.inputs.get(n) for n in sorted(thread.inputs or ()) if n.startswith("pixel")]
         sources += list((thread.inputs.get("mm_encoder_outputs") or {}).values())
         sources = [weakref.ref(source) for source in sources if source is not None]
         if previous is not None:
             old_ids, old_sources, decisions = previous
-            same = len(sources) == len(old_sources) and all(a() is b() for a, b in zip(sources, old_sources, strict=True))
+            same = len(sources) == len(old_sources) and all(
+                a() is b() for a, b in zip(sources, old_sources, strict=True)
+            )
             if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
                 call.memo = decisions
         # `decisions` is filled while the call runs.
@@ -324,8 +349,8 @@ def patch(
         model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
         ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all.
         keep: A number of visual tokens per sample instead.
-        mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different depths
-            cost the same.
+        mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
+            depths cost the same.
         method: Name, class or instance of the method.
 
     Returns:

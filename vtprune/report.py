@@ -23,8 +23,8 @@ class Pruning:
         seconds: Host time spent deciding and compacting.
         method, budget: Names of what was asked.
         columns: Columns of the conversation after the prefill.
-        slots: For each layer, the columns it ran on in this prefill; without an earlier cut of the same cache this is the
-            length of the layer's keys and values.
+        slots: For each layer, the columns it ran on in this prefill; without an earlier cut of the same cache this is
+            the length of the layer's keys and values.
         held_before: Columns of the conversation before this prefill.
         shape: Sizes of the decoder.
         places: Where each visual token lies in its picture.

@@ -37,7 +37,8 @@ class VisualTokens:
     Attributes:
         mask: `[B, T]` bool.
         sample, column, index: `[M]` sample, prompt column, running number within the sample.
-        feature: `[M]` row of the encoder's output that fills the column; images count first, then videos. Beams share rows.
+        feature: `[M]` row of the encoder's output that fills the column; images count first, then videos. Beams share
+            rows.
         image, frame, crop, row, col: `[M]`; `image` counts through the batch.
         counts: Visual tokens of each sample.
     """
@@ -91,8 +92,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
     Args:
         inputs: Keyword arguments of the composite's forward.
         anatomy: Parts of the model.
-        encoded: What is known of the features that the call brings, by kind. A placeholder without features (a model may
-            generate one) is text.
+        encoded: What is known of the features that the call brings, by kind. A placeholder without features (a model
+            may generate one) is text.
 
     Returns:
         VisualTokens: None for a call without visual tokens (text, or a decoding step).
@@ -117,7 +118,9 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
         if not mine.any():
             continue
         rows, first = _feature_rows(sample[mine], kinds == i + 1, encoded[name].total)
-        layout = _layout(name, {**inputs, **encoded[name].inputs}, anatomy, _runs(sample[mine][first], column[mine][first]))
+        layout = _layout(
+            name, {**inputs, **encoded[name].inputs}, anatomy, _runs(sample[mine][first], column[mine][first])
+        )
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
         place[mine, 1:] = torch.cat(layout)[rows]
         # Beams show the same picture, but each row of the batch has an image of its own.
@@ -129,7 +132,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
 
 
 def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
-    """Which row of the encoder's output fills each placeholder of a kind, and which placeholders are the first to show theirs.
+    """Which row of the encoder's output fills each placeholder of a kind, and which placeholders are the first to show
+    theirs.
 
     `generate` repeats every sample for beams and returned sequences, one copy after the other, but encodes it once.
     """

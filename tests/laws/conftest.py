@@ -18,7 +18,8 @@ from vtprune import methods  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`, `method`, `layout` and `attention` arguments run over all there is; families outermost, to build few models."""
+    """`family`, `method`, `layout` and `attention` arguments run over all there is; families outermost, to build few
+    models."""
     names = metafunc.fixturenames
     if "family" in names:
         metafunc.parametrize("family", list(FAMILIES), scope="session")
@@ -31,6 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_grad():  # noqa: ANN201
+def no_grad():
     with torch.no_grad():
         yield

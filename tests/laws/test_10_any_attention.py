@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from families import FAMILIES
 from support import MIXED, model_of, pruned
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 11: a pruned prefill costs what a prompt of only the kept tokens costs, plus the layers before the cut and what the method reads.
+"""Law 11: a pruned prefill costs what a prompt of only the kept tokens costs, plus the layers before the cut and what
+the method reads.
 
 Counted in floating-point operations of matrix products, which are the same on every machine.
 """
@@ -28,7 +29,11 @@ def decoder_flops(model: torch.nn.Module, decoder: torch.nn.Module, batch: dict)
     handles.append(decoder.register_forward_pre_hook(enter, with_kwargs=True))
     handles.append(decoder.register_forward_hook(leave, with_kwargs=True))
     for layer in decoder.layers:
-        handles.append(layer.register_forward_hook(lambda m, a, out: columns.append((out[0] if isinstance(out, tuple) else out).shape[1])))
+        handles.append(
+            layer.register_forward_hook(
+                lambda m, a, out: columns.append((out[0] if isinstance(out, tuple) else out).shape[1])
+            )
+        )
     model(**batch)
     for handle in handles:
         handle.remove()

@@ -15,7 +15,9 @@ def check(model: torch.nn.Module, method: object, batch: dict, **budget: object)
     with reference(model, drops, batch):
         expected = model(**batch, output_hidden_states=True)
     alive = survivors(drops, batch)
-    torch.testing.assert_close(out.logits[alive], expected.logits[alive], rtol=1e-5, atol=1e-5 * expected.logits.abs().max())
+    torch.testing.assert_close(
+        out.logits[alive], expected.logits[alive], rtol=1e-5, atol=1e-5 * expected.logits.abs().max()
+    )
     assert len(out.hidden_states) == len(expected.hidden_states)
     for got, want in zip(out.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(got[alive], want[alive], rtol=1e-4, atol=1e-5 * want.abs().max())

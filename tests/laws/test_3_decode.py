@@ -51,7 +51,9 @@ def test_modes(family: str, layout: str, mode: str) -> None:
 
 
 def test_right_padding_and_eager(family: str, layout: str) -> None:
-    check(model_of(family, "eager"), LAYOUTS[layout], FAMILIES[family].batch(MIXED, "right"), MODES["greedy"], ratio=0.3)
+    check(
+        model_of(family, "eager"), LAYOUTS[layout], FAMILIES[family].batch(MIXED, "right"), MODES["greedy"], ratio=0.3
+    )
 
 
 def test_video(family: str, layout: str) -> None:
@@ -88,8 +90,8 @@ def test_inputs_embeds(family: str, layout: str) -> None:
 def steps(model: torch.nn.Module, out: Any, mask: torch.Tensor | None, count: int = 6) -> list[list[int]]:
     """Greedy decoding by hand after a prefill. No position ids, except where transformers cannot do without them.
 
-    The M-RoPE families number decoding steps from the cache length, or else want positions from the caller: with a 2-D mask
-    and no position ids the unpatched models fail.
+    The M-RoPE families number decoding steps from the cache length, or else want positions from the caller: with a 2-D
+    mask and no position ids the unpatched models fail.
     """
     tokens = []
     for _ in range(count):
@@ -137,7 +139,9 @@ def test_continued_chat_with_a_second_image(family: str, layout: str) -> None:
             again = steps(model, turn_by_hand(model, out, second), None)
         else:
             turn = second | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            again = model.generate(**turn, past_key_values=out.past_key_values, do_sample=False, **NEW)[:, ids.shape[1] :]
+            again = model.generate(**turn, past_key_values=out.past_key_values, do_sample=False, **NEW)[
+                :, ids.shape[1] :
+            ]
             again = again.tolist()
         drops += [spy.drops()] if spy is not None else []
         return [out.sequences[:, length:].tolist(), again], drops
@@ -187,7 +191,11 @@ def test_continued_chat_with_text_only(family: str, layout: str) -> None:
         out = model.generate(**first, past_key_values=cache, do_sample=False, return_dict_in_generate=True, **NEW)
         ids = torch.cat([out.sequences, torch.tensor([[20, 21, 22, 23]])], 1)
         again = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=out.past_key_values, do_sample=False, **NEW
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=out.past_key_values,
+            do_sample=False,
+            **NEW,
         )
         return again.tolist()
 

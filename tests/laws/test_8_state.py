@@ -40,7 +40,8 @@ def test_threads_on_one_model(family: str, layout: str) -> None:
     model, make = model_of(family), FAMILIES[family]
     batches = [make.batch([prompt]) for prompt in PROMPTS]
     if make.needs_types:
-        # transformers keeps rope_deltas on the model: positions of two prompts can mix even unpatched, so use one prompt.
+        # transformers keeps rope_deltas on the model: positions of two prompts can mix even unpatched, so use one
+        # prompt.
         batches = [make.batch([PROMPTS[0]], seed=seed) for seed in range(4)]
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, spy):
         spy.close()  # the spy itself is not made for threads

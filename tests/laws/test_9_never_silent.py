@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 9: visual tokens that should be dropped and are not are an error; text passes untouched; errors say what to do."""
+"""Law 9: visual tokens that should be dropped and are not are an error; text passes untouched; errors say what to
+do."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepStack: visual features that a decoder adds to its visual columns between its first layers (Qwen3-VL)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Planes:
+    """Features that the decoder adds to visual columns after its first layers (DeepStack).
+
+    The decoder holds on to the mask and the list it was given, so both are ours and are changed in place at a cut.
+    """
+
+    mask: Tensor
+    full: Tensor
+    embeds: list[Tensor]
+    originals: list[Tensor]
+
+    def cut(self, index: Tensor, alive: Tensor) -> None:
+        """Makes mask and features those of the packed columns `index`, `alive` (`[B, K]`, CPU)."""
+        full = self.full.cpu()
+        rank = (full.flatten().cumsum(0) - 1).view(full.shape)
+        picked = full.gather(1, index) & alive
+        rows = rank.gather(1, index)[picked]
+        self.mask.set_(picked.to(self.mask.device))
+        for i, original in enumerate(self.originals):
+            self.embeds[i] = original.index_select(0, rows.to(original.device))
+
+
+def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, dict[str, Any]] | None:
+    """Replaces DeepStack arguments by copies that a cut may change.
+
+    Args:
+        kwargs: Arguments of the decoder.
+        shape: `(B, T)` of the call.
+
+    Returns:
+        tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` and one list of tensors.
+    """
+    tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != "attention_mask"}
+    masks = {n: v for n, v in tensors.items() if v.dtype == torch.bool and v.shape == shape}
+    lists = {n: v for n, v in kwargs.items() if isinstance(v, list) and v and all(isinstance(t, Tensor) for t in v)}
+    if len(masks) != 1 or len(lists) != 1:
+        return None
+    (mask_name, mask), (list_name, embeds) = *masks.items(), *lists.items()
+    planes = Planes(mask.clone(), mask, list(embeds), list(embeds))
+    return planes, {**kwargs, mask_name: planes.mask, list_name: planes.embeds}

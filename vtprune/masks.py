@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masks over the columns that a layer holds, made from masks over all columns of the prompt.
+
+A model makes its masks for the unpruned conversation: a 4-D tensor of bools or of numbers that are added to logits, a
+2-D tensor of padding, a flex-attention `BlockMask`, or None for plain causal attention. Here each is cut down to the
+queries and KV slots that are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compact import gather
+
+
+def is_block_mask(value: Any) -> bool:
+    """Whether `value` is a flex-attention mask; the class itself need not be imported for that."""
+    return type(value).__name__ == "BlockMask"
+
+
+def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, alive: Tensor) -> Tensor:
+    """Turns an attention mask over all prompt columns into one over the columns that a layer holds.
+
+    Args:
+        mask: `[B or 1, heads or 1, Q, KV]` bool (True attends) or float (added to logits), or `[B, KV]` (non-zero
+            attends). `Q` and `KV` count columns of the unpruned prompt.
+        rows: `[B, q]` query columns, or None when all queries are there.
+        slots: `[B, k]` column in each KV slot of the layer.
+        alive: `[B, k]` False for slots that nothing may attend to.
+
+    Returns:
+        Tensor: The same kind of mask, `[B, heads, q, k]` or `[B, k]`.
+    """
+    slots = slots.clamp(0, mask.shape[-1] - 1)
+    if mask.dim() == 2:
+        return gather(mask, slots, 1) * alive.to(mask.dtype)
+    batch = slots.shape[0]
+    if mask.shape[0] != batch:
+        mask = mask.expand(batch, *mask.shape[1:])
+    if batch == 1:
+        if rows is not None:
+            mask = mask.index_select(2, rows[0])
+        mask = mask.index_select(3, slots[0])
+    else:
+        b = torch.arange(batch, device=mask.device)
+        picked = [mask[i].index_select(1, rows[i]) if rows is not None else mask[i] for i in b.tolist()]
+        mask = torch.stack([picked[i].index_select(2, slots[i]) for i in b.tolist()])  # [B, h, q, k]
+    blocked = ~alive[:, None, None, :]
+    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+
+def causal_mask(columns: Tensor, slots: Tensor, alive: Tensor) -> Tensor:
+    """Builds the mask that `None` stood for: every query sees the live slots up to its own column.
+
+    Args:
+        columns: `[B, q]` columns of the queries.
+        slots, alive: `[B, k]`.
+
+    Returns:
+        Tensor: `[B, 1, q, k]` bool.
+    """
+    return ((slots[:, None, :] <= columns[:, :, None]) & alive[:, None, :])[:, None]
+
+
+def causal_in_form(form: str, columns: Tensor, slots: Tensor, alive: Tensor, dtype: torch.dtype) -> Any:
+    """`causal_mask` in the form that an attention implementation takes.
+
+    Args:
+        form: Name of the implementation: flash attention takes the live slots alone, eager adds numbers.
+        columns, slots, alive: As for `causal_mask`.
+        dtype: Of the numbers that eager attention adds.
+    """
+    if "flash" in form:
+        return alive
+    mask = causal_mask(columns, slots, alive)
+    if form == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    if form == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def pattern(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return mask[b, 0, q, kv]
+
+        return create_block_mask(pattern, mask.shape[0], None, mask.shape[2], mask.shape[3], device=str(mask.device))
+    return mask
+
+
+def translate_block_mask(mask: Any, rows: Tensor | None, slots: Tensor, alive: Tensor) -> Any:
+    """Flex attention: the old pattern, asked at the columns behind the new rows and slots.
+
+    Args:
+        mask: `BlockMask` over all columns.
+        rows: `[B, q]` query columns, or None when all queries are there.
+        slots, alive: `[B, k]`.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    device = mask.kv_num_blocks.device
+    slots, alive = slots.to(device), alive.to(device)
+    rows = torch.arange(mask.seq_lengths[0]).expand(slots.shape[0], -1) if rows is None else rows
+    rows, pattern = rows.to(device), mask.mask_mod
+
+    def translated(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return pattern(b, h, rows[b, q], slots[b, kv]) & alive[b, kv]
+
+    return create_block_mask(translated, slots.shape[0], None, rows.shape[1], slots.shape[1], device=str(device))

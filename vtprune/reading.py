@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method is handed at a stage: the visual tokens laid out flat, and q, k, v of decoder layers on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import decode, observe
+from .columns import slot_of_column
+from .errors import MethodError
+from .methods.base import AttentionInputs, Prompt, Tokens
+
+if TYPE_CHECKING:
+    from .prefill import DecoderCall
+
+_PLACES = ("sample", "image", "frame", "crop", "row", "col", "index", "feature")
+
+
+@dataclass
+class Snapshot:
+    """A layer's input as it was when the layer was about to run, and how many slots its cache held then."""
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    index: Tensor
+    alive: Tensor
+    held: int
+
+    @classmethod
+    def take(cls, call: DecoderCall, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Snapshot:
+        columns = call.columns
+        return cls(layer, args, kwargs, columns.index, columns.alive, decode.held(columns.cache, number))
+
+    @property
+    def hidden(self) -> Tensor:
+        """`[B, K, D]` the hidden states entering the layer."""
+        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+
+
+def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: Snapshot) -> Tokens:
+    """Lays out the live visual tokens before layer `number`.
+
+    Args:
+        call: The running call.
+        number: The layer that the stage stands before.
+        flat: `[M]` numbers of the live tokens among all visual tokens of the call.
+        wanted: `[S]` budgets of the pools.
+        here: The layer's input.
+
+    Raises:
+        MethodError: A visual token holds NaN or Inf.
+    """
+    visual, patch = call.visual, call.patch
+    assert visual is not None
+    device = here.hidden.device
+    rows = visual.sample[flat]
+    slot = call.columns.slot_of_column()[rows, visual.column[flat]]
+    states = here.hidden[rows.to(device), slot.to(device)]  # [M, D]
+    finite = torch.isfinite(states).all(-1)
+    if not bool(finite.all()):
+        bad = ", ".join(map(str, rows[~finite.cpu()].unique().tolist()))
+        raise MethodError(
+            f"visual tokens of sample {bad} hold NaN or Inf before layer {number}: scores would be meaningless; "
+            "check the "
+            "image features"
+        )
+
+    def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
+        if which != number and which not in call.snapshots:
+            raise MethodError(
+                f"the input of layer {which} was not kept; name it in the `reads` of {type(patch.method).__name__}"
+            )
+        return attention_inputs(call, which, call.snapshots.get(which, here), flat, rope, queries)
+
+    def record(name: str, value: Any) -> Any:
+        return value[rows.to(value.device), slot.to(value.device)] if name in patch.column_taps else value
+
+    sizes = torch.bincount(call.pools.of_token[flat], minlength=len(call.pools.sizes))
+    return Tokens(
+        hidden=states,
+        segments=_offsets(sizes.tolist(), device),
+        budgets=wanted.to(device),
+        originals=torch.tensor(call.pools.sizes, device=device),
+        column=visual.column[flat].to(device),
+        layer=number,
+        stage=len(call.stages),
+        num_layers=patch.anatomy.num_layers,
+        observed={name: [record(name, value) for value in values] for name, values in call.observed.items()},
+        inputs=call.inputs,
+        anatomy=patch.anatomy,
+        memory=call.memory,
+        prompt=_prompt(call, flat).to(device),
+        reader=read,
+        **{name: getattr(visual, name)[flat].to(device) for name in _PLACES},
+    )
+
+
+@dataclass
+class _Sample:
+    """One sample with visual tokens.
+
+    Attributes:
+        row: Row of the batch.
+        here: Columns that hold a token at this stage, text or visual.
+        text: Those of the text after the last visual token; the last column if there is none.
+        mine: Columns of the live visual tokens.
+    """
+
+    row: int
+    here: Tensor
+    text: Tensor
+    mine: Tensor
+
+
+def _samples(call: DecoderCall, slot: Tensor, flat: Tensor) -> Iterator[_Sample]:
+    visual = call.visual
+    assert visual is not None
+    for row in [row for row, count in enumerate(visual.counts) if count]:
+        here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
+        last = visual.column[visual.sample == row].max()
+        text = here[(here > last) & ~visual.mask[row, here]]
+        mine = visual.column[flat[visual.sample[flat] == row]]
+        yield _Sample(row, here, text if len(text) else here[-1:], mine)
+
+
+def _prompt(call: DecoderCall, flat: Tensor) -> Prompt:
+    """Where every token of the samples with visual tokens stands at this stage, on the CPU."""
+    slot = call.columns.slot_of_column()
+    batch, column, lengths, text, text_lengths, visual_rows = [], [], [], [], [], []
+    for sample in _samples(call, slot, flat):
+        order = torch.full((call.columns.length,), -1)
+        order[sample.here] = torch.arange(len(sample.here)) + sum(lengths)
+        batch.append(torch.full_like(sample.here, sample.row))
+        column.append(slot[sample.row, sample.here])
+        text.append(order[sample.text])
+        visual_rows.append(order[sample.mine])
+        lengths.append(len(sample.here))
+        text_lengths.append(len(sample.text))
+    cpu = torch.device("cpu")
+    return Prompt(
+        batch=torch.cat(batch),
+        column=torch.cat(column),
+        segments=_offsets(lengths, cpu),
+        visual=torch.cat(visual_rows),
+        text=torch.cat(text),
+        text_segments=_offsets(text_lengths, cpu),
+    )
+
+
+def attention_inputs(
+    call: DecoderCall, number: int, snapshot: Snapshot, flat: Tensor, rope: bool, queries: str
+) -> AttentionInputs:
+    """Probes a layer and lays out its queries, keys and values over the samples that have visual tokens.
+
+    Args:
+        call: The running call.
+        number: The layer.
+        snapshot: Its input.
+        flat: `[M]` numbers of the live visual tokens.
+        rope: False for queries and keys before rotation; then keys that an earlier call left in the cache, which are
+            rotated, are left out.
+        queries: "text" or "last".
+    """
+    probed = observe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
+    device = probed.key.device
+    past = _past_keys(call, number, snapshot.held) if rope else None
+    slot = slot_of_column(snapshot.index, snapshot.alive, call.columns.length)
+    query, query_order, visual_rows, keys, values, query_lengths, key_lengths = [], [], [], [], [], [], []
+    for sample in _samples(call, slot, flat):
+        asked = sample.text if queries == "text" else sample.here[-1:]
+        row, here = sample.row, slot[sample.row, sample.here].to(device)
+        key, value = probed.key[row][:, here].transpose(0, 1), probed.value[row][:, here].transpose(0, 1)  # [C, G, d]
+        before = 0
+        if past is not None:
+            before = len(past[row][0])
+            key, value = torch.cat([past[row][0].to(key), key]), torch.cat([past[row][1].to(value), value])
+        order = torch.full((call.columns.length,), -1)
+        order[sample.here] = torch.arange(len(sample.here)) + before
+        query.append(probed.query[row][:, slot[row, asked].to(device)].transpose(0, 1))  # [R, H, d]
+        query_order.append(order[asked])
+        visual_rows.append(order[sample.mine] + sum(key_lengths))
+        keys.append(key)
+        values.append(value)
+        query_lengths.append(len(asked))
+        key_lengths.append(len(key))
+    return AttentionInputs(
+        queries=torch.cat(query),
+        query_segments=_offsets(query_lengths, device),
+        query_order=torch.cat(query_order).to(device),
+        keys=torch.cat(keys),
+        values=torch.cat(values),
+        key_segments=_offsets(key_lengths, device),
+        visual=torch.cat(visual_rows).to(device),
+        scaling=probed.scaling,
+        softcap=probed.softcap,
+    )
+
+
+def _past_keys(call: DecoderCall, number: int, held: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of the `held` slots that earlier calls left in a layer, `[C, G, d]` per sample, without
+    padding."""
+    cache, state = call.columns.cache, call.columns.state
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    keys = getattr(layer, "keys", None)
+    if layer is None or held == 0 or not isinstance(keys, Tensor) or keys.dim() < 4 or layer.is_sliding:
+        return None  # a sliding window has forgotten part of the past; all of it is left out then
+    slots = state.slots(number, held) if state is not None else None
+    slots = torch.arange(held).expand(call.columns.batch, -1) if slots is None else slots.cpu()
+    visible = slots >= 0
+    if call.real_past is not None:
+        visible = visible & call.real_past.gather(1, slots.clamp(min=0))
+    return [
+        (layer.keys[row][:, :held][:, seen].transpose(0, 1), layer.values[row][:, :held][:, seen].transpose(0, 1))
+        for row, seen in enumerate(visible.to(keys.device))
+    ]
+
+
+def _offsets(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device)
