@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of DivPrune: the order of the picks and the distances they were picked with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtprune_kernels import weighted_farthest_point
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        features, budget = torch.from_numpy(case["features"]), int(case["budget"])
+        assert round(float(case["ratio"]) * len(features)) == budget
+        order = weighted_farthest_point(features, None, torch.tensor([0, len(features)]), torch.tensor([budget]))[0]
+        np.testing.assert_array_equal(order, case["kept_in_order"])
+        np.testing.assert_array_equal(order.sort().values, case["kept"])
+        distance = 1 - torch.cosine_similarity(features[order][:, None], features[None], dim=-1)  # [K, N]
+        to_others = distance[0].clone()
+        to_others[order[0]] = torch.inf
+        later = [distance[:i, row].min() for i, row in enumerate(order.tolist()) if i]
+        scores = torch.stack([to_others.min(), *later]).numpy()
+        expected = case["pick_scores"]
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())

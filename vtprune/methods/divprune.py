@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DivPrune: the subset of visual tokens whose members are farthest from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vtprune_kernels import weighted_farthest_point
+
+from ..selection import from_order
+from .base import Choice, Method, Stage, Tokens
+from .registry import register
+
+
+@register("divprune")
+@dataclass
+class DivPrune(Method):
+    """Max-min diversity of the projected features, before the decoder.
+
+    Paper: DivPrune, arXiv 2503.02175 (CVPR 2025), section 3. Reads only the visual embeddings in the prompt; the whole
+    sample is one pool (thumbnail, tiles and newlines together). With `D = 1 - cos` the first pick is the token whose
+    nearest neighbour is farthest away; then, again and again, `argmax_i min_{j picked} D_ij`.
+
+    Differences from the release: picked tokens are masked (there they only have a distance near 0, and with half
+    precision can be picked twice); the distance is float32; images after the first are pruned too.
+    """
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 0.098),)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        order = weighted_farthest_point(tokens.hidden, None, tokens.segments, tokens.budgets)
+        return Choice(from_order(order, len(tokens)))
