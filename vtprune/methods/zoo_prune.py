@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZOO-Prune: tokens to which the projector is sensitive, and which differ from each other."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vtprune_kernels import weighted_farthest_point
+
+from ..errors import MethodError
+from ..sensitivity import (
+    difference_sensitivity,
+    exact_sensitivity,
+    jvp_sensitivity,
+    quadratic_form,
+    two_linears,
+    unit_directions,
+)
+from ..vision import Vision, over_patches, projector_tap, say_once
+from ..vision_layout import by_crop
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+Estimator = Literal["auto", "exact", "jvp", "difference"]
+
+
+def scaled(sensitivity: Tensor, segments: Tensor) -> Tensor:
+    """Min-max scaling to `[0, 1)` inside each segment; all ones where it is constant."""
+    out = torch.ones_like(sensitivity)
+    for start, stop in zip(segments.tolist(), segments.tolist()[1:], strict=False):
+        s = sensitivity[start:stop]
+        if len(s) and s.max() > s.min():
+            out[start:stop] = (s - s.min()) / (s.max() - s.min() + 1e-8)
+    return out
+
+
+def select(features: Tensor, sensitivity: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+    """Picks by `scaled sensitivity * distance to the nearest pick`; `[S, max(budgets)]` rows, padded with -1."""
+    return weighted_farthest_point(features, scaled(sensitivity, segments), segments, budgets)
+
+
+@register("zoo_prune")
+@dataclass
+class ZOOPrune(Method):
+    """Sensitivity of the projector times diversity of its output, crop by crop, before the decoder.
+
+    Paper: ZOO-Prune, arXiv 2509.24837 (CVPR 2026), method section. Reads the features before the projector and the
+    visual embeddings. Sensitivity of token `i`: `S_i = mean_j |M(x_i + h u_j) - M(x_i - h u_j)| / 2h` over `m` unit
+    directions. Inside each crop `S` is scaled to [0, 1]; the first pick is the most sensitive token, then
+    `argmax_i S_i * min_{j picked} (1 - cos_ij)`. Where several patches are merged into a token, `x_i` is all of them.
+
+    Differences from the release: float32 throughout, unless `half` (half precision measures rounding: rank correlation
+    0.6 with float16, -0.95 with bfloat16); directions come from a seeded generator, the same for every image, so that a
+    batch equals its samples; crops share the exact budget evenly, and an unpadded crop that is too small passes the
+    rest on; newline tokens are no candidates and go (there an index error drops them and keeps as many unrelated
+    tokens), unless `keep_newlines`; the projector itself is used for LLaVA-NeXT too, not a rank-128 stand-in.
+
+    Attributes:
+        estimator: "exact" is the closed form of the root mean square over all directions, for projectors that are
+            linear - activation - linear; "jvp" the mean over the drawn directions by forward-mode differentiation;
+            "difference" the released central differences; "auto" the first of them that the projector allows.
+        directions: Number of directions `m`.
+        step: `h` of "difference".
+        seed: Start of the generator.
+        keep_newlines: Newline tokens stay, within the budget, as long as they fit into half of it.
+        half: "difference" in the dtype of the model, as released.
+    """
+
+    estimator: Estimator = "auto"
+    directions: int = 64
+    step: float = 0.01
+    seed: int = 0
+    keep_newlines: bool = False
+    half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ("auto", "exact", "jvp", "difference"):
+            raise MethodError(f"estimator is {self.estimator!r}; expected 'auto', 'exact', 'jvp' or 'difference'")
+        self._forms: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in vars(self).items() if k != "_forms"}  # weak references cannot be pickled
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _forms=weakref.WeakKeyDictionary())
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 0.1112),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (projector_tap(anatomy, self.name),)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        vision = Vision(tokens, self.name)
+        sensitivity = vision.to_tokens(self.sensitivity(vision))
+        crops = by_crop(tokens, vision.crop, keep_newlines=self.keep_newlines)
+        rows = crops.rows
+        order = select(tokens.hidden[rows], sensitivity.nan_to_num(0.0)[rows], crops.segments, crops.budgets)
+        keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
+        keep[rows[order[order >= 0]]] = True
+        return Choice(keep, scores=sensitivity)
+
+    def sensitivity(self, vision: Vision) -> Tensor:
+        """`[R]` float32 for every row that the projector gave out."""
+        # Inference mode switches forward-mode differentiation off; tensors made in it need a copy outside.
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.cat([self._of_call(vision, number) for number in range(len(vision.calls()))])
+
+    def _of_call(self, vision: Vision, number: int) -> Tensor:
+        x, y, packed = vision.calls()[number]
+        x = x.clone() if self.half and self.estimator == "difference" else x.clone().float()
+        exact = self._closed_form(vision, x, y) if self.estimator in ("auto", "exact") else None
+        if exact is not None:
+            return exact
+        if self.estimator == "exact":
+            raise MethodError(
+                f"estimator='exact' needs a projector that is linear - activation - linear; "
+                f"{type(vision.anatomy.projector).__name__} is not: use 'jvp'"
+            )
+        patches, rows = x.shape[1], y.shape[1]
+        k = patches // rows
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every device draws the same
+        u = unit_directions(torch.randn(self.directions, k * x.shape[2], generator=generator)).to(x)
+        shifts = [over_patches(v.reshape(k, -1), patches, rows, packed) for v in u]
+
+        def project(z: Tensor) -> Tensor:
+            return vision.run_projector(number, z)
+
+        if self.estimator != "difference":
+            try:
+                return jvp_sensitivity(project, x, shifts).flatten()
+            except (NotImplementedError, RuntimeError):
+                if self.estimator == "jvp":
+                    raise
+                say_once(f"{self.name}: the projector has no forward-mode derivative; central differences are used")
+        return difference_sensitivity(project, x, shifts, self.step).flatten().float()
+
+    def _closed_form(self, vision: Vision, x: Tensor, y: Tensor) -> Tensor | None:
+        projector = vision.anatomy.projector
+        parts = None if projector is None or x.shape[1] != y.shape[1] else two_linears(projector)
+        if projector is None or parts is None or parts[0].weight.is_meta or parts[2].weight.is_meta:
+            return None
+        first, act, second = parts
+        w1, w2 = first.weight.detach().float(), second.weight.detach().float()
+        b1 = None if first.bias is None else first.bias.detach().float()
+        rows, shown = x.flatten(0, 1), y.flatten(0, 1).float()
+        b2 = None if second.bias is None else second.bias.detach().float()
+        tried = nn.functional.linear(act(nn.functional.linear(rows[:16], w1, b1)), w2, b2)
+        if tried.shape != shown[:16].shape or (tried - shown[:16]).norm() > 0.05 * shown[:16].norm():
+            return None  # something else happens between the layers
+        version = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in (first.weight, second.weight))
+        if self._forms.get(projector, (None,))[0] != version:
+            self._forms[projector] = (version, quadratic_form(w1, w2))
+        return exact_sensitivity(rows, w1, b1, act, self._forms[projector][1])
