@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of CDPruner: relevance over one or several crops, greedy order and gains."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from vtprune.methods.cdpruner import scale, similarity
+from vtprune_kernels import dpp_map
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        shape = case["relevance"].shape  # [N] or [crops, N]
+        features = torch.from_numpy(case["features"]).reshape(-1, case["features"].shape[-1])
+        images = torch.from_numpy(case["image_embeds"])
+        found = similarity(images, torch.from_numpy(case["text_embeds"])).flatten()
+        found = scale(
+            found, torch.zeros(len(found), dtype=torch.int64), 1
+        )  # the crops of a call share minimum and maximum
+        np.testing.assert_allclose(found.reshape(shape), case["relevance"], rtol=1e-4, atol=1e-5)
+        relevance, budget = torch.from_numpy(case["relevance"]).flatten(), int(case["budget"])
+        segments = torch.arange(0, len(relevance) + 1, shape[-1])
+        for scores in (found, relevance):
+            order = dpp_map(features, scores, segments, torch.full((len(segments) - 1,), budget)) - segments[:-1, None]
+            np.testing.assert_array_equal(order.reshape(case["kept"].shape), case["kept_in_order"])
+            np.testing.assert_array_equal(order.sort(1).values.reshape(case["kept"].shape), case["kept"])
+        gains = [pick_gains(features, relevance, rows) for rows in order + segments[:-1, None]]
+        expected = case["pick_gains"]
+        atol = 1e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(torch.stack(gains).reshape(expected.shape), expected, rtol=1e-4, atol=atol)
+
+
+def pick_gains(features: torch.Tensor, relevance: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """What each pick adds: the squared diagonal of the Cholesky factor of the kernel in the order of the picks."""
+    rows = (normalize(features, dim=-1) * relevance[:, None])[order].double()
+    return torch.linalg.cholesky(rows @ rows.T).diagonal().square().float()

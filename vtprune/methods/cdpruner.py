@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CDPruner: a diverse subset of the visual tokens, conditioned on the instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vtprune_kernels import dpp_map
+
+from ..errors import MethodError
+from ..vision import Vision, crops_seen, projector_tap
+from ..vision_layout import by_crop
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+_TEXT = "cdpruner.text"
+_SEGMENT = 77  # tokens that CLIP's text tower reads at once
+
+
+def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Mean over the text rows of the NEGATIVE cosine, as released (dense CLIP patches are anti-correlated with text).
+
+    Args:
+        image_embeds: `[..., C]`.
+        text_embeds: `[m, C]`.
+
+    Returns:
+        Tensor: `[...]` float32.
+    """
+    return -(normalize(image_embeds.float(), dim=-1) @ normalize(text_embeds.float(), dim=-1).mean(0))
+
+
+def scale(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Min-max scaling inside each group: `(v - min + 1e-6) / (max - min)`; ones where all values are equal.
+
+    Args:
+        values: `[M]`.
+        group: `[M]` int64.
+        groups: Number of groups.
+    """
+    low = values.new_zeros(groups).scatter_reduce(0, group, values, "amin", include_self=False)[group]
+    high = values.new_zeros(groups).scatter_reduce(0, group, values, "amax", include_self=False)[group]
+    return torch.where(high > low, (values - low + 1e-6) / (high - low), 1.0)
+
+
+@register("cdpruner")
+@dataclass
+class CDPruner(Method):
+    """Greedy MAP of a determinantal point process conditioned on relevance, crop by crop, before the decoder.
+
+    Paper: CDPruner, arXiv 2506.10967 (NeurIPS 2025), method section. With relevance `r_i` of token `i` to the
+    instruction and the projected features `z`, the kernel is `L_ij = r_i cos(z_i, z_j) r_j`; tokens are picked one by
+    one, each adding most to the determinant. `r` is min-max scaled over the crops of a sample.
+
+    Relevance: with `clip` as published, the negative cosine of CLIP-space patches (features before the projector
+    through CLIP's last norm and projection) and CLIP embeddings of the question, in segments of 77 tokens. No model of
+    transformers carries CLIP's text tower; without `clip` the visual embeddings are compared with the decoder's
+    embeddings of the text after the image, the paper's way for models without CLIP, with the same sign.
+
+    Differences from the release: min and max are taken per sample, unless `scale_over="batch"`; crops share the exact
+    budget evenly, and LLaVA-NeXT keeps its unpadded layout (there every crop is full), newlines going first; with
+    `clip` the question is all text after the image, chat template included.
+
+    Attributes:
+        scale_over: "sample", or "batch" as released.
+        clip: A `CLIPModel` whose vision tower is the one of the model.
+        clip_tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the vision-language model, to read the question back from the prompt.
+    """
+
+    scale_over: Literal["sample", "batch"] = "sample"
+    clip: Any = None
+    clip_tokenizer: Any = None
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        if self.scale_over not in ("sample", "batch"):
+            raise MethodError(f"scale_over is {self.scale_over!r}; expected 'sample' or 'batch'")
+        given = [v is not None for v in (self.clip, self.clip_tokenizer, self.tokenizer)]
+        if any(given) and not all(given):
+            raise MethodError("clip, clip_tokenizer and tokenizer go together: give all three or none")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 0.1112),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        text = Tap(_TEXT, anatomy.embeddings, lambda args, kwargs, output: (*args, *kwargs.values(), output))
+        if anatomy.projector is None and self.clip is None:
+            return (text,)
+        return (text, projector_tap(anatomy, self.name))
+
+    def choose(self, tokens: Tokens) -> Choice:
+        relevance = self.relevance(tokens)
+        group = tokens.pool if self.scale_over == "sample" else torch.zeros_like(tokens.pool)
+        relevance = scale(relevance, group, len(tokens.segments) - 1)
+        crops = by_crop(tokens, crops_seen(tokens, self.name))
+        rows = crops.rows
+        order = dpp_map(tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets)
+        keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
+        keep[rows[order[order >= 0]]] = True
+        return Choice(keep, scores=relevance)
+
+    def relevance(self, tokens: Tokens) -> Tensor:
+        """`[M]` relevance of every visual token to the text after the image of its sample, before scaling."""
+        ids, embeds = self._text(tokens)
+        prompt = tokens.prompt
+        assert prompt is not None
+        out = tokens.hidden.new_zeros(len(tokens), dtype=torch.float32)
+        patches = None if self.clip is None else self._clip_patches(tokens)
+        for rows in prompt.text.split(prompt.text_segments.diff().tolist()):
+            batch, columns = prompt.batch[rows], prompt.column[rows]
+            mine = tokens.sample == batch[0]
+            if patches is None:
+                out[mine] = similarity(tokens.hidden[mine], embeds[batch, columns].to(tokens.hidden.device))
+            else:
+                out[mine] = similarity(patches[mine], self._clip_text(ids[batch, columns]))
+        return out
+
+    def _text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`[B, T]` ids and `[B, T, D]` embeddings of the prompt."""
+        assert tokens.prompt is not None
+        rows, columns = int(tokens.prompt.batch.max()), int(tokens.prompt.column.max())
+        for *inputs, output in reversed(tokens.observed.get(_TEXT, [])):
+            if output.dim() == 3 and output.shape[0] > rows and output.shape[1] > columns:
+                return inputs[0], output
+        raise MethodError(
+            f"{self.name} reads the instruction from the embedding layer, which was not called for this prompt; pass "
+            "input_ids, not inputs_embeds"
+        )
+
+    def _clip_patches(self, tokens: Tokens) -> Tensor:
+        vision = Vision(tokens, self.name)
+        weights = self.clip.visual_projection.weight
+        if vision.features.shape[1] != weights.shape[1]:
+            raise MethodError(
+                f"clip projects features of width {weights.shape[1]}, the model's are {vision.features.shape[1]} wide; "
+                "expected the CLIP model that the vision tower was taken from"
+            )
+        normed = self.clip.vision_model.post_layernorm(vision.features.to(weights))
+        # Newlines are in no image: relevance 0 lies between the extremes of a cosine.
+        return vision.to_tokens(self.clip.visual_projection(normed)).nan_to_num(0.0)
+
+    def _clip_text(self, ids: Tensor) -> Tensor:
+        question = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        tokens = torch.tensor(self.clip_tokenizer(question.strip())["input_ids"])
+        segments = tokens.new_zeros(-(-len(tokens) // _SEGMENT), _SEGMENT)
+        segments.view(-1)[: len(tokens)] = tokens
+        output = self.clip.get_text_features(input_ids=segments.to(self.clip.device))
+        return output if isinstance(output, Tensor) else output.pooler_output
