@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisionZip: the patches that the class token looks at, and a few tokens that sum up the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..errors import MethodError
+from ..vision import Vision, layer_tap, projector_tap, say_once
+from ..vision_layout import by_crop
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+
+def contextual_targets(rest: int, count: int) -> Tensor:
+    """`[count]` places among `rest` patches in raster order: every `rest // count`-th, from the first on."""
+    return torch.arange(count) * max(1, rest // max(count, 1))
+
+
+def assign(metric: Tensor, targets: Tensor) -> Tensor:
+    """Gives every patch the target with the most similar key.
+
+    Args:
+        metric: `[n, d]` mean keys of the patches that are not dominant.
+        targets: `[C]` rows of `metric`; they belong to themselves.
+
+    Returns:
+        Tensor: `[n]` number of the target.
+    """
+    unit = normalize(metric.float(), dim=-1)
+    nearest = (unit @ unit[targets].T).argmax(1)
+    nearest[targets] = torch.arange(len(targets), device=targets.device)
+    return nearest
+
+
+def merge(features: Tensor, targets: Tensor, assignment: Tensor, average: bool = False) -> Tensor:
+    """Contextual tokens `[C, F]`: target + mean of the others that belong to it, as released; or the mean of them all.
+
+    Args:
+        features: `[n, F]`.
+        targets: `[C]` rows of `features`.
+        assignment: `[n]` from `assign`.
+        average: The mean of target and others instead.
+    """
+    features = features.float()
+    others = torch.ones(len(features), device=features.device)
+    others[targets] = 0
+    total = features.new_zeros(len(targets), features.shape[1])
+    total.index_add_(0, assignment, features * others[:, None])
+    count = features.new_zeros(len(targets)).index_add_(0, assignment, others)[:, None]
+    if average:
+        return (features[targets] + total) / (1 + count)
+    return features[targets] + total / count.clamp_min(1)
+
+
+@register("visionzip")
+@dataclass
+class VisionZip(Method):
+    """Dominant patches by the attention of the class token plus merged contextual tokens, crop by crop.
+
+    Paper: VisionZip, arXiv 2412.04467 (CVPR 2025), section 3.2. Stage: the projector, hence before the decoder. Reads
+    queries and keys of the vision layer whose output is projected, and the features before the projector. Dominant: the
+    largest class-token attention, summed over heads (without a class token the mean attention received). Contextual: of
+    the remaining patches in raster order every `step`-th is a target, each other one joins the target with the most
+    similar key (mean over heads), and the token is target + mean of the others, sent through the projector.
+
+    Columns: a contextual token takes the column of its target, so that it keeps a place in the image; the class token
+    of `keep_class_token` takes the first column of its crop that is not taken otherwise.
+
+    Differences from the release: the class token is not passed on (the projector never saw one in training) but counts
+    as one more dominant patch, unless `keep_class_token`; tokens keep their order in the prompt (there contextual
+    tokens come last); crops share the exact budget evenly, and any-resolution layouts keep their unpadding, newlines
+    going first; where a projector takes whole images only, tokens are averaged after it.
+
+    Attributes:
+        contextual: Share of the budget that goes to contextual tokens (10 of 64 and 20 of 128 published).
+        keep_class_token: As released.
+        average: Contextual tokens are true averages; the released sum of two terms has about twice the length.
+    """
+
+    contextual: float = 10 / 64
+    keep_class_token: bool = False
+    average: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contextual < 1:
+            raise MethodError(f"contextual is {self.contextual!r}; expected a share of the budget in [0, 1)")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 64 / 576),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))
+
+    def choose(self, tokens: Tokens) -> Choice:
+        vision = Vision(tokens, self.name)
+        scores = vision.importance()
+        metric = vision.tokens_of_patches(lambda a: a.key.float().mean(1), rope=False)  # [M, dh]
+        keep = torch.zeros(len(tokens), dtype=torch.bool, device=scores.device)
+        groups, class_rows = [], []
+        for rows, budget, placed in by_crop(tokens, vision.crop).each():
+            if not placed or budget == len(rows):
+                keep[rows[:budget]] = True
+                continue
+            count = round(self.contextual * budget)
+            with_class = self.keep_class_token and budget - count > 1
+            dominant = scores[rows].sort(descending=True, stable=True).indices[: budget - count - with_class]
+            keep[rows[dominant]] = True
+            rest = rows[~keep[rows]]
+            if count:
+                targets = contextual_targets(len(rest), count).to(rest.device)
+                groups.append((rest, targets, assign(metric[rest], targets)))
+                keep[rest[targets]] = True
+            if with_class:
+                class_rows.append(rows[~keep[rows]][:1])
+                keep[class_rows[-1]] = True
+        return Choice(keep, self._states(tokens, vision, groups, class_rows), scores)
+
+    def _states(self, tokens: Tokens, vision: Vision, groups: list, class_rows: list[Tensor]) -> Tensor | None:
+        """States of the prompt `[M, D]` with contextual and class tokens in the columns they take."""
+        if not groups and not class_rows:
+            return None
+        changed = [rest[targets] for rest, targets, _ in groups] + class_rows
+        before = vision.to_tokens(vision.features)
+        states = [merge(before[rest], targets, belongs, self.average) for rest, targets, belongs in groups]
+        if class_rows:
+            assert vision.crop is not None  # towers that pack images have no class token
+            states.append(vision.class_states()[vision.crop[torch.cat(class_rows)]].float())
+        projected = vision.project(torch.cat(states))
+        if projected is None:
+            say_once(f"{self.name}: the projector takes whole images only; contextual tokens are averaged after it")
+            projected = torch.cat([merge(tokens.hidden[r], t, belongs, average=True) for r, t, belongs in groups])
+        hidden = tokens.hidden.clone()
+        hidden[torch.cat(changed)] = projected.to(hidden)
+        return hidden
