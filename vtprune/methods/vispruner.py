@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VisPruner: the patches that the class token looks at, and among the rest those without a double."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..errors import MethodError
+from ..vision import Vision, layer_tap, projector_tap
+from ..vision_layout import by_crop
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+
+def remove_doubles(features: Tensor, order: Tensor, count: int, step: int = 8) -> Tensor:
+    """Thins a list out until `count` are left, `step` at a time.
+
+    Each round splits the list into its even and its odd places, and deletes those even ones that are most similar to
+    some odd one; the next list is the even ones left, by descending similarity, then the odd ones.
+
+    Args:
+        features: `[n, F]`.
+        order: `[R]` rows of `features`, by descending importance.
+        count: How many are to be left, at most `R`.
+        step: Rows deleted per round.
+
+    Returns:
+        Tensor: `[count]` rows, in the final order of the list.
+    """
+    unit = normalize(features[order].float(), dim=-1)
+    left = torch.arange(len(order), device=order.device)
+    while len(left) > count:
+        even, odd = left[0::2], left[1::2]
+        if len(odd) == 0:
+            return order[left[:count]]
+        nearest = (unit[even] @ unit[odd].T).amax(1)
+        by_similarity = even[nearest.sort(descending=True, stable=True).indices]
+        left = torch.cat([by_similarity[min(step, len(left) - count) :], odd])
+    return order[left]
+
+
+def select(features: Tensor, scores: Tensor, budget: int, important: int, step: int = 8) -> tuple[Tensor, Tensor]:
+    """Important rows by descending score `[important]`, and diverse ones `[budget - important]` of the rest."""
+    order = scores.sort(descending=True, stable=True).indices
+    return order[:important], remove_doubles(features, order[important:], budget - important, step)
+
+
+@register("vispruner")
+@dataclass
+class VisPruner(Method):
+    """Important patches by the attention of the class token, diverse ones by removing doubles, crop by crop.
+
+    Paper: VisPruner, arXiv 2412.01818 (ICCV 2025), method section. Stage: before the decoder. Reads queries and keys of
+    the vision layer whose output is projected, and the features before the projector. Of a budget `T`, `int(T * share)`
+    patches have the largest class-token attention, mean over heads (without a class token: mean attention received).
+    The rest, by descending attention, is thinned out by cosine similarity until `T` is met (`remove_doubles`).
+
+    The thinning is chaotic: one swapped neighbour changes everything after it, so features that went through half
+    precision can give a kept set that differs in a third of its members. Everything after the model is float32 here.
+
+    Differences from the release: lists of odd length work, and short ones lose what they have; crops share the exact
+    budget evenly, any-resolution layouts keep their unpadding, newlines going first; above `largest` patches the step
+    grows, because the published one needs `n / 8` rounds over all pairs.
+
+    Attributes:
+        important: Share of the budget given to attention.
+        step: Rows deleted per round.
+        largest: Crops with more patches than this delete `step * n / largest` per round.
+    """
+
+    important: float = 0.5
+    step: int = 8
+    largest: int = 2048
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.important <= 1 or self.step < 1:
+            raise MethodError(
+                f"important is {self.important!r} and step {self.step!r}; expected a share in [0, 1] and at least 1"
+            )
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 64 / 576),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))
+
+    def choose(self, tokens: Tokens) -> Choice:
+        vision = Vision(tokens, self.name)
+        scores, features = vision.importance(), vision.to_tokens(vision.features)
+        keep = torch.zeros(len(tokens), dtype=torch.bool, device=scores.device)
+        for rows, budget, placed in by_crop(tokens, vision.crop).each():
+            if not placed or budget == len(rows):
+                keep[rows[:budget]] = True
+                continue
+            step = max(self.step, self.step * len(rows) // self.largest)
+            for chosen in select(features[rows], scores[rows], budget, int(budget * self.important), step):
+                keep[rows[chosen]] = True
+        return Choice(keep, scores=scores)
