@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Golden check of PruMerge: class-token attention as one head, adaptive ratio, grid, neighbours, merged features."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtprune.methods.prumerge import grid_places, merge, neighbours, one_head, outlier_ratio
+from vtprune.vision import Attention
+
+
+def check(data: dict[str, np.ndarray]) -> None:
+    groups = sorted({name.split("_")[0] for name in data})
+    assert groups
+    for group in groups:
+        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+        keys, features = torch.from_numpy(case["keys"]), torch.from_numpy(case["features"])
+        queries = torch.zeros_like(keys)
+        queries[0] = torch.from_numpy(case["query_cls"])
+        # Two halves of the width, as if they were heads: the method has to put them together again.
+        heads = [x.unflatten(1, (2, -1)).transpose(0, 1)[None] for x in (queries, keys)]  # [1, 2, N + 1, C / 2]
+        attention = one_head(Attention(*heads, 1.0, None, None, 1)).of_class_token()[0, 1:]
+        expected = case["prumerge_cls_attention"]
+        np.testing.assert_allclose(attention, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+        variants = sorted({name.split("_")[0] for name in case if name.endswith("_kept")})
+        assert variants
+        for variant in variants:
+            part = {n.removeprefix(f"{variant}_"): v for n, v in case.items() if n.startswith(f"{variant}_")}
+            check_variant(variant, part, attention, keys[1:], features)
+
+
+def check_variant(
+    variant: str, part: dict[str, np.ndarray], attention: torch.Tensor, keys: torch.Tensor, features: torch.Tensor
+) -> None:
+    ratio = float(part["ratio"])
+    if variant != "fixed":
+        assert outlier_ratio(attention) == ratio
+    order = attention.sort(descending=True, stable=True).indices[: int(len(attention) * ratio)]
+    if variant == "plus":
+        grid = grid_places(len(attention), ratio)
+        order = torch.cat([order, grid[~torch.isin(grid, order)]])
+    assert len(order) == int(part["budget"])
+    np.testing.assert_array_equal(order, part["kept_in_order"])
+    np.testing.assert_array_equal(order.sort().values, part["kept"])
+    near = neighbours(keys, order, part["merge_neighbours"].shape[1])
+    np.testing.assert_array_equal(near, part["merge_neighbours"])
+    merged = merge(features, attention, order, near)
+    np.testing.assert_allclose(merged, part["output_features"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PruMerge and PruMerge+: patches that the class token looks at, each with its neighbours folded in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..errors import MethodError
+from ..vision import Attention, Vision, layer_tap, projector_tap, say_once
+from ..vision_layout import by_crop
+from .base import Choice, Method, Stage, Tap, Tokens
+from .registry import register
+
+if TYPE_CHECKING:
+    from ..anatomy import Anatomy
+
+
+def outlier_ratio(attention: Tensor) -> float:
+    """Share of the values of `[N]` above the third quartile by more than 1.5 interquartile ranges."""
+    first, third = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device))
+    return int((attention > third + 1.5 * (third - first)).sum()) / len(attention)
+
+
+def grid_places(total: int, ratio: float) -> Tensor:
+    """Places that PruMerge+ adds for an adaptive ratio: every `int(int(1 / ratio) / 3)`-th, the last one left out.
+
+    The released code divides by zero where there is no outlier and has no step above ratio 1/3; both give step 1 here.
+    """
+    return torch.arange(0, total - 1, max(1, int(int(1 / ratio) / 3)) if ratio > 0 else 1)
+
+
+def neighbours(keys: Tensor, kept: Tensor, count: int = 32) -> Tensor:
+    """`[K, count]` rows most similar to each kept row by cosine of keys `[N, C]`, itself left out; ascending."""
+    unit = normalize(keys.float(), dim=-1)
+    similar = unit[kept] @ unit.T  # [K, N]
+    similar[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
+    nearest = similar.sort(dim=1, descending=True, stable=True).indices[:, : min(count, len(keys) - 1)]
+    return nearest.sort(1).values
+
+
+def merge(features: Tensor, attention: Tensor, kept: Tensor, near: Tensor, average: bool = False) -> Tensor:
+    """Folds neighbours into the kept rows, and all rows that are not kept into one more.
+
+    Args:
+        features: `[N, F]`.
+        attention: `[N]` weights.
+        kept: `[K]` rows.
+        near: `[K, n]` neighbours of each.
+        average: Divide by the sum of the weights (a kept row weighs 1); the release does not.
+
+    Returns:
+        Tensor: `[K + 1, F]`: `x_i + sum_j a_j x_j` in the order of `kept`, then `sum_{not kept} a_j x_j`.
+    """
+    features, attention = features.float(), attention.float()
+    weights = features.new_zeros(len(kept) + 1, len(features))
+    weights[:-1].scatter_(1, near, attention[near])
+    weights[-1] = attention
+    weights[-1, kept] = 0
+    weights[torch.arange(len(kept), device=kept.device), kept] = 1
+    if average:
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights @ features
+
+
+def one_head(attention: Attention) -> Attention:
+    """The same queries and keys as one head of the layer's full width."""
+    query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (attention.query, attention.key))  # [B, 1, N, H dh]
+    return replace(attention, query=query, key=key, scaling=query.shape[-1] ** -0.5)
+
+
+@register("prumerge")
+@dataclass
+class PruMerge(Method):
+    """Patches with the largest class-token attention, and a grid of others, each with its neighbours merged in.
+
+    Paper: LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025), method section. Stage: the projector, hence before the
+    decoder. Reads queries and keys of the LAST vision layer, taken as one head, and the features before the projector.
+    A kept patch becomes `x_i + sum_j a_j x_j` over its 32 nearest others by key cosine, `a` the class-token attention
+    (without a class token: the mean attention received); one more token is `sum a_j x_j` over all patches that are not
+    kept. They go through the projector. PruMerge+ (`plus`, the release's default) keeps few by attention and adds an
+    even grid.
+
+    Columns: kept patches stay where they are, the extra token takes the first column of its crop that is not kept.
+
+    Differences from the release: there the number of outliers decides how many tokens stay (`outlier_ratio`,
+    `grid_places`); here the budget is given and exact, the extra token counts, and the outliers decide how the crops of
+    a sample share it (`adaptive`); order in the image is kept (there: by attention, then grid, then extra);
+    any-resolution layouts work, newlines going first; where a projector takes whole images only, merging is done on
+    its output.
+
+    Attributes:
+        plus: PruMerge+; False is PruMerge.
+        important: Share of the kept patches that PruMerge+ chooses by attention (about a quarter results as released).
+        near: Neighbours merged into a kept patch.
+        adaptive: Crops with more outliers get more of the budget.
+        average: Merged tokens are weighted averages; the released sums are not normalised.
+    """
+
+    plus: bool = True
+    important: float = 0.25
+    near: int = 32
+    adaptive: bool = True
+    average: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.important <= 1 or self.near < 0:
+            raise MethodError(
+                f"important is {self.important!r} and near {self.near!r}; expected a share in (0, 1] and at least 0"
+            )
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 1 / 14.4),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "last"))
+
+    def choose(self, tokens: Tokens) -> Choice:
+        vision = Vision(tokens, self.name)
+        scores = vision.importance(one_head)
+        keys = vision.tokens_of_patches(lambda a: one_head(a).key[:, 0], rope=False)  # [M, H dh]
+        crops = by_crop(tokens, vision.crop)
+        if self.adaptive:
+            weights = torch.ones_like(scores)
+            for rows, _, placed in crops.each():
+                weights[rows] = max(outlier_ratio(scores[rows]) * len(rows), 1.0) if placed else 1.0
+            crops = by_crop(tokens, vision.crop, weights)
+        keep = torch.zeros(len(tokens), dtype=torch.bool, device=scores.device)
+        groups = []
+        for rows, budget, placed in crops.each():
+            if not placed or budget == len(rows) or budget == 0:
+                keep[rows[:budget]] = True
+                continue
+            kept = self._pick(scores[rows], max(budget - 1, 1))
+            keep[rows[kept]] = True
+            extra = rows[~keep[rows]][: budget - len(kept)]
+            keep[extra] = True
+            groups.append((rows, kept, neighbours(keys[rows], kept, self.near), extra))
+        return Choice(keep, self._states(tokens, vision, scores, groups), scores)
+
+    def _pick(self, scores: Tensor, count: int) -> Tensor:
+        """`[count]` patches of one crop: the best, then (plus) evenly spaced ones of the rest."""
+        order = scores.sort(descending=True, stable=True).indices
+        best = max(1, round(self.important * count)) if self.plus else count
+        rest = order[best:].sort().values
+        places = (2 * torch.arange(count - best, device=rest.device) + 1) * len(rest) // (2 * max(count - best, 1))
+        return torch.cat([order[:best], rest[places]])
+
+    def _states(self, tokens: Tokens, vision: Vision, scores: Tensor, groups: list) -> Tensor | None:
+        """States of the prompt `[M, D]` with merged ones in the columns they take."""
+        if not groups:
+            return None
+        changed = torch.cat([torch.cat([rows[kept], extra]) for rows, kept, _, extra in groups])
+
+        def merged(states: Tensor, average: bool) -> Tensor:
+            parts = [
+                merge(states[rows], scores[rows], kept, near, average)[: len(kept) + len(extra)]
+                for rows, kept, near, extra in groups
+            ]
+            return torch.cat(parts)
+
+        projected = vision.project(merged(vision.to_tokens(vision.features), self.average))
+        if projected is None:
+            say_once(f"{self.name}: the projector takes whole images only; its outputs are merged, as averages")
+            projected = merged(tokens.hidden, True)
+        hidden = tokens.hidden.clone()
+        hidden[changed] = projected.to(hidden)
+        return hidden
