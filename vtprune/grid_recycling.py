@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging dropped tokens by cells of the image grid (VFlowOpt, arXiv 2508.05211)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .selection import rank_in_segment
+
+
+def grid_cells(row: Tensor, col: Tensor, crop: Tensor, a: float) -> Tensor:
+    """`[M]` recycling cell of each token, by crop, `floor(row / a)`, `floor(col / a)`; -1 without a place."""
+    keys = torch.stack([crop, torch.floor(row / a).long(), torch.floor(col / a).long()])
+    cell = torch.unique(torch.where(row >= 0, keys, -1), dim=1, return_inverse=True)[1]
+    return torch.where(row >= 0, cell, -1)
+
+
+def mark_exactly(importance: Tensor, cell: Tensor, keep: int) -> Tensor:
+    """Marks the least important tokens, as many as leave `keep` once every cell merged its marked ones into one.
+
+    Marking a token of a cell that has one already loses a token, marking the first of a cell does not, so some number
+    of marks always fits, unless there are more cells than `keep`.
+    """
+    order = rank_in_segment(importance, torch.tensor([0, len(importance)], device=importance.device)).argsort().flip(0)
+    inside = cell[order]
+    place = torch.arange(len(order), device=order.device)
+    firsts = torch.full((int(cell.max()) + 2,), len(order), device=order.device)
+    firsts.scatter_reduce_(0, inside + 1, place, "amin")
+    loses = (firsts[inside + 1] != place) | (inside < 0)
+    count = int((loses.cumsum(0) < len(order) - keep).sum()) + 1
+    marked = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    marked[order[:count]] = True
+    return marked
+
+
+def recycle(
+    features: Tensor, importance: Tensor, cell: Tensor, marked: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merges the marked tokens of each cell into its most important one, weighted by importance.
+
+    Args:
+        features: `[M, D]`.
+        importance: `[M]`.
+        cell: `[M]` from `grid_cells`.
+        marked: `[M]` bool.
+
+    Returns:
+        tuple: Kept `[M]` bool; features `[M, D]` float32 with merged ones in place; group of every token `[M]`,
+        numbered in the order of the cells, -1 where not marked; the row that each group was merged into `[G]`.
+    """
+    used, group = torch.unique(torch.where(marked & (cell >= 0), cell, -1), return_inverse=True)
+    group = group - int(used[0] < 0)  # -1 comes first
+    members = (group >= 0).nonzero()[:, 0]
+    groups = group[members]
+    count = int(groups.max()) + 1 if len(groups) else 0
+    segments = torch.nn.functional.pad(torch.bincount(groups, minlength=count).cumsum(0), (1, 0))
+    by_group = members[groups.sort(stable=True).indices]
+    best = by_group[rank_in_segment(importance[by_group], segments) == 0]
+    weight = importance.float()[members].clamp_min(torch.finfo(torch.float32).tiny)
+    weight = weight / weight.new_zeros(count).index_add_(0, groups, weight)[groups]
+    merged = features.float().clone()
+    merged[best] = merged.new_zeros(count, merged.shape[1]).index_add_(0, groups, weight[:, None] * merged[members])
+    keep = ~marked
+    keep[best] = True
+    return keep, merged, group, best
