@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Average pooling of the visual grid: what a smaller image would have cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..selection import rank_in_segment
+from ..vision_layout import by_crop
+from .base import Choice, Method, Tokens
+from .registry import register
+from .uniform import spread
+
+
+def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
+    """Cuts a grid into exactly `count` connected cells of nearly equal size and shape.
+
+    The rows are cut into bands, every band into pieces from left to right.
+
+    Args:
+        row, col: `[n]` place of each token.
+        count: Cells, from 1 to `n`.
+
+    Returns:
+        Tensor: `[n]` cell of each token; every cell has one at least.
+    """
+    line = torch.unique(row, return_inverse=True)[1]
+    height = int(line.max()) + 1
+    width = len(row) / height
+    bands = min(max(round(math.sqrt(count * height / width)), math.ceil(count / width)), height, count)
+    band = line * bands // height
+    sizes = torch.bincount(band)
+    pieces = 1 + spread(sizes - 1, count - bands)  # [bands], none empty, none larger than its band
+    by_column = torch.sort(col, stable=True).indices
+    order = by_column[torch.sort(band[by_column], stable=True).indices]  # by band, column, row
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(len(row)) - starts[band[order]]
+    cell = torch.empty_like(band)
+    cell[order] = (pieces.cumsum(0) - pieces)[band[order]] + place * pieces[band[order]] // sizes[band[order]]
+    return cell
+
+
+def centres(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
+    """`[cells]` the token of each cell that is nearest to its middle; ties to the smaller number."""
+    sizes = torch.bincount(cell)
+    away = torch.zeros(len(cell))
+    for axis in (row.float(), col.float()):
+        middle = torch.zeros(len(sizes)).index_add_(0, cell, axis) / sizes
+        away += (axis - middle[cell]).square()
+    order = torch.sort(cell, stable=True).indices
+    segments = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return order[rank_in_segment(-away[order], segments) == 0]
+
+
+@register("pooling")
+@dataclass
+class Pooling(Method):
+    """Averages the tokens of each crop and frame over as many cells of its grid as the budget has tokens.
+
+    No paper; the control for methods that merge. Crops and frames share the budget in proportion to their sizes. A
+    merged token takes the column of the token nearest to the middle of its cell. Tokens without a place in the grid
+    (newlines) go first; in models that tell no places, neighbours in the prompt are averaged.
+
+    Attributes:
+        layer: Decoder layer before which hidden states are averaged; 0 is before the decoder.
+    """
+
+    layer: int = 0
+
+    def choose(self, tokens: Tokens) -> Choice:
+        row, col = tokens.row.cpu(), tokens.col.cpu()
+        col = torch.where(row < 0, tokens.index.cpu(), col)
+        weights = torch.zeros(len(tokens))
+        for rows, _, _ in by_crop(tokens).each():
+            weights[rows.cpu()] = len(rows)
+        keep = torch.zeros(len(tokens), dtype=torch.bool)
+        groups, taken, count = torch.full((len(tokens),), -1), [], 0
+        for rows, budget, placed in by_crop(tokens, weights=weights).each():
+            rows = rows.cpu()
+            if not placed or budget == 0:
+                keep[rows[:budget]] = True
+                continue
+            cell = cells(row[rows], col[rows], budget)
+            groups[rows] = cell + count
+            taken.append(rows[centres(row[rows], col[rows], cell)])
+            count += budget
+        if not taken:
+            return Choice(keep.to(tokens.hidden.device))
+        device, where = tokens.hidden.device, torch.cat(taken)
+        keep[where] = True
+        members = (groups >= 0).nonzero()[:, 0]
+        numbers, members = groups[members].to(device), members.to(device)
+        total = tokens.hidden.new_zeros(count, tokens.hidden.shape[1], dtype=torch.float32)
+        total.index_add_(0, numbers, tokens.hidden[members].float())
+        hidden = tokens.hidden.clone()
+        hidden[where.to(device)] = (total / torch.bincount(numbers, minlength=count)[:, None]).to(hidden)
+        return Choice(keep.to(device), hidden)
