@@ -194,6 +194,7 @@ def _print_sides(args: argparse.Namespace, before: Side, after: Side, truth: str
         ("visual tokens", lambda side: side.visual_tokens, ""),
         ("prompt tokens", lambda side: side.prompt_tokens, ""),
         ("time to first token", lambda side: side.seconds, " s"),
+        ("of which choosing", lambda side: side.choosing, " s"),
         ("KV cache", lambda side: side.kv_bytes, " B"),
     ]
     table = Table(title=Text(f"{args.model}: {args.question}"), title_justify="left")
@@ -203,7 +204,7 @@ def _print_sides(args: argparse.Namespace, before: Side, after: Side, truth: str
     table.add_column("change")
     for name, value, unit in rows:
         one, two = value(before), value(after)
-        change = "" if isinstance(one, str) else f"{100 * (two / one - 1):+.0f} %" if one else ""
+        change = f"{100 * (two / one - 1):+.0f} %" if one and not isinstance(one, str) else ""
         shown = [
             f"{v:.4f}{unit}" if isinstance(v, float) else f"{v:,}{unit}" if isinstance(v, int) else v
             for v in (one, two)

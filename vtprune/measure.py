@@ -26,6 +26,7 @@ class Side:
         prompt_tokens: All prompt tokens that do.
         seconds: Time to first token, from the model inputs to the first new token (vision tower, choosing and prefill
             included): the median of `repeats`.
+        choosing: The part of `seconds` that choosing the tokens takes (median; 0 without pruning).
         kv_bytes: Bytes of all keys and values that the prompt leaves in the cache.
         repeats: Runs that `seconds` is the median of.
     """
@@ -34,6 +35,7 @@ class Side:
     visual_tokens: int
     prompt_tokens: int
     seconds: float
+    choosing: float
     kv_bytes: int
     repeats: int
 
@@ -66,10 +68,12 @@ def compare(
             answers.append(processor.decode(new, skip_special_tokens=True).strip())
             sizes.append(cache_bytes(_first_token(model, inputs).past_key_values))
     times: tuple[list[float], list[float]] = ([], [])
+    choosing = []
     for _ in range(repeats):
         for way, spent in zip(ways, times, strict=True):
             with way():
                 spent.append(_timed(model, inputs))
+        choosing.append(patch.last.seconds if patch.last else 0.0)  # the pruned run was the last one
     last = patch.last
     if last is None:  # the prompt held no visual token
         visual = kept = 0
@@ -78,8 +82,8 @@ def compare(
     prompt = inputs["input_ids"].shape[1]
     medians = [statistics.median(spent) for spent in times]
     return (
-        Side(answers[0], visual, prompt, medians[0], sizes[0], repeats),
-        Side(answers[1], kept, prompt - visual + kept, medians[1], sizes[1], repeats),
+        Side(answers[0], visual, prompt, medians[0], 0.0, sizes[0], repeats),
+        Side(answers[1], kept, prompt - visual + kept, medians[1], statistics.median(choosing), sizes[1], repeats),
     )
 
 
