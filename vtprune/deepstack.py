@@ -10,14 +10,49 @@ import torch
 from torch import Tensor
 
 
-@dataclass
-class Planes:
-    """Features that the decoder adds to visual columns after its first layers (DeepStack).
+class LiveMask(Tensor):
+    """A mask that the decoder holds on to, and that stands for another one after every cut.
 
-    The decoder holds on to the mask and the list it was given, so both are ours and are changed in place at a cut.
+    Every operation on it is done with `current`. It is not changed in place, because autograd keeps the masks that it
+    stood for.
     """
 
-    mask: Tensor
+    current: Tensor
+
+    @staticmethod
+    def of(mask: Tensor) -> LiveMask:
+        live = Tensor._make_subclass(LiveMask, mask.clone())
+        live.current = mask
+        return live
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LiveMask):
+        return value.current
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+@dataclass
+class Planes:
+    """Features that the decoder adds to visual columns after its first layers.
+
+    Attributes:
+        mask: `[B, T]` the mask that the decoder was given in place of its own.
+        full: Its own.
+        embeds: The list that the decoder was given: `[visual columns, D]` each, replaced at every cut.
+        originals: Its own features.
+    """
+
+    mask: LiveMask
     full: Tensor
     embeds: list[Tensor]
     originals: list[Tensor]
@@ -28,7 +63,7 @@ class Planes:
         rank = (full.flatten().cumsum(0) - 1).view(full.shape)
         picked = full.gather(1, index) & alive
         rows = rank.gather(1, index)[picked]
-        self.mask.set_(picked.to(self.mask.device))
+        self.mask.current = picked.to(self.full.device)
         for i, original in enumerate(self.originals):
             self.embeds[i] = original.index_select(0, rows.to(original.device))
 
@@ -49,5 +84,5 @@ def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, 
     if len(masks) != 1 or len(lists) != 1:
         return None
     (mask_name, mask), (list_name, embeds) = *masks.items(), *lists.items()
-    planes = Planes(mask.clone(), mask, list(embeds), list(embeds))
+    planes = Planes(LiveMask.of(mask), mask, list(embeds), list(embeds))
     return planes, {**kwargs, mask_name: planes.mask, list_name: planes.embeds}

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full forward calls on a patched model: labels, `logits_to_keep`, hidden states, training, tuples, compact positions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, IMAGE, Image  # noqa: E402
+from reference import masked  # noqa: E402
+from support import LAYOUTS, MIXED, ONE, model_of, pruned, reference, survivors  # noqa: E402
+
+import vtprune  # noqa: E402
+
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
+every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))
+
+
+@every_family
+@every_layout
+@torch.no_grad()
+def test_logits_have_the_callers_length(family: str, layout: str) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(MIXED)
+    length = batch["input_ids"].shape[1]
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
+        out = model(**batch, output_hidden_states=True)
+        assert out.logits.shape[1] == length
+        assert all(h.shape[1] == length for h in out.hidden_states)
+        drops = [spy.drops()]
+        for keep in (1, 3):
+            torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, out.logits[:, -keep:])
+    dropped = ~survivors(drops, batch) & batch["attention_mask"].bool()
+    assert not out.hidden_states[-1][dropped].any()
+
+
+def labels_of(batch: dict) -> torch.Tensor:
+    """Text is predicted, but not pictures, nor the first word after one: it is read off a column that may go."""
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+    labels[0, int((labels[0] == -100).nonzero()[-1]) + 1] = -100
+    return labels
+
+
+@every_family
+@every_layout
+@torch.no_grad()
+def test_labels_mean_the_same(family: str, layout: str) -> None:
+    """The loss over text is that of the masked model; labels of visual columns are ignored as usual."""
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    labels = labels_of(batch)
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
+        loss = model(**batch, labels=labels).loss
+        drops = [spy.drops()]
+    with reference(model, drops, batch):
+        want = model(**batch, labels=labels).loss
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+
+
+@every_family
+@every_layout
+def test_gradients_flow_through_the_kept_tokens(family: str, layout: str) -> None:
+    model = FAMILIES[family].build().train()
+    batch = FAMILIES[family].batch(ONE) | {"use_cache": False}
+    labels = labels_of(batch)
+
+    def grads() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
+        got = grads()
+        drops = [spy.drops()]
+    if layout == "merging":  # the reference puts in constants
+        assert all(torch.isfinite(g).all() for g in got) and any(g.any() for g in got)
+        return
+    with reference(model, drops, batch):
+        want = grads()
+    scale = max(float(w.abs().max()) for w in want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-5 * scale)
+
+
+@every_family
+@torch.no_grad()
+def test_tuple_output_and_positional_arguments(family: str) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    with pruned(model, LAYOUTS["steps"], ratio=0.3) as (patch, _):
+        want = model(**batch).logits
+        assert torch.equal(model(**batch, return_dict=False)[0], want)
+        ids = batch.pop("input_ids")
+        assert torch.equal(model(ids, **batch).logits, want)
+        assert patch.last is not None
+
+
+@every_family
+@torch.no_grad()
+def test_precomputed_features(family: str) -> None:
+    """Features that the caller computed with the model's own encoder are pruned like pixels."""
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    with pruned(model, "uniform") as (patch, _):
+        want = model(**batch).logits
+        kept = patch.last.kept
+        names = {"pixel_values", "image_sizes", "image_grid_thw"}
+        features = model.model.get_image_features(
+            **{k: v for k, v in batch.items() if k in names}, **_strategy(model), return_dict=True
+        )
+        # M-RoPE positions still need the grid.
+        rest = {k: v for k, v in batch.items() if k not in names - {"image_grid_thw"}}
+        got = model(**rest, mm_encoder_outputs={"image": features}).logits
+        assert [k.tolist() for k in patch.last.kept] == [k.tolist() for k in kept]
+    torch.testing.assert_close(got, want)
+
+
+def _strategy(model: torch.nn.Module) -> dict:
+    config = model.config
+    return {
+        name: getattr(config, name)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+        if hasattr(config, name)
+    }
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not FAMILIES[f].needs_types])
+@every_layout
+@torch.no_grad()
+def test_compact_positions(family: str, layout: str) -> None:
+    """Survivors renumbered: each layer's rotation is that of 0, 1, 2, ..., in the prompt and in decoding."""
+    method = LAYOUTS[layout]
+    model = model_of(family)
+    decoder = vtprune.inspect(model).decoder
+    for prompts in (ONE, MIXED):
+        batch = FAMILIES[family].batch(prompts)
+        method.positions = "compact"  # type: ignore[attr-defined]
+        try:
+            with pruned(model, method, ratio=0.3) as (_, spy):
+                out = model.generate(**batch, max_new_tokens=5, output_logits=True, return_dict_in_generate=True)
+                got = torch.stack(out.logits)
+                drops = [spy.drops()]
+        finally:
+            del method.positions  # type: ignore[attr-defined]
+
+        def renumber(number: int, batch: dict = batch, drops: list = drops):
+            def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+                hidden = args[0]
+                past = kwargs["past_key_values"].get_seq_length(number)
+                rows, total = hidden.shape[0], past + hidden.shape[1]
+                real = torch.ones(rows, total, dtype=torch.bool)
+                real[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"].bool()[:, :total]
+                real &= ~drops[0].mask(number, rows, total)
+                ids = (real.cumsum(1) - 1).clamp(min=0)[:, past:]
+                return args, kwargs | {"position_embeddings": decoder.rotary_emb(hidden, ids)}
+
+            return hook
+
+        handles = [
+            layer.register_forward_pre_hook(renumber(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)
+        ]
+        with masked(decoder.layers, drops, batch["attention_mask"]):
+            want = model.generate(**batch, max_new_tokens=5, output_logits=True, return_dict_in_generate=True)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(got, torch.stack(want.logits), rtol=1e-4, atol=1e-4 * float(got.abs().max()))
+
+
+def test_compact_positions_need_one_axis() -> None:
+    method = LAYOUTS["input"]
+    method.positions = "compact"  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(vtprune.MethodError, match="one axis"):
+            vtprune.patch(model_of("qwen2_vl"), ratio=0.3, method=method)
+    finally:
+        del method.positions  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_report() -> None:
+    model, batch = model_of("llava"), FAMILIES["llava"].batch([[3, Image(0), 5]])
+    with vtprune.patch(model, ratio=0.2, method=LAYOUTS["middle"]) as patch:
+        assert patch.last is None
+        model(**batch)
+        last = patch.last
+        text = last.report()
+        assert "25 -> 5 (20.0 %): 5 before layer 2" in text
+        assert last.mean_ratio == pytest.approx((2 * 25 + 2 * 5) / (4 * 25))
+        full, after = last.flops
+        assert full == 4 * (4 * 25 * 32**2 + 2 * 25**2 * 32 + 3 * 25 * 32 * 48)
+        assert after == full / 2 + 2 * (4 * 5 * 32**2 + 2 * 5**2 * 32 + 3 * 5 * 32 * 48)
+        assert last.to_dict()["stages"] == [[2, [5]]]
+        assert patch.mean_ratio == pytest.approx(last.mean_ratio)
