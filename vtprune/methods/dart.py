@@ -83,10 +83,10 @@ def duplication_aware(
     budgets = budgets.to(hidden.device)
     image = top_k(size, segments, budgets.clamp_max(pivots))
     chosen = top_k(text_size, text_segments, text_segments.diff().clamp_max(pivots))
-    groups = []
-    for s in range(len(budgets)):  # visual pivots lie before those of the text: together they ascend
-        mine, said = slice(segments[s], segments[s + 1]), slice(text_segments[s], text_segments[s + 1])
-        groups.append(torch.cat([hidden[mine][image[mine]], text[said][chosen[said]]]))
+    pools = segment_ids(segments)[image], segment_ids(text_segments)[chosen]
+    ours, theirs = (pool.bincount(minlength=len(budgets)).tolist() for pool in pools)
+    # Visual pivots lie before those of the text: together they ascend.
+    groups = [torch.cat(pair) for pair in zip(hidden[image].split(ours), text[chosen].split(theirs), strict=True)]
     room = segments.diff().to(hidden.device) - budgets.clamp_max(pivots)
     quota = budgets - budgets.clamp_max(pivots)
     if not exact:
@@ -144,10 +144,11 @@ class DART(Method):
         inputs = tokens.attention_inputs(max(tokens.layer - 1, 0), rope=self.rope)
         size = key_size(inputs.keys)  # [C]
         norm = final_norm(tokens.anatomy)
-        hidden = norm(tokens.hidden)
+        hidden = norm(tokens.hidden).to(size.device)
         records, prompt = tokens.observed.get("dart.states"), tokens.prompt
         if records and prompt is not None:
-            text, ends = norm(over_prompt(records[-1], tokens)[prompt.text]), inputs.query_segments  # [R, D]
+            text = norm(over_prompt(records[-1], tokens)[prompt.text]).to(size.device)  # [R, D]
+            ends = inputs.query_segments
             asked = inputs.query_order + inputs.key_segments[:-1][segment_ids(ends)]
         else:
             text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_segments), inputs.query_order[:0]
