@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Full forward calls on a patched model: labels, `logits_to_keep`, hidden states, training, tuples, compact positions."""
+"""Full forward calls on a patched model: labels, `logits_to_keep`, hidden states, gradients, tuples, positions."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class DecoderCall:
 
     # --- the cut ------------------------------------------------------------------------------------------------------
 
-    def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         visual, columns = self.visual, self.columns
         assert visual is not None
         incoming = (args, kwargs)  # all but the hidden states still have the caller's length
@@ -182,6 +182,9 @@ class DecoderCall:
         here = reading.Snapshot.take(self, number, layer, args, kwargs)
         flat = self.alive.nonzero()[:, 0]
         decision = self._decide(number, flat, here)
+        if decision.merged is None and len(decision.kept) == len(flat):
+            self._record(number, decision)
+            return (args, kwargs) if columns.touched else None
         hidden, slot = here.hidden, columns.slot_of_column()
         if decision.merged is not None:
             rows = visual.sample[flat]

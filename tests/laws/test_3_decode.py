@@ -182,17 +182,18 @@ def masked_without_padding(model: torch.nn.Module, drops: list) -> Any:
 
 
 def test_continued_chat_with_text_only(family: str, layout: str) -> None:
-    """A second question about the same picture finds the pruned picture in the cache."""
+    """A second question about the same pictures, in a padded batch, finds the pruned pictures in the cache."""
     model, make = model_of(family), FAMILIES[family]
-    first = make.batch([[3, Image(0), 5]])
+    first = make.batch(MIXED)
 
     def talk() -> list:
         cache = DynamicCache()
         out = model.generate(**first, past_key_values=cache, do_sample=False, return_dict_in_generate=True, **NEW)
-        ids = torch.cat([out.sequences, torch.tensor([[20, 21, 22, 23]])], 1)
+        ids = torch.cat([out.sequences, torch.tensor([[20, 21, 22, 23]]).expand(len(MIXED), -1)], 1)
+        mask = torch.cat([first["attention_mask"], torch.ones_like(ids[:, first["input_ids"].shape[1] :])], 1)
         again = model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             past_key_values=out.past_key_values,
             do_sample=False,
             **NEW,
@@ -202,7 +203,7 @@ def test_continued_chat_with_text_only(family: str, layout: str) -> None:
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
         got = talk()
         drops = [spy.drops()]
-    with masked_without_padding(model, drops):
+    with reference(model, drops, first):
         want = talk()
     assert got == want
 

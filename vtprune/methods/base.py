@@ -61,8 +61,8 @@ class AttentionInputs:
     """What one decoder layer feeds its attention function, flat over the samples that have visual tokens.
 
     Attributes:
-        queries: `[R, H, dh]` rows asked for (text after the last visual token, or the last token), after norms and, with
-            `rope=True`, rotation.
+        queries: `[R, H, dh]` rows asked for (text after the last visual token, or the last token), after norms and,
+            with `rope=True`, rotation.
         query_segments: `[S + 1]` offsets of each sample's rows.
         query_order: `[R]` place of each row in its sample's list of keys: it may see keys `0..query_order`.
         keys: `[C, G, dh]` keys of all real columns (text and visual, no padding), not repeated for grouped heads.
@@ -88,7 +88,7 @@ class AttentionInputs:
 class Prompt:
     """All columns that hold a token, text or visual, of the samples that have visual tokens; padding is left out.
 
-    The rows are those of `AttentionInputs.keys`. With them a method can look up what a tap without `columns` recorded
+    Without an earlier call's cache the rows are those of `AttentionInputs.keys`. With them a method can look up what a tap without `columns` recorded
     since the last cut, for text as well: `record[prompt.batch, prompt.column]` is `[C, ...]`.
 
     Attributes:

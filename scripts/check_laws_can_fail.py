@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the engine on purpose, one fault at a time, and checks that the law it offends fails.
+
+    python scripts/check_laws_can_fail.py
+
+Works on a copy of the tree. Prints a line per fault and exits with 1 if a law let one pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Fault:
+    """`old` becomes `new` in `file`; then `tests` must fail."""
+
+    law: str
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault("1 identity", "a ratio of one still drops a token", "budget.py",
+          "final = max(1, round(ratio * total))", "final = max(1, round(ratio * total) - 1)",
+          "test_1_identity.py -k qwen2_5_vl-random"),
+    Fault("2 drop is mask", "rotations are not cut with the columns", "columns.py",
+          "index = self.source\n", "index = torch.arange(self.index.shape[1]).expand_as(self.index)\n",
+          "test_2_drop_is_mask.py -k llava-random"),
+    Fault("2 drop is mask", "DeepStack features are not reordered", "deepstack.py",
+          "original.index_select(0, rows.to(original.device))", "original[: len(rows)]",
+          "test_2_drop_is_mask.py -k qwen3_vl-random"),
+    Fault("2 drop is mask", "dropped columns keep their states", "compact.py",
+          "full = x.new_zeros(", "full = x.new_ones(",
+          "test_2_drop_is_mask.py -k llava-random"),
+    Fault("3 decode", "the cache reports what it holds, not the conversation", "decode.py",
+          "return count if state is None else count + state.removed(first)", "return count",
+          "test_3_decode.py -k 'llava-steps and hand_written'"),
+    Fault("3 decode", "beams are reordered without their slots", "decode.py",
+          "    getattr(self, _ATTRIBUTE).select(beam_idx)\n", "    getattr(self, _ATTRIBUTE).select(beam_idx * 0)\n",
+          "test_3_decode.py -k 'llava-steps and modes and beams'"),
+    Fault("3 decode", "a continued chat forgets the first cut", "columns.py",
+          "slots = self.state.slots(number, held) if self.state is not None else None\n", "slots = None\n",
+          "test_3_decode.py -k 'llava-steps and text_only'"),
+    Fault("4 batch", "padding counts as text", "prefill.py",
+          "return known[:, past:].clone(), known[:, :past]", "return known[:, past:].clone() | True, known[:, :past]",
+          "test_4_batch.py -k 'llava'"),
+    Fault("5 budget", "ties go to the larger column", "selection.py",
+          "by_score = torch.sort(scores, descending=True, stable=True).indices",
+          "by_score = torch.sort(scores.flip(0), descending=True, stable=True).indices",
+          "test_5_budget.py -k 'llava-'"),
+    Fault("5 budget", "the count is rounded down", "budget.py",
+          "final = max(1, round(ratio * total))", "final = max(1, int(ratio * total))",
+          "test_5_budget.py -k 'llava_next-random'"),
+    Fault("6 cache", "layers run on all columns", "prefill.py",
+          "hidden = compact.gather(hidden, relative.to(hidden.device), 1)",
+          "hidden = compact.gather(hidden, relative.to(hidden.device), 1).repeat(1, 2, 1)",
+          "test_6_cache.py -k 'llava-random'"),
+    Fault("7 leave no trace", "an encoder stays wrapped", "patching.py",
+          "        delattr(self.module, self.name)\n", "        pass\n",
+          "test_7_no_trace.py -k 'llava-random'"),
+    Fault("7 leave no trace", "the attention registry stays wrapped", "observe.py",
+          "        del registry.get_interface\n", "        return\n",
+          "test_7_no_trace.py -k 'llava-random'"),
+    Fault("8 own your state", "calls share one state", "patching.py",
+          "class _Thread(threading.local):", "class _Thread:",
+          "test_8_state.py -k 'threads and llava-steps'"),
+    Fault("8 own your state", "every call leaves something behind", "patching.py",
+          "        thread.call, thread.records, thread.fresh = None, {}, set()\n",
+          "        self._handles.append(torch.zeros(1))\n        thread.call, thread.records, thread.fresh = None, {}, set()\n",
+          "test_8_state.py -k 'grows and llava-steps'"),
+    Fault("9 never silent", "nothing dropped is not an error", "budget.py",
+          "return self.keep is None and (self.ratio or self.mean_ratio or 0) < 1", "return False",
+          "test_9_never_silent.py -k 'nothing_dropped and llava-random'"),
+    Fault("9 never silent", "NaN features are scored", "reading.py",
+          "finite = torch.isfinite(states).all(-1)", "finite = torch.ones_like(states[:, 0], dtype=torch.bool)",
+          "test_9_never_silent.py -k 'nan and llava'"),
+    Fault("10 any attention", "the probe reads another layer under eager attention", "observe.py",
+          "    if \"use_cache\" in kwargs:\n",
+          "    if kwargs.get('attention_mask') is not None and kwargs['attention_mask'].is_floating_point():\n"
+          "        args = (args[0] * torch.linspace(-1, 1, args[0].shape[-1]), *args[1:])\n    if \"use_cache\" in kwargs:\n",
+          "test_10_any_attention.py -k 'llava-iwp'"),
+    Fault("11 cheap", "padding is carried along", "compact.py",
+          "needed = keep_row & real_row\n", "needed = keep_row.clone()\n",
+          "test_4_batch.py -k 'padding_is_not and llava'"),
+    Fault("11 cheap", "a layer runs on what was dropped as well", "prefill.py",
+          "        changed = None\n", "        changed = None\n        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
+          "test_11_cheap.py -k 'llava-input'"),
+)  # fmt: skip
+
+
+def survives(fault: Fault, tree: Path) -> bool:
+    """Whether the tests pass in spite of the fault."""
+    file = tree / "vtprune" / fault.file
+    source = file.read_text()
+    if source.count(fault.old) < 1:
+        raise SystemExit(f"{fault.file} no longer contains {fault.old!r}: adapt the fault {fault.what!r}")
+    file.write_text(source.replace(fault.old, fault.new))
+    path = os.pathsep.join([str(tree), str(tree / "kernels" / "torch-ext")])
+    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider tests/laws/{fault.tests}"
+    run = subprocess.run(
+        command, shell=True, cwd=tree, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    file.write_text(source)
+    if run.returncode not in (0, 1):
+        raise SystemExit(f"{command}\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.returncode == 0
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.safetensors", "build", "dist")
+        shutil.copytree(ROOT, tree, ignore=ignore)
+        passed = 0
+        for fault in FAULTS:
+            missed = survives(fault, tree)
+            passed += not missed
+            print(f"{'MISSED' if missed else 'caught'}  law {fault.law}: {fault.what}", flush=True)
+    print(f"{passed} of {len(FAULTS)} faults caught")
+    return int(passed < len(FAULTS))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
