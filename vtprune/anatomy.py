@@ -14,7 +14,7 @@ Nothing here is a table of class names. What is looked for, in order:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -116,7 +116,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Returns the transformers model inside PEFT, `torch.compile` and (distributed) data parallel wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -228,7 +228,8 @@ def _ends_in(module: nn.Module, width: int) -> bool:
 
 
 def _find_projector(composite: nn.Module, decoder: nn.Module, tower: nn.Module) -> nn.Module | None:
-    width = decoder.config.hidden_size if hasattr(decoder, "config") else None
+    config: Any = getattr(decoder, "config", None)
+    width = getattr(config, "hidden_size", -1)
     related = set(decoder.modules()) | set(tower.modules())
     own = [m for _, m in composite.named_children() if m not in related and not set(m.modules()) & related]
     candidates = [m for m in own if _ends_in(m, width)]

@@ -36,7 +36,7 @@ class Budget:
         if name == "keep":
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise BudgetError(f"keep is {value!r}; expected a whole number of visual tokens, 1 or more")
-        elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+        elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
             raise BudgetError(
                 f"{name} is {value!r}; expected the share of visual tokens to keep, above 0 and up to 1 (0.1 keeps "
                 "10 %)"

@@ -62,7 +62,8 @@ class Columns:
         self.is_cut, self.ragged = False, False
         self.packings: list[tuple[Tensor, Tensor]] = []
         self.shifts: list[positions.Shift | None] = []
-        self.renumber, self.source, self.shift = renumber, self.index, None
+        self.renumber, self.source = renumber, self.index
+        self.shift: positions.Shift | None = None
         self._gathered: dict[Any, Any] = {}  # what was made for the present packing; values keep their sources alive
         self._slots: dict[Any, tuple[Tensor, Tensor, bool]] = {}
 

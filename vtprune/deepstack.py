@@ -83,6 +83,7 @@ def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, 
     lists = {n: v for n, v in kwargs.items() if isinstance(v, list) and v and all(isinstance(t, Tensor) for t in v)}
     if len(masks) != 1 or len(lists) != 1:
         return None
-    (mask_name, mask), (list_name, embeds) = *masks.items(), *lists.items()
+    mask_name, mask = next(iter(masks.items()))
+    list_name, embeds = next(iter(lists.items()))
     planes = Planes(LiveMask.of(mask), mask, list(embeds), list(embeds))
     return planes, {**kwargs, mask_name: planes.mask, list_name: planes.embeds}

@@ -186,7 +186,8 @@ class Patch:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.anatomy.embeddings.weight.dtype
+        weight: Any = self.anatomy.embeddings.weight
+        return weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +233,8 @@ class Patch:
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
             thread = self._thread
-            thread.encoding = records = {}
+            records: dict[str, list] = {}
+            thread.encoding = records
             try:
                 output, thread.encoded[kind] = features.watch(kind, encode, args, kwargs, records)
             finally:
@@ -274,7 +276,7 @@ class Patch:
                     thread.records.setdefault(name, []).extend(records)
             self._continued(call, kwargs)
         call.observed = thread.records
-        found = own_planes(kwargs, call.columns.real.shape) if call.counts else None
+        found = own_planes(kwargs, (call.columns.batch, call.columns.length)) if call.counts else None
         if found is None:
             return None
         call.planes, kwargs = found
@@ -321,9 +323,10 @@ class Patch:
         ids = call.inputs.get("input_ids")
         if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
             return
-        sources = [thread.inputs.get(n) for n in sorted(thread.inputs or ()) if n.startswith("pixel")]
-        sources += list((thread.inputs.get("mm_encoder_outputs") or {}).values())
-        sources = [weakref.ref(source) for source in sources if source is not None]
+        inputs = thread.inputs or {}
+        given = [inputs[n] for n in sorted(inputs) if n.startswith("pixel")]
+        given += list((inputs.get("mm_encoder_outputs") or {}).values())
+        sources = [weakref.ref(source) for source in given if source is not None]
         if previous is not None:
             old_ids, old_sources, decisions = previous
             same = len(sources) == len(old_sources) and all(

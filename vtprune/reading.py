@@ -132,7 +132,9 @@ def _samples(call: DecoderCall, slot: Tensor, flat: Tensor) -> Iterator[_Sample]
 def _prompt(call: DecoderCall, flat: Tensor) -> Prompt:
     """Where every token of the samples with visual tokens stands at this stage, on the CPU."""
     slot = call.columns.slot_of_column()
-    batch, column, lengths, text, text_lengths, visual_rows = [], [], [], [], [], []
+    batch, column, text, visual_rows = [], [], [], []
+    lengths: list[int] = []
+    text_lengths: list[int] = []
     for sample in _samples(call, slot, flat):
         order = torch.full((call.columns.length,), -1)
         order[sample.here] = torch.arange(len(sample.here)) + sum(lengths)
@@ -171,7 +173,9 @@ def attention_inputs(
     device = probed.key.device
     past = _past_keys(call, number, snapshot.held) if rope else None
     slot = slot_of_column(snapshot.index, snapshot.alive, call.columns.length)
-    query, query_order, visual_rows, keys, values, query_lengths, key_lengths = [], [], [], [], [], [], []
+    query, query_order, visual_rows, keys, values = [], [], [], [], []
+    query_lengths: list[int] = []
+    key_lengths: list[int] = []
     for sample in _samples(call, slot, flat):
         asked = sample.text if queries == "text" else sample.here[-1:]
         row, here = sample.row, slot[sample.row, sample.here].to(device)

@@ -128,7 +128,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
         feature[mine] = rows + features
         features, images = features + int(first.sum()), images + len(layout) * len(kinds)
     place[:, 0] = torch.unique(place[:, 0], return_inverse=True)[1]
-    return VisualTokens(kinds.bool(), sample, column, index, feature, *place.unbind(1), counts.tolist())
+    image, frame, crop, row, col = place.unbind(1)
+    return VisualTokens(kinds.bool(), sample, column, index, feature, image, frame, crop, row, col, counts.tolist())
 
 
 def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
@@ -214,7 +215,7 @@ def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newli
         list: For each image `[n, 4]` frame (0), crop, row, column. Rows and columns of the tile grid are counted afresh
         from the top left of the unpadded picture; newlines have -1 in both.
     """
-    pack = anatomy.composite.pack_image_features
+    pack: Any = anatomy.composite.pack_image_features
     # LLaVA-NeXT wants to be told that the class token is gone; OneVision has none.
     strategy = "vision_feature_select_strategy"
     extra = {strategy: "default"} if strategy in inspect.signature(pack).parameters else {}
