@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, model, scenes
 
-TEXT = 96  # text columns per picture: about seven questions
+TEXT = 144  # text columns per picture: about eleven questions
 PREFIX = 1 + VISUAL_TOKENS  # <bos> and the picture
 # The words among which every patch chooses one or none.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -205,8 +205,8 @@ class Pool:
 
 
 def ask_many(objects: tuple[scenes.Thing, ...], rng: random.Random, captions: float = 0.0) -> list[Dialogue]:
-    """One question of every kind and a few more of the harder ones, shuffled; sometimes the caption first."""
-    kinds = [*scenes.KINDS, "count", "count", "presence", "presence", "position", "shape"]
+    """Questions of every kind, most of them of the two that are learned last, shuffled; sometimes the caption first."""
+    kinds = [*scenes.KINDS, "size", "position", *["count"] * 3, *["presence"] * 6]
     rng.shuffle(kinds)
     found = (scenes.ask(objects, kind, rng) for kind in kinds)
     asked = list(dict.fromkeys((q.kind, q.text, q.answer) for q in found if q is not None))
