@@ -138,7 +138,7 @@ class Vision:
         for arrangement, y in zip(self._arrange, self._outputs, strict=True):
             numbers.append(arrangement.crop_numbers(len(y), y.shape[1], y.device) + before)
             before += len(y)
-        return torch.where(self.index >= 0, torch.cat(numbers)[self.index], -1)
+        return torch.where(self.index >= 0, torch.cat(numbers).to(self.index.device)[self.index], -1)
 
     def calls(self) -> list[tuple[Tensor, Tensor, bool]]:
         """Input `[n, P, C]`, output `[n, R, D]` and whether the patches are packed, for every call of the projector."""
@@ -175,7 +175,7 @@ class Vision:
         """
         x, y, packed = self.calls()[0]
         k, width = rows.shape[1] // x.shape[2], x.shape[2]
-        rows = rows.to(x.dtype)
+        rows = rows.to(x)
         # A crop of one block is the smallest image that a merging projector can take.
         shaped = rows[None] if k == 1 else rows.reshape(1, -1, width) if packed else rows.reshape(-1, k, width)
         try:
@@ -194,7 +194,7 @@ class Vision:
             a.apply(part.reshape(*y.shape[:2], -1))
             for a, part, y in zip(self._arrange, parts, self._outputs, strict=True)
         ]
-        values = torch.cat([*arranged, flat.new_full((1, flat.shape[1]), torch.nan)])
+        values = torch.cat([*arranged, flat.new_full((1, flat.shape[1]), torch.nan)]).to(self.index.device)
         return values[self.index].reshape(-1, *rows.shape[1:])  # index -1 is the row of NaN
 
     def tokens_of_patches(self, per_patch: Callable[[Attention], Tensor], rope: bool = True) -> Tensor:
@@ -254,7 +254,7 @@ class Vision:
                     f"{type(self.anatomy.model).__name__} does not read a layer that has one"
                 )
             states.append(output[:, 0])
-        return torch.cat(states)
+        return torch.cat(states).to(self.index.device)
 
     def importance(self, view: Callable[[Attention], Attention] = lambda attention: attention) -> Tensor:
         """`[M]` attention of the class token; mean attention received where the tower has no class token.

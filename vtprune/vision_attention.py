@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 from dataclasses import dataclass
@@ -72,10 +73,16 @@ def layer_number(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> i
     return number
 
 
-def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> Tap:
-    """Tap on one vision layer; its input is kept, queries and keys are computed when they are asked for."""
+def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_output: bool = False) -> Tap:
+    """Tap on one vision layer; its input is kept, queries and keys are computed when they are asked for.
+
+    Args:
+        anatomy: Parts of the model.
+        which: See `layer_number`.
+        keep_output: Keep what the layer returned too, for `Vision.class_states`.
+    """
     layer = vision_layers(anatomy)[layer_number(anatomy, which)]
-    return Tap(LAYER, layer, lambda args, kwargs, output: (layer, args, kwargs, output))
+    return Tap(LAYER, layer, lambda args, kwargs, output: (layer, args, kwargs, output if keep_output else None))
 
 
 @dataclass
@@ -143,17 +150,23 @@ def read_attention(record: tuple, rows: int, packed: bool, rope: bool) -> Attent
         rope: False for queries and keys before rotation.
     """
     layer, args, kwargs, _ = record
-    segments = kwargs.get("cu_seqlens")
+    signature = inspect.signature(layer.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    hidden = named.pop(next(iter(named)))
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    segments = named.get("cu_seqlens")
     if segments is not None:  # one sequence for the probe, so that no image of a packed batch is left out
         total = int(segments[-1])
-        kwargs = {**kwargs, "cu_seqlens": segments.new_tensor([0, total])}
-        if isinstance(kwargs.get("max_seqlen"), int):
-            kwargs["max_seqlen"] = total
-    read = probe(layer, args, kwargs, rope or kwargs.get("position_embeddings") is None)
+        named["cu_seqlens"] = segments.new_tensor([0, total])
+        if named.get("max_seqlen") is not None:
+            named["max_seqlen"] = total
+    read = probe(layer, (hidden,), named, rope or named.get("position_embeddings") is None)
     batch, _, length, _ = read.query.shape
     block = math.isqrt(length // max(rows, 1))
     prefix = 0 if packed else length - block * block * rows
-    valid = _valid_patches(kwargs.get("attention_mask"), batch, length)
+    valid = _valid_patches(named.get("attention_mask"), batch, length)
     return Attention(read.query, read.key, read.scaling, segments, valid, prefix)
 
 

@@ -150,6 +150,9 @@ def match_rows(rows: Tensor, tokens: Tokens, method: str) -> Tensor:
     at = torch.searchsorted(have, want).clamp_max(max(len(have) - 1, 0))
     index = torch.where(have[at] == want, order[at], -1)
     lost = (index < 0) & placed
+    newline = getattr(tokens.anatomy and tokens.anatomy.composite, "image_newline", None)
+    if newline is not None:  # known by itself, too
+        lost &= (hidden != newline.to(hidden)).any(1)
     if not lost.any() and (index >= 0).any():
         return index[copy]
     if rows.shape == hidden.shape and _same_direction(rows, hidden):

@@ -117,12 +117,12 @@ class CDPruner(Method):
         out = tokens.hidden.new_zeros(len(tokens), dtype=torch.float32)
         patches = None if self.clip is None else self._clip_patches(tokens)
         for rows in prompt.text.split(prompt.text_segments.diff().tolist()):
-            batch, columns = prompt.batch[rows], prompt.column[rows]
-            mine = tokens.sample == batch[0]
+            place = prompt.batch[rows].to(embeds.device), prompt.column[rows].to(embeds.device)
+            mine = tokens.sample == prompt.batch[rows[0]]
             if patches is None:
-                out[mine] = similarity(tokens.hidden[mine], embeds[batch, columns].to(tokens.hidden.device))
+                out[mine] = similarity(tokens.hidden[mine], embeds[place].to(out.device))
             else:
-                out[mine] = similarity(patches[mine], self._clip_text(ids[batch, columns]))
+                out[mine] = similarity(patches[mine], self._clip_text(ids[place]).to(out.device))
         return out
 
     def _text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ class VisionZip(Method):
         return (Stage(0, 64 / 576),)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature", self.keep_class_token))
 
     def choose(self, tokens: Tokens) -> Choice:
         vision = Vision(tokens, self.name)
