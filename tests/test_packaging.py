@@ -81,19 +81,22 @@ _IMPORT = """
 import json, sys, time
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import vtprune
 vtprune.patch, vtprune.methods
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
 
 
 def test_import_is_cheap():
-    """Under 0.3 s on top of torch, with no model code of transformers and no Triton."""
+    """Under 0.3 s on top of torch, with no model code of transformers and no Triton.
+
+    Processor time is taken, since tests on the other core would count into elapsed time; the best of three runs counts.
+    """
     slow = ("transformers.models", "transformers.modeling_utils", "triton", "matplotlib", "rich")
     times = []
-    while len(times) < 5 and min(times, default=1) >= 0.3:  # other processes may keep a core busy: the best run counts
+    while len(times) < 3 and min(times, default=1) >= 0.3:
         out = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
         seconds, modules = json.loads(out.stdout)
         for name in modules:
