@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the methods that read the vision side do with it in a model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import FAMILIES, Image
+from torch import Tensor, nn
+
+import vtprune
+from vtprune import methods
+from vtprune.methods import Tokens
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_estimators_agree_about_a_model(family: str) -> None:
+    model, batch, found = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5]]), {}
+    for estimator in ("jvp", "difference") + (("exact",) if family == "llava" else ()):
+        method = methods.ZOOPrune(estimator=estimator, directions=400 if family == "llava" else 8, step=1e-2)
+        with torch.inference_mode(), vtprune.patch(model, ratio=0.5, method=method) as patch:
+            model(**batch)
+        found[estimator] = patch.last.scores[0].double()
+    torch.testing.assert_close(found["difference"], found["jvp"], rtol=1e-2, atol=0)
+    if family == "llava":
+        assert torch.corrcoef(torch.stack([found["jvp"], found["exact"]]))[0, 1] > 0.99
+    else:
+        exact = vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator="exact"))
+        with exact, torch.no_grad(), pytest.raises(vtprune.MethodError, match="linear - activation - linear"):
+            model(**batch)
+
+
+def test_zoo_prune_travels_and_forgets_old_weights() -> None:
+    family, method = FAMILIES["llava"], methods.ZOOPrune()
+    model, batch, scores = family.build(), family.batch([[3, Image(0), 5]]), []
+    with torch.no_grad(), vtprune.patch(model, ratio=0.5, method=method) as patch:
+        for factor in (1.0, 3.0):
+            model.model.multi_modal_projector.linear_2.weight.mul_(factor)
+            model(**batch)
+            scores.append(patch.last.scores[0])
+    torch.testing.assert_close(scores[1], 3 * scores[0])
+    assert pickle.loads(pickle.dumps(method)) == method == copy.deepcopy(method)
+
+
+def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5]])
+    anatomy, taken = vtprune.inspect(model), {}
+    for with_class in (False, True):
+        method = methods.VisionZip(contextual=0.2, keep_class_token=with_class)
+        choose = method.choose
+        method.choose = lambda t, choose=choose, key=with_class: taken.setdefault(key, (t, choose(t)))[1]
+        with torch.no_grad(), vtprune.patch(model, keep=10, method=method):
+            model(**batch)
+    tokens, plain = taken[False]
+    inputs, _, _ = tokens.observed["vision.projector"][0]
+    changed = (plain.hidden != tokens.hidden).any(1).nonzero()[:, 0]
+    order = plain.scores.sort(descending=True, stable=True).indices
+    rest = order[8:].sort().values
+    assert len(changed) == 2 and torch.equal(changed, rest[[0, 8]])
+    sums = [inputs[0][0, row] + inputs[0][0, others].mean(0) for row, others in _groups(tokens, rest, changed)]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.hidden[changed], anatomy.projector(torch.stack(sums)), rtol=1e-4, atol=1e-5)
+    tokens, classed = taken[True]
+    extra = (classed.hidden != tokens.hidden).any(1) & ~torch.isin(torch.arange(25), changed)
+    assert int(classed.keep.sum()) == 10 and int(extra.sum()) >= 1
+    layer = tokens.observed["vision.layer"][0][3]
+    state = anatomy.projector((layer[0] if isinstance(layer, tuple) else layer)[0, :1])
+    distance = (classed.hidden[classed.keep] - state).norm(dim=1)
+    assert distance.min() < 1e-4 < distance.sort().values[1]
+
+
+def _groups(tokens: Tokens, rest: Tensor, targets: Tensor) -> list[tuple[int, Tensor]]:
+    """The patches that belong to each target, found patch by patch from the keys of the layer."""
+    layer, args, kwargs, _ = tokens.observed["vision.layer"][0]
+    hidden = layer.layer_norm1(args[0] if args else kwargs["hidden_states"])
+    keys = layer.self_attn.k_proj(hidden)[0, 1:].unflatten(1, (layer.self_attn.num_heads, -1)).mean(1)
+    members: dict[int, list[int]] = {int(t): [] for t in targets}
+    for patch in rest.tolist():
+        if patch not in members:
+            similar = {t: torch.cosine_similarity(keys[patch], keys[t], dim=0) for t in members}
+            members[max(similar, key=similar.get)].append(patch)
+    return [(t, torch.tensor(others)) for t, others in members.items()]
+
+
+def cdpruner_scores(prompts: list, **options: object) -> list[Tensor]:
+    model = FAMILIES["llava"].build()
+    with torch.no_grad(), vtprune.patch(model, ratio=0.4, method=methods.CDPruner(**options)) as patch:
+        model(**FAMILIES["llava"].batch(prompts))
+    return list(patch.last.scores[0].split([len(v) for v in patch.last.visual if len(v)]))
+
+
+def test_relevance_is_scaled_by_sample_or_as_released_by_batch() -> None:
+    prompts = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7]]
+    for scores in cdpruner_scores(prompts):
+        assert scores.max() == pytest.approx(1, abs=1e-3) and scores.min() < 1e-4
+    lowest = [float(scores.min()) for scores in cdpruner_scores(prompts, scale_over="batch")]
+    assert min(lowest) < 1e-4 < max(lowest)
+    other = cdpruner_scores([[3, Image(0), 6]])[0]  # another question about the same picture
+    assert not torch.allclose(other, cdpruner_scores(prompts)[0])
+
+
+class Words:
+    """Just enough of a tokenizer."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [40, *(int(word) % 40 for word in text.split()), 41]}
+
+
+def test_relevance_by_clip_depends_on_the_question() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 42, "eos_token_id": 41, "bos_token_id": 40, "pad_token_id": 0}
+    vision = text | {"hidden_size": 24, "image_size": 20, "patch_size": 4}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
+    options = {"clip": clip, "clip_tokenizer": Words(), "tokenizer": Words()}
+    (short,), (long,) = cdpruner_scores([[3, Image(0), 5]], **options), cdpruner_scores([[3, Image(0), 90]], **options)
+    assert short.shape == long.shape == (25,) and not torch.allclose(short, long)
+    with pytest.raises(vtprune.MethodError, match="go together"):
+        methods.CDPruner(clip=clip)
+    clip.visual_projection = nn.Linear(7, 12)
+    with pytest.raises(vtprune.MethodError, match="width 7"):
+        cdpruner_scores([[3, Image(0), 5]], **options)
