@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vtprune.visualize import PictureError, dim_dropped, keep_grid, side_by_side
+from vtprune.visualize import PictureError, before_and_after, dim_dropped, keep_grid, side_by_side
 
 RED = (200, 40, 0)
 
@@ -101,3 +104,35 @@ def test_side_by_side_keeps_proportions_and_breaks_long_captions():
 def test_side_by_side_refuses_a_mismatch(pictures, captions):
     with pytest.raises(PictureError, match="captions"):
         side_by_side(pictures, captions)
+
+
+class _Places:
+    """A picture seen whole (2 x 2) and in tiles (2 x 3, a newline after each row)."""
+
+    crop = torch.tensor([0] * 4 + [1] * 8)
+    row = torch.tensor([0, 0, 1, 1, 0, 0, 0, -1, 1, 1, 1, -1])
+    col = torch.tensor([0, 1, 0, 1, 0, 1, 2, -1, 0, 1, 2, -1])
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+
+def test_a_picture_seen_twice_gets_a_panel_for_each_view():
+    cuts = [torch.tensor([0, 1, 3, 4, 9, 11]), torch.tensor([0, 4])]  # numbers in `_Places` after each of two cuts
+    picture = Image.new("RGB", (60, 60), RED)
+    sheet = before_and_after(picture, SimpleNamespace(places=_Places(), kept_flat=cuts), ("yes", "no"))
+    side, gap = 384, 12
+    assert sheet.width == 3 * side + 4 * gap
+    top = sheet.height - gap - side
+
+    def light(panel: int, row: int, col: int, rows: int, cols: int) -> int:
+        left = gap + panel * (side + gap)
+        return sum(
+            sheet.getpixel((left + (2 * col + 1) * side // (2 * cols), top + (2 * row + 1) * side // (2 * rows)))
+        )
+
+    whole = [light(1, row, col, 2, 2) for row in range(2) for col in range(2)]
+    assert light(0, 0, 0, 1, 1) == whole[0] == sum(RED)
+    assert whole[2] < whole[1] == whole[3] < whole[0]  # the first cut took the third, the second cut two more
+    tiles = [light(2, row, col, 2, 3) for row in range(2) for col in range(3)]
+    assert tiles[1] == tiles[2] == tiles[3] == tiles[5] < tiles[4] < tiles[0] == sum(RED)
