@@ -126,10 +126,8 @@ def test_a_picture_seen_twice_gets_a_panel_for_each_view():
     top = sheet.height - gap - side
 
     def light(panel: int, row: int, col: int, rows: int, cols: int) -> int:
-        left = gap + panel * (side + gap)
-        return sum(
-            sheet.getpixel((left + (2 * col + 1) * side // (2 * cols), top + (2 * row + 1) * side // (2 * rows)))
-        )
+        x = gap + panel * (side + gap) + (2 * col + 1) * side // (2 * cols)
+        return sum(sheet.getpixel((x, top + (2 * row + 1) * side // (2 * rows))))
 
     whole = [light(1, row, col, 2, 2) for row in range(2) for col in range(2)]
     assert light(0, 0, 0, 1, 1) == whole[0] == sum(RED)
