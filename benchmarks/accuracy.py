@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy of the embedded model with every pruning method: writes `benchmarks/results/accuracy.json`.
 
-    python benchmarks/accuracy.py                       # all methods, 1,000 questions: takes a while on two cores
+    python benchmarks/accuracy.py                       # all methods, 1,000 questions, two processes
     python benchmarks/accuracy.py --questions 64 --methods iwp random --out /tmp/a.json
 
 Questions are about held-out scenes, answers are generated greedily in padded batches and are right only word for word.
-`scripts/render_readme.py` turns the result into the README's table.
+Every run writes its row at once; an interrupted benchmark goes on where it stopped, unless weights or versions changed.
+`oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
+is measured against. `answer_patches` is the share of answer patches that survive the last cut.
+`scripts/render_readme.py` turns the result into the README's tables.
 """
 
 from __future__ import annotations
@@ -16,54 +19,123 @@ import itertools
 import json
 import os
 import platform
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import vtprune
 from vtprune import refvlm
+from vtprune.methods import Choice, Method, Tokens
+from vtprune.methods.uniform import Uniform
 from vtprune.refvlm import evaluate
+from vtprune.selection import top_k
 
 OUT = Path(__file__).resolve().parent / "results" / "accuracy.json"
+RATIOS = (0.5, 0.25, 0.1, 0.05)
+MEAN_RATIOS = (0.5, 0.4)
 
 
-def measure(
-    methods: list[str], ratios: list[float], questions: int, batch: int = 32, log: Any = lambda text: None
-) -> dict[str, Any]:
-    """Answers the same questions unpruned and with every method at every ratio.
+@dataclass
+class Oracle(Method):
+    """Keeps the patches that are known to hold the answer, then evenly spaced ones.
 
-    Args:
-        methods: Registered names.
-        ratios: Shares of visual tokens kept.
-        questions: How many, one or more per held-out scene.
-        batch: Prompts per call.
-        log: Called with a line of text after every run.
-
-    Returns:
-        dict: What `accuracy.json` holds.
+    Attributes:
+        layer: The cut is before this decoder layer.
+        patches: For each sample of the batch the numbers of its answer patches; set before every call.
     """
+
+    layer: int = 0
+    patches: list[tuple[int, ...]] = field(default_factory=list)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        wanted = torch.zeros(len(tokens))
+        for sample, patches in enumerate(self.patches):
+            mine = (tokens.sample == sample).nonzero()[:, 0]
+            wanted[mine[list(patches)]] = 1.0
+        spaced = Uniform().choose(tokens).keep.float()
+        return Choice(top_k(2 * wanted + spaced, tokens.segments, tokens.budgets))
+
+
+@lru_cache(maxsize=1)
+def prepared(questions: int, batch: int) -> tuple[Any, Any, list[tuple[list[evaluate.Sample], Any]]]:
+    """Model, processor, and the batches with their processed inputs; made once per process."""
+    torch.set_num_threads(1)
     model, processor = refvlm.load()
     samples = list(itertools.islice(evaluate.held_out_scenes(questions), questions))
-    unpruned = _row(samples, evaluate.answer(model, processor, samples, batch))
-    rows = []
-    for name, ratio in itertools.product(methods, ratios):
-        with vtprune.patch(model, ratio=ratio, method=name) as patch:
-            row = _row(samples, evaluate.answer(model, processor, samples, batch))
-            last = patch.last
-        # All pictures have as many tokens and all budgets are exact, so the last batch stands for every one.
-        kept = {len(sample) for sample in last.kept}
-        assert len(kept) == 1, kept
-        rows.append(
-            {"method": name, "ratio": ratio, "kept": kept.pop(), "mean_tokens": last.mean_ratio * refvlm.VISUAL_TOKENS}
-            | row
-        )
-        log(f"{name} {ratio:g}: {row['right']} of {row['total']}")
+    batches = []
+    for start in range(0, len(samples), batch):
+        part = samples[start : start + batch]
+        text = [refvlm.prompt(sample.question) for sample in part]
+        images = [sample.image for sample in part]
+        batches.append((part, processor(images=images, text=text, return_tensors="pt", padding=True)))
+    return model, processor, batches
+
+
+@torch.no_grad()
+def run(name: str | None, budget: dict[str, float], questions: int, batch: int) -> dict[str, Any]:
+    """One row: the model's answers with a method at a budget, or unpruned.
+
+    Args:
+        name: Registered name, "oracle", or None for the unpruned model.
+        budget: `ratio` or `mean_ratio`.
+        questions, batch: What is asked, and how many at a time.
+
+    Returns:
+        dict: The row; with `refused` and the reason if the method cannot meet the budget.
+    """
+    model, processor, batches = prepared(questions, batch)
+    row: dict[str, Any] = {} if name is None else {"method": name, **budget}
+    method: Any = Oracle() if name == "oracle" else name
+    try:
+        patch = vtprune.patch(model, method=method, **budget) if name is not None else None  # type: ignore[arg-type]
+    except (vtprune.BudgetError, vtprune.MethodError) as error:
+        return row | {"refused": str(error)}
+    right, held, kept, mean = [], [], [], []
+    for samples, inputs in batches:
+        if name == "oracle":
+            method.patches = [sample.patches for sample in samples]
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        answers = processor.batch_decode(tokens, skip_special_tokens=True)
+        right += [sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True)]
+        if patch is None or patch.last is None:
+            continue
+        last = patch.last
+        kept += [len(columns) for columns in last.kept]
+        mean.append(last.mean_ratio)
+        held += list(_answer_share(samples, last))
+    if patch is not None:
+        patch.remove()
+        row |= {
+            "kept": sum(kept) / len(kept),
+            "mean_tokens": refvlm.VISUAL_TOKENS * sum(mean) / len(mean),
+            "answer_patches": round(sum(held) / len(held), 4),
+        }
+    total, hits = len(right), sum(right)
+    return row | {
+        "right": hits,
+        "total": total,
+        "interval": [round(bound, 4) for bound in evaluate.wilson(hits, total)],
+    }
+
+
+def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iterator[float]:
+    for sample, visual, kept in zip(samples, last.visual, last.kept, strict=True):
+        alive: Tensor = torch.isin(visual, kept)
+        if sample.patches:
+            yield float(alive[list(sample.patches)].float().mean())
+
+
+def header(questions: int) -> dict[str, Any]:
+    """What a result is only comparable under."""
     return {
-        "questions": f"{len(samples):,} questions about held-out scenes",
-        "unpruned": {"visual_tokens": refvlm.VISUAL_TOKENS} | unpruned,
-        "rows": rows,
+        "questions": f"{questions:,} questions about held-out scenes",
         "weights_sha256": hashlib.sha256((refvlm.WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
         "versions": {
             "vtprune": vtprune.__version__,
@@ -74,26 +146,74 @@ def measure(
     }
 
 
-def _row(samples: list[evaluate.Sample], answers: list[str]) -> dict[str, Any]:
-    right = sum(sample.answer == given for sample, given in zip(samples, answers, strict=True))
-    return {
-        "right": right,
-        "total": len(samples),
-        "interval": [round(bound, 4) for bound in evaluate.wilson(right, len(samples))],
-    }
+def measure(
+    jobs: list[tuple[str | None, dict[str, float]]],
+    questions: int,
+    batch: int = 32,
+    processes: int = 1,
+    out: Path | None = None,
+    log: Any = lambda text: None,
+) -> dict[str, Any]:
+    """Runs all jobs that `out` does not hold yet.
+
+    Args:
+        jobs: Method (None for unpruned) and budget of every row.
+        questions, batch: As for `run`.
+        processes: How many jobs run at a time, each on one core.
+        out: Where rows are written as they come; rows of other weights or versions there are dropped.
+        log: Called with a line of text after every row.
+
+    Returns:
+        dict: What the file holds.
+    """
+    data: dict[str, Any] = header(questions)
+    old = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
+    same = all(old.get(key) == value for key, value in data.items())
+    data |= {"unpruned": old.get("unpruned") if same else None, "rows": old.get("rows", []) if same else []}
+    done = {_key(row) for row in data["rows"]}
+    todo = [job for job in jobs if (data["unpruned"] is None if job[0] is None else _key_of(*job) not in done)]
+
+    def add(row: dict[str, Any]) -> None:
+        if "method" in row:
+            data["rows"] = sorted([*data["rows"], row], key=_key)
+        else:
+            data["unpruned"] = {"visual_tokens": refvlm.VISUAL_TOKENS} | row
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        log(json.dumps(row))
+
+    if processes == 1:
+        for name, budget in todo:
+            add(run(name, budget, questions, batch))
+    else:
+        with ProcessPoolExecutor(processes) as pool:
+            for future in as_completed([pool.submit(run, name, budget, questions, batch) for name, budget in todo]):
+                add(future.result())
+    return data
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return _key_of(row["method"], {name: row[name] for name in ("ratio", "mean_ratio") if name in row})
+
+
+def _key_of(name: str | None, budget: dict[str, float]) -> tuple:
+    return (name, *sorted(budget.items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of the embedded model with every pruning method.")
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--methods", nargs="+", default=list(vtprune.methods.names()))
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.2, 0.1, 0.05])
+    parser.add_argument("--methods", nargs="+", default=[*vtprune.methods.names(), "oracle"])
+    parser.add_argument("--ratios", nargs="*", type=float, default=list(RATIOS))
+    parser.add_argument("--mean-ratios", nargs="*", type=float, default=list(MEAN_RATIOS))
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    result = measure(args.methods, args.ratios, args.questions, args.batch, log=lambda text: print(text, flush=True))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
+    jobs = [(None, {}), *itertools.product(args.methods, budgets)]
+    measure(jobs, args.questions, args.batch, args.processes, args.out, log=lambda text: print(text, flush=True))
     print(f"written to {args.out}")
 
 

@@ -78,7 +78,8 @@ FAULTS = (
           "test_8_state.py -k 'threads and llava-steps'"),
     Fault("8 own your state", "every call leaves something behind", "patching.py",
           "        thread.call, thread.records, thread.fresh = None, {}, set()\n",
-          "        self._handles.append(torch.zeros(1))\n        thread.call, thread.records, thread.fresh = None, {}, set()\n",
+          "        self._handles.append(torch.zeros(1))\n"
+          "        thread.call, thread.records, thread.fresh = None, {}, set()\n",
           "test_8_state.py -k 'grows and llava-steps'"),
     Fault("9 never silent", "nothing dropped is not an error", "budget.py",
           "return self.keep is None and (self.ratio or self.mean_ratio or 0) < 1", "return False",
@@ -89,13 +90,15 @@ FAULTS = (
     Fault("10 any attention", "the probe reads another layer under eager attention", "observe.py",
           "    if \"use_cache\" in kwargs:\n",
           "    if kwargs.get('attention_mask') is not None and kwargs['attention_mask'].is_floating_point():\n"
-          "        args = (args[0] * torch.linspace(-1, 1, args[0].shape[-1]), *args[1:])\n    if \"use_cache\" in kwargs:\n",
+          "        args = (args[0] * torch.linspace(-1, 1, args[0].shape[-1]), *args[1:])\n"
+          "    if \"use_cache\" in kwargs:\n",
           "test_10_any_attention.py -k 'llava-iwp'"),
     Fault("11 cheap", "padding is carried along", "compact.py",
           "needed = keep_row & real_row\n", "needed = keep_row.clone()\n",
           "test_4_batch.py -k 'padding_is_not and llava'"),
     Fault("11 cheap", "a layer runs on what was dropped as well", "prefill.py",
-          "        changed = None\n", "        changed = None\n        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
+          "        changed = None\n",
+          "        changed = None\n        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
           "test_11_cheap.py -k 'llava-input'"),
 )  # fmt: skip
 

@@ -8,7 +8,8 @@ A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. Where ther
 so. Result files are written by benchmarks and never edited by hand:
 
 * `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
-  `ratio` (asked for), `kept` (visual tokens after the last cut, mean over questions) and `mean_tokens` (mean over
+  `ratio` or `mean_ratio` (asked for), `refused` where the method cannot meet it, else `kept` (visual tokens after the
+  last cut, mean over questions) and `mean_tokens` (mean over
   decoder layer inputs and questions); `unpruned` with `visual_tokens`;
 * `families.json`: `rows` with `model_type`, `laws` (name of a law to whether it held; one that does not apply is left
   out) and `tests` (`passed`, `failed`, `skipped` to counts).
@@ -70,16 +71,31 @@ def accuracy(results: Path) -> str:
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
-    ratios = sorted({row["ratio"] for row in data["rows"]}, reverse=True)
-    by = {(row["method"], row["ratio"]): row for row in data["rows"]}
-    rows = []
-    for name in sorted({row["method"] for row in data["rows"]}):
-        cells = [by.get((name, ratio)) for ratio in ratios]
-        rows.append((f"`{name}`", *(_cell(row) for row in cells)))
     base = data["unpruned"]
     whole = f"{_percent(base)} with all {base['visual_tokens']} tokens"
-    text = f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers."
-    return f"{text} {_versions(data)}\n\n" + _table(("method", *(f"ratio {ratio:g}" for ratio in ratios)), rows)
+    text = (
+        f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
+        f"`oracle` is no method: it keeps the patches that hold the answer first. {_versions(data)}"
+    )
+    tables = [_grid(data["rows"], "ratio")]
+    if any("mean_ratio" in row for row in data["rows"]):
+        tables += ["At equal cost, the mean over the inputs of the decoder layers:", _grid(data["rows"], "mean_ratio")]
+    return "\n\n".join([text, *tables])
+
+
+def _grid(rows: list[dict[str, Any]], budget: str) -> str:
+    """Methods down, budgets across, best first by the smallest budget."""
+    rows = [row for row in rows if budget in row]
+    budgets = sorted({row[budget] for row in rows}, reverse=True)
+    by = {(row["method"], row[budget]): row for row in rows}
+
+    def order(name: str) -> tuple[float, str]:
+        last = by.get((name, budgets[-1]), {})
+        return -last.get("right", 0) / max(1, last.get("total", 1)), name
+
+    names = sorted({row["method"] for row in rows}, key=order)
+    lines = [(f"`{name}`", *(_cell(by.get((name, value))) for value in budgets)) for name in names]
+    return _table(("method", *(f"{budget} {value:g}" for value in budgets)), lines)
 
 
 def families(results: Path) -> str:
@@ -114,7 +130,9 @@ def _percent(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return f"{_percent(row)} ({row['kept']:.0f} / {row['mean_tokens']:.0f})" if row else ""
+    if row is None:
+        return ""
+    return "not possible" if "refused" in row else f"{_percent(row)} ({row['kept']:.0f} / {row['mean_tokens']:.0f})"
 
 
 def _versions(data: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,22 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _script(path: str):
     spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_accuracy_counts_right_answers_and_kept_tokens():
-    data = _script("benchmarks/accuracy.py").measure(["uniform", "fastv"], [0.5, 0.1], questions=10, batch=4)
-    assert [(row["method"], row["ratio"]) for row in data["rows"]] == [
-        ("uniform", 0.5),
-        ("uniform", 0.1),
-        ("fastv", 0.5),
-        ("fastv", 0.1),
-    ]
-    assert [row["kept"] for row in data["rows"]] == [72, 14, 72, 14]
-    before_layer_2_of_6 = (2 * 144 + 4 * 14) / 6
-    assert [round(row["mean_tokens"], 3) for row in data["rows"]][1::2] == [14, round(before_layer_2_of_6, 3)]
+    jobs = [(name, {"ratio": ratio}) for name in ("uniform", "fastv", "oracle") for ratio in (0.5, 0.1)]
+    data = _script("benchmarks/accuracy.py").measure([(None, {}), *jobs, ("fastv", {"mean_ratio": 0.2})], 10, batch=4)
+    by = {(row["method"], row.get("ratio")): row for row in data["rows"]}
+    assert [by[name, ratio]["kept"] for name in ("uniform", "fastv") for ratio in (0.5, 0.1)] == [72, 14, 72, 14]
+    assert by["uniform", 0.1]["mean_tokens"] == 14
+    assert by["fastv", 0.1]["mean_tokens"] == pytest.approx((2 * 144 + 4 * 14) / 6)  # before layer 2 of 6
+    assert by["oracle", 0.5]["answer_patches"] == 1 > by["uniform", 0.5]["answer_patches"]
+    assert "before layer 2 of 6" in by["fastv", None]["refused"]
 
     samples = list(evaluate.held_out_scenes(10))
     model, processor = refvlm.load()
@@ -48,7 +48,19 @@ def test_accuracy_counts_right_answers_and_kept_tokens():
         "interval": None,
     }
     with vtprune.patch(model, ratio=0.1, method="uniform"):
-        assert data["rows"][1]["right"] == right()
+        assert by["uniform", 0.1]["right"] == right()
+
+
+def test_accuracy_goes_on_where_it_stopped(tmp_path):
+    accuracy, out = _script("benchmarks/accuracy.py"), tmp_path / "accuracy.json"
+    jobs = [(None, {}), ("uniform", {"ratio": 0.1})]
+    first = accuracy.measure(jobs, 4, batch=4, out=out)
+    seen = []
+    again = accuracy.measure([*jobs, ("random", {"ratio": 0.1})], 4, batch=4, out=out, log=seen.append)
+    assert len(seen) == 1 and again["unpruned"] == first["unpruned"] and len(again["rows"]) == 2
+    stale = json.loads(out.read_text()) | {"weights_sha256": "of other weights"}
+    out.write_text(json.dumps(stale))
+    assert len(accuracy.measure(jobs, 4, batch=4, out=out)["rows"]) == 1
 
 
 @pytest.fixture

@@ -88,8 +88,9 @@ class AttentionInputs:
 class Prompt:
     """All columns that hold a token, text or visual, of the samples that have visual tokens; padding is left out.
 
-    Without an earlier call's cache the rows are those of `AttentionInputs.keys`. With them a method can look up what a tap without `columns` recorded
-    since the last cut, for text as well: `record[prompt.batch, prompt.column]` is `[C, ...]`.
+    Without an earlier call's cache the rows are those of `AttentionInputs.keys`. With them a method can look up what a
+    tap without `columns` recorded since the last cut, for text as well: `record[prompt.batch, prompt.column]` is
+    `[C, ...]`.
 
     Attributes:
         batch, column: `[C]` where each token is in the `[B, T, ...]` tensors of the present stage.
