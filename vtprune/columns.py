@@ -110,9 +110,19 @@ class Columns:
     def arguments(self, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of layer `number`, from what the decoder passes for all columns. Hidden states are left as
         they are."""
+        if self._nothing_to_do(number, args, kwargs):
+            return args, kwargs
         new = {name: self._argument(number, name, value) for name, value in kwargs.items() if name != "hidden_states"}
         rest = tuple(self._argument(number, "", value) for value in args[1:])
         return (*args[:1], *rest), {**kwargs, **new}
+
+    def _nothing_to_do(self, number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a decoding step without a mask, the most frequent call by far, passes as it is."""
+        state = self.state
+        if self.is_cut or state is None or state.shift(number) is not None or state.is_ragged(number):
+            return False
+        masked = any(value is not None for name, value in kwargs.items() if "mask" in name)
+        return not masked and not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if "mask" in name or masks.is_block_mask(value) or (isinstance(value, Tensor) and self._looks_like_mask(value)):

@@ -266,7 +266,9 @@ def begin(
             "changes the length of its prompt, and vtprune cannot tell which columns are visual"
         )
     past = decode.length(cache)
-    real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
+    real, real_past = torch.ones(batch, length, dtype=torch.bool), None
+    if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
+        real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
     form = AttentionForm(patch.attention, patch.dtype, patch.device)
     columns = Columns(real, past, state, cache, form, renumber=patch.renumbers)
     return DecoderCall(patch, columns, visual, inputs or {}, real_past)
