@@ -118,7 +118,7 @@ def describe(array: np.ndarray) -> tuple[scenes.Thing, ...]:
     rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     filled = differs[top:bottom, left:right].mean()
-    shape = "rectangle" if filled > 0.9 else "circle" if filled > 0.64 else "triangle"
+    shape = "rectangle" if filled > 0.9 else "circle" if filled > 0.7 else "triangle"
     y, x = (top + bottom) // 2, (left + right) // 2
     middle = array[y, x].astype(int)
     official = {

@@ -128,7 +128,7 @@ def build(seed: int) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config())
     table = model.get_input_embeddings().weight
     torch.nn.init.normal_(table, std=table.shape[1] ** -0.5)
-    model.generation_config.max_new_tokens = 8
+    model.generation_config.max_new_tokens = 64  # enough for "describe the image"; answers end by themselves
     model.generation_config.do_sample = False
     for name in ("pad", "bos", "eos"):
         setattr(model.generation_config, f"{name}_token_id", VOCABULARY[f"<{name}>"])
