@@ -8,7 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from ._ragged import unit_rows
+from ._ragged import self_cosine, unit_rows
 
 
 class Cosine:
@@ -16,7 +16,10 @@ class Cosine:
 
     Args:
         features: `[n, D]`, any float dtype.
-        weights: `[n]` factors on the rows, or None.
+        weights: `[n]` factors on the rows, or None; those that are not finite count as zero.
+
+    Attributes:
+        squares: `[n]` products of the rows with themselves, without rounding where a row is neither zero nor tiny.
     """
 
     def __init__(self, features: Tensor, weights: Tensor | None = None, eps: float = 1e-6) -> None:
@@ -27,8 +30,10 @@ class Cosine:
         else:
             self.rows = unit_rows(features)
             self.factor = torch.ones_like(length)
+        self.squares = self_cosine(length)
         if weights is not None:
-            self.factor = torch.nan_to_num(self.factor * weights, nan=0.0, posinf=0.0, neginf=0.0)
+            weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
+            self.factor, self.squares = self.factor * weights, self.squares * weights.square()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,10 +51,6 @@ class Cosine:
         part = copy(self)
         part.rows, part.factor = self.rows[rows], self.factor[rows]
         return part
-
-    def squares(self) -> Tensor:
-        """`[n]` products of the rows with themselves."""
-        return (torch.linalg.vector_norm(self.rows, dim=1) * self.factor).square()
 
     def nearby(self, width: int) -> Tensor:
         """`[n // width, width, width]` products inside consecutive blocks of `width` rows; the rest is left out."""

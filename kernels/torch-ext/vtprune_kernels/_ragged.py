@@ -24,15 +24,26 @@ def spans(segments: Tensor) -> Iterator[tuple[int, int]]:
     yield from zip(offsets[:-1], offsets[1:], strict=True)
 
 
-def empty_order(budgets: Tensor, device: torch.device) -> Tensor:
-    """`[S, max(budgets)]` int64, filled with the padding -1."""
-    width = int(budgets.max()) if len(budgets) else 0
-    return torch.full((len(budgets), max(width, 0)), -1, dtype=torch.int64, device=device)
+def output_width(budgets: Tensor, width: int | None) -> int:
+    """Columns of a result; budgets on a device are read once where no width is given, and that waits for it."""
+    if width is not None:
+        return width
+    return max(0, int(budgets.max())) if len(budgets) else 0
+
+
+def empty_order(budgets: Tensor, device: torch.device, width: int | None = None) -> Tensor:
+    """`[S, width]` int64, filled with the padding -1."""
+    return torch.full((len(budgets), output_width(budgets, width)), -1, dtype=torch.int64, device=device)
 
 
 def finite(scores: Tensor) -> Tensor:
     """Float32 scores that stay above the minus infinity of rows already chosen: NaN and -inf become the lowest."""
     return torch.nan_to_num(scores.float(), nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
+
+
+def self_cosine(length: Tensor, eps: float = 1e-6) -> Tensor:
+    """Cosine of each row with itself, from its length: 1 without rounding, 0 for rows that are zero or not finite."""
+    return torch.where(torch.isfinite(length), (length / eps).clamp_max(1), 0.0).square()
 
 
 def unit_rows(rows: Tensor, eps: float = 1e-6) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import attention_rows as _vectorised
 
 
@@ -20,6 +21,7 @@ def attention_rows(
     softcap: float | None = None,
     reduce: Literal["mean", "heads", "none"] = "mean",
     weights: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Causal softmax attention in float32 of the given rows over all keys of their sample.
 
@@ -34,6 +36,8 @@ def attention_rows(
         reduce: `"mean"` over heads and rows of the sample; `"heads"` over heads only; `"none"`.
         weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask chooses rows); they are divided by their
             sum per sample. Used by `"mean"` only.
+        longest: `L` below, or more; by default it is read from `key_segments`, which waits for the device if they are
+            on one.
 
     Returns:
         Tensor: float32. `"mean"`: `[C]`, zero for samples without rows; `"heads"`: `[R, L]` and `"none"`: `[H, R, L]`,
@@ -41,7 +45,9 @@ def attention_rows(
     """
     if reduce not in ("mean", "heads", "none"):
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'heads' or 'none'")
-    return _vectorised(queries, keys, query_segments, key_segments, query_order, scaling, softcap, reduce, weights)
+    run = triton_source("attention_rows") if on_gpu(keys) else _vectorised
+    settings = (scaling, softcap, reduce, weights, longest)
+    return run(queries, keys, query_segments, key_segments, query_order, *settings)
 
 
 __all__ = ["attention_rows"]

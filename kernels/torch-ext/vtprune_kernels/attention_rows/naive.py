@@ -19,11 +19,13 @@ def attention_rows(
     softcap: float | None = None,
     reduce: str = "mean",
     weights: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.attention_rows`."""
     heads = queries.shape[1]
     heads_per_group = heads // keys.shape[1]
-    longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
+    if longest is None:
+        longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
     rows = torch.zeros(heads, len(queries), longest, device=keys.device)
     mean = torch.zeros(len(keys), device=keys.device)
     for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):

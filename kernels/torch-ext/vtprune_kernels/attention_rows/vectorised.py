@@ -21,10 +21,12 @@ def attention_rows(
     softcap: float | None = None,
     reduce: str = "mean",
     weights: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.attention_rows`."""
     heads, groups = queries.shape[1], keys.shape[1]
-    longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
+    if longest is None:
+        longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
     shape = {"mean": (len(keys),), "heads": (len(queries), longest), "none": (heads, len(queries), longest)}[reduce]
     result = torch.zeros(shape, device=keys.device)
     for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import compact as _vectorised
 
 
@@ -20,7 +21,8 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     Returns:
         list[Tensor]: `[B, K, ...]` each, in the dtype of its source.
     """
-    return _vectorised(tensors, index)
+    run = triton_source("compact") if on_gpu(index) else _vectorised
+    return run(tensors, index)
 
 
 __all__ = ["compact"]

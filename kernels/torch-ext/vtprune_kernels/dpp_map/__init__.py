@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import dpp_map as _vectorised
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
     """Chooses rows that greedily maximise the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
 
     Rows whose remaining gain is rounding only (below 1e-6 of their own variance, where the published code divides by
@@ -19,11 +20,14 @@ def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tens
         relevance: `[M]` float weights of the rows.
         segments: `[S + 1]` int64 offsets of the pools.
         budgets: `[S]` int64 rows to choose from each pool.
+        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+            device if they are on one.
 
     Returns:
-        Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
-    return _vectorised(features, relevance, segments, budgets)
+    choose = triton_source("dpp_map") if on_gpu(features) else _vectorised
+    return choose(features, relevance, segments, budgets, width)
 
 
 __all__ = ["dpp_map"]

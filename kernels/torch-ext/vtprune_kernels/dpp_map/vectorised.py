@@ -12,9 +12,9 @@ from .._ragged import empty_order, finite, pools
 from .naive import EXHAUSTED
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    order = empty_order(budgets, features.device)
+    order = empty_order(budgets, features.device, width)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
             kernel = Cosine(features[start:stop], relevance[start:stop].float())
@@ -27,7 +27,7 @@ class _Pool:
 
     def __init__(self, kernel: Cosine, budget: int) -> None:
         self.kernel = kernel
-        self.variance = finite(kernel.squares())
+        self.variance = finite(kernel.squares)
         self.left = self.variance.clone()
         self.bounds = self.gains(self.left, self.variance)
         self.factors = self.left.new_zeros(budget, len(kernel))

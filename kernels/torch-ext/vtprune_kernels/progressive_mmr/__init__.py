@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .._ragged import spans
 from .vectorised import Duplication
 from .vectorised import progressive_mmr as _vectorised
@@ -26,6 +27,7 @@ def progressive_mmr(
     objective: Literal["linear", "log"] = "linear",
     scaling: float | None = None,
     carried: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Chooses rows by relevance minus duplication with the rows already chosen.
 
@@ -50,17 +52,19 @@ def progressive_mmr(
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
         carried: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
+        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+            device if they are on one.
 
     Returns:
-        Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if objective not in ("linear", "log"):
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
     if chunk < 1 or pool < 1 or growth < 0:
         raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
-    return _vectorised(
-        relevance, keys, values, segments, budgets, duplication, chunk, growth, pool, objective, scaling, carried
-    )
+    choose = triton_source("progressive_mmr") if on_gpu(keys) else _vectorised
+    settings = (duplication, chunk, growth, pool, objective, scaling, carried, width)
+    return choose(relevance, keys, values, segments, budgets, *settings)
 
 
 def closest_other(keys: Tensor, values: Tensor, segments: Tensor, scaling: float | None = None) -> Tensor:

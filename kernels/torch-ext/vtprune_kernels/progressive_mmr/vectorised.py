@@ -93,9 +93,10 @@ def progressive_mmr(
     objective: str = "linear",
     scaling: float | None = None,
     carried: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    order = empty_order(budgets, relevance.device)
+    order = empty_order(budgets, relevance.device, width)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget == 0:
             continue

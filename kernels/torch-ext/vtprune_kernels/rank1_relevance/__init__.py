@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import rank1_relevance as _vectorised
 
 
@@ -35,7 +36,7 @@ def rank1_relevance(
         query_segments: `[S + 1]` offsets of the samples' rows.
         key_segments: `[S + 1]` offsets of the samples' keys.
         query_order: `[R]` place of each row among its sample's keys: it sees keys `0..query_order`.
-        visual: `[M]` rows of `keys` to score.
+        visual: `[M]` rows of `keys` to score, ascending.
         scaling: Factor on the dot product.
         reduce: How heads and query rows are joined: mean, root mean square or maximum of the magnitudes.
         normalise: `Z` over all visible keys, or over the visible visual keys only.
@@ -46,7 +47,8 @@ def rank1_relevance(
     """
     if reduce not in ("mean", "rms", "max") or normalise not in ("visible", "visual"):
         raise ValueError(f"reduce={reduce!r}, normalise={normalise!r}; expected mean|rms|max and visible|visual")
-    return _vectorised(
+    run = triton_source("rank1_relevance") if on_gpu(keys) else _vectorised
+    return run(
         queries, keys, values, query_segments, key_segments, query_order, visual, scaling, reduce, normalise, softcap
     )
 

@@ -41,7 +41,8 @@ def rank1_relevance(
                 logits[int(query_order[row]) + 1 :] = -torch.inf
                 normaliser = torch.logsumexp(logits if normalise == "visible" else logits[places], 0)
                 length = torch.log(values[visual[mine], group].float().norm(dim=-1) + 1e-12)
-                log_magnitudes.append(torch.nan_to_num(logits[places] - normaliser, nan=-torch.inf) + length)
+                attention = torch.where(logits[places] > -torch.inf, logits[places] - normaliser, -torch.inf)
+                log_magnitudes.append(attention + length)
         if log_magnitudes:
             stack = torch.stack(log_magnitudes)  # [rows * H, visual of the sample]
             if reduce == "max":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import received_attention as _vectorised
 
 
@@ -23,7 +24,8 @@ def received_attention(
     Returns:
         Tensor: `[B, N]` float32; per sample and segment it sums to 1, or is 0 where no row is averaged.
     """
-    return _vectorised(queries, keys, scaling, rows, segments)
+    run = triton_source("received_attention") if on_gpu(keys) else _vectorised
+    return run(queries, keys, scaling, rows, segments)
 
 
 __all__ = ["received_attention"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._dispatch import on_gpu, triton_source
 from .vectorised import weighted_farthest_point as _vectorised
 
 
-def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
+def weighted_farthest_point(
+    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+) -> Tensor:
     """Chooses rows that are far from all rows chosen before, by `1 - cos`.
 
     Without weights (DivPrune) the first row is the one whose nearest other row is farthest away, and every further one
@@ -20,11 +23,14 @@ def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: 
         weights: `[M]` float, not negative for full speed, or None.
         segments: `[S + 1]` int64 offsets of the pools.
         budgets: `[S]` int64 rows to choose from each pool.
+        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+            device if they are on one.
 
     Returns:
-        Tensor: `[S, max(budgets)]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
-    return _vectorised(features, weights, segments, budgets)
+    choose = triton_source("weighted_farthest_point") if on_gpu(features) else _vectorised
+    return choose(features, weights, segments, budgets, width)
 
 
 __all__ = ["weighted_farthest_point"]

@@ -11,9 +11,11 @@ from .._ragged import empty_order, finite, pools, unit_rows
 TIE = 1e-6
 
 
-def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
+def weighted_farthest_point(
+    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    order = empty_order(budgets, features.device)
+    order = empty_order(budgets, features.device, width)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget == 0:
             continue

@@ -12,9 +12,11 @@ from .._ragged import empty_order, finite, pools
 from .isolated import most_isolated
 
 
-def weighted_farthest_point(features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor) -> Tensor:
+def weighted_farthest_point(
+    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    order = empty_order(budgets, features.device)
+    order = empty_order(budgets, features.device, width)
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
             weight = None if weights is None else weights[start:stop].float()

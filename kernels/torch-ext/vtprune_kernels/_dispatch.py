@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which source runs on which device."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+_DEVICES = {"cuda", "xpu"}  # ROCm devices are called cuda by PyTorch
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the Triton source runs; elsewhere, or where Triton is not installed, the PyTorch path does."""
+    return tensor.device.type in _DEVICES and _installed()
+
+
+def triton_source(operation: str) -> Callable[..., Any]:
+    """The Triton source of an operation, imported when it is first needed."""
+    return getattr(importlib.import_module(f".{operation}.triton", __package__), operation)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton sources share: blocks of a ragged batch, and choices that do not depend on the order of execution."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter's matrix product takes the bits of bfloat16 for integers: there it is widened first.
+WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def power_of_two(number: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(max(1, number)))
+
+
+def blocks(segments: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
+    """Splits the pools into blocks of `size` rows, without asking the device how long they are.
+
+    Returns:
+        tuple[Tensor, Tensor]: `[P]` pool of each block, the number of pools for surplus ones, and `[P]` its first row.
+    """
+    count = -(-segments.diff() // size)
+    ends = count.cumsum(0)
+    number = torch.arange(-(-total // size) + len(count), device=segments.device)
+    owner = torch.searchsorted(ends, number, right=True)
+    known = owner.clamp_max(len(count) - 1)
+    return owner, segments[known] + (number - (ends - count)[known]) * size
+
+
+@triton.jit
+def rank_key(value, row):
+    """int64 that orders by value first (NaN lowest of all numbers) and by smaller row among equals."""
+    lowest: tl.constexpr = -3.4028234663852886e38
+    value = tl.where(value == value, tl.minimum(tl.maximum(value, lowest), -lowest), lowest)
+    value = tl.where(value == 0, 0.0, value)  # minus zero equals zero
+    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
+
+
+@triton.jit
+def key_row(key):
+    """The row that a key of `rank_key` belongs to."""
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)

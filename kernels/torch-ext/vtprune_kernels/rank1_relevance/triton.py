@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-magnitude of the rank-one updates on a GPU: one pass for the normalisers, one over the visual keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._triton_attention import NEVER, normalisers, reduce_columns, rows_of
+
+
+def rank1_relevance(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_segments: Tensor,
+    key_segments: Tensor,
+    query_order: Tensor,
+    visual: Tensor,
+    scaling: float,
+    reduce: str = "mean",
+    normalise: str = "visible",
+    softcap: float | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.rank1_relevance`; `visual` has to ascend."""
+    if len(queries) == 0 or len(visual) == 0:
+        return torch.full((len(visual),), NEVER, device=keys.device)
+    rows = rows_of(queries, keys, query_segments, key_segments, query_order, scaling, softcap)
+    visual = visual.to(keys.device)
+    chosen = None
+    if normalise == "visual":
+        chosen = torch.zeros(len(keys), dtype=torch.uint8, device=keys.device).index_fill_(0, visual, 1)
+    segments = torch.searchsorted(visual, rows.key_segments)
+    z = normalisers(rows, chosen)
+    if reduce == "max":
+        return reduce_columns(rows, z, visual, segments, "max", values).amax(0)
+    power = 2.0 if reduce == "rms" else 1.0
+    total = torch.logsumexp(reduce_columns(rows, z, visual, segments, "sum", values, power=power), 0)
+    count = rows.query_segments.diff() * queries.shape[1]
+    sample = torch.searchsorted(rows.key_segments, visual, right=True) - 1
+    return torch.nan_to_num((total - torch.log(count[sample].float())) / power, nan=NEVER, neginf=NEVER)

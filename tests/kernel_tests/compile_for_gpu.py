@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton source for a GPU that need not be there, and prints the resources of each kernel.
+
+    python tests/kernel_tests/compile_for_gpu.py [cuda:90 | cuda:80 | hip:gfx942] [float16 | bfloat16 | float32]
+
+Every launch of an operation is turned into a compilation: nothing runs. The last line is `N kernels compiled`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kernel_tests.gpu_cases import launches
+
+TILE_LIMIT = 99 * 1024  # shared memory of a block on the smallest of the usual GPUs
+
+
+class NoDevice:
+    """Stands in for a driver: names the target, and can launch nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def main(target: str = "cuda:90", dtype: str = "float16") -> None:
+    backend, _, arch = target.partition(":")
+    gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+    triton.runtime.driver.set_active(NoDevice(gpu))
+    launch, found = JITFunction.run, {}
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        key = (self.__module__.split(".")[1], self.__name__, kernel.hash)
+        if key not in found:
+            found[key] = kernel
+            print(*key[:2], f"shared={kernel.metadata.shared}", f"warps={kernel.metadata.num_warps}", flush=True)
+            assert kernel.metadata.shared <= TILE_LIMIT, f"{key} needs {kernel.metadata.shared} bytes of shared memory"
+
+    JITFunction.run = compile_only
+    for name, call in launches(getattr(torch, dtype)):
+        try:
+            call()
+        except Exception as error:
+            raise SystemExit(f"{name}: {error}") from error
+    print(f"{len(found)} kernels compiled for {target}, {dtype}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way in which the Triton operations are launched, at sizes of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+
+import torch
+
+
+def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yields the name of an operation and a call of it, on inputs of `dtype` that say nothing."""
+
+    def call(operation: str, *arguments: object, **options: object) -> tuple[str, Callable[[], object]]:
+        run = getattr(import_module(f"vtprune_kernels.{operation}.triton"), operation)
+        return f"{operation} {sorted(options)}", lambda: run(*arguments, **options)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    rows, segments, budgets = 1000, torch.tensor([0, 600, 1000], device=device), torch.tensor([20, 9], device=device)
+    relevance = torch.rand(rows, device=device)
+    inputs = (relevance, random(rows, 4, 128), random(rows, 4, 128), segments, budgets)
+    yield call("progressive_mmr", *inputs)
+    yield call("progressive_mmr", *inputs, objective="log", carried=relevance < 0.01, width=24)
+    yield call("progressive_mmr", *inputs, pool=1, growth=1.0)
+
+    query_segments, order = torch.tensor([0, 9, 21], device=device), torch.full((21,), 599, device=device)
+    visual = torch.cat([torch.arange(30, 550), torch.arange(630, 970)]).to(device)
+    for heads, groups, size in ((28, 4, 128), (8, 1, 256)):
+        q, k, v = random(21, heads, size), random(rows, groups, size), random(rows, groups, size)
+        places = (query_segments, segments, order)
+        yield call("attention_rows", q, k, *places, 0.1)
+        yield call("attention_rows", q, k, *places, 0.1, softcap=50.0, reduce="heads", longest=600)
+        yield call("rank1_relevance", q, k, v, *places, visual, 0.1)
+        yield call("rank1_relevance", q, k, v, *places, visual, 0.1, reduce="max", normalise="visual", softcap=50.0)
+    q, k = random(2, 16, 577, 72), random(2, 16, 577, 72)
+    yield call("received_attention", q, k, 0.1)
+    yield call("transition_variation", random(rows, 3584), random(rows, 3584))
+    yield call("weighted_farthest_point", random(rows, 3584), None, segments, budgets)
+    yield call("weighted_farthest_point", random(rows, 3584), relevance, segments, budgets)
+    yield call("dpp_map", random(rows, 3584), relevance, segments, budgets)
+    cache = random(2, 4, 500, 128).transpose(1, 2)
+    yield call("compact", [random(2, 500, 3584), cache, cache], torch.arange(100, device=device).repeat(2, 1))

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton sources against the specifications: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is slow, so the shapes are small and odd. Outputs are allocated full of NaN, so that a value that is not
+written is seen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_tests.cases import assert_order, clustered, exact_rows, offsets, strided
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}  # inputs are exact: only sums differ
+
+
+def pair(operation):
+    """The Triton source, fed on the device and answering on the CPU, and the specification."""
+    run, naive = (
+        getattr(importlib.import_module(f"vtprune_kernels.{operation}.{part}"), operation)
+        for part in ("triton", "naive")
+    )
+
+    def there(value):
+        if isinstance(value, list):
+            return [there(item) for item in value]
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    def back(value):
+        return [item.cpu() for item in value] if isinstance(value, (list, tuple)) else value.cpu()
+
+    def call(*arguments, **options):
+        return back(run(*map(there, arguments), **{name: there(value) for name, value in options.items()}))
+
+    return call, naive
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory holds NaN, or a number that no index has."""
+
+    def fill(tensor):
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 101)
+
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
+
+
+def mmr_case(lengths, groups, size, dtype, seed=0):
+    rows = sum(lengths)
+    relevance = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
+    keys = (clustered(rows, groups, size, seed=seed + 1) * 0.7).to(dtype)
+    values = clustered(rows, groups, size - 4, seed=seed + 2).to(dtype)
+    return relevance, keys, values, offsets(lengths)
+
+
+@pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [2, 0, 13, 1, 9])], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"pool": 1}, {"objective": "log", "chunk": 3}, {"chunk": 1, "scaling": 0.1}], ids=str
+)
+def test_progressive_mmr(lengths, counts, options):
+    run, naive = pair("progressive_mmr")
+    relevance, keys, values, segments = mmr_case(lengths, 2, 20, torch.float32)
+    budgets = torch.tensor(counts)
+    expected = naive(relevance, keys, values, segments, budgets, **options)
+    assert_order(run(relevance, keys, values, segments, budgets, **options), expected, segments, budgets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_progressive_mmr_with_carried_rows_and_strides(dtype):
+    run, naive = pair("progressive_mmr")
+    relevance, keys, values, segments = mmr_case((23, 12), 3, 17, dtype, seed=4)
+    budgets = torch.tensor([9, 4])
+    carried = torch.rand(35, generator=torch.Generator().manual_seed(1)) < 0.2
+    expected = naive(relevance, keys, values, segments, budgets, carried=carried, growth=1.0)
+    order = run(strided(relevance), strided(keys), strided(values), segments, budgets, carried=carried, growth=1.0)
+    assert_order(order, expected, segments, budgets)
+
+
+def test_progressive_mmr_breaks_ties_by_row():
+    run, naive = pair("progressive_mmr")
+    rows, segments, budgets = torch.eye(16)[:5].repeat(3, 1)[:, None], torch.tensor([0, 15]), torch.tensor([9])
+    for relevance in (torch.tensor([0.5, 0.25, -0.0]).repeat(5), torch.tensor([0.0, -0.0]).repeat(8)[:15]):
+        expected = naive(relevance, rows, rows, segments, budgets, growth=1.0)
+        assert_order(run(relevance, rows, rows, segments, budgets, growth=1.0), expected, segments, budgets)
+
+
+def test_progressive_mmr_scans_long_pools_in_parts(monkeypatch):
+    run, naive = pair("progressive_mmr")
+    monkeypatch.setattr(importlib.import_module("vtprune_kernels.progressive_mmr.triton"), "_SCAN", 64)
+    relevance, keys, values, segments = mmr_case((150,), 1, 16, torch.float32, seed=5)
+    budgets = torch.tensor([9])
+    expected = naive(relevance, keys, values, segments, budgets, growth=1.0)
+    assert_order(run(relevance, keys, values, segments, budgets, growth=1.0), expected, segments, budgets)
+
+
+def attention_case(dtype, heads, groups, size, keys=(9, 70, 1), rows=(3, 5, 1)):
+    g = torch.Generator().manual_seed(heads)
+    q = (torch.randn(sum(rows), heads, size, generator=g) * 2).to(dtype)
+    k, v = (torch.randn(sum(keys), groups, size + extra, generator=g).to(dtype) for extra in (0, 3))
+    order = torch.cat([torch.arange(n - r, n) for n, r in zip(keys, rows, strict=True)])
+    starts = offsets(keys)
+    visual = torch.cat([torch.arange(2, 6), torch.arange(11, 74), torch.tensor([79])])
+    return q, k, v, offsets(rows), starts, order, visual, size**-0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, groups, size", [(4, 4, 16), (6, 2, 60), (3, 1, 80), (2, 1, 130)])
+def test_attention_rows(dtype, heads, groups, size):
+    run, naive = pair("attention_rows")
+    q, k, _, query_segments, key_segments, order, _, scaling = attention_case(dtype, heads, groups, size)
+    weights = torch.tensor([0.0, 1, 0.5, 1, 0, 2, 1, 1, 0])
+    for settings in ((None, "mean"), (5.0, "mean", weights), (None, "heads"), (5.0, "none")):
+        inputs = (query_segments, key_segments, order, scaling, *settings)
+        found = run(strided(q), strided(k), *inputs)
+        torch.testing.assert_close(found, naive(q, k, *inputs), atol=TOLERANCE[dtype], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, groups, size", [(4, 4, 16), (6, 2, 60), (3, 1, 80)])
+def test_rank1_relevance(dtype, heads, groups, size):
+    run, naive = pair("rank1_relevance")
+    q, k, v, *rest = attention_case(dtype, heads, groups, size)
+    for settings in (("mean", "visible"), ("rms", "visual"), ("max", "visible", 5.0)):
+        found = run(strided(q), strided(k), strided(v), *rest, *settings)
+        torch.testing.assert_close(found, naive(q, k, v, *rest, *settings), atol=1e-4, rtol=1e-5)
+
+
+def test_rank1_relevance_of_keys_that_no_row_sees():
+    run, naive = pair("rank1_relevance")
+    q, k, v, query_segments, key_segments, order, visual, scaling = attention_case(torch.float32, 2, 1, 16)
+    order[:3] = 0
+    inputs = (q * 300, k, v, query_segments, key_segments, order, visual, scaling)
+    for normalise in ("visible", "visual"):
+        torch.testing.assert_close(
+            run(*inputs, "mean", normalise), naive(*inputs, "mean", normalise), atol=1e-3, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_received_attention(dtype):
+    run, naive = pair("received_attention")
+    g = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 4, 37, 20, generator=g).to(dtype), torch.randn(2, 2, 37, 20, generator=g).to(dtype)
+    some = torch.rand(2, 37, generator=g) < 0.4
+    some[1, 12:] = False
+    for rows, segments in ((None, None), (some, torch.tensor([0, 12, 12, 37])), (some[0], None)):
+        found = run(q, k, 0.3, rows, segments)
+        torch.testing.assert_close(found, naive(q, k, 0.3, rows, segments), atol=TOLERANCE[dtype], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 60), (2, 3, 80), (1, 1), (0, 4)])
+def test_transition_variation(dtype, shape):
+    run, naive = pair("transition_variation")
+    before, after = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = run(strided(before), strided(after)) if shape[0] else run(before, after)
+    torch.testing.assert_close(found, list(naive(before, after)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
+def test_farthest_point_and_dpp(dtype, lengths, counts):
+    rows = sum(lengths)
+    features = clustered(rows, 60, seed=1).to(dtype)
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
+    segments, budgets = offsets(lengths), torch.tensor(counts)
+    run, naive = pair("weighted_farthest_point")
+    for weight in (None, weights):
+        order = run(strided(features), weight, segments, budgets)
+        assert_order(order, naive(features, weight, segments, budgets), segments, budgets)
+    run, naive = pair("dpp_map")
+    order = run(strided(features), strided(weights), segments, budgets)
+    assert_order(order, naive(features, weights, segments, budgets), segments, budgets)
+
+
+def test_choices_survive_ties_zeros_and_broken_numbers():
+    rows, segments, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
+    run, naive = pair("weighted_farthest_point")
+    for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6)):
+        assert_order(run(rows, weights, segments, budgets), naive(rows, weights, segments, budgets), segments, budgets)
+    rows[3:5], rows[7] = 0, torch.nan
+    weights, everything = torch.rand(18, generator=torch.Generator().manual_seed(1)), torch.tensor([18])
+    orders = [run(rows, weight, segments, everything) for weight in (None, weights, weights * torch.nan)]
+    run, naive = pair("dpp_map")
+    orders.append(run(rows, weights, segments, everything))
+    for order in orders:
+        assert order[0].sort().values.tolist() == list(range(18))
+    rows, relevance = torch.eye(8).repeat(3, 1), torch.arange(24, 0, -1) / 24.0  # rank 8: the rest by relevance
+    assert run(rows, relevance, torch.tensor([0, 24]), torch.tensor([24]))[0].tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("width", [9, 12])
+def test_a_given_width_pads_the_result(width):
+    features, segments, budgets = clustered(20, 16, seed=3), torch.tensor([0, 12, 20]), torch.tensor([9, 2])
+    for operation, second in (("weighted_farthest_point", None), ("dpp_map", torch.ones(20))):
+        run, naive = pair(operation)
+        order = run(features, second, segments, budgets, width=width)
+        assert order.shape == (2, width) and torch.equal(order, naive(features, second, segments, budgets, width=width))
+    run, naive = pair("progressive_mmr")
+    inputs = (torch.rand(20), features[:, None], features[:, None], segments, budgets)
+    assert torch.equal(run(*inputs, width=width), naive(*inputs, width=width))
+
+
+def test_compact():
+    run, naive = pair("compact")
+    g = torch.Generator().manual_seed(1)
+    tensors = [
+        torch.randn(2, 13, 33, generator=g),
+        torch.randn(2, 2, 13, 6, generator=g).bfloat16().transpose(1, 2),
+        torch.randn(1, 13, 8, generator=g).expand(2, -1, -1),
+        torch.arange(26).reshape(2, 13),
+        torch.rand(2, 13, generator=g) < 0.5,
+        torch.randn(2, 13, 2, 3, 4, generator=g).half(),
+        torch.randn(2, 13, 0),
+        torch.randn(2, 13, 2500, generator=g)[..., ::2],
+        torch.randn(2, 13, 1, generator=g),
+        torch.randn(13, 2, 5, generator=g).transpose(0, 1),
+    ]
+    for index in (
+        torch.tensor([[0, 5, 12], [3, -1, -1]]),
+        torch.tensor([[7], [7]]),
+        torch.zeros(2, 0, dtype=torch.int64),
+    ):
+        for found, expected in zip(run(tensors, index), naive(tensors, index), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_every_source_compiles_for_a_gpu_that_is_not_here():
+    """The interpreter accepts more than the compiler does."""
+    folder = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(folder.parent), str(folder.parents[1] / "kernels" / "torch-ext")])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(folder / "compile_for_gpu.py"), "cuda:90", "bfloat16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == f"{len(lines)} kernels compiled for cuda:90, bfloat16"
+    sources = {"progressive_mmr", "_triton_attention", "_triton_rows", "weighted_farthest_point", "dpp_map", "compact"}
+    assert {line.split()[0] for line in lines} == sources | {"transition_variation"}
