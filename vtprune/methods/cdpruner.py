@@ -17,6 +17,7 @@ from ..errors import MethodError
 from ..vision import Vision, crops_seen, projector_tap
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -75,16 +76,18 @@ class CDPruner(Method):
         clip: A `CLIPModel` whose vision tower is the one of the model.
         clip_tokenizer: Its tokenizer.
         tokenizer: Tokenizer of the vision-language model, to read the question back from the prompt.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
     scale_over: Literal["sample", "batch"] = "sample"
     clip: Any = None
     clip_tokenizer: Any = None
     tokenizer: Any = None
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        if self.scale_over not in ("sample", "batch"):
-            raise MethodError(f"scale_over is {self.scale_over!r}; expected 'sample' or 'batch'")
+        check_choices(self)
         given = [v is not None for v in (self.clip, self.clip_tokenizer, self.tokenizer)]
         if any(given) and not all(given):
             raise MethodError("clip, clip_tokenizer and tokenizer go together: give all three or none")

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vtprune_kernels import weighted_farthest_point
 
 from ..selection import from_order
 from .base import Choice, Method, Stage, Tokens
+from .options import check_choices
 from .registry import register
 
 
@@ -23,7 +25,16 @@ class DivPrune(Method):
 
     Differences from the release: picked tokens are masked (there they only have a distance near 0, and with half
     precision can be picked twice); the distance is float32; images after the first are pruned too.
+
+    Attributes:
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
+
+    positions: Literal["original", "compact"] = "original"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.098),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..errors import MethodError
 from ..mmr import MMR, Candidates
 from ..selection import rank_in_segment
 from .base import Choice, Method, Stage, Tokens
+from .options import check_choices
 from .registry import register
 
 logger = logging.getLogger("vtprune")
@@ -72,11 +73,7 @@ class IWP(Method):
     image_floor: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            allowed = get_args(hint)
-            if name in self.__dict__ and allowed and getattr(self, name) not in allowed:
-                expected = ", ".join(map(repr, allowed))
-                raise MethodError(f"iwp: {name} is {getattr(self, name)!r}; expected one of {expected}")
+        check_choices(self)
         if not (0 <= self.duplication <= 1 and 0 <= self.image_floor <= 1 and self.growth >= 0):
             raise MethodError(
                 f"iwp: duplication={self.duplication}, image_floor={self.image_floor}, growth={self.growth}; expected "

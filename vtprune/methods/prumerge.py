@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..errors import MethodError
 from ..vision import Attention, Vision, layer_tap, projector_tap, say_once
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class PruMerge(Method):
         near: Neighbours merged into a kept patch.
         adaptive: Crops with more outliers get more of the budget.
         average: Merged tokens are weighted averages; the released sums are not normalised.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
     plus: bool = True
@@ -107,8 +110,10 @@ class PruMerge(Method):
     near: int = 32
     adaptive: bool = True
     average: bool = False
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.important <= 1 or self.near < 0:
             raise MethodError(
                 f"important is {self.important!r} and near {self.near!r}; expected a share in (0, 1] and at least 0"

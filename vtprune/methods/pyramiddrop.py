@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from .base import ScoreMethod, Stage, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
+from .options import check_choices
 from .registry import register
 
 
@@ -24,20 +26,25 @@ class PyramidDrop(ScoreMethod):
     `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
 
     Differences from the release: KV heads shared by several query heads are handled; all images of a sample are one
-    pool; counts are rounded, not cut off. The release renumbers positions after every cut, while the patch keeps the
-    original ones unless it is made with `positions="compact"`. The release ranks by the end of the answer header, like
-    here; the paper speaks of the last instruction token.
+    pool; counts are rounded, not cut off; survivors keep their positions, unless `positions="compact"`. The release
+    ranks by the end of the answer header, like here; the paper speaks of the last instruction token.
 
     Attributes:
         layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
             one).
         shares: Share of the original tokens that is left after each cut.
         depth: Decoder length that `layers` refers to; None takes them as they are.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released; by default they keep
+            their positions. Not for models that place tokens on several axes.
     """
 
     layers: tuple[int, ...] = (8, 16, 24)
     shares: tuple[float, ...] = (0.5, 0.25, 0.125)
     depth: int | None = 32
+    positions: Literal["original", "compact"] = "original"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return scale_schedule(self.layers, self.shares, self.depth, num_layers, "PyramidDrop")

@@ -17,6 +17,7 @@ from ..selection import segment_ids
 from .base import Choice, ScoreMethod, Stage, Tap, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
+from .options import check_choices
 from .registry import register
 from .taps import layer_input, layer_output, over_prompt
 
@@ -99,9 +100,8 @@ class TransPrune(ScoreMethod):
     As in the release and unlike the paper: the sign of the cosine counts (`direction="absolute"` is the paper's form),
     the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalised before
     they are added. Differences from the release: the softmax ends at the sample instead of running over the whole
-    batch, counts are rounded, KV heads may be grouped, all images of a sample are one pool, everything is in float32.
-    The release renumbers positions after every cut, while the patch keeps the original ones unless it is made with
-    `positions="compact"`.
+    batch, counts are rounded, KV heads may be grouped, all images of a sample are one pool, everything is in float32;
+    survivors keep their positions, unless `positions="compact"`.
 
     Attributes:
         layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
@@ -111,6 +111,8 @@ class TransPrune(ScoreMethod):
         alpha: Weight of TTV.
         direction: `"signed"` or `"absolute"` change of direction.
         support: Tokens that the softmax runs over, `"all"` or `"visual"`.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released; by default they keep
+            their positions. Not for models that place tokens on several axes.
     """
 
     layers: tuple[int, ...] = (7, 9, 12)
@@ -119,15 +121,12 @@ class TransPrune(ScoreMethod):
     alpha: float = 0.5
     direction: Literal["signed", "absolute"] = "signed"
     support: Literal["all", "visual"] = "all"
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise MethodError(f"TransPrune has alpha={self.alpha}; expected a weight from 0 to 1")
-        if self.direction not in ("signed", "absolute") or self.support not in ("all", "visual"):
-            raise MethodError(
-                f"TransPrune has direction={self.direction!r} and support={self.support!r}; expected 'signed' or "
-                "'absolute', and 'all' or 'visual'"
-            )
+        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return scale_schedule(self.layers, self.shares, self.depth, num_layers, "TransPrune")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..errors import MethodError
 from ..vision import Vision, layer_tap, projector_tap, say_once
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -85,13 +86,17 @@ class VisionZip(Method):
         contextual: Share of the budget that goes to contextual tokens (10 of 64 and 20 of 128 published).
         keep_class_token: As released.
         average: Contextual tokens are true averages; the released sum of two terms has about twice the length.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
     contextual: float = 10 / 64
     keep_class_token: bool = False
     average: bool = False
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.contextual < 1:
             raise MethodError(f"contextual is {self.contextual!r}; expected a share of the budget in [0, 1)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..errors import MethodError
 from ..vision import Vision, layer_tap, projector_tap
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -75,13 +76,17 @@ class VisPruner(Method):
         important: Share of the budget given to attention.
         step: Rows deleted per round.
         largest: Crops with more patches than this delete `step * n / largest` per round.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
     important: float = 0.5
     step: int = 8
     largest: int = 2048
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.important <= 1 or self.step < 1:
             raise MethodError(
                 f"important is {self.important!r} and step {self.step!r}; expected a share in [0, 1] and at least 1"

@@ -25,6 +25,7 @@ from ..sensitivity import (
 from ..vision import Vision, over_patches, projector_tap, say_once
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class ZOOPrune(Method):
         seed: Start of the generator.
         keep_newlines: Newline tokens stay, within the budget, as long as they fit into half of it.
         half: "difference" in the dtype of the model, as released.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
+            cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
     estimator: Estimator = "auto"
@@ -81,10 +84,10 @@ class ZOOPrune(Method):
     seed: int = 0
     keep_newlines: bool = False
     half: bool = False
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        if self.estimator not in ("auto", "exact", "jvp", "difference"):
-            raise MethodError(f"estimator is {self.estimator!r}; expected 'auto', 'exact', 'jvp' or 'difference'")
+        check_choices(self)
         self._forms: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict:
