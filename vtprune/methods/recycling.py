@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,15 @@ def recycled(dropped: int) -> tuple[int, int]:
     """How many of `dropped` tokens are recycled, and into how many clusters, as released."""
     members = min(int(0.3 * dropped) + 1, dropped)
     return members, min(members // 10 + 1, members)
+
+
+def with_clusters(counts: Sequence[int], total: int) -> list[int]:
+    """Tokens left of `total` after each cut, as released: those that `counts` says, by score, and clusters on top."""
+    left = [total]
+    for count in counts:
+        kept = min(count, left[-1] - 1)
+        left.append(kept + recycled(left[-1] - kept)[1])
+    return left[1:]
 
 
 def split_budget(total: int, budget: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vtprune_kernels import attention_rows
 
-from ..errors import MethodError
 from ..selection import segment_ids, top_k
 from .base import AttentionInputs, Choice, ScoreMethod, Stage, Tap, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
-from .recycling import recycle
+from .options import check_choices
+from .recycling import recycle, with_clusters
 from .registry import register
 from .taps import layer_input, over_prompt
 
@@ -78,17 +78,20 @@ class SparseVLM(ScoreMethod):
     their centre (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
     rotation that of the model with positions taken along the prompt, its divisor at least `floor` (the release divides
     by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one pool; where
-    no word is above the mean, all are raters. The release of version 1 renumbers positions after every cut, while the
-    patch keeps the original ones unless it is made with `positions="compact"`; version 2 keeps them.
+    no word is above the mean, all are raters; survivors keep their positions, as in version 2 of the release, unless
+    `positions="compact"`.
 
     Attributes:
         version: 1, or 2 for SparseVLM+.
         layers: Cuts, before these layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet
             become one). Each reads the layer before it.
-        shares: Share of the original tokens left after each cut, by default that of the version's 192-token setting.
+        shares: Share of the original tokens left after each cut, clusters included; by default that of the version's
+            192-token setting. `released` makes them of released counts.
         depth: Decoder length that `layers` refers to; None takes them as they are.
         heads: Version 2: number of heads, or None for 14/32 of them.
         floor: Version 2: least divisor, as a share of the divisor at distance 0.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released for version 1; by
+            default they keep their positions. Not for models that place tokens on several axes.
     """
 
     version: Literal[1, 2] = 1
@@ -97,10 +100,22 @@ class SparseVLM(ScoreMethod):
     depth: int | None = 32
     heads: int | None = None
     floor: float = 0.05
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        if self.version not in (1, 2):
-            raise MethodError(f"SparseVLM has version={self.version!r}; expected 1, or 2 for SparseVLM+")
+        check_choices(self)
+
+    @classmethod
+    def released(cls, counts: Sequence[int], total: int = 576, **options: Any) -> SparseVLM:
+        """With the counts of a released schedule, to which version 1 adds its clusters: `released((303, 110, 36))`.
+
+        Args:
+            counts: Tokens kept by score at each cut.
+            total: Visual tokens that the counts refer to.
+            options: Other options.
+        """
+        left = counts if options.get("version") == 2 else with_clusters(counts, total)
+        return cls(shares=tuple(n / total for n in left), **options)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         shares = _SHARES[self.version] if self.shares is None else self.shares

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..grid_recycling import grid_cells, mark_exactly, recycle
 from ..selection import segment_ids, top_k
 from ..vision import Attention, Vision, layer_tap, pixel_crops, projector_tap
 from .base import Choice, Method, Pool, Stage, Tap, Tokens
+from .options import check_choices
 from .registry import register
 
 if TYPE_CHECKING:
@@ -82,8 +85,8 @@ def cut(importance: Tensor, ratio: float) -> Tensor:
 class VFlowOpt(Method):
     """An importance map from the vision encoder: one cut with recycling before the decoder, two by the same map inside.
 
-    Paper: VFlowOpt, arXiv 2508.05211 (ICCV 2025), method section; only the pruning, not the search for strategies.
-    Reads queries and keys of the vision layer whose output is projected. With the attention `A` of a crop, mean over
+    Paper: VFlowOpt, arXiv 2508.05211 (ICCV 2025), method section; `vtprune.tune` is the search for strategies. Reads
+    queries and keys of the vision layer whose output is projected. With the attention `A` of a crop, mean over
     heads, and `R` the tokens that receive more than `t` times the mean, `I_i = mean_{k in R} A_ki + alpha
     softmax(entropy)_i`. Newlines have importance 1. First cut: the least important tokens are marked; the marked ones
     of each `a x a` cell of the grid are merged, weighted by importance, and take the column of the most important of
@@ -93,15 +96,23 @@ class VFlowOpt(Method):
     the kept count is only near the nominal one; here as many are marked as leave the exact budget after merging, and
     cells grow where there are more of them than tokens to keep. Newlines are never merged. Where no token reaches the
     threshold all rows count (the release averages nothing). As released, only a single image is recycled, not videos
-    and not several images in a prompt. In a tower with a class token the mean runs over patches.
+    and not several images in a prompt. In a tower with a class token the mean runs over patches. Cuts in the decoder
+    go by shares of the original count, so a count can be one off where the release rounds twice.
 
     Attributes:
         preset: Released strategy to take the following from: 0.5, 0.25 or 0.1, the mean share of tokens that it keeps
             in LLaVA-OneVision-7B (other budgets stretch its schedule).
         threshold, alpha, grid: `t`, `alpha` (0 in all releases) and `a`.
         first, later: Share that the first cut keeps, and what each cut in the decoder keeps of the tokens before it.
+        layers: Cuts in the decoder, as layers of one with `depth` layers, scaled down to the decoder at hand.
+        depth: Decoder length that `layers` refers to; None takes them as they are.
         recycle: Merge what the first cut takes away.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut; by default they keep their
+            positions. The release does something between: ids are made after the first cut, 0, 1, 2, ..., and these
+            are kept at the later ones. Not for models that place tokens on several axes.
     """
+
+    _SAVED: ClassVar[tuple[str, ...]] = ("threshold", "alpha", "grid", "first", "later", "layers", "depth")
 
     pool: ClassVar[Pool] = "image"
     preset: float = 0.25
@@ -110,9 +121,13 @@ class VFlowOpt(Method):
     grid: float | None = None
     first: float | None = None
     later: tuple[float, ...] | None = None
+    layers: tuple[int, ...] = (9, 18)
+    depth: int | None = 28
     recycle: bool = True
+    positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.preset not in _RELEASED:
             raise MethodError(f"preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
         t, alpha, grid, first, *later = _RELEASED[self.preset]
@@ -121,14 +136,46 @@ class VFlowOpt(Method):
         self.grid = grid if self.grid is None else self.grid
         self.first = first if self.first is None else self.first
         self.later = tuple(later) if self.later is None else tuple(self.later)
-        if self.grid <= 0 or len(self.later) > 2 or not all(0 < share <= 1 for share in (self.first, *self.later)):
-            raise MethodError(f"{self}: expected a grid above 0, at most two later ratios, and shares in (0, 1]")
+        if self.grid <= 0 or not all(0 < share <= 1 for share in (self.first, *self.later)):
+            raise MethodError(f"{self}: expected a grid above 0, and shares in (0, 1]")
+        if len(self.later) > len(self.layers):
+            raise MethodError(f"{self}: expected a layer for each of the {len(self.later)} later ratios")
+
+    def save(self, path: str | Path, **about: Any) -> None:
+        """Writes the strategy as JSON, with whatever else is to be remembered `about` it."""
+        strategy = {"method": self.name} | {name: getattr(self, name) for name in self._SAVED}
+        Path(path).write_text(json.dumps(strategy | about, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> VFlowOpt:
+        """Reads a strategy that `save` or `vtprune tune` wrote.
+
+        Args:
+            path: The file.
+            options: Other options, `recycle` or `positions`.
+
+        Raises:
+            MethodError: The file is missing, or holds no strategy.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            saved = {name: data[name] for name in cls._SAVED}
+            saved |= {name: tuple(saved[name]) for name in ("later", "layers")}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise MethodError(
+                f"{path} holds no strategy of {cls.name}, such as `vtprune tune` writes: {error}"
+            ) from error
+        return cls(**saved, **options)
+
+    def cuts(self, num_layers: int) -> list[int]:
+        """Layers of the later cuts; in a shallow decoder several can meet, or lie before it."""
+        layers = self.layers[: len(self.later or ())]
+        return [layer if self.depth is None else num_layers * layer // self.depth for layer in layers]
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         assert self.first is not None and self.later is not None
-        layers = [num_layers * part // 28 for part in (9, 18)[: len(self.later)]]
         stages, share = [Stage(0, self.first)], self.first
-        for layer, ratio in zip(layers, self.later, strict=True):
+        for layer, ratio in zip(self.cuts(num_layers), self.later, strict=True):
             share *= ratio
             if layer == stages[-1].layer:  # a decoder too short for both cuts
                 stages.pop()
