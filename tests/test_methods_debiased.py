@@ -149,7 +149,7 @@ def test_padding_comes_back_only_through_raw_recycling() -> None:
 def test_unknown_curves_and_hosts_are_named() -> None:
     with pytest.raises(MethodError, match="no released curve 'fastv/gqa'"):
         methods.Debiased(curve="fastv/gqa")
-    with pytest.raises(MethodError, match="fit one with Curve.fit"):
+    with pytest.raises(MethodError, match="use fit on pictures"):
         methods.Debiased(methods.TransPrune())
     with pytest.raises(MethodError, match="not a method with scores"):
         methods.Debiased(methods.DART())  # type: ignore[arg-type]

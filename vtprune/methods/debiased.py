@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MethodError
 from .base import Choice, Pool, ScoreMethod, Stage, Tap, Tokens
+from .calibration import collect
 from .fastv import FastV
 from .padding import PaddingRule, shown
-from .position_curve import Curve
+from .position_curve import Curve, Form
 from .registry import register
 from .sparsevlm import SparseVLM
 
@@ -35,15 +37,15 @@ class Debiased(ScoreMethod):
 
     `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the number of the token among the `N` original visual tokens
     of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is known from
-    the size of the picture alone (`methods.padding.shown`); where the processor does not pad, nothing is suppressed.
+    the size of the picture alone (`methods.padding.shown`). LLaVA-1.5, whose processor pads with `do_pad=True`, takes
+    no sizes in its call: tell them in `sizes`.
 
     Differences from the release: curves go over to any number of tokens by `x`; the budget is kept where fewer tokens
     than that show the picture, and padding fills it in order of columns (the release lowers the budget for FastV);
     `stages="all"` corrects later cuts too, by original numbers; SparseVLM recycles by corrected scores, so that
     padding does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576
-    tokens of one
-    model: the defaults here, the one of FastV and those of GQA, are not fitted to your model. Fit your own with
-        `Curve.fit`.
+    tokens of one model: the defaults here, the one of FastV and those of GQA, are not fitted to your model. `fit` fits
+    one to pictures of your own.
 
     Attributes:
         host: The method to correct.
@@ -54,6 +56,8 @@ class Debiased(ScoreMethod):
             of the area; PyramidDrop: 1 %; SparseVLM: a shrunk mask).
         stages: Which cuts are corrected, the `"first"` or `"all"`.
         recycle: What SparseVLM recycles by, `"debiased"` or `"raw"` scores.
+        sizes: Height and width of every picture of the coming call, in order, `[n, 2]`; None where the call says them
+            in `image_sizes`, or nothing is padded. May be set anew before each call.
     """
 
     host: ScoreMethod = field(default_factory=FastV)
@@ -62,6 +66,7 @@ class Debiased(ScoreMethod):
     rule: PaddingRule | None = None
     stages: Literal["first", "all"] = "first"
     recycle: Literal["debiased", "raw"] = "debiased"
+    sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, ScoreMethod):
@@ -81,9 +86,48 @@ class Debiased(ScoreMethod):
             return Curve.load(self.curve) if self.curve.endswith(".json") else Curve.preset(self.curve)
         if self.host.name not in _CURVES:
             raise MethodError(
-                f"no curve was released for {type(self.host).__name__}; fit one with Curve.fit and pass it as curve="
+                f"no curve was released for {type(self.host).__name__}; pass curve=, or start with curve='flat' and "
+                "use fit on pictures of your own"
             )
         return Curve.preset(_CURVES[self.host.name])
+
+    def fit(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        form: Form = "exponential",
+        path: str | Path | None = None,
+        sizes: Iterable[Sequence[Sequence[int]] | None] | None = None,
+    ) -> Curve:
+        """Fits the curve to the host's scores on pictures of your own; labels are not needed.
+
+        The mean over samples of the host's first scores, each divided by its mean over the tokens that are not padding,
+        is fitted by least squares (see `Curve.fit`). Calibrate on pictures that are not a test set. From then on this
+        method uses the curve.
+
+        Args:
+            model: The model that the method is for, without a patch; it is run once over every batch.
+            batches: Keyword arguments of its calls, as processors make them.
+            form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
+            path: Where to save the curve as JSON, for `curve=path` later on.
+            sizes: For every batch what `sizes` says of a call.
+
+        Returns:
+            Curve: The fitted curve.
+
+        Raises:
+            MethodError: The model is patched, no prompt has a picture, or the scores do not suffice for the form.
+        """
+        scores, seen = collect(self.host, self._rule if self.padding else None, model, batches, sizes)
+        self.curve = self._curve = Curve.fit(scores, seen, form)
+        if path is not None:
+            self._curve.save(path)
+        return self._curve
+
+    @property
+    def positions(self) -> str:
+        """What the host does to positions."""
+        return getattr(self.host, "positions", "original")
 
     @property
     def pool(self) -> Pool:  # type: ignore[override]
@@ -110,7 +154,7 @@ class Debiased(ScoreMethod):
         if not self.padding:
             return weight
         if "debiased.shown" not in tokens.memory:
-            tokens.memory["debiased.shown"] = shown(tokens, self._rule)
+            tokens.memory["debiased.shown"] = shown(tokens, self._rule, self.sizes)
         return weight * tokens.memory["debiased.shown"][number]
 
     def score(self, tokens: Tokens) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import MethodError
 from .base import Tokens
 
 _CELL = 14  # pixels of a grid cell in the released formula; its rounding depends on them
@@ -49,29 +51,42 @@ class PaddingRule:
         return band[:, None].expand(-1, cells) if height < width else band[None].expand(cells, -1)
 
 
-def shown(tokens: Tokens, rule: PaddingRule) -> Tensor:
+def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | None = None) -> Tensor:
     """Which visual tokens are not padding.
 
-    A picture counts as padded if the call says its size (`image_sizes`, height and width), the size is not square, and
-    the
-    picture is one undivided square grid of tokens: crops of any-resolution layouts are stretched or unpadded by their
-    models, and grids of native resolution follow the picture.
+    A picture counts as padded if its size is known and not square, and the picture is one undivided square grid of
+    tokens: crops of any-resolution layouts are stretched or unpadded by their models, and grids of native resolution
+    follow the picture.
 
     Args:
         tokens: All visual tokens, before any was dropped.
         rule: How cells at the border are judged.
+        sizes: Height and width of every picture of the call, in order; by default what the call says in `image_sizes`.
 
     Returns:
         Tensor: `[M]` bool.
+
+    Raises:
+        MethodError: `sizes` are not as many as there are pictures.
     """
     out = torch.ones(len(tokens), dtype=torch.bool)
-    sizes = tokens.inputs.get("image_sizes")
-    if sizes is None:
+    given = tokens.inputs.get("image_sizes") if sizes is None else sizes
+    if given is None:
         return out.to(tokens.hidden.device)
-    image, crop, row, col = (x.cpu() for x in (tokens.image, tokens.crop, tokens.row, tokens.col))
-    for number, (height, width) in enumerate(torch.as_tensor(sizes).tolist()):
+    known = torch.as_tensor(given).tolist()
+    image, feature, crop, row, col = (
+        x.cpu() for x in (tokens.image, tokens.feature, tokens.crop, tokens.row, tokens.col)
+    )
+    first = torch.zeros(int(image.max()) + 1, dtype=feature.dtype).scatter_reduce_(
+        0, image, feature, "amin", include_self=False
+    )
+    pictures = torch.unique(first, return_inverse=True)[1].tolist()  # beams of a sample show the same ones
+    if sizes is not None and len(known) != len(set(pictures)):
+        raise MethodError(f"there are sizes of {len(known)} pictures and {len(set(pictures))} pictures in the call")
+    for number, picture in enumerate(pictures):
+        height, width = known[picture] if picture < len(known) else (1, 1)  # videos come after the images
         here = (image == number).nonzero().flatten()
-        if len(here) == 0 or height == width or bool(((crop[here] != 0) | (row[here] < 0)).any()):
+        if height == width or bool(((crop[here] != 0) | (row[here] < 0)).any()):
             continue
         cells = int(row[here].max()) + 1
         if int(col[here].max()) + 1 == cells and len(here) == cells * cells:

@@ -95,6 +95,8 @@ class Curve:
         places, values = _mean_by_place(scores, shown)
         if len(places) < 4:
             raise MethodError(f"a curve is fitted to 4 places or more; the score vectors have {len(places)}")
+        if not bool(torch.isfinite(values).all()):
+            raise MethodError("a score vector is zero everywhere, or not finite; a curve cannot be fitted to it")
         if form == "exponential":
             return cls(form, (_fit_exponential(places, values),))
         powers = torch.stack([places**k for k in range(4)], 1)
