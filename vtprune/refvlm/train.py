@@ -51,10 +51,9 @@ def validate(learner: Learner, batches: list[data.Batch], device: torch.device) 
         tally += score(batch, learner.answer(batch, patches)[1])
         for group, value in seen.items():
             hits.setdefault(group, []).append(value)
-    rates = {k: tally[k, "right"] / n for (k, what), n in sorted(tally.items()) if what == "asked"}
-    total = sum(n for (_, what), n in tally.items() if what == "right") / sum(
-        n for (_, what), n in tally.items() if what == "asked"
-    )
+    asked = {kind: number for (kind, what), number in sorted(tally.items()) if what == "asked"}
+    rates = {kind: tally[kind, "right"] / number for kind, number in asked.items()}
+    total = sum(tally[kind, "right"] for kind in asked) / sum(asked.values())
     shown = " ".join(f"{group[:5]} {sum(v) / len(v):.2f}" for group, v in hits.items())
     return f"held-out {total:.3f} | " + " ".join(f"{k} {v:.2f}" for k, v in rates.items()) + f" | patches {shown}"
 
@@ -140,9 +139,8 @@ def work(worker: int, args: argparse.Namespace) -> None:
             print(f"{time.time() - began:6.0f} s  {text}", file=log, flush=True)
             print(f"{time.time() - began:6.0f} s  {text}", flush=True)
 
-    say(
-        f"{sum(w.numel() for w in learner.vlm.parameters()):,} weights, pool of {args.pool * args.workers} scenes drawn"
-    )
+    weights = sum(weight.numel() for weight in learner.vlm.parameters())
+    say(f"{weights:,} weights, pool of {args.pool * args.workers} scenes drawn")
     losses: list[float] = []
     while step < total:
         looking = step < args.look
@@ -176,13 +174,9 @@ def work(worker: int, args: argparse.Namespace) -> None:
             # Workers that wait for each other at every step lose half their time on a busy machine.
             share([weight.data for weight in learner.parameters()], args.workers)
         if step % 25 == 0:
-            tail = (
-                ""
-                if looking
-                else " right {:.3f}".format(
-                    sum(n for (_, w), n in score(batch, predicted).items() if w == "right") / sum(map(len, batch.asked))
-                )
-            )
+            tally = Counter() if looking else score(batch, predicted)
+            right = sum(number for (_, what), number in tally.items() if what == "right")
+            tail = "" if looking else f" right {right / sum(map(len, batch.asked)):.3f}"
             shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
             say(f"step {step}/{total} loss {sum(losses) / len(losses):.4f}{tail} | {shown}")
             losses.clear()
@@ -209,22 +203,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/refvlm"), help="log, checkpoint and weights so far")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the final weights go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--look", type=int, default=1000, help="steps of phase 1")
-    parser.add_argument("--answer", type=int, default=4000, help="steps of phase 2")
+    parser.add_argument("--look", type=int, default=700, help="steps of phase 1")
+    parser.add_argument("--answer", type=int, default=1200, help="steps of phase 2")
     parser.add_argument("--joint", type=int, default=0, help="last steps, in which the vision side moves too")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step (phase 1: twice as many)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step, all workers (phase 1: twice)")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--patch-weight", type=float, default=0.3, help="of the patch loss in phase 2")
     parser.add_argument("--captions", type=float, default=0.3, help="share of scenes that are also described")
-    parser.add_argument("--pool", type=int, default=8000, help="scenes in memory, per worker")
+    parser.add_argument("--pool", type=int, default=3000, help="scenes in memory, per worker")
     parser.add_argument("--fresh", type=int, default=4, help="new scenes a step, per worker")
     parser.add_argument("--validate", type=int, default=192, help="held-out scenes for the log")
-    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=150, help="steps between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="processes that share every batch")
     parser.add_argument("--average", type=int, default=8, help="phase 2: steps after which workers average weights")
     parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rendezvous").unlink(missing_ok=True)
