@@ -34,30 +34,37 @@ def rank1_relevance(
         mine = torch.nonzero((visual >= start) & (visual < stop)).squeeze(1)
         if first == last or len(mine) == 0:
             continue
-        places = visual[mine] - start
-        length = torch.log(values[visual[mine]].float().norm(dim=-1) + 1e-12)  # [m, G]
+        places = _range(visual[mine] - start)
+        length = torch.log(values[visual[mine]].float().norm(dim=-1) + 1e-12).T  # [G, m]
         k = keys[start:stop].permute(1, 2, 0).float()  # [G, dh, n]
         step = max(1, _BLOCK // (groups * per_group * (stop - start)))
-        total = torch.full((len(mine),), -torch.inf, device=keys.device)
+        total = torch.full_like(length, -torch.inf)
         for row in range(first, last, step):
             rows = slice(row, min(row + step, last))
-            count = rows.stop - rows.start
-            q = queries[rows].float().mul(scaling).unflatten(1, (groups, per_group))  # [r, G, H/G, dh]
-            logits = (q.permute(1, 0, 2, 3).flatten(1, 2) @ k).unflatten(1, (count, per_group))  # [G, r, H/G, n]
+            q = queries[rows].float().mul(scaling).unflatten(1, (groups, per_group)).transpose(0, 1)  # [G, r, H/G, dh]
+            logits = q.flatten(1, 2) @ k  # [G, r H/G, n]
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             hidden = torch.arange(stop - start, device=keys.device) > query_order[rows, None]  # [r, n]
             if bool(hidden.any()):
-                logits.masked_fill_(hidden[:, None], -torch.inf)
-            seen = logits[..., places]  # [G, r, H/G, m]
+                logits.masked_fill_(hidden.repeat_interleave(per_group, 0), -torch.inf)
+            seen = logits[..., places]  # [G, r H/G, m]
             normaliser = torch.logsumexp(logits if normalise == "visible" else seen, -1, keepdim=True)
-            logm = torch.nan_to_num_(seen - normaliser, nan=-torch.inf, neginf=-torch.inf)
-            logm = logm.add_(length.T[:, None, None]).flatten(0, 2)  # [G r H/G, m]
+            # A row that sees none of the keys it is normalised over has nothing to say.
+            attention = seen - normaliser.masked_fill_(normaliser == -torch.inf, 0)
             if reduce == "max":
-                total = torch.maximum(total, logm.amax(0))
+                total = torch.maximum(total, attention.amax(1))
             else:
-                total = torch.logaddexp(total, torch.logsumexp(power * logm, 0))
-        if reduce != "max":
-            total = (total - math.log((last - first) * queries.shape[1])) / power
-        result[mine] = total
+                total = torch.logaddexp(total, torch.logsumexp(attention.mul_(power) if power > 1 else attention, 1))
+        if reduce == "max":
+            result[mine] = (total + length).amax(0)
+        else:
+            count = (last - first) * queries.shape[1]
+            result[mine] = (torch.logsumexp(total + power * length, 0) - math.log(count)) / power
     return result
+
+
+def _range(places: Tensor) -> Tensor | slice:
+    """A slice, which copies nothing, where the places follow each other."""
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == len(places) else places

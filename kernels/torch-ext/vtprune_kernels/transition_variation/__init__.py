@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .naive import transition_variation as _naive
+from .vectorised import transition_variation as _vectorised
 
 
 def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
         tuple[Tensor, Tensor]: `ratio = |out| / |in|` (no epsilon, as published) and `1 - cos(out, in)` (each length at
         least 1e-8), both `[...]` float32.
     """
-    run = triton_source("transition_variation") if on_gpu(x_in) else _naive
+    run = triton_source("transition_variation") if on_gpu(x_in) else _vectorised
     return run(x_in, x_out)
 
 

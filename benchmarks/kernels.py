@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times the kernels, and writes `benchmarks/results/kernels-<device>.json`.
+
+    python -m benchmarks.kernels                    # the GPU where there is one, else the CPU
+    python -m benchmarks.kernels --device cpu --threads 1
+
+For every operation: its time, the time of its specification and of the plain published formulation on the same inputs,
+the extra memory of both, and how far from the machine's limit it is. The limit is the larger of bytes over the
+bandwidth of a large copy and operations over the rate of a large matrix product, both measured in the same run. It
+counts what the definition needs, so that lazy evaluation can be above 100 %. An operation whose result is not the
+specification's gets no times. No time here comes from another machine or an earlier run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.kernel_cases import Case, cases
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of tensors alive that were made while it is on; what an operator uses inside is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def release(self, key: int, size: int) -> None:
+        self.now -= size
+        self.known.discard(key)
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given | self.known:
+                    self.known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
+    """Largest number of bytes that a call has allocated at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with Memory() as memory:
+        run()
+    return memory.peak
+
+
+def seconds(run: Callable[[], Any], device: torch.device, budget: float, least: int = 3) -> list[float]:
+    """Times of repeated calls, on a GPU with a cache that the call before has not filled."""
+    run()
+    times: list[float] = []
+    wipe = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if device.type == "cuda" else None
+    start = time.perf_counter()
+    while len(times) < least or (time.perf_counter() - start < budget and len(times) < 200):
+        if wipe is None:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        else:
+            wipe.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1000)
+    return times
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, float]:
+    """Bytes per second of a large copy, operations per second of a large product in `dtype` (never in TF32)."""
+    source = torch.randn((2**28 if device.type == "cuda" else 2**25), device=device)
+    target = torch.empty_like(source)
+    copy = min(seconds(lambda: target.copy_(source), device, budget))
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    product = min(seconds(lambda: a @ b, device, budget))
+    return {"bytes_per_second": 2 * source.nbytes / copy, "flops_per_second": 2 * side**3 / product}
+
+
+def agrees(case: Case, dtype: torch.dtype) -> str:
+    """`"exact"` or the largest difference from the specification; raises `AssertionError` where it is too large."""
+    found, expected = case.run(), case.naive()
+    worst = 0.0
+    for mine, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if mine.is_floating_point():
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+            worst = max(worst, float((mine - theirs).abs().max() / theirs.abs().max()))
+        else:
+            assert torch.equal(mine, theirs), f"{int((mine != theirs).sum())} of {mine.numel()} entries differ"
+    return "exact" if worst == 0 else f"{worst:.1e} relative to the largest value"
+
+
+def measure(case: Case, device: torch.device, dtype: torch.dtype, limits: dict[str, float], budget: float) -> dict:
+    row: dict[str, Any] = {
+        "operation": case.operation,
+        "size": case.size,
+        "data": case.data,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    try:
+        row["agrees"] = agrees(case, dtype)
+    except AssertionError as error:
+        return {**row, "agrees": None, "error": str(error).strip().splitlines()[0]}
+    own, plain = seconds(case.run, device, budget), seconds(case.plain, device, budget)
+    begin = time.perf_counter()
+    case.naive()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    naive = time.perf_counter() - begin
+    floor = max(case.bytes / limits["bytes_per_second"], case.flops / limits["flops_per_second"])
+    median = statistics.median(own)
+    return {
+        **row,
+        "seconds": median,
+        "seconds_least": min(own),
+        "runs": len(own),
+        "plain_seconds": statistics.median(plain),
+        "plain_seconds_least": min(plain),
+        "naive_seconds": naive,
+        "speed_against_plain": statistics.median(plain) / median,
+        "speed_against_naive": naive / median,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "limit_seconds": floor,
+        "share_of_limit": floor / median,
+        "extra_bytes": extra_memory(case.run, device),
+        "plain_extra_bytes": extra_memory(case.plain, device),
+    }
+
+
+def benchmark(device: torch.device, dtypes: list[torch.dtype], budget: float = 1.0, **sizes: int) -> dict[str, Any]:
+    """All cases in all dtypes; prints a line for each."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    triton = sys.modules.get("triton")
+    data: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__ if triton else None,
+        },
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ceilings": {},
+        "rows": [],
+    }
+    for dtype in dtypes:
+        limits = ceilings(device, dtype, budget)
+        data["ceilings"][str(dtype).removeprefix("torch.")] = limits
+        print(f"{dtype}: {limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.1f} GFLOP/s")
+        for case in cases(device, dtype, **sizes):
+            row = measure(case, device, dtype, limits, budget)
+            data["rows"].append(row)
+            name = f"{case.operation:24} {case.size:52} {case.data:9}"
+            if row["agrees"] is None:
+                print(f"{name} DIFFERS: {row['error']}", flush=True)
+                continue
+            print(
+                f"{name} {row['seconds'] * 1e3:9.2f} ms  {row['speed_against_plain']:6.1f} x plain  "
+                f"{row['speed_against_naive']:7.1f} x naive  {100 * row['share_of_limit']:5.0f} % of the limit  "
+                f"{row['extra_bytes'] / 2**20:7.1f} MiB, plain {row['plain_extra_bytes'] / 2**20:7.1f}",
+                flush=True,
+            )
+    return data
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Times the kernels.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on repeating each call")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
+    data = benchmark(device, dtypes, args.seconds)
+    name = data["device"].lower().replace(" ", "-") if device.type == "cuda" else "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"kernels-{name}.json"
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    wrong = [row["operation"] for row in data["rows"] if row["agrees"] is None]
+    print(f"wrote {path}; {len(data['rows']) - len(wrong)} cases agree with their specification, {len(wrong)} do not")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
