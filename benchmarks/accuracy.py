@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy of the embedded model with every pruning method: writes `benchmarks/results/accuracy.json`.
 
-    python benchmarks/accuracy.py                       # all methods, 1,000 questions, two processes
-    python benchmarks/accuracy.py --questions 64 --methods iwp random --out /tmp/a.json
+    python -m benchmarks.accuracy                       # all methods, 1,000 questions, two processes
+    python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
 
 Questions are about held-out scenes, answers are generated greedily in padded batches and are right only word for word.
 Every run writes its row at once; an interrupted benchmark goes on where it stopped, unless weights or versions changed.
@@ -117,12 +117,12 @@ def run(name: str | None, budget: dict[str, float], questions: int, batch: int) 
             "mean_tokens": refvlm.VISUAL_TOKENS * sum(mean) / len(mean),
             "answer_patches": round(sum(held) / len(held), 4),
         }
-    total, hits = len(right), sum(right)
-    return row | {
-        "right": hits,
-        "total": total,
-        "interval": [round(bound, 4) for bound in evaluate.wilson(hits, total)],
-    }
+    return row | {"right": sum(right), "total": len(right)} | wilson_of(sum(right), len(right))
+
+
+def wilson_of(right: int, total: int) -> dict[str, list[float]]:
+    """The 95 % interval of a share, as rows carry it."""
+    return {"interval": [round(bound, 4) for bound in evaluate.wilson(right, total)]}
 
 
 def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iterator[float]:

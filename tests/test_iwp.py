@@ -50,7 +50,7 @@ def kept(method, samples, budgets, image=None):
 
 def test_is_registered_and_clamps_its_layer_to_shallow_decoders():
     assert isinstance(resolve("iwp"), IWP)
-    assert [IWP().schedule(n)[0].layer for n in (28, 3, 2, 1)] == [2, 2, 1, 0]
+    assert [IWP().schedule(n)[0].layer for n in (28, 3, 2, 1)] == [3, 2, 1, 0]
     assert IWP(layer=8).schedule(4)[0].layer == 3
 
 
