@@ -3,7 +3,8 @@
 
     python tests/kernel_tests/compile_for_gpu.py [cuda:90 | cuda:80 | hip:gfx942] [float16 | bfloat16 | float32]
 
-Every launch of an operation is turned into a compilation: nothing runs. The last line is `N kernels compiled`.
+Every launch of an operation is turned into a compilation: nothing runs. The value of a tensor may not be read
+meanwhile, for on a GPU that would wait for the device. The last line says how many kernels were compiled.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ class NoDevice:
         return 0
 
 
+def forbidden(reader: str):
+    def read(*_: object, **__: object):
+        raise RuntimeError(f"Tensor.{reader} waits for the device")
+
+    return read
+
+
 def main(target: str = "cuda:90", dtype: str = "float16") -> None:
     backend, _, arch = target.partition(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
@@ -51,7 +59,10 @@ def main(target: str = "cuda:90", dtype: str = "float16") -> None:
             assert kernel.metadata.shared <= TILE_LIMIT, f"{key} needs {kernel.metadata.shared} bytes of shared memory"
 
     JITFunction.run = compile_only
-    for name, call in launches(getattr(torch, dtype)):
+    calls = list(launches(getattr(torch, dtype)))
+    for reader in ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        setattr(torch.Tensor, reader, forbidden(reader))
+    for name, call in calls:
         try:
             call()
         except Exception as error:

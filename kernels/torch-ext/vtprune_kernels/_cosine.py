@@ -38,11 +38,11 @@ class Cosine:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __call__(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: Tensor | slice, columns: Tensor | None = None) -> Tensor:
         """`[R, C]` products of `rows` with `columns`, with all rows by default."""
         return self.between(rows, self if columns is None else self.subset(columns))
 
-    def between(self, rows: Tensor, others: Cosine) -> Tensor:
+    def between(self, rows: Tensor | slice, others: Cosine) -> Tensor:
         """`[R, m]` products of `rows` with all rows of `others`."""
         return (self.rows[rows] @ others.rows.T).mul_(self.factor[rows, None]).mul_(others.factor)
 

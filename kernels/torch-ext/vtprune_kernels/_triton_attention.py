@@ -55,8 +55,8 @@ def rows_of(
     """Brings offsets to the device of the keys and the two operands to one dtype."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     device = keys.device
-    offsets = (x.to(device) for x in (query_segments, key_segments, order))
-    return Rows(queries.to(dtype), keys.to(dtype), *offsets, scaling, softcap or 0.0)
+    starts, key_starts = query_segments.to(device), key_segments.to(device)
+    return Rows(queries.to(dtype), keys.to(dtype), starts, key_starts, order.to(device), scaling, softcap or 0.0)
 
 
 @triton.jit

@@ -62,22 +62,24 @@ class _Pool:
         kernel = self.kernel.subset(rows)(slice(None)).sub_(known.T @ known)  # [w, w] given what is chosen
         left, variance = self.left[rows], self.variance[rows]
         new = left.new_zeros(limit, len(rows))
+        taken = torch.zeros_like(left)
         picked: list[int] = []
         while len(picked) < limit:
-            value = self.gains(left, variance).index_fill(0, rows.new_tensor(picked), -torch.inf)
+            value = self.gains(left, variance) + taken
             best = int(value.argmax())
             if float(value[best]) <= max(0.0, rest if picked else 0.0):
                 break
             step = len(picked)
             new[step] = (kernel[best] - new[:step, best] @ new[:step]) / left[best].sqrt()
             left = left - new[step].square()
+            taken[best] = -torch.inf
             picked.append(best)
-        count = len(picked)
+        count, chosen = len(picked), rows.new_tensor(picked)
         self.factors[done : done + count, rows] = new[:count]
-        self.triangle[done : done + count, :done] = known[:, picked].T
-        self.triangle[done : done + count, done : done + count] = new[:count, picked].T.tril()
-        self.chosen[done : done + count] = rows[picked]
-        self.bounds[rows[picked]] = -torch.inf
+        self.triangle[done : done + count, :done] = known[:, chosen].T
+        self.triangle[done : done + count, done : done + count] = new[:count, chosen].T.tril()
+        self.chosen[done : done + count] = rows[chosen]
+        self.bounds[rows[chosen]] = -torch.inf
         self.done += count
         self.update(rows, left)
 

@@ -63,16 +63,18 @@ class _Pool:
         among = self.cosine.subset(rows)
         distance = 1 - among(slice(None))  # [w, w]
         nearest, weight = self.nearest[rows], None if self.weight is None else self.weight[rows]
+        taken = torch.zeros_like(nearest)
         picked: list[int] = []
         while len(picked) < limit:
             value = nearest if weight is None else finite(weight * nearest)
-            value = value.index_fill(0, rows.new_tensor(picked), -torch.inf)
+            value = value + taken
             best = int(value.argmax())
             if picked and not float(value[best]) > rest:
                 break
+            taken[best] = -torch.inf
             picked.append(best)
             nearest = torch.minimum(nearest, distance[best])
-        self.take(rows[picked])
+        self.take(rows[rows.new_tensor(picked)])
         self.update(rows, nearest)
 
     def choose(self) -> Tensor:

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every check and benchmark that needs a GPU, in one command.
+
+    python benchmarks/gpu_all.py --out DIR
+
+Runs the kernel tests on the GPU, the tests marked `gpu`, the times of the kernels and, where the script is there, the
+end-to-end latency. Logs and results go to DIR, a summary to `DIR/gpu_all.json`. The exit status is 1 if a step failed.
+A step that a machine cannot take (no pytest, say) fails with its reason: it is never left out in silence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def steps(out: Path, seconds: float) -> list[tuple[str, list[str]]]:
+    """Name and arguments of each step, most important first."""
+    python = [sys.executable, "-u", "-m"]
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
+    found = [
+        ("kernel_tests", [*pytest, "tests/kernel_tests", f"--junitxml={out / 'kernel_tests.xml'}"]),
+        ("kernels", [*python, "benchmarks.kernels", "--device", "cuda", "--seconds", str(seconds), "--out", str(out)]),
+        ("gpu_tests", [*pytest, "-m", "gpu", "tests", f"--junitxml={out / 'gpu_tests.xml'}"]),
+    ]
+    if (ROOT / "benchmarks" / "latency.py").exists():
+        found.append(("latency", [*python, "benchmarks.latency", "--device", "cuda", "--out", str(out)]))
+    return found
+
+
+def run(name: str, command: list[str], out: Path, limit: float) -> dict[str, object]:
+    """Runs one step with its output in `out/<name>.log`; a step over the time limit counts as failed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    begin = time.perf_counter()
+    log = out / f"{name}.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return {"step": name, "exit": code, "seconds": time.perf_counter() - begin, "last": lines[-1] if lines else ""}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Every check and benchmark that needs a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on repeating each kernel")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for all steps together")
+    args = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu_all: PyTorch sees no GPU here; without one, run `pytest` and `python -m benchmarks.kernels`")
+        return 1
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + args.limit
+    summary = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": []}
+    for name, command in steps(out, args.seconds):
+        step = run(name, command, out, max(1.0, end - time.perf_counter()))
+        summary["steps"].append(step)
+        (out / "gpu_all.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"{name:14} exit {step['exit']}  {step['seconds']:6.1f} s  {step['last']}", flush=True)
+    # pytest exits with 5 where it finds no test: fine for marked tests alone.
+    good = all(step["exit"] == 0 or (step["step"] == "gpu_tests" and step["exit"] == 5) for step in summary["steps"])
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
