@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which laws hold on which family of models: writes `benchmarks/results/families.json`.
 
-    python benchmarks/families.py            # runs tests/laws, all families and methods
-    python benchmarks/families.py -n 2       # other arguments go to pytest
+    python -m benchmarks.families            # runs tests/laws, all families and methods
+    python -m benchmarks.families -n 2       # other arguments go to pytest
 
 A law holds on a family if at least one of its tests ran there and none failed. Tests in which a method refuses a model
 are skipped, and counted as such. `scripts/render_readme.py` turns the result into the README's table.
