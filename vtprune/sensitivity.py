@@ -34,7 +34,11 @@ def difference_sensitivity(
 
 def jvp_sensitivity(project: Callable[[Tensor], Tensor], x: Tensor, shifts: Iterable[Tensor]) -> Tensor:
     """The limit of `difference_sensitivity` for small steps, by forward-mode differentiation, free of rounding."""
-    norms = [torch.func.jvp(project, (x,), (u.expand_as(x).contiguous(),))[1].norm(dim=-1) for u in shifts]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    norms = []
+    for u in shifts:
+        slope = torch.func.jvp(project, (x,), (u.expand_as(x).contiguous(),))[1]
+        norms.append(slope.to(precise).norm(dim=-1))
     return torch.stack(norms).mean(0)
 
 

@@ -59,11 +59,12 @@ class ZOOPrune(Method):
     directions. Inside each crop `S` is scaled to [0, 1]; the first pick is the most sensitive token, then
     `argmax_i S_i * min_{j picked} (1 - cos_ij)`. Where several patches are merged into a token, `x_i` is all of them.
 
-    Differences from the release: float32 throughout, unless `half` (half precision measures rounding: rank correlation
-    0.6 with float16, -0.95 with bfloat16); directions come from a seeded generator, the same for every image, so that a
-    batch equals its samples; crops share the exact budget evenly, and an unpadded crop that is too small passes the
-    rest on; newline tokens are no candidates and go (there an index error drops them and keeps as many unrelated
-    tokens), unless `keep_newlines`; the projector itself is used for LLaVA-NeXT too, not a rank-128 stand-in.
+    Differences from the release: differences are taken in float32, unless `half` (half precision measures rounding:
+    rank correlation 0.6 with float16, -0.95 with bfloat16; derivatives do not suffer from it); directions come from a
+    seeded generator, the same for every image, so that a batch equals its samples; crops share the exact budget evenly,
+    and an unpadded crop that is too small passes the rest on; newline tokens are no candidates and go (there an index
+    error drops them and keeps as many unrelated tokens), unless `keep_newlines`; the projector itself is used for
+    LLaVA-NeXT too, not a rank-128 stand-in.
 
     Attributes:
         estimator: "exact" is the closed form of the root mean square over all directions, for projectors that are
@@ -120,8 +121,8 @@ class ZOOPrune(Method):
 
     def _of_call(self, vision: Vision, number: int) -> Tensor:
         x, y, packed = vision.calls()[number]
-        x = x.clone() if self.half and self.estimator == "difference" else x.clone().float()
-        exact = self._closed_form(vision, x, y) if self.estimator in ("auto", "exact") else None
+        x = x.clone()
+        exact = self._closed_form(vision, x.float(), y) if self.estimator in ("auto", "exact") else None
         if exact is not None:
             return exact
         if self.estimator == "exact":
@@ -145,6 +146,8 @@ class ZOOPrune(Method):
                 if self.estimator == "jvp":
                     raise
                 say_once(f"{self.name}: the projector has no forward-mode derivative; central differences are used")
+        if not self.half:
+            x, shifts = x.float(), [u.float() for u in shifts]
         return difference_sensitivity(project, x, shifts, self.step).flatten().float()
 
     def _closed_form(self, vision: Vision, x: Tensor, y: Tensor) -> Tensor | None:
