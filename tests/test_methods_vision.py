@@ -228,7 +228,7 @@ def test_pooling_of_a_whole_factor_is_average_pooling() -> None:
 
 
 def test_every_count_cuts_the_grid_into_that_many_cells() -> None:
-    for height, width in ((5, 7), (1, 9), (9, 1), (4, 4)):
+    for height, width in ((5, 7), (1, 9), (9, 1), (4, 4), (39, 3)):
         row, col = torch.arange(height * width) // width, torch.arange(height * width) % width
         for count in range(1, height * width + 1):
             cell = cells(row, col, count)

@@ -85,6 +85,51 @@ def _groups(tokens: Tokens, rest: Tensor, targets: Tensor) -> list[tuple[int, Te
     return [(t, torch.tensor(others)) for t, others in members.items()]
 
 
+def chosen(method: methods.Method, keep: int = 10) -> tuple[nn.Module, Tokens, methods.Choice]:
+    """Projector, tokens and choice of one prompt with one picture."""
+    model, out, choose = FAMILIES["llava"].build(), [], method.choose
+    method.choose = lambda tokens: out.append((tokens, choose(tokens))) or out[-1][1]  # type: ignore[method-assign]
+    with torch.no_grad(), vtprune.patch(model, keep=keep, method=method):
+        model(**FAMILIES["llava"].batch([[3, Image(0), 5]]))
+    return vtprune.inspect(model).projector, *out[0]
+
+
+@torch.no_grad()
+def test_prumerge_sends_merged_features_through_the_projector() -> None:
+    projector, tokens, choice = chosen(methods.PruMerge(plus=False, near=4))
+    features, attention = tokens.observed["vision.projector"][0][0][0][0], choice.scores
+    best = attention.sort(descending=True, stable=True).indices[:9]
+    left = torch.tensor([i for i in range(25) if i not in best.tolist()])
+    extra = int(left[0])
+    assert choice.keep.nonzero()[:, 0].tolist() == sorted([*best.tolist(), extra])
+    rest = (attention[left, None] * features[left]).sum(0)
+    torch.testing.assert_close(choice.hidden[extra], projector(rest), rtol=1e-4, atol=1e-5)
+    layer, args, kwargs, _ = tokens.observed["vision.layer"][0]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(args[0] if args else kwargs["hidden_states"]))[0, 1:]
+    for row in best.tolist():
+        similar = torch.cosine_similarity(keys[row], keys, dim=1)
+        similar[row] = -2
+        near = similar.topk(4).indices
+        merged = features[row] + (attention[near, None] * features[near]).sum(0)
+        torch.testing.assert_close(choice.hidden[row], projector(merged), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_vflowopt_merges_what_it_drops_into_the_best_of_each_cell() -> None:
+    _, tokens, choice = chosen(methods.VFlowOpt(grid=3, later=()))
+    cell = (tokens.row // 3) * 2 + tokens.col // 3
+    changed = (choice.hidden != tokens.hidden).any(1)
+    assert int(choice.keep.sum()) == 10 and 1 <= int(changed.sum()) <= 4
+    for row in changed.nonzero()[:, 0].tolist():
+        members = (~choice.keep & (cell == cell[row])).nonzero()[:, 0]
+        members = torch.cat([members, torch.tensor([row])])
+        weights = choice.scores[members] / choice.scores[members].sum()
+        torch.testing.assert_close(choice.hidden[row], (weights[:, None] * tokens.hidden[members]).sum(0))
+        assert choice.scores[row] == choice.scores[members].max()
+    _, _, plain = chosen(methods.VFlowOpt(grid=3, later=(), recycle=False))
+    assert plain.hidden is None and not torch.equal(plain.keep, choice.keep)
+
+
 def cdpruner_scores(prompts: list, **options: object) -> list[Tensor]:
     model = FAMILIES["llava"].build()
     with torch.no_grad(), vtprune.patch(model, ratio=0.4, method=methods.CDPruner(**options)) as patch:
