@@ -13,6 +13,7 @@ Nothing here is a table of class names. What is looked for, in order:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ _IMAGE_IDS = (
     "image_patch_id",
     "im_patch_id",
 )
+_CROSS = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
 _VIDEO_IDS = ("video_token_id", "video_token_index", "video_pad_token_id", "video_patch_id")
 
 
@@ -96,14 +98,15 @@ def find(model: nn.Module) -> Anatomy:
             "embeddings"
         )
     paths = {module: name for name, module in inner.named_modules()}
-    decoder, layers = _find_decoder(inner, paths)
     if getattr(inner.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(inner).__name__} is an encoder-decoder: its visual tokens reach the decoder by cross-attention, "
             "not "
             "as columns of its prompt, so there is nothing to remove from the prompt"
         )
-    tower = _find_vision_tower(inner, decoder, paths)
+    decoder, layers = _find_decoder(inner, paths)
+    _refuse_cross_attention(inner, decoder)
+    tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
     placeholders = _find_placeholders(inner, composite)
     projector = _find_projector(composite, decoder, tower)
@@ -166,25 +169,42 @@ def _takes_images(module: nn.Module) -> bool:
     return "pixel" in str(getattr(module, "main_input_name", "")) or bool({"image", "video"} & set(modalities))
 
 
-def _find_vision_tower(model: nn.Module, decoder: nn.Module, paths: dict[nn.Module, str]) -> nn.Module:
-    inside, above = set(decoder.modules()), paths[decoder]
-    outside = [
+def _refuse_cross_attention(model: nn.Module, decoder: nn.Module) -> None:
+    """Raises where decoder layers look at pictures from the side."""
+    found = next((name for name, _ in decoder.named_modules() if _CROSS.search(name)), None)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} shows pictures to its decoder by cross-attention ({found}), not as columns of the "
+            "prompt, so there is nothing to remove from the prompt"
+        )
+
+
+def _find_vision_tower(
+    model: nn.Module, decoder: nn.Module, layers: nn.ModuleList, paths: dict[nn.Module, str]
+) -> nn.Module:
+    inside, within, above = set(decoder.modules()), set(layers.modules()), paths[decoder]
+    free = [
         (name, module)
         for module, name in paths.items()
-        if module not in inside and name and not (above + ".").startswith(name + ".")
+        if module not in within and name and not (above + ".").startswith(name + ".")
     ]
-    for _, module in outside:
+    outside = [(name, module) for name, module in free if module not in inside]
+    # Early-fusion models keep the encoder beside the layers of the decoder itself.
+    for _, module in (*outside, *free):
         # Sub-models are PreTrainedModels with a config of their own; the first in module order is the outermost.
         if hasattr(module, "config") and hasattr(module, "post_init") and _takes_images(module):
             return module
     for name, module in outside:
         if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels == 3:
             return model.get_submodule(_outermost_outside(name, above))
+    for name, module in outside:
+        # Pictures cut into patches need no more than a linear layer; only its name tells.
+        if re.search("vis|image", name.rpartition(".")[2]):
+            return module
     raise UnsupportedModelError(
         f"no vision tower found in {type(model).__name__}: expected a sub-model outside the decoder "
         f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; a text-only model has no visual "
-        "tokens "
-        "to prune"
+        "tokens to prune"
     )
 
 
@@ -217,7 +237,8 @@ def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]
     if not found:
         raise UnsupportedModelError(
             f"no placeholder token ids found in the config of {type(model).__name__}: expected one of "
-            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids"
+            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; a model "
+            "that puts pictures in front of the text by itself leaves no columns that could be told apart"
         )
     return found
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,13 @@ class VisualTokens:
         return len(self.sample)
 
 
-def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy) -> Tensor | None:
+def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Container[str]) -> Tensor | None:
     """Marks the placeholders of a call.
 
     Args:
         inputs: Keyword arguments of the composite's forward.
         anatomy: Parts of the model.
+        present: Kinds that come with features; the placeholders of others are text.
 
     Returns:
         Tensor: `[B, T]` int on the CPU: 0 for text, 1 + i for the i-th kind of `anatomy.placeholders`; None if the call
@@ -73,13 +74,16 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy) -> Tensor | None
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is not None:
         kinds = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
-        for i, token in enumerate(anatomy.placeholders.values()):
-            kinds.masked_fill_(ids == token, i + 1)
+        for i, (name, token) in enumerate(anatomy.placeholders.items()):
+            if name in present:
+                kinds.masked_fill_(ids == token, i + 1)
         return kinds.cpu()
     if embeds is None:
         return None
     kinds = torch.zeros(embeds.shape[:2], dtype=torch.uint8, device=embeds.device)
-    for i, token in enumerate(anatomy.placeholders.values()):
+    for i, (name, token) in enumerate(anatomy.placeholders.items()):
+        if name not in present:
+            continue
         with torch.no_grad():
             embedding = anatomy.embeddings(torch.tensor(token, device=embeds.device))
         kinds.masked_fill_((embeds == embedding).all(-1), i + 1)
@@ -98,13 +102,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
     Returns:
         VisualTokens: None for a call without visual tokens (text, or a decoding step).
     """
-    kinds = placeholder_kinds(inputs, anatomy)
-    if kinds is None:
-        return None
-    for i, name in enumerate(anatomy.placeholders):
-        if name not in encoded:
-            kinds[kinds == i + 1] = 0
-    if not kinds.any():
+    kinds = placeholder_kinds(inputs, anatomy, encoded)
+    if kinds is None or not kinds.any():
         return None
     sample, column = kinds.nonzero().unbind(1)
     kind = kinds[sample, column]
