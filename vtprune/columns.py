@@ -22,7 +22,7 @@ class AttentionForm:
     """How the decoder attends: what a mask made from nothing must look like.
 
     Attributes:
-        name: Attention implementation.
+        name: Name of transformers' mask function for the attention implementation.
         dtype: Of masks that are added to logits.
         device: Of the masks.
     """

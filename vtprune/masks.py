@@ -69,16 +69,16 @@ def causal_in_form(form: str, columns: Tensor, slots: Tensor, alive: Tensor, dty
     """`causal_mask` in the form that an attention implementation takes.
 
     Args:
-        form: Name of the implementation: flash attention takes the live slots alone, eager adds numbers.
+        form: Name of transformers' mask function: flash attention takes the live slots alone, eager adds numbers.
         columns, slots, alive: As for `causal_mask`.
         dtype: Of the numbers that eager attention adds.
     """
     if "flash" in form:
         return alive
     mask = causal_mask(columns, slots, alive)
-    if form == "eager":
+    if "eager" in form:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    if form == "flex_attention":
+    if "flex" in form:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def pattern(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

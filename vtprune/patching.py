@@ -195,8 +195,11 @@ class Patch:
 
     @property
     def attention(self) -> str:
-        """Name of the decoder's attention implementation."""
-        return str(getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager")
+        """Name of the function that makes the decoder's masks: it tells which form of mask its attention takes."""
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        name = str(getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager")
+        return getattr(ALL_MASK_ATTENTION_FUNCTIONS.get(name), "__name__", name)
 
     @property
     def shape(self) -> DecoderShape:

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import stand_ins  # noqa: F401  (registers them)
+import torch
 from families import FAMILIES
-from support import MIXED, model_of, pruned
+from support import LAYOUTS, MIXED, ONE, model_of, pruned, survivors
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -37,3 +39,22 @@ def test_no_attention_map_is_asked_for(family: str, method: str, monkeypatch: py
         out = model(**batch)
     assert calls and not any(calls)
     assert getattr(out, "attentions", None) is None
+
+
+@pytest.mark.parametrize("kind", ["keys_stand_in", "flex_stand_in"])
+def test_masks_of_flash_and_flex_attention(family: str, layout: str, kind: str) -> None:
+    """The same logits, kept sets and generated tokens as under sdpa, with masks in the form that these kernels take."""
+    make = FAMILIES[family]
+    plain, other = model_of(family), make.build(kind)
+    for prompts in (ONE, MIXED):
+        batch = make.batch(prompts)
+        seen = []
+        for model in (plain, other):
+            with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, spy):
+                logits = model(**batch).logits
+                drops = [spy.drops()]
+                tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+                seen.append((logits, [k.tolist() for k in patch.last.kept], tokens.tolist()))
+        alive = survivors(drops, batch)
+        torch.testing.assert_close(seen[0][0][alive], seen[1][0][alive], rtol=1e-4, atol=1e-4)
+        assert seen[0][1:] == seen[1][1:]
