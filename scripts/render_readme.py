@@ -75,27 +75,26 @@ def accuracy(results: Path) -> str:
     whole = f"{_percent(base)} with all {base['visual_tokens']} tokens"
     text = (
         f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
-        f"`oracle` is no method: it keeps the patches that hold the answer first. {_versions(data)}"
+        f"`oracle` is no method: it keeps the patches that hold the answer first. At one `mean_ratio` all cost the "
+        f"same. {_versions(data)}"
     )
-    tables = [_grid(data["rows"], "ratio")]
-    if any("mean_ratio" in row for row in data["rows"]):
-        tables += ["At equal cost, the mean over the inputs of the decoder layers:", _grid(data["rows"], "mean_ratio")]
-    return "\n\n".join([text, *tables])
+    return f"{text}\n\n{_grid(data['rows'])}"
 
 
-def _grid(rows: list[dict[str, Any]], budget: str) -> str:
-    """Methods down, budgets across, best first by the smallest budget."""
-    rows = [row for row in rows if budget in row]
-    budgets = sorted({row[budget] for row in rows}, reverse=True)
-    by = {(row["method"], row[budget]): row for row in rows}
+def _grid(rows: list[dict[str, Any]]) -> str:
+    """Methods down, budgets across, best first by the smallest `ratio`."""
+    budgets = sorted({(name, row[name]) for row in rows for name in ("ratio", "mean_ratio") if name in row})
+    budgets.sort(key=lambda budget: (budget[0] != "ratio", -budget[1]))
+    by = {(row["method"], name, row[name]): row for row in rows for name in ("ratio", "mean_ratio") if name in row}
+    smallest = [budget for budget in budgets if budget[0] == budgets[0][0]][-1]
 
     def order(name: str) -> tuple[float, str]:
-        last = by.get((name, budgets[-1]), {})
+        last = by.get((name, *smallest), {})
         return -last.get("right", 0) / max(1, last.get("total", 1)), name
 
     names = sorted({row["method"] for row in rows}, key=order)
-    lines = [(f"`{name}`", *(_cell(by.get((name, value))) for value in budgets)) for name in names]
-    return _table(("method", *(f"{budget} {value:g}" for value in budgets)), lines)
+    lines = [(f"`{name}`", *(_cell(by.get((name, *budget))) for budget in budgets)) for name in names]
+    return _table(("method", *(f"{name} {value:g}" for name, value in budgets)), lines)
 
 
 def families(results: Path) -> str:
