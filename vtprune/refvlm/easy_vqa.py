@@ -54,7 +54,8 @@ def image_paths(split: str) -> dict[int, str]:
 def load(split: str) -> Iterator[tuple[Image.Image, Sample]]:
     """Every question of `split` with its RGB picture (the same object for questions on one picture)."""
     paths = image_paths(split)
-    image_id, image = None, None
+    image_id: int | None = None
+    image = Image.new("RGB", (1, 1))
     for sample in samples(split):
         if sample.image_id != image_id:
             with Image.open(paths[sample.image_id]) as file:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,8 @@ class Learner(nn.Module):
         transformers.AttentionInterface.register("refvlm_training", self.attention)
         vlm.set_attn_implementation("refvlm_training")
         self.vlm = vlm
-        width = vlm.config.vision_config.hidden_size
+        config: Any = vlm.config
+        width = config.vision_config.hidden_size
         self.heads = nn.ModuleList(nn.Linear(width, len(data.PRESENT)) for _ in range(2))
         words = [[model.VOCABULARY[word] for word in group] for group in data.GROUPS.values()]
         self.words = [torch.tensor(group) for group in words]
@@ -65,9 +67,9 @@ class Learner(nn.Module):
         patches = self.vlm.model.multi_modal_projector(features[:, 1:])
         # The class token must know what is in the picture, so that its attention means something.
         known = (self.heads[0](features[:, 0]), self.heads[1](tower.pooler_output))
-        loss = sum(F.binary_cross_entropy_with_logits(logits.float(), batch.present) for logits in known)
+        loss = torch.stack([F.binary_cross_entropy_with_logits(x.float(), batch.present) for x in known]).sum()
         table = self.vlm.get_input_embeddings().weight.detach()
-        hits = {}
+        hits: dict[str, float] = {}
         for column, (group, words) in enumerate(zip(data.GROUPS, self.words, strict=True)):
             logits = SHARPNESS * (patches.float() @ table[words.to(table.device)].T)
             none = logits.new_full((*logits.shape[:2], 1), SHARPNESS / 2)
@@ -83,14 +85,17 @@ class Learner(nn.Module):
                 ).item()
         return patches, loss, hits
 
-    def answer(
-        self, batch: data.Batch, patches: torch.Tensor, blind: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The answer loss, and the predicted tokens `[B, TEXT]`; `blind` hides the picture from early text layers."""
+    def answer(self, batch: data.Batch, patches: torch.Tensor, blind: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The answer loss, and the predicted tokens `[B, TEXT]`.
+
+        For a share `blind` of the pictures, early layers of the text do not see the picture.
+        """
         count, mask = len(batch.tokens), batch.mask()
-        self.attention.blind = mask.clone() if blind else None
+        self.attention.blind = None
         if blind:
-            self.attention.blind[: round(blind * count), :, data.PREFIX :, 1 : data.PREFIX] = False
+            hidden = mask.clone()
+            hidden[: round(blind * count), :, data.PREFIX :, 1 : data.PREFIX] = False
+            self.attention.blind = hidden
         embed = self.vlm.get_input_embeddings()
         start = embed(batch.tokens.new_full((count, 1), model.VOCABULARY["<bos>"]))
         inputs = torch.cat((start, patches.to(start.dtype), embed(batch.tokens)), dim=1)
