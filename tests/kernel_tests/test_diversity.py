@@ -72,6 +72,27 @@ def test_ties_go_to_the_smaller_row():
         assert dpp_map(generic, relevance, torch.tensor([0, 20]), torch.tensor([1])).tolist() == [[0]]
 
 
+def test_dpp_orders_duplicates_by_relevance_and_not_by_rounding():
+    rows = clustered(8, 37, seed=10).repeat(4, 1)
+    relevance = torch.rand(32, generator=torch.Generator().manual_seed(11)) + 0.1
+    segments, counts = torch.tensor([0, 32]), torch.tensor([32])
+    for choose in (dpp_map, naive_dpp):
+        order = choose(rows, relevance, segments, counts)[0]
+        assert (order[:8] % 8).unique().numel() == 8
+        assert relevance[order[8:]].tolist() == sorted(relevance[order[8:]].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("others", [0, 3, 400])
+def test_rows_that_are_each_others_nearest_tie(others):
+    """Both distances are one number, whatever the order of its sums: the smaller row is first."""
+    for seed in range(20):
+        rows = clustered(others, 37, seed=seed, clusters=1, noise=0.01)
+        pair = torch.randn(2, 37, generator=torch.Generator().manual_seed(seed)) - 3 * rows.sum(0) / max(1, others)
+        rows, segments, counts = torch.cat([rows, pair]), torch.tensor([0, others + 2]), torch.tensor([1])
+        expected = naive_farthest(rows, None, segments, counts)
+        assert weighted_farthest_point(rows, None, segments, counts).tolist() == expected.tolist() == [[others]]
+
+
 def test_first_picks_follow_the_published_rules():
     angles = torch.tensor([0.0, 0.1, 1.5, 1.55, 3.0])  # the last one is farthest from its nearest neighbour
     rows = torch.stack([angles.cos(), angles.sin()], 1)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import lazy_top
-from .naive import TIE
 
 _NEARBY, _BATCH, _PROBES = 64, 64, 16
 _STEP = 999983  # a prime: stepping by it spreads the columns over the whole pool
@@ -59,10 +58,5 @@ def most_isolated(cosine: Cosine) -> Tensor:
                 probe(_promising(nearest, exact, _PROBES))
                 racing = racing[nearest[racing] > nearest[exact > 0].amax()]
                 among = cosine.subset(racing)
-    best = lazy_top(nearest, exact, 1, 1, probe)
-    # Two rows that are each other's nearest are equally far, and rounding must not decide between them.
-    distance = (1 - cosine(best))[0].index_fill(0, best, torch.inf)
-    other = distance.argmin()[None]
-    probe(other)
-    tie = (nearest[other] >= nearest[best] - TIE) & (other < best) & (length > 1)
-    return torch.where(tie, other, best)
+    # Two rows that are each other's nearest get the same number here, however it was rounded: the smaller row wins.
+    return lazy_top(nearest, exact, 1, 1, probe)

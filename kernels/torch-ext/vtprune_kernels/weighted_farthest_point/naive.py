@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .._ragged import empty_order, finite, pools, unit_rows
 
-TIE = 1e-6
-
 
 def weighted_farthest_point(
     features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
@@ -27,7 +25,7 @@ def weighted_farthest_point(
             value = finite(nearest_other.amin(1))
             first = int(value.argmax())
             partner = int(nearest_other[first].argmin())
-            if value[partner] >= value[first] - TIE:  # each other's nearest: rounding must not decide between the two
+            if int(nearest_other[partner].argmin()) == first:  # one distance: rounding must not decide between the two
                 first = min(first, partner)
         else:
             weight = weights[start:stop].float()
