@@ -34,7 +34,7 @@ class IWP(Method):
     `r_i - duplication * max(0, max_{j chosen} S_ij)`. Keys and queries are read at the layer before which is cut.
 
     No code was published. Ours, where the paper is silent: the layer, the mean over the instruction, the normalisation
-    of each head by its softmax sum, the mean over KV heads, and the schedule of the chunks. Of the layers 2 and 3, which
+    of each head by its softmax sum, the mean over KV heads, and the schedule of the chunks. Of the layers 2 and 3 that
     the paper's timings allow, 3 keeps clearly more of the embedded model's answers; the weight of the duplication
     matters little there (`benchmarks/iwp_sweep.py`).
 
