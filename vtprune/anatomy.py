@@ -13,6 +13,7 @@ Nothing here is a table of class names. What is looked for, in order:
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -106,6 +107,7 @@ def find(model: nn.Module) -> Anatomy:
         )
     decoder, layers = _find_decoder(inner, paths)
     _refuse_cross_attention(inner, decoder)
+    _refuse_own_generate(inner)
     tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
     placeholders = _find_placeholders(inner, composite)
@@ -179,6 +181,20 @@ def _refuse_cross_attention(model: nn.Module, decoder: nn.Module) -> None:
         )
 
 
+def _refuse_own_generate(model: nn.Module) -> None:
+    """Raises where generation goes past the model's own forward, and hence would never be pruned."""
+    from transformers import GenerationMixin
+
+    generate = getattr(type(model), "generate", GenerationMixin.generate)
+    code = getattr(inspect.unwrap(generate), "__code__", None)
+    # A function that calls super() holds the class that it was written in.
+    if generate is not GenerationMixin.generate and code is not None and "__class__" not in code.co_freevars:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.generate calls its language model directly, past the forward that places pictures "
+            "in the prompt, so generation would not be pruned; models that leave generate to transformers work"
+        )
+
+
 def _find_vision_tower(
     model: nn.Module, decoder: nn.Module, layers: nn.ModuleList, paths: dict[nn.Module, str]
 ) -> nn.Module:
@@ -237,8 +253,8 @@ def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]
     if not found:
         raise UnsupportedModelError(
             f"no placeholder token ids found in the config of {type(model).__name__}: expected one of "
-            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; a model "
-            "that puts pictures in front of the text by itself leaves no columns that could be told apart"
+            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; a "
+            "model that puts pictures in front of the text by itself leaves no columns that could be told apart"
         )
     return found
 
