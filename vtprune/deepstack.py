@@ -43,29 +43,34 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Planes:
-    """Features that the decoder adds to visual columns after its first layers.
+    """Features that the decoder adds to visual columns around its first layers.
 
     Attributes:
-        mask: `[B, T]` the mask that the decoder was given in place of its own.
+        mask: `[B, T]` or `[B, T, 1]` the mask that the decoder was given in place of its own.
         full: Its own.
-        embeds: The list that the decoder was given: `[visual columns, D]` each, replaced at every cut.
+        embeds: The list, or dict by layer, that the decoder was given: `[visual columns, D]` each, replaced at every
+            cut.
         originals: Its own features.
     """
 
     mask: LiveMask
     full: Tensor
-    embeds: list[Tensor]
-    originals: list[Tensor]
+    embeds: Any
+    originals: Any
 
     def cut(self, index: Tensor, alive: Tensor) -> None:
         """Makes mask and features those of the packed columns `index`, `alive` (`[B, K]`, CPU)."""
-        full = self.full.cpu()
+        full = self.full.cpu().flatten(1)  # [B, T]
         rank = (full.flatten().cumsum(0) - 1).view(full.shape)
         picked = full.gather(1, index) & alive
         rows = rank.gather(1, index)[picked]
-        self.mask.current = picked.to(self.full.device)
-        for i, original in enumerate(self.originals):
-            self.embeds[i] = original.index_select(0, rows.to(original.device))
+        self.mask.current = picked.view(*picked.shape, *self.full.shape[2:]).to(self.full.device)
+        for key, original in _items(self.originals):
+            self.embeds[key] = original.index_select(0, rows.to(original.device))
+
+
+def _items(features: Any) -> list[tuple[Any, Any]]:
+    return list(features.items() if isinstance(features, dict) else enumerate(features))
 
 
 def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, dict[str, Any]] | None:
@@ -76,14 +81,17 @@ def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, 
         shape: `(B, T)` of the call.
 
     Returns:
-        tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` and one list of tensors.
+        tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` or `[B, T, 1]` and one list,
+        or dict by layer, of tensors.
     """
     tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != "attention_mask"}
-    masks = {n: v for n, v in tensors.items() if v.dtype == torch.bool and v.shape == shape}
-    lists = {n: v for n, v in kwargs.items() if isinstance(v, list) and v and all(isinstance(t, Tensor) for t in v)}
-    if len(masks) != 1 or len(lists) != 1:
+    masks = {n: v for n, v in tensors.items() if v.dtype == torch.bool and v.shape in (shape, (*shape, 1))}
+    groups = {n: v for n, v in kwargs.items() if isinstance(v, (list, dict)) and v and n != "attention_mask"}
+    groups = {n: v for n, v in groups.items() if all(isinstance(t, Tensor) for _, t in _items(v))}
+    if len(masks) != 1 or len(groups) != 1:
         return None
     mask_name, mask = next(iter(masks.items()))
-    list_name, embeds = next(iter(lists.items()))
-    planes = Planes(LiveMask.of(mask), mask, list(embeds), list(embeds))
-    return planes, {**kwargs, mask_name: planes.mask, list_name: planes.embeds}
+    name, features = next(iter(groups.items()))
+    copy = dict(features) if isinstance(features, dict) else list(features)
+    planes = Planes(LiveMask.of(mask), mask, copy, features)
+    return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}
