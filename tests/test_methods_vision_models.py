@@ -130,6 +130,29 @@ def test_vflowopt_merges_what_it_drops_into_the_best_of_each_cell() -> None:
     assert plain.hidden is None and not torch.equal(plain.keep, choice.keep)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "internvl"])
+def test_vflowopt_adds_the_entropy_of_the_pixels(family: str) -> None:
+    model, batch = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5], [2, Image(1), 3]])
+    scores = []
+    for alpha in (0.0, 0.5):
+        with vtprune.patch(model, ratio=0.5, method=methods.VFlowOpt(alpha=alpha)) as patch:
+            model(**batch)
+        places, scores = patch.last.places, [*scores, patch.last.scores[0]]
+    added = (scores[1] - scores[0])[places.row >= 0]
+    assert (added > 0).all() and added.std() > 0
+    if family in ("llava", "internvl"):  # one softmax to a crop
+        crops = 2 if family == "llava" else 3
+        assert float(added.sum()) == pytest.approx(0.5 * crops, rel=1e-4)
+
+
+def test_vflowopt_says_which_pixels_it_can_read() -> None:
+    model, method = FAMILIES["qwen2_vl"].build(), methods.VFlowOpt(alpha=0.5)
+    patch = vtprune.patch(model, ratio=0.5, method=method)
+    with patch, torch.no_grad(), pytest.raises(vtprune.MethodError, match="square crops of pixels"):
+        model(**FAMILIES["qwen2_vl"].batch([[3, Image(0), 5]]))
+
+
 def cdpruner_scores(prompts: list, **options: object) -> list[Tensor]:
     model = FAMILIES["llava"].build()
     with torch.no_grad(), vtprune.patch(model, ratio=0.4, method=methods.CDPruner(**options)) as patch:

@@ -109,6 +109,7 @@ class Vision:
                 "pixels, or choose a method that needs none, such as 'divprune'"
             )
         self.tokens, self.anatomy, self.method = tokens, tokens.anatomy, method
+        self._extra = [(args, kwargs) for args, kwargs, _ in tokens.observed[_PROJECTOR]]
         self._inputs, self._outputs, self._packed = [], [], []
         for args, kwargs, output in tokens.observed[_PROJECTOR]:
             x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -116,7 +117,6 @@ class Vision:
             self._packed.append(y.dim() == 2 and x.dim() == 2)
             self._inputs.append(x[None] if x.dim() == 2 else x)
             self._outputs.append(y.reshape(1 if x.dim() == 2 else len(x), -1, y.shape[-1]))
-        self._extra = [(args, kwargs) for args, kwargs, _ in tokens.observed[_PROJECTOR]]
         self._arrange = arrangements(tokens, [len(y) for y in self._outputs])
         arranged = [a.apply(y).to(tokens.hidden) for a, y in zip(self._arrange, self._outputs, strict=True)]
         self.index = match_rows(torch.cat(arranged), tokens, method)
@@ -280,11 +280,7 @@ def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
 
 
 def pixel_crops(vision: Vision) -> list[Tensor]:
-    """Normalised pixels `[n, 3, H, W]` of the crops that each call of the projector saw.
-
-    Raises:
-        MethodError: The model takes its pixels in another form.
-    """
+    """Normalised pixels `[n, 3, H, W]` of the crops of each projector call; `MethodError` where they come otherwise."""
     names = ("pixel_values", "pixel_values_videos")
     given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
     tiles, calls = tiles_per_image(vision.tokens), vision.calls()
