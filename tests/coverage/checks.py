@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks: identity, drop is mask, decode, batch, leave no trace; for one method on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vtprune
+
+from .hiding import eager, hidden, mixes_without_mask, shortened
+from .prompts import ONE, TWO, Prompts, extended
+
+RATIO, STEPS, TOLERANCE = 0.4, 5, 2e-4
+
+
+class Failed(AssertionError):
+    """A check that did not hold; the message says by how much."""
+
+
+class Subject:
+    """A small model with its prompts, and what it does unpruned."""
+
+    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+        self.model, self.prompts = model, prompts
+        self.parts = vtprune.inspect(model)
+        self.hybrid = any(map(mixes_without_mask, self.parts.layers))
+        self.one = prompts.batch(ONE)
+        self.plain = self.logits(self.one)
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+
+    @torch.no_grad()
+    def logits(self, batch: dict[str, Any], **extra: Any) -> Tensor:
+        return self.model(**_fresh(batch), **extra).logits.float()
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Greedy text without special tokens: `[B, STEPS]` tokens and `[B, STEPS, V]` logits."""
+        out = self.model.generate(
+            **_fresh(batch),
+            max_new_tokens=STEPS,
+            do_sample=False,
+            suppress_tokens=list(range(64)),
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return out.sequences[:, -STEPS:], torch.stack(out.logits, 1).float()
+
+    @contextmanager
+    def reference(self, last: Any) -> Iterator[None]:
+        """The unpatched model without what `last` says was dropped; its logits are those of the surviving columns where
+        the decoder runs on the shorter sequence."""
+        cuts = [
+            (layer, [v[~torch.isin(v, k)] for v, k in zip(last.visual, kept, strict=True)])
+            for layer, kept in last.stages
+        ]
+        with eager(self.parts.decoder):
+            if self.hybrid:
+                layer, gone = cuts[-1]
+                with shortened(self.parts.layers, layer, gone[0]):
+                    yield
+            else:
+                with hidden(self.parts.layers, cuts):
+                    yield
+
+
+def _fresh(batch: dict[str, Any]) -> dict[str, Any]:
+    """Models write into the dict of encoder outputs; each call gets one of its own."""
+    return {k: dict(v) if type(v) is dict else v for k, v in batch.items()}
+
+
+def _close(got: Tensor, want: Tensor, what: str, plain: Tensor | None = None) -> None:
+    scale = want.abs().max()
+    off = float((got - want).abs().max() / scale)
+    if not off < TOLERANCE:
+        raise Failed(f"{what}: off by {off:.1e} of the largest logit")
+    if plain is not None and not float((got - plain).abs().max() / scale) > 10 * TOLERANCE:
+        raise Failed(f"{what}: pruning changed nothing, so the check says nothing")
+
+
+def identity(subject: Subject, method: Any) -> None:
+    """`ratio=1.0` changes no bit of logits and no generated token."""
+    tokens, logits = subject.generate(subject.one)
+    with vtprune.patch(subject.model, ratio=1.0, method=method):
+        if not torch.equal(subject.logits(subject.one), subject.plain):
+            raise Failed("identity: logits differ with ratio=1.0")
+        same_tokens, same_logits = subject.generate(subject.one)
+    if not (torch.equal(tokens, same_tokens) and torch.equal(logits, same_logits)):
+        raise Failed("identity: generation differs with ratio=1.0")
+
+
+def drop_is_mask(subject: Subject, method: Any) -> None:
+    """Surviving columns have the logits of the unpatched model that cannot see the dropped ones."""
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        got, last = subject.logits(subject.one), patch.last
+    survivors = _survivors(subject, last)
+    with subject.reference(last):
+        want = subject.logits(subject.one, use_cache=False)
+    want = want[0] if subject.hybrid and want.shape[1] == len(survivors) else want[0, survivors]
+    _close(got[0, survivors], want, "drop is mask", subject.plain[0, survivors])
+
+
+def _survivors(subject: Subject, last: Any) -> Tensor:
+    if last is None:
+        raise Failed("nothing was pruned and nothing was said")
+    visual, kept = last.visual[0], last.kept[0]
+    wanted = max(1, round(RATIO * len(visual)))
+    if len(kept) != wanted:
+        raise Failed(f"budget: {len(kept)} of {len(visual)} kept, {wanted} asked for")
+    columns = torch.arange(subject.one["input_ids"].shape[1])
+    return columns[~torch.isin(columns, visual) | torch.isin(columns, kept)]
+
+
+def decode(subject: Subject, method: Any) -> None:
+    """Every generated token's logits are those of the masked, unpatched model over the whole text at once."""
+    plain, plain_logits = subject.generate(subject.one)
+    whole = subject.logits(extended(subject.one, plain[:, :-1]), use_cache=False)[:, -STEPS:]
+    _own(whole, plain_logits, "the model's own cached decoding differs from one pass over the text")
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        tokens, logits = subject.generate(subject.one)
+        last = patch.last
+    with subject.reference(last):
+        want = subject.logits(extended(subject.one, tokens[:, :-1]), use_cache=False)[:, -STEPS:]
+    _close(logits, want, "decode", None)
+
+
+def batch(subject: Subject, method: Any) -> None:
+    """A sample in a left-padded batch keeps the same tokens and has the same logits as alone."""
+    both = subject.prompts.batch(TWO)
+    pad = both["input_ids"].shape[1] - subject.one["input_ids"].shape[1]
+    _own(subject.logits(both)[0, pad:], subject.plain[0], "the model itself depends on padding")
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        alone, kept = subject.logits(subject.one), patch.last.kept[0]
+        together = subject.logits(both)
+        if not torch.equal(patch.last.kept[0] - pad, kept):
+            raise Failed(f"batch: kept {(patch.last.kept[0] - pad).tolist()}, alone {kept.tolist()}")
+    # Dropped columns are zero in both.
+    _close(together[0, pad:], alone[0], "batch")
+
+
+class OwnLimit(Exception):
+    """The unpruned model does not have the property either, so pruning cannot be measured against it."""
+
+
+def _own(got: Tensor, want: Tensor, what: str) -> None:
+    off = float((got - want).abs().max() / want.abs().max())
+    if not off < TOLERANCE:
+        raise OwnLimit(f"{what} (by {off:.1e})")
+
+
+def no_trace(subject: Subject, method: Any) -> None:
+    """After `remove` hooks, attributes, state and outputs are as before."""
+    before = _inventory(subject.model)
+    patch = vtprune.patch(subject.model, ratio=RATIO, method=method)
+    subject.logits(subject.one)
+    patch.remove()
+    if _inventory(subject.model) != before:
+        raise Failed("no trace: hooks or attributes are left")
+    if not torch.equal(subject.logits(subject.one), subject.plain):
+        raise Failed("no trace: logits differ after remove")
+
+
+def _inventory(model: nn.Module) -> list[Any]:
+    modules = [
+        (name, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()
+    ]
+    return [modules, sorted(model.state_dict())]
+
+
+CHECKS: dict[str, Callable[[Subject, Any], None]] = {
+    "identity": identity,
+    "drop is mask": drop_is_mask,
+    "decode": decode,
+    "batch": batch,
+    "no trace": no_trace,
+}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What "not attending to what was dropped" means for an unpatched model, whatever its layers are.
+
+Attending layers keep every column and the model's own mask (sliding windows, pictures that are seen in both
+directions), with the dropped columns hidden in it. Recurrent and convolutional layers have no mask to hide a column in;
+a decoder that has some is run on the shorter sequence from the layer of the cut on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def mixes_without_mask(layer: nn.Module) -> bool:
+    """Whether a layer mixes columns other than by attention: with a convolution over them or a recurrent state."""
+    return any(
+        isinstance(m, nn.Conv1d) or re.search("mamba|deltanet|shortconv", type(m).__name__.lower())
+        for m in layer.modules()
+    )
+
+
+@contextmanager
+def eager(decoder: nn.Module) -> Iterator[None]:
+    """While open, the decoder attends eagerly, so that every mask is there to be seen."""
+    configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+@contextmanager
+def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Iterator[None]:
+    """While open, layers may not attend to dropped columns.
+
+    Args:
+        layers: Of an unpatched decoder that attends eagerly.
+        cuts: `(layer, dropped columns per sample)`, cumulative.
+    """
+
+    def hook_for(number: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            states = args[0] if args else kwargs["hidden_states"]
+            batch, queries = states.shape[:2]
+            gone = torch.zeros(batch, queries, dtype=torch.bool)
+            for start, columns in cuts:
+                if start <= number:
+                    for row, which in enumerate(columns):
+                        gone[row, which] = True
+
+            def hide(x: Any) -> Any:
+                if not (isinstance(x, Tensor) and x.dim() == 4 and x.shape[-2:] == (queries, queries)):
+                    return x
+                blocked = gone[:, None, None, :] & ~torch.eye(queries, dtype=torch.bool)
+                return x & ~blocked if x.dtype == torch.bool else x.masked_fill(blocked, torch.finfo(x.dtype).min)
+
+            hidden_args, hidden_kwargs = tuple(map(hide, args)), {k: hide(v) for k, v in kwargs.items()}
+            if kwargs.get("attention_mask", 0) is None:
+                causal = torch.ones(queries, queries, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+                mask = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+                hidden_kwargs["attention_mask"] = hide(mask)
+            return hidden_args, hidden_kwargs
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def shortened(layers: nn.ModuleList, cut: int, gone: Tensor) -> Iterator[None]:
+    """While open, layers from `cut` on run without the columns `gone` (one sample), and so does all that follows."""
+    length, kept = 0, torch.empty(0, dtype=torch.long)
+
+    def take(x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return type(x)(take(item) for item in x)
+        if isinstance(x, dict):
+            return {key: take(item) for key, item in x.items()}
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() == 4 and x.shape[-2:] == (length, length):
+            return x[..., kept, :][..., kept]
+        for dim in (1, 2, 0):
+            if x.dim() > dim and x.shape[dim] == length and (dim != 0 or x.dim() == 1):
+                return x.index_select(dim, kept)
+        return x
+
+    def hook_for(number: int) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            nonlocal length, kept
+            states = args[0] if args else kwargs["hidden_states"]
+            if number == cut:
+                length = states.shape[1]
+                columns = torch.arange(length)
+                kept = columns[~torch.isin(columns, gone)]
+                states = take(states)
+            rest = {k: take(v) for k, v in kwargs.items() if k != "hidden_states"}
+            return ((states, *take(args[1:])), rest) if args else ((), {"hidden_states": states, **rest})
+
+        return hook
+
+    handles = [
+        layer.register_forward_pre_hook(hook_for(i), with_kwargs=True) for i, layer in enumerate(layers) if i >= cut
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results to `models.json`, and from there to `models.md`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_ORDER = ("passes", "refused", "fails", "not fed", "not built")
+_TITLES = {
+    "passes": "Passes",
+    "refused": "Refused, with this sentence",
+    "fails": "Does not pass",
+    "not fed": "Built, but no synthetic prompt was accepted",
+    "not built": "Cannot be built here without weights",
+}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Earlier results by architecture."""
+    path = folder / "models.json"
+    return {e["architecture"]: e for e in json.loads(path.read_text())["architectures"]} if path.exists() else {}
+
+
+def summary(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many of each status."""
+    counts = Counter(entry["status"] for entry in entries)
+    return {status: counts[status] for status in _ORDER if counts[status]}
+
+
+def line(entry: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    return f"{entry['status']:<9} {entry['architecture']:<24} {entry.get('seconds', 0):>6} s  {entry.get('reason', '')}"
+
+
+def save(folder: Path, results: dict[str, Any]) -> None:
+    """Writes both files."""
+    import torch
+    import transformers
+
+    folder.mkdir(exist_ok=True)
+    entries = list(results.values())
+    whole = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "summary": summary(entries),
+        "architectures": entries,
+    }
+    (folder / "models.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "models.md").write_text(render(whole))
+
+
+def render(whole: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    entries, counts = whole["architectures"], whole["summary"]
+    text = [
+        "# Models",
+        "",
+        f"Every image-text-to-text architecture of transformers {whole['transformers']} "
+        f"({len(entries)}), built from its own config with small sizes and random weights, fed synthetic prompts and "
+        "checked. `python -m tests.coverage` writes this page; nothing is listed by hand.",
+        "",
+        ", ".join(f"{number} {status}" for status, number in counts.items()) + ".",
+        "",
+        "Checks, each for a method that cuts before the decoder and one that cuts inside it: with `ratio=1.0` no bit "
+        "changes; with `ratio=0.4` surviving columns have the logits of the unpatched model that cannot see the dropped "
+        "ones; so has every generated token; a sample in a padded batch is treated as alone; after `remove` nothing is "
+        'left. "Pixels" went through the vision tower, "features" were put in its place.',
+        "",
+    ]
+    for status in _ORDER:
+        chosen = [e for e in entries if e["status"] == status]
+        if not chosen:
+            continue
+        text += [f"## {_TITLES[status]} ({len(chosen)})", ""]
+        if status == "passes":
+            text += ["| architecture | class | input | decoder | notes |", "| --- | --- | --- | --- | --- |"]
+            text += [
+                f"| {e['architecture']} | {e['class']} | {e['input']} | {e['decoder']} | {_cell(_notes(e))} |"
+                for e in chosen
+            ]
+        else:
+            text += ["| architecture | class | reason |", "| --- | --- | --- |"]
+            text += [f"| {e['architecture']} | {e['class']} | {_cell(e['reason'])} |" for e in chosen]
+        text.append("")
+    return "\n".join(text)
+
+
+def _notes(entry: dict[str, Any]) -> str:
+    notes = list(entry.get("notes", []))
+    for method, row in entry["checks"].items():
+        others = {text: name for name, text in reversed(row.items()) if text != "ok"}
+        notes += [f"{method}, {name}: {text}" for text, name in others.items()]
+    return "; ".join(dict.fromkeys(notes))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One architecture, from its config to its entry in the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import time
+from typing import Any
+
+import vtprune
+from vtprune import methods
+
+from . import build, checks, prompts
+
+MEMORY = 16 << 30
+
+
+def registered() -> dict[str, str]:
+    """Model type to class name of every image-text-to-text architecture of the installed transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
+    return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
+
+
+def short(error: BaseException, limit: int = 240) -> str:
+    """An error in one line."""
+    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
+    text = re.sub(r"/\S*/(site-packages|tests|vtprune)/", "", text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def examine(architecture: str, class_name: str) -> dict[str, Any]:
+    """Builds, feeds and checks an architecture.
+
+    Returns:
+        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the model
+        said) or "fails" (with the check that did not hold).
+    """
+    entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
+    failure = ("not built", "")
+    fed = None
+    stock_tower = False
+    for attempt in (0, *range(build.ATTEMPTS)):
+        try:
+            built = build.build(architecture, class_name, attempt, stock_tower)
+        except ImportError as error:
+            # The next attempt is made without the tower that needs another package.
+            failure = failure if failure[1] else ("not built", short(error))
+            stock_tower = True
+            continue
+        except Exception as error:  # whatever a constructor may raise
+            failure = failure if failure[1] else ("not built", short(error))
+            continue
+        try:
+            parts = vtprune.inspect(built.model)
+        except vtprune.VTPruneError as error:
+            return entry | {"status": "refused", "reason": short(error, 400), "notes": built.notes}
+        try:
+            fed = prompts.prompts_for(built.model, parts.placeholders)
+            break
+        except RuntimeError as error:
+            failure = failure if failure[0] == "not fed" else ("not fed", short(error))
+    if fed is None:
+        return entry | {"status": failure[0], "reason": failure[1]}
+    entry["notes"] = built.notes
+    entry["input"] = fed.feed.name
+    subject = checks.Subject(built.model, fed)
+    entry["decoder"] = "hybrid" if subject.hybrid else "attention"
+    entry["checks"] = {}
+    for method in (methods.resolve("random"), methods.FastV(layer=2)):
+        entry["checks"][f"{method.name} before layer {method.schedule(parts.num_layers)[0].layer}"] = _all(
+            subject, method
+        )
+    outcomes = [text for row in entry["checks"].values() for text in row.values()]
+    failed = [text for text in outcomes if text.startswith("fails")]
+    rows = list(entry["checks"].values())
+    if all(set(row.values()) == {rows[0]["identity"]} and rows[0]["identity"].startswith("refused") for row in rows):
+        return entry | {"status": "refused", "reason": rows[0]["identity"].removeprefix("refused: ")}
+    return entry | {"status": "fails" if failed else "passes", "reason": failed[0] if failed else ""}
+
+
+def _all(subject: checks.Subject, method: Any) -> dict[str, str]:
+    row = {}
+    for name, check in checks.CHECKS.items():
+        try:
+            check(subject, method)
+            row[name] = "ok"
+        except checks.OwnLimit as limit:
+            row[name] = f"not applicable: {limit}"
+        except checks.Failed as error:
+            row[name] = f"fails: {error}"
+        except vtprune.VTPruneError as error:
+            row[name] = f"refused: {short(error)}"
+        except Exception as error:  # a crash of the model or of the engine
+            row[name] = f"fails: {name}: {type(error).__name__}: {short(error)}"
+        finally:
+            vtprune.unpatch(subject.model)
+    return row
+
+
+def isolated(architecture: str, class_name: str, limit: int) -> dict[str, Any]:
+    """`examine` in a forked process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(limit)
+        started = time.perf_counter()
+        try:
+            entry = examine(architecture, class_name)
+        except BaseException as error:
+            entry = {"architecture": architecture, "class": class_name, "status": "fails", "reason": short(error)}
+        entry["seconds"] = round(time.perf_counter() - started, 1)
+        with os.fdopen(write, "w") as out:
+            json.dump(entry, out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as source:
+        text = source.read()
+    status = os.waitpid(child, 0)[1]
+    if text:
+        return json.loads(text)
+    what = (
+        f"took more than {limit} s"
+        if os.WTERMSIG(status) == signal.SIGALRM
+        else f"ended with signal {os.WTERMSIG(status)}"
+    )
+    return {"architecture": architecture, "class": class_name, "status": "fails", "reason": what}
