@@ -274,7 +274,8 @@ class Patch:
             return None
         if visual is not None:
             for source in encoded.values():
-                call.inputs = {**source.inputs, **call.inputs}
+                # `generate` hands the pictures to the encoder and names them again, as None, to the model.
+                call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
                     thread.records.setdefault(name, []).extend(records)
             self._continued(call, kwargs)

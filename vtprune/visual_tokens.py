@@ -215,9 +215,13 @@ def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newli
         from the top left of the unpadded picture; newlines have -1 in both.
     """
     pack: Any = anatomy.composite.pack_image_features
-    # LLaVA-NeXT wants to be told that the class token is gone; OneVision has none.
-    strategy = "vision_feature_select_strategy"
-    extra = {strategy: "default"} if strategy in inspect.signature(pack).parameters else {}
+    # LLaVA-NeXT wants to be told that the class token is gone; OneVision has none, and shrinks large pictures.
+    known = {
+        "vision_feature_select_strategy": "default",
+        "vision_aspect_ratio": getattr(anatomy.config, "vision_aspect_ratio", None),
+    }
+    wanted = inspect.signature(pack).parameters
+    extra = {name: value for name, value in known.items() if name in wanted and value is not None}
     packed, _ = pack(list(planes), sizes, image_newline=newline, **extra)
     images = []
     for plane in packed:

@@ -62,6 +62,19 @@ def test_video(family: str, layout: str) -> None:
     check(model_of(family), LAYOUTS[layout], FAMILIES[family].batch(CLIP), MODES["beams"], ratio=0.3)
 
 
+def test_methods_on_video(family: str, method: str) -> None:
+    """`generate` decides as a plain forward call does, though it encodes pictures and clips before it calls the model."""
+    if FAMILIES[family].video is None:
+        pytest.skip("this family takes no video")
+    model, batch = model_of(family), FAMILIES[family].batch(CLIP)
+    check(model, method, batch, MODES["greedy"])
+    with pruned(model, method) as (patch, _):
+        model(**batch)
+        kept = [k.tolist() for k in patch.last.kept]
+        model.generate(**batch, do_sample=False, **NEW)
+        assert [k.tolist() for k in patch.last.kept] == kept
+
+
 def test_cache_and_no_cache_agree(family: str, method: str) -> None:
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     with pruned(model, method):
