@@ -192,3 +192,19 @@ def test_report() -> None:
         assert after == full / 2 + 2 * (4 * 5 * 32**2 + 2 * 5**2 * 32 + 3 * 5 * 32 * 48)
         assert last.to_dict()["stages"] == [[2, [5]]]
         assert patch.mean_ratio == pytest.approx(last.mean_ratio)
+
+
+@every_family
+@torch.no_grad()
+def test_offloaded_weights(family: str) -> None:
+    """accelerate sets `forward` on every module and moves weights in and out; hooks on instances do not mind."""
+    accelerate = pytest.importorskip("accelerate")
+    model, batch = FAMILIES[family].build(), FAMILIES[family].batch(MIXED)
+    results = []
+    for offload in (False, True):
+        if offload:
+            accelerate.cpu_offload(model, execution_device="cpu")
+        with pruned(model, "iwp") as (patch, _):
+            tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
+            results.append((tokens.tolist(), [k.tolist() for k in patch.last.kept]))
+    assert results[0] == results[1]

@@ -63,7 +63,7 @@ def test_video(family: str, layout: str) -> None:
 
 
 def test_methods_on_video(family: str, method: str) -> None:
-    """`generate` decides as a plain forward call does, though it encodes pictures and clips before it calls the model."""
+    """`generate` decides as a plain forward call does, though it encodes pictures before it calls the model."""
     if FAMILIES[family].video is None:
         pytest.skip("this family takes no video")
     model, batch = model_of(family), FAMILIES[family].batch(CLIP)
