@@ -204,6 +204,10 @@ def test_offloaded_weights(family: str) -> None:
     for offload in (False, True):
         if offload:
             accelerate.cpu_offload(model, execution_device="cpu")
+            try:
+                model.generate(**batch, max_new_tokens=1)
+            except NotImplementedError:
+                pytest.skip("transformers cannot generate with this model's own newline parameter offloaded")
         with pruned(model, "iwp") as (patch, _):
             tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
             results.append((tokens.tolist(), [k.tolist() for k in patch.last.kept]))
