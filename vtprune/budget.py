@@ -99,7 +99,9 @@ def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> f
             low = middle
         else:
             high = middle
-    return math.exp((low + high) / 2)
+    found = math.exp((low + high) / 2)
+    # A method that cuts before the decoder is to get `mean_ratio` itself: half a token then rounds like `ratio` does.
+    return round(found, 12) or found
 
 
 def counts(stages: Sequence[Stage], ratio: float, total: int, last: int | None = None) -> list[int]:
