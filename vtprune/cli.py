@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
     )
     look.set_defaults(command=_inspect)
+
+    from . import cli_study  # it uses the helpers here
+
+    cli_study.add(commands)
     return parser
 
 

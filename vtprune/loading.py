@@ -40,6 +40,24 @@ def picture(path: str) -> Image:
         raise InputError(f"cannot read {path} as a picture: {one_line(error)}") from error
 
 
+def pictures(place: str) -> list[Image]:
+    """Reads a picture, or all pictures of a folder in order of their names; other files in it are passed over.
+
+    Raises:
+        InputError: There is no picture, or one cannot be read.
+    """
+    from PIL import Image
+
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return [picture(place)]
+    kinds = Image.registered_extensions()
+    found = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
+    if not found:
+        raise InputError(f"no picture in the folder {place}: expected files such as .png or .jpg")
+    return [picture(str(file)) for file in found]
+
+
 def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """Loads an image-text-to-text model in eval mode with its processor. Code that comes with a model is never run.
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune compare`: all methods at equal cost against the unpruned model, in the library and on the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, LAYERS, Image  # noqa: E402
+from support import model_of  # noqa: E402
+
+import vtprune  # noqa: E402
+from vtprune import agreement, methods, refvlm  # noqa: E402
+from vtprune.cli import main  # noqa: E402
+from vtprune.compare import Row, common_ratio, compare  # noqa: E402
+
+PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7]]
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return model_of("llava")
+
+
+def batches(padding: str = "left") -> list[dict[str, torch.Tensor]]:
+    family = FAMILIES["llava"]
+    return [family.batch(PROMPTS, padding=padding), family.batch([[4, Image(0), 6]], seed=1)]
+
+
+@torch.no_grad()
+def last_logits(model: torch.nn.Module) -> torch.Tensor:
+    """`[3, V]`, every prompt without padding."""
+    single = [FAMILIES["llava"].batch([prompt]) for prompt in PROMPTS] + batches()[1:]
+    return torch.cat([model(**one).logits[:, -1] for one in single])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_numbers_are_those_of_the_prompts_one_by_one(model: torch.nn.Module, padding: str) -> None:
+    rows = {r.method: r for r in compare(model, batches(padding), 0.7, ["fastv", "divprune"], repeats=1)}
+    assert set(rows) == {"fastv", "divprune", "random", "uniform"}
+    want = last_logits(model).softmax(-1)
+    for name, row in rows.items():
+        with vtprune.patch(model, mean_ratio=0.7, method=name) as patch:
+            got = last_logits(model).softmax(-1)
+        assert row.kl == pytest.approx(float((want * (want / got).log()).sum(-1).mean()), rel=1e-3)
+        assert row.top1 == pytest.approx(float((want.argmax(-1) == got.argmax(-1)).float().mean()))
+        # 25, 50 and 25 visual tokens; before the decoder, 0.7 of them, else all in two of four layers and then 0.4
+        first = methods.get(name)().schedule(LAYERS)[0].layer
+        kept = [18, 35, 18] if first == 0 else [10, 20, 10]
+        assert row.visual == pytest.approx(100 / 3) and row.kept == pytest.approx(sum(kept) / 3)
+        assert row.mean_ratio == pytest.approx((first * 100 + (LAYERS - first) * sum(kept)) / (LAYERS * 100))
+        assert row.reason is None and row.seconds > 0
+        assert patch.removed
+
+
+def test_all_methods_run_and_those_that_keep_all_agree_fully(model: torch.nn.Module) -> None:
+    rows = compare(model, batches(), 1.0, repeats=1)
+    assert {row.method for row in rows} == set(methods.names())
+    assert all((row.kl, row.top1, row.mean_ratio) == (0.0, 1.0, 1.0) for row in rows)
+
+
+def test_costs_are_equal_and_rows_sorted(model: torch.nn.Module) -> None:
+    rows = compare(model, batches(), 0.8, repeats=1)
+    ran = [row for row in rows if row.reason is None]
+    assert {"random", "uniform", "fastv", "pyramiddrop", "vflowopt"} <= {row.method for row in ran}
+    assert all(abs(row.mean_ratio - 0.8) < 0.03 for row in ran)
+    assert [row.kl for row in ran] == sorted(row.kl for row in ran) and max(row.kl for row in ran) > 1e-4
+    assert rows[: len(ran)] == ran
+
+
+def test_what_cannot_be_met_is_a_row_with_the_reason(model: torch.nn.Module) -> None:
+    late = methods.IWP(layer=3)
+    rows = compare(model, batches(), 0.5, {"late": late, "early": methods.FastV(layer=1)}, repeats=1)
+    assert [row.method for row in rows][-1] == "late" and {row.method for row in rows} == {
+        "late",
+        "early",
+        "random",
+        "uniform",
+    }
+    assert rows[-1] == Row("late", reason=rows[-1].reason) and "before layer 3 of 4" in rows[-1].reason
+    lines: list[str] = []
+    qwen = compare(model_of("qwen2_vl"), [FAMILIES["qwen2_vl"].batch(PROMPTS)], 0.5,
+                   {"there": methods.DivPrune(positions="compact")}, repeats=1, log=lines.append)  # fmt: skip
+    assert "one axis" in qwen[-1].reason and len(lines) == 3 and lines[-1].startswith("there: positions=")
+
+
+def test_common_ratio_is_the_least_tenth_above_the_latest_first_cut() -> None:
+    assert common_ratio(["random", "uniform"], 32) == 0.1
+    assert common_ratio(["fastv", "uniform"], 6) == 0.4  # before layer 2 of 6
+    assert common_ratio(["pyramiddrop"], 32) == 0.3
+    assert common_ratio([methods.FastV(layer=5)], 10) == 0.6 and common_ratio([methods.FastV(layer=9)], 10) == 0.95
+
+
+def test_what_cannot_be_compared_is_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(vtprune.MethodError, match="did you mean 'fastv'"):
+        compare(model, batches(), 0.5, ["fastvv"])
+    with pytest.raises(vtprune.BudgetError, match="mean_ratio is 2"):
+        compare(model, batches(), 2, ["fastv"])
+    with pytest.raises(vtprune.VTPruneError, match="no prompts"):
+        compare(model, [], 0.5, ["fastv"])
+    with pytest.raises(vtprune.VTPruneError, match="holds no visual token"):
+        compare(model, [FAMILIES["llava"].batch([[5]])], 0.5, ["fastv"])
+    with vtprune.patch(model, ratio=0.5) as patch, pytest.raises(vtprune.VTPruneError, match="remove the patch"):
+        compare(model, batches(), 0.5, ["fastv"])
+    assert patch.removed and vtprune.patching.find_patch(model) is None
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_last_states_are_those_after_the_final_norm(model: torch.nn.Module, padding: str) -> None:
+    batch = batches(padding)[0]
+    for patched in (False, True):
+        with vtprune.patch(model, ratio=0.3 if patched else 1.0, method="uniform"):
+            states = model(**batch, output_hidden_states=True).hidden_states[-1]
+            columns = batch["attention_mask"].cumsum(1).argmax(1)
+            torch.testing.assert_close(agreement.last_states(model, batch), states[torch.arange(2), columns])
+    assert agreement.cosine(torch.ones(2, 3), torch.tensor([[1.0, 1, 1], [torch.nan, 1, 1]])).tolist() == [
+        pytest.approx(1),
+        0,
+    ]
+
+
+def test_the_command_shows_all_methods_on_the_embedded_model(capfd: Any, tmp_path: Path) -> None:
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    arguments = ["compare", "--image", str(tmp_path), "--question", "how many stars?", "--repeats", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    out = capfd.readouterr().out
+    assert all(f"│ {name} " in out for name in methods.names()) and "1 picture" in out and "of 144" in out
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert {row["method"] for row in data["rows"]} == set(methods.names()) and data["pictures"] == 1
+    assert all(row["reason"] is None and abs(row["mean_ratio"] - data["mean_ratio"]) < 0.01 for row in data["rows"])
+
+
+def test_the_command_takes_a_folder_a_budget_methods_and_strategies(capfd: Any, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2):
+        refvlm.scenes.scene(number).image.save(pictures / f"{number}.png")
+    (pictures / "notes.txt").write_text("no picture")
+    methods.VFlowOpt(first=0.5, later=(1.0,)).save(tmp_path / "mine.json")
+    arguments = ["compare", "--image", str(pictures), "--question", "x?", "--repeats", "1", "--mean-ratio", "0.2"]
+    assert main([*arguments, "--methods", "fastv", str(tmp_path / "mine.json")]) == 0
+    out = capfd.readouterr().out
+    shown = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
+    assert shown == {"fastv", "mine.json", "random", "uniform"} and "2 pictures, mean ratio 0.2" in out
+    assert "fastv: mean_ratio=0.2 cannot be met" in out
+
+
+def test_the_command_refuses_in_one_line(capfd: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    refvlm.scenes.scene(3).image.save(picture)
+    for arguments, message in (
+        (["--image", str(tmp_path / "none")], "expected a file"),
+        (["--image", str(tmp_path / "empty")], "no picture in the folder"),
+        (["--image", str(picture), "--methods", "fastvv"], "did you mean 'fastv'"),
+        (["--image", str(picture), "--methods", str(tmp_path / "none.json")], "holds no strategy"),
+        (["--image", str(picture), "--json", str(tmp_path / "none" / "a.json")], "folder does not exist"),
+        (["--image", str(picture), "--mean-ratio", "0"], "(0, 1]"),
+        (["--image", str(picture), "--model", str(tmp_path)], "config.json"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert main(["compare", *arguments, "--question", "x?"]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and len(err.strip().splitlines()) == 1 and message in err

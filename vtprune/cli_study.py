@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that run a model over several pictures: `vtprune compare` and `vtprune tune`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import cli
+from .loading import EMBEDDED, InputError, one_line
+
+if TYPE_CHECKING:
+    from .compare import Row
+    from .tune import Search
+
+
+def add(commands: Any) -> None:
+    """Adds both commands to the subparsers of the command line."""
+    compare = commands.add_parser("compare", help="all methods at equal cost, against the unpruned model")
+    _prompts(compare, mean_ratio=None, default="the least, in tenths, that all methods shown can meet")
+    compare.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="names, or strategy files of vtprune tune (default: all; random and uniform are always shown)",
+    )
+    compare.add_argument("--repeats", type=cli._count, default=3, metavar="N", help="calls per picture, for the time")
+    compare.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    compare.set_defaults(command=_compare)
+
+    tune = commands.add_parser("tune", help="search a strategy of vflowopt on your own pictures")
+    _prompts(tune, mean_ratio=0.25, default="%(default)s")
+    tune.add_argument("--trials", type=cli._count, default=30, metavar="N", help="default: %(default)s")
+    tune.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    tune.add_argument(
+        "--out", default="strategy.json", metavar="FILE", help="written after every trial (default: %(default)s)"
+    )
+    tune.add_argument("--resume", action="store_true", help="go on with the search that the file holds")
+    tune.set_defaults(command=_tune)
+
+
+def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str) -> None:
+    parser.add_argument(
+        "--image", "--images", required=True, metavar="FILE_OR_FOLDER", help="a picture, or a folder of pictures"
+    )
+    parser.add_argument("--question", required=True, type=cli._words, metavar="TEXT")
+    parser.add_argument(
+        "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
+    )
+    parser.add_argument(
+        "--mean-ratio",
+        type=cli._share,
+        default=mean_ratio,
+        metavar="SHARE",
+        help=f"mean share of visual tokens over all decoder layers, the same for all (default: {default})",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+
+
+def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
+    """The model, and one prompt per picture."""
+    from . import loading
+
+    pictures = loading.pictures(args.image)
+    loading.is_local(args.model)
+    cli._quiet()
+    model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+    prompts = [loading.prompt(processor, picture, args.question).to(model.device) for picture in pictures]
+    return model, [{name: cli._as_dtype(value, model.dtype) for name, value in prompt.items()} for prompt in prompts]
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from . import __version__, inspect, methods
+    from .compare import common_ratio, compare
+    from .methods.vflowopt import VFlowOpt
+
+    chosen: dict[str, methods.Method] = {}
+    for name in args.methods or methods.names():
+        if name.endswith(".json"):
+            chosen[Path(name).name] = VFlowOpt.load(Path(name).expanduser())
+        else:
+            chosen[name] = methods.get(name)()
+    if args.json:
+        _check_folder(args.json)
+    model, batches = _batches(args)
+    args.mean_ratio = args.mean_ratio or common_ratio(chosen.values(), inspect(model).num_layers)
+    rows = compare(model, batches, args.mean_ratio, chosen, repeats=args.repeats)
+    _print_rows(args, rows, len(batches))
+    if args.json:
+        about = {"model": args.model, "question": args.question, "mean_ratio": args.mean_ratio}
+        about |= {"pictures": len(batches), "repeats": args.repeats, "vtprune": __version__}
+        _write(args.json, json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+        print(f"table written to {args.json}")
+
+
+def _print_rows(args: argparse.Namespace, rows: list[Row], pictures: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    some = "1 picture" if pictures == 1 else f"{pictures} pictures"
+    title = f"{args.model}, {some}, mean ratio {args.mean_ratio:g}: {args.question}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("method")
+    for heading in ("survivors", "mean ratio", "KL (nats)", "same top-1", "deciding"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.reason is not None:
+            table.add_row(Text(row.method), *["-"] * 5)
+            continue
+        table.add_row(
+            Text(row.method),
+            f"{row.kept:.4g} of {row.visual:.4g}",
+            f"{row.mean_ratio:.3f}",
+            f"{row.kl:.4f}",
+            f"{row.top1:.0%}",
+            f"{1e3 * (row.seconds or 0):.2f} ms",
+        )
+    console = Console()
+    console.print(table)
+    for row in rows:
+        if row.reason is not None:
+            console.print(Text(f"{row.method}: {row.reason}"))
+    console.print(Text("KL and top-1: distribution of the next token after the prompt, against the unpruned model."))
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from .tune import tune
+
+    _check_folder(args.out)
+    model, batches = _batches(args)
+
+    def log(search: Search) -> None:
+        last, best = search.trials[-1]["value"] / search.samples, search.best["value"] / search.samples
+        print(f"trial {len(search.trials)} of {args.trials}: {last:.6f}, best {best:.6f}", flush=True)
+
+    search = tune(
+        model,
+        batches,
+        args.mean_ratio,
+        trials=args.trials,
+        seed=args.seed,
+        path=Path(args.out).expanduser(),
+        resume=args.resume,
+        log=log,
+    )
+    first, best = search.trials[0]["value"] / search.samples, search.best["value"] / search.samples
+    print(f"cosine to the unpruned last state: {first:.6f} with the released strategy, {best:.6f} with the best found")
+    print(f"strategy written to {args.out}; use it with vtprune.methods.VFlowOpt.load({args.out!r})")
+
+
+def _check_folder(path: str) -> None:
+    """Refuses a file that cannot be written before anything long is begun."""
+    place = Path(path).expanduser().absolute()
+    if not place.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+    if place.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error
