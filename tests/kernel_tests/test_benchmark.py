@@ -31,9 +31,11 @@ def test_plain_formulations_give_the_specified_results():
 
 def test_every_case_is_checked_and_timed():
     for case in cases(CPU, torch.float32, **SMALL):
-        row = kernels.measure(case, CPU, torch.float32, LIMITS, budget=0.0)
+        row = kernels.against_limit(kernels.measure(case, CPU, torch.float32, budget=0.0), LIMITS)
         assert row["agrees"] and row["seconds"] > 0 and row["plain_seconds"] > 0 and row["runs"] >= 3
+        assert row["limit_seconds"] == pytest.approx(max(case.bytes / 1e9, case.flops / 1e9))
         assert row["share_of_limit"] == pytest.approx(row["limit_seconds"] / row["seconds"])
+        assert f"{row['seconds'] * 1e3:.2f} ms" in kernels.describe(row)
         assert row["extra_bytes"] > 0
 
 
@@ -41,7 +43,8 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     case = next(iter(cases(CPU, torch.float32, **SMALL)))
     right = vtprune_kernels.progressive_mmr
     monkeypatch.setattr(vtprune_kernels, "progressive_mmr", lambda *a, **k: right(*a, **k).flip(1))
-    row = kernels.measure(case, CPU, torch.float32, LIMITS, budget=0.0)
+    row = kernels.against_limit(kernels.measure(case, CPU, torch.float32, budget=0.0), LIMITS)
+    assert " ms" not in kernels.describe(row)
     assert row["agrees"] is None and "entries differ" in row["error"]
     assert not any("seconds" in name for name in row)
 
