@@ -4,7 +4,7 @@
 import pytest
 import torch
 from families import FAMILIES
-from support import CLIP, MIXED, model_of, pruned
+from support import CLIP, MIXED, ONE, model_of, pruned
 
 import vtprune
 
@@ -19,16 +19,36 @@ def test_exact_and_repeatable(family: str, method: str, budget: dict) -> None:
         first = patch.last
         model(**batch)
         assert [k.tolist() for k in patch.last.kept] == [k.tolist() for k in first.kept]
-        for visual, kept in zip(first.visual, first.kept, strict=True):
+        images = first.places.image.split(first.places.counts)
+        for visual, kept, image in zip(first.visual, first.kept, images, strict=True):
             n = len(visual)
             assert torch.equal(kept, kept.sort().values) and bool(torch.isin(kept, visual).all())
-            if "ratio" in budget and patch.method.pool == "sample":
-                assert len(kept) == (max(1, round(budget["ratio"] * n)) if n else 0)
+            if "ratio" in budget:
+                pools = [n] if patch.method.pool == "sample" else torch.unique(image, return_counts=True)[1].tolist()
+                assert len(kept) == sum(max(1, round(budget["ratio"] * size)) for size in pools if size)
             if "keep" in budget:
                 assert len(kept) == min(3, n)
         if "mean_ratio" in budget:
             # One token of the smallest sample is the finest that a count can do.
             assert abs(first.mean_ratio - 0.85) < 1.5 / min(len(v) for v in first.visual if len(v))
+
+
+def test_the_three_budgets_mean_the_same(method: str) -> None:
+    """A share, the count that it is, and the mean that it costs keep the same tokens at every cut."""
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    with pruned(model, method, ratio=0.4) as (patch, _):
+        expected = patch.mean_ratio
+        model(**batch)
+        want = patch.last
+    assert len(want.visual[0]) == 25 and len(want.kept[0]) == 10
+    assert want.mean_ratio == pytest.approx(expected, abs=0.5 / 25)
+    for budget in ({"keep": 10}, {"mean_ratio": expected}):
+        with pruned(model, method, **budget) as (patch, _):
+            model(**batch)
+            got = patch.last
+        assert [(layer, kept[0].tolist()) for layer, kept in got.stages] == [
+            (layer, kept[0].tolist()) for layer, kept in want.stages
+        ]
 
 
 def test_video(family: str, method: str) -> None:
