@@ -122,6 +122,7 @@ def test_a_search_is_repeatable_resumable_and_saved(
     assert resumed.trials == whole.trials and len(whole.trials) == 18
     assert tune.tune(model, batches, 0.25, trials=3, seed=4).trials[1] != whole.trials[1]
 
+    assert len({trial["threshold"] for trial in whole.trials[:11]}) == 11  # nothing is drawn twice
     # Better than random points: the Gaussian process looks where it pays.
     assert max(t["value"] for t in whole.trials[11:]) > max(t["value"] for t in whole.trials[:11])
     assert whole.best["value"] > -0.1
