@@ -95,19 +95,9 @@ class IWP(Method):
     def candidates(self, tokens: Tokens) -> Candidates:
         """Reads queries, keys and values of the layer, and measures every visual token's update."""
         read = tokens.attention_inputs(rope=self.rope_in_magnitude, queries="last" if self.query == "last" else "text")
-        magnitude = rank1_relevance(
-            read.queries,
-            read.keys,
-            read.values,
-            read.query_segments,
-            read.key_segments,
-            read.query_order,
-            read.visual,
-            read.scaling,
-            self.reduce,
-            self.normalise,
-            read.softcap,
-        )
+        places = (read.query_segments, read.key_segments, read.query_order, read.visual, read.scaling)
+        settings = (self.reduce, self.normalise, read.softcap)
+        magnitude = rank1_relevance(read.queries, read.keys, read.values, *places, *settings)
         if self.rope_in_duplication != self.rope_in_magnitude:
             read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # only its keys are used
         relevance = self.scale(magnitude, tokens)
