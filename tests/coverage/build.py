@@ -101,6 +101,7 @@ _EXACT: dict[str, Any] = {
     "vision_soft_tokens_per_image": 16,
     "num_image_tokens": 16,
     "query_pre_attn_scalar": HEAD_DIM,
+    "base_channels": 32,
     "codebook_size": 64,
     "num_embeddings": 64,
     "additional_vocab_size": 0,
@@ -284,7 +285,6 @@ class Built:
 # Settings without a default that a model nevertheless needs; any value works.
 _MISSING: dict[str, Any] = {
     "head_dim": HEAD_DIM,
-    "sliding_window": WINDOW,
     "num_experts_per_tok": 2,
     "mlp_layer_types": ["dense", "sparse"] * (DECODER_LAYERS // 2),
     "vocabulary_map": {"<image>": 3, "<IMGSTART>": 4, "<IMGEND>": 5}
@@ -299,14 +299,16 @@ _MISSING: dict[str, Any] = {
 }
 
 
-def _complete(config: dict[str, Any], by_kind: bool, text: bool = True) -> dict[str, Any]:
+def _complete(config: dict[str, Any], by_kind: bool, window: bool, text: bool = True) -> dict[str, Any]:
     """Gives settings that are None a value, and rotary settings what their model looks for in them."""
     out = {}
     for name, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
-            out[name] = _complete(value, by_kind, "vision" not in name and "audio" not in name)
+            out[name] = _complete(value, by_kind, window, "vision" not in name and "audio" not in name)
         elif value is None and text and name in _MISSING:
             out[name] = _MISSING[name]
+        elif name == "sliding_window" and value is None and text and window:
+            out[name] = WINDOW
         elif name == "rope_parameters" and text and isinstance(value, dict):
             size = config.get("head_dim", WIDTH // HEADS) or HEAD_DIM
             share = value.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
@@ -334,7 +336,7 @@ def _tower_of_stock(config: Any) -> list[str]:
     return ["vision tower replaced by a small CLIP (its own needs timm)"]
 
 
-ATTEMPTS = 3
+ATTEMPTS = 4
 # Ids that part of a larger model reads, but that are kept in the config above it.
 _ABOVE = ("vision_start_token_id", "vision_end_token_id")
 
@@ -344,7 +346,7 @@ def build(model_type: str, class_name: str, attempt: int = 0, stock_tower: bool 
 
     Args:
         model_type, class_name: As transformers registers them.
-        attempt: 0 takes the shrunk config as it is; 1 and 2 complete it in two ways.
+        attempt: 0 takes the shrunk config as it is; later ones complete it in different ways.
         stock_tower: Use a small CLIP as vision tower.
         seed: Of the weights.
     """
@@ -359,7 +361,7 @@ def build(model_type: str, class_name: str, attempt: int = 0, stock_tower: bool 
     settings, ids = shrink(plain)
     for name in ("transformers_version", "architectures", "_name_or_path"):
         settings.pop(name, None)
-    config = cls.from_dict(settings if attempt == 0 else _complete(settings, by_kind=attempt == 2))
+    config = cls.from_dict(settings if attempt == 0 else _complete(settings, attempt == 2, attempt == 3))
     notes = ["settings without a default were filled in"] if attempt else []
     for name in _ABOVE if attempt else ():
         if not hasattr(config, name):

@@ -52,21 +52,28 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             states = args[0] if args else kwargs["hidden_states"]
             batch, queries = states.shape[:2]
-            gone = torch.zeros(batch, queries, dtype=torch.bool)
+            cache = kwargs.get("past_key_values")
+            past = int(cache.get_seq_length(number)) if cache is not None and number < len(cache.layers) else 0
+            total = past + queries
+            gone = torch.zeros(batch, total, dtype=torch.bool)
             for start, columns in cuts:
                 if start <= number:
                     for row, which in enumerate(columns):
                         gone[row, which] = True
 
             def hide(x: Any) -> Any:
-                if not (isinstance(x, Tensor) and x.dim() == 4 and x.shape[-2:] == (queries, queries)):
+                if not (
+                    isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == queries and queries <= x.shape[3] <= total
+                ):
                     return x
-                blocked = gone[:, None, None, :] & ~torch.eye(queries, dtype=torch.bool)
+                seen = x.shape[3]  # a sliding window has forgotten the first columns
+                own = torch.eye(total, dtype=torch.bool)[past:, total - seen :]
+                blocked = gone[:, None, None, total - seen :] & ~own
                 return x & ~blocked if x.dtype == torch.bool else x.masked_fill(blocked, torch.finfo(x.dtype).min)
 
             hidden_args, hidden_kwargs = tuple(map(hide, args)), {k: hide(v) for k, v in kwargs.items()}
             if kwargs.get("attention_mask", 0) is None:
-                causal = torch.ones(queries, queries, dtype=torch.bool).tril().expand(batch, 1, -1, -1)
+                causal = torch.ones(queries, total, dtype=torch.bool).tril(past).expand(batch, 1, -1, -1)
                 mask = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
                 hidden_kwargs["attention_mask"] = hide(mask)
             return hidden_args, hidden_kwargs

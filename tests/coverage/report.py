@@ -66,9 +66,9 @@ def render(whole: dict[str, Any]) -> str:
         ", ".join(f"{number} {status}" for status, number in counts.items()) + ".",
         "",
         "Checks, each for a method that cuts before the decoder and one that cuts inside it: with `ratio=1.0` no bit "
-        "changes; with `ratio=0.4` surviving columns have the logits of the unpatched model that cannot see the dropped "
-        "ones; so has every generated token; a sample in a padded batch is treated as alone; after `remove` nothing is "
-        'left. "Pixels" went through the vision tower, "features" were put in its place.',
+        "changes; with `ratio=0.4` surviving columns have the logits of the unpatched model that cannot see the "
+        "dropped ones; so has every generated token; a sample in a padded batch is treated as alone; after `remove` "
+        'nothing is left. "Pixels" went through the vision tower, "features" were put in its place.',
         "",
     ]
     for status in _ORDER:

@@ -37,8 +37,8 @@ def examine(architecture: str, class_name: str) -> dict[str, Any]:
     """Builds, feeds and checks an architecture.
 
     Returns:
-        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the model
-        said) or "fails" (with the check that did not hold).
+        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the
+        model said) or "fails" (with the check that did not hold).
     """
     entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
     failure = ("not built", "")
@@ -71,16 +71,35 @@ def examine(architecture: str, class_name: str) -> dict[str, Any]:
     subject = checks.Subject(built.model, fed)
     entry["decoder"] = "hybrid" if subject.hybrid else "attention"
     entry["checks"] = {}
-    for method in (methods.resolve("random"), methods.FastV(layer=2)):
-        entry["checks"][f"{method.name} before layer {method.schedule(parts.num_layers)[0].layer}"] = _all(
-            subject, method
-        )
+    for method in (methods.resolve("random"), _inside(subject)):
+        if method is None:
+            entry["notes"] = [*entry["notes"], "no layer before which a method inside the decoder could cut"]
+            continue
+        layer = method.schedule(parts.num_layers)[0].layer
+        entry["checks"][f"{method.name} before layer {layer}"] = _all(subject, method)
+    first = next(iter(entry["checks"].values()))
     outcomes = [text for row in entry["checks"].values() for text in row.values()]
-    failed = [text for text in outcomes if text.startswith("fails")]
-    rows = list(entry["checks"].values())
-    if all(set(row.values()) == {rows[0]["identity"]} and rows[0]["identity"].startswith("refused") for row in rows):
-        return entry | {"status": "refused", "reason": rows[0]["identity"].removeprefix("refused: ")}
-    return entry | {"status": "fails" if failed else "passes", "reason": failed[0] if failed else ""}
+    for status, texts in (("fails", outcomes), ("refused", first.values())):
+        found = next((text for text in texts if text.startswith(status)), None)
+        if found is not None:
+            return entry | {"status": status, "reason": found.removeprefix("refused: ").removeprefix("fails: ")}
+    return entry | {"status": "passes", "reason": ""}
+
+
+def _inside(subject: checks.Subject) -> Any:
+    """FastV at the first layer, from the third on, whose forerunner attends; None if no layer does."""
+    count = subject.parts.num_layers
+    for layer in (2, 1, *range(3, count)):
+        method = methods.FastV(layer=layer)
+        try:
+            with vtprune.patch(subject.model, ratio=checks.RATIO, method=method):
+                subject.logits(subject.one)
+            return method
+        except vtprune.MethodError:
+            continue
+        except Exception:  # the checks will say what it is
+            return method
+    return None
 
 
 def _all(subject: checks.Subject, method: Any) -> dict[str, str]:

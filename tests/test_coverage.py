@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few architectures of `python -m tests.coverage` that differ in structure, on every test run.
+
+Pictures seen in both directions under a sliding window (Gemma 3), a prompt seen in both directions (PaliGemma), patch
+merging (Mistral 3), token splitting (Idefics 3), three axes of positions (GLM-4V), early fusion (Fuyu), layers with
+recurrent state (Qwen 3.5), and models that must be refused with their reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import vtprune
+from tests.coverage import build, checks, prompts, run
+
+NAMES = run.registered()
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "paligemma", "mistral3", "idefics3", "glm4v", "fuyu", "qwen3_5"])
+def test_architecture_passes(architecture: str) -> None:
+    entry = run.examine(architecture, NAMES[architecture])
+    assert entry["status"] == "passes", entry
+    assert len(entry["checks"]) == 2
+    for row in entry["checks"].values():
+        assert set(row) == set(checks.CHECKS)
+        assert set(row.values()) == {"ok"}, entry
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("t5gemma2", "encoder-decoder"),
+        ("mllama", "cross-attention"),
+        ("instructblip", "generate calls its language model directly"),
+        ("mistral4", "no vision tower"),
+        ("git", "no placeholder token ids"),
+    ],
+)
+def test_architecture_is_refused_with_its_reason(architecture: str, reason: str) -> None:
+    entry = run.examine(architecture, NAMES[architecture])
+    assert entry["status"] == "refused"
+    assert reason in entry["reason"]
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen3_5"])
+def test_checks_notice_what_is_not_hidden(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build.build(architecture, NAMES[architecture]).model
+    subject = checks.Subject(model, prompts.prompts_for(model, vtprune.inspect(model).placeholders))
+    monkeypatch.setattr(subject, "reference", lambda last: contextlib.nullcontext())
+    for check in (checks.drop_is_mask, checks.decode):
+        with pytest.raises(checks.Failed, match="of the largest logit"):
+            check(subject, "random")
+
+
+def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build.build("llava", NAMES["llava"]).model
+    subject = checks.Subject(model, prompts.prompts_for(model, vtprune.inspect(model).placeholders))
+    monkeypatch.setattr(vtprune.Patch, "remove", lambda patch: None)
+    with pytest.raises(checks.Failed, match="are left"):
+        checks.no_trace(subject, "random")
+    monkeypatch.undo()
+    vtprune.unpatch(model)
+    checks.no_trace(subject, "random")
