@@ -108,6 +108,8 @@ def find(model: nn.Module) -> Anatomy:
     decoder, layers = _find_decoder(inner, paths)
     _refuse_cross_attention(inner, decoder)
     _refuse_own_generate(inner)
+    _refuse_block_states(inner, layers)
+    _refuse_own_distances(inner, layers)
     tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
     placeholders = _find_placeholders(inner, composite)
@@ -192,6 +194,26 @@ def _refuse_own_generate(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__}.generate calls its language model directly, past the forward that places pictures "
             "in the prompt, so generation would not be pruned; models that leave generate to transformers work"
+        )
+
+
+def _refuse_block_states(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raises where the decoder itself collects states between its layers (Inkling 2): they would keep all columns."""
+    found = next((layer for layer in layers if "block_states" in inspect.signature(layer.forward).parameters), None)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"the decoder of {type(model).__name__} collects states of all columns between its layers and hands them "
+            f"to {type(found).__name__} as block_states; columns that are gone could not be taken out of them"
+        )
+
+
+def _refuse_own_distances(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Raises where attention counts the distance of two tokens in slots of its cache (Inkling), not by position ids."""
+    found = next((name for name, _ in layers.named_modules() if re.search("rel_logits|relative_", name)), None)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"attention of {type(model).__name__} counts distances between tokens itself ({found}) instead of taking "
+            "positions, so what is left after a cut would move closer together"
         )
 
 
