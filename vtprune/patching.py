@@ -224,9 +224,10 @@ class Patch:
             add(module.register_forward_hook(_Hook(self, function), with_kwargs=True, always_call=always))
 
         before(parts.composite, self._before_composite)
-        after(parts.composite, self._after_composite, always=True)
         before(parts.decoder, self._before_decoder)
+        # Early-fusion models are both at once: the decoder's call ends first.
         after(parts.decoder, self._after_decoder)
+        after(parts.composite, self._after_composite, always=True)
         for number, layer in enumerate(parts.layers):
             before(layer, self._layer_hook(number))
         for tap in taps:
