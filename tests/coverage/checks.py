@@ -36,7 +36,7 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Any], **extra: Any) -> Tensor:
-        return self.model(**_fresh(batch), **extra).logits.float()
+        return _bounded(self.model(**_fresh(batch), **extra).logits)
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class Subject:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return out.sequences[:, -STEPS:], torch.stack(out.logits, 1).float()
+        return out.sequences[:, -STEPS:], _bounded(torch.stack(out.logits, 1))
 
     @contextmanager
     def reference(self, last: Any) -> Iterator[None]:
@@ -72,6 +72,11 @@ class Subject:
 def _fresh(batch: dict[str, Any]) -> dict[str, Any]:
     """Models write into the dict of encoder outputs; each call gets one of its own."""
     return {k: dict(v) if type(v) is dict else v for k, v in batch.items()}
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    """Logits as float32; those that a model forbids altogether are not to set the scale."""
+    return torch.where(logits.abs() < 1e30, logits, 0).float()
 
 
 def _differ(got: Tensor, want: Tensor) -> float:
