@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZOO-Prune's three estimators on the shapes of real projectors: agreement and time, in `results/zoo_sensitivity.json`.
+
+    python -m benchmarks.zoo_sensitivity
+
+Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, 144 tokens of different lengths, float32, 64
+directions, side by side in one run. The reference is the derivative over 256 directions with the slopes in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.sensitivity import (
+    difference_sensitivity,
+    exact_sensitivity,
+    jvp_sensitivity,
+    quadratic_form,
+    unit_directions,
+)
+
+OUT = Path(__file__).resolve().parent / "results" / "zoo_sensitivity.json"
+SHAPES = {
+    "llava-1.5-7b": (144, 1024, 4096, 4096),
+    "internvl-1b": (144, 4096, 896, 896),
+}
+DIRECTIONS = 64
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's."""
+    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def seconds(function: Callable[[], Any], runs: int) -> float:
+    """Median of `runs`; the caller has run the function once before."""
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure(name: str, runs: int) -> dict[str, Any]:
+    """One projector shape."""
+    tokens, d_in, width, d_out = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    first, second = nn.Linear(d_in, width), nn.Linear(width, d_out)
+    for linear in (first, second):
+        linear.weight.data.normal_(0, linear.in_features**-0.5, generator=generator)
+        linear.bias.data.normal_(0, 0.1, generator=generator)
+    x = torch.randn(tokens, d_in, generator=generator) * torch.rand(tokens, 1, generator=generator).mul(3).exp()
+    directions = unit_directions(torch.randn(DIRECTIONS, d_in, generator=generator))
+    act = nn.functional.gelu
+
+    def project(z: Tensor) -> Tensor:
+        return second(act(first(z)))
+
+    form = quadratic_form(first.weight, second.weight)
+    estimators = {
+        "difference": lambda: difference_sensitivity(project, x, directions, 0.01),
+        "jvp": lambda: jvp_sensitivity(project, x, directions),
+        "exact": lambda: exact_sensitivity(x, first.weight, first.bias, act, form),
+    }
+    many = unit_directions(torch.randn(256, d_in, generator=generator, dtype=torch.float64))
+    # Once the slopes of the activation are known, the derivative along u is W2 (g * (W1 u)).
+    slopes = torch.func.jvp(act, (first.double()(x.double()),), (torch.ones(tokens, width, dtype=torch.float64),))[1]
+    along = many @ first.weight.T  # [256, width]
+    reference = torch.zeros(tokens, dtype=torch.float64)
+    for step in along:
+        reference += ((slopes * step).float() @ second.weight.T).double().norm(dim=1)
+    first.float()
+    rows = {key: function() for key, function in estimators.items()}
+    times = {key: seconds(function, runs) for key, function in estimators.items()}
+    return {
+        "projector": name,
+        "shape": SHAPES[name],
+        "rank_correlation_with_reference": {k: round(rank_correlation(v, reference), 4) for k, v in rows.items()},
+        "rank_correlation_exact_with_difference": round(rank_correlation(rows["exact"], rows["difference"]), 4),
+        "time_over_exact": {k: round(t / times["exact"], 1) for k, t in times.items()},
+    }
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ZOO-Prune's estimators on real projector shapes.")
+    parser.add_argument("--projectors", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    rows = []
+    for name in args.projectors:
+        rows.append(measure(name, args.runs))
+        print(json.dumps(rows[-1]), flush=True)
+    data = {
+        "directions": DIRECTIONS,
+        "rows": rows,
+        "versions": {"torch": torch.__version__},
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads, float32",
+    }
+    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
