@@ -12,11 +12,11 @@ from torch import nn
 
 from vtprune import methods
 from vtprune.errors import MethodError
-from vtprune.methods.dart import duplication_aware
 from vtprune.methods.depth import scale_layer, scale_schedule
+from vtprune.methods.pivots import duplication_aware
 from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
 from vtprune.methods.taps import over_prompt
-from vtprune.methods.transprune import submodule, variation
+from vtprune.methods.transition import submodule, variation
 from vtprune.methods.uniform import spread, spread_grid
 
 PARTS = ("states", "queries", "keys", "changes")  # of a sample, one row per token

@@ -11,9 +11,10 @@ from vtprune import methods, sensitivity
 from vtprune.budget import check_schedule, mean_share
 from vtprune.grid_recycling import grid_cells, mark_exactly, recycle
 from vtprune.methods import Tokens
+from vtprune.methods.importance_map import selected_rows
+from vtprune.methods.neighbour_merging import merge
 from vtprune.methods.pooling import cells, centres
-from vtprune.methods.prumerge import grid_places, merge, outlier_ratio
-from vtprune.methods.vflowopt import selected_rows
+from vtprune.methods.prumerge import grid_places, outlier_ratio
 from vtprune.methods.visionzip import contextual_targets
 from vtprune.methods.visionzip import merge as contextual
 from vtprune.methods.vispruner import remove_doubles, select

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .selection import rank_in_segment
+
+if TYPE_CHECKING:
+    from .methods.base import Tokens
 
 
 def grid_cells(row: Tensor, col: Tensor, crop: Tensor, a: float) -> Tensor:
@@ -14,6 +19,17 @@ def grid_cells(row: Tensor, col: Tensor, crop: Tensor, a: float) -> Tensor:
     keys = torch.stack([crop, torch.floor(row / a).long(), torch.floor(col / a).long()])
     cell = torch.unique(torch.where(row >= 0, keys, -1), dim=1, return_inverse=True)[1]
     return torch.where(row >= 0, cell, -1)
+
+
+def fitting_cells(row: Tensor, col: Tensor, crop: Tensor, a: float, budget: int) -> Tensor:
+    """`grid_cells`, doubled in side until there are no more of them than the `budget` of tokens to keep."""
+    while True:
+        cell = grid_cells(row, col, crop, a)
+        if int(cell.max()) < budget:
+            return cell
+        if a > max(int(row.max()), int(col.max())):
+            return torch.full_like(cell, -1)  # more crops than tokens to keep: nothing is merged
+        a *= 2
 
 
 def mark_exactly(importance: Tensor, cell: Tensor, keep: int) -> Tensor:
@@ -64,3 +80,31 @@ def recycle(
     keep = ~marked
     keep[best] = True
     return keep, merged, group, best
+
+
+def recycle_pools(tokens: Tokens, importance: Tensor, keep: Tensor, a: float) -> Tensor | None:
+    """Recycles what a cut takes from still pictures that are alone in their sample, as released.
+
+    Args:
+        tokens: Tokens of the stage, one pool for each image.
+        importance: `[M]`.
+        keep: `[M]` bool, changed in place: the choice of the other pools stays as it is.
+        a: Side of the cells of the grid.
+
+    Returns:
+        Tensor: `[M, D]` states with merged ones in place, or None where nothing was recycled.
+    """
+    hidden = tokens.hidden
+    firsts = tokens.sample[tokens.segments[:-1].clamp_max(len(tokens) - 1)]
+    bounds = tokens.segments.tolist()
+    for number, (start, stop, budget) in enumerate(zip(bounds, bounds[1:], tokens.budgets.tolist(), strict=False)):
+        here = slice(start, stop)
+        alone = int((firsts == firsts[number]).sum()) == 1
+        if not alone or budget == stop - start or bool((tokens.frame[here] > 0).any()):
+            continue
+        cell = fitting_cells(tokens.row[here], tokens.col[here], tokens.crop[here], a, budget)
+        marked = mark_exactly(importance[here], cell, budget)
+        keep[here], merged, _, best = recycle(hidden[here], importance[here], cell, marked)
+        hidden = hidden.clone() if hidden is tokens.hidden else hidden
+        hidden[start + best] = merged[best].to(hidden)
+    return None if hidden is tokens.hidden else hidden

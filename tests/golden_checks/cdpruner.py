@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from vtprune.methods.cdpruner import scale, similarity
+from vtprune.methods.cdpruner import scale
+from vtprune.methods.clip_relevance import similarity
 from vtprune_kernels import dpp_map
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.dart import duplication_aware, key_size
+from vtprune.methods.dart import key_size
+from vtprune.methods.pivots import duplication_aware
 from vtprune.selection import rank_in_segment
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.prumerge import grid_places, merge, neighbours, one_head, outlier_ratio
+from vtprune.methods.neighbour_merging import merge, neighbours
+from vtprune.methods.prumerge import grid_places, one_head, outlier_ratio
 from vtprune.vision import Attention
 
 

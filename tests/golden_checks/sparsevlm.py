@@ -7,12 +7,8 @@ import numpy as np
 import torch
 
 from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
-from vtprune.methods.sparsevlm import (
-    priority_heads,
-    rater_scores,
-    raters,
-    rope_weights,
-)
+from vtprune.methods.rotation import priority_heads, rope_weights
+from vtprune.methods.text_raters import rater_scores, raters
 from vtprune.selection import rank_in_segment, top_k
 
 

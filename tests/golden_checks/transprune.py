@@ -8,7 +8,8 @@ import torch
 
 from vtprune.methods.base import AttentionInputs
 from vtprune.methods.fastv import visual_attention
-from vtprune.methods.transprune import TransPrune, change, combine, variation
+from vtprune.methods.transition import change, combine, variation
+from vtprune.methods.transprune import TransPrune
 from vtprune.selection import top_k
 from vtprune_kernels import attention_rows
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vtprune_kernels import dpp_map
 
@@ -17,6 +16,7 @@ from ..errors import MethodError
 from ..vision import Vision, crops_seen, projector_tap
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
+from .clip_relevance import clip_patches, clip_text, similarity
 from .options import check_choices
 from .registry import register
 
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 _TEXT = "cdpruner.text"
-_SEGMENT = 77  # tokens that CLIP's text tower reads at once
-
-
-def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Mean over the text rows of the NEGATIVE cosine, as released (dense CLIP patches are anti-correlated with text).
-
-    Args:
-        image_embeds: `[..., C]`.
-        text_embeds: `[m, C]`.
-
-    Returns:
-        Tensor: `[...]` float32.
-    """
-    return -(normalize(image_embeds.float(), dim=-1) @ normalize(text_embeds.float(), dim=-1).mean(0))
 
 
 def scale(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -141,21 +127,10 @@ class CDPruner(Method):
         )
 
     def _clip_patches(self, tokens: Tokens) -> Tensor:
+        """`[M, C]`; newlines are in no image: relevance 0 lies between the extremes of a cosine."""
         vision = Vision(tokens, self.name)
-        weights = self.clip.visual_projection.weight
-        if vision.features.shape[1] != weights.shape[1]:
-            raise MethodError(
-                f"clip projects features of width {weights.shape[1]}, the model's are {vision.features.shape[1]} wide; "
-                "expected the CLIP model that the vision tower was taken from"
-            )
-        normed = self.clip.vision_model.post_layernorm(vision.features.to(weights))
-        # Newlines are in no image: relevance 0 lies between the extremes of a cosine.
-        return vision.to_tokens(self.clip.visual_projection(normed)).nan_to_num(0.0)
+        return vision.to_tokens(clip_patches(self.clip, vision.features)).nan_to_num(0.0)
 
     def _clip_text(self, ids: Tensor) -> Tensor:
         question = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        tokens = torch.tensor(self.clip_tokenizer(question.strip())["input_ids"])
-        segments = tokens.new_zeros(-(-len(tokens) // _SEGMENT), _SEGMENT)
-        segments.view(-1)[: len(tokens)] = tokens
-        output = self.clip.get_text_features(input_ids=segments.to(self.clip.device))
-        return output if isinstance(output, Tensor) else output.pooler_output
+        return clip_text(self.clip, self.clip_tokenizer, question)

@@ -23,7 +23,6 @@ from .sparsevlm import SparseVLM
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
-_CURVES = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
 _RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bilinear")}
 
 
@@ -44,16 +43,15 @@ class Debiased(ScoreMethod):
     than that show the picture, and padding fills it in order of columns (the release lowers the budget for FastV);
     `stages="all"` corrects later cuts too, by original numbers; SparseVLM recycles by corrected scores, so that
     padding does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576
-    tokens of one model: the defaults here, the one of FastV and those of GQA, are not fitted to your model. `fit` fits
-    one to pictures of your own.
+    tokens of one model: the defaults, that of FastV and those of GQA, are not fitted to yours; `fit` does that.
 
     Attributes:
         host: The method to correct.
         curve: A curve, the name of a released one (`"sparsevlm/pope"`), the path of a saved one (`.json`), `"flat"` to
             suppress padding alone; None for the host's default.
         padding: Whether padding is suppressed.
-        rule: How cells at the border of the picture are judged; None for what was released for the host (FastV: half
-            of the area; PyramidDrop: 1 %; SparseVLM: a shrunk mask).
+        rule: How cells at the border are judged; None as released (FastV: half of the area; PyramidDrop: 1 %;
+            SparseVLM: a shrunk mask).
         stages: Which cuts are corrected, the `"first"` or `"all"`.
         recycle: What SparseVLM recycles by, `"debiased"` or `"raw"` scores.
         sizes: Height and width of every picture of the coming call, in order, `[n, 2]`; None where the call says them
@@ -74,22 +72,8 @@ class Debiased(ScoreMethod):
                 f"Debiased corrects scores, and {type(self.host).__name__} is not a method with scores; expected an "
                 "instance of FastV, PyramidDrop, SparseVLM or another ScoreMethod"
             )
-        self._curve = self._resolve()
+        self._curve = Curve.of(self.curve, self.host.name)
         self._rule = self.rule or _RULES.get(self.host.name, PaddingRule())
-
-    def _resolve(self) -> Curve:
-        if isinstance(self.curve, Curve):
-            return self.curve
-        if self.curve == "flat":
-            return Curve("exponential", (0.0,))
-        if self.curve is not None:
-            return Curve.load(self.curve) if self.curve.endswith(".json") else Curve.preset(self.curve)
-        if self.host.name not in _CURVES:
-            raise MethodError(
-                f"no curve was released for {type(self.host).__name__}; pass curve=, or start with curve='flat' and "
-                "use fit on pictures of your own"
-            )
-        return Curve.preset(_CURVES[self.host.name])
 
     def fit(
         self,
@@ -143,13 +127,11 @@ class Debiased(ScoreMethod):
         return self.host.taps(anatomy)
 
     def weights(self, tokens: Tokens) -> Tensor:
-        """`[M]` factors of the host's scores."""
+        """`[M]` factors of the host's scores, by numbers among all visual tokens that there were at first."""
         sample = tokens.sample[tokens.segments[:-1]]  # of each pool
         counts = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device=sample.device)
         counts.index_add_(0, sample, tokens.originals.to(sample.device))
-        number = (
-            counts.cumsum(0)[tokens.sample] - counts[tokens.sample] + tokens.index
-        )  # among all visual tokens at first
+        number = counts.cumsum(0)[tokens.sample] - counts[tokens.sample] + tokens.index
         weight = self._curve(tokens.index.float() / (counts[tokens.sample] - 1).clamp_min(1))
         if not self.padding:
             return weight

@@ -7,14 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import MethodError
-
-Form = Literal["exponential", "reciprocal-cubic"]
+from .curve_fitting import Form, fit_coefficients
 
 _SETS = ("gqa", "mmb", "mmb_cn", "mme", "mmvet", "pope", "sqa", "textvqa", "vizwiz", "vqav2")
 _SIGMAS = {
@@ -23,6 +21,7 @@ _SIGMAS = {
     "himap": (1.249, 0.925, 0.851, 1.174, 0.979, 1.296, 0.982, 0.850, 1.133, 1.273),
     "tokencarve": (0.959, 0.745, 0.640, 0.845, 0.976, 0.986, 0.678, 0.679, 0.823, 0.976),
 }
+_DEFAULTS = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
 _LAST = 575  # the released vectors have 576 entries
 
 
@@ -78,6 +77,31 @@ class Curve:
         return cls("exponential", (_SIGMAS[host][_SETS.index(benchmark)],))
 
     @classmethod
+    def of(cls, choice: Curve | str | None, host: str) -> Curve:
+        """What a user means by a curve.
+
+        Args:
+            choice: A curve, the name of a released one, the path of a saved one (`.json`), `"flat"` for no weights at
+                all, or None for the one that was released for the host (of several, that of GQA).
+            host: Name of the method whose scores are weighted.
+
+        Raises:
+            MethodError: There is no such curve, or none for the host.
+        """
+        if isinstance(choice, Curve):
+            return choice
+        if choice == "flat":
+            return cls("exponential", (0.0,))
+        if choice is not None:
+            return cls.load(choice) if choice.endswith(".json") else cls.preset(choice)
+        if host not in _DEFAULTS:
+            raise MethodError(
+                f"no curve was released for {host or 'this method'}; pass curve=, or start with curve='flat' and use "
+                "fit on pictures of your own"
+            )
+        return cls.preset(_DEFAULTS[host])
+
+    @classmethod
     def fit(cls, scores: Sequence[Tensor], shown: Sequence[Tensor] | None = None, form: Form = "exponential") -> Curve:
         """Fits a curve to score vectors of a host, collected on data that is not a test set.
 
@@ -92,18 +116,7 @@ class Curve:
         Raises:
             MethodError: The vectors are too few or too short for the form, or the fit is not positive everywhere.
         """
-        places, values = _mean_by_place(scores, shown)
-        if len(places) < 4:
-            raise MethodError(f"a curve is fitted to 4 places or more; the score vectors have {len(places)}")
-        if not bool(torch.isfinite(values).all()):
-            raise MethodError("a score vector is zero everywhere, or not finite; a curve cannot be fitted to it")
-        if form == "exponential":
-            return cls(form, (_fit_exponential(places, values),))
-        powers = torch.stack([places**k for k in range(4)], 1)
-        cubic = torch.linalg.lstsq(powers, values[:, None]).solution[:, 0]
-        if bool((powers @ cubic <= 0).any()):
-            raise MethodError("the fitted cubic is not positive everywhere; collect more samples or fit an exponential")
-        return cls(form, tuple((cubic[1:] / cubic[0]).tolist()))
+        return cls(form, fit_coefficients(scores, shown, form))
 
     def save(self, path: str | Path) -> None:
         """Writes the curve as JSON."""
@@ -114,40 +127,3 @@ class Curve:
         """Reads what `save` wrote."""
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(data["form"], tuple(data["coefficients"]))
-
-
-def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Places with data, and the mean normalised score there. Vectors of other lengths go to the nearest place."""
-    last = max((len(s) for s in scores), default=1) - 1
-    total, count = torch.zeros(last + 1, dtype=torch.float64), torch.zeros(last + 1, dtype=torch.float64)
-    for number, score in enumerate(scores):
-        mask = torch.ones(len(score), dtype=torch.bool) if shown is None else shown[number].cpu()
-        place = torch.arange(len(score))[mask] * last / max(len(score) - 1, 1)
-        value = score.detach().cpu().double()[mask]
-        total.index_add_(0, place.round().long(), value / value.mean())
-        count.index_add_(0, place.round().long(), torch.ones_like(value))
-    seen = count > 0
-    return torch.arange(last + 1).double()[seen] / max(last, 1), (total / count)[seen]
-
-
-def _fit_exponential(x: Tensor, y: Tensor) -> float:
-    """Least-squares `sigma` of `mu exp(sigma x)` by Gauss-Newton steps, halved where they do not help."""
-
-    def residual(sigma: float) -> tuple[Tensor, Tensor, float]:
-        e = torch.exp(sigma * x)
-        mu = (y @ e) / (e @ e)
-        return y - mu * e, torch.stack([e, mu * x * e], 1), float((y - mu * e).square().sum())
-
-    positive = y > 0
-    start = torch.stack([torch.ones_like(x), x], 1)[positive]
-    sigma = float(torch.linalg.lstsq(start, y[positive].log()[:, None]).solution[1])
-    error, slopes, loss = residual(sigma)
-    for _ in range(100):
-        step = float(torch.linalg.lstsq(slopes, error[:, None]).solution[1])
-        while residual(sigma + step)[2] > loss and abs(step) > 1e-12:
-            step /= 2
-        if abs(step) <= 1e-12:
-            break
-        sigma += step
-        error, slopes, loss = residual(sigma)
-    return sigma

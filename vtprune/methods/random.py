@@ -21,8 +21,10 @@ class Random(ScoreMethod):
     afresh with `seed` for every pool: two runs agree, a sample alone agrees with the same sample in a batch, and the
     global generator is neither read nor moved.
 
+    `score_i` is uniform in [0, 1): each token of a pool is as likely to stay as any other.
+
     Attributes:
-        seed: Start of the generator.
+        seed: Start of the generator, on the CPU whatever the device of the model.
     """
 
     seed: int = 0

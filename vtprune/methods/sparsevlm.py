@@ -10,53 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vtprune_kernels import attention_rows
-
-from ..selection import segment_ids, top_k
 from .base import AttentionInputs, Choice, ScoreMethod, Stage, Tap, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
 from .options import check_choices
 from .recycling import recycle, with_clusters
 from .registry import register
-from .taps import layer_input, over_prompt
+from .rotation import corrected_attention, rope_base
+from .text_raters import embeddings, find_raters
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
 
 _SHARES = {1: (300 / 576, 200 / 576, 110 / 576), 2: (300 / 576, 200 / 576, 118 / 576)}
-_HEADS = 14 / 32  # of the heads, where the release takes 14 of 32
-
-
-def rater_scores(visual: Tensor, text: Tensor) -> Tensor:
-    """How much the image has to do with each text token: softmax over the text of `visual text^T`, mean over the image.
-
-    Args:
-        visual: `[n, D]` input embeddings of the visual tokens.
-        text: `[t, D]` input embeddings of the text after them.
-
-    Returns:
-        Tensor: `[t]` float32, sums to 1.
-    """
-    return torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
-
-
-def raters(scores: Tensor) -> Tensor:
-    """`[t]` bool: text tokens above the mean; all of them where none is."""
-    above = scores > scores.mean()
-    return above if bool(above.any()) else torch.ones_like(above)
-
-
-def rope_weights(distance: Tensor, head_size: int, base: float = 10000.0) -> Tensor:
-    """Logits between vectors of ones that differ only by rotation: `2 / sqrt(dh) * sum_j cos(distance * theta_j)`."""
-    theta = base ** (-torch.arange(0, head_size, 2, device=distance.device) / head_size)
-    return 2 * torch.cos(distance[..., None] * theta).sum(-1) * head_size**-0.5
-
-
-def priority_heads(attention: Tensor, count: int) -> Tensor:
-    """`[H]` bool: the `count` heads with the largest sum of `attention` `[H, r, n]`."""
-    mass = attention.sum(dim=(1, 2))
-    return top_k(mass, torch.tensor([0, len(mass)], device=mass.device), torch.tensor([count]))
 
 
 @register("sparsevlm")
@@ -125,7 +91,7 @@ class SparseVLM(ScoreMethod):
         return tuple(max(stage.layer - 1, 0) for stage in self.schedule(num_layers))
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        return (Tap("sparsevlm.embeddings", anatomy.layers[0], _embeddings),)
+        return (Tap("sparsevlm.embeddings", anatomy.layers[0], embeddings),)
 
     def score(self, tokens: Tokens) -> Tensor:
         inputs = tokens.attention_inputs(max(tokens.layer - 1, 0))
@@ -149,54 +115,16 @@ class SparseVLM(ScoreMethod):
 
     def _find_raters(self, tokens: Tokens, inputs: AttentionInputs) -> Tensor:
         """`[R]` bool; before the decoder, where text has not been seen yet, all."""
-        records, prompt = tokens.observed.get("sparsevlm.embeddings"), tokens.prompt
-        if not records or prompt is None:
+        records = tokens.observed.get("sparsevlm.embeddings")
+        if not records or tokens.prompt is None:
             return torch.ones(len(inputs.queries), dtype=torch.bool, device=tokens.hidden.device)
-        states = over_prompt(records[0], tokens)  # [C, D]
-        visual = states[prompt.visual].split(tokens.segments.diff().tolist())
-        text = states[prompt.text].split(prompt.text_segments.diff().tolist())
-        found = [raters(rater_scores(v, t)) for v, t in zip(visual, text, strict=True)]
-        return torch.cat(found)
+        return find_raters(records[0], tokens)
 
     def _corrected(self, tokens: Tokens, inputs: AttentionInputs, rate: Tensor) -> Tensor:
         """The score of SparseVLM+, `[M]`."""
-        rows = rate.nonzero().flatten()
-        sample = segment_ids(inputs.query_segments)[rows]
-        counts = torch.bincount(sample, minlength=len(tokens.segments) - 1)
-        segments = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        attention = attention_rows(
-            inputs.queries[rows],
-            inputs.keys,
-            segments,
-            inputs.key_segments,
-            inputs.query_order[rows],
-            inputs.scaling,
-            inputs.softcap,
-            reduce="none",
-        )  # [H, r, L]
-        column = inputs.visual - inputs.key_segments[:-1][tokens.pool]  # [M]
-        size, base = inputs.queries.shape[-1], rope_base(tokens.anatomy)
-        heads = self.heads or max(1, round(_HEADS * len(attention)))
-        scores = []
-        edges, ends = tokens.segments.tolist(), segments.tolist()
-        for s in range(len(edges) - 1):
-            mine, here = slice(edges[s], edges[s + 1]), slice(ends[s], ends[s + 1])
-            asked = tokens.memory["sparsevlm.text_place"][rows[here], None]
-            distance = asked - tokens.memory["sparsevlm.place"][mine]  # [r, n]
-            divisor = rope_weights(distance, size, base).clamp_min(self.floor * size**0.5)
-            corrected = attention[:, here, column[mine]] / divisor  # [H, r, n]
-            scores.append(corrected[priority_heads(corrected, min(heads, len(corrected)))].mean(dim=(0, 1)))
-        return torch.cat(scores)
-
-
-def rope_base(anatomy: Anatomy | None) -> float:
-    """Base of the decoder's rotation, from its config; 10000 where that does not say."""
-    config = getattr(getattr(anatomy, "decoder", None), "config", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    bases = [p["rope_theta"] for p in (parameters, *parameters.values()) if isinstance(p, dict) and "rope_theta" in p]
-    return float(bases[0]) if bases else 10000.0
-
-
-def _embeddings(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-    states = layer_input(args, kwargs, output)
-    return states if states.shape[1] > 1 else None  # not of decoding steps
+        asked = tokens.memory["sparsevlm.text_place"].split(inputs.query_segments.diff().tolist())
+        rating = rate.split(inputs.query_segments.diff().tolist())
+        place = tokens.memory["sparsevlm.place"].split(tokens.segments.diff().tolist())
+        distances = [a[r][:, None] - p for a, r, p in zip(asked, rating, place, strict=True)]  # [r, n] each
+        base = rope_base(tokens.anatomy)
+        return corrected_attention(inputs, rate, distances, tokens.segments, base, self.heads, self.floor)

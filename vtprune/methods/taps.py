@@ -38,7 +38,7 @@ def over_prompt(record: Tensor, tokens: Tokens) -> Tensor:
 
 def layer_input(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
     """`[B, T, D]` states that enter a decoder layer or one of its modules."""
-    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return next(x for x in (kwargs.get("hidden_states"), *args, *kwargs.values()) if isinstance(x, Tensor))
 
 
 def layer_output(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:

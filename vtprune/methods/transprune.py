@@ -5,83 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
-
-from vtprune_kernels import transition_variation
+from torch import Tensor
 
 from ..errors import MethodError
-from ..selection import segment_ids
 from .base import Choice, ScoreMethod, Stage, Tap, Tokens
 from .depth import scale_schedule
 from .fastv import visual_attention
 from .options import check_choices
 from .registry import register
-from .taps import layer_input, layer_output, over_prompt
+from .taps import over_prompt
+from .transition import MODULES, combine, recorded_change, submodule, variation
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
-
-_MODULES = {
-    "attention": ("attn", "attention"),
-    "mlp": ("mlp", "feed_forward", "feedforward", "ffn", "moe"),
-}
-
-
-def submodule(layer: nn.Module, part: Literal["attention", "mlp"]) -> nn.Module | None:
-    """The attention or the MLP of a decoder layer, found by the names of the layer's own children; None without one."""
-    for name, child in layer.named_children():
-        is_norm = "norm" in name.lower() or "norm" in type(child).__name__.lower()
-        named = any(word in name.lower() for word in _MODULES[part])
-        if named and not is_norm and next(child.parameters(), None) is not None:
-            return child
-    return None
-
-
-def change(x_in: Tensor, x_out: Tensor, direction: Literal["signed", "absolute"] = "signed") -> Tensor:
-    """Change of every token by a module, before it is set in proportion to the other tokens.
-
-    Args:
-        x_in: `[..., D]` normed input of the module.
-        x_out: `[..., D]` its output before the residual addition.
-        direction: `"signed"` for `1 - cos`, `"absolute"` for `1 - |cos|`.
-
-    Returns:
-        Tensor: `[..., 2]` float32, change of length `|out| / |in|` and of direction.
-    """
-    ratio, turn = transition_variation(x_in, x_out)
-    if direction == "absolute":
-        turn = 1 - (1 - turn).abs()
-    return torch.stack([ratio, turn], -1)
-
-
-def variation(changes: Tensor, segments: Tensor) -> Tensor:
-    """Token transition variation of one module: `ratio * softmax(turn)`, the softmax over the tokens of a sample.
-
-    Args:
-        changes: `[C, 2]` of `change`.
-        segments: `[S + 1]` offsets of the samples.
-
-    Returns:
-        Tensor: `[C]`.
-    """
-    ratio, turn = changes.unbind(-1)
-    weight = torch.exp(turn)  # turn is at most 2
-    return ratio * weight / pool_sum(weight, segments)
-
-
-def pool_sum(values: Tensor, segments: Tensor) -> Tensor:
-    """`[M]`: the sum of each row's pool."""
-    pools = segment_ids(segments)
-    return values.new_zeros(len(segments) - 1).index_add_(0, pools, values)[pools]
-
-
-def combine(ttv: Tensor, attention: Tensor, segments: Tensor, alpha: float = 0.5) -> Tensor:
-    """Score of a cut: both parts as shares of their pool's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
-    parts = [x / (pool_sum(x, segments) + 1e-8) for x in (ttv, attention)]
-    return 2 * alpha * parts[0] + 2 * (1 - alpha) * parts[1]
 
 
 @register("transprune")
@@ -134,8 +74,9 @@ class TransPrune(ScoreMethod):
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         cuts = self.schedule(anatomy.num_layers)
         watched = range(max(cuts[0].layer - 1, 0), cuts[-1].layer)
+        record = partial(recorded_change, direction=self.direction)
         found = [
-            Tap("transprune.change", module, self._record)
+            Tap("transprune.change", module, record)
             for layer in watched
             for part in ("attention", "mlp")
             if (module := submodule(anatomy.layers[layer], part)) is not None
@@ -143,21 +84,10 @@ class TransPrune(ScoreMethod):
         if watched and not found:
             raise MethodError(
                 f"TransPrune found neither attention nor MLP in {type(anatomy.layers[watched[0]]).__name__}: expected "
-                f"children named like {_MODULES['attention']} and {_MODULES['mlp']}; use a method that needs attention "
+                f"children named like {MODULES['attention']} and {MODULES['mlp']}; use a method that needs attention "
                 "alone"
             )
         return found
-
-    def _record(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-        x_in, x_out = layer_input(args, kwargs, output), layer_output(args, kwargs, output)
-        if x_in.dim() == 3 and x_in.shape[1] == 1:
-            return None  # a decoding step
-        if x_in.dim() != 3 or x_out.numel() != x_in.numel():
-            raise MethodError(
-                f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expected "
-                "[batch, columns, width] on both sides; use a method that reads attention alone"
-            )
-        return change(x_in, x_out.reshape(x_in.shape), self.direction)  # [B, T, 2]
 
     def score(self, tokens: Tokens) -> Tensor:
         ttv = self._new_variation(tokens)

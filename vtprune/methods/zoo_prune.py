@@ -3,25 +3,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtprune_kernels import weighted_farthest_point
 
 from ..errors import MethodError
-from ..sensitivity import (
-    difference_sensitivity,
-    exact_sensitivity,
-    jvp_sensitivity,
-    quadratic_form,
-    two_linears,
-    unit_directions,
-)
+from ..sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
 from ..vision import Vision, over_patches, projector_tap, say_once
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
@@ -89,13 +81,7 @@ class ZOOPrune(Method):
 
     def __post_init__(self) -> None:
         check_choices(self)
-        self._forms: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in vars(self).items() if k != "_forms"}  # weak references cannot be pickled
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state, _forms=weakref.WeakKeyDictionary())
+        self._closed_forms = ClosedForms()
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.1112),)
@@ -122,9 +108,10 @@ class ZOOPrune(Method):
     def _of_call(self, vision: Vision, number: int) -> Tensor:
         x, y, packed = vision.calls()[number]
         x = x.clone()
-        exact = self._closed_form(vision, x.float(), y) if self.estimator in ("auto", "exact") else None
-        if exact is not None:
-            return exact
+        if self.estimator in ("auto", "exact"):
+            exact = self._closed_forms(vision.anatomy.projector, x.float(), y)
+            if exact is not None:
+                return exact
         if self.estimator == "exact":
             raise MethodError(
                 f"estimator='exact' needs a projector that is linear - activation - linear; "
@@ -149,21 +136,3 @@ class ZOOPrune(Method):
         if not self.half:
             x, shifts = x.float(), [u.float() for u in shifts]
         return difference_sensitivity(project, x, shifts, self.step).flatten().float()
-
-    def _closed_form(self, vision: Vision, x: Tensor, y: Tensor) -> Tensor | None:
-        projector = vision.anatomy.projector
-        parts = None if projector is None or x.shape[1] != y.shape[1] else two_linears(projector)
-        if projector is None or parts is None or parts[0].weight.is_meta or parts[2].weight.is_meta:
-            return None
-        first, act, second = parts
-        w1, w2 = first.weight.detach().float(), second.weight.detach().float()
-        b1 = None if first.bias is None else first.bias.detach().float()
-        rows, shown = x.flatten(0, 1), y.flatten(0, 1).float()
-        b2 = None if second.bias is None else second.bias.detach().float()
-        tried = nn.functional.linear(act(nn.functional.linear(rows[:16], w1, b1)), w2, b2)
-        if tried.shape != shown[:16].shape or (tried - shown[:16]).norm() > 0.05 * shown[:16].norm():
-            return None  # something else happens between the layers
-        version = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in (first.weight, second.weight))
-        if self._forms.get(projector, (None,))[0] != version:
-            self._forms[projector] = (version, quadratic_form(w1, w2))
-        return exact_sensitivity(rows, w1, b1, act, self._forms[projector][1])
