@@ -112,6 +112,8 @@ class Columns:
         they are."""
         if self._nothing_to_do(number, args, kwargs):
             return args, kwargs
+        if self.is_cut and "together" not in self._gathered:
+            self._gather_together({**kwargs, **{str(place): value for place, value in enumerate(args[1:])}})
         new = {name: self._argument(number, name, value) for name, value in kwargs.items() if name != "hidden_states"}
         rest = tuple(self._argument(number, "", value) for value in args[1:])
         return (*args[:1], *rest), {**kwargs, **new}
@@ -125,7 +127,7 @@ class Columns:
         return not masked and not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
-        if "mask" in name or masks.is_block_mask(value) or (isinstance(value, Tensor) and self._looks_like_mask(value)):
+        if self._is_mask(name, value):
             return self._mask(number, value)
         if name in positions.NAMES:
             index = self.source
@@ -134,8 +136,29 @@ class Columns:
             return value if turned is None else turned.apply(name, value)
         return compact.map_tensors(value, lambda x: self._cut(x, self.index)) if self.is_cut else value
 
-    def _looks_like_mask(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[2] == self.length and x.shape[3] == self.past + self.length
+    def _is_mask(self, name: str, value: Any) -> bool:
+        if "mask" in name or masks.is_block_mask(value):
+            return True
+        square = (self.length, self.past + self.length)
+        return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[2:]) == square
+
+    def _gather_together(self, arguments: dict[str, Any]) -> None:
+        """Gathers the columns of all that a layer is given, in as few launches as possible, for `_cut` to find."""
+        self._gathered["together"] = True
+        groups: dict[Any, dict[int, tuple[Tensor, int]]] = {}
+        for name, value in arguments.items():
+            if name == "hidden_states" or self._is_mask(name, value):
+                continue
+            index = self.source if name in positions.NAMES else self.index
+            tensors: list[Tensor] = []
+            compact.map_tensors(value, tensors.append)
+            for x in tensors:
+                dim = compact.column_dim(x, self.batch, self.length)
+                if dim is not None and id(x) not in self._gathered:
+                    groups.setdefault(self._on(index, x.device), {})[id(x)] = (x, dim)
+        for index, group in groups.items():
+            for (x, _), cut in zip(group.values(), compact.gather_all(list(group.values()), index), strict=True):
+                self._gathered[id(x)] = (x, cut)
 
     def _cut(self, x: Tensor, index: Tensor) -> Tensor:
         """Gathers the surviving columns of a tensor that has all of them; other tensors pass."""

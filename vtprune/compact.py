@@ -7,10 +7,13 @@ are not alive fill up rows that kept fewer columns and repeat some column's cont
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vtprune_kernels import compact
 
 
 def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,21 +53,43 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Gathers columns: dimension `dim` of `x` is the column, the one before it the batch (or 1 for all rows).
 
     Args:
-        x: `[..., B or 1, T, ...]`.
+        x: `[..., B or 1, T, ...]`, with one dimension before the batch at most.
         index: `[B, K]` on the device of `x`.
         dim: Place of `T`; 0 for a tensor without a batch dimension.
 
     Returns:
-        Tensor: `[..., B, K, ...]`; a batch dimension of 1 stays 1 where `index` has one row.
+        Tensor: `[..., B, K, ...]`, differentiable in `x`; a batch dimension of 1, or none, stays so where `index` has
+        one row.
     """
-    if index.shape[0] == 1 and (dim == 0 or x.shape[dim - 1] == 1):
-        return x.index_select(dim, index[0])
+    return gather_all([(x, dim)], index)[0]
+
+
+def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Tensor]:
+    """`gather` of several tensors, each with its `dim`, in one launch where all of them have the same batch."""
+    batch = len(index)
+    flat = [_batched(x, dim, batch) for x, dim in tensors]  # [B, T, ...] or [n B, T, ...]
+    results: list[Tensor] = [index] * len(flat)
+    for rows in sorted({len(x) for x in flat}):
+        here = [number for number, x in enumerate(flat) if len(x) == rows]
+        found = compact([flat[number] for number in here], index.repeat(rows // max(batch, 1), 1))
+        for number, result in zip(here, found, strict=True):
+            results[number] = result
+    return [_as_before(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
+
+
+def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
+    """`x` as `[rows, T, ...]`, a multiple of the batch many rows."""
     if dim == 0:
-        return x[index]  # [B, K, ...]: rows differ, so a batch dimension appears
-    if x.shape[dim - 1] == 1:
-        x = x.expand(*x.shape[: dim - 1], index.shape[0], *x.shape[dim:])
-    batch = torch.arange(index.shape[0], device=x.device)[:, None]
-    return x[(slice(None),) * (dim - 1) + (batch, index)]
+        return x.expand(batch, *x.shape)
+    shape = (*x.shape[: dim - 1], batch, *x.shape[dim:])
+    return x.expand(shape).flatten(0, dim - 1)
+
+
+def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
+    """What `_batched` made of `x`, undone."""
+    if dim == 0:
+        return result[0] if batch == 1 else result
+    return result.unflatten(0, (*x.shape[: dim - 1], batch))
 
 
 def scatter(x: Tensor, index: Tensor, alive: Tensor, length: int) -> Tensor:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -61,3 +63,30 @@ def test_variation_of_unchanged_and_turned_tokens():
     torch.testing.assert_close(direction, torch.full((6,), 2.0))
     ratio, _ = transition_variation(torch.zeros(1, 4), torch.ones(1, 4))
     assert torch.isinf(ratio).all()  # no epsilon, as published
+
+
+def test_compact_is_differentiable(monkeypatch):
+    """A column's gradient is the sum over its places, and padding has none; also where the kernel would run."""
+    source = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    index = torch.tensor([[0, 2, 2, 6], [1, 5, -1, -1]])
+    module = importlib.import_module("vtprune_kernels.compact")
+    calls = []
+
+    def kernel(tensors, where):
+        calls.append(len(tensors))
+        return naive_compact([tensor.detach() for tensor in tensors], where)
+
+    monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(module, "triton_source", lambda operation: kernel)
+    weight = torch.arange(24.0, dtype=torch.float64).reshape(2, 4, 3)
+    (compact([source * 1, source.detach()], index)[0] * weight).sum().backward()
+    expected = torch.zeros(2, 7, 3, dtype=torch.float64)
+    for sample, columns in enumerate(index.tolist()):
+        for place, column in enumerate(columns):
+            if column >= 0:
+                expected[sample, column] += weight[sample, place]
+    assert torch.equal(source.grad, expected) and not calls
+    assert torch.autograd.gradcheck(lambda x: compact([x], index)[0], source)
+    with torch.no_grad():
+        assert torch.equal(compact([source], index)[0], naive_compact([source.detach()], index)[0])
+    assert calls == [1]

@@ -228,6 +228,7 @@ def test_compact():
         torch.randn(2, 13, 0),
         torch.randn(2, 13, 2500, generator=g)[..., ::2],
         torch.randn(2, 13, 1, generator=g),
+        torch.randn(2, 13, 4, dtype=torch.complex64, generator=g),
         torch.randn(13, 2, 5, generator=g).transpose(0, 1),
     ]
     for index in (

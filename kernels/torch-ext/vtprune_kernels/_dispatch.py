@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _DEVICES = {"cuda", "xpu"}  # ROCm devices are called cuda by PyTorch
@@ -25,5 +26,15 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def triton_source(operation: str) -> Callable[..., Any]:
-    """The Triton source of an operation, imported when it is first needed."""
-    return getattr(importlib.import_module(f".{operation}.triton", __package__), operation)
+    """The Triton source of an operation, imported when it is first needed.
+
+    Triton launches on the current device; the operation makes that of its first tensor current while it runs.
+    """
+    run = getattr(importlib.import_module(f".{operation}.triton", __package__), operation)
+
+    def there(*arguments: Any, **options: Any) -> Any:
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        with torch.accelerator.device_index(device.index):
+            return run(*arguments, **options)
+
+    return there

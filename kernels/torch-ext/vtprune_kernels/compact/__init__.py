@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
@@ -12,16 +13,19 @@ from .vectorised import compact as _vectorised
 
 
 def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """Gathers columns `index` of dimension 1 from every tensor.
+    """Gathers columns `index` of dimension 1 from every tensor, bit by bit.
 
     Args:
         tensors: Tensors `[B, T, ...]` of any dtype and strides (a transposed view of a cache, say).
-        index: `[B, K]` int64 columns; negative entries are padding and give zeros.
+        index: `[B, K]` int64 columns, repeated ones too; negative entries are padding and give zeros.
 
     Returns:
-        list[Tensor]: `[B, K, ...]` each, in the dtype of its source.
+        list[Tensor]: `[B, K, ...]` each, in the dtype of its source, and differentiable: a column's gradient is the sum
+        over the places that it was gathered to.
     """
-    run = triton_source("compact") if on_gpu(index) else _vectorised
+    # A kernel leaves no trace for autograd; who asks for gradients gets PyTorch's own gather.
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    run = triton_source("compact") if on_gpu(index) and not learning else _vectorised
     return run(tensors, index)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TOGETHER, _BLOCK = 8, 1024  # tensors per launch, elements per copy
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
@@ -33,6 +34,13 @@ def _gather(
             tl.store(results[number] + place.to(tl.int64) * size + at, value, mask=inside)
 
 
+def _as_integers(tensor: Tensor) -> Tensor:
+    """The same bits as numbers that Triton knows: it has neither bools nor complex numbers."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
 def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """See `vtprune_kernels.compact`."""
     batch, kept = index.shape
@@ -41,11 +49,10 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     for tensor, result in zip(tensors, results, strict=True):
         if result.numel() == 0:
             continue
-        source = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+        source, flat = _as_integers(tensor), _as_integers(result)
         source = source.reshape(*source.shape[:2], *([1] * (4 - source.dim())), *source.shape[2:])
         if source.dim() > 4:
             source = source.flatten(2, -2)  # a view wherever these dimensions lie behind each other
-        flat = result.view(torch.uint8) if tensor.dtype == torch.bool else result
         outer, inner = source.shape[2:]
         todo.append((source, flat, *source.stride(), outer * inner, inner))
     for start in range(0, len(todo), _TOGETHER):

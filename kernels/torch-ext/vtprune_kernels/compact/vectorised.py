@@ -20,6 +20,6 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         # Indexing reads any strides, so views of a cache or expanded rotations are not copied first.
         result = tensor.index_select(1, index[0]) if len(index) == 1 else tensor[samples, index]  # [B, K, ...]
         if empty:
-            result[padded] = 0
+            result[padded] = 0  # of a fresh tensor: autograd follows
         results.append(result)
     return results
