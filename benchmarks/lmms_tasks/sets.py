@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local question sets for lmms-eval: the easy-VQA test split and held-out scenes of the embedded model.
+
+Documents name their picture; pictures are read or drawn when a request is made. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from lmms_eval.api.task import ConfigurableMessagesTask
+from PIL import Image
+
+from vtprune.refvlm import easy_vqa, evaluate, scenes
+
+SCENES = 1000  # as many as the accuracy of the embedded model is told for
+
+
+class _Local(ConfigurableMessagesTask):
+    """A task whose documents come from Python rather than from the hub."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict | None = None) -> None:
+        self.dataset = DatasetDict({"test": Dataset.from_list(list(self.rows()))})
+        self.dataset_no_image = self.dataset
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        raise NotImplementedError
+
+
+class EasyVQA(_Local):
+    """The 9,673 questions of the easy-VQA test split, in the package's order."""
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        for sample in easy_vqa.samples("test"):
+            yield {
+                "picture": sample.image_id,
+                "question": sample.question,
+                "answer": sample.answer,
+                "kind": sample.kind,
+            }
+
+
+class Scenes(_Local):
+    """One question on each of 1,000 held-out scenes: those of `python -m vtprune.refvlm.evaluate`."""
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        for seed, sample in enumerate(evaluate.held_out_scenes(SCENES)):
+            yield {"picture": seed, "question": sample.question, "answer": sample.answer, "kind": sample.kind}
+
+
+def easy_vqa_picture(doc: dict[str, Any]) -> list[Image.Image]:
+    with Image.open(_easy_vqa_paths()[doc["picture"]]) as file:
+        return [file.convert("RGB")]
+
+
+def scene_picture(doc: dict[str, Any]) -> list[Image.Image]:
+    return [scenes.scene(doc["picture"]).image]
+
+
+def no_picture(doc: dict[str, Any]) -> list[Image.Image]:
+    return []
+
+
+def right(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 for the answer word for word, as in `vtprune.refvlm.evaluate`."""
+    return {"right": float(results[0].strip() == doc["answer"])}
+
+
+@functools.cache
+def _easy_vqa_paths() -> dict[int, str]:
+    return easy_vqa.image_paths("test")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vtprune inside other projects. Each integration is imported by its host, never by the library."""
