@@ -56,6 +56,11 @@ class Pools:
             groups.setdefault(sample, []).append(pool)
         return cls(of_token, torch.bincount(of_token).tolist(), list(groups.values()))
 
+    def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
+        """`[M]` bool: which of the tokens `flat` are in pools of which fewer are `kept`."""
+        before, after = (torch.bincount(self.of_token[x], minlength=len(self.sizes)) for x in (flat, kept))
+        return (after < before)[self.of_token[flat]]
+
 
 @dataclass
 class Decision:
@@ -187,9 +192,13 @@ class DecoderCall:
             return (args, kwargs) if columns.touched else None
         hidden, slot = here.hidden, columns.slot_of_column()
         if decision.merged is not None:
-            rows = visual.sample[flat]
-            place = rows.to(hidden.device), slot[rows, visual.column[flat]].to(hidden.device)
-            hidden = hidden.index_put(place, decision.merged.to(hidden.dtype))
+            # In a pool that loses nothing nothing is merged: alone, its sample would not have been asked.
+            some = self.pools.losing(flat, decision.kept)
+            part = flat[some]
+            rows = visual.sample[part]
+            place = rows.to(hidden.device), slot[rows, visual.column[part]].to(hidden.device)
+            merged = decision.merged[some.to(decision.merged.device)]
+            hidden = hidden.index_put(place, merged.to(hidden.dtype))
         self.alive = torch.zeros_like(self.alive)
         self.alive[decision.kept] = True
         stays = slot >= 0
