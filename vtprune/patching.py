@@ -92,7 +92,7 @@ class Patch:
         schedule: Where the method cuts this decoder.
     """
 
-    def __init__(self, model: nn.Module, method: Method, budget: Budget) -> None:
+    def __init__(self, model: nn.Module, method: Method, budget: Budget, instead_of: Patch | None = None) -> None:
         self.model = model
         self.method = method
         self.budget = budget
@@ -108,6 +108,10 @@ class Patch:
         self._thread = _Thread()
         self._last: Pruning | None = None
         self._handles: list[Any] = []
+        # Only now, when nothing can be refused any more; and before anything is attached: what both replace on a module
+        # could not come off in the wrong order.
+        if instead_of is not None:
+            instead_of.remove()
         self._attach(taps)
 
     # --- the public face ----------------------------------------------------------------------------------------------
@@ -373,11 +377,7 @@ def patch(
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
-    old = find_patch(model)
-    new = Patch(model, chosen, budget)
-    if old is not None:
-        old.remove()
-    return new
+    return Patch(model, chosen, budget, instead_of=find_patch(model))
 
 
 def find_patch(model: nn.Module) -> Patch | None:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A patch on a patched model takes the place of the old one, whole, and nothing is left of either."""
+
+from __future__ import annotations
+
+import pytest
+
+import vtprune
+from vtprune import refvlm
+from vtprune.patching import find_patch
+
+
+def test_the_new_patch_is_whole_and_comes_off():
+    model, processor = refvlm.load()
+    inputs = processor(images=refvlm.scenes.scene(1).image, text=refvlm.prompt("what?"), return_tensors="pt")
+    before = set(vars(model)), set(vars(model.model))
+    old = vtprune.patch(model, ratio=0.1)
+    once = set(vars(model)), set(vars(model.model))
+    new = vtprune.patch(model, keep=20, method="zoo_prune")  # reads what the encoder makes
+    assert old.removed and find_patch(model) is new
+    assert once == (set(vars(model)), set(vars(model.model)))
+    model.generate(**inputs, max_new_tokens=1)
+    assert new.last.tokens == (144, 20) and old.last is None
+    old.remove()
+    new.remove()
+    assert before == (set(vars(model)), set(vars(model.model)))
+
+
+def test_a_patch_that_is_refused_leaves_the_old_one():
+    model, _ = refvlm.load()
+    with vtprune.patch(model, ratio=0.1) as old:
+        with pytest.raises(vtprune.BudgetError):
+            vtprune.patch(model, mean_ratio=0.1, method="iwp")  # the layers before its cut alone cost more
+        assert find_patch(model) is old and not old.removed
