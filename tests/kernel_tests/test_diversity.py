@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -91,6 +93,29 @@ def test_rows_that_are_each_others_nearest_tie(others):
         rows, segments, counts = torch.cat([rows, pair]), torch.tensor([0, others + 2]), torch.tensor([1])
         expected = naive_farthest(rows, None, segments, counts)
         assert weighted_farthest_point(rows, None, segments, counts).tolist() == expected.tolist() == [[others]]
+
+
+def nonsense(cosine):
+    part = cosine.rounded(torch.float32)
+    part.rows = torch.randn(cosine.rows.shape, generator=torch.Generator().manual_seed(12))
+    return part
+
+
+@pytest.mark.parametrize("rows", [257, 577, 1100])
+@pytest.mark.parametrize(
+    "screen", [lambda c: c, lambda c: c.rounded(torch.bfloat16), nonsense], ids=["f32", "bf16", "-"]
+)
+def test_first_pick_does_not_depend_on_the_guesses(rows, screen, monkeypatch):
+    """Whatever low precision says about who is near whom, the answer is that of float32."""
+    module = importlib.import_module("vtprune_kernels.weighted_farthest_point.isolated")
+    monkeypatch.setattr(module, "screen_of", screen)
+    segments, counts = torch.tensor([0, rows]), torch.tensor([3])
+    noise = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
+    holes = noise.clone()
+    holes[rows // 2 :: 40] = 0
+    for features in (noise, holes, clustered(rows, 48, seed=rows), exact_rows(rows, 32, seed=rows), noise.bfloat16()):
+        order = weighted_farthest_point(features, None, segments, counts)
+        assert torch.equal(order, naive_farthest(features, None, segments, counts))
 
 
 def test_first_picks_follow_the_published_rules():

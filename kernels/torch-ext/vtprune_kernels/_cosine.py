@@ -44,7 +44,19 @@ class Cosine:
 
     def between(self, rows: Tensor | slice, others: Cosine) -> Tensor:
         """`[R, m]` products of `rows` with all rows of `others`."""
-        return (self.rows[rows] @ others.rows.T).mul_(self.factor[rows, None]).mul_(others.factor)
+        return (self.rows[rows] @ others.rows.T).float().mul_(self.factor[rows, None]).mul_(others.factor)
+
+    def pairs(self, others: Tensor) -> Tensor:
+        """`[n]` products of every row with the one whose number stands beside it in `others`."""
+        pieces = zip(self.rows.split(64), others.split(64), strict=True)  # few enough to stay in the processor's cache
+        products = [self.rows[beside].mul_(rows).sum(1) for rows, beside in pieces]
+        return torch.cat(products).mul_(self.factor).mul_(self.factor[others])
+
+    def rounded(self, dtype: torch.dtype) -> Cosine:
+        """A copy whose products are those of rounded rows, themselves rounded."""
+        part = copy(self)
+        part.rows = self.rows.to(dtype)
+        return part
 
     def subset(self, rows: Tensor) -> Cosine:
         """A copy that holds `rows` only."""
@@ -56,4 +68,4 @@ class Cosine:
         """`[n // width, width, width]` products inside consecutive blocks of `width` rows; the rest is left out."""
         whole = len(self) - len(self) % width
         blocks, factor = self.rows[:whole].unflatten(0, (-1, width)), self.factor[:whole].unflatten(0, (-1, width))
-        return (blocks @ blocks.mT).mul_(factor[:, :, None]).mul_(factor[:, None])
+        return (blocks @ blocks.mT).float().mul_(factor[:, :, None]).mul_(factor[:, None])
