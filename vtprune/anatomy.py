@@ -13,13 +13,13 @@ Nothing here is a table of class names. What is looked for, in order:
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 
+from . import refusals
 from .errors import UnsupportedModelError
 
 _IMAGE_IDS = (
@@ -31,7 +31,6 @@ _IMAGE_IDS = (
     "image_patch_id",
     "im_patch_id",
 )
-_CROSS = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
 _VIDEO_IDS = ("video_token_id", "video_token_index", "video_pad_token_id", "video_patch_id")
 
 
@@ -99,19 +98,15 @@ def find(model: nn.Module) -> Anatomy:
             "embeddings"
         )
     paths = {module: name for name, module in inner.named_modules()}
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} is an encoder-decoder: its visual tokens reach the decoder by cross-attention, "
-            "not "
-            "as columns of its prompt, so there is nothing to remove from the prompt"
-        )
+    refusals.encoder_decoder(inner)
     decoder, layers = _find_decoder(inner, paths)
-    _refuse_cross_attention(inner, decoder)
-    _refuse_own_generate(inner)
-    _refuse_block_states(inner, layers)
-    _refuse_own_distances(inner, layers)
+    refusals.cross_attention(inner, decoder)
+    refusals.own_generate(inner)
+    refusals.block_states(inner, layers)
+    refusals.own_distances(inner, layers)
     tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
+    refusals.second_reader(inner, composite)
     placeholders = _find_placeholders(inner, composite)
     projector = _find_projector(composite, decoder, tower)
     parts = {"composite": composite, "decoder": decoder, "vision_tower": tower, "projector": projector}
@@ -171,50 +166,6 @@ def _takes_images(module: nn.Module) -> bool:
     modalities = getattr(module, "input_modalities", ())
     modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
     return "pixel" in str(getattr(module, "main_input_name", "")) or bool({"image", "video"} & set(modalities))
-
-
-def _refuse_cross_attention(model: nn.Module, decoder: nn.Module) -> None:
-    """Raises where decoder layers look at pictures from the side."""
-    found = next((name for name, _ in decoder.named_modules() if _CROSS.search(name)), None)
-    if found is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} shows pictures to its decoder by cross-attention ({found}), not as columns of the "
-            "prompt, so there is nothing to remove from the prompt"
-        )
-
-
-def _refuse_own_generate(model: nn.Module) -> None:
-    """Raises where generation goes past the model's own forward, and hence would never be pruned."""
-    from transformers import GenerationMixin
-
-    generate = getattr(type(model), "generate", GenerationMixin.generate)
-    code = getattr(inspect.unwrap(generate), "__code__", None)
-    # A function that calls super() holds the class that it was written in.
-    if generate is not GenerationMixin.generate and code is not None and "__class__" not in code.co_freevars:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}.generate calls its language model directly, past the forward that places pictures "
-            "in the prompt, so generation would not be pruned; models that leave generate to transformers work"
-        )
-
-
-def _refuse_block_states(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Raises where the decoder itself collects states between its layers (Inkling 2): they would keep all columns."""
-    found = next((layer for layer in layers if "block_states" in inspect.signature(layer.forward).parameters), None)
-    if found is not None:
-        raise UnsupportedModelError(
-            f"the decoder of {type(model).__name__} collects states of all columns between its layers and hands them "
-            f"to {type(found).__name__} as block_states; columns that are gone could not be taken out of them"
-        )
-
-
-def _refuse_own_distances(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Raises where attention counts the distance of two tokens in slots of its cache (Inkling), not by position ids."""
-    found = next((name for name, _ in layers.named_modules() if re.search("rel_logits|relative_", name)), None)
-    if found is not None:
-        raise UnsupportedModelError(
-            f"attention of {type(model).__name__} counts distances between tokens itself ({found}) instead of taking "
-            "positions, so what is left after a cut would move closer together"
-        )
 
 
 def _find_vision_tower(

@@ -5,7 +5,8 @@
 grids) away with the pixels, and repeats the features for beams. So the model's `get_image_features` and
 `get_video_features` are
 watched, wherever they are called from: their arguments, the length of what they return, and what the method's taps saw
-inside are kept until the next encoding of the same kind in the same thread.
+inside are kept until the next encoding of the same kind in the same thread. A few rows of what they return are kept as
+well: by them features are recognised that a caller put into embeddings by hand, where no placeholder tells.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from .errors import NothingPrunedError
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Encoded:
         lengths: Tokens of each picture or clip; None where the output does not say.
         records: What taps recorded inside.
         output: Weak reference to the encoder's output, by which a later call shows that it uses it.
+        rows: `[R, D]` some of the features; None where the output holds no tensors of one width.
     """
 
     kind: str
@@ -36,6 +41,7 @@ class Encoded:
     lengths: list[int] | None
     records: dict[str, list] = field(default_factory=dict)
     output: Callable[[], Any] = field(default=lambda: None)
+    rows: Tensor | None = None
 
     @property
     def total(self) -> int | None:
@@ -65,7 +71,8 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
         def reference() -> None:
             return None
 
-    return output, Encoded(kind, dict(bound), _lengths(getattr(output, "pooler_output", None)), records, reference)
+    lengths = _lengths(getattr(output, "pooler_output", None))
+    return output, Encoded(kind, dict(bound), lengths, records, reference, _some_rows(output))
 
 
 def _lengths(features: Any) -> list[int] | None:
@@ -74,6 +81,49 @@ def _lengths(features: Any) -> list[int] | None:
     if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
         return [f.shape[:-1].numel() for f in features]
     return None
+
+
+def _some_rows(output: Any) -> Tensor | None:
+    """`[R, D]` two features of each picture or clip, where the encoder's output shows them apart."""
+    features = getattr(output, "pooler_output", output)
+    parts = list(features) if isinstance(features, (list, tuple)) else [features]
+    if not all(isinstance(p, Tensor) and p.dim() > 1 and p.shape[-1] == parts[0].shape[-1] for p in parts):
+        return None
+    # A flat tensor may hold several pictures.
+    rows = [p[:: max(1, len(p) // 8)] if p.dim() == 2 else p[..., :: max(1, p.shape[-2] // 2), :] for p in parts]
+    return torch.cat([r.detach().reshape(-1, r.shape[-1]).to(parts[0]) for r in rows]) if rows else None
+
+
+def refuse_merged(embeds: Any, encoded: dict[str, Encoded], composite: str) -> None:
+    """Raises where a caller put features among the embeddings: nobody can tell then which columns they fill.
+
+    Args:
+        embeds: `[B, T, D]`, or None.
+        encoded: The thread's last encoding of each kind.
+        composite: Class that takes features, for the message.
+
+    Raises:
+        NothingPrunedError: A feature stands in the embeddings, bit for bit.
+    """
+    if not isinstance(embeds, Tensor):
+        return
+    merged = [kind for kind, known in encoded.items() if known.rows is not None and _any_row(embeds, known.rows)]
+    if merged:
+        raise NothingPrunedError(
+            f"inputs_embeds hold {' and '.join(merged)} features that were put there by hand, so nothing would be "
+            f"pruned; expected input_ids with placeholders, and pixels or mm_encoder_outputs, given to {composite} and "
+            "not to its language model; patch.paused() runs such a call unpruned"
+        )
+
+
+def _any_row(embeds: Tensor, rows: Tensor) -> bool:
+    """Whether one of `rows` `[R, D]` is a row of `embeds` `[B, T, D]`."""
+    if rows.shape[-1] != embeds.shape[-1]:
+        return False
+    rows = rows.to(embeds)
+    rows = rows[rows.any(-1)]  # zeros are padding's too
+    near = embeds[torch.isin(embeds[..., 0], rows[:, 0])]  # [n, D], mostly none
+    return any(bool((near == row).all(-1).any()) for row in rows) if len(near) else False
 
 
 def supplied(

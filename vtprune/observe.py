@@ -75,6 +75,8 @@ def install() -> None:
         overridden = "get_interface" in vars(registry)
 
         def get_interface(attn_implementation: str, default: Callable) -> Callable:
+            if torch.compiler.is_dynamo_compiling():  # compiled code is never probed, see `_uncompiled`
+                return original(attn_implementation, default)
             return _stop if is_probing() else original(attn_implementation, default)
 
         get_interface.original = original if overridden else None  # type: ignore[attr-defined]
@@ -117,7 +119,7 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
     _probing.on = True
     try:
-        layer(*args, **kwargs)
+        _uncompiled(layer)(*args, **kwargs)
     except _Reached as reached:
         return reached.probed
     finally:
@@ -126,6 +128,13 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         f"a {type(layer).__name__} never reached an attention function (linear attention, convolution or state space): "
         "choose a decision layer that attends"
     )
+
+
+def _uncompiled(layer: nn.Module) -> Callable:
+    """What runs a layer step by step: compiled code would not ask for its attention function."""
+    layer = getattr(layer, "_orig_mod", layer)
+    forward = getattr(vars(layer).get("forward"), "_torchdynamo_orig_callable", None)
+    return layer._call_impl if forward is None else forward
 
 
 def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame as _eval_frame
 
 from . import anatomy as _anatomy
-from . import features, observe, prefill, visual_tokens
+from . import assisted, features, observe, prefill, refusals, visual_tokens
 from .anatomy import Anatomy
 from .budget import Budget, check_schedule, mean_share, solve_mean
 from .deepstack import own_planes
@@ -32,6 +33,15 @@ from .methods import resolve
 from .methods.base import Method, Tap
 from .report import Pruning
 
+_BY_VALUES = (
+    "pruning decides by values which columns stay, so the graph ends where it decides; compile without fullgraph"
+)
+
+
+def _is_compiled() -> bool:
+    """Whether dynamo traces this call, or would trace what it calls."""
+    return torch.compiler.is_dynamo_compiling() or bool(_eval_frame.get_eval_frame_callback())
+
 
 class _Hook:
     """A forward hook that knows its patch. A model that carries one can be saved, but not copied or pickled."""
@@ -39,8 +49,12 @@ class _Hook:
     def __init__(self, patch: Patch, function: Callable) -> None:
         self.patch = patch
         self.function = function
+        self.uncompiled = torch.compiler.disable(self._run, reason=_BY_VALUES)
 
     def __call__(self, *args: Any) -> Any:
+        return (self.uncompiled if _is_compiled() else self._run)(*args)
+
+    def _run(self, *args: Any) -> Any:
         return None if observe.is_probing() else self.function(*args)
 
     def __deepcopy__(self, memo: dict) -> Any:
@@ -74,6 +88,8 @@ class _Thread(threading.local):
         self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
         self.encoding: dict[str, list] | None = None  # taps of the running encoder
+        self.tower_ran = False  # the vision tower, inside the composite's running call
+        self.found: bool | None = None  # whether visual tokens were found in it; None before its decoder is called
         self.call: prefill.DecoderCall | None = None  # the decoder's running call
         self.records: dict[str, list] = {}  # taps of the running call
         self.paused = 0
@@ -221,6 +237,10 @@ class Patch:
             if hasattr(parts.composite, name):
                 add(_Override(parts.composite, name, self._encoder(kind, getattr(parts.composite, name))))
 
+        if hasattr(parts.model, assisted.MAKER):
+            make = assisted.after_the_prompt(getattr(parts.model, assisted.MAKER), self._prunes)
+            add(_Override(parts.model, assisted.MAKER, make))
+
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True))
 
@@ -229,6 +249,7 @@ class Patch:
 
         before(parts.composite, self._before_composite)
         before(parts.decoder, self._before_decoder)
+        after(parts.vision_tower, self._after_tower)
         # Early-fusion models are both at once: the decoder's call ends first.
         after(parts.decoder, self._after_decoder)
         after(parts.composite, self._after_composite, always=True)
@@ -238,9 +259,10 @@ class Patch:
             after(tap.module, self._tap_hook(tap))
 
     def _encoder(self, kind: str, encode: Callable) -> Callable:
-        @functools.wraps(encode)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def watch(*args: Any, **kwargs: Any) -> Any:
             thread = self._thread
+            if thread.encoding is not None:  # some encoders of clips call that of pictures, on what are clips
+                return encode(*args, **kwargs)
             records: dict[str, list] = {}
             thread.encoding = records
             try:
@@ -250,30 +272,60 @@ class Patch:
             thread.fresh.add(kind)
             return output
 
+        uncompiled = torch.compiler.disable(watch, reason="pruning notes what encoders are given")
+
+        @functools.wraps(encode)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            return (uncompiled if _is_compiled() else watch)(*args, **kwargs)
+
         return watched
+
+    def _prunes(self, ids: torch.Tensor) -> bool:
+        """Whether a prompt `[B, T]` has visual tokens that will be pruned."""
+        tokens = torch.tensor(list(self.anatomy.placeholders.values()), device=ids.device)
+        return not self._thread.paused and bool(torch.isin(ids, tokens).any())
+
+    def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._thread.tower_ran = True
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self._thread
         thread.call, thread.records, thread.fresh = None, {}, set()
+        thread.tower_ran, thread.found = False, None
         bound = _inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         thread.inputs = {**bound, **extra}
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._thread.inputs, self._thread.call, self._thread.records = None, None, {}
+        thread = self._thread
+        thread.inputs, thread.call, thread.records = None, None, {}
+        late = thread.tower_ran and thread.found is False and output is not None  # the tower ran inside the decoder
+        if late and self.budget.asks_to_drop and not thread.paused:
+            raise NothingPrunedError(
+                f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
+                "recognised as pixels or features, so nothing was pruned; pass them as pixel_values"
+            )
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self._thread
         visual, encoded = None, {}
         if thread.inputs is not None and not thread.paused:
             encoded = features.supplied(thread.inputs, thread.encoded, thread.fresh, list(self.anatomy.placeholders))
-            visual = visual_tokens.locate(thread.inputs, self.anatomy, encoded) if encoded else None
+            if not encoded and thread.tower_ran:  # pictures came by a name that nobody knows
+                encoded = {kind: Encoded(kind, {}, None) for kind in self.anatomy.placeholders}
+            if encoded:
+                refusals.values_missing(thread.inputs)
+                visual = visual_tokens.locate(thread.inputs, self.anatomy, encoded)
             if encoded and visual is None and self.budget.asks_to_drop:
                 raise NothingPrunedError(
                     f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "
                     f"{self.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
                     "visual token"
                 )
+        if not encoded and self.budget.asks_to_drop and not thread.paused:
+            given = kwargs if thread.inputs is None else thread.inputs
+            features.refuse_merged(given.get("inputs_embeds"), thread.encoded, type(self.anatomy.composite).__name__)
+        thread.found = visual is not None
         thread.call = call = prefill.begin(self, thread.inputs, args, kwargs, visual)
         if call is None:
             return None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features that a caller made and merged by hand: pruned where that can be, else an error, never silence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, IMAGE  # noqa: E402
+from support import ONE, model_of, pruned  # noqa: E402
+
+import vtprune  # noqa: E402
+
+FEW = ("llava", "llava_next", "qwen2_vl", "qwen3_vl", "smolvlm")
+PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The prompt's embeddings with features in place of the placeholders, `[B, T, D]`."""
+    config = model.config
+    extra = {
+        name: getattr(config, name)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy")
+        if hasattr(config, name)
+    }
+    given = {name: inputs[name] for name in PIXELS if name in inputs}
+    features = model.model.get_image_features(**given, **extra, return_dict=True).pooler_output
+    features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    where = (inputs["input_ids"] == IMAGE)[..., None]
+    return embeds.masked_scatter(where, features.reshape(-1, features.shape[-1]).to(embeds))
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_merged_by_hand_is_an_error(family: str) -> None:
+    model, inputs = model_of(family), FAMILIES[family].batch(ONE)
+    decoder = vtprune.inspect(model).decoder
+    with pruned(model, "random") as (patch, _):
+        embeds = merged(model, inputs)
+        with pytest.raises(vtprune.NothingPrunedError, match="by hand"):
+            decoder(inputs_embeds=embeds)
+        with pytest.raises(vtprune.NothingPrunedError, match="paused"):
+            model(inputs_embeds=embeds)
+        with patch.paused():
+            decoder(inputs_embeds=embeds)
+        assert patch.last is None
+    with pruned(model, "random", ratio=1.0):
+        embeds = merged(model, inputs)
+        decoder(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_what_is_not_merged_passes(family: str) -> None:
+    """Text, by ids and by embeddings, before and after an encoding by hand; the decoder alone; placeholders as they
+    are."""
+    model, inputs = model_of(family), FAMILIES[family].batch(ONE)
+    decoder, ids = vtprune.inspect(model).decoder, inputs["input_ids"][:, -4:]
+    words = model.get_input_embeddings()(ids)
+    with pruned(model, "random") as (patch, _):
+        merged(model, inputs)
+        out = decoder(inputs_embeds=words, use_cache=True)
+        decoder(inputs_embeds=words[:, :1], past_key_values=out.past_key_values)
+        decoder(input_ids=ids)
+        model(input_ids=ids)
+        model(inputs_embeds=words)
+        assert patch.last is None
+        model(**inputs)
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])
