@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vtprune.pictures import Pictures
+from vtprune.pictures_places import View
 from vtprune.visualize import PictureError, before_and_after, dim_dropped, keep_grid, side_by_side
 
 RED = (200, 40, 0)
@@ -120,7 +122,16 @@ class _Places:
 def test_a_picture_seen_twice_gets_a_panel_for_each_view():
     cuts = [torch.tensor([0, 1, 3, 4, 9, 11]), torch.tensor([0, 4])]  # numbers in `_Places` after each of two cuts
     picture = Image.new("RGB", (60, 60), RED)
-    sheet = before_and_after(picture, SimpleNamespace(places=_Places(), kept_flat=cuts), ("yes", "no"))
+    places = _Places()
+    views = []
+    for crop, (rows, cols) in enumerate([(2, 2), (2, 3)]):
+        tokens = ((places.crop == crop) & (places.row >= 0)).nonzero()[:, 0].numpy()
+        row, col = places.row.numpy()[tokens], places.col.numpy()[tokens]
+        boxes = np.stack([col / cols, row / rows, (col + 1) / cols, (row + 1) / rows], 1)
+        views.append(View(picture, tokens, boxes, ("whole", "tiles")[crop]))
+    pruning = SimpleNamespace(places=places, kept_flat=cuts)
+    pruning.show = lambda image: Pictures(pruning, views)
+    sheet = before_and_after(picture, pruning, ("yes", "no"))
     side, gap = 384, 12
     assert sheet.width == 3 * side + 4 * gap
     top = sheet.height - gap - side

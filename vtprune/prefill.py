@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from . import budget as budgets
-from . import compact, decode, reading
+from . import compact, decode, explain, reading
 from .columns import AttentionForm, Columns
 from .deepstack import Planes
 from .errors import MethodError, NothingPrunedError, UnsupportedModelError
+from .pictures_source import Source
 from .report import Pruning
 from .visual_tokens import VisualTokens
 
@@ -70,11 +71,13 @@ class Decision:
         kept: `[M']` numbers of the surviving tokens among all visual tokens of the call.
         merged: New states of the tokens that were alive, for methods that merge; or None.
         scores: The method's scores of the tokens that were alive; or None.
+        states: Their states, where a call is recorded (`explain`); or None.
     """
 
     kept: Tensor
     merged: Tensor | None = None
     scores: Tensor | None = None
+    states: Tensor | None = None
 
 
 @dataclass
@@ -181,6 +184,8 @@ class DecoderCall:
             places=visual,
             scores=[decision.scores for decision in self.decisions],
             kept_flat=[decision.kept for decision in self.decisions],
+            source=Source.of(self.inputs, self.patch.anatomy),
+            states=[decision.states for decision in self.decisions],
         )
 
     # --- the cut ------------------------------------------------------------------------------------------------------
@@ -232,7 +237,8 @@ class DecoderCall:
         pools, wanted = self.pools.of_token[flat], torch.tensor(self.counts[number])
         if torch.equal(torch.bincount(pools, minlength=len(wanted)), wanted):
             return Decision(flat)
-        choice = self.patch.method.choose(reading.tokens(self, number, flat, wanted, here))
+        tokens = reading.tokens(self, number, flat, wanted, here)
+        choice = self.patch.method.choose(tokens)
         keep = choice.keep.cpu()
         got = torch.bincount(pools[keep], minlength=len(wanted)) if keep.shape == flat.shape else None
         if got is None or not torch.equal(got, wanted):
@@ -242,7 +248,8 @@ class DecoderCall:
                 f"before layer {number}; the budget is {wanted.tolist()}"
             )
         scores = None if choice.scores is None else choice.scores.detach().float().cpu()
-        return Decision(flat[keep], choice.hidden, scores)
+        states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
+        return Decision(flat[keep], choice.hidden, scores, states)
 
     def _record(self, number: int, decision: Decision) -> None:
         visual = self.visual

@@ -3,12 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .flops import DecoderShape, decoder_flops, kv_bytes
+from .pictures_source import Source
 from .visual_tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from .explain import Why
+    from .pictures import Pictures
 
 
 @dataclass
@@ -30,6 +39,9 @@ class Pruning:
         places: Where each visual token lies in its picture.
         scores: For each stage the method's scores of the tokens that were alive, or None.
         kept_flat: For each stage the numbers of the surviving tokens in `places`.
+        source: How the pictures came to the model.
+        states: For each stage the states `[alive, D]` that the method saw, float32; None unless the call ran inside
+            `vtprune.explain.recording()`.
     """
 
     visual: list[Tensor]
@@ -45,6 +57,9 @@ class Pruning:
     places: VisualTokens = field(repr=False)
     scores: list[Tensor | None] = field(default_factory=list, repr=False)
     kept_flat: list[Tensor] = field(default_factory=list, repr=False)
+    source: Source = field(default_factory=Source, repr=False)
+    states: list[Tensor | None] = field(default_factory=list, repr=False)
+    _shown: Pictures | None = field(default=None, init=False, repr=False, compare=False)
 
     def per_layer(self, sample: int) -> list[int]:
         """Visual tokens of one sample at the input of every layer."""
@@ -114,6 +129,76 @@ class Pruning:
 
     def __str__(self) -> str:
         return self.report()
+
+    # --- tokens and pictures ------------------------------------------------------------------------------------------
+
+    def alive(self, stage: int) -> Tensor:
+        """Numbers in `places` of the tokens that were alive before a stage."""
+        return self.kept_flat[stage - 1] if stage else torch.arange(len(self.places))
+
+    def why(self, token: int) -> Why:
+        """Score, rank and nearest kept token of one visual token, see `vtprune.explain.Why`."""
+        from . import explain
+
+        return explain.why(self, token)
+
+    def show(
+        self,
+        images: Any = None,
+        videos: Sequence[Any] | None = None,
+        *,
+        stages: bool = False,
+        fit: str | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Pictures:
+        """The original pictures with dropped patches dark and grey; with several cuts, what went first is darkest.
+
+        Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model saw
+        square crops, what was cut off or padded is found by comparing with the pixels that it was given.
+
+        Args:
+            images: The pictures of the call in the order of the batch: one or several of PIL pictures, arrays
+                (`[H, W, 3]` or `[3, H, W]`, bytes, or floats from 0 to 1) or paths. None for those that were shown
+                before, or for grey stand-ins.
+            videos: For each clip the frames that the model was given.
+            stages: One row per cut instead of one picture for all.
+            fit: "stretch", "crop" or "pad", where it cannot be found out how a square crop was made.
+            names: A caption for each picture.
+
+        Raises:
+            PictureError: These are not the pictures of this call, or the places of its tokens are not known.
+        """
+        from .pictures import Pictures
+
+        if self._shown is None or images is not None or videos is not None:
+            self._shown = Pictures.of(self, images, videos, fit=fit, names=names)
+        return self._shown.by_stage() if stages else self._shown
+
+    def save(self, path: Any, images: Any = None, videos: Sequence[Any] | None = None, **options: Any) -> None:
+        """Writes what `show` shows to a picture file; see there."""
+        self.show(images, videos, **options).save(path)
+
+    def heatmap(
+        self, images: Any = None, videos: Sequence[Any] | None = None, *, stage: int | None = None, **options: Any
+    ) -> Pictures:
+        """The pictures under the method's scores, from dark blue (lowest) to yellow, by rank among its sample's tokens.
+
+        Args:
+            images, videos, options: As for `show`.
+            stage: Number of the cut, by default the first that has scores.
+
+        Raises:
+            PictureError: As `show`; or the method chooses without scores.
+        """
+        return self.show(images, videos, **options).heatmap(stage)
+
+    def _repr_html_(self) -> str:
+        """The report, and the pictures if they were shown before."""
+        html = f"<pre>{escape(self.report())}</pre>"
+        return html if self._shown is None else html + self._shown._repr_html_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shown": None}
 
 
 def _percent(part: float, whole: float) -> str:

@@ -8,7 +8,8 @@ fixed offset. Places in the picture come from what the caller passes along with 
 * any-resolution tiles (models with `pack_image_features`): the model's own packing is run on coordinate planes, so that
   unpadding, shrinking and newline columns come out as the model does them;
 * otherwise every unbroken run of placeholders is an image of its own: a square grid, or equal square crops of
-  `image_seq_length` tokens, or video frames of equal square grids, possibly with one newline at the end.
+  `image_seq_length` tokens, or video frames of equal square grids (as many as the pixels have, where they are known),
+  possibly with one newline at the end.
 
 A token without a place in the picture (a newline) has row and column -1. It is a visual token like the others: it is
 scored, and it may be dropped. Text and tags between runs (tile names, timestamps) are never visual.
@@ -41,6 +42,7 @@ class VisualTokens:
             rows.
         image, frame, crop, row, col: `[M]`; `image` counts through the batch.
         counts: Visual tokens of each sample.
+        kind: `[M]` number of the kind of features among the anatomy's placeholders.
     """
 
     mask: Tensor
@@ -54,6 +56,7 @@ class VisualTokens:
     row: Tensor
     col: Tensor
     counts: list[int]
+    kind: Tensor
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -128,7 +131,9 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
         features, images = features + int(first.sum()), images + len(layout) * len(kinds)
     place[:, 0] = torch.unique(place[:, 0], return_inverse=True)[1]
     image, frame, crop, row, col = place.unbind(1)
-    return VisualTokens(kinds.bool(), sample, column, index, feature, image, frame, crop, row, col, counts.tolist())
+    return VisualTokens(
+        kinds.bool(), sample, column, index, feature, image, frame, crop, row, col, counts.tolist(), kind.long() - 1
+    )
 
 
 def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
@@ -165,8 +170,22 @@ def _layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int]
         images = attempt(kind, inputs, anatomy)
         if images is not None and sum(map(len, images)) == total:
             return images
+    clips = inputs.get("pixel_values_videos") if kind == "video" else None
+    if isinstance(clips, Tensor) and clips.dim() == 5 and len(clips) == len(runs):  # a run is a clip
+        known = [_frames(n, clips.shape[1]) for n in runs]
+        if all(clip is not None for clip in known):
+            return [clip for clip in known if clip is not None]
     crop = getattr(anatomy.config, "image_seq_length", None)
     return [_from_run(n, kind, crop if isinstance(crop, int) else None) for n in runs]
+
+
+def _frames(length: int, frames: int) -> Tensor | None:
+    """Places of a clip of some square frames, with at most one newline at the end; None where that cannot be."""
+    for tail in (0, 1):
+        side = math.isqrt((length - tail) // frames)
+        if side and frames * side * side == length - tail:
+            return torch.cat([_grid(frames, side, side), torch.full((tail, 4), -1)])
+    return None
 
 
 def _grid(frames: int, rows: int, cols: int) -> Tensor:

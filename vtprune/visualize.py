@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import VTPruneError
+from .pictures_places import PictureError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from .report import Pruning
 
 # Weights of red, green and blue in what the eye takes for brightness (ITU-R BT.601).
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-
-
-class PictureError(VTPruneError, ValueError):
-    """A mask does not describe a grid of patches."""
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 def keep_grid(row: Any, col: Any, kept: Any, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -80,7 +76,7 @@ def dim_dropped(image: Image, keep: Any, *, strength: float = 0.65) -> Image:
     down = ((np.arange(height) + 0.5) * loss.shape[0] / height).astype(int)  # [height] row of each line of pixels
     right = ((np.arange(width) + 0.5) * loss.shape[1] / width).astype(int)  # [width]
     share = loss[down[:, None], right[None, :], None]  # [height, width, 1]
-    grey = (pixels @ _LUMA)[..., None]  # [height, width, 1]
+    grey = (pixels @ LUMA)[..., None]  # [height, width, 1]
     dimmed = (pixels * (1 - share) + grey * share) * (1 - share)
     return images.fromarray(np.rint(dimmed).clip(0, 255).astype(np.uint8))
 
@@ -134,17 +130,10 @@ def before_and_after(image: Image, pruning: Pruning, answers: tuple[str, str]) -
     Raises:
         PictureError: The places of the visual tokens are not known.
     """
-    places = pruning.places
-    stages = [np.isin(np.arange(len(places)), kept.cpu().numpy()) for kept in pruning.kept_flat]  # each [M]
-    stages = stages or [np.ones(len(places), dtype=bool)]
-    panels, captions = [image], [f"all {len(places)} visual tokens: {answers[0]}"]
-    crops = sorted(set(places.crop[places.row >= 0].tolist())) or [0]
-    for crop in crops:
-        here = (places.crop == crop).numpy()
-        grids = [keep_grid(places.row[here], places.col[here], stayed[here]) for stayed in stages]
-        panels.append(dim_dropped(image, grids))
-        which = "" if len(crops) == 1 else " (tiles)" if crop else " (whole)"
-        captions.append(f"{stages[-1][here].sum()} of {here.sum()} kept{which}: {answers[1]}")
+    panels, captions = [image], [f"all {len(pruning.places)} visual tokens: {answers[0]}"]
+    for panel, caption in pruning.show(image).panels():
+        panels.append(panel)
+        captions.append(f"{caption}: {answers[1]}")
     return side_by_side(panels, captions)
 
 
