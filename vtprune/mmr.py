@@ -47,8 +47,13 @@ class MMR:
     pool: int = 4
     objective: Literal["linear", "log"] = "linear"
 
-    def order(self, rows: Candidates, budgets: Tensor, carried: Tensor | None = None) -> Tensor:
-        """`[S, max(budgets)]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen."""
+    def order(
+        self, rows: Candidates, budgets: Tensor, carried: Tensor | None = None, width: int | None = None
+    ) -> Tensor:
+        """`[S, width]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen.
+
+        Without a `width`, `max(budgets)` is read from them, which waits for the device that they are on.
+        """
         return progressive_mmr(
             rows.relevance,
             rows.keys,
@@ -62,11 +67,12 @@ class MMR:
             self.objective,
             rows.scaling,
             carried,
+            width,
         )
 
-    def whole(self, rows: Candidates, budgets: Tensor) -> Tensor:
-        """Keep mask `[M]`, each pool at once."""
-        return from_order(self.order(rows, budgets), len(rows.relevance))
+    def whole(self, rows: Candidates, budgets: Tensor, width: int | None = None) -> Tensor:
+        """Keep mask `[M]`, each pool at once; `width` as for `order`."""
+        return from_order(self.order(rows, budgets, width=width), len(rows.relevance))
 
     def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
         """Keep mask `[M]`: block after block of each pool, each with its share of the budget."""

@@ -86,6 +86,7 @@ def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: S
         hidden=states,
         segments=_offsets(sizes.tolist(), device),
         budgets=wanted.to(device),
+        max_budget=int(wanted.max()) if len(wanted) else 0,
         originals=torch.tensor(call.pools.sizes, device=device),
         column=visual.column[flat].to(device),
         layer=number,

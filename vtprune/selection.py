@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 
-def segment_ids(segments: Tensor) -> Tensor:
-    """Returns `[M]`: the pool number of every row, from offsets `segments` `[S + 1]`."""
+def segment_ids(segments: Tensor, total: int | None = None) -> Tensor:
+    """Returns `[M]`: the pool number of every row.
+
+    Args:
+        segments: `[S + 1]` offsets.
+        total: `M`, where it is known; without it, the host waits for a device that holds the offsets.
+    """
     lengths = segments.diff()
-    return torch.repeat_interleave(torch.arange(len(lengths), device=segments.device), lengths)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=segments.device), lengths, output_size=total)
 
 
 def rank_in_segment(scores: Tensor, segments: Tensor) -> Tensor:
@@ -23,7 +28,7 @@ def rank_in_segment(scores: Tensor, segments: Tensor) -> Tensor:
     Returns:
         Tensor: `[M]` int64.
     """
-    pools = segment_ids(segments)
+    pools = segment_ids(segments, len(scores))
     by_score = torch.sort(scores, descending=True, stable=True).indices
     order = by_score[torch.sort(pools[by_score], stable=True).indices]  # [M] grouped by pool, best first
     rank = torch.empty_like(order)
@@ -42,11 +47,11 @@ def top_k(scores: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
     Returns:
         Tensor: `[M]` bool.
     """
-    return rank_in_segment(scores, segments) < budgets.to(scores.device)[segment_ids(segments)]
+    return rank_in_segment(scores, segments) < budgets.to(scores.device)[segment_ids(segments, len(scores))]
 
 
 def from_order(order: Tensor, total: int) -> Tensor:
     """Keep mask `[total]` from chosen row numbers in any order; negative entries are padding."""
-    keep = torch.zeros(total, dtype=torch.bool, device=order.device)
-    keep[order[order >= 0]] = True
-    return keep
+    # Padding marks one row more, which is cut off again: picking out the others would wait for the device.
+    keep = torch.zeros(total + 1, dtype=torch.bool, device=order.device)
+    return keep.scatter_(0, torch.where(order < 0, total, order).flatten(), True)[:total]

@@ -217,6 +217,7 @@ class Crops:
         budgets: `[C]`, for each pool summing to the pool's budget.
         placed: `[C]` bool, False for the groups of newlines.
         pools: `[C]` pool of each crop.
+        max_budget: The largest of `budgets`, known without waiting for a device.
     """
 
     rows: Tensor
@@ -224,6 +225,7 @@ class Crops:
     budgets: Tensor
     placed: Tensor
     pools: Tensor
+    max_budget: int
 
     def each(self) -> Iterator[tuple[Tensor, int, bool]]:
         """Yields rows, budget and whether they are a crop (not newlines)."""
@@ -270,4 +272,5 @@ def by_crop(
             mine = mine[groups[1, mine] == 0]
         budgets[mine] = torch.tensor(share(total, sizes[mine].tolist(), weight[mine].tolist()), dtype=torch.int64)
     segments = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return Crops(*(t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])))
+    most = int(budgets.max()) if len(budgets) else 0
+    return Crops(*(t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])), most)

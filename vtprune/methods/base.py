@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
-from ..selection import top_k
+from ..selection import segment_ids, top_k
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -122,6 +122,7 @@ class Tokens:
         hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt).
         segments: `[S + 1]` offsets of the pools.
         budgets: `[S]` how many tokens of each pool must be left, never more than its length.
+        max_budget: The largest of them, known without waiting for a device; None where it has to be read.
         originals: `[S]` how many visual tokens each pool had before the first cut.
         sample, image, frame, row, col: `[M]` where each token comes from. `image` counts within the batch; `row` and
             `col` count in the grid of the image or crop (`crop`), -1 for tokens without a place (newlines, separators).
@@ -163,6 +164,7 @@ class Tokens:
     memory: dict[str, Any] = field(default_factory=dict)
     prompt: Prompt | None = None
     reader: Callable[..., AttentionInputs] | None = None
+    max_budget: int | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -170,8 +172,7 @@ class Tokens:
     @property
     def pool(self) -> Tensor:
         """`[M]` number of the pool that each token belongs to."""
-        lengths = self.segments.diff()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        return segment_ids(self.segments, len(self))
 
     def attention_inputs(
         self, layer: int | None = None, rope: bool = True, queries: Literal["text", "last"] = "text"

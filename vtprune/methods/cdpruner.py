@@ -13,6 +13,7 @@ from torch import Tensor
 from vtprune_kernels import dpp_map
 
 from ..errors import MethodError
+from ..selection import from_order
 from ..vision import Vision, crops_seen, projector_tap
 from ..vision_layout import by_crop
 from .base import Choice, Method, Stage, Tap, Tokens
@@ -93,9 +94,8 @@ class CDPruner(Method):
         relevance = scale(relevance, group, len(tokens.segments) - 1)
         crops = by_crop(tokens, crops_seen(tokens, self.name))
         rows = crops.rows
-        order = dpp_map(tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets)
-        keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
-        keep[rows[order[order >= 0]]] = True
+        order = dpp_map(tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets, crops.max_budget)
+        keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=relevance)
 
     def relevance(self, tokens: Tokens) -> Tensor:

@@ -80,7 +80,7 @@ class DART(Method):
         if records and prompt is not None:
             text = norm(over_prompt(records[-1], tokens)[prompt.text]).to(size.device)  # [R, D]
             ends = inputs.query_segments
-            asked = inputs.query_order + inputs.key_segments[:-1][segment_ids(ends)]
+            asked = inputs.query_order + inputs.key_segments[:-1][segment_ids(ends, len(inputs.query_order))]
         else:
             text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_segments), inputs.query_order[:0]
         keep = duplication_aware(

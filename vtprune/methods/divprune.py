@@ -40,5 +40,5 @@ class DivPrune(Method):
         return (Stage(0, 0.098),)
 
     def choose(self, tokens: Tokens) -> Choice:
-        order = weighted_farthest_point(tokens.hidden, None, tokens.segments, tokens.budgets)
+        order = weighted_farthest_point(tokens.hidden, None, tokens.segments, tokens.budgets, tokens.max_budget)
         return Choice(from_order(order, len(tokens)))

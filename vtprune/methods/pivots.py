@@ -68,7 +68,7 @@ def duplication_aware(
     budgets = budgets.to(hidden.device)
     image = top_k(size, segments, budgets.clamp_max(pivots))
     chosen = top_k(text_size, text_segments, text_segments.diff().clamp_max(pivots))
-    pools = segment_ids(segments)[image], segment_ids(text_segments)[chosen]
+    pools = segment_ids(segments, len(size))[image], segment_ids(text_segments, len(text_size))[chosen]
     ours, theirs = (pool.bincount(minlength=len(budgets)).tolist() for pool in pools)
     # Visual pivots lie before those of the text: together they ascend.
     groups = [torch.cat(pair) for pair in zip(hidden[image].split(ours), text[chosen].split(theirs), strict=True)]

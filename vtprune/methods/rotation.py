@@ -64,7 +64,7 @@ def corrected_attention(
         Tensor: `[M]` float32.
     """
     rows = rate.nonzero().flatten()
-    sample = segment_ids(inputs.query_segments)[rows]
+    sample = segment_ids(inputs.query_segments, len(rate))[rows]
     counts = torch.bincount(sample, minlength=len(segments) - 1)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     attention = attention_rows(
@@ -77,7 +77,7 @@ def corrected_attention(
         inputs.softcap,
         reduce="none",
     )  # [H, r, L]
-    column = inputs.visual - inputs.key_segments[:-1][segment_ids(segments)]  # [M]
+    column = inputs.visual - inputs.key_segments[:-1][segment_ids(segments, len(inputs.visual))]  # [M]
     size, count = inputs.queries.shape[-1], heads or max(1, round(HEADS * len(attention)))
     scores = []
     parts = zip(attention.split(counts.tolist(), 1), column.split(segments.diff().tolist()), distances, strict=True)

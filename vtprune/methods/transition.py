@@ -83,7 +83,7 @@ def variation(changes: Tensor, segments: Tensor) -> Tensor:
 
 def pool_sum(values: Tensor, segments: Tensor) -> Tensor:
     """`[M]`: the sum of each row's pool."""
-    pools = segment_ids(segments)
+    pools = segment_ids(segments, len(values))
     return values.new_zeros(len(segments) - 1).index_add_(0, pools, values)[pools]
 
 

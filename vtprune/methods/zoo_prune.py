@@ -13,6 +13,7 @@ from torch import Tensor
 from vtprune_kernels import weighted_farthest_point
 
 from ..errors import MethodError
+from ..selection import from_order, segment_ids
 from ..sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
 from ..vision import Vision, over_patches, projector_tap, say_once
 from ..vision_layout import by_crop
@@ -28,17 +29,17 @@ Estimator = Literal["auto", "exact", "jvp", "difference"]
 
 def scaled(sensitivity: Tensor, segments: Tensor) -> Tensor:
     """Min-max scaling to `[0, 1)` inside each segment; all ones where it is constant."""
-    out = torch.ones_like(sensitivity)
-    for start, stop in zip(segments.tolist(), segments.tolist()[1:], strict=False):
-        s = sensitivity[start:stop]
-        if len(s) and s.max() > s.min():
-            out[start:stop] = (s - s.min()) / (s.max() - s.min() + 1e-8)
-    return out
+    segment, ends = segment_ids(segments, len(sensitivity)), sensitivity.new_zeros(len(segments) - 1)
+    low = ends.scatter_reduce(0, segment, sensitivity, "amin", include_self=False)[segment]
+    high = ends.scatter_reduce(0, segment, sensitivity, "amax", include_self=False)[segment]
+    return torch.where(high > low, (sensitivity - low) / (high - low + 1e-8), 1.0)
 
 
-def select(features: Tensor, sensitivity: Tensor, segments: Tensor, budgets: Tensor) -> Tensor:
+def select(
+    features: Tensor, sensitivity: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None
+) -> Tensor:
     """Picks by `scaled sensitivity * distance to the nearest pick`; `[S, max(budgets)]` rows, padded with -1."""
-    return weighted_farthest_point(features, scaled(sensitivity, segments), segments, budgets)
+    return weighted_farthest_point(features, scaled(sensitivity, segments), segments, budgets, width)
 
 
 @register("zoo_prune")
@@ -94,9 +95,9 @@ class ZOOPrune(Method):
         sensitivity = vision.to_tokens(self.sensitivity(vision))
         crops = by_crop(tokens, vision.crop, keep_newlines=self.keep_newlines)
         rows = crops.rows
-        order = select(tokens.hidden[rows], sensitivity.nan_to_num(0.0)[rows], crops.segments, crops.budgets)
-        keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
-        keep[rows[order[order >= 0]]] = True
+        inside = sensitivity.nan_to_num(0.0)[rows]
+        order = select(tokens.hidden[rows], inside, crops.segments, crops.budgets, crops.max_budget)
+        keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=sensitivity)
 
     def sensitivity(self, vision: Vision) -> Tensor:

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host knows is not read back from a device: a choice waits for it as seldom as it can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, Image
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vtprune
+from vtprune.methods.transition import combine, variation
+from vtprune.methods.zoo_prune import scaled
+from vtprune.selection import from_order, rank_in_segment, segment_ids, top_k
+from vtprune_kernels import _ragged
+
+SEGMENTS, SCORES = torch.tensor([0, 4, 4, 9]), torch.tensor([3.0, 1, 2, 2, 5, 5, 9, 0, 1])
+ORDER = torch.tensor([[2, 0, -1], [-1, -1, -1], [8, 4, 6]])
+CALLS = {
+    "segment_ids": lambda segments, scores, order: segment_ids(segments, len(scores)),
+    "rank_in_segment": lambda segments, scores, order: rank_in_segment(scores, segments),
+    "top_k": lambda segments, scores, order: top_k(scores, segments, torch.tensor([2, 0, 3])),
+    "from_order": lambda segments, scores, order: from_order(order, len(scores)),
+    "scaled": lambda segments, scores, order: scaled(scores, segments),
+    "combine": lambda segments, scores, order: combine(scores, scores, segments),
+    "variation": lambda segments, scores, order: variation(torch.stack([scores, scores], -1), segments),
+}
+RESULTS = {
+    "segment_ids": [0, 0, 0, 0, 2, 2, 2, 2, 2],
+    "rank_in_segment": [0, 3, 1, 2, 1, 2, 0, 4, 3],
+    "top_k": [True, False, True, False, True, True, True, False, False],
+    "from_order": [True, False, True, False, True, False, True, False, True],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_follow_from_shapes(name: str) -> None:
+    """Tensors without values stand for tensors on a device: whoever asks for a value fails."""
+    result = CALLS[name](SEGMENTS, SCORES, ORDER)
+    if name in RESULTS:
+        assert result.tolist() == RESULTS[name]
+    mode = FakeTensorMode()
+    with mode:
+        fake = CALLS[name](*(mode.from_tensor(x) for x in (SEGMENTS, SCORES, ORDER)))
+    assert fake.shape == result.shape and fake.dtype == result.dtype
+
+
+@pytest.mark.parametrize("method", ["iwp", "divprune", "cdpruner", "zoo_prune"])
+def test_the_largest_budget_is_not_read(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, original = [], _ragged.output_width
+
+    def output_width(budgets: Tensor, width: int | None) -> int:
+        known.append(width is not None and width == int(budgets.max()))
+        return original(budgets, width)
+
+    monkeypatch.setattr(_ragged, "output_width", output_width)
+    family = FAMILIES["llava"]
+    model, batch = family.build(), family.batch([[3, Image(0), 5], [Image(1), Image(2), 7]])
+    with torch.no_grad(), vtprune.patch(model, ratio=0.3, method=method):
+        model(**batch)
+    assert known and all(known)
