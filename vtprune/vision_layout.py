@@ -273,4 +273,7 @@ def by_crop(
         budgets[mine] = torch.tensor(share(total, sizes[mine].tolist(), weight[mine].tolist()), dtype=torch.int64)
     segments = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     most = int(budgets.max()) if len(budgets) else 0
-    return Crops(*(t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])), most)
+    rows, segments, budgets, placed, pools = (
+        t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])
+    )
+    return Crops(rows, segments, budgets, placed, pools, most)

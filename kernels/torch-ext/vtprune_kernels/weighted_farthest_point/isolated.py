@@ -17,8 +17,8 @@ _COPY = 40 * 2**20  # bytes that a rounded copy may take
 def screen_of(cosine: Cosine) -> Cosine:
     """Rows for guesses: in bfloat16 where the processor multiplies that in hardware, else the rows as they are."""
     rows = cosine.rows
-    able = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    fast = able and rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    abilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = abilities.get("avx512_bf16", False) and rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
     return cosine.rounded(torch.bfloat16) if fast and 2 * rows.numel() <= _COPY else cosine
 
 
