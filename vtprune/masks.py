@@ -37,17 +37,9 @@ def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, alive: Tens
     slots = slots.clamp(0, mask.shape[-1] - 1)
     if mask.dim() == 2:
         return gather(mask, slots, 1) * alive.to(mask.dtype)
-    batch = slots.shape[0]
-    if mask.shape[0] != batch:
-        mask = mask.expand(batch, *mask.shape[1:])
-    if batch == 1:
-        if rows is not None:
-            mask = mask.index_select(2, rows[0])
-        mask = mask.index_select(3, slots[0])
-    else:
-        b = torch.arange(batch, device=mask.device)
-        picked = [mask[i].index_select(1, rows[i]) if rows is not None else mask[i] for i in b.tolist()]
-        mask = torch.stack([picked[i].index_select(2, slots[i]) for i in b.tolist()])  # [B, h, q, k]
+    if rows is not None:
+        mask = gather(mask.transpose(1, 2), rows, 1).transpose(1, 2)  # [B or 1, h, q, KV]
+    mask = gather(mask.movedim(3, 1), slots, 1).movedim(1, 3).contiguous()  # [B, h, q, k]
     blocked = ~alive[:, None, None, :]
     return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
 
