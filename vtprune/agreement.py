@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import anatomy
+from . import anatomy, observe
 
 
 def last_columns(inputs: Mapping[str, Any]) -> Tensor:
@@ -52,6 +54,46 @@ def last_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Returns:
         Tensor: `[B, D]` float32.
     """
+    with _decoder_states(model) as seen:
+        model(**inputs)
+    return _at(seen[-1], last_columns(inputs))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one prefill of a single prompt gave.
+
+    Attributes:
+        logits: `[1, V]` float32, of the next token.
+        state: `[1, D]` float32, hidden state of the last token after the final norm.
+        attention: Number of a decoder layer to `[1, R, H * dv]`: what its attention gave to the last `R` columns.
+    """
+
+    logits: Tensor
+    state: Tensor
+    attention: dict[int, Tensor]
+
+
+def read(model: nn.Module, inputs: Mapping[str, Any], rows: int) -> Reading:
+    """Reads everything that pruned and unpruned models are compared by from one call.
+
+    Args:
+        model: A vision-language model, patched or not.
+        inputs: Keyword arguments of its call, one prompt without padding.
+        rows: Last columns of the prompt, whose attention outputs are read; all of them text.
+
+    Returns:
+        Reading: Layers without an attention function (linear attention, state space) are left out of `attention`.
+    """
+    layers = list(anatomy.find(model).layers)
+    with _decoder_states(model) as seen, observe.attention_outputs(layers, rows) as attention:
+        logits = next_token_logits(model, inputs)
+    return Reading(logits, _at(seen[-1], last_columns(inputs)), attention)
+
+
+@contextmanager
+def _decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Last hidden states of the decoder's calls, `[B, T, D]`."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -60,10 +102,12 @@ def last_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     # Registered after a patch, the hook sees states of the caller's length.
     handle = anatomy.find(model).decoder.register_forward_hook(keep)
     try:
-        model(**inputs)
+        yield seen
     finally:
         handle.remove()
-    states, columns = seen[-1], last_columns(inputs)
+
+
+def _at(states: Tensor, columns: Tensor) -> Tensor:
     return states[torch.arange(len(columns)), columns.to(states.device)].float()
 
 
@@ -74,5 +118,13 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def cosine(reference: Tensor, states: Tensor) -> Tensor:
-    """`[B]` cosine between rows `[B, D]`; 0 where it is not a number."""
-    return torch.nn.functional.cosine_similarity(reference.float(), states.float(), dim=-1).nan_to_num(0.0)
+    """`[B]` cosine between rows `[B, D]`, in float32 at least; 0 where it is not a number."""
+    kind = torch.promote_types(reference.dtype, torch.float32)
+    return torch.nn.functional.cosine_similarity(reference.to(kind), states.to(kind), dim=-1).nan_to_num(0.0)
+
+
+def relative_error(reference: Tensor, other: Tensor) -> float:
+    """`|other - reference| / |reference|`, Frobenius norms over everything; 0 where both are 0."""
+    reference, difference = reference.double(), other.double() - reference.double()
+    size = float(reference.norm())
+    return float(difference.norm()) / size if size else float(difference.any())

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that run a model over several pictures: `vtprune compare` and `vtprune tune`."""
+"""The commands that run a model over several pictures: `vtprune compare`, `tune` and `fidelity` (`cli_fidelity`)."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from .loading import EMBEDDED, InputError, one_line
 
 if TYPE_CHECKING:
     from .compare import Row
+    from .methods import Method
     from .tune import Search
 
 
 def add(commands: Any) -> None:
-    """Adds both commands to the subparsers of the command line."""
+    """Adds the commands to the subparsers of the command line."""
     compare = commands.add_parser("compare", help="all methods at equal cost, against the unpruned model")
     _prompts(compare, mean_ratio=None, default="the least, in tenths, that all methods shown can meet")
     compare.add_argument(
@@ -40,6 +42,10 @@ def add(commands: Any) -> None:
     )
     tune.add_argument("--resume", action="store_true", help="go on with the search that the file holds")
     tune.set_defaults(command=_tune)
+
+    from . import cli_fidelity  # it uses the helpers here
+
+    cli_fidelity.add(commands)
 
 
 def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str) -> None:
@@ -73,19 +79,27 @@ def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     return model, [{name: cli._as_dtype(value, model.dtype) for name, value in prompt.items()} for prompt in prompts]
 
 
-def _compare(args: argparse.Namespace) -> None:
-    from . import __version__, inspect, methods
-    from .compare import common_ratio, compare
+def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
+    """Methods by label: registered names and strategy files of `vtprune tune`; all registered ones for None."""
+    from . import methods
     from .methods.vflowopt import VFlowOpt
 
-    chosen: dict[str, methods.Method] = {}
-    for name in args.methods or methods.names():
+    chosen: dict[str, Method] = {}
+    for name in names or methods.names():
         if name.endswith(".json"):
             chosen[Path(name).name] = VFlowOpt.load(Path(name).expanduser())
         else:
             chosen[name] = methods.get(name)()
+    return chosen
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from . import __version__, inspect
+    from .compare import common_ratio, compare
+
+    chosen = chosen_methods(args.methods)
     if args.json:
-        _check_folder(args.json)
+        check_folder(args.json)
     model, batches = _batches(args)
     args.mean_ratio = args.mean_ratio or common_ratio(chosen.values(), inspect(model).num_layers)
     rows = compare(model, batches, args.mean_ratio, chosen, repeats=args.repeats)
@@ -93,7 +107,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.json:
         about = {"model": args.model, "question": args.question, "mean_ratio": args.mean_ratio}
         about |= {"pictures": len(batches), "repeats": args.repeats, "vtprune": __version__}
-        _write(args.json, json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+        write(args.json, json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
         print(f"table written to {args.json}")
 
 
@@ -131,7 +145,7 @@ def _print_rows(args: argparse.Namespace, rows: list[Row], pictures: int) -> Non
 def _tune(args: argparse.Namespace) -> None:
     from .tune import tune
 
-    _check_folder(args.out)
+    check_folder(args.out)
     model, batches = _batches(args)
 
     def log(search: Search) -> None:
@@ -153,7 +167,7 @@ def _tune(args: argparse.Namespace) -> None:
     print(f"strategy written to {args.out}; use it with vtprune.methods.VFlowOpt.load({args.out!r})")
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
     """Refuses a file that cannot be written before anything long is begun."""
     place = Path(path).expanduser().absolute()
     if not place.parent.is_dir():
@@ -162,7 +176,7 @@ def _check_folder(path: str) -> None:
         raise InputError(f"cannot write {path}: it is a folder")
 
 
-def _write(path: str, text: str) -> None:
+def write(path: str, text: str) -> None:
     try:
         Path(path).expanduser().write_text(text, encoding="utf-8")
     except OSError as error:

@@ -40,22 +40,33 @@ def picture(path: str) -> Image:
         raise InputError(f"cannot read {path} as a picture: {one_line(error)}") from error
 
 
+def picture_files(place: str) -> list[str]:
+    """The picture at `place`, or all picture files of that folder in order of their names; other files are passed over.
+
+    Raises:
+        InputError: There is no such file, or no picture in the folder. Nothing is opened yet.
+    """
+    from PIL import Image
+
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        if not folder.is_file():
+            raise InputError(f"no picture at {place}: expected a file, or a folder of pictures")
+        return [place]
+    kinds = Image.registered_extensions()
+    found = sorted(str(file) for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
+    if not found:
+        raise InputError(f"no picture in the folder {place}: expected files such as .png or .jpg")
+    return found
+
+
 def pictures(place: str) -> list[Image]:
     """Reads a picture, or all pictures of a folder in order of their names; other files in it are passed over.
 
     Raises:
         InputError: There is no picture, or one cannot be read.
     """
-    from PIL import Image
-
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        return [picture(place)]
-    kinds = Image.registered_extensions()
-    found = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
-    if not found:
-        raise InputError(f"no picture in the folder {place}: expected files such as .png or .jpg")
-    return [picture(str(file)) for file in found]
+    return [picture(file) for file in picture_files(place)]
 
 
 def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -70,7 +81,8 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         tuple: The model and its processor.
 
     Raises:
-        InputError: The folder is missing or incomplete, the model takes no pictures, or something in it cannot be read.
+        InputError: The folder is missing or incomplete, the model takes no pictures, its weights are not safetensors,
+            or something in it cannot be read.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -85,9 +97,16 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         model, processor = refvlm.load(None if kind == "auto" else kind)  # type: ignore[arg-type]
         return model.to(place), processor
     local = config(name)[1]
+    if local:
+        _refuse_pickles(Path(name).expanduser())
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=kind, local_files_only=local, trust_remote_code=False, output_loading_info=True
+            name,
+            dtype=kind,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # whatever is wrong with the files of a model, the user gets one line
@@ -98,6 +117,17 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         some = ", ".join(sorted(info["missing_keys"])[:3])
         _log.warning("%d weights of %s are missing and random (%s ...)", len(info["missing_keys"]), name, some)
     return model.eval().to(place), processor
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Raises `InputError` where a folder's weights are pickles, which can run code when they are read."""
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"the weights in {folder} are pickles ({', '.join(pickles[:3])}), which can run code when they are read; "
+            "expected .safetensors: if you trust the files, load them with transformers and write them anew with "
+            "save_pretrained"
+        )
 
 
 def is_local(name: str) -> bool:

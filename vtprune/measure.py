@@ -103,14 +103,14 @@ def _first_token(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 def _timed(model: Any, inputs: Mapping[str, Any]) -> float:
     """Seconds until the first token is there."""
-    _wait(inputs["input_ids"].device)
+    wait(inputs["input_ids"].device)
     start = time.perf_counter()
     _first_token(model, inputs)
-    _wait(inputs["input_ids"].device)
+    wait(inputs["input_ids"].device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Lets an accelerator finish what was queued."""
     import torch
 

@@ -10,7 +10,8 @@ last `remove`; for every thread that is not probing the wrapper hands out what t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,10 @@ def install() -> None:
         def get_interface(attn_implementation: str, default: Callable) -> Callable:
             if torch.compiler.is_dynamo_compiling():  # compiled code is never probed, see `_uncompiled`
                 return original(attn_implementation, default)
-            return _stop if is_probing() else original(attn_implementation, default)
+            if is_probing():
+                return _stop
+            function, record = original(attn_implementation, default), getattr(_probing, "record", None)
+            return function if record is None else _recorded(function, record)
 
         get_interface.original = original if overridden else None  # type: ignore[attr-defined]
         registry.get_interface = get_interface
@@ -96,6 +100,52 @@ def uninstall() -> None:
         del registry.get_interface
         if original is not None:
             registry.get_interface = original
+
+
+@contextmanager
+def attention_outputs(layers: Sequence[nn.Module], rows: int) -> Iterator[dict[int, Tensor]]:
+    """Records what the attention functions of decoder layers return in calls by this thread.
+
+    Args:
+        layers: Decoder layers.
+        rows: How many of the last columns are recorded.
+
+    Yields:
+        dict: Number of a layer to `[B, rows, H * dv]`, heads joined, before the output projection; of the last call.
+        Layers without an attention function are not in it.
+    """
+    seen: dict[int, Tensor] = {}
+    mine = threading.get_ident()
+
+    def enter(number: int) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if not is_probing() and threading.get_ident() == mine:
+                _probing.record = lambda output: seen.__setitem__(number, output[:, -rows:].flatten(2))
+
+        return hook
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        if not is_probing():
+            _probing.record = None
+
+    install()
+    handles = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
+    handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        uninstall()
+
+
+def _recorded(function: Callable, record: Callable[[Tensor], None]) -> Callable:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        record(output[0])
+        return output
+
+    return attend
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..intervals import wilson
 from . import WEIGHTS, easy_vqa, load, prompt, scenes
 
 
@@ -77,17 +77,6 @@ def answer(model: Any, processor: Any, samples: Iterable[Any], batch_size: int =
         tail = generated[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(tail, skip_special_tokens=True)]
     return answers
-
-
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share: `(low, high)`."""
-    if total == 0:
-        return 0.0, 1.0
-    share = right / total
-    middle = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 def tally(samples: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune fidelity`: what pruning changes without labels, its numbers computed directly, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, LAYERS, Image  # noqa: E402
+from support import model_of  # noqa: E402
+
+import vtprune  # noqa: E402
+from vtprune import agreement, charts, fidelity, intervals, loading, methods, observe, refvlm  # noqa: E402
+from vtprune.cli import main  # noqa: E402
+from vtprune.fidelity import Prompt, Way, measure_prompt, summarise  # noqa: E402
+
+PROMPT = [[3, Image(0), 4]]
+ONCE = {"max_new_tokens": 3, "repeats": 1}
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, Any]:
+    return refvlm.load()
+
+
+def prompt_of(family: str) -> Prompt:
+    return Prompt(FAMILIES[family].batch(PROMPT), "a")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_keeping_all_tokens_changes_nothing(family: str) -> None:
+    ways = [Way(name, methods.get(name)(), 1.0) for name in ("random", "iwp", "pyramiddrop", "pooling")]
+    records = measure_prompt(model_of(family), prompt_of(family), ways, **ONCE)
+    assert records.pop("unpruned")["seconds"] > 0
+    for key, record in records.items():
+        numbers = {name: record[name] for name in ("kl", "top1", "answers", "prefix")}
+        assert numbers == {"kl": 0, "top1": 1, "answers": 1, "prefix": 1}, key
+        assert record["cosine"] == pytest.approx(1, abs=1e-12) and set(record["attention_errors"]) == {0.0}
+        assert record["kept"] == record["visual"] and record["mean_ratio"] == 1 and record["seconds"] > 0
+    assert len(records["pyramiddrop 1"]["attention_errors"]) > 1
+
+
+def test_fewer_tokens_are_worse_on_the_embedded_model(embedded: tuple[Any, Any]) -> None:
+    model, processor = embedded
+    ways = [Way("random", methods.Random(), ratio) for ratio in (0.5, 0.05)]
+    records = []
+    for number in range(6):
+        scene = refvlm.scenes.scene(number)
+        text = refvlm.prompt(scene.questions[0].text)
+        inputs = processor(images=scene.image, text=text, return_tensors="pt")
+        records.append(measure_prompt(model, Prompt(inputs, number), ways, turn=number, **ONCE))
+    many, few = summarise(records, range(6), ways)
+    for name, worse in (("kl", 1), ("attention_error", 1), ("cosine", -1), ("answers", -1)):
+        assert worse * few[name]["value"] > worse * many[name]["value"], name
+    assert (many["kept"], few["kept"]) == (72, 7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [methods.DivPrune(), methods.FastV(layer=2), methods.IWP(layer=1)])
+def test_attention_error_is_the_directly_computed_one(method: methods.Method) -> None:
+    """Softmax written out, with and without the dropped columns, from the unpruned layer's own queries and keys."""
+    model, prompt = model_of("llava"), prompt_of("llava")
+    layer = next(iter(method.schedule(LAYERS))).layer
+    record = measure_prompt(model, prompt, [Way("it", method, 0.2)], **ONCE)["it 0.2"]
+    with vtprune.patch(model, ratio=0.2, method=method) as patch:
+        model(**prompt.inputs)
+        visual, kept = patch.last.visual[0], patch.last.kept[0]
+    taken: list[tuple] = []
+    module = vtprune.inspect(model).layers[layer]
+    handle = module.register_forward_pre_hook(lambda m, args, kwargs: taken.append((args, kwargs)), with_kwargs=True)
+    model(**prompt.inputs)
+    handle.remove()
+    observe.install()
+    read = observe.probe(module, *taken[0])
+    observe.uninstall()
+    heads = read.query.shape[1] // read.key.shape[1]
+    key, value = (x.repeat_interleave(heads, 1).double() for x in (read.key, read.value))
+    length = key.shape[2]
+    logits = read.query.double() @ key.transpose(2, 3) * read.scaling
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    dropped = torch.zeros(length, dtype=torch.bool)
+    dropped[visual[~torch.isin(visual, kept)]] = True
+    text = slice(int(visual.max()) + 1, length)
+    full, less = (
+        (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ value)[:, :, text] for seen in (causal, causal & ~dropped)
+    )
+    want = float((less - full).norm() / full.norm())
+    assert want > 0.01 and dropped.any() and text.stop - text.start == 4
+    assert record["attention_errors"] == [pytest.approx(want, rel=1e-4)]
+
+
+def test_prompts_are_read_as_the_single_functions_read_them() -> None:
+    model, inputs = model_of("llava"), prompt_of("llava").inputs
+    for ratio in (1.0, 0.3):
+        with vtprune.patch(model, ratio=ratio, method="uniform"):
+            reading = agreement.read(model, inputs, rows=2)
+            torch.testing.assert_close(reading.logits, agreement.next_token_logits(model, inputs))
+            torch.testing.assert_close(reading.state, agreement.last_states(model, inputs))
+        assert set(reading.attention) == set(range(LAYERS)) and reading.attention[0].shape[:2] == (1, 2)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in vtprune.inspect(model).layers)
+
+
+def test_answers_are_compared_up_to_their_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8]])
+    monkeypatch.setattr(fidelity, "_answer", lambda *args: next(given))
+    ways = [Way("a", methods.Random(), 0.5), Way("b", methods.Uniform(), 0.5)]
+    records = measure_prompt(model_of("llava"), prompt_of("llava"), ways, **ONCE)
+    assert (records["a 0.5"]["answers"], records["a 0.5"]["prefix"]) == (0, 0.5)
+    assert (records["b 0.5"]["answers"], records["b 0.5"]["prefix"]) == (1, 1)
+
+
+def test_a_method_that_cannot_be_run_is_a_row_with_the_reason() -> None:
+    ways = [Way("compact", methods.DivPrune(positions="compact"), 0.5), Way("all", methods.Random(), 0.99)]
+    record = measure_prompt(model_of("qwen2_5_vl"), prompt_of("qwen2_5_vl"), ways, **ONCE)
+    rows = summarise([record], ["a"], ways)
+    assert "one axis" in rows[0]["refused"] and "rounds to all" in rows[1]["refused"]
+
+
+def test_prompts_without_pictures_and_patched_models_are_refused() -> None:
+    model = model_of("llava")
+    with pytest.raises(vtprune.VTPruneError, match="no visual token"):
+        measure_prompt(model, Prompt(FAMILIES["llava"].batch([[5, 6]]), "a"), [], **ONCE)
+    with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.VTPruneError, match="remove the patch"):
+        measure_prompt(model, prompt_of("llava"), [], **ONCE)
+
+
+def fake(seconds: float, kl: float, same: float, error: float | None = 0.5) -> dict[str, Any]:
+    numbers = {"kl": kl, "top1": same, "answers": same, "prefix": same, "cosine": 0.9, "attention_errors": [0.1, error]}
+    return numbers | {"seconds": seconds, "deciding": 0.01, "visual": 100, "kept": 10, "mean_ratio": 0.1}
+
+
+def test_rows_sum_prompts_up_picture_by_picture() -> None:
+    ways = [Way(name, methods.Random(), 0.1) for name in ("near", "far", "slow")]
+    unpruned = {"seconds": 2.0}
+    first = {"near 0.1": fake(1, 0.1, 1), "far 0.1": fake(1, 0.4, 0), "slow 0.1": fake(3, 0.01, 1)}
+    second = {"near 0.1": fake(1, 0.3, 0), "far 0.1": fake(1, 0.4, 1), "slow 0.1": fake(3, 0.01, 1)}
+    third = {"near 0.1": fake(1, 0.9, 1), "far 0.1": fake(1, 0.8, 1), "slow 0.1": fake(3, 0.01, 1, None)}
+    records = [{"unpruned": unpruned, **record} for record in (first, second, third)]
+    near, far, slow = summarise(records, ["a", "a", "b"], ways)
+    # the two prompts about picture a count as one observation
+    assert near["kl"]["value"] == pytest.approx((0.2 + 0.9) / 2) and near["kl"]["interval"] == [0.2, 0.9]
+    assert near["top1"]["value"] == 0.75
+    assert near["top1"]["interval"] == [pytest.approx(x, rel=1e-5) for x in intervals.wilson(1.5, 2)]
+    assert near["relative_time"] == {"value": 0.5, "interval": [0.5, 0.5]} and near["cuts_error"] == [0.1, 0.5]
+    # equally fast and nearer wins; slower than the unpruned model never does
+    assert (near["frontier"], far["frontier"], slow["frontier"]) == (True, False, False)
+    assert near["attention_error"]["value"] == 0.5 and "attention_error" not in slow
+
+
+def test_intervals_are_the_known_ones() -> None:
+    assert intervals.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)
+    assert intervals.wilson(3, 3)[0] < 0.5 and intervals.wilson(0, 0) == (0, 1)
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = intervals.bootstrap(values)
+    error = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
+    assert intervals.bootstrap(values) == (low, high) and intervals.bootstrap([4.0]) == (4.0, 4.0)
+
+
+@pytest.fixture
+def command(embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Runs the command on the embedded model, loaded once, with small settings."""
+    monkeypatch.setattr(loading, "model_and_processor", lambda *args: embedded)
+
+    def run(*arguments: Any) -> int:
+        given = ["fidelity", "--repeats", "1", "--max-new-tokens", "4", "--methods", "random", "iwp"]
+        return main([*given, "--json", str(tmp_path / "out.json"), *map(str, arguments)])
+
+    return run
+
+
+def test_the_command_shows_and_writes_what_it_measured(command: Any, capfd: Any, tmp_path: Path) -> None:
+    assert command("--limit", 2, "--ratios", 1, 0.1) == 0
+    out = capfd.readouterr().out
+    assert "2 pictures (drawn scenes), 2 prompts" in out and "144 of 144" in out and "14 of 144" in out
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["method"], row["ratio"]) for row in data["rows"]] == [
+        (method, ratio) for method in ("random", "iwp") for ratio in (1, 0.1)
+    ]
+    assert data["rows"][0]["kl"] == {"value": 0, "interval": [0, 0]} and data["rows"][1]["kl"]["value"] > 0
+    assert data["questions"] == "the scenes' own" and "records" not in data
+    assert not charts.available() or "iwp" in (tmp_path / "out.svg").read_text()
+    assert command("--limit", 2, "--ratios", 1, 0.1) == 0  # nothing is measured again
+    assert json.loads((tmp_path / "out.json").read_text()) == data
+
+
+def test_the_command_takes_a_folder_and_questions_and_goes_on(
+    command: Any, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2):
+        refvlm.scenes.scene(number).image.save(pictures / f"{number}.png")
+    (tmp_path / "asked.txt").write_text("how many stars?\n\nwhat color is the circle?\n")
+    arguments = ["--images", pictures, "--questions", tmp_path / "asked.txt", "--ratios", 0.1]
+    measured, measure = [], fidelity.measure_prompt
+
+    def interrupted(model: Any, prompt: Prompt, *args: Any, **kwargs: Any) -> Any:
+        if len(measured) == 3:
+            measured.append("stop")
+            raise KeyboardInterrupt
+        measured.append(prompt.picture)
+        return measure(model, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(fidelity, "measure_prompt", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert stopped.value.code == 130 and len(json.loads((tmp_path / "out.json").read_text())["records"]) == 3
+    assert command(*arguments) == 0
+    assert measured == ["0.png", "0.png", "1.png", "stop", "1.png"]
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert (data["pictures"], data["prompts"]) == (2, 4) and data["of"] == "pictures"
+    capfd.readouterr()
+    assert command(*arguments, "--max-new-tokens", 5) == 2
+    line = capfd.readouterr().err.strip()
+    assert len(line.splitlines()) == 1 and "max_new_tokens" in line and "--force" in line
+    assert json.loads((tmp_path / "out.json").read_text()) == data
+
+
+def test_the_command_refuses_in_one_line(command: Any, capfd: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no picture")
+    (tmp_path / "blank.txt").write_text("\n")
+    for arguments, message in (
+        (["--images", tmp_path / "none"], "expected a file, or a folder"),
+        (["--images", tmp_path / "empty"], "no picture in the folder"),
+        (["--images", tmp_path / "broken"], "as a picture"),
+        (["--questions", tmp_path / "blank.txt"], "holds no question"),
+        (["--questions", tmp_path / "none.txt"], "as questions"),
+        (["--methods", "fastvv"], "did you mean 'fastv'"),
+        (["--ratios", "0"], "(0, 1]"),
+        (["--json", tmp_path / "none" / "a.json"], "folder does not exist"),
+        (["--plot", tmp_path / "a.txt"], ".svg, .png or .pdf"),
+        (["--model", tmp_path], "config.json"),
+    ):
+        assert command(*arguments) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and len(err.strip().splitlines()) == 1 and message in err, arguments

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vtprune fidelity` found, as a table for the terminal and as a chart."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .charts import Chart, Series
+
+NOTES = (
+    "KL, top-1, last hidden state (cosine): the token after the prompt; answers: greedy, word for word; all against "
+    "the unpruned model. Attention error: relative, at the last cut. Time: to the first token, vision tower and "
+    "deciding included, over the unpruned time; * nothing is both faster and nearer."
+)
+
+
+def chart(data: dict[str, Any]) -> Chart:
+    """Quality against measured time: a line per method, a point per ratio, the frontier behind them."""
+    rows = [row for row in data["rows"] if "refused" not in row]
+    series = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        low, high = ([row["kl"]["interval"][end] for row in mine] for end in (0, 1))
+        series.append(
+            Series(
+                method, [row["relative_time"]["value"] for row in mine], [row["kl"]["value"] for row in mine], low, high
+            )
+        )
+    best = [(row["relative_time"]["value"], row["kl"]["value"]) for row in rows if row["frontier"]]
+    return Chart(
+        title=f"{data['model']}, {data['pictures']} pictures ({data['of']}), {data['prompts']} prompts",
+        x_label=f"{'CPU ' if data['clock'] == 'cpu' else ''}time to the first token, deciding included; unpruned = 1",
+        y_label="KL of the next token, nats",
+        series=series,
+        frontier=sorted(point for point in best if point[1] > 0),
+        log_y=True,
+        mark=("unpruned", 1.0, None),
+    )
+
+
+def print_table(data: dict[str, Any]) -> None:
+    """Prints a row per method and ratio; intervals where the terminal is wide enough."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Where the output is no terminal there is no width to keep to.
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    intervals = console.width >= 172
+    title = f"{data['model']}, {data['pictures']} pictures ({data['of']}), {data['prompts']} prompts"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("method", no_wrap=True)
+    for heading in ("kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "deciding", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    ran = [row for row in data["rows"] if "refused" not in row]
+    for ratio in sorted({row["ratio"] for row in ran}, reverse=True):
+        for row in sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"]):
+            table.add_row(*_cells(row, intervals))
+        table.add_section()
+    console.print(table)
+    for row in data["rows"]:
+        if "refused" in row:
+            console.print(Text(f"{row['method']} at {row['ratio']:g}: {row['refused']}"))
+    where = "In brackets" if intervals else "In the JSON file"
+    console.print(Text(f"{where}: 95 % intervals. {NOTES}"), soft_wrap=True)
+
+
+def _cells(row: dict[str, Any], intervals: bool) -> list[str]:
+    def span(number: dict[str, Any], form: str) -> str:
+        low, high = number["interval"]
+        return f"{number['value']:{form}}" + (f" ({low:{form}}–{high:{form}})" if intervals else "")
+
+    return [
+        row["method"],
+        f"{row['kept']:.0f} of {row['visual']:.0f}",
+        span(row["kl"], ".2g"),
+        span(row["top1"], ".0%"),
+        span(row["answers"], ".0%"),
+        span(row["cosine"], ".3f"),
+        span(row["attention_error"], ".2f") if "attention_error" in row else "-",
+        f"{1e3 * row['deciding']:.1f} ms",
+        f"{'* ' if row['frontier'] else ''}{span(row['relative_time'], '.2f')}",
+    ]
