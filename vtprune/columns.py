@@ -129,12 +129,19 @@ class Columns:
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if self._is_mask(name, value):
             return self._mask(number, value)
+        index = self._index_for(name)
+        value = compact.map_tensors(value, lambda x: self._cut(x, index)) if self.is_cut else value
+        if name not in positions.NAMES:
+            return value
+        turned = self.state.shift(number) if self.state is not None else None
+        return value if turned is None else turned.apply(name, value)
+
+    def _index_for(self, name: str) -> Tensor:
+        """`[B, K]` columns that an argument is gathered from."""
+        index = self.index
         if name in positions.NAMES:
             index = self.source
-            value = compact.map_tensors(value, lambda x: self._cut(x, index)) if self.is_cut else value
-            turned = self.state.shift(number) if self.state is not None else None
-            return value if turned is None else turned.apply(name, value)
-        return compact.map_tensors(value, lambda x: self._cut(x, self.index)) if self.is_cut else value
+        return index
 
     def _is_mask(self, name: str, value: Any) -> bool:
         if "mask" in name or masks.is_block_mask(value):
@@ -149,7 +156,7 @@ class Columns:
         for name, value in arguments.items():
             if name == "hidden_states" or self._is_mask(name, value):
                 continue
-            index = self.source if name in positions.NAMES else self.index
+            index = self._index_for(name)
             tensors: list[Tensor] = []
             compact.map_tensors(value, tensors.append)
             for x in tensors:
