@@ -10,8 +10,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 RUNTIME := $(VENV)/.stamp-runtime
 TEST := $(VENV)/.stamp-test
+DOCS := $(VENV)/.stamp-docs
+# lmms-eval has an environment of its own: it asks for packages that the tests must not depend on.
+EVAL_VENV ?= .venv-eval
+EVAL_PY := $(EVAL_VENV)/bin/python
+EVAL := $(EVAL_VENV)/.stamp-eval
 
-.PHONY: demo test lint types pytest guard format clean
+.PHONY: demo test lint types pytest docs eval guard format clean
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -29,17 +34,27 @@ types: $(TEST)
 pytest: $(TEST) lint types
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --durations 10
 
+# Warnings are errors. What is switched off is the theme's advertisement of its successor.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
+
 # Hugging Face kernels is installed beside the environment, not into it: transformers behaves differently when it is there.
 guard: $(TEST)
 	$(PIP) -q --no-deps --upgrade --target $(VENV)/guard -r requirements/guard.txt
 	$(PY) scripts/check_packaging.py --kernels $(VENV)/guard
+
+# The plug-in's tests with the real lmms-eval, then its command on the local tasks, in one process and in two.
+eval: $(EVAL)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(EVAL_PY) -m pytest -q tests/test_lmms_eval.py
+	$(EVAL_PY) -m benchmarks.lmms --out out/lmms_eval.json --force
 
 format: $(TEST)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
@@ -51,4 +66,16 @@ $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 
 $(TEST): $(RUNTIME) requirements/test.txt
 	$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(DOCS): $(TEST) requirements/docs.txt
+	$(PIP) -r requirements/docs.txt
+	@touch $@
+
+$(EVAL): requirements/torch.txt requirements/runtime.txt requirements/eval.txt requirements/eval-tool.txt pyproject.toml
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_PY) -m pip --disable-pip-version-check install $(TORCH)
+	$(EVAL_PY) -m pip --disable-pip-version-check install -r requirements/eval.txt
+	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps -r requirements/eval-tool.txt
+	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@
