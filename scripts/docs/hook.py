@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MkDocs hook: completes the written pages, adds the made ones, and refuses a site that loads from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+for _path in (ROOT, ROOT / "kernels" / "torch-ext"):  # also from a checkout that was not installed
+    if str(_path) not in sys.path:
+        sys.path.insert(0, str(_path))
+
+from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+
+from scripts.docs import pages  # noqa: E402
+
+# Written by programs that take long: a checkout in which one was not run yet has a site without it.
+_OPTIONAL = ("support.md", "layouts.md", "results.md")
+_MADE: dict[str, str] = {}
+_LOADS = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.I)
+
+
+def on_config(config: Any) -> Any:
+    """Puts the made pages into the navigation."""
+    _MADE.update(pages.made())
+    added = pages.navigation()
+    for entry in config.nav:
+        for title, children in entry.items():
+            if title in added:
+                children += [child for child in added[title] if child not in children]
+            elif isinstance(children, list):
+                children[:] = [child for child in children if not _absent(child, Path(config.docs_dir))]
+    return config
+
+
+def _absent(child: Any, docs: Path) -> bool:
+    return any(page in _OPTIONAL and not (docs / page).exists() for page in dict(child).values())
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for place, text in _MADE.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    place = page.file.src_uri
+    return markdown if place in _MADE else pages.complete(markdown, f"docs/{place}")
+
+
+def on_post_build(config: Any) -> None:
+    """The site must be readable without a network, and must tell nobody that it is read."""
+    for path in sorted(Path(config.site_dir).rglob("*.html")):
+        loads = _LOADS.findall(path.read_text(encoding="utf-8"))
+        if loads:
+            raise PluginError(f"{path.name} loads from elsewhere: {loads[0]}")

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A page for every registered method: its docstring, its options, its paper, and what was measured."""
+
+from __future__ import annotations
+
+import re
+
+from scripts.docs import tables
+
+
+def names() -> list[str]:
+    """Methods that the library itself registers; other packages' and a session's own are left out."""
+    from vtprune import methods
+
+    return [name for name in methods.names() if methods.get(name).__module__.startswith("vtprune.")]
+
+
+def summary(name: str) -> str:
+    """The first sentence of the docstring."""
+    return _words(name).split(". ")[0].rstrip(".")
+
+
+def paper(name: str) -> str | None:
+    """The paper's number at arXiv."""
+    found = re.search(r"(?:arXiv[:\s]*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", _words(name), re.I)
+    return found[1] if found else None
+
+
+def cuts(name: str) -> str:
+    """Where it cuts a decoder of 32 layers."""
+    from vtprune import methods
+
+    return ", ".join(str(stage.layer) if stage.layer else "input" for stage in methods.get(name)().schedule(32))
+
+
+def page(name: str) -> str:
+    """The page of one method. What it says comes from its docstring, rendered where `:::` stands."""
+    from vtprune import methods
+
+    cls = methods.get(name)
+    number = paper(name)
+    facts = f"* Cuts before layer (of 32): {cuts(name)}\n* A budget applies to each {cls.pool}\n"
+    facts += f"* Paper: [arXiv {number}](https://arxiv.org/abs/{number})" if number else "* A control, without a paper"
+    return f"""# `{name}`
+
+{summary(name)}.
+
+{facts}
+
+```python
+import vtprune
+
+with vtprune.patch(model, ratio=0.1, method="{name}") as patch:
+    model.generate(**inputs)
+print(patch.last.report())
+```
+
+## What it does
+
+::: {cls.__module__}.{cls.__qualname__}
+    options:
+      heading_level: 3
+      members: false
+      show_root_full_path: false
+
+## Measured
+
+Simple scenes and a small model: a difference here is a hint, no promise for a large model.
+
+{tables.of_method(name)}
+"""
+
+
+def _words(name: str) -> str:
+    from vtprune import methods
+
+    return " ".join((methods.get(name).__doc__ or "").split())

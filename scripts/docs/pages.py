@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All pages of the documentation site as Markdown: the written ones completed, and those that are made.
+
+On a line of its own, `<!-- fill: NAME -->` becomes a table of `scripts/docs/tables.py`, and
+`<!-- include: FILE#HEADING -->` the section of that name of another document of the repository, so that nothing is told
+twice. Links may lead to any file of the repository: to those that have a page they become links, of others only the
+text is left.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from collections.abc import Mapping
+
+from scripts.docs import methods, tables
+from scripts.docs.tables import ROOT
+
+# Documents of the repository that have a page, by section of the navigation.
+HOME = {"README.md": "index.md"}
+PROJECT = {
+    "CONTRIBUTING.md": ("Contributing", "project/contributing.md"),
+    "vtprune/refvlm/README.md": ("The embedded model", "project/refvlm.md"),
+    "kernels/README.md": ("Kernels", "project/kernels.md"),
+    "benchmarks/README.md": ("Benchmarks", "project/benchmarks.md"),
+    "CHANGELOG.md": ("Changes", "project/changelog.md"),
+}
+_FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.S | re.M)
+_LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def examples() -> list[str]:
+    """The example scripts, by path in the repository."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("[0-9]*.py"))
+
+
+def places() -> dict[str, str]:
+    """Files of the repository outside `docs/` that have a page, to its place in the site."""
+    known = dict(HOME)
+    known |= {path: place for path, (_, place) in PROJECT.items() if (ROOT / path).exists()}
+    known |= {"examples/README.md": "examples/index.md"}
+    return known | {path: path.removesuffix(".py") + ".md" for path in examples()}
+
+
+def written() -> dict[str, str]:
+    """Source file to page, for what lies in `docs/`."""
+    found = sorted((ROOT / "docs").rglob("*.md"))
+    return {path.relative_to(ROOT).as_posix(): path.relative_to(ROOT / "docs").as_posix() for path in found}
+
+
+def made() -> dict[str, str]:
+    """Page to its Markdown, for all that do not lie in `docs/`."""
+    pages = {}
+    for path, place in places().items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        pages[place] = complete(_script(path, text) if path.endswith(".py") else text, path, place)
+    pages["methods/index.md"] = complete(f"# Methods\n\n{tables.methods()}\n", "docs/methods/index.md")
+    for name in methods.names():
+        place = f"methods/{name}.md"
+        pages[place] = complete(methods.page(name), f"docs/{place}")
+    return pages
+
+
+def everything() -> dict[str, str]:
+    """Page to its Markdown, complete, for the whole site."""
+    own = {place: complete((ROOT / path).read_text(encoding="utf-8"), path) for path, place in written().items()}
+    return own | made()
+
+
+def navigation() -> dict[str, list[dict[str, str]]]:
+    """Sections of the navigation to the made pages that belong into them."""
+    return {
+        "Methods": [{name: f"methods/{name}.md"} for name in methods.names()],
+        "Examples": [{path.split("/")[-1]: places()[path]} for path in examples()],
+        "Project": [{title: place} for path, (title, place) in PROJECT.items() if (ROOT / path).exists()],
+    }
+
+
+def complete(text: str, source: str, place: str | None = None) -> str:
+    """Fills in tables and sections, and turns links into links between pages.
+
+    Args:
+        text: Markdown of the document.
+        source: Its path in the repository, from which relative links count; a link to `/x.md` counts from `docs/`.
+        place: Its page; by default that of a file in `docs/`.
+
+    Raises:
+        ValueError: A table or a section of that name does not exist.
+    """
+    place = place or source.removeprefix("docs/")
+    text = re.sub(r"^<!-- fill: ([\w-]+) -->$", lambda match: _fill(match[1]), text, flags=re.M)
+    known = places()
+    text = relink(text, source, place, known)
+
+    def include(match: re.Match[str]) -> str:
+        return relink(section(match[1], match[2]), match[1], place, known)
+
+    return re.sub(r"^<!-- include: ([\w./-]+)#([^>]+?) -->$", include, text, flags=re.M)
+
+
+def section(path: str, heading: str) -> str:
+    """The text under a second-level heading of a document of the repository, without the heading."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for part in re.split(r"^## ", text, flags=re.M)[1:]:
+        title, _, body = part.partition("\n")
+        if title.strip() == heading:
+            return body.strip()
+    raise ValueError(f"{path} has no section {heading!r}")
+
+
+def relink(text: str, source: str, place: str, known: Mapping[str, str]) -> str:
+    """Links between files of the repository become links between pages; see `complete`."""
+
+    def link(match: re.Match[str]) -> str:
+        mark, words, target = match.groups()
+        path, hash_, anchor = target.partition("#")
+        if not path or re.match(r"[a-z]+:", path):
+            return match[0]
+        absolute = f"docs{path}" if path.startswith("/") else posixpath.join(posixpath.dirname(source), path)
+        file = posixpath.normpath(absolute)
+        page = known.get(file, file.removeprefix("docs/") if file.startswith("docs/") else None)
+        if page is not None:
+            return f"{mark}[{words}]({posixpath.relpath(page, posixpath.dirname(place) or '.')}{hash_}{anchor})"
+        # A file without a page: its name is all that a reader of the site can be given.
+        return (
+            (words if words.startswith("`") else f"`{words}`")
+            if os.path.exists(ROOT / file) or file in PROJECT
+            else match[0]
+        )
+
+    parts = _FENCE.split(text)
+    return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in parts)
+
+
+def _fill(name: str) -> str:
+    if name not in tables.FILLS:
+        raise ValueError(f"there is no table {name!r}; there are: {', '.join(tables.FILLS)}")
+    return tables.FILLS[name]()
+
+
+def _script(path: str, text: str) -> str:
+    """The page of an example: its docstring as text, and all of it as code."""
+    name = path.split("/")[-1]
+    return f"# {name}\n\n```bash\npython {path}\n```\n\n```python\n{text}```\n"

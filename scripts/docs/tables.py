@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the documentation, from the registry, from `benchmarks/results/*.json` and from the tests."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "*Not yet measured.*"
+
+
+def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [heading, tuple("---" for _ in heading), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def front(results: Path = RESULTS) -> str:
+    """The budgets and methods that no other row beats in both cost and accuracy."""
+    data = _read(results / "accuracy.json")
+    if data is None:
+        return MISSING
+    best, rows = -1, []
+    # The cheapest first; of equal cost the most accurate one. Rounded: a mean over layers is not exact to the last bit.
+    measured = (row for row in data["rows"] if "refused" not in row and row["method"] != "oracle")
+    for row in sorted(measured, key=lambda row: (round(row["mean_tokens"], 3), -row["right"], row["method"])):
+        if row["right"] > best:
+            best = row["right"]
+            share = row["mean_tokens"] / data["unpruned"]["visual_tokens"]
+            kept = f"{row['kept']:.0f}"
+            rows.append(
+                (f"{row['mean_tokens']:.0f} ({share:.0%})", kept, _share(row), f"`{row['method']}`", _asked(row))
+            )
+    rows.append((f"{data['unpruned']['visual_tokens']} (100%)", "all", _share(data["unpruned"]), "unpruned", ""))
+    head = ("mean tokens over layers", "left at the end", "right answers (95 % interval)", "method", "asked for")
+    return f"{_about(data)}\n\n{table(head, rows)}"
+
+
+def floor(results: Path = RESULTS) -> str:
+    """How far each method can go: the smallest `ratio` tried whose loss stays inside a bound, all larger ones too."""
+    data = _read(results / "accuracy.json")
+    if data is None:
+        return MISSING
+    whole = data["unpruned"]["right"] / data["unpruned"]["total"]
+    bounds = (0.01, 0.02, 0.05, 0.10)
+    lines = []
+    for name in sorted({row["method"] for row in data["rows"]} - {"oracle"}):
+        mine = sorted((r for r in data["rows"] if r["method"] == name and "ratio" in r), key=lambda r: -r["ratio"])
+        cells, mean = [], []
+        for bound in bounds:
+            held: dict[str, Any] | None = None
+            for row in mine:
+                if "refused" in row or whole - row["right"] / row["total"] > bound + 1e-9:
+                    break
+                held = row
+            cells.append("none tried" if held is None else f"{held['ratio']:g}")
+            mean.append(1.0 if held is None else held["ratio"])
+        lines.append((mean[::-1], (f"`{name}`", *cells)))
+    head = ("method", *(f"at most {100 * bound:g} points lost" for bound in bounds))
+    tried = sorted({row["ratio"] for row in data["rows"] if "ratio" in row}, reverse=True)
+    text = f"Ratios tried: {', '.join(f'{ratio:g}' for ratio in tried)}. {_about(data)}"
+    return f"{text}\n\n{table(head, [cells for _, cells in sorted(lines)])}"
+
+
+def kinds(results: Path = RESULTS) -> str:
+    """Right answers by kind of question, with and without pruning."""
+    data = _read(results / "kinds.json")
+    if data is None:
+        return MISSING
+    whole = next(row for row in data["rows"] if "method" not in row)["kinds"]
+    names = sorted((kind for kind in whole if kind != "all"), key=lambda kind: (_worst(data, kind), kind))
+
+    def line(label: str, kinds: dict[str, Any]) -> tuple[str, ...]:
+        return (label, *(f"{kinds[name]['accuracy']:.1%}" for name in [*names, "all"]))
+
+    rows = [line("unpruned", whole)]
+    pruned = sorted((row for row in data["rows"] if "method" in row), key=lambda r: (r["method"], -r["ratio"]))
+    rows += [line(f"`{row['method']}`, ratio {row['ratio']:g}", row["kinds"]) for row in pruned]
+    rows.append(("always the most frequent answer", *(f"{whole[name]['majority']:.1%}" for name in [*names, "all"])))
+    head = ("", *(f"{name} ({whole[name]['total']})" for name in names), f"all ({whole['all']['total']})")
+    return f"In brackets: questions of each kind. {_about(data)}\n\n{table(head, rows)}"
+
+
+def laws(results: Path = RESULTS) -> str:
+    """The test file of every law, and on how many families it held in the last full run."""
+    data = _read(results / "families.json") or {"rows": []}
+    lines = []
+    for path in sorted((ROOT / "tests" / "laws").glob("test_*.py"), key=lambda path: int(path.stem.split("_")[1])):
+        number, name = path.stem.split("_", 2)[1:]
+        said = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+        held = [row["laws"][_law(name)] for row in data["rows"] if _law(name) in row["laws"]]
+        verdict = f"{sum(held)} of {len(held)}" if held else "not in the last run"
+        lines.append((number, re.sub(r"^Law \d+: ", "", said), f"`{path.relative_to(ROOT)}`", verdict))
+    about = f" {_versions(data)}" if data["rows"] else ""
+    return table(("law", "what is tested", "file", "families on which it held"), lines) + f"\n\n{about.strip()}"
+
+
+def methods(results: Path = RESULTS) -> str:
+    """A row for every registered method, with its page and its paper."""
+    from scripts.docs import methods as pages
+
+    rows = []
+    for name in pages.names():
+        paper = pages.paper(name)
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
+        rows.append((f"[`{name}`](/methods/{name}.md)", pages.cuts(name), pages.summary(name), link))
+    return table(("method", "cuts before layer (of 32)", "what it does", "paper"), rows)
+
+
+def of_method(name: str, results: Path = RESULTS) -> str:
+    """What one method reached at every budget, beside the unpruned model and the random choice."""
+    data = _read(results / "accuracy.json")
+    rows = [row for row in data["rows"] if row["method"] == name] if data else []
+    if data is None or not rows:
+        return MISSING
+    control = {_asked(row): row for row in data["rows"] if row["method"] == "random"}
+    lines = []
+    for row in sorted(rows, key=lambda row: ("ratio" not in row, -row.get("ratio", 0), -row.get("mean_ratio", 0))):
+        other = control.get(_asked(row))
+        beside = _share(other) if other and "refused" not in other else ""
+        if "refused" in row:
+            lines.append((_asked(row), "not possible", "", "", beside))
+        else:
+            lines.append((_asked(row), f"{row['kept']:.0f}", f"{row['mean_tokens']:.0f}", _share(row), beside))
+    head = ("asked for", "left at the end", "mean over layers", "right answers (95 % interval)", "`random`")
+    return f"Unpruned: {_share(data['unpruned'])}. {_about(data)}\n\n{table(head, lines)}"
+
+
+FILLS: dict[str, Callable[[], str]] = {
+    "front": front,
+    "floor": floor,
+    "kinds": kinds,
+    "laws": laws,
+    "methods": methods,
+}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _share(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['right'] / row['total']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _asked(row: dict[str, Any]) -> str:
+    return next(f"`{name}={row[name]:g}`" for name in ("ratio", "mean_ratio") if name in row)
+
+
+def _worst(data: dict[str, Any], kind: str) -> float:
+    return min(row["kinds"][kind]["accuracy"] for row in data["rows"])
+
+
+def _law(name: str) -> str:
+    """The name under which the results know a law."""
+    return name.replace("_", " ")
+
+
+def _about(data: dict[str, Any]) -> str:
+    return f"Embedded model, {data['questions']}. {_versions(data)}"
+
+
+def _versions(data: dict[str, Any]) -> str:
+    return f"({', '.join(f'{name} {version}' for name, version in data['versions'].items())}; {data['machine']})"

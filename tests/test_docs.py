@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation says is true: every block of every page runs, every page is built from what there is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import doc_blocks  # noqa: E402
+
+import vtprune  # noqa: E402
+from scripts.docs import methods, pages, tables  # noqa: E402
+from vtprune import refvlm  # noqa: E402
+
+PAGES = pages.everything()
+# Examples are run by their own test.
+TO_RUN = [place for place in sorted(PAGES) if not re.match(r"examples/\d", place) and doc_blocks.blocks(PAGES[place])]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What names of models on the hub stand for: a tiny random model, saved as a user would have it."""
+    from vtprune.refvlm import model
+
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    model.build(0).save_pretrained(place)
+    model.processor().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model, processor = refvlm.load()
+    scene = refvlm.scenes.scene(7)
+    inputs = processor(images=scene.image, text=refvlm.prompt(scene.questions[0].text), return_tensors="pt")
+    return {"vtprune": vtprune, "model": model, "processor": processor, "inputs": inputs}
+
+
+@pytest.fixture
+def session(embedded, tmp_path, monkeypatch):
+    """A reader's session: see the rules in docs/extend/docs.md."""
+    registry = importlib.import_module("vtprune.methods.registry")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(("photo.png", "photos/a.png", "photos/b.png", "photos/c.png")):
+        refvlm.scenes.scene(number).image.save(tmp_path / name)
+    manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
+    monkeypatch.setattr(manager, "_load_model", manager._load_model)  # put back what the page on serving replaces
+    monkeypatch.setitem(sys.modules, "page", ModuleType("page"))  # dataclasses look their module up
+    yield dict(embedded, __name__="page")
+    vtprune.unpatch(embedded["model"])
+
+
+@pytest.mark.parametrize("place", TO_RUN)
+def test_every_block_of_a_page_runs(place, session, folder, capfd):
+    from vtprune.cli import main
+
+    for block in doc_blocks.blocks(PAGES[place]):
+        if block.language == "python":
+            doc_blocks.run_python(block, session, folder, place)
+        elif block.language == "bash":
+            for words in doc_blocks.commands(block.code):
+                arguments = doc_blocks.check_command(words, folder)
+                if arguments is not None:
+                    assert main(arguments) == 0, (words, capfd.readouterr().err)
+        elif block.language == "json":
+            json.loads(block.code)
+        else:
+            assert block.language in ("text", "yaml"), f"{place}, line {block.line}: a block without a known language"
+
+
+def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
+    """The block that wraps the loading of `transformers serve` is given a model to load."""
+    manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
+    block = next(b for b in doc_blocks.blocks(PAGES["serving.md"]) if "ModelManager" in b.code)
+    doc_blocks.run_python(block, session, folder, "serving.md")
+    model, processor = manager(device="cpu").load_model_and_processor(f"{folder}@main")
+    inputs = processor(images=refvlm.scenes.scene(1).image, text=refvlm.prompt("what?"), return_tensors="pt")
+    model.generate(**inputs, max_new_tokens=2)
+    patch = importlib.import_module("vtprune.patching").find_patch(model)
+    assert patch.last.tokens == (144, 14)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "vtprune demo --ration 0.1",
+        "make coffee",
+        "python -m benchmarks.nothing",
+        "python -m benchmarks.kinds --nothing",
+        "python scripts/nothing.py",
+        "pytest tests/nothing.py",
+        "pip install 'vtprune[nothing]'",
+        "transformers nothing",
+        "frobnicate",
+    ],
+)
+def test_commands_that_cannot_work_are_noticed(line, folder):
+    from vtprune.errors import VTPruneError
+
+    with pytest.raises((AssertionError, VTPruneError)):
+        for words in doc_blocks.commands(line):
+            doc_blocks.check_command(words, folder)
+
+
+def test_names_on_the_hub_become_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
+    code = 'load("owner/model-1.5"), open("photos/a.png"), kind("image/png"), path("a/b/c")'
+    swapped = doc_blocks.offline(code, Path("/here"))
+    assert swapped == 'load(\'/here\'), open("photos/a.png"), kind("image/png"), path("a/b/c")'
+
+
+def test_every_method_has_a_page_by_existing(monkeypatch):
+    registry = importlib.import_module("vtprune.methods.registry")
+    assert {f"methods/{name}.md" for name in vtprune.methods.names()} <= set(PAGES)
+    new = type("New", (vtprune.methods.get("uniform"),), {"__doc__": "Keeps new tokens. arXiv 2401.00001."})
+    new.__module__ = "vtprune.methods.new"
+    monkeypatch.setattr(registry, "_METHODS", registry._METHODS | {"new": new})
+    text = pages.made()["methods/new.md"]
+    assert "Keeps new tokens." in text and "arxiv.org/abs/2401.00001" in text and ":::" in text
+    assert {"new": "methods/new.md"} in pages.navigation()["Methods"]
+    assert "(new.md)" in pages.made()["methods/index.md"]
+
+
+def test_pages_have_no_open_ends():
+    for place, text in PAGES.items():
+        assert not re.search(r"<!-- (fill|include):", re.sub(r"`[^`\n]*`", "", text)), place
+        assert tables.MISSING not in text or place.startswith("methods/"), place
+
+
+_RESULTS = {
+    "accuracy.json": {
+        "questions": "200 questions",
+        "unpruned": {"right": 190, "total": 200, "visual_tokens": 144, "interval": [0.9, 0.97]},
+        "rows": [
+            {"method": "a", "ratio": 0.5, "kept": 72, "mean_tokens": 72, "right": 188, "total": 200},
+            {"method": "a", "ratio": 0.1, "kept": 14, "mean_tokens": 14, "right": 150, "total": 200},
+            {"method": "b", "ratio": 0.5, "kept": 72, "mean_tokens": 100, "right": 187, "total": 200},
+            {"method": "b", "ratio": 0.1, "kept": 14, "mean_tokens": 80, "right": 189, "total": 200},
+            {"method": "b", "mean_ratio": 0.1, "refused": "no"},
+            {"method": "oracle", "ratio": 0.1, "kept": 14, "mean_tokens": 14, "right": 200, "total": 200},
+        ],
+        "versions": {"torch": "2"},
+        "machine": "one",
+    },
+    "kinds.json": {
+        "questions": "20 questions",
+        "rows": [
+            {
+                "kinds": {
+                    "all": {"accuracy": 0.9, "total": 20, "majority": 0.3},
+                    "color": {"accuracy": 1.0, "total": 10, "majority": 0.2},
+                    "count": {"accuracy": 0.8, "total": 10, "majority": 0.4},
+                }
+            },
+            {
+                "method": "a",
+                "ratio": 0.1,
+                "kinds": {
+                    "all": {"accuracy": 0.7, "total": 20},
+                    "color": {"accuracy": 0.95, "total": 10},
+                    "count": {"accuracy": 0.45, "total": 10},
+                },
+            },
+        ],
+        "versions": {"torch": "2"},
+        "machine": "one",
+    },
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    for row in _RESULTS["accuracy.json"]["rows"]:
+        row.setdefault("interval", [0.1, 0.9])
+    for name, data in _RESULTS.items():
+        (tmp_path / name).write_text(json.dumps(data))
+    return tmp_path
+
+
+def test_tables_hold_the_numbers_of_the_results(results):
+    front = tables.front(results).splitlines()[4:]
+    # the cheapest, the next that answers more, and the unpruned model; the oracle is no method, and b at 0.5 is beaten
+    assert [line.split(" | ")[3] for line in front] == ["`a`", "`a`", "`b`", "unpruned"]
+    assert front[0].startswith("| 14 (10%) | 14 | 75.0% (10.0% to 90.0%) | `a` | `ratio=0.1`")
+    floor = tables.floor(results)
+    assert "| `a` | 0.5 | 0.5 | 0.5 | 0.5 |" in floor and "| `b` | none tried | 0.1 | 0.1 | 0.1 |" in floor
+    kinds = tables.kinds(results)
+    assert "| count (10) | color (10) | all (20) |" in kinds and "| `a`, ratio 0.1 | 45.0% | 95.0% | 70.0% |" in kinds
+    own = tables.of_method("a", results)
+    assert "| `ratio=0.1` | 14 | 14 | 75.0% (10.0% to 90.0%) |" in own and "Unpruned: 95.0%" in own
+    assert "not possible" in tables.of_method("b", results)
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    for fill in (tables.front, tables.floor, tables.kinds):
+        assert fill(tmp_path) == tables.MISSING
+    assert tables.of_method("a", tmp_path) == tables.MISSING
+
+
+def test_includes_and_links():
+    text = "<!-- include: CONTRIBUTING.md#A kernel -->"
+    assert pages.complete(text, "docs/extend/kernel.md") == pages.section("CONTRIBUTING.md", "A kernel")
+    links = "[a](../README.md) [b](../LICENSE) [c](https://x.y/z) [d](models.md#x) [e](nothing.md) `[f](g)`"
+    assert pages.complete(links, "docs/serving.md") == (
+        "[a](index.md) `b` [c](https://x.y/z) [d](models.md#x) [e](nothing.md) `[f](g)`"
+    )
+    assert pages.complete("[m](/methods/iwp.md)", "docs/extend/method.md") == "[m](../methods/iwp.md)"
+    for wrong in ("<!-- fill: nothing -->", "<!-- include: CONTRIBUTING.md#Nothing -->"):
+        with pytest.raises(ValueError, match="othing"):
+            pages.complete(wrong, "docs/serving.md")
+
+
+def test_documents_type_no_numbers_of_results():
+    """Percentages come from results; the pages of this folder that are written by hand have none of their own."""
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        if path.name not in ("models.md", "support.md", "layouts.md", "results.md"):
+            found = re.findall(r"\d+(?:\.\d+)? ?%", re.sub(r"```.*?```", "", path.read_text(), flags=re.S))
+            assert not found, (path, found)
+
+
+def test_summaries_are_first_sentences():
+    assert methods.summary("random") == "Keeps a uniformly drawn subset of each pool, before the decoder"
+    assert methods.paper("divprune") == "2503.02175" and methods.paper("random") is None
