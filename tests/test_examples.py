@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs on the embedded model, in seconds, and prints what it promises."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs an example as `python examples/NAME ARGUMENTS` would, without a new process; returns what it printed."""
+    registry = importlib.import_module("vtprune.methods.registry")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_all_are_listed_and_tested():
+    names = sorted(path.name for path in FOLDER.glob("[0-9]*.py"))
+    listed = re.findall(r"^\| \[([\w.]+)\]\(\1\)", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    tested = re.findall(r"\"(\d\d_\w+\.py)\"", Path(__file__).read_text(encoding="utf-8"))
+    assert names == listed == sorted(set(tested)) and len(names) == 6
+
+
+def test_one_liner_in_a_process_of_its_own():
+    command = [sys.executable, str(FOLDER / "01_one_liner.py")]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
+    question = re.search(r"unpruned: (\d), pruned: \d, right: (\d)", out)
+    assert question and question[1] == question[2]
+    assert "144 -> 14" in out
+
+
+def test_compare_methods(run):
+    out = run("02_compare_methods.py", "--questions", "4", "--methods", "pooling")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:]}
+    assert set(rows) == {"unpruned", "pooling", "random", "uniform"}
+    assert rows["unpruned"][:2] == ["144", "0.0000"] and rows["random"][0] == "86"
+    assert all(float(row[1]) > 0 for name, row in rows.items() if name != "unpruned")
+    assert all(0 <= int(row[2]) <= 4 for row in rows.values()) and int(rows["unpruned"][2]) >= 3
+
+
+def test_own_method(run):
+    out = run("03_own_method.py")
+    right = {name: int(count) for name, count in re.findall(r"^(\w+): (\d+) of 16 right with 9.7%", out, re.M)}
+    assert right.keys() == {"unusual", "random"} and right["unusual"] >= 8
+    source = (FOLDER / "03_own_method.py").read_text(encoding="utf-8")
+    lines = source.split("# --- the ten lines\n")[1].split("# --- end")[0].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 10
+
+
+def test_video(run):
+    out = run("04_video.py")
+    answer = re.search(r"frames as pictures: .*\? (\w+) \(right: (\w+)\)", out)
+    assert answer and answer[1] == answer[2]
+    rows = re.findall(r"(\d+) -> (\d+).*per frame \[([\d, ]+)\]", out)
+    assert [row[:2] for row in rows] == [("720", "72"), ("181", "18")]
+    pictures, frames = ([int(count) for count in row[2].split(",")] for row in rows)
+    assert len(pictures) == len(frames) == 5 and sum(pictures) == 72
+    assert 17 <= sum(frames) <= 18  # the separator behind the clip may be kept
+
+
+def test_batch_server(run):
+    out = run("05_batch_pipeline.py")
+    requests, calls, right = map(int, re.search(r"(\d+) requests in (\d+) calls .* (\d+) answered right", out).groups())
+    assert requests == 12 and calls < 12 and right >= 10
+    before, after = map(int, re.search(r"last call: (\d+) -> (\d+)", out).groups())
+    assert before % 144 == 0 and after == before // 144 * 14
+
+
+def test_batch_server_refuses_what_is_no_picture():
+    import json
+    import threading
+    import urllib.error
+    import urllib.request
+
+    example = runpy.run_path(str(FOLDER / "05_batch_pipeline.py"))
+    batcher = example["Batcher"](lambda chats, **_: [[{"generated_text": " fine"}] for _ in chats])
+    server = example["serve"](batcher, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        for body in (b"", b"{", b'{"question": "x"}', b'{"question": "x", "image": "AAAA"}', b"[1]"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(url, body, method="POST"))
+            assert refused.value.code == 400 and "error" in json.load(refused.value)
+        from PIL import Image
+
+        assert example["post"](url, Image.new("RGB", (9, 9)), "still there?") == "fine"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_tune_on_own_images(run, tmp_path):
+    from vtprune import refvlm
+
+    pytest.importorskip("optuna", reason="the search needs optuna and scipy")
+    (tmp_path / "pictures").mkdir()
+    for seed in (1, 2):
+        refvlm.scenes.scene(seed).image.save(tmp_path / "pictures" / f"{seed}.png")
+    out = run(
+        "06_tune_on_own_images.py",
+        "--images",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(tmp_path / "s.json"),
+        "--trials",
+        "2",
+    )
+    first, best = map(float, re.search(r"state: ([\d.]+) as released, ([\d.]+) with", out).groups())
+    assert 0 < first <= best <= 1 and (tmp_path / "s.json").exists()
+    assert 0.19 < float(re.search(r"s.json: mean ratio ([\d.]+)", out)[1]) <= 0.2
