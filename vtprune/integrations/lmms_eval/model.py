@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.chat.huggingface import Huggingface
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ... import loading, refvlm
 from ...patching import Patch, patch
 from . import options
-from .requests import PrunedTokenCounts, batches, square
+from .pictures import square
+from .requests import PrunedTokenCounts, batches
 
 ARGUMENTS = (
     "pretrained", "method", "ratio", "keep", "mean_ratio", "square", "batch_size", "device", "device_map", "dtype",
@@ -124,16 +125,12 @@ class VTPrune(Huggingface):
             results += answers
             progress.update(len(batch))
         progress.close()
-        counts = [result.token_counts for result in results]
-        tokens = sum(count.output_tokens for count in counts)
+        tokens = sum(result.token_counts.output_tokens for result in results)
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={
-                "visual_tokens": sum(count.visual_tokens for count in counts) / max(1, len(counts)),
-                "kept_visual_tokens": sum(count.kept_visual_tokens for count in counts) / max(1, len(counts)),
-            },
+            additional_metrics=self._means([result.token_counts for result in results]),
         )
         return results
 
@@ -144,19 +141,25 @@ class VTPrune(Huggingface):
         start = time.perf_counter()
         output = self._model.generate(**inputs, **self._generation(dict(batch[0].args[2])))
         seconds = time.perf_counter() - start
-        last = self.patch.last if self.patch else None
-        pruning = None if last is before else last  # text-only prompts leave the account of an earlier one
         width = inputs["input_ids"].shape[1]
-        lengths = inputs["attention_mask"].sum(-1).tolist()
         texts = self.processor.batch_decode(
             output[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        rows = 1 if pruning is None else len(pruning.visual) // len(batch)  # beams of a sample are neighbours
-        counts = [
-            PrunedTokenCounts.of(pruning, i * rows, lengths[i], self._written(output[i, width:]))
-            for i in range(len(batch))
-        ]
+        read = inputs["attention_mask"].sum(-1).tolist()
+        counts = [TokenCounts(length, self._written(row)) for length, row in zip(read, output[:, width:], strict=True)]
+        if self.patch is not None:
+            last = self.patch.last
+            pruning = None if last is before else last  # text-only prompts leave the account of an earlier one
+            rows = 1 if pruning is None else len(pruning.visual) // len(batch)  # beams of a sample are neighbours
+            counts = [PrunedTokenCounts.of(pruning, i * rows, count) for i, count in enumerate(counts)]
         return [GenerationResult(*answer) for answer in zip(texts, counts, strict=True)], seconds
+
+    def _means(self, counts: Sequence[TokenCounts]) -> dict[str, float]:
+        """Means over requests for lmms-eval's summary of this process."""
+        if self.patch is None or not counts:
+            return {}
+        names = ("visual_tokens", "kept_visual_tokens")
+        return {name: sum(getattr(count, name) for count in counts) / len(counts) for name in names}
 
     def _inputs(self, batch: Sequence[Instance]) -> Any:
         """What the processor makes of the messages of a batch, on the model's device."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmms_eval.api.instance import Instance, TokenCounts
-from PIL import Image
 
 from ...report import Pruning
 
@@ -33,17 +32,17 @@ class PrunedTokenCounts(TokenCounts):
     stages: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, pruning: Pruning | None, sample: int, input_tokens: int, output_tokens: int) -> PrunedTokenCounts:
+    def of(cls, pruning: Pruning | None, sample: int, counts: TokenCounts) -> PrunedTokenCounts:
         """Counts of one sample of a prefill; of a request without visual tokens where `pruning` is None."""
-        counts = cls(input_tokens=input_tokens, output_tokens=output_tokens)
+        mine = cls(input_tokens=counts.input_tokens, output_tokens=counts.output_tokens)
         if pruning is None or not len(pruning.visual[sample]):
-            return counts
-        counts.visual_tokens = len(pruning.visual[sample])
-        counts.kept_visual_tokens = len(pruning.kept[sample])
+            return mine
+        mine.visual_tokens = len(pruning.visual[sample])
+        mine.kept_visual_tokens = len(pruning.kept[sample])
         layers = pruning.per_layer(sample)
-        counts.mean_ratio = sum(layers) / (len(layers) * counts.visual_tokens)
-        counts.stages = tuple((layer, len(kept[sample])) for layer, kept in pruning.stages)
-        return counts
+        mine.mean_ratio = sum(layers) / (len(layers) * mine.visual_tokens)
+        mine.stages = tuple((layer, len(kept[sample])) for layer, kept in pruning.stages)
+        return mine
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -64,28 +63,3 @@ def batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]
         together = list(group)
         for start in range(0, len(together), size):
             yield together[start : start + size]
-
-
-def square(picture: Any, mean: Sequence[float]) -> Image.Image:
-    """The picture in the middle of a square of its longer side, filled with the processor's mean colour.
-
-    What LLaVA 1.5 was trained on and evaluated with (`image_aspect_ratio: pad`); the stock processors of transformers
-    crop the longer side away instead.
-
-    Args:
-        picture: A picture, or the place of one.
-        mean: `image_mean` of the processor, three shares of full colour.
-    """
-    if not isinstance(picture, Image.Image):
-        from transformers.image_utils import load_image
-
-        picture = load_image(picture)
-    picture = picture.convert("RGB")
-    width, height = picture.size
-    if width == height:
-        return picture
-    side = max(width, height)
-    red, green, blue = (int(share * 255) for share in mean)
-    canvas = Image.new("RGB", (side, side), (red, green, blue))
-    canvas.paste(picture, ((side - width) // 2, (side - height) // 2))
-    return canvas
