@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks: identity, drop is mask, decode, batch, leave no trace; for one method on one model."""
+"""The checks: identity, drop is mask, decode, batch, beams, text, leave no trace; for one method on one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vtprune
 
 from .hiding import eager, hidden, mixes_without_mask, shortened
-from .prompts import ONE, TWO, Prompts, extended
+from .prompts import FIRST_TEXT, ONE, TWO, Features, Prompts, extended
 
 RATIO, STEPS, TOLERANCE = 0.4, 5, 2e-4
 
@@ -37,6 +37,12 @@ class Subject:
     @torch.no_grad()
     def logits(self, batch: dict[str, Any], **extra: Any) -> Tensor:
         return _bounded(self.model(**_fresh(batch), **extra).logits)
+
+    @torch.no_grad()
+    def beams(self, batch: dict[str, Any]) -> Tensor:
+        """`[B, STEPS]` text of the best of two beams."""
+        mode = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 2, "suppress_tokens": list(range(64))}
+        return self.model.generate(**_fresh(batch), **mode)[:, -STEPS:]
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -70,8 +76,14 @@ class Subject:
 
 
 def _fresh(batch: dict[str, Any]) -> dict[str, Any]:
-    """Models write into the dict of encoder outputs; each call gets one of its own."""
-    return {k: dict(v) if type(v) is dict else v for k, v in batch.items()}
+    """Models and `generate` write into encoder outputs; each call gets some of its own."""
+
+    def own(value: Any) -> Any:
+        if type(value) is dict:
+            return {name: own(item) for name, item in value.items()}
+        return Features(**value) if isinstance(value, Features) else value
+
+    return {name: own(value) for name, value in batch.items()}
 
 
 def _bounded(logits: Tensor) -> Tensor:
@@ -150,16 +162,56 @@ def decode(subject: Subject, method: Any) -> None:
 
 def batch(subject: Subject, method: Any) -> None:
     """A sample in a left-padded batch keeps the same tokens and has the same logits as alone."""
-    both = subject.prompts.batch(TWO)
-    pad = both["input_ids"].shape[1] - subject.one["input_ids"].shape[1]
-    _own(subject.logits(both)[0, pad:], subject.plain[0], "the model itself depends on padding")
+    _padded(subject, method, "left")
+
+
+def right_padding(subject: Subject, method: Any) -> None:
+    """A sample in a right-padded batch does so as well."""
+    _padded(subject, method, "right")
+
+
+def _padded(subject: Subject, method: Any, side: str) -> None:
+    both, length = subject.prompts.batch(TWO, side), subject.one["input_ids"].shape[1]
+    pad = both["input_ids"].shape[1] - length if side == "left" else 0
+    mine = slice(pad, pad + length)
+    _own(subject.logits(both)[0, mine], subject.plain[0], "the model itself depends on padding")
     with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
         alone, kept = subject.logits(subject.one), patch.last.kept[0]
         together = subject.logits(both)
         if not torch.equal(patch.last.kept[0] - pad, kept):
-            raise Failed(f"batch: kept {(patch.last.kept[0] - pad).tolist()}, alone {kept.tolist()}")
+            raise Failed(f"padded {side}: kept {(patch.last.kept[0] - pad).tolist()}, alone {kept.tolist()}")
     # Dropped columns are zero in both.
-    _close(together[0, pad:], alone[0], "batch")
+    _close(together[0, mine], alone[0], f"padded {side}")
+
+
+def beams(subject: Subject, method: Any) -> None:
+    """Beam search finds the text that the masked, unpatched model finds."""
+    if subject.hybrid:
+        raise OwnLimit("layers without masks have no reference for beams")
+    try:
+        plain = subject.beams(subject.one)
+    except Exception as error:  # the unpruned model cannot either
+        raise OwnLimit(f"the model itself has no beam search ({type(error).__name__})") from error
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        got, last = subject.beams(subject.one), patch.last
+    with subject.reference(last):
+        want = subject.beams(subject.one)
+    if not torch.equal(got, want):
+        raise Failed(f"beams: {got.tolist()}, the masked model {want.tolist()}, unpruned {plain.tolist()}")
+
+
+def text(subject: Subject, method: Any) -> None:
+    """A prompt without pictures passes untouched."""
+    ids = torch.arange(FIRST_TEXT, FIRST_TEXT + 9)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {name: torch.zeros_like(ids) for name in subject.prompts.wants}
+    try:
+        plain = subject.logits(inputs)
+    except Exception as error:  # a model that always wants a picture
+        raise OwnLimit(f"the model itself takes no prompt without pictures ({type(error).__name__})") from error
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        if not torch.equal(subject.logits(inputs), plain) or patch.last is not None:
+            raise Failed("text: a prompt without pictures was changed")
 
 
 class OwnLimit(Exception):
@@ -196,5 +248,9 @@ CHECKS: dict[str, Callable[[Subject, Any], None]] = {
     "drop is mask": drop_is_mask,
     "decode": decode,
     "batch": batch,
+    "right padding": right_padding,
+    "beams": beams,
+    "text": text,
     "no trace": no_trace,
 }
+CLIP_CHECKS = {name: CHECKS[name] for name in ("drop is mask", "decode", "batch")}

@@ -58,8 +58,8 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
             gone = torch.zeros(batch, total, dtype=torch.bool)
             for start, columns in cuts:
                 if start <= number:
-                    for row, which in enumerate(columns):
-                        gone[row, which] = True
+                    for row in range(batch):  # beams of a sample follow one another
+                        gone[row, columns[row * len(columns) // batch]] = True
 
             def hide(x: Any) -> Any:
                 if not (

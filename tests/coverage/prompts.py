@@ -65,8 +65,8 @@ class Prompts:
     end: int | None = None
     wants: set[str] = field(default_factory=set)
 
-    def batch(self, prompts: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """Left-padded inputs. What a prompt contains does not depend on the others in the batch."""
+    def batch(self, prompts: Sequence[Sequence[Any]], padding: str = "left") -> dict[str, Any]:
+        """Padded inputs. What a prompt contains does not depend on the others in the batch."""
         rows, pictures = [], []
         for prompt in prompts:
             generator, row, number = torch.Generator().manual_seed(7), [1], 0
@@ -82,7 +82,8 @@ class Prompts:
         length = max(map(len, rows))
         ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
-            ids[i, length - len(row) :], mask[i, length - len(row) :] = torch.tensor(row), 1
+            place = slice(length - len(row), None) if padding == "left" else slice(0, len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row), 1
         out: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         out |= self.feed.arguments(pictures) if pictures else {}
         for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"):
@@ -101,13 +102,18 @@ def extended(batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
     return out
 
 
-def prompts_for(model: nn.Module, placeholders: dict[str, int]) -> Prompts:
-    """Finds a way to feed pictures to `model`.
+def prompts_for(model: nn.Module, placeholders: dict[str, int], kind: str = "") -> Prompts:
+    """Finds a way to feed pictures, or clips, to `model`.
+
+    Args:
+        model: Small, as built.
+        placeholders: Kind to token id.
+        kind: "image" or "video"; pictures where the model takes any.
 
     Raises:
-        RuntimeError: None of the ways is accepted; the message holds the last reason.
+        RuntimeError: None of the ways is accepted; the message holds the first reason.
     """
-    kind = "image" if "image" in placeholders else next(iter(placeholders))
+    kind = kind or ("image" if "image" in placeholders else next(iter(placeholders)))
     configs = [model.config, getattr(model.config, "vlm_config", None)]
 
     def special(names: Sequence[str]) -> int | None:
@@ -132,6 +138,11 @@ def prompts_for(model: nn.Module, placeholders: dict[str, int]) -> Prompts:
                 failure = failure or error
             if wants == types - {"token_type_ids"}:
                 break
+    if failure is None:
+        raise RuntimeError(
+            f"{type(model).__name__}.forward takes {kind} features neither as mm_encoder_outputs nor in a form of "
+            f"pixels that is known here; its arguments are {', '.join(sorted(accepted))}"
+        )
     raise RuntimeError(f"{type(failure).__name__}: {failure}") from failure
 
 
@@ -147,7 +158,8 @@ def _feeds(model: nn.Module, kind: str, accepted: set[str]) -> Iterator[Feed]:
     vision = getattr(model.config, "vision_config", None) or model.config
     merge = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 1
     merge = merge if isinstance(merge, int) else 2
-    grids = [(1, 4 * merge, 4 * merge), (1, 2 * merge, 6 * merge), (1, 4 * merge, 2 * merge)]
+    still = [(1, 4 * merge, 4 * merge), (1, 2 * merge, 6 * merge), (1, 4 * merge, 2 * merge)]
+    moving = [(2, 2 * merge, 4 * merge), (3, 2 * merge, 2 * merge), (2, 2 * merge, 2 * merge)]
     encode = next(
         (
             getattr(m, f"get_{kind}_features")
@@ -158,10 +170,12 @@ def _feeds(model: nn.Module, kind: str, accepted: set[str]) -> Iterator[Feed]:
     )
     grid_name = f"{kind}_grid_thw"
     pixel_name = "pixel_values" if kind == "image" else "pixel_values_videos"
-    if encode is not None and pixel_name in accepted:
-        grid = grid_name if grid_name in accepted else ""
-        yield from _pixel_feeds(encode, kind, pixel_name, grid, grids, vision, accepted)
-    if "mm_encoder_outputs" in accepted:
+    for grids in [still] if kind == "image" else [moving, still]:
+        if encode is not None and pixel_name in accepted:
+            grid = grid_name if grid_name in accepted else ""
+            yield from _pixel_feeds(encode, kind, pixel_name, grid, grids, vision, accepted)
+        if "mm_encoder_outputs" not in accepted:
+            continue
         lengths = [t * h * w // merge**2 for t, h, w in grids] if grid_name in accepted else [16, 16, 16]
         for form in ("list", "flat", "stack"):
             yield _feature_feed(model, kind, form, lengths, grid_name if grid_name in accepted else "", grids)
@@ -214,7 +228,12 @@ def _pixel_feeds(
     def boxed(numbers: list[int]) -> dict[str, Any]:
         return {pixels: torch.stack([_noise(n, channels, size, size) for n in numbers])[:, None]}
 
+    def clips(numbers: list[int]) -> dict[str, Any]:
+        return {pixels: torch.stack([_noise(n, 2 * deep, channels, size, size) for n in numbers])}
+
     forms: list[tuple[str, Callable[[list[int]], dict[str, Any]]]] = []
+    if kind == "video":
+        forms.append(("clips", clips))
     if grid:
         forms += [("rows", rows(deep)), ("rows", rows(1)), ("patches", patches)]
     forms += [("squares", squares), ("sized squares", sized), ("tiles", tiles), ("boxed", boxed)]

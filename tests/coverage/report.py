@@ -67,8 +67,10 @@ def render(whole: dict[str, Any]) -> str:
         "",
         "Checks, each for a method that cuts before the decoder and one that cuts inside it: with `ratio=1.0` no bit "
         "changes; with `ratio=0.4` surviving columns have the logits of the unpatched model that cannot see the "
-        "dropped ones; so has every generated token; a sample in a padded batch is treated as alone; after `remove` "
-        'nothing is left. "Pixels" went through the vision tower, "features" were put in its place.',
+        "dropped ones; so has every generated token, and beam search finds the same text; a sample in a batch padded "
+        "on either side is treated as alone; text passes untouched; after `remove` nothing is left. Where clips could "
+        'be fed, they are checked inside the decoder too. "Pixels" went through the vision tower, "features" were put '
+        "in its place.",
         "",
     ]
     for status in _ORDER:
@@ -77,9 +79,13 @@ def render(whole: dict[str, Any]) -> str:
             continue
         text += [f"## {_TITLES[status]} ({len(chosen)})", ""]
         if status == "passes":
-            text += ["| architecture | class | input | decoder | notes |", "| --- | --- | --- | --- | --- |"]
             text += [
-                f"| {e['architecture']} | {e['class']} | {e['input']} | {e['decoder']} | {_cell(_notes(e))} |"
+                "| architecture | class | input | clips | decoder | notes |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]
+            text += [
+                f"| {e['architecture']} | {e['class']} | {e['input']} | {_cell(e.get('video', ''))} | {e['decoder']} | "
+                f"{_cell(_notes(e))} |"
                 for e in chosen
             ]
         else:
