@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import row_tokens
 from .anatomy import Anatomy
 from .features import Encoded
 
@@ -120,9 +121,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
         if not mine.any():
             continue
         rows, first = _feature_rows(sample[mine], kinds == i + 1, encoded[name].total)
-        layout = _layout(
-            name, {**inputs, **encoded[name].inputs}, anatomy, _runs(sample[mine][first], column[mine][first])
-        )
+        known, runs = encoded[name], _runs(sample[mine][first], column[mine][first])
+        layout = _layout(name, {**inputs, **known.inputs}, anatomy, *runs, known.lengths)
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
         place[mine, 1:] = torch.cat(layout)[rows]
         # Beams show the same picture, but each row of the batch has an image of its own.
@@ -156,14 +156,17 @@ def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tens
     return starts[sample] + within, first
 
 
-def _runs(sample: Tensor, column: Tensor) -> list[int]:
-    """Lengths of the unbroken runs of placeholders."""
+def _runs(sample: Tensor, column: Tensor) -> tuple[list[int], list[int]]:
+    """Lengths of the unbroken runs of placeholders, and the columns before each since the last (0: a new sample)."""
     breaks = (sample.diff() != 0) | (column.diff() != 1)
+    gaps = torch.where(sample.diff() != 0, 0, column.diff() - 1)[breaks]
     edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(sample)]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)], [0, *gaps.tolist()]
 
 
-def _layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int]) -> list[Tensor]:
+def _layout(
+    kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int], gaps: list[int], lengths: list[int] | None
+) -> list[Tensor]:
     """For every image, `[n, 4]` frame, crop, row, column. The sum of all `n` is the number of placeholders."""
     total = sum(runs)
     for attempt in (_from_grid, _from_packing):
@@ -176,7 +179,11 @@ def _layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int]
         if all(clip is not None for clip in known):
             return [clip for clip in known if clip is not None]
     crop = getattr(anatomy.config, "image_seq_length", None)
-    return [_from_run(n, kind, crop if isinstance(crop, int) else None) for n in runs]
+
+    def alone(length: int) -> Tensor:
+        return _from_run(length, kind, crop if isinstance(crop, int) else None)
+
+    return row_tokens.pictures(runs, gaps, lengths, alone) or [alone(n) for n in runs]
 
 
 def _frames(length: int, frames: int) -> Tensor | None:
