@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark by kind of question counts what it says, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import vtprune  # noqa: E402
+from benchmarks import kinds  # noqa: E402
+from vtprune import refvlm  # noqa: E402
+from vtprune.refvlm import evaluate  # noqa: E402
+
+
+def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path):
+    out, said = tmp_path / "kinds.json", []
+    first = kinds.measure(["uniform"], [0.1], 14, out, said.append)
+    assert len(said) == 2 and json.loads(out.read_text()) == first
+    samples = list(evaluate.held_out_scenes(14))
+    model, processor = refvlm.load()
+    with vtprune.patch(model, ratio=0.1, method="uniform"):
+        given = evaluate.answer(model, processor, samples)
+    whole, pruned = (row["kinds"] for row in first["rows"])
+    for kind in {sample.kind for sample in samples}:
+        pairs = [(s.answer, answer) for s, answer in zip(samples, given, strict=True) if s.kind == kind]
+        assert (pruned[kind]["right"], pruned[kind]["total"]) == (sum(a == b for a, b in pairs), len(pairs))
+    assert whole["all"]["right"] > pruned["all"]["right"] and whole["all"]["total"] == 14
+
+    again = kinds.measure(["uniform", "random"], [0.1], 14, out, said.append)
+    assert len(said) == 3 and again["rows"][:2] == first["rows"]
+    out.write_text(json.dumps(first | {"weights_sha256": "another"}))
+    kinds.measure([], [], 14, out, said.append)
+    assert len(said) == 4 and len(json.loads(out.read_text())["rows"]) == 1
