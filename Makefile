@@ -15,8 +15,12 @@ DOCS := $(VENV)/.stamp-docs
 EVAL_VENV ?= .venv-eval
 EVAL_PY := $(EVAL_VENV)/bin/python
 EVAL := $(EVAL_VENV)/.stamp-eval
+# The web demo, too: gradio wants an older pillow.
+WEB_VENV ?= .venv-web
+WEB_PY := $(WEB_VENV)/bin/python
+WEB := $(WEB_VENV)/.stamp-web
 
-.PHONY: demo test lint types pytest docs eval guard format clean
+.PHONY: demo test test-web lint types pytest docs eval guard format clean
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -49,12 +53,16 @@ eval: $(EVAL)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(EVAL_PY) -m pytest -q tests/test_lmms_eval.py
 	$(EVAL_PY) -m benchmarks.lmms --out out/lmms_eval.json --force
 
+# The demo in examples/space, driven by a real browser where there is one: chromium and chromedriver.
+test-web: $(WEB)
+	VTPRUNE_WEB=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(WEB_PY) -m pytest -q -rs tests/web
+
 format: $(TEST)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EVAL_VENV) $(WEB_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
@@ -78,4 +86,11 @@ $(EVAL): requirements/torch.txt requirements/runtime.txt requirements/eval.txt r
 	$(EVAL_PY) -m pip --disable-pip-version-check install -r requirements/eval.txt
 	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps -r requirements/eval-tool.txt
 	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(WEB): requirements/torch.txt requirements/web.txt pyproject.toml
+	$(PYTHON) -m venv $(WEB_VENV)
+	$(WEB_PY) -m pip --disable-pip-version-check install $(TORCH)
+	$(WEB_PY) -m pip --disable-pip-version-check install -r requirements/web.txt
+	$(WEB_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@

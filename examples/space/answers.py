@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of the demo, and one question answered with and without pruning."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import vtprune
+from vtprune import explain, loading, measure
+from vtprune.measure import Side
+from vtprune.pictures import Pictures
+from vtprune.report import Pruning
+
+_log = logging.getLogger("vtprune.space")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one method made of a question.
+
+    Attributes:
+        model, method: Names.
+        before, after: Without and with pruning; None where it failed.
+        pruning: The account of the pruned prefill, with recorded states; None where it failed.
+        pictures: What it shows; None where it failed, or where the places of the tokens are not known.
+        error: Why something is None, or "".
+    """
+
+    model: str
+    method: str
+    before: Side | None = None
+    after: Side | None = None
+    pruning: Pruning | None = None
+    pictures: Pictures | None = None
+    error: str = ""
+
+
+class Models:
+    """Vision-language models, loaded on first use, each used by one request at a time.
+
+    Args:
+        places: `embedded`, local folders or names on the hub. Folders are called by their last part.
+        max_new_tokens: Length limit of answers.
+        repeats: Timed runs.
+    """
+
+    def __init__(self, places: Sequence[str], max_new_tokens: int = 32, repeats: int = 3) -> None:
+        self._places: dict[str, str] = {}
+        for place in dict.fromkeys(places):
+            short = Path(place).name if Path(place).is_dir() else place
+            self._places[place if short in self._places else short] = place
+        self.names = list(self._places)
+        self.max_new_tokens, self.repeats = max_new_tokens, repeats
+        self._loaded: dict[str, tuple[Any, Any]] = {}
+        self._locks = {name: threading.Lock() for name in self.names}
+
+    def ask(self, name: str, image: Image.Image, question: str, ratio: float, methods: Sequence[str]) -> list[Answer]:
+        """Answers a question about a picture with some methods; what cannot be done is an answer with an error."""
+        with self._locks[name]:
+            try:
+                model, processor = self._get(name)
+                inputs = loading.prompt(processor, image, question).to(model.device)
+                inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            except Exception as error:
+                return [self._failed(name, method, error) for method in methods]
+            return [self._one(name, model, processor, image, inputs, ratio, method) for method in methods]
+
+    def _get(self, name: str) -> tuple[Any, Any]:
+        if name not in self._loaded:
+            self._loaded[name] = loading.model_and_processor(self._places[name])
+        return self._loaded[name]
+
+    def _one(
+        self, name: str, model: Any, processor: Any, image: Image.Image, inputs: Any, ratio: float, method: str
+    ) -> Answer:
+        try:
+            with vtprune.patch(model, ratio=ratio, method=method) as patch:
+                before, after = measure.compare(
+                    model, processor, inputs, patch, max_new_tokens=self.max_new_tokens, repeats=self.repeats
+                )
+                with explain.recording():
+                    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+                if patch.last is None:
+                    return Answer(name, method, error="The prompt held no visual token.")
+                try:
+                    # Now, as long as the pixels are there that the model was given.
+                    return Answer(name, method, before, after, patch.last, patch.last.show(image))
+                except vtprune.VTPruneError as error:
+                    return Answer(name, method, before, after, patch.last, error=loading.one_line(error))
+        except Exception as error:
+            return self._failed(name, method, error)
+
+    @staticmethod
+    def _failed(name: str, method: str, error: Exception) -> Answer:
+        if isinstance(error, vtprune.VTPruneError):
+            return Answer(name, method, error=loading.one_line(error))
+        _log.exception("%s with %s failed", name, method)  # details are for the log, not for the visitor
+        return Answer(name, method, error=f"It failed with {type(error).__name__}; the server's log tells more.")

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vtprune demo: ask about a picture, with and without most of its visual tokens.
+
+    python app.py
+
+Environment: `VTPRUNE_MODELS` (comma-separated: `embedded`, local folders, names on the hub; default `embedded`),
+`VTPRUNE_MAX_NEW_TOKENS` (32), `VTPRUNE_REPEATS` (timed runs, 3). Gradio's own variables, such as `GRADIO_SERVER_PORT`
+and `GRADIO_TEMP_DIR`, work too. Uploads stay in Gradio's temporary folder and are deleted after an hour.
+"""
+
+from __future__ import annotations
+
+import os
+
+import gradio as gr
+import page
+import uploads
+from answers import Models
+from PIL import Image
+
+from vtprune import methods, refvlm
+
+SCENES = {f"scene {seed}": seed for seed in (7, 12, 23, 31, 48, 77)}
+UPLOAD = "my upload"
+ABOUT = """# vtprune: most visual tokens are redundant
+A vision-language model cuts a picture into patches, and its language model pays for **every one** of them. vtprune
+keeps the few that matter and drops the others while the model reads the question: no training, same model. Pick a
+picture, ask, and move the slider. Dropped patches turn dark; hover over a patch to see why it stayed or went.
+"""
+NOTE = """The model inside the package is tiny and knows drawn scenes only: ask it about shapes, colours, places and
+digits. Times are of this machine, measured in turn with the unpruned model; with so small a model, choosing may cost
+more time than it saves."""
+MAX_QUESTION = 500
+
+
+def _number(name: str, default: int) -> int:
+    return max(1, int(os.environ.get(name) or default))
+
+
+def models_from_environment() -> Models:
+    """The models that `VTPRUNE_MODELS` names."""
+    names = [name.strip() for name in os.environ.get("VTPRUNE_MODELS", "").split(",") if name.strip()]
+    return Models(names or ["embedded"], _number("VTPRUNE_MAX_NEW_TOKENS", 32), _number("VTPRUNE_REPEATS", 3))
+
+
+def picture(choice: str, file: str | None) -> tuple[Image.Image, str]:
+    """The chosen picture and a note about it; `uploads.UploadError` where it cannot be used."""
+    if choice == UPLOAD:
+        if not file:
+            raise uploads.UploadError("No picture was uploaded yet: send one, or pick a scene.")
+        return uploads.read(file)
+    if choice not in SCENES:
+        raise uploads.UploadError(f"There is no picture {choice!r}.")
+    return refvlm.scenes.scene(SCENES[choice]).image.convert("RGB"), ""
+
+
+def questions(choice: str) -> list[str]:
+    """Questions that go well with a picture."""
+    if choice in SCENES:
+        return [question.text for question in refvlm.scenes.scene(SCENES[choice]).questions]
+    return ["what is in the picture?"]
+
+
+def look(choice: str, file: str | None):
+    """Preview, message, and a question to start with."""
+    try:
+        image, note = picture(choice, file)
+    except uploads.UploadError as error:
+        return None, str(error), gr.skip()
+    return image, note, gr.skip() if choice == UPLOAD else questions(choice)[-1]
+
+
+def uploaded(file: str | None):
+    """A new file is looked at right away."""
+    if not file:
+        return gr.skip(), gr.skip(), ""
+    image, note, _ = look(UPLOAD, file)
+    return UPLOAD, image, note
+
+
+def answer(models: Models):
+    """The function behind the button."""
+
+    def ask(file: str | None, choice: str, question: str, ratio: float, chosen: list[str], asked: list[str]):
+        """Answers a question about a picture: a message, and the result as HTML."""
+        question = (question or "").strip()
+        try:
+            image, note = picture(choice, file)
+        except uploads.UploadError as error:
+            return str(error), ""
+        if not question or len(question) > MAX_QUESTION:
+            return f"Ask something, in at most {MAX_QUESTION} characters.", ""
+        chosen = [name for name in methods.names() if name in (chosen or ())]
+        asked = [name for name in models.names if name in (asked or ())]
+        if not chosen or not asked:
+            return "Choose at least one method and one model.", ""
+        if not 0 < ratio <= 1:
+            return "The ratio is a share of the tokens: above 0, at most 1.", ""
+        answers = [a for name in asked for a in models.ask(name, image, question, ratio, chosen)]
+        return note or "Done.", page.results(answers)
+
+    return ask
+
+
+def build(models: Models) -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="vtprune", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+        gr.Markdown(ABOUT)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                choice = gr.Radio([*SCENES, UPLOAD], value=next(iter(SCENES)), label="Picture", elem_id="choice")
+                file = gr.File(label="Upload a picture", type="filepath", height=110, elem_id="upload")
+                preview = gr.Image(label="Picture", interactive=False, height=260, buttons=[], elem_id="preview")
+            with gr.Column(scale=2, min_width=320):
+                first = questions(next(iter(SCENES)))[-1]
+                question = gr.Textbox(first, label="Question", max_length=MAX_QUESTION, elem_id="question")
+                ratio = gr.Slider(0.02, 1.0, 0.1, step=0.01, label="Share of visual tokens kept", elem_id="ratio")
+                chosen = gr.CheckboxGroup(list(methods.names()), value=["iwp"], label="Methods", elem_id="methods")
+                names = models.names
+                asked = gr.CheckboxGroup(
+                    names, value=names[:1], label="Models", visible=len(names) > 1, elem_id="models"
+                )
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                message = gr.Markdown("", elem_id="message")
+        result = gr.HTML(elem_id="result", js_on_load="")
+        gr.Markdown(NOTE)
+        quick = {"queue": True, "show_progress": "hidden"}
+        demo.load(look, [choice, file], [preview, message, question], api_visibility="private", **quick)
+        choice.input(look, [choice, file], [preview, message, question], api_name="look", **quick)
+        file.change(uploaded, [file], [choice, preview, message], api_name="uploaded", **quick)
+        inputs = [file, choice, question, ratio, chosen, asked]
+        # One at a time: the others wait in the queue, and the times that are shown are not disturbed.
+        gr.on(
+            [button.click, question.submit, ratio.release],
+            answer(models),
+            inputs,
+            [message, result],
+            api_name="ask",
+            concurrency_limit=1,
+            trigger_mode="always_last",
+        )
+    return demo.queue(max_size=256)
+
+
+if __name__ == "__main__":
+    build(models_from_environment()).launch(max_file_size=uploads.MAX_BYTES, show_error=True, footer_links=["api"])

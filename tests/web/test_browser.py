@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A person at the demo: picks, uploads, moves the slider, changes methods, compares models, asks why.
+
+Saves the screenshots of the documents.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from web_support import SHOTS, browser_missing
+
+pytestmark = pytest.mark.skipif(browser_missing() is not None, reason=browser_missing() or "")
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,1500",
+    ):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(PATIENCE)
+    driver.get(server.url)
+    _wait(driver, "#preview img")
+    yield driver
+    driver.quit()
+
+
+def _wait(driver, selector, condition=lambda found: True):
+    """The first element that a CSS selector finds and a condition accepts."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def found(d):
+        return next((e for e in d.find_elements(By.CSS_SELECTOR, selector) if condition(e)), False)
+
+    return WebDriverWait(driver, PATIENCE, ignored_exceptions=[StaleElementReferenceException]).until(
+        found, f"no {selector}"
+    )
+
+
+def _tick(driver, group, *names):
+    """Leaves exactly these boxes of a group ticked."""
+    from selenium.webdriver.common.by import By
+
+    for label in driver.find_elements(By.CSS_SELECTOR, f"{group} label"):
+        box = label.find_elements(By.CSS_SELECTOR, "input")
+        if box and box[0].is_selected() != (label.text.strip() in names):
+            driver.execute_script("arguments[0].click()", box[0])
+
+
+def _slide(driver, value):
+    from selenium.webdriver.common.keys import Keys
+
+    box = _wait(driver, "#ratio input[type=number]")
+    box.send_keys(Keys.CONTROL, "a")
+    box.send_keys(value, Keys.TAB)
+
+
+def _ask(driver, *ways, kept, models=("embedded",)):
+    """Presses the button and waits for these methods' rows and these numbers of kept patches; returns the rows.
+
+    Letting go of the slider asks as well, so more than one answer may be on its way.
+    """
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    expected = [[model, way] for model in models for way in ("all tokens", *ways)]
+    driver.execute_script("document.querySelectorAll('#result .vt').forEach(e => e.remove())")
+    driver.execute_script("arguments[0].click()", _wait(driver, "#ask"))
+
+    def there(d):
+        rows = _rows(d)
+        return [row[:2] for row in rows] == expected and _kept(d) == kept and rows
+
+    return WebDriverWait(driver, PATIENCE).until(there, f"no answer of {expected} with {kept} kept patches")
+
+
+def _rows(driver):
+    """The table of answers, cell by cell."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll('#result table.sides tr')].slice(1)"
+        ".map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent))"
+    )
+
+
+def _kept(driver):
+    script = "return [...document.querySelectorAll('#result svg.patches')].map(s => s.querySelectorAll(\"%s\").length)"
+    return driver.execute_script(script % "rect[data-kept='1']")
+
+
+def _shot(driver, name, selector="body"):
+    """Saves a picture of the page for the documents."""
+    element = _wait(driver, selector)
+    driver.execute_script("arguments[0].scrollIntoView()", element)
+    raw = Path(SHOTS / name)
+    assert element.screenshot(str(raw))
+    Image.open(raw).convert("RGB").quantize(128).save(raw, optimize=True)
+    assert raw.stat().st_size < 300_000
+
+
+def test_a_scene_is_answered_with_and_without_pruning(page):
+    assert _wait(page, "#question textarea, #question input").get_attribute("value")
+    _tick(page, "#methods", "iwp")
+    (_, _, answer, tokens, _, first), (_, _, pruned, fewer, memory, _) = _ask(page, "iwp", kept=[14])
+    assert answer and pruned
+    assert tokens == "144" and fewer.startswith("14 (-90 %)")
+    assert re.fullmatch(r"[\d,]+ KiB \(-\d+ %\)", memory) and re.fullmatch(r"[\d,]+ ms", first)
+    assert _wait(page, "#result .heat img").get_attribute("src").startswith("data:image/jpeg")
+    _shot(page, "space.png")
+
+
+def test_the_slider_changes_what_is_kept(page):
+    _slide(page, "0.5")
+    assert _ask(page, "iwp", kept=[72])[1][3].startswith("72 (-50 %)")
+
+
+def test_a_patch_tells_why(page):
+    patch = _wait(page, "#result svg.patches rect[data-kept='0']")
+    title = page.execute_script("return arguments[0].querySelector('title').textContent", patch)
+    assert re.match(r"Patch row \d+, column \d+: dropped before layer \d+\. Score \S+, rank \d+ of 144\.", title)
+    event = "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    page.execute_script(event, patch)
+    assert _wait(page, "#result .why").text == title
+    twin = _wait(page, "#result rect.twin")
+    assert twin.get_attribute("data-token") == patch.get_attribute("data-twin")
+    assert twin.get_attribute("data-kept") == "1"
+
+
+def test_methods_are_compared_and_progressive_ones_show_their_stages(page):
+    _slide(page, "0.1")
+    _tick(page, "#methods", "iwp", "pyramiddrop", "divprune")
+    _ask(page, "divprune", "iwp", "pyramiddrop", kept=[14, 14, 14])
+    stages = page.execute_script(
+        "return [...document.querySelectorAll('#result .card[data-method=pyramiddrop] .stages figcaption')]"
+        ".map(e => e.textContent)"
+    )
+    assert len(stages) > 1 and all(re.fullmatch(r"before layer \d: \d+ of 144 kept", text) for text in stages)
+    assert "without scores" in _wait(page, "#result .card[data-method=divprune] p.heat").text
+    _shot(page, "space-methods.png", "#result")
+
+
+def test_two_models_are_compared(page):
+    _tick(page, "#methods", "iwp")
+    _tick(page, "#models", "embedded", "weights")
+    rows = _ask(page, "iwp", kept=[14, 14], models=("embedded", "weights"))
+    assert rows[0][2] and rows[2][2]
+    _tick(page, "#models", "embedded")
+
+
+def test_an_upload_is_shown_and_asked_about_and_a_bad_one_gets_a_message(page, tmp_path):
+    from vtprune import refvlm
+
+    long = Image.new("RGB", (432, 288), "white")
+    long.paste(refvlm.scenes.scene(12).image.resize((288, 288)), (72, 0))
+    long.save(tmp_path / "mine.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    page.find_element("css selector", "#upload input[type=file]").send_keys(str(tmp_path / "mine.png"))
+    _wait(page, "#choice input:checked", lambda e: e.get_attribute("value") == "my upload")
+    _ask(page, "iwp", kept=[14])
+    assert _wait(page, "#result svg.patches").get_dom_attribute("viewBox") == "0 0 432 288"
+    page.execute_script("arguments[0].click()", _wait(page, "#upload button[aria-label^='Remove'], #upload button"))
+    _wait(page, "#upload input[type=file]").send_keys(str(tmp_path / "bad.png"))
+    _wait(page, "#message", lambda e: "no picture that can be read" in e.text)
+    page.execute_script("arguments[0].click()", _wait(page, "#choice input[value='scene 7']"))
+    _ask(page, "iwp", kept=[14])
+    assert _wait(page, "#result svg.patches").get_dom_attribute("viewBox") == "0 0 288 288"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are, and what the tests of the web demo need."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE = ROOT / "examples" / "space"
+SHOTS = ROOT / "docs"
+
+
+def missing() -> str | None:
+    """Why these tests cannot run here, or None."""
+    if os.environ.get("VTPRUNE_WEB") != "1":
+        return "tests of the web demo run with `make test-web`"
+    for module in ("gradio", "gradio_client", "selenium"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed; `make test-web` installs it"
+    return None
+
+
+def browser_missing() -> str | None:
+    """Why there is no browser, or None."""
+    for program in ("chromium", "chromedriver"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed; on Debian: apt-get install chromium chromium-driver"
+    return None
