@@ -232,6 +232,8 @@ def _load(name: str, dtype: str, device_map: Any, attn_implementation: str | Non
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     _, local = loading.config(name)
+    if local and name != loading.EMBEDDED:
+        loading.refuse_pickles(name)
     place: Any = refvlm.WEIGHTS if name == loading.EMBEDDED else name
     kind: Any = dtype
     if dtype == "auto" and name == loading.EMBEDDED:
@@ -242,6 +244,12 @@ def _load(name: str, dtype: str, device_map: Any, attn_implementation: str | Non
             raise options.ArgumentError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = AutoModelForImageTextToText.from_pretrained(
-        place, dtype=kind, device_map=device_map, local_files_only=local, trust_remote_code=False, **extra
+        place,
+        dtype=kind,
+        device_map=device_map,
+        local_files_only=local,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **extra,
     )
     return model, AutoProcessor.from_pretrained(place, local_files_only=local, trust_remote_code=False)
