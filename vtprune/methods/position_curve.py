@@ -124,6 +124,10 @@ class Curve:
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:
-        """Reads what `save` wrote."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(data["form"], tuple(data["coefficients"]))
+        """Reads what `save` wrote; `MethodError` where the file is missing, or holds something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            form, coefficients = data["form"], tuple(data["coefficients"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise MethodError(f"{path} holds no curve, such as `Debiased.fit` saves: {error}") from error
+        return cls(form, coefficients)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import WEIGHTS, data, model, scenes
+from . import WEIGHTS, checkpoint, data, model, scenes
 from .learner import BLIND_SHARE, Learner, score
 
 
@@ -119,15 +119,14 @@ def work(worker: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
     learner.to(device)
-    checkpoint, step = args.out / "checkpoint.pt", 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
-        learner.load_state_dict(saved["learner"])
-        step = saved["step"]
+    file, step = args.out / "checkpoint.safetensors", 0
+    if file.exists():
+        state, states, step = checkpoint.load(file, device)
+        learner.load_state_dict(state)
     optims = optimizers(learner, step < args.look)
     if step not in (0, args.look):  # each phase starts with fresh optimisers
-        for optim, state in zip(optims, saved["optimizers"], strict=True):
-            optim.load_state_dict(state)
+        for optim, known in zip(optims, states, strict=True):
+            optim.load_state_dict(known)
     total = args.look + args.answer
     began = time.time()
     pool = data.Pool(args.seed, worker, args.workers, args.pool, args.fresh, step)
@@ -183,13 +182,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
         if step % args.every == 0 or step == total or step == args.look:
             if worker == 0:
                 say(f"step {step} " + validate(learner, held_out, device))
-                state = {
-                    "learner": learner.state_dict(),
-                    "optimizers": [optim.state_dict() for optim in optims],
-                    "step": step,
-                }
-                torch.save(state, checkpoint.with_suffix(".new"))
-                checkpoint.with_suffix(".new").replace(checkpoint)
+                checkpoint.save(file, learner, optims, step)
                 save_weights(learner.vlm, args.out / "weights")
             if args.workers > 1:
                 torch.distributed.barrier()
