@@ -5,7 +5,8 @@
     python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
 
 Questions are about held-out scenes, answers are generated greedily in padded batches and are right only word for word.
-Every run writes its row at once; an interrupted benchmark goes on where it stopped, unless weights or versions changed.
+Every run writes its row at once, and an interrupted benchmark goes on where it stopped. A result of other weights or
+versions is not overwritten without `--force`.
 `oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
 is measured against. `answer_patches` is the share of answer patches that survive the last cut.
 `scripts/render_readme.py` turns the result into the README's tables.
@@ -20,18 +21,16 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import vtprune
-from vtprune import refvlm
+from vtprune import progress, refvlm
 from vtprune.methods import Choice, Method, Tokens
 from vtprune.methods.uniform import Uniform
 from vtprune.refvlm import evaluate
@@ -137,11 +136,7 @@ def header(questions: int) -> dict[str, Any]:
     return {
         "questions": f"{questions:,} questions about held-out scenes",
         "weights_sha256": hashlib.sha256((refvlm.WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
-        "versions": {
-            "vtprune": vtprune.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": progress.versions(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, float32",
     }
 
@@ -153,6 +148,7 @@ def measure(
     processes: int = 1,
     out: Path | None = None,
     log: Any = lambda text: None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Runs all jobs that `out` does not hold yet.
 
@@ -160,16 +156,19 @@ def measure(
         jobs: Method (None for unpruned) and budget of every row.
         questions, batch: As for `run`.
         processes: How many jobs run at a time, each on one core.
-        out: Where rows are written as they come; rows of other weights or versions there are dropped.
+        out: Where rows are written as they come.
         log: Called with a line of text after every row.
+        force: Overwrite what `out` holds, also rows of other weights or versions.
 
     Returns:
         dict: What the file holds.
+
+    Raises:
+        StaleResultError: `out` holds rows of other weights or versions.
     """
     data: dict[str, Any] = header(questions)
-    old = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
-    same = all(old.get(key) == value for key, value in data.items())
-    data |= {"unpruned": old.get("unpruned") if same else None, "rows": old.get("rows", []) if same else []}
+    old = progress.load(out, data, force)
+    data |= {"unpruned": old.get("unpruned"), "rows": old.get("rows", [])}
     done = {_key(row) for row in data["rows"]}
     todo = [job for job in jobs if (data["unpruned"] is None if job[0] is None else _key_of(*job) not in done)]
 
@@ -178,19 +177,21 @@ def measure(
             data["rows"] = sorted([*data["rows"], row], key=_key)
         else:
             data["unpruned"] = {"visual_tokens": refvlm.VISUAL_TOKENS} | row
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        progress.save(out, data)
         log(json.dumps(row))
 
-    if processes == 1:
-        for name, budget in todo:
-            add(run(name, budget, questions, batch))
-    else:
-        with ProcessPoolExecutor(processes) as pool:
-            for future in as_completed([pool.submit(run, name, budget, questions, batch) for name, budget in todo]):
-                add(future.result())
+    one = partial(_job, questions=questions, batch=batch)
+    for _, row in progress.work(todo, one, "methods", done=len(jobs) - len(todo), processes=processes, name=_name):
+        add(row)
     return data
+
+
+def _job(job: tuple[str | None, dict[str, float]], questions: int, batch: int) -> dict[str, Any]:
+    return run(*job, questions, batch)
+
+
+def _name(job: tuple[str | None, dict[str, float]]) -> str:
+    return " ".join([job[0] or "unpruned", *(f"{key}={value:g}" for key, value in job[1].items())])
 
 
 def _key(row: dict[str, Any]) -> tuple:
@@ -199,6 +200,10 @@ def _key(row: dict[str, Any]) -> tuple:
 
 def _key_of(name: str | None, budget: dict[str, float]) -> tuple:
     return (name, *sorted(budget.items()))
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
 
 
 def main() -> None:
@@ -210,10 +215,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
     args = parser.parse_args()
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
     jobs = [(None, {}), *itertools.product(args.methods, budgets)]
-    measure(jobs, args.questions, args.batch, args.processes, args.out, log=lambda text: print(text, flush=True))
+    with progress.interruptible(args.out):
+        measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force)
     print(f"written to {args.out}")
 
 

@@ -3,7 +3,9 @@
 
     python -m benchmarks.iwp_sweep            # writes benchmarks/results/iwp_sweep.json
 
-Development scenes are not those that accuracy is reported on. Every row is the mean over ratios 0.1 and 0.05.
+Development scenes are not those that accuracy is reported on. Every row is the mean over ratios 0.1 and 0.05. Rows are
+written as they come; an interrupted sweep goes on where it stopped, and one of other weights or versions is not
+overwritten without `--force`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import argparse
 import itertools
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 import vtprune
 from benchmarks.accuracy import header, wilson_of
-from vtprune import refvlm
+from vtprune import progress, refvlm
 from vtprune.refvlm import evaluate, scenes
 
 OUT = Path(__file__).resolve().parent / "results" / "iwp_sweep.json"
@@ -63,8 +64,10 @@ def right(options: dict[str, Any] | None, ratio: float, questions: int) -> int:
     return count
 
 
-def row(options: dict[str, Any], questions: int) -> dict[str, Any]:
-    """One setting over both ratios."""
+def row(options: dict[str, Any] | None, questions: int) -> dict[str, Any]:
+    """One setting over both ratios; None for the unpruned model."""
+    if options is None:
+        return {"right": right(None, 1.0, questions)}
     hits = [right(options, ratio, questions) for ratio in RATIOS]
     return options | {"right": hits, "total": questions} | wilson_of(sum(hits), len(RATIOS) * questions)
 
@@ -76,18 +79,35 @@ def main() -> None:
     parser.add_argument("--duplication", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
     args = parser.parse_args()
     settings = [{"layer": k, "duplication": d} for k, d in itertools.product(args.layers, args.duplication)]
-    rows = []
-    with ProcessPoolExecutor(args.processes) as pool:
-        unpruned = pool.submit(right, None, 1.0, args.questions)
-        for done in pool.map(row, settings, itertools.repeat(args.questions)):
-            rows.append(done)
-            print(json.dumps(done), flush=True)
-        data = header(args.questions) | {"questions": f"{args.questions} questions about development scenes"}
-        data |= {"ratios": list(RATIOS), "unpruned": unpruned.result(), "rows": rows}
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with progress.interruptible(args.out):
+        sweep(settings, args.questions, args.processes, args.out, args.force)
     print(f"written to {args.out}")
+
+
+def sweep(settings: list[dict[str, Any]], questions: int, processes: int, out: Path, force: bool) -> dict[str, Any]:
+    """Measures the settings that `out` does not hold yet, and the unpruned model.
+
+    Raises:
+        StaleResultError: `out` holds a sweep of other weights or versions, or of other questions.
+    """
+    data = header(questions) | {"questions": f"{questions} questions about development scenes", "ratios": list(RATIOS)}
+    old = progress.load(out, data, force)
+    data |= {"unpruned": old.get("unpruned"), "rows": old.get("rows", [])}
+    wanted: list[dict[str, Any] | None] = [None, *settings]
+    done = [{name: found[name] for name in ("layer", "duplication")} for found in data["rows"]]
+    todo = [s for s in wanted if (data["unpruned"] is None if s is None else s not in done)]
+    one = partial(row, questions=questions)
+    for setting, found in progress.work(todo, one, "settings", done=len(wanted) - len(todo), processes=processes):
+        if setting is None:
+            data["unpruned"] = found["right"]
+        else:
+            data["rows"] = sorted([*data["rows"], found], key=lambda r: (r["layer"], r["duplication"]))
+        progress.save(out, data)
+        print(json.dumps(found), flush=True)
+    return data
 
 
 if __name__ == "__main__":

@@ -60,7 +60,34 @@ def test_accuracy_goes_on_where_it_stopped(tmp_path):
     assert len(seen) == 1 and again["unpruned"] == first["unpruned"] and len(again["rows"]) == 2
     stale = json.loads(out.read_text()) | {"weights_sha256": "of other weights"}
     out.write_text(json.dumps(stale))
-    assert len(accuracy.measure(jobs, 4, batch=4, out=out)["rows"]) == 1
+    with pytest.raises(vtprune.VTPruneError, match='weights_sha256 is "of other weights" there.*--force'):
+        accuracy.measure(jobs, 4, batch=4, out=out)
+    assert json.loads(out.read_text()) == stale
+    assert len(accuracy.measure(jobs, 4, batch=4, out=out, force=True)["rows"]) == 1
+
+
+def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    sweep, out = _script("benchmarks/iwp_sweep.py"), tmp_path / "sweep.json"
+    settings = [{"layer": 1, "duplication": d} for d in (0.0, 0.5)]
+    asked = []
+
+    def right(options, ratio, questions):
+        if len(asked) == 3:
+            asked.append(None)
+            raise KeyboardInterrupt
+        asked.append((options, ratio))
+        return 3
+
+    monkeypatch.setattr(sweep, "right", right)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(settings, 4, 1, out, force=False)
+    kept = json.loads(out.read_text())
+    assert kept["unpruned"] == 3 and [row["duplication"] for row in kept["rows"]] == [0.0]
+    data = sweep.sweep(settings, 4, 1, out, force=False)
+    assert [row["duplication"] for row in data["rows"]] == [0.0, 0.5]
+    assert len(asked) == 6  # the unpruned model, two rows at two ratios, and the interrupt
+    with pytest.raises(vtprune.VTPruneError, match="questions is"):
+        sweep.sweep(settings, 5, 1, out, force=False)
 
 
 @pytest.fixture

@@ -135,6 +135,13 @@ def test_a_search_is_repeatable_resumable_and_saved(
     with pytest.raises(vtprune.VTPruneError, match="mean_ratio=0.25, this one has 0.3"):
         tune.tune(model, batches, 0.3, trials=1, seed=3, path=path, resume=True)
 
+    with pytest.raises(vtprune.VTPruneError, match="exists: --resume goes on .* --force overwrites it"):
+        tune.tune(model, batches, 0.25, trials=1, seed=3, path=path)
+    path.write_text(json.dumps(saved | {"versions": saved["versions"] | {"torch": "1.0"}}))
+    with pytest.raises(vtprune.VTPruneError, match='versions.torch is "1.0" there'):
+        tune.tune(model, batches, 0.25, trials=18, seed=3, path=path, resume=True)
+    assert len(tune.tune(model, batches, 0.25, trials=1, seed=3, path=path, force=True).trials) == 1
+
 
 def test_not_a_number_counts_nothing(model: Any, batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = agreement.last_states

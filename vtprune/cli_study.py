@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ def add(commands: Any) -> None:
         "--out", default="strategy.json", metavar="FILE", help="written after every trial (default: %(default)s)"
     )
     tune.add_argument("--resume", action="store_true", help="go on with the search that the file holds")
+    tune.add_argument("--force", action="store_true", help="overwrite a strategy that the file holds")
     tune.set_defaults(command=_tune)
 
     from . import cli_fidelity  # it uses the helpers here
@@ -143,25 +144,31 @@ def _print_rows(args: argparse.Namespace, rows: list[Row], pictures: int) -> Non
 
 
 def _tune(args: argparse.Namespace) -> None:
-    from .tune import tune
+    from . import progress
+    from .tune import Search, tune
 
     check_folder(args.out)
     model, batches = _batches(args)
 
-    def log(search: Search) -> None:
+    def log(search: Search, step: Callable[[str], None]) -> None:
         last, best = search.trials[-1]["value"] / search.samples, search.best["value"] / search.samples
         print(f"trial {len(search.trials)} of {args.trials}: {last:.6f}, best {best:.6f}", flush=True)
+        step("")
 
-    search = tune(
-        model,
-        batches,
-        args.mean_ratio,
-        trials=args.trials,
-        seed=args.seed,
-        path=Path(args.out).expanduser(),
-        resume=args.resume,
-        log=log,
-    )
+    path = Path(args.out).expanduser()
+    done = len(Search.load(path).trials) if args.resume else 0
+    with progress.interruptible(path), progress.bar("trials", max(args.trials, done), done) as step:
+        search = tune(
+            model,
+            batches,
+            args.mean_ratio,
+            trials=args.trials,
+            seed=args.seed,
+            path=path,
+            resume=args.resume,
+            force=args.force,
+            log=lambda search: log(search, step),
+        )
     first, best = search.trials[0]["value"] / search.samples, search.best["value"] / search.samples
     print(f"cosine to the unpruned last state: {first:.6f} with the released strategy, {best:.6f} with the best found")
     print(f"strategy written to {args.out}; use it with vtprune.methods.VFlowOpt.load({args.out!r})")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import agreement
+from . import agreement, progress
 from .budget import Budget
 from .errors import VTPruneError
 from .methods import resolve
@@ -56,7 +57,13 @@ class Search:
 
     def save(self, path: str | Path) -> None:
         """Writes the best strategy and the trials as JSON, for `VFlowOpt.load` and for `tune(..., resume=True)`."""
-        self.strategy.save(path, agreement=self.best["value"] / self.samples, **vars(self))
+        part = Path(path).with_name(f"{Path(path).name}.part{os.getpid()}")
+        about = {"agreement": self.best["value"] / self.samples, "versions": progress.versions()}
+        try:
+            self.strategy.save(part, **about, **vars(self))
+            os.replace(part, path)  # an interrupt leaves the old file or the new one
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Search:
@@ -128,6 +135,7 @@ def tune(
     seed: int = 0,
     path: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     log: Callable[[Search], None] = lambda search: None,
 ) -> Search:
     """Searches the parameters of VFlowOpt that leave the last token's hidden state nearest to the unpruned one.
@@ -146,6 +154,7 @@ def tune(
         seed: Start of the generators.
         path: The file that is written after every trial (`Search.save`).
         resume: Go on from what `path` holds.
+        force: Begin anew and overwrite what `path` holds.
         log: Called after every trial.
 
     Returns:
@@ -153,13 +162,17 @@ def tune(
 
     Raises:
         BudgetError: `mean_ratio` is out of range.
-        VTPruneError: optuna is not installed, the model is patched, or the search to resume was another one.
+        VTPruneError: optuna is not installed, the model is patched, the search to resume was another one, or `path`
+            exists without `resume` or `force`.
+        StaleResultError: The search to resume was made with another version.
     """
     optuna = _optuna()
     if not Budget(mean_ratio=mean_ratio).asks_to_drop or trials < 1:
         raise VTPruneError(f"mean_ratio={mean_ratio} and trials={trials}: expected a share below 1 and 1 trial or more")
     if find_patch(model) is not None:
         raise VTPruneError("the model is patched: remove the patch before a strategy is searched on it")
+    if path is not None and Path(path).exists() and not resume and not force:
+        raise VTPruneError(f"{path} exists: --resume goes on with the search it holds, --force overwrites it")
     batches = list(batches)
     reference = [agreement.last_states(model, batch) for batch in batches]
     search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed)
@@ -224,6 +237,7 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
     if path is None:
         raise VTPruneError("resume=True needs the path of the file to resume from")
     old = Search.load(path)
+    progress.load(path, {"versions": progress.versions()})  # refuses those of another version
     for name in ("mean_ratio", "num_layers", "samples", "seed"):
         if getattr(old, name) != getattr(fresh, name):
             raise VTPruneError(
