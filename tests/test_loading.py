@@ -18,8 +18,7 @@ from vtprune import loading
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted([*(ROOT / "vtprune").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-READERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("yaml", "load"), ("yaml", "unsafe_load"), ("", "eval"),
-           ("", "exec")}  # fmt: skip
+READERS = {f"{module}.load" for module in ("torch", "np", "numpy", "yaml")} | {"yaml.unsafe_load", "eval", "exec"}
 
 
 class Trap:
@@ -64,11 +63,8 @@ def offences(tree: ast.AST) -> Iterator[str]:
             names.append(node.module or "")
         yield from (name for name in names if name.split(".")[0] in UNPICKLERS)
         if isinstance(node, ast.Call):
-            function = node.func
-            owner = getattr(getattr(function, "value", None), "id", "")
-            name = getattr(function, "attr", getattr(function, "id", ""))
-            if (owner, name) in READERS and (owner or isinstance(function, ast.Name)):  # not the eval() of a module
-                yield f"{owner}.{name}"
+            if ast.unparse(node.func) in READERS:
+                yield ast.unparse(node.func)
             for keyword in node.keywords:
                 value = getattr(keyword.value, "value", None)
                 if keyword.arg in ("trust_remote_code", "allow_pickle") and value is not False:

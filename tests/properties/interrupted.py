@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generations that end in an exception, wherever it comes from: the next one is as if it had never been."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from standing import answer, batches, generated, model, traces
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import vtprune
+
+
+class _Stops(StoppingCriteria):
+    """Fails instead of answering, after some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+        self.after -= 1
+        if self.after < 0:
+            raise RuntimeError("the caller's criterion failed")
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@contextmanager
+def failing(module: torch.nn.Module, error: type[BaseException], calls: int) -> Iterator[None]:
+    """While open, `module` raises when it is called for the `calls`-th time."""
+    left = [calls]
+
+    def hook(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error("stand-in")
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def method_failing(patch: vtprune.Patch, error: type[BaseException]) -> Iterator[None]:
+    """While open, the method raises after it has read what it reads."""
+    choose = patch.method.choose
+
+    def fails(tokens: Any) -> Any:
+        choose(tokens)
+        raise error("stand-in")
+
+    patch.method.choose = fails  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del patch.method.choose
+
+
+def _interruptions(patch: vtprune.Patch, batch: dict) -> Iterator[tuple[str, type[BaseException], Callable[[], Any]]]:
+    """Name, exception, and a generation that raises it."""
+
+    def generate_in(context: Any) -> Callable[[], Any]:
+        def run() -> None:
+            with context:
+                generated(patch.model, batch)
+
+        return run
+
+    for after in (0, 2):
+        criteria = StoppingCriteriaList([_Stops(after)])
+        yield (
+            f"criterion after {after} tokens",
+            RuntimeError,
+            lambda criteria=criteria: generated(patch.model, batch, stopping_criteria=criteria),  # type: ignore[misc]
+        )
+    layers, tower = patch.anatomy.layers, patch.anatomy.vision_tower
+    for error in (torch.OutOfMemoryError, KeyboardInterrupt):
+        for number, calls in ((0, 1), (len(layers) - 1, 1), (1, 3)):
+            # A probe calls a layer as well: the first call of layer 0 may be the probe's.
+            yield f"{error.__name__}, layer {number}", error, generate_in(failing(layers[number], error, calls))
+        yield f"{error.__name__}, vision tower", error, generate_in(failing(tower, error, 1))
+        yield f"{error.__name__}, method", error, generate_in(method_failing(patch, error))
+
+
+def check_interrupted(family: str, method: str) -> int:
+    """Interrupts generations in every way there is; after each the model prunes as before, and in the end is clean.
+
+    Returns:
+        int: Number of interrupted generations.
+    """
+    own, batch, other = model(family), batches(family)[0], batches(family)[-1]
+    plain, clean = generated(own, batch), traces(own)
+    count = 0
+    with vtprune.patch(own, method=method, ratio=0.3) as patch:
+        want, want_other = answer(patch, batch), answer(patch, other)
+        for name, error, run in _interruptions(patch, batch):
+            try:
+                run()
+            except error:
+                count += 1
+            else:
+                raise AssertionError(f"{family}, {method}, {name}: the generation was not interrupted")
+            assert answer(patch, other) == want_other, f"{family}, {method}: after {name}"
+            assert answer(patch, batch) == want, f"{family}, {method}: after {name}"
+    assert traces(own) == clean and generated(own, batch) == plain
+    return count
+
+
+def check_signals(family: str, method: str, times: int, seed: int = 0) -> int:
+    """The same with a real interruption, at random moments: Ctrl-C comes between any two instructions of Python.
+
+    Returns:
+        int: How many of the `times` generations did not end before their signal came.
+    """
+    own, batch = model(family), batches(family)[0]
+    draw, count = random.Random(seed), 0
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with vtprune.patch(own, method=method, ratio=0.3) as patch:
+            started = time.perf_counter()
+            want = answer(patch, batch)
+            span = time.perf_counter() - started
+            for _ in range(times):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.0005, span))
+                    generated(patch.model, batch)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    count += 1
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert answer(patch, batch) == want, f"{family}, {method}: after a signal"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    return count

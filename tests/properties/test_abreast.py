@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads; `make soak` does this with every method on every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from abreast import check_threads
+
+ONE: list[dict[str, Any]] = [{"method": "sparsevlm", "ratio": 0.3}]
+TWO: list[dict[str, Any]] = [{"method": "iwp", "ratio": 0.3}, {"method": "visionzip", "keep": 5}]
+
+
+@pytest.mark.parametrize("recipes", [ONE, TWO], ids=["one model", "two models"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_threads(family: str, recipes: list[dict[str, Any]]) -> None:
+    check_threads(family, recipes, rounds=1)
