@@ -98,7 +98,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         return model.to(place), processor
     local = config(name)[1]
     if local:
-        _refuse_pickles(Path(name).expanduser())
+        refuse_pickles(name)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -119,8 +119,13 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
     return model.eval().to(place), processor
 
 
-def _refuse_pickles(folder: Path) -> None:
-    """Raises `InputError` where a folder's weights are pickles, which can run code when they are read."""
+def refuse_pickles(name: str) -> None:
+    """Looks at a local model folder before its weights are read.
+
+    Raises:
+        InputError: The weights are pickles, which can run code when they are read.
+    """
+    folder = Path(name).expanduser()
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
     if pickles and not any(folder.glob("*.safetensors")):
         raise InputError(
