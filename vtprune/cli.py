@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     from . import cli_study  # it uses the helpers here
 
     cli_study.add(commands)
+    from .bench import command as bench
+
+    bench.add(commands)
     return parser
 
 

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune bench`: what its result holds, that its numbers are those of the engine, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from families import FAMILIES, Image  # noqa: E402
+
+import vtprune  # noqa: E402
+from benchmarks import latency  # noqa: E402
+from vtprune.bench import layouts, limit, measure, peers, shapes, summary, timing, ways  # noqa: E402
+from vtprune.budget import Budget  # noqa: E402
+from vtprune.cli import main  # noqa: E402
+from vtprune.patching import find_patch  # noqa: E402
+
+LAYOUTS = {
+    "llava": layouts.Fixed(),
+    "llava_next": layouts.AnyRes(),
+    "llava_onevision": layouts.AnyRes(),
+    "qwen2_5_vl": layouts.Grid(),
+    "smolvlm": layouts.Tiles(),
+}
+METHODS = ["iwp:layer=0", "iwp:layer=2"]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return shapes.get("tiny").build(torch.device("cpu"), torch.float32)
+
+
+def bench_of(model: Any, methods: list[str] = METHODS, peers: bool = False, new_tokens: int = 3) -> measure.Bench:
+    layout = shapes.get("tiny").layout
+    chosen = ways.ways(methods, [Budget(ratio=0.1)], peers)
+    return measure.Bench(model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, 6), chosen, new_tokens)
+
+
+@pytest.fixture(scope="module")
+def result(tiny: Any) -> dict[str, Any]:
+    """One round over two settings, everything included."""
+    bench = bench_of(tiny)
+    head = measure.header(bench, "tiny", 6)
+    return measure.run(bench, [measure.Setting(1, 288), measure.Setting(2, 144)], 1, head, warm_up=0)
+
+
+def test_tokens_and_kv_bytes_are_those_of_the_formula(result: dict[str, Any]) -> None:
+    rows = summary.rows(result)
+    assert len(rows) == 2 * len(result["ways"])
+    for row in rows:
+        visual = 288 if row["tokens"] == 288 else 144
+        kept = visual if row["way"] == "unpruned" else round(0.1 * visual)
+        assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["way"]  # 6 and the beginning
+        full = 2 if row["way"].startswith("iwp:layer=2") else 4 if row["way"] == "unpruned" else 0
+        columns = full * (visual + 7) + (4 - full) * (kept + 7)
+        # keys and values, 2 heads of 16 numbers of 4 bytes
+        assert row["kv_bytes"] == row["kv_bytes_formula"] == row["batch"] * 2 * columns * 2 * 16 * 4, row["way"]
+
+
+def test_a_run_is_taken_apart(result: dict[str, Any]) -> None:
+    for setting in result["settings"].values():
+        for key, run in setting["rounds"][0]["runs"].items():
+            assert run["prefill"] > 0 and run["token"] > 0, key
+            assert (run["vision"] == 0) == key.startswith("limit "), key
+            assert (run["decision"] == 0) == (key == "unpruned" or key.startswith("limit ")), key
+            assert run["decision"] < run["prefill"], key
+            assert run["vision"] + run["prefill"] + run["token"] < run["total"], key
+            assert run["cpu"]["prefill"] > 0 and run["cpu"]["total"] > run["cpu"]["prefill"]
+
+
+def test_marks_agree_with_the_engine(tiny: Any) -> None:
+    inputs = layouts.prompt(tiny, layouts.Fixed(), 1, 288, 6)
+    with vtprune.patch(tiny, ratio=0.1, method="iwp") as patch:
+        before = dict(vars(patch.anatomy.composite))
+        cuts = [stage.layer for stage in patch.schedule]
+        run = timing.generate(patch.anatomy, inputs, 2, cuts)
+        assert patch.last.seconds <= run.decision < patch.last.seconds + 0.2 * run.prefill + 0.01
+        assert vars(patch.anatomy.composite).keys() == before.keys()
+        assert not any(layer._forward_hooks for layer in patch.anatomy.layers)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_limit_is_the_model_on_the_kept_tokens(family: str) -> None:
+    """The pruned model, told to keep what the limit keeps, has the limit's cache; where positions are renumbered it is
+    also its equal number by number."""
+    model = FAMILIES[family].build()
+    inputs = FAMILIES[family].batch([[3, Image(0), 4]] * 2)
+    parts = vtprune.inspect(model)
+    visual = inputs["input_ids"] == parts.placeholders["image"]
+    budget = Budget(ratio=0.5)
+    short = limit.short_prompt(limit.embedded_prompt(parts, inputs), visual, budget)
+    run = timing.generate(parts, short, 2)
+    with vtprune.patch(model, ratio=0.5, method="uniform") as patch:
+        pruned = timing.generate(parts, inputs, 2, [0])
+        kept = len(patch.last.kept[0])
+    assert limit.left(budget, int(visual[0].sum())) == kept
+    assert pruned.kv_bytes == run.kv_bytes and not find_patch(model)
+
+    @torch.no_grad()
+    def last(**given: Any) -> torch.Tensor:
+        return model(**given).logits[:, -1]
+
+    if "qwen" not in family:  # three axes of positions
+        want = last(**short)
+        with vtprune.patch(model, ratio=0.5, method=_Spaced()):
+            torch.testing.assert_close(last(**inputs), want, rtol=0, atol=2e-4)
+
+
+class _Spaced(vtprune.methods.Method):
+    """Keeps what the limit keeps, renumbered as if nothing else had ever been there."""
+
+    positions = "compact"
+
+    def choose(self, tokens: Any) -> Any:
+        keep = torch.zeros(len(tokens), dtype=torch.bool)
+        for start, end, count in zip(tokens.segments, tokens.segments[1:], tokens.budgets, strict=False):
+            keep[start + torch.arange(count) * (end - start) // count] = True
+        return vtprune.methods.Choice(keep)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_layout_makes_prompts_its_model_takes(family: str, batch: int) -> None:
+    model = FAMILIES[family].build()
+    inputs = layouts.prompt(model, LAYOUTS[family], batch, 60, 6)
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+    assert len(visual) == batch and visual.unique().numel() == 1
+    assert 30 <= int(visual[0]) <= 90
+    with vtprune.patch(model, keep=5, method="random") as patch, torch.no_grad():
+        model(**inputs)
+    assert [len(columns) for columns in patch.last.visual] == visual.tolist()
+
+
+def test_shapes_have_the_published_sizes() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    sizes = {"llava-1.5-7b": 7.06, "llava-next-7b": 7.06, "llava-onevision-7b": 8.03, "qwen2.5-vl-7b": 8.29}
+    sizes |= {"smolvlm-500m": 0.507, "small": 0.438}
+    for name, billions in sizes.items():
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(shapes.get(name).config())
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01), name
+    assert sum(p.numel() for p in vtprune.inspect(model).decoder.parameters()) > 3e8
+    with pytest.raises(vtprune.VTPruneError, match=r"no shape 'gpt'; expected one of llava-1\.5-7b"):
+        shapes.get("gpt")
+
+
+def test_plain_loops_choose_what_the_kernels_choose(tiny: Any) -> None:
+    inputs = layouts.prompt(tiny, layouts.Fixed(), 2, 288, 6)
+    for name in peers.PLAIN:
+        found = []
+        for method in (ways.method_of(name), ways.method_of(f"plain-{name}")):
+            with vtprune.patch(tiny, ratio=0.1, method=method) as patch, torch.no_grad():
+                logits = tiny(**inputs).logits
+                found.append((patch.last.kept, logits))
+        for mine, plain in zip(*(kept for kept, _ in found), strict=True):
+            assert torch.equal(mine, plain), name
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-4)
+
+
+def _made(prefill: dict[str, list[float]], decision: float = 0.0) -> dict[str, Any]:
+    """A result with made-up times."""
+    facts = {"visual": 10, "text": 2, "kept": 1, "mean_ratio": 0.1, "kv_bytes": 1, "kv_bytes_formula": 1}
+    facts |= {"vision": 1.0, "decision": decision, "token": 0.1, "flops_share": 0.1, "peak_bytes": None}
+
+    def run(way: str, seconds: float) -> dict[str, Any]:
+        own = {"vision": 0.0} if way.startswith("limit") else {"flops_share": 1.0} if way == "unpruned" else {}
+        return {**facts, "prefill": seconds, "total": seconds + 1.5 - way.startswith("limit"), **own}
+
+    rounds = [{"runs": {way: run(way, times[i]) for way, times in prefill.items()}} for i in range(3)]
+    setting = {"batch": 1, "tokens": 10, "rounds": rounds}
+    return {"model": "made", "ways": list(prefill), "settings": {"one": setting}}
+
+
+def test_shares_of_the_possible_gain() -> None:
+    data = _made({"unpruned": [10, 20, 10], "limit ratio=0.1": [2, 4, 2], "random ratio=0.1": [4, 8, 3]})
+    row = summary.rows(data)[2]
+    assert row["speedup"] == 2.5 and row["over_limit"] == 1.0 and row["gain"] == 0.75
+    assert row["gain_end_to_end"] == 0.75  # the limit counts the vision time, which it does not have
+    assert row["flops_bound"] == 1.0 and row["flops_gain"] == pytest.approx(0.6 / 0.9)
+    assert row["prefill"] == {"median": 4, "low": 3, "high": 8} and row["verdict"] == ""
+
+
+@pytest.mark.parametrize(
+    ("unpruned", "pruned", "verdict"),
+    [
+        (2.05, 2.2, "nothing to gain: even without deciding the prefill would be only 50.0 ms shorter"),
+        (3.0, 3.5, "does not pay: deciding takes 1500.0 ms, and the limit saves 1000.0 ms"),
+        (3.0, 2.5, ""),
+    ],
+)
+def test_the_table_says_where_pruning_does_not_pay(unpruned: float, pruned: float, verdict: str) -> None:
+    from rich.console import Console
+
+    from vtprune.bench import table
+
+    data = _made({"unpruned": [unpruned] * 3, "limit keep=1": [2.0] * 3, "iwp keep=1": [pruned] * 3}, 1.5)
+    assert summary.rows(data)[2]["verdict"] == verdict
+    screen = io.StringIO()
+    table.show(data | {"dtype": "float32", "attention": "sdpa", "device": "cpu"}, Console(file=screen, width=220))
+    assert verdict in screen.getvalue() and ("(no)" in screen.getvalue()) == verdict.startswith("does")
+
+
+def test_ways_are_read() -> None:
+    found = ways.ways(["iwp:layer=0,relevance=log", "random"], [Budget(ratio=0.1), Budget(keep=7)], peers=True)
+    keys = [way.key for way in found]
+    assert keys[:5] == ["unpruned", "limit ratio=0.1", "random ratio=0.1", "pooling ratio=0.1"] + [
+        "iwp:layer=0,relevance=log ratio=0.1"
+    ]
+    assert "plain-visionzip keep=7" in keys and len(keys) == len(set(keys))
+    assert (found[4].method.layer, found[4].method.relevance) == (0, "log")
+    for text, words in {
+        "iwp:layer": "cannot read 'layer'",
+        "iwp:depth=3": "does not take 'depth=3'",
+        "plain-iwp": "no plain loop 'plain-iwp'; expected plain-divprune",
+        "iwpp": "did you mean 'iwp'",
+    }.items():
+        with pytest.raises(vtprune.VTPruneError, match=words):
+            ways.method_of(text)
+
+
+def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any) -> None:
+    bench = bench_of(tiny, ["uniform"], new_tokens=1)
+    bench.ways = ways.ways([], [Budget(ratio=0.999)])
+    runs = bench.round(bench.prepare(measure.Setting(1, 144)))
+    assert "rounds to all" in runs["random ratio=0.999"]["refused"]
+    assert runs["unpruned"]["token"] is None  # there was no further token
+    assert find_patch(tiny) is None
+
+
+def test_it_goes_on_where_it_was_interrupted(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, real, begun = tmp_path / "latency.json", measure.Bench.round, []
+
+    def interrupted(self: measure.Bench, prompt: measure.Prompt) -> Any:
+        begun.append(prompt)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return real(self, prompt)
+
+    bench = bench_of(tiny, ["uniform"], new_tokens=1)
+    head, settings = measure.header(bench, "tiny", 6), [measure.Setting(1, 144)]
+    monkeypatch.setattr(measure.Bench, "round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure.run(bench, settings, 2, head, out, warm_up=0)
+    (done,) = json.loads(out.read_text())["settings"]["batch 1, 144 visual tokens"]["rounds"]
+    data = measure.run(bench, settings, 2, head, out, warm_up=0)
+    rounds = data["settings"]["batch 1, 144 visual tokens"]["rounds"]
+    assert len(begun) == 3 and rounds[0] == done and len(rounds) == 2
+    measure.run(bench, settings, 2, head, out, warm_up=0)
+    assert len(begun) == 3  # nothing is left to do
+
+
+def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "a.json"
+    command = ["bench", "--model", "tiny", "--visual-tokens", "144", "--methods", "uniform", "--rounds", "1"]
+    command += ["--new-tokens", "1", "--text-tokens", "4", "--json", str(out), "--plot", str(tmp_path / "a.svg")]
+    pytest.importorskip("matplotlib")
+    assert main(command) == 0
+    shown = capfd.readouterr().out
+    assert "of the gain" in shown and "uniform ratio=0.1" in shown and "FLOPs bound" in shown
+    data = json.loads(out.read_text())
+    assert {"versions", "machine", "device", "threads", "about", "settings", "rows", "rows_in_cpu_time"} <= data.keys()
+    assert data["about"]["layers"] == 4 and (tmp_path / "a.svg").read_text().count("uniform ratio=0.1") == 1
+
+    old = data | {"versions": data["versions"] | {"vtprune": "0.0.1"}}
+    out.write_text(json.dumps(old))
+    assert main(command) == 2
+    said = capfd.readouterr().err
+    assert f'versions.vtprune is "0.0.1" there and "{vtprune.__version__}" here' in said and "--force" in said
+    assert json.loads(out.read_text()) == old
+    assert main([*command, "--force"]) == 0
+    assert json.loads(out.read_text())["versions"] == data["versions"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--model", "tiny", "--image", "a.png"], "architecture with random weights"),
+        (["--model", "embedded", "--image", "a.png", "--visual-tokens", "9"], "leave --visual-tokens out"),
+        (["--model", "nowhere"], "no folder nowhere"),
+        (["--json", "/nowhere/a.json"], "its folder does not exist"),
+        (["--plot", "a.txt"], "expected a file name that ends in .svg"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(given: list[str], words: str, capfd: Any) -> None:
+    assert main(["bench", *given]) == 2
+    assert words in capfd.readouterr().err
+
+
+def test_a_model_with_a_processor_is_measured(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "a.json"
+    given = ["bench", "--model", "embedded", "--methods", "uniform", "--rounds", "1", "--new-tokens", "1"]
+    assert main([*given, "--visual-tokens", "144", "--batch", "1", "2", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["batch"], row["visual"]) for row in rows} == {(1, 144), (2, 144)}
+
+
+def test_targets_are_judged(result: dict[str, Any]) -> None:
+    data: dict[str, Any] = {"rows": [row for row in summary.rows(result) if row["batch"] == 1]}
+    judged = latency.targets(data, "cpu")
+    assert [target["what"].split(",")[0] for target in judged] == [
+        "random ratio=0.1",
+        "random ratio=0.1",
+        "iwp:layer=0 ratio=0.1",
+        "iwp:layer=0 ratio=0.1",
+        "ways whose KV bytes differ from the formula",
+    ]
+    row = next(row for row in data["rows"] if row["way"].startswith("random "))
+    row |= {"over_limit": 0.06, "speedup": 5.1, "kv_bytes": 0}
+    assert [target["met"] for target in latency.targets(data, "cpu")][::2][::2] == [False, False]
+    assert latency.targets(data, "cpu")[1]["met"]
+    gpu = SimpleNamespace(**latency.CUDA)
+    assert (gpu.model, gpu.keep, gpu.batch) == ("llava-next-7b", [160], [1, 8])

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How pictures reach a model, and prompts of random pictures and text with about as many visual tokens as asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of one sample.
+
+    Attributes:
+        tokens: Visual tokens they take in the prompt.
+        data: Arguments of the model; their first dimension counts over the pictures of all samples, or the samples.
+    """
+
+    tokens: int
+    data: dict[str, Tensor]
+
+
+class Layout:
+    """Makes pictures for a model."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        """Random pictures with as nearly `tokens` visual tokens as the layout can have."""
+        raise NotImplementedError
+
+    def around(self, config: Any) -> tuple[list[int], list[int]]:
+        """Token ids before and after the placeholders."""
+        return [], []
+
+
+@dataclass(frozen=True)
+class Fixed(Layout):
+    """Pictures of one size, with the same number of tokens each (LLaVA-1.5)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        side = model.config.vision_config.image_size
+        each = (side // model.config.vision_config.patch_size) ** 2
+        count = max(1, round(tokens / each))
+        return Pictures(count * each, {"pixel_values": _noise(generator, count, 3, side, side)})
+
+
+@dataclass(frozen=True)
+class Tiles(Layout):
+    """One picture in many tiles, each squeezed into few tokens (SmolVLM)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        vision, factor = model.config.vision_config, model.config.scale_factor
+        each = (vision.image_size // vision.patch_size) ** 2 // factor**2
+        count = max(1, round(tokens / each))
+        return Pictures(
+            count * each, {"pixel_values": _noise(generator, 1, count, 3, vision.image_size, vision.image_size)}
+        )
+
+
+@dataclass(frozen=True)
+class Grid(Layout):
+    """One picture of any resolution as a list of patches (Qwen-VL)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        vision = model.config.vision_config
+        merge, patch = vision.spatial_merge_size, vision.patch_size
+        rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
+        if 4 * rows * rows < tokens:  # no rectangle of about this shape has exactly so many tokens
+            rows = math.isqrt(tokens)
+        columns = round(tokens / rows)
+        grid = [1, rows * merge, columns * merge]
+        width = vision.in_channels * vision.temporal_patch_size * patch**2
+        data = {"pixel_values": _noise(generator, grid[1] * grid[2], width), "image_grid_thw": torch.tensor([grid])}
+        return Pictures(rows * columns, data)
+
+    def around(self, config: Any) -> tuple[list[int], list[int]]:
+        return [config.vision_start_token_id], [config.vision_end_token_id]
+
+
+@dataclass(frozen=True)
+class AnyRes(Layout):
+    """A thumbnail and tiles of every picture, with the padding taken out again (LLaVA-NeXT, LLaVA-OneVision)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        def rank(size: tuple[int, int]) -> tuple[int, int, float]:
+            each = self._tokens(model, size)
+            count = max(1, round(tokens / each))
+            return abs(count * each - tokens), count, max(size) / min(size)
+
+        side = model.config.vision_config.image_size
+        longest = max(map(max, model.config.image_grid_pinpoints))
+        sides = range(side // 2, longest + 1, side // 4)
+        sizes = [(height, width) for height in sides for width in sides if max(height, width) <= 3 * min(height, width)]
+        size = min(sizes, key=rank)
+        count = max(1, round(tokens / self._tokens(model, size)))
+        pixels = _noise(generator, count, self._tiles(model, size), 3, side, side)
+        data = {"pixel_values": pixels, "image_sizes": torch.tensor([size] * count)}
+        return Pictures(count * self._tokens(model, size), data)
+
+    def _tiles(self, model: Any, size: tuple[int, int]) -> int:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = model.config
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+    def _tokens(self, model: Any, size: tuple[int, int]) -> int:
+        """The model's own packing says how many tokens are left of a picture."""
+        config, vision = model.config, model.config.vision_config
+        empty = torch.zeros(self._tiles(model, size), (vision.image_size // vision.patch_size) ** 2, 1)
+        select = {"vision_feature_select_strategy": "default"} if config.model_type == "llava_next" else {}
+        _, lengths = model.model.pack_image_features(
+            [empty], torch.tensor([size]), image_newline=torch.zeros(1), **select
+        )
+        return int(lengths[0])
+
+
+def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed: int = 0) -> dict[str, Tensor]:
+    """Model inputs of random pictures between random text, on the model's device.
+
+    Args:
+        model: A model of the layout.
+        layout: How its pictures come.
+        batch: Samples; all have pictures of the same sizes.
+        tokens: Visual tokens of each, as near as the layout can come.
+        text: Text tokens of each, half of them after the pictures.
+        seed: Of the generator.
+
+    Returns:
+        dict: `input_ids` and `attention_mask` `[B, T]`, and the pictures in the model's dtype.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config, vocabulary = model.config, model.config.get_text_config().vocab_size
+    samples = [layout.pictures(model, tokens, generator) for _ in range(batch)]
+    before, after = layout.around(config)
+    ids = []
+    for pictures in samples:
+        words = torch.randint(3, vocabulary * 3 // 5, (text,), generator=generator).tolist()
+        place = [*before, *[config.image_token_id] * pictures.tokens, *after]
+        ids.append([1, *words[: text // 2], *place, *words[text // 2 :]])
+    inputs = {"input_ids": torch.tensor(ids)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name in samples[0].data:
+        value = torch.cat([pictures.data[name] for pictures in samples])
+        inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
+    if isinstance(layout, Grid):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).long()
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def _noise(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)

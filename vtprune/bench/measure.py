@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark itself: all ways to answer a prompt take turns, round after round, and every round is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import progress
+from ..anatomy import Anatomy
+from ..errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
+from ..flops import DecoderShape, kv_bytes
+from ..loading import one_line
+from ..patching import inspect, patch
+from . import limit, timing
+from .ways import Way
+
+WARM = 576  # visual tokens that a CPU is warmed up with at most
+REFUSALS = (BudgetError, MethodError, NothingPrunedError, UnsupportedModelError)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One prompt.
+
+    Attributes:
+        batch: Samples, each the same length.
+        tokens: Visual tokens of each that were asked for; None for a picture of the user's own.
+    """
+
+    batch: int
+    tokens: int | None
+
+    @property
+    def key(self) -> str:
+        return f"batch {self.batch}, {'own picture' if self.tokens is None else f'{self.tokens} visual tokens'}"
+
+
+@dataclass
+class Bench:
+    """A model and what is asked of it.
+
+    Attributes:
+        model: Without a patch.
+        prompt: Makes the arguments of `generate` for a setting.
+        ways: What takes turns.
+        new_tokens: Tokens generated in every run.
+    """
+
+    model: Any
+    prompt: Callable[[Setting], Mapping[str, Any]]
+    ways: Sequence[Way]
+    new_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        self.parts: Anatomy = inspect(self.model)
+        weight = self.parts.embeddings.weight
+        assert isinstance(weight, Tensor)
+        self.shape = DecoderShape.of(self.parts.decoder.config, weight.element_size())
+
+    @property
+    def device(self) -> torch.device:
+        """Of the decoder's embeddings, where prompts are put."""
+        weight = self.parts.embeddings.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    def about(self) -> dict[str, Any]:
+        """Sizes of the model, for the result."""
+        size = {name: sum(p.numel() for p in part.parameters()) for name, part in self._counted()}
+        return {**size, "layers": self.parts.num_layers}
+
+    def _counted(self) -> list[tuple[str, torch.nn.Module]]:
+        return [("parameters", self.parts.model), ("decoder_parameters", self.parts.decoder)]
+
+    def prepare(self, setting: Setting) -> Prompt:
+        """Makes a setting's prompt and what its limits need.
+
+        Raises:
+            VTPruneError: The prompt has no visual tokens, or samples with different numbers of them.
+        """
+        inputs = self.prompt(setting)
+        ids = torch.tensor(list(self.parts.placeholders.values()), device=inputs["input_ids"].device)
+        visual = torch.isin(inputs["input_ids"], ids)
+        counts = visual.sum(1).tolist()
+        if not counts[0] or len(set(counts)) > 1:
+            raise VTPruneError(f"the samples have {counts} visual tokens; expected the same number, above 0, in each")
+        return Prompt(inputs, visual, limit.embedded_prompt(self.parts, inputs))
+
+    def warming(self, setting: Setting, prompt: Prompt) -> Prompt:
+        """What to warm up on: the prompt itself, except on a CPU, which is warm after a short one."""
+        if self.device.type != "cpu" or setting.tokens is None or setting.tokens <= WARM:
+            return prompt
+        return self.prepare(Setting(setting.batch, WARM))
+
+    def round(self, prompt: Prompt) -> dict[str, dict[str, Any]]:
+        """Every way once, in order: by its key, what it took."""
+        return {way.key: self._answer(way, prompt) for way in self.ways}
+
+    def _answer(self, way: Way, prompt: Prompt) -> dict[str, Any]:
+        try:
+            return self._run(way, prompt)
+        except REFUSALS as error:
+            return {"refused": one_line(error)}
+        except torch.OutOfMemoryError:
+            if prompt.visual.is_cuda:
+                torch.cuda.empty_cache()
+            return {"refused": "out of memory"}
+
+    def _run(self, way: Way, prompt: Prompt) -> dict[str, Any]:
+        batch, length = prompt.visual.shape
+        layers = self.parts.num_layers
+        if way.kind == "method":
+            assert way.budget is not None and way.method is not None
+            with patch(self.model, method=way.method, **vars(way.budget)) as running:
+                run = timing.generate(
+                    self.parts, prompt.inputs, self.new_tokens, [stage.layer for stage in running.schedule]
+                )
+                last = running.last
+            assert last is not None
+            slots, kept, mean = last.slots, len(last.kept[0]), last.mean_ratio
+        elif way.kind == "limit":
+            assert way.budget is not None
+            short = limit.short_prompt(prompt.embeds, prompt.visual, way.budget)
+            run = timing.generate(self.parts, short, self.new_tokens)
+            kept = short["attention_mask"].shape[1] - length + prompt.tokens
+            slots, mean = [short["attention_mask"].shape[1]] * layers, kept / prompt.tokens
+        else:
+            run = timing.generate(self.parts, prompt.inputs, self.new_tokens)
+            slots, kept, mean = [length] * layers, prompt.tokens, 1.0
+        return {
+            **dataclasses.asdict(run),
+            "visual": prompt.tokens,
+            "text": length - prompt.tokens,
+            "kept": kept,
+            "mean_ratio": mean,
+            "kv_bytes_formula": kv_bytes(slots, batch, self.shape),
+            "flops_share": limit.flops_share(slots, length, self.shape),
+        }
+
+
+@dataclass
+class Prompt:
+    """A prompt of equally long samples.
+
+    Attributes:
+        inputs: Arguments of `generate`.
+        visual: `[B, T]` bool, columns that hold visual tokens.
+        embeds: `[B, T, D]` what the decoder is given.
+    """
+
+    inputs: Mapping[str, Any]
+    visual: Tensor
+    embeds: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one sample."""
+        return int(self.visual[0].sum())
+
+
+def run(
+    bench: Bench,
+    settings: Sequence[Setting],
+    rounds: int,
+    header: Mapping[str, Any],
+    out: Path | None = None,
+    force: bool = False,
+    warm_up: int = 1,
+) -> dict[str, Any]:
+    """Runs a benchmark, or what is left of it.
+
+    Args:
+        bench: The model and the ways.
+        settings: Prompts, one after the other.
+        rounds: How often each way runs on each of them.
+        header: What results are only comparable under; see `header`.
+        out: The result file, written after every round.
+        force: Overwrite a result of another header, and measure anew what is there.
+        warm_up: Rounds before, which are not counted.
+
+    Returns:
+        dict: The header, `about` the model, and `settings`: for each setting its `batch`, `tokens` and `rounds`, each
+        with the `load` of the machine when it began and its `runs`.
+
+    Raises:
+        StaleResultError: `out` holds a result of another header.
+    """
+    data = {**header, "about": bench.about(), "settings": {}}
+    data["settings"] = progress.load(out, header, force).get("settings", {})
+    for setting in settings:
+        data["settings"].setdefault(setting.key, {**dataclasses.asdict(setting), "rounds": []})
+    todo = [(setting, rounds - len(data["settings"][setting.key]["rounds"])) for setting in settings]
+    left = sum(max(0, count) for _, count in todo)
+    with progress.bar("rounds", rounds * len(settings), rounds * len(settings) - left) as step:
+        for setting, count in todo:
+            if count <= 0:
+                continue
+            try:
+                prompt = bench.prepare(setting)
+            except torch.OutOfMemoryError:
+                data["settings"][setting.key]["refused"] = "out of memory before the first run"
+                progress.save(out, data)
+                continue
+            for _ in range(warm_up):
+                bench.round(bench.warming(setting, prompt))
+            for _ in range(count):
+                load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+                data["settings"][setting.key]["rounds"].append({"load": load, "runs": bench.round(prompt)})
+                progress.save(out, data)
+                step(setting.key)
+    return data
+
+
+def header(bench: Bench, name: str, text: int | None, seed: int = 0) -> dict[str, Any]:
+    """What times are only comparable under.
+
+    Args:
+        bench: The model and the ways.
+        name: Of the model.
+        text: Text tokens of the prompts, None for prompts of the user's own.
+        seed: Of weights and prompts.
+    """
+    device = bench.device
+    return {
+        "model": name,
+        "ways": [way.key for way in bench.ways],
+        "new_tokens": bench.new_tokens,
+        "text_tokens": text,
+        "seed": seed,
+        "dtype": str(bench.parts.embeddings.weight.dtype).removeprefix("torch."),
+        "attention": str(getattr(bench.parts.decoder.config, "_attn_implementation", None)),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "machine": f"{os.cpu_count()} {platform.machine()} cores",
+        "threads": torch.get_num_threads(),
+        "versions": progress.versions(),
+    }

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a benchmark: where the time of each way goes, beside the limit."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import VTPruneError
+from ..loading import InputError
+from . import summary
+
+_PARTS = (
+    ("vision", "#b8c4ce"),
+    ("deciding", "#d1495b"),
+    ("rest of the prefill", "#1b6ca8"),
+    ("further tokens and the rest", "#8fbcd4"),
+)
+
+
+def check(path: str | Path) -> None:
+    """Refuses early what `save` could not write.
+
+    Raises:
+        InputError: The file's ending is not that of a picture.
+        VTPruneError: matplotlib is not installed.
+    """
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"cannot write a plot to {path}; expected a file name that ends in .svg, .png or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise VTPruneError("a plot needs matplotlib: pip install matplotlib, or leave --plot out")
+
+
+def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
+    """Draws a bar for every way in every setting, in parts, and the limits as dashed lines.
+
+    Args:
+        data: What `vtprune.bench.measure.run` returns.
+        path: File to write; its ending (.svg, .png, .pdf) tells the format. The same data gives the same file.
+        cpu: CPU time of the process in place of time by the clock.
+    """
+    check(path)
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "vtprune", "svg.fonttype": "none", "font.size": 9}):
+        from matplotlib.figure import Figure
+
+        groups = _groups(data, cpu)
+        heights = [1.1 + 0.24 * len(rows) for _, rows in groups]
+        figure = Figure(figsize=(8, sum(heights) + 0.5), layout="constrained")
+        axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for ax, (name, rows) in zip(axes, groups, strict=True):
+            _bars(ax, rows)
+            ax.set_title(f"{data['model']}, {name} ({data['dtype']}, {data['device']})", loc="left")
+        clock = "of CPU time " if cpu else ""
+        axes[-1].set_xlabel(f"milliseconds {clock}to the end of the answer (medians)")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        kind = Path(path).suffix.removeprefix(".")
+        figure.savefig(path, metadata={"Date": None} if kind == "svg" else {}, dpi=150)
+
+
+def _groups(data: Mapping[str, Any], cpu: bool) -> list[tuple[str, list[dict[str, Any]]]]:
+    found = [row for row in summary.rows(data, cpu) if "refused" not in row]
+    groups = []
+    for name, setting in data["settings"].items():
+        mine = [row for row in found if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
+        if mine:
+            groups.append((name, mine))
+    if not groups:
+        raise VTPruneError("the result holds no run to draw")
+    return groups
+
+
+def _bars(ax: Any, rows: list[dict[str, Any]]) -> None:
+    vision = next((row["vision"]["median"] for row in rows if row["way"] == "unpruned"), 0.0)
+    starts = [0.0] * len(rows)
+    lengths = []
+    for row in rows:
+        seen = vision if row["way"].startswith("limit ") else row["vision"]["median"]
+        deciding, prefill = row["decision"]["median"], row["prefill"]["median"]
+        lengths.append((seen, deciding, prefill - deciding, row["end_to_end"]["median"] - seen - prefill))
+    for part, (label, colour) in enumerate(_PARTS):
+        widths = [1e3 * max(0.0, length[part]) for length in lengths]
+        ax.barh(range(len(rows)), widths, left=starts, color=colour, label=label, height=0.7)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    ends = [1e3 * row["end_to_end"]["median"] for row in rows if row["way"].startswith("limit ")]
+    for number, end in enumerate(ends):
+        ax.axvline(end, color="#333333", linestyle="--", linewidth=0.8, label=None if number else "limit")
+    ax.set_yticks(range(len(rows)), [row["way"] for row in rows])
+    ax.invert_yaxis()
+    ax.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts for a model with a processor: a picture of the user's own, or grey noise of about the tokens asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import loading
+from ..loading import InputError
+from ..patching import inspect
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .measure import Setting
+
+SIDES = (224, 336, 448, 672, 896, 1344, 1792)  # of the pictures that are tried
+MOST_PICTURES = 16
+QUESTION = "What is in the picture?"
+
+
+def of_processor(
+    model: Any, processor: Any, picture: Image | None, question: str | None, setting: Setting
+) -> dict[str, Any]:
+    """Model inputs of a setting: the same prompt in every sample.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        picture: The user's own, or None for noise with about `setting.tokens` visual tokens.
+        question: The text; by default a plain question.
+        setting: How many samples, and how many visual tokens of each.
+
+    Raises:
+        InputError: The processor refuses the prompt.
+    """
+    pictures = [picture] if picture is not None else _pictures(model, processor, setting.tokens or 576)
+    return _inputs(model, processor, pictures, question or QUESTION, setting.batch)
+
+
+def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, batch: int) -> dict[str, Any]:
+    if len(pictures) == 1 and batch == 1:
+        made = loading.prompt(processor, pictures[0], question)
+    else:
+        try:
+            made = processor(
+                text=[_text(processor, len(pictures), question)] * batch,
+                images=[pictures] * batch,
+                return_tensors="pt",
+                padding=batch > 1,
+            )
+        except Exception as error:  # processors raise what they like
+            what = f"{type(processor).__name__} cannot make a prompt of {len(pictures)} pictures"
+            raise InputError(f"{what}: {loading.one_line(error)}") from error
+    made = made.to(model.device)
+    return {
+        name: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in made.items()
+    }
+
+
+def _text(processor: Any, count: int, question: str) -> str:
+    """The prompt as text, with a placeholder for every picture."""
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    mark = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
+    return f"{mark * count}\n{question}".lstrip("\n")
+
+
+def _pictures(model: Any, processor: Any, tokens: int) -> list[Image]:
+    """Pictures of noise, as few as possible, that come nearest to the visual tokens asked for."""
+    from PIL import Image
+
+    ids = torch.tensor(list(inspect(model).placeholders.values()))
+    generator = torch.Generator().manual_seed(0)
+    best: tuple[int, int, int] | None = None
+    for side in SIDES:
+        pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
+        image = Image.fromarray(pixels.numpy())
+        each = int(torch.isin(loading.prompt(processor, image, QUESTION)["input_ids"], ids).sum())
+        if each == 0:
+            continue
+        count = min(MOST_PICTURES, max(1, round(tokens / each)))
+        found = (abs(count * each - tokens), count, side)
+        if best is None or found < best:
+            best, chosen = found, image
+    if best is None:
+        raise InputError(f"{type(processor).__name__} puts no image placeholder into a prompt")
+    return [chosen] * best[1]

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named architectures with random weights, so that speed can be measured anywhere without a download.
+
+Times depend on the sizes of a model and not on what it has learned. Sizes are those of the published configurations,
+built from the stock classes of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..loading import InputError
+from .layouts import AnyRes, Fixed, Grid, Layout, Tiles
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An architecture.
+
+    Attributes:
+        name: As given on the command line.
+        about: What it is, in a few words.
+        config: Makes its transformers config.
+        layout: How its pictures come.
+    """
+
+    name: str
+    about: str
+    config: Callable[[], Any]
+    layout: Layout
+
+    def build(
+        self, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
+    ) -> torch.nn.Module:
+        """The model in eval mode, with weights drawn from a seeded generator; the global one is left as it was.
+
+        Args:
+            device: Where it is made.
+            dtype: Of the weights.
+            attention: Attention implementation of transformers.
+            seed: Start of the generator.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        accelerators = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(devices=accelerators, device_type=device.type), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(self.config()), dtype=dtype, attn_implementation=attention
+            )
+        model.generation_config.eos_token_id = None
+        return model.to(device).eval()
+
+
+def get(name: str) -> Shape:
+    """The shape of that name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in SHAPES:
+        raise InputError(f"no shape {name!r}; expected one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def _clip_large() -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
+
+
+def _vicuna(vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 16384,
+    }
+
+
+def _qwen2_7b(vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        **more,
+    }
+
+
+def _llava() -> Any:
+    from transformers import LlavaConfig
+
+    return LlavaConfig(vision_config=_clip_large(), text_config=_vicuna(32064), image_token_id=32000)
+
+
+def _llava_next() -> Any:
+    from transformers import LlavaNextConfig
+
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return LlavaNextConfig(
+        vision_config=_clip_large(), text_config=_vicuna(32064), image_token_id=32000, image_grid_pinpoints=pinpoints
+    )
+
+
+def _llava_onevision() -> Any:
+    from transformers import LlavaOnevisionConfig
+
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config={"model_type": "qwen2", **_qwen2_7b(152000)},
+        image_token_id=151646,
+        video_token_id=151647,
+        image_grid_pinpoints=[[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+        vision_aspect_ratio="anyres_max_9",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def _qwen2_5_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=_qwen2_7b(152064, rope_parameters=rope),
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+def _smolvlm() -> Any:
+    from transformers import SmolVLMConfig
+
+    vision = {
+        "model_type": "smolvlm_vision",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "head_dim": 64,
+        "max_position_embeddings": 16384,
+    }
+    return SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190)
+
+
+def _small() -> Any:
+    from transformers import LlavaConfig
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "image_size": 384,
+        "patch_size": 16,
+        "projection_dim": 384,
+    }
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": 32064,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+    }
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
+
+
+def _tiny() -> Any:
+    from transformers import LlavaConfig
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 48,
+        "patch_size": 4,
+        "projection_dim": 32,
+    }
+    text = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+    }
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=255)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("llava-1.5-7b", "CLIP-L at 336 pixels, 576 tokens a picture; Vicuna 7B", _llava, Fixed()),
+        Shape("llava-next-7b", "the same with tiles of any resolution", _llava_next, AnyRes()),
+        Shape("llava-onevision-7b", "SigLIP at 384 pixels, up to 9 tiles; Qwen2 7B", _llava_onevision, AnyRes()),
+        Shape("qwen2.5-vl-7b", "own tower at any resolution; Qwen2.5 7B with M-RoPE", _qwen2_5_vl, Grid()),
+        Shape("smolvlm-500m", "SigLIP-B on tiles of 512 pixels, 64 tokens each; SmolLM2 360M", _smolvlm, Tiles()),
+        Shape("small", "for CPUs: ViT-S, 576 tokens a picture; a decoder as Qwen2 0.5B", _small, Fixed()),
+        Shape("tiny", "to try the command: 144 tokens a picture, 4 layers", _tiny, Fixed()),
+    )
+}

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the rounds of a benchmark to rows: medians, spread, distance to the limit, and whether pruning paid.
+
+Ratios are medians over rounds of the ratio inside a round, whose runs stood next to each other in time: on a machine
+that is busy now and idle then they are far steadier than ratios of medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+NOTHING_TO_GAIN = 0.95  # a limit above this share of the unpruned prefill leaves nothing worth having
+
+
+def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
+    """One row for every way in every setting of a result.
+
+    Args:
+        data: What `vtprune.bench.measure.run` returns.
+        cpu: CPU time of the process in place of time by the clock.
+
+    Returns:
+        list[dict]: With `batch`, `tokens` and `way`, and either `refused`, the reason, or
+
+        * `visual`, `text`, `kept`, `mean_ratio`: tokens of a sample;
+        * `vision`, `decision`, `prefill`, `token`, `end_to_end`: seconds as `median`, `low` and `high`;
+        * `peak_bytes`, `kv_bytes`, `kv_bytes_formula`;
+        * `speedup`, `speedup_end_to_end`: times as fast as unpruned; `decision_share`, deciding as a share of the
+          unpruned prefill;
+        * `flops_bound`: seconds the prefill would take if time fell as operations do, and `flops_gain`, the share of
+          that gain that was had;
+        * and where a limit was measured `over_limit` (0.05 is 5 % more than the limit's prefill), `gain`, the share of
+          the possible gain in prefill that was had, `gain_end_to_end`; and `verdict`.
+    """
+    return [row for setting in data["settings"].values() for row in _setting(setting, data["ways"], cpu)]
+
+
+def _setting(setting: Mapping[str, Any], ways: Iterable[str], cpu: bool) -> list[dict[str, Any]]:
+    rounds = [entry["runs"] for entry in setting["rounds"]]
+    if cpu:
+        rounds = [{way: {**run, **(run.get("cpu") or {})} for way, run in runs.items()} for runs in rounds]
+    return [_row(setting, rounds, way) for way in ways] if rounds else []
+
+
+def _row(setting: Mapping[str, Any], rounds: list[dict], way: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"batch": setting["batch"], "tokens": setting["tokens"], "way": way}
+    good = [runs for runs in rounds if "refused" not in runs[way]]
+    if not good:
+        return row | {"refused": rounds[0][way]["refused"]}
+    mine = [runs[way] for runs in good]
+    row |= {name: mine[0][name] for name in ("visual", "text", "kept", "mean_ratio", "kv_bytes", "kv_bytes_formula")}
+    row["rounds"] = len(mine)
+    peaks = [run["peak_bytes"] for run in mine if run["peak_bytes"] is not None]
+    row["peak_bytes"] = statistics.median(peaks) if peaks else None
+    for name in ("vision", "decision", "prefill", "token"):
+        row[name] = _spread([run[name] for run in mine if run[name] is not None])
+    both = [runs for runs in good if "refused" not in runs["unpruned"]]
+    limit = f"limit {way.split()[-1]}"  # of the same budget
+    if way.startswith("limit "):  # it is given embeddings, and its pictures would cost the same
+        both_total = [runs[way]["total"] + runs["unpruned"]["vision"] for runs in both]
+        row["end_to_end"] = _spread(both_total)
+    else:
+        row["end_to_end"] = _spread([run["total"] for run in mine])
+    if both:
+        row |= _against_unpruned(both, way)
+    three = [runs for runs in both if "refused" not in runs.get(limit, {"refused": ""})]
+    if three and way != "unpruned":
+        row |= _against_limit(three, way, limit)
+        row["verdict"] = _verdict(row, three, way, limit) if way != limit else ""
+    return row
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)} if values else None
+
+
+def _median(rounds: list[dict], value: Callable[[dict], float]) -> float:
+    return statistics.median(value(runs) for runs in rounds)
+
+
+def _total(runs: dict, way: str) -> float:
+    extra = runs["unpruned"]["vision"] if way.startswith("limit ") else 0.0
+    return runs[way]["total"] + extra
+
+
+def _against_unpruned(rounds: list[dict], way: str) -> dict[str, Any]:
+    share = rounds[0][way]["flops_share"]
+    before = _median(rounds, lambda runs: runs["unpruned"]["prefill"])
+    found = {
+        "speedup": _median(rounds, lambda runs: runs["unpruned"]["prefill"] / runs[way]["prefill"]),
+        "speedup_end_to_end": _median(rounds, lambda runs: _total(runs, "unpruned") / _total(runs, way)),
+        "flops_share": share,
+        "flops_bound": before * share,
+        "decision_share": _median(rounds, lambda runs: runs[way]["decision"] / runs["unpruned"]["prefill"]),
+    }
+    if share < 1:
+        found["flops_gain"] = _median(
+            rounds, lambda runs: (1 - runs[way]["prefill"] / runs["unpruned"]["prefill"]) / (1 - share)
+        )
+    return found
+
+
+def _against_limit(rounds: list[dict], way: str, limit: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "over_limit": _median(rounds, lambda runs: runs[way]["prefill"] / runs[limit]["prefill"] - 1),
+        "gain": _gain(rounds, lambda runs, name: runs[name]["prefill"], way, limit),
+        "gain_end_to_end": _gain(rounds, _total, way, limit),
+    }
+    return found
+
+
+def _gain(rounds: list[dict], time: Callable[[dict, str], float], way: str, limit: str) -> float | None:
+    """Share of the possible gain that was had; None where there was hardly any to be had."""
+    if _median(rounds, lambda runs: time(runs, limit) / time(runs, "unpruned")) > NOTHING_TO_GAIN:
+        return None
+    return _median(
+        rounds,
+        lambda runs: (time(runs, "unpruned") - time(runs, way)) / (time(runs, "unpruned") - time(runs, limit)),
+    )
+
+
+def _verdict(row: Mapping[str, Any], rounds: list[dict], way: str, limit: str) -> str:
+    """Empty where pruning pays; else why it does not."""
+    saved = 1e3 * _median(rounds, lambda runs: runs["unpruned"]["prefill"] - runs[limit]["prefill"])
+    deciding = 1e3 * row["decision"]["median"]
+    if row["gain"] is None:
+        return f"nothing to gain: even without deciding the prefill would be only {saved:.1f} ms shorter"
+    if row["speedup"] <= 1:
+        return f"does not pay: deciding takes {deciding:.1f} ms, and the limit saves {saved:.1f} ms"
+    if row["speedup_end_to_end"] <= 1:
+        return "does not pay: the prefill is shorter, the whole answer is not"
+    return ""

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a benchmark, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from . import summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_COLUMNS = (
+    "",
+    "kept",
+    "vision",
+    "deciding",
+    "prefill",
+    "speed-up",
+    "of the gain",
+    "FLOPs bound",
+    "a token",
+    "end to end",
+    "speed-up",
+    "peak",
+    "KV",
+)
+_EXPLAINED = (
+    "Milliseconds, medians (prefill: lowest to highest in brackets), of runs in turn. "
+    "limit: the same model given a prompt that had only the kept tokens from the start. "
+    "of the gain: share of the prefill time between unpruned and the limit that was saved. "
+    "FLOPs bound: the prefill if time fell as operations do."
+)
+
+
+def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
+    """Prints a table for every setting of a result, and below it what does not pay and what was refused.
+
+    Args:
+        data: What `vtprune.bench.measure.run` returns.
+        console: Where to.
+        cpu: CPU time of the process in place of time by the clock.
+    """
+    from rich.text import Text
+
+    found = summary.rows(data, cpu)
+    for name, setting in data["settings"].items():
+        if setting.get("refused"):
+            console.print(Text(f"{data['model']}, {name}: {setting['refused']}"))
+            continue
+        mine = [row for row in found if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
+        console.print(_table(data, name, mine))
+        for line in notes(mine):
+            console.print(Text(line))
+    clock = " Time is CPU time of the process." if cpu else ""
+    console.print(Text(_EXPLAINED + clock))
+
+
+def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines about rows: what did not pay, what was refused, what differs from the formula."""
+    for row in rows:
+        if "refused" in row:
+            yield f"{row['way']}: {row['refused']}"
+        elif row.get("verdict"):
+            yield f"{row['way']}: {row['verdict']}"
+        if row.get("kv_bytes") != row.get("kv_bytes_formula"):
+            found, formula = row["kv_bytes"], row["kv_bytes_formula"]
+            yield f"{row['way']}: the KV cache holds {found:,} B, its formula says {formula:,} B"
+
+
+def _table(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    some = next((row for row in rows if "refused" not in row), None)
+    tokens = f"{some['visual']:,} visual and {some['text']:,} text tokens a sample, " if some else ""
+    title = f"{data['model']}, {name}: {tokens}{data['dtype']}, {data['attention']}, {data['device']}"
+    table = Table(title=Text(title), title_justify="left", pad_edge=False)
+    for number, heading in enumerate(_COLUMNS):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        if "refused" in row:
+            table.add_row(Text(row["way"]), *["-"] * (len(_COLUMNS) - 1))
+            continue
+        prefill = row["prefill"]
+        pays = "" if not row.get("verdict") else " (no)"
+        table.add_row(
+            Text(row["way"]),
+            f"{row['kept']:,}",
+            _ms(row["vision"]),
+            _ms(row["decision"]),
+            f"{_ms(prefill)} [dim]({1e3 * prefill['low']:.0f} to {1e3 * prefill['high']:.0f})[/dim]",
+            _times(row.get("speedup")),
+            "-" if row.get("gain") is None else f"{row['gain']:.0%}{pays}",
+            "-" if "flops_bound" not in row else f"{1e3 * row['flops_bound']:.1f}",
+            _ms(row["token"]),
+            _ms(row["end_to_end"]),
+            _times(row.get("speedup_end_to_end")),
+            _size(row["peak_bytes"]),
+            _size(row["kv_bytes"]),
+        )
+    return table
+
+
+def _ms(spread: Mapping[str, float] | None) -> str:
+    return "-" if not spread else f"{1e3 * spread['median']:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} x"
+
+
+def _size(number: float | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
