@@ -131,7 +131,11 @@ def bar(what: str, total: int, done: int = 0, console: Console | None = None) ->
     # Where standard output goes to a file, what is printed must go on going there.
     with Progress(*columns, console=place, redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total, completed=done, now="")
-        yield lambda now="": shown.update(task, advance=1, now=now)
+
+        def step(now: str = "") -> None:
+            shown.update(task, advance=1, now=now)
+
+        yield step
 
 
 def work(

@@ -154,8 +154,8 @@ def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
     from .measure import Setting
 
     batches, tokens = ON_CPU if device == "cpu" else ON_ACCELERATOR
-    batches, tokens = args.batch or batches, [None] if args.image else args.visual_tokens or tokens
-    return [Setting(batch, count) for count in tokens for batch in batches]
+    counts: list[int | None] = [None] if args.image else list(args.visual_tokens or tokens)
+    return [Setting(batch, count) for count in counts for batch in args.batch or batches]
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:

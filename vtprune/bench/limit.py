@@ -33,8 +33,9 @@ def embedded_prompt(parts: Anatomy, inputs: Mapping[str, Any]) -> Tensor:
         raise Enough
 
     handle = parts.decoder.register_forward_pre_hook(look, with_kwargs=True)
+    model: Any = parts.model
     try:
-        parts.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
     except Enough:
         pass
     finally:

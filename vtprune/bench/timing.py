@@ -99,7 +99,8 @@ class _Marks:
 @contextmanager
 def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[_Marks]:
     """Takes marks around the encoders, the forward calls and the cuts of a model."""
-    marks, running = _Marks(), []
+    marks = _Marks()
+    running: list[Any] = []
     undo: list[Callable[[], None]] = []
 
     def around(encode: Callable) -> Callable:
@@ -176,12 +177,13 @@ def generate(parts: Anatomy, inputs: Mapping[str, Any], new_tokens: int, cuts: S
     """
     device = next(parts.decoder.parameters()).device
     watch = Stopwatch(device)
+    model: Any = parts.model
     gc.collect()
     watch.wait()
     _reset_peak(device)
     with _watched(parts, watch, cuts) as marks:
         start = watch.mark()
-        parts.model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
+        model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
         end = watch.mark()
         watch.wait()
     marks.whole = (start, end)
