@@ -153,6 +153,8 @@ def test_rows_sum_prompts_up_picture_by_picture() -> None:
     # equally fast and nearer wins; slower than the unpruned model never does
     assert (near["frontier"], far["frontier"], slow["frontier"]) == (True, False, False)
     assert near["attention_error"]["value"] == 0.5 and "attention_error" not in slow
+    alone = summarise(records[:2], ["a", "a"], ways)[0]  # of one picture there is no telling how others differ
+    assert alone["kl"] == {"value": 0.2, "interval": None} and alone["top1"]["interval"] is not None
 
 
 def test_intervals_are_the_known_ones() -> None:

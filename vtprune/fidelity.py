@@ -223,8 +223,8 @@ def summarise(
         list: `method`, `ratio`, and either `refused` or `kept`, `visual`, `mean_ratio`, `seconds` and `deciding`
         (medians), `cuts_error` (mean attention error of every cut), for each of `kl`, `cosine`, `prefix`,
         `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time over the unpruned
-        one of the same prompt) a `value` and an `interval`; and `frontier`, whether nothing else, the unpruned model
-        included, is both faster and nearer (`kl`).
+        one of the same prompt) a `value` and an `interval` (None for means of one picture); and `frontier`, whether
+        nothing else, the unpruned model included, is both faster and nearer (`kl`).
     """
     rows = [_row(way, [record[way.key] for record in records], records, pictures) for way in ways]
     ran = [row for row in rows if "refused" not in row]
@@ -250,7 +250,7 @@ def _row(
         row[name] = statistics.median(record[name] for record in mine)
     relative = [m["seconds"] / r["unpruned"]["seconds"] for m, r in zip(mine, records, strict=True)]
     per_picture = group_means(relative, pictures)
-    row["relative_time"] = _with(float(np.median(per_picture)), bootstrap(per_picture, np.median))
+    row["relative_time"] = _with(float(np.median(per_picture)), _bootstrap(per_picture, np.median))
     columns = {name: [record[name] for record in mine] for name in (*SHARES, *MEANS) if name != "attention_error"}
     errors = [record["attention_errors"] for record in mine]
     if all(error is not None for prompt in errors for error in prompt):
@@ -259,13 +259,19 @@ def _row(
     for name, values in columns.items():
         means = group_means(values, pictures)
         share = float(means.mean())
-        row[name] = _with(share, wilson(share * len(means), len(means)) if name in SHARES else bootstrap(means))
+        row[name] = _with(share, wilson(share * len(means), len(means)) if name in SHARES else _bootstrap(means))
     return row
 
 
-def _with(value: float, interval: tuple[float, float]) -> dict[str, Any]:
+def _bootstrap(values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> tuple[float, float] | None:
+    """One picture tells nothing about others."""
+    return bootstrap(values, statistic) if len(values) > 1 else None
+
+
+def _with(value: float, interval: tuple[float, float] | None) -> dict[str, Any]:
     """Six significant digits are more than the intervals allow."""
-    return {"value": float(f"{value:.6g}"), "interval": [float(f"{bound:.6g}") for bound in interval]}
+    bounds = None if interval is None else [float(f"{bound:.6g}") for bound in interval]
+    return {"value": float(f"{value:.6g}"), "interval": bounds}
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:

@@ -21,7 +21,8 @@ def chart(data: dict[str, Any]) -> Chart:
     series = []
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        low, high = ([row["kl"]["interval"][end] for row in mine] for end in (0, 1))
+        bars = [row["kl"]["interval"] or 2 * [row["kl"]["value"]] for row in mine]
+        low, high = ([bar[end] for bar in bars] for end in (0, 1))
         series.append(
             Series(
                 method, [row["relative_time"]["value"] for row in mine], [row["kl"]["value"] for row in mine], low, high
@@ -29,7 +30,7 @@ def chart(data: dict[str, Any]) -> Chart:
         )
     best = [(row["relative_time"]["value"], row["kl"]["value"]) for row in rows if row["frontier"]]
     return Chart(
-        title=f"{data['model']}, {data['pictures']} pictures ({data['of']}), {data['prompts']} prompts",
+        title=_title(data),
         x_label=f"{'CPU ' if data['clock'] == 'cpu' else ''}time to the first token, deciding included; unpruned = 1",
         y_label="KL of the next token, nats",
         series=series,
@@ -48,8 +49,7 @@ def print_table(data: dict[str, Any]) -> None:
     # Where the output is no terminal there is no width to keep to.
     console = Console(width=None if sys.stdout.isatty() else 180)
     intervals = console.width >= 172
-    title = f"{data['model']}, {data['pictures']} pictures ({data['of']}), {data['prompts']} prompts"
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(_title(data)), title_justify="left")
     table.add_column("method", no_wrap=True)
     for heading in ("kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "deciding", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -66,10 +66,19 @@ def print_table(data: dict[str, Any]) -> None:
     console.print(Text(f"{where}: 95 % intervals. {NOTES}"), soft_wrap=True)
 
 
+def _title(data: dict[str, Any]) -> str:
+    counts = {what: data[f"{what}s"] for what in ("picture", "prompt")}
+    pictures, prompts = (f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
+    return f"{data['model']}, {pictures} ({data['of']}), {prompts}"
+
+
 def _cells(row: dict[str, Any], intervals: bool) -> list[str]:
     def span(number: dict[str, Any], form: str) -> str:
+        shown = f"{number['value']:{form}}"
+        if not intervals or number["interval"] is None:
+            return shown
         low, high = number["interval"]
-        return f"{number['value']:{form}}" + (f" ({low:{form}}–{high:{form}})" if intervals else "")
+        return f"{shown} ({low:{form}}–{high:{form}})"
 
     return [
         row["method"],
