@@ -15,6 +15,7 @@ DOCS := $(VENV)/.stamp-docs
 EVAL_VENV ?= .venv-eval
 EVAL_PY := $(EVAL_VENV)/bin/python
 EVAL := $(EVAL_VENV)/.stamp-eval
+EVAL_ARGS ?= --limit 50
 # The web demo, too: gradio wants an older pillow.
 WEB_VENV ?= .venv-web
 WEB_PY := $(WEB_VENV)/bin/python
@@ -51,7 +52,7 @@ guard: $(TEST)
 # The plug-in's tests with the real lmms-eval, then its command on the local tasks, in one process and in two.
 eval: $(EVAL)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(EVAL_PY) -m pytest -q tests/test_lmms_eval.py
-	$(EVAL_PY) -m benchmarks.lmms --out out/lmms_eval.json --force
+	$(EVAL_PY) -m benchmarks.lmms --out out/lmms_eval.json --force $(EVAL_ARGS)
 
 # The demo in examples/space, driven by a real browser where there is one: chromium and chromedriver.
 test-web: $(WEB)

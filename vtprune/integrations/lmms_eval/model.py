@@ -34,8 +34,8 @@ class VTPrune(Huggingface):
 
     Prompts, system prompts, generation options and their defaults are those of lmms-eval's `huggingface` model, so
     that `method=none` is the unpruned baseline. Loading and generation are done here, because that model takes only
-    CUDA devices when it runs in several processes, makes all messages of a batch with the first task's function, and
-    hands empty lists of pictures to processors that refuse them.
+    CUDA devices when it runs in several processes, makes all messages of a batch with its first request's function, and
+    hands processors empty lists and an argument (`audios`) that transformers 5 refuses.
 
     Args:
         pretrained: A name on the hub, a local folder, or `embedded` for the small model inside vtprune.
@@ -176,7 +176,7 @@ class VTPrune(Huggingface):
         images, videos, audios = ([item for chat in chats for item in chat[kind]] for kind in range(3))
         if self.square:
             images = self._squares(images)
-        media = {"images": images, "videos": videos, "audios": audios}
+        media = {"images": images, "videos": videos, "audio": audios}
         given = {name: items for name, items in media.items() if items}  # processors refuse empty lists
         inputs = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         return inputs.to(self._device, self._model.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from ... import methods
 from ...errors import BudgetError, MethodError, VTPruneError
 from ...methods import Method
+from ...methods.vflowopt import VFlowOpt
 
 UNPRUNED = "none"
 
@@ -23,7 +24,7 @@ def method(name: str, options: Mapping[str, Any], taken: tuple[str, ...]) -> Met
     """The method of a run, or None for an unpruned one.
 
     Args:
-        name: A registered name, or `none`.
+        name: A registered name, `none`, or a `.json` file with a strategy of VFlowOpt that `vtprune tune` wrote.
         options: The arguments that the plug-in itself does not take: options of the method. A method as an option, such
             as `host=pyramiddrop`, is given by name; a list, such as `layers=[7, 9]`, as JSON.
         taken: The arguments that the plug-in takes, for the message.
@@ -32,7 +33,8 @@ def method(name: str, options: Mapping[str, Any], taken: tuple[str, ...]) -> Met
         ArgumentError: An option that the method does not have.
         MethodError: No such method, or a bad value.
     """
-    cls = None if name == UNPRUNED else methods.get(name)
+    stored = name.endswith(".json")
+    cls = None if name == UNPRUNED else VFlowOpt if stored else methods.get(name)
     fields: dict[str, dataclasses.Field] = {}
     if cls is not None and dataclasses.is_dataclass(cls):
         fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -44,7 +46,7 @@ def method(name: str, options: Mapping[str, Any], taken: tuple[str, ...]) -> Met
         return None
     values = {option: _value(fields[option], value) for option, value in options.items()}
     try:
-        return cls(**values)
+        return VFlowOpt.load(name, **values) if stored else cls(**values)
     except TypeError as error:
         raise MethodError(f"method {name} cannot be made with {values}: {error}") from error
 

@@ -55,11 +55,8 @@ class PrunedTokenCounts(TokenCounts):
 
 
 def batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
-    """Neighbouring requests of one task and split with the same generation options, at most `size` together.
-
-    A batch never crosses tasks: each has its own way of making messages.
-    """
-    for _, group in itertools.groupby(requests, key=lambda request: (request.args[2], *request.args[4:6])):
+    """Neighbouring requests with the same generation options, at most `size` together; tasks may share a batch."""
+    for _, group in itertools.groupby(requests, key=lambda request: request.args[2]):
         together = list(group)
         for start in range(0, len(together), size):
             yield together[start : start + size]
