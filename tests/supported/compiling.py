@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled, exported and traced models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import vtprune
+
+from .models import build, greedy, kept, patched, prompt
+from .table import refused, row
+
+BACKEND = "aot_eager"  # dynamo and autograd tracing as ever; only the generated kernels are left out
+
+
+@torch.no_grad()
+def _same(compile_: Callable[[nn.Module], nn.Module], before: bool) -> None:
+    """Asserts that a compiled model prunes as it does uncompiled, be it compiled before it is patched or after."""
+    torch.compiler.reset()
+    inputs, model = prompt(), build()
+    with patched(model) as patch:
+        logits = model(**inputs).logits
+        want, columns = greedy(model, inputs), kept(patch)
+    compiled = compile_(model) if before else model
+    with patched(compiled) as patch:
+        compiled = compiled if before else compile_(model)
+        torch.testing.assert_close(compiled(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
+        assert kept(patch) == columns
+        assert greedy(compiled, inputs) == want
+        assert kept(patch) == columns
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend=BACKEND)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    vtprune.inspect(model).decoder.compile(backend=BACKEND)
+    return model
+
+
+def _layers(model: nn.Module) -> nn.Module:
+    for layer in vtprune.inspect(model).layers:
+        layer.compile(backend=BACKEND)
+    return model
+
+
+def _forward(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend=BACKEND)
+    return model
+
+
+@row("`torch.compile(model)`")
+def whole(folder: Path) -> None:
+    """Compiled after `patch` (aot_eager): same kept tokens, logits and greedy text as uncompiled; the graph ends at
+    every hook."""
+    _same(_whole, False)
+
+
+@row("`model.forward = torch.compile(model.forward)`", slow=True)
+def forward(folder: Path) -> None:
+    """Before `patch`: the same."""
+    _same(_forward, True)
+
+
+@row("`torch.compile` of the language model", slow=True)
+def decoder(folder: Path) -> None:
+    """`language_model.compile()` before `patch`: the same."""
+    _same(_decoder, True)
+
+
+@row("`torch.compile` of every decoder layer", slow=True)
+def layers(folder: Path) -> None:
+    """`layer.compile()`, before and after `patch`: the same. Where a method reads keys, the layer runs uncompiled."""
+    _same(_layers, True)
+    _same(_layers, False)
+
+
+@row("`torch.compile(fullgraph=True)`")
+def fullgraph(folder: Path) -> str:
+    """One graph cannot hold a cut whose place depends on values; torch says so with the hook's reason. The language
+    model's layers may be compiled whole one by one, as may an unpatched model."""
+    torch.compiler.reset()
+    model, inputs = build(), prompt()
+    with patched(model), torch.no_grad():
+        compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
+        said = refused(lambda: compiled(**inputs), torch._dynamo.exc.Unsupported)
+    reason = "pruning decides by values which columns stay"
+    assert reason in said, said
+    return said[said.index(reason) :].split(")")[0]
+
+
+@row("`torch.export`")
+def export(folder: Path) -> str:
+    """`torch.export.export` of a patched model."""
+    model, inputs = build(), prompt()
+    with patched(model), torch.no_grad():
+        return refused(lambda: torch.export.export(model, (), dict(inputs), strict=False))
+
+
+@row("`torch.jit.trace`")
+def trace(folder: Path) -> str:
+    """A trace would fix one prompt's choice for all prompts."""
+    model, inputs = build().requires_grad_(False), prompt()
+    arguments = (inputs["input_ids"], inputs["pixel_values"])
+    with patched(model), torch.no_grad():
+        return refused(lambda: torch.jit.trace(lambda i, p: model(input_ids=i, pixel_values=p).logits, arguments))

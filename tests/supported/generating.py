@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models import METHODS, build, greedy, kept, patched, prompt
+from .table import row
+
+
+def _assistant() -> torch.nn.Module:
+    """A text model that guesses; its vocabulary is the main model's."""
+    from families import PAD, TEXT
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    sizes = TEXT | {"num_hidden_layers": 1, "hidden_size": 16}
+    assistant = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    assistant.generation_config.eos_token_id, assistant.generation_config.pad_token_id = None, PAD
+    return assistant
+
+
+def _same(**mode: Any) -> None:
+    """Asserts that a mode of generation keeps the same tokens and says the same as plain greedy text."""
+    model, inputs = build(), prompt()
+    unpruned = greedy(model, inputs)
+    for method in METHODS:
+        with patched(model, method) as patch:
+            want, columns = greedy(model, inputs), kept(patch)
+            assert want != unpruned, "pruning changed nothing, so this says nothing"
+            assert greedy(model, inputs, **mode) == want
+            assert kept(patch) == columns
+
+
+@row("Assisted generation, `assistant_model`")
+def assisted(folder: Path) -> None:
+    """A text model proposes, the pruned model checks: same kept tokens and same text as without it. The first
+    proposal, which would come along with the prompt, is left out."""
+    _same(assistant_model=_assistant())
+
+
+@row("Assisted generation by the model itself")
+def itself(folder: Path) -> None:
+    """The unpruned model as its own assistant, pictures included; its guesses are often right, so many are accepted."""
+    model, inputs = build(), prompt()
+    with patched(model) as patch:
+        want, columns = greedy(model, inputs), kept(patch)
+        assert greedy(model, inputs, assistant_model=build()) == want
+        assert kept(patch) == columns
+
+
+@row("Prompt lookup, `prompt_lookup_num_tokens`")
+def lookup(folder: Path) -> None:
+    """Same kept tokens and same text as without it."""
+    _same(prompt_lookup_num_tokens=3)
+
+
+class _Collector:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.pieces.append([])
+
+
+@row("Streamers")
+def streamer(folder: Path) -> None:
+    """`generate(streamer=...)` hands out the tokens of the pruned model one by one."""
+    model, inputs = build(), prompt()
+    with patched(model) as patch:
+        collector = _Collector()
+        want = greedy(model, inputs, streamer=collector)
+        kept(patch)
+    assert [token for piece in collector.pieces[1:] for token in piece] == want[0]
+
+
+@row('`pipeline("image-text-to-text")`')
+def pipeline(folder: Path) -> None:
+    """The embedded model in a pipeline answers as its own `generate` does with the same tokens kept."""
+    import transformers
+
+    from vtprune import refvlm
+
+    model, processor = refvlm.load()
+    scene = refvlm.scenes.scene(7)
+    text = refvlm.prompt(scene.questions[0].text)
+    inputs = processor(images=scene.image, text=text, return_tensors="pt")
+    made = transformers.pipeline("image-text-to-text", model=model, processor=processor)
+    with patched(model) as patch, torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        columns = kept(patch)
+        settings = {"max_new_tokens": 4, "do_sample": False}
+        said = made(images=scene.image, text=text, return_full_text=False, generate_kwargs=settings)
+        assert kept(patch) == columns
+    assert said[0]["generated_text"].strip() == processor.decode(out, skip_special_tokens=True).strip()

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All rows, in the order of the table."""
+
+from __future__ import annotations
+
+from . import compiling, generating, weights
+from .table import ROWS
+
+__all__ = ["ROWS", "compiling", "generating", "weights"]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the support table: registered by decorator, run one by one, rendered as JSON and Markdown.
+
+A row is a function whose docstring says what was tried. It returns nothing if that works, and the library's (or
+torch's) own sentence, by `refused`, if it is refused.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtprune
+
+
+@dataclass(frozen=True)
+class Row:
+    """One feature.
+
+    Attributes:
+        name: As in the table.
+        how: What was tried, in one sentence.
+        check: Takes an empty folder; returns None or the sentence of a refusal.
+        needs: Packages that it takes.
+        slow: Takes more than ten seconds.
+    """
+
+    name: str
+    how: str
+    check: Callable[[Path], str | None]
+    needs: tuple[str, ...] = ()
+    slow: bool = False
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not here."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+
+ROWS: dict[str, Row] = {}
+
+
+def row(
+    name: str, *needs: str, slow: bool = False
+) -> Callable[[Callable[[Path], str | None]], Callable[[Path], str | None]]:
+    """Registers a row."""
+
+    def register(check: Callable[[Path], str | None]) -> Callable[[Path], str | None]:
+        ROWS[name] = Row(name, " ".join((check.__doc__ or "").split()), check, needs, slow)
+        return check
+
+    return register
+
+
+def refused(call: Callable[[], Any], by: type[Exception] = vtprune.VTPruneError) -> str:
+    """The sentence with which `call` is refused; fails if it goes through."""
+    try:
+        call()
+    except by as error:
+        return _sentence(error)
+    raise AssertionError("was expected to be refused, but went through")
+
+
+def _sentence(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def run(entry: Row) -> dict[str, str]:
+    """Runs a row.
+
+    Returns:
+        dict: "feature", "outcome" ("works", "refused", "fails", "package missing"), "reason" and "tried".
+    """
+    out = {"feature": entry.name, "outcome": "works", "reason": "", "tried": entry.how}
+    if entry.missing:
+        return out | {"outcome": "package missing", "reason": ", ".join(entry.missing)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            reason = entry.check(Path(folder))
+        except Exception as error:  # whatever the feature may raise is what the table is for
+            return out | {"outcome": "fails", "reason": f"{type(error).__name__}: {_sentence(error)[:400]}"}
+    return out if reason is None else out | {"outcome": "refused", "reason": reason}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The table as it was written last."""
+    return json.loads((folder / "support.json").read_text())
+
+
+def save(folder: Path, entries: list[dict[str, str]]) -> None:
+    """Writes `support.json` and `support.md`."""
+    import transformers
+
+    packages = {name: _version(name) for name in sorted({n for r in ROWS.values() for n in r.needs})}
+    whole = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
+        **{name: version for name, version in packages.items() if version},
+        "rows": entries,
+    }
+    (folder / "support.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "support.md").write_text(render(whole))
+
+
+def _version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def render(whole: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in whole.items() if name != "rows")
+    text = [
+        "# Support",
+        "",
+        "What else is done with models, tried on patched ones. Every row is a test: `python -m tests.supported` runs "
+        "them and writes this page, and `tests/test_supported.py` fails while the page says something else. What is "
+        f"refused is refused with the sentence shown. ({versions}; CPU, tiny random models)",
+        "",
+        "| feature | outcome | tried |",
+        "| --- | --- | --- |",
+    ]
+    for entry in whole["rows"]:
+        outcome = entry["outcome"] + (f": {entry['reason']}" if entry["reason"] else "")
+        cells = (entry["feature"], outcome, entry["tried"])
+        text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(text) + "\n"
