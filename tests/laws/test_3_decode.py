@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, Image
+from packaging.version import Version
 from support import CLIP, LAYOUTS, MIXED, ONE, model_of, pruned, reference
 from transformers import DynamicCache
 
@@ -38,6 +41,17 @@ def check(model: torch.nn.Module, method: Any, batch: dict, mode: dict[str, Any]
     assert got[:, -NEW["max_new_tokens"] :].tolist() == want[:, -NEW["max_new_tokens"] :].tolist()
 
 
+@lru_cache
+def mixes_pictures(family: str) -> bool:
+    """Whether the unpatched model shows the copies of a sample one another's pictures, as transformers 5.17 does."""
+    if Version(transformers.__version__) >= Version("5.23"):
+        return False
+    batch = FAMILIES[family].batch([[2, Image(1), 4, Image(2), 7]])
+    certain = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}  # three times the likeliest text
+    rows = model_of(family).generate(**batch, **certain, **NEW).tolist()
+    return any(row != rows[0] for row in rows)
+
+
 def test_methods(family: str, method: str) -> None:
     check(model_of(family), method, FAMILIES[family].batch(MIXED), MODES["greedy"])
 
@@ -47,6 +61,10 @@ def test_modes(family: str, layout: str, mode: str) -> None:
     if mode == "no_cache" and layout == "merging":
         prompts = ONE  # the reference replaces states in the prefill only, which without a cache is every step
         pytest.skip(f"no reference for merged states without a cache ({len(prompts)} prompt)")
+    if {"num_beams", "num_return_sequences"} & set(MODES[mode]) and mixes_pictures(family):
+        pytest.xfail(
+            f"transformers {transformers.__version__} mixes up the pictures of a sample's copies, unpatched too"
+        )
     check(model_of(family), LAYOUTS[layout], FAMILIES[family].batch(MIXED), MODES[mode], ratio=0.3)
 
 
@@ -59,6 +77,10 @@ def test_right_padding_and_eager(family: str, layout: str) -> None:
 def test_video(family: str, layout: str) -> None:
     if FAMILIES[family].video is None:
         pytest.skip("this family takes no video")
+    if mixes_pictures(family):
+        pytest.xfail(
+            f"transformers {transformers.__version__} mixes up the pictures of a sample's copies, unpatched too"
+        )
     check(model_of(family), LAYOUTS[layout], FAMILIES[family].batch(CLIP), MODES["beams"], ratio=0.3)
 
 
