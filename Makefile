@@ -21,7 +21,13 @@ WEB_VENV ?= .venv-web
 WEB_PY := $(WEB_VENV)/bin/python
 WEB := $(WEB_VENV)/.stamp-web
 
-.PHONY: demo test test-web lint types pytest docs eval guard format clean
+# The oldest supported versions. OLDEST_TORCH=/path/to.whl takes another build of torch, OLDEST_ARGS a part of the suite.
+OLDEST_VENV ?= .venv-oldest
+OLDEST := $(OLDEST_VENV)/.stamp-oldest
+OLDEST_TORCH ?= torch==2.11.0
+OLDEST_ARGS ?= tests
+
+.PHONY: demo test-oldest test test-web lint types pytest docs eval guard format clean
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -38,6 +44,10 @@ types: $(TEST)
 
 pytest: $(TEST) lint types
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal --durations 10
+
+test-oldest: $(OLDEST)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(OLDEST_VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal -rx $(OLDEST_ARGS)
 
 # Warnings are errors. What is switched off is the theme's advertisement of its successor.
 docs: $(DOCS)
@@ -63,7 +73,7 @@ format: $(TEST)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(EVAL_VENV) $(WEB_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
@@ -71,6 +81,13 @@ $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements/runtime.txt
 	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(OLDEST): requirements/oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install $(OLDEST_TORCH)
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements/oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(TEST): $(RUNTIME) requirements/test.txt
