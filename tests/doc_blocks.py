@@ -6,8 +6,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import vtprune
 
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```[ ]*$", re.S | re.M)
@@ -15,7 +18,7 @@ _STRING = re.compile(r"""(["'])([\w-][\w.-]*/[\w-][\w.-]*)\1""")
 _MEDIA = ("image/", "text/", "application/", "video/")
 _PLACEHOLDER = re.compile(r"[A-Z]+(_[A-Z]+)*")
 # Programs whose own checks are elsewhere; their lines are not run.
-KNOWN = {"cd", "export", "curl", "git", "mkdir", "accelerate", "lmms-eval", "source", "."}
+KNOWN = {"curl", "git", "mkdir", "tr"}
 # Commands of vtprune that are run, with arguments that keep them short. The others are parsed.
 RUN = {
     "methods": [],
@@ -48,16 +51,29 @@ def offline(code: str, folder: Path) -> str:
     return _STRING.sub(swap, code)
 
 
-def commands(code: str) -> list[list[str]]:
-    """The words of every command of a shell block; assignments before a command are left out."""
-    found = []
-    for line in code.replace("\\\n", " ").splitlines():
-        for part in re.split(r"\s&&\s|\s;\s|\s\|\s", line):
-            words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):
-                words.pop(0)
-            if words:
-                found.append(words)
+def commands(scripts: list[str], cwd: Path) -> list[list[list[str]]]:
+    """What shell blocks call, block by block: the words of each call, with variables, functions and loops worked out.
+
+    The blocks run in one shell, in `cwd`, in which no program can be found: instead of running, calls are noted.
+    """
+    log = cwd / "calls.log"
+    log.write_bytes(b"")
+    note = f"{{ printf '%s\\0' \"$@\"; printf '\\n\\0'; }} >> {shlex.quote(str(log))}"
+    lines = ["PATH=/nowhere", f"command_not_found_handle() {note}"]
+    for script in scripts:
+        shown = re.sub(r"<[a-z][a-z ]*>", "PLACEHOLDER", script).replace(".venv/bin/", "")
+        lines += ["command_not_found_handle --next-block--", shown]
+    text = "\n".join(lines)
+    syntax = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert syntax.returncode == 0, syntax.stderr
+    subprocess.run(["bash"], input=text, text=True, capture_output=True, check=False, cwd=cwd, timeout=60)
+    found: list[list[list[str]]] = []
+    for call in log.read_text(encoding="utf-8").split("\n\0")[:-1]:
+        words = call.split("\0")[:-1]
+        if words == ["--next-block--"]:
+            found.append([])
+        else:
+            found[-1].append(words)
     return found
 
 
@@ -81,6 +97,9 @@ def check_command(words: list[str], folder: Path) -> list[str] | None:
         extras = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
         for extra in re.findall(r"vtprune\[([\w,]+)\]", " ".join(rest)):
             assert set(extra.split(",")) <= set(re.findall(r"^(\w+) = ", extras, re.M)), extra
+    elif program in ("lmms-eval", "accelerate"):
+        for name in re.findall(r"(?:method|host)=(\w+)", " ".join(rest)):
+            assert name in (*vtprune.methods.names(), "none"), f"there is no method {name}: {shlex.join(words)}"
     elif program == "transformers":
         assert importlib.util.find_spec(f"transformers.cli.{rest[0]}"), words
     else:

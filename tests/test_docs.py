@@ -62,14 +62,17 @@ def session(embedded, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", TO_RUN)
-def test_every_block_of_a_page_runs(place, session, folder, capfd):
+def test_every_block_of_a_page_runs(place, session, folder, tmp_path, capfd):
     from vtprune.cli import main
 
-    for block in doc_blocks.blocks(PAGES[place]):
+    blocks = doc_blocks.blocks(PAGES[place])
+    (tmp_path / "shell").mkdir()
+    calls = iter(doc_blocks.commands([block.code for block in blocks if block.language == "bash"], tmp_path / "shell"))
+    for block in blocks:
         if block.language == "python":
             doc_blocks.run_python(block, session, folder, place)
         elif block.language == "bash":
-            for words in doc_blocks.commands(block.code):
+            for words in next(calls):
                 arguments = doc_blocks.check_command(words, folder)
                 if arguments is not None:
                     assert main(arguments) == 0, (words, capfd.readouterr().err)
@@ -103,14 +106,26 @@ def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
         "pip install 'vtprune[nothing]'",
         "transformers nothing",
         "frobnicate",
+        "make demo && frobnicate",
+        "lmms-eval --model_args method=nothing",
+        "for x in a b; do",
     ],
 )
-def test_commands_that_cannot_work_are_noticed(line, folder):
+def test_commands_that_cannot_work_are_noticed(line, folder, tmp_path):
     from vtprune.errors import VTPruneError
 
     with pytest.raises((AssertionError, VTPruneError)):
-        for words in doc_blocks.commands(line):
+        for words in doc_blocks.commands([line], tmp_path)[0]:
             doc_blocks.check_command(words, folder)
+
+
+def test_shell_blocks_are_worked_out_in_one_session(tmp_path):
+    first = 'NAMES="a b"\nshow() { X=1 python "$1.py" --fast; }  # twice\npip install \\\n  "x y"; touch here'
+    second = "for name in $NAMES; do show $name; done"
+    calls = doc_blocks.commands([first, second], tmp_path)
+    assert calls[0] == [["pip", "install", "x y"], ["touch", "here"]]
+    assert calls[1] == [["python", "a.py", "--fast"], ["python", "b.py", "--fast"]]
+    assert not (tmp_path / "here").exists()
 
 
 def test_names_on_the_hub_become_the_folder(tmp_path, monkeypatch):

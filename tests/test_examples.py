@@ -46,10 +46,10 @@ def test_one_liner_in_a_process_of_its_own():
 
 
 def test_compare_methods(run):
-    out = run("02_compare_methods.py", "--questions", "4", "--methods", "pooling")
+    out = run("02_compare_methods.py", "--questions", "4", "--methods", "pooling", "--mean-ratio", "0.1")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:]}
     assert set(rows) == {"unpruned", "pooling", "random", "uniform"}
-    assert rows["unpruned"][:2] == ["144", "0.0000"] and rows["random"][0] == "86"
+    assert rows["unpruned"][:2] == ["144", "0.0000"] and rows["random"][0] == "14"
     assert all(float(row[1]) > 0 for name, row in rows.items() if name != "unpruned")
     assert all(0 <= int(row[2]) <= 4 for row in rows.values()) and int(rows["unpruned"][2]) >= 3
 
