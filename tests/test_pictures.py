@@ -179,7 +179,7 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
         mine = [v for v in views if v.picture.size == size]
         finest = max(mine, key=lambda v: len(v.tokens))
         inside = np.flatnonzero((finest.boxes[:, :2] >= -0.01).all(1) & (finest.boxes[:, 2:] <= 1.01).all(1))
-        for cell in rng.choice(inside, 4, replace=False):
+        for cell in [inside[0], inside[-1], *rng.choice(inside, 2)]:  # the corners move most where a rectangle is wrong
             box = finest.boxes[cell]
             other = list(originals)
             other[number] = spoiled(originals[number], box)

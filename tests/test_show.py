@@ -7,6 +7,7 @@ import copy
 import gc
 import json
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -115,6 +116,21 @@ def test_without_pixels_a_square_picture_is_shown_and_a_long_one_asks_how_it_was
     assert last.show(long, fit="stretch").views[0].boxes.tolist() == patch.last.show(long).views[0].boxes.tolist()
     assert last.show(SCENE.image).views[0].boxes.max() == 1.0
     assert copy.copy(last).show().views[0].picture.size == (12 * 24, 12 * 24)  # a stand-in
+
+
+@pytest.mark.parametrize("pattern", ["stripes", "noise", "flat"])
+def test_pictures_without_coarse_features_are_recognised(embedded, pattern):
+    model, processor, _ = embedded
+    array = np.full((200, 500, 3), 90, np.uint8)
+    if pattern == "stripes":
+        array[:, np.arange(500) % 7 < 3] = 255
+    elif pattern == "noise":
+        array[:] = np.random.default_rng(0).integers(0, 256, array.shape)
+    with vtprune.patch(model, ratio=0.1) as patch, torch.no_grad():
+        model(**processor(images=Image.fromarray(array), text=QUESTION, return_tensors="pt"))
+        assert patch.last.show(array).views[0].boxes[-1].tolist() == [11 / 12, 11 / 12, 1, 1]
+        with pytest.raises(PictureError, match="does not look like") if pattern == "noise" else nullcontext():
+            patch.last.show(SCENE.image.resize((500, 200)))
 
 
 def test_an_account_does_not_keep_pixels_alive(embedded):

@@ -23,7 +23,10 @@ Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _SIZE = 32  # crops are compared at this many pixels a side
 # A right guess explains nearly all; resampling filters differ. A wrong one rarely explains half.
-_ENOUGH = 0.8
+_ENOUGH = 0.5
+# What counts at least as the variance to explain, of that of all pixels: stripes and noise leave little when averaged,
+# and that little depends on the filter.
+_FINE = 0.05
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def explained(picture: Image, fit: Fit, crops: np.ndarray) -> float:
         y, x = seen[..., channel].reshape(-1), guess[..., channel].reshape(-1)
         basis = np.stack([x * inside, inside, 1.0 - inside], 1)
         rest = y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]
-        left, total = left + float(rest @ rest), total + float(((y - y.mean()) ** 2).sum())
+        coarse, fine = float(((y - y.mean()) ** 2).sum()), float(crops[:, channel].var()) * len(y)
+        left, total = left + float(rest @ rest), total + max(coarse, _FINE * fine)
     return 1.0 if total < 1e-9 * len(inside) else 1 - left / total
 
 

@@ -254,6 +254,7 @@ def _find(picture: Image, crops: int, seen: np.ndarray | None, fit: str | None) 
         raise PictureError(
             f"the picture does not look like what the model saw in {crops} crops: the nearest, {found.name}, explains "
             f"{100 * share:.0f} % of it; give the pictures of this very call, in their order"
+            + (f", or say fit= one of {_FITS}" if crops == 1 else "")
         )
     if crops > 1 or abs(math.log(aspect)) < 0.01:
         return fits[0]
