@@ -6,19 +6,19 @@
 
 Counting needs every object, reading a digit needs fine detail, a colour needs one patch: one accuracy over all
 questions hides what pruning costs. Questions are about held-out scenes, answers are right only word for word. Every
-finished run is written at once; an interrupted benchmark goes on where it stopped, unless weights or versions changed.
+finished run is written at once, an interrupted benchmark goes on where it stopped, and results of other weights or
+versions are overwritten with `--force` only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import vtprune
 from benchmarks.accuracy import header
-from vtprune import refvlm
+from vtprune import progress, refvlm
 from vtprune.refvlm import evaluate
 
 OUT = Path(__file__).resolve().parent / "results" / "kinds.json"
@@ -35,23 +35,22 @@ def run(model: Any, processor: Any, samples: list[evaluate.Sample], method: str 
     return {"method": method, "ratio": ratio, "kinds": evaluate.tally(samples, answers)}
 
 
-def measure(methods: list[str], ratios: list[float], questions: int, out: Path, log: Any = lambda text: None) -> dict:
+def measure(methods: list[str], ratios: list[float], questions: int, out: Path, force: bool = False) -> dict[str, Any]:
     """Runs what `out` does not hold yet, and returns what it then holds."""
     data: dict[str, Any] = header(questions)
-    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    same = all(old.get(key) == value for key, value in data.items())
-    data["rows"] = old["rows"] if same else []
+    data["rows"] = progress.load(out, data, force).get("rows", [])
     done = {(row.get("method"), row.get("ratio")) for row in data["rows"]}
+    jobs: list[tuple[str | None, float | None]] = [(None, None), *((m, r) for m in methods for r in ratios)]
+    todo = [job for job in jobs if job not in done]
     model, processor = refvlm.load()
     samples = list(evaluate.held_out_scenes(questions))
-    jobs: list[tuple[str | None, float | None]] = [(None, None), *((m, r) for m in methods for r in ratios)]
-    for method, ratio in jobs:
-        if (method, ratio) in done:
-            continue
-        data["rows"].append(run(model, processor, samples, method, ratio or 1.0))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        log(f"{method or 'unpruned'} {ratio or ''}: {data['rows'][-1]['kinds']['all']['accuracy']:.1%}")
+
+    def one(job: tuple[str | None, float | None]) -> dict[str, Any]:
+        return run(model, processor, samples, job[0], job[1] or 1.0)
+
+    for _, row in progress.work(todo, one, "methods", done=len(jobs) - len(todo)):
+        data["rows"].append(row)
+        progress.save(out, data)
     return data
 
 
@@ -61,8 +60,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
     args = parser.parse_args()
-    measure(args.methods, args.ratios, args.questions, args.out, log=lambda text: print(text, flush=True))
+    with progress.interruptible(args.out):
+        measure(args.methods, args.ratios, args.questions, args.out, args.force)
     print(f"written to {args.out}")
 
 

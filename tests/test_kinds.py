@@ -7,19 +7,23 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vtprune  # noqa: E402
 from benchmarks import kinds  # noqa: E402
-from vtprune import refvlm  # noqa: E402
+from vtprune import progress, refvlm  # noqa: E402
 from vtprune.refvlm import evaluate  # noqa: E402
 
 
-def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path):
-    out, said = tmp_path / "kinds.json", []
-    first = kinds.measure(["uniform"], [0.1], 14, out, said.append)
-    assert len(said) == 2 and json.loads(out.read_text()) == first
+def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path, monkeypatch):
+    out, ran = tmp_path / "kinds.json", []
+    once = kinds.run
+    monkeypatch.setattr(kinds, "run", lambda *arguments: ran.append(arguments[3]) or once(*arguments))
+    first = kinds.measure(["uniform"], [0.1], 14, out)
+    assert ran == [None, "uniform"] and json.loads(out.read_text()) == first
     samples = list(evaluate.held_out_scenes(14))
     model, processor = refvlm.load()
     with vtprune.patch(model, ratio=0.1, method="uniform"):
@@ -30,8 +34,9 @@ def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path):
         assert (pruned[kind]["right"], pruned[kind]["total"]) == (sum(a == b for a, b in pairs), len(pairs))
     assert whole["all"]["right"] > pruned["all"]["right"] and whole["all"]["total"] == 14
 
-    again = kinds.measure(["uniform", "random"], [0.1], 14, out, said.append)
-    assert len(said) == 3 and again["rows"][:2] == first["rows"]
+    again = kinds.measure(["uniform", "random"], [0.1], 14, out)
+    assert ran == [None, "uniform", "random"] and again["rows"][:2] == first["rows"]
     out.write_text(json.dumps(first | {"weights_sha256": "another"}))
-    kinds.measure([], [], 14, out, said.append)
-    assert len(said) == 4 and len(json.loads(out.read_text())["rows"]) == 1
+    with pytest.raises(progress.StaleResultError, match="weights_sha256"):
+        kinds.measure([], [], 14, out)
+    assert len(kinds.measure([], [], 14, out, force=True)["rows"]) == 1
