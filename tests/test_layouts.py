@@ -68,14 +68,14 @@ def prompt_of(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
     """Qwen3-VL: a picture, then a clip of three frames, each behind its time; times stay, and the clip is one."""
     model, generator = FAMILIES["qwen3_vl"].build(), torch.Generator().manual_seed(4)
-    row = [1, 20, VISION_START, *[IMAGE] * 16, VISION_END, 21]
+    row = [1, 20, VISION_START, *[IMAGE] * 12, VISION_END, 21]  # as many as the clip takes
     for number in range(3):
         row += [*words(60 + number, 70, 71), VISION_START, *[VIDEO] * 4, VISION_END]
     inputs = prompt_of([[*row, 30, 31, 32]])
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-    inputs["image_grid_thw"], inputs["video_grid_thw"] = torch.tensor([[1, 8, 8]]), torch.tensor([[3, 4, 4]])
-    for name, patches in (("pixel_values", 64), ("pixel_values_videos", 48)):
-        inputs[name] = torch.randn(patches, 96, generator=generator)
+    inputs["image_grid_thw"], inputs["video_grid_thw"] = torch.tensor([[1, 4, 12]]), torch.tensor([[3, 4, 4]])
+    for name in ("pixel_values", "pixel_values_videos"):
+        inputs[name] = torch.randn(48, 96, generator=generator)
     if method == "pooling":  # merged tokens have no reference; what is lost is all that is asked here
         with vtprune.patch(model, ratio=0.2, method=method) as patch:
             model(**inputs)
@@ -83,9 +83,10 @@ def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
         assert set(inputs["input_ids"][0, kept].tolist()) <= {IMAGE, VIDEO}
     else:
         places = prune(model, inputs, method)
-    assert places.image.tolist() == [0] * 16 + [1] * 12
-    assert places.frame.tolist() == [0] * 16 + [0] * 4 + [1] * 4 + [2] * 4
-    assert places.row[16:].tolist() == [0, 0, 1, 1] * 3 and places.col[16:].tolist() == [0, 1, 0, 1] * 3
+    assert places.image.tolist() == [0] * 12 + [1] * 12
+    assert places.frame.tolist() == [0] * 12 + [0] * 4 + [1] * 4 + [2] * 4
+    assert places.row.tolist() == [0] * 6 + [1] * 6 + [0, 0, 1, 1] * 3
+    assert places.col[12:].tolist() == [0, 1, 0, 1] * 3
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
