@@ -145,11 +145,18 @@ def supplied(
     found = {}
     for kind in kinds:
         known = encoded.get(kind)
+        if known is not None and kind in fresh and known.total == 0:
+            continue  # pixels of no picture
         if known is not None and (kind in fresh or (given.get(kind) is not None and known.output() is given[kind])):
             found[kind] = known
-        elif given.get(kind) is not None or any(inputs.get(n) is not None for n in _pixel_names(kind, inputs)):
+        elif given.get(kind) is not None or any(_holds_something(inputs[n]) for n in _pixel_names(kind, inputs)):
             found[kind] = Encoded(kind, {}, None)
     return found
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether an argument brings features: some collators pass empty tensors beside text."""
+    return value is not None and not (isinstance(value, Tensor) and value.numel() == 0)
 
 
 def _pixel_names(kind: str, inputs: dict[str, Any]) -> list[str]:
