@@ -54,6 +54,8 @@ class Budget:
 def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
     """Raises `MethodError` unless the cuts are at ascending layers of the model with falling shares."""
     layers = [stage.layer for stage in stages]
+    if any(not isinstance(layer, Integral) for layer in layers):
+        raise MethodError(f"{name} cuts before layers {layers}; expected whole numbers of layers")
     if not layers or layers != sorted(set(layers)) or layers[0] < 0:
         raise MethodError(f"{name} cuts before layers {layers}; expected ascending layers from 0 on")
     if layers[-1] >= num_layers:

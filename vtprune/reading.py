@@ -194,6 +194,7 @@ def attention_inputs(
         values.append(value)
         query_lengths.append(len(asked))
         key_lengths.append(len(key))
+    _refuse_infinite([s.row for s in _samples(call, slot, flat)], query, keys, number)
     return AttentionInputs(
         queries=torch.cat(query),
         query_segments=_offsets(query_lengths, device),
@@ -204,6 +205,18 @@ def attention_inputs(
         visual=torch.cat(visual_rows).to(device),
         scaling=probed.scaling,
         softcap=probed.softcap,
+    )
+
+
+def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor], number: int) -> None:
+    """Raises `MethodError` where text or visual tokens of a sample have queries or keys that are NaN or Inf."""
+    if bool(torch.stack([torch.isfinite(x).all() for x in (*queries, *keys)]).all()):
+        return
+    pairs = zip(rows, queries, keys, strict=True)
+    bad = ", ".join(str(row) for row, q, k in pairs if not bool(torch.isfinite(q).all() & torch.isfinite(k).all()))
+    raise MethodError(
+        f"queries or keys of sample {bad} hold NaN or Inf in layer {number}: attention would be meaningless; check the "
+        "embeddings of its text and the image features"
     )
 
 

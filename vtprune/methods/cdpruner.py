@@ -90,6 +90,9 @@ class CDPruner(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         relevance = self.relevance(tokens)
+        if not bool(torch.isfinite(relevance).all()):
+            bad = ", ".join(map(str, tokens.sample[~torch.isfinite(relevance)].unique().tolist()))
+            raise MethodError(f"the embedded text of sample {bad} holds NaN or Inf: relevance would be meaningless")
         group = tokens.pool if self.scale_over == "sample" else torch.zeros_like(tokens.pool)
         relevance = scale(relevance, group, len(tokens.segments) - 1)
         crops = by_crop(tokens, crops_seen(tokens, self.name))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from ..errors import MethodError
 from .base import Stage
@@ -31,12 +32,17 @@ def scale_schedule(
     """Scales a published schedule. Where a shallow decoder makes cuts meet, the later one (the smaller share) is made.
 
     Raises:
-        MethodError: There are not as many layers as shares.
+        MethodError: There are not as many layers as shares, or the decoder that they are meant for lacks one of them.
     """
     if not layers or len(layers) != len(shares):
         raise MethodError(
             f"{name} has {len(layers)} layers {tuple(layers)} and {len(shares)} shares {tuple(shares)}; "
             "expected one share per layer"
+        )
+    end = num_layers if depth is None else depth
+    if not all(isinstance(layer, Integral) and 0 <= layer < end for layer in layers):
+        raise MethodError(
+            f"{name} cuts before layers {tuple(layers)} of a decoder of {end}; expected whole numbers below that"
         )
     cuts = {scale_layer(layer, depth, num_layers): share for layer, share in zip(layers, shares, strict=True)}
     return tuple(Stage(layer, share) for layer, share in cuts.items())
