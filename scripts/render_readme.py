@@ -1,146 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the tables of README.md from the method registry and from `benchmarks/results/*.json`.
+"""Fills the tables of README.md: the same renderer as `python -m benchmarks.report`, which also writes docs/results.md.
 
-    python scripts/render_readme.py            # rewrites README.md
-    python scripts/render_readme.py --check    # exit code 1 if it would change
-
-A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. Where there is no measurement yet, the block says
-so. Result files are written by benchmarks and never edited by hand:
-
-* `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
-  `ratio` or `mean_ratio` (asked for), `refused` where the method cannot meet it, else `kept` (visual tokens after the
-  last cut, mean over questions) and `mean_tokens` (mean over
-  decoder layer inputs and questions); `unpruned` with `visual_tokens`;
-* `families.json`: `rows` with `model_type`, `laws` (name of a law to whether it held; one that does not apply is left
-  out) and `tests` (`passed`, `failed`, `skipped` to counts).
-
-Both carry `versions`, a mapping from package to version, and `machine`.
+python scripts/render_readme.py            # rewrites README.md
+python scripts/render_readme.py --check    # exit code 1 if it would change
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks.report_readme import render  # noqa: E402
+
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-MISSING = "*Not yet measured.*"
-
-
-def render(text: str, results: Path = RESULTS) -> str:
-    """The README with every marked block filled.
-
-    Raises:
-        ValueError: A block has no renderer, or is not closed.
-    """
-
-    def fill(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in BLOCKS:
-            raise ValueError(f"README.md has a block {name!r}; there are: {', '.join(BLOCKS)}")
-        return f"<!-- begin:{name} -->\n{BLOCKS[name](results)}\n<!-- end:{name} -->"
-
-    if sorted(re.findall(r"<!-- begin:(\w+) -->", text)) != sorted(re.findall(r"<!-- end:(\w+) -->", text)):
-        raise ValueError("README.md has a block that is not closed")
-    return re.sub(r"<!-- begin:(\w+) -->.*?<!-- end:\1 -->", fill, text, flags=re.S)
-
-
-def methods(results: Path) -> str:
-    """A row for every registered method: where it cuts in 32 layers, and the first sentence of its docstring."""
-    from vtprune import methods as registry
-
-    rows = []
-    for name in registry.names():
-        cls = registry.get(name)
-        cuts = ", ".join(str(stage.layer) if stage.layer else "input" for stage in cls().schedule(32))
-        doc = " ".join((cls.__doc__ or "").split())
-        paper = re.search(r"(?:arXiv[:\s]*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", doc, re.I)
-        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
-        rows.append((f"`{name}`", cuts, doc.split(". ")[0].rstrip("."), link))
-    return _table(("method", "cuts before layer (of 32)", "what it does", "paper"), rows)
-
-
-def accuracy(results: Path) -> str:
-    """Methods down, ratios across; the tokens that were really kept stand beside every share of right answers."""
-    data = _read(results / "accuracy.json")
-    if data is None:
-        return MISSING
-    base = data["unpruned"]
-    whole = f"{_percent(base)} with all {base['visual_tokens']} tokens"
-    text = (
-        f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
-        f"`oracle` is no method: it keeps the patches that hold the answer first. At one `mean_ratio` all cost the "
-        f"same. {_versions(data)}"
-    )
-    return f"{text}\n\n{_grid(data['rows'])}"
-
-
-def _grid(rows: list[dict[str, Any]]) -> str:
-    """Methods down, budgets across, best first by the smallest `ratio`."""
-    budgets = sorted({(name, row[name]) for row in rows for name in ("ratio", "mean_ratio") if name in row})
-    budgets.sort(key=lambda budget: (budget[0] != "ratio", -budget[1]))
-    by = {(row["method"], name, row[name]): row for row in rows for name in ("ratio", "mean_ratio") if name in row}
-    smallest = [budget for budget in budgets if budget[0] == budgets[0][0]][-1]
-
-    def order(name: str) -> tuple[float, str]:
-        last = by.get((name, *smallest), {})
-        return -last.get("right", 0) / max(1, last.get("total", 1)), name
-
-    names = sorted({row["method"] for row in rows}, key=order)
-    lines = [(f"`{name}`", *(_cell(by.get((name, *budget))) for budget in budgets)) for name in names]
-    return _table(("method", *(f"{name} {value:g}" for name, value in budgets)), lines)
-
-
-def families(results: Path) -> str:
-    """Families grouped by the laws that held on them, so that dozens of families stay a table of a few rows."""
-    data = _read(results / "families.json")
-    if data is None:
-        return MISSING
-    laws = list(dict.fromkeys(law for row in data["rows"] for law in row["laws"]))
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for row in sorted(data["rows"], key=lambda row: row["model_type"]):
-        broken = tuple(law for law in laws if row["laws"].get(law) is False)
-        groups.setdefault(broken, []).append(f"`{row['model_type']}`")
-    rows = [
-        (f"all but {', '.join(broken)}" if broken else "all", str(len(names)), ", ".join(names))
-        for broken, names in sorted(groups.items(), key=lambda item: len(item[0]))
-    ]
-    tests = {kind: sum(row["tests"].get(kind, 0) for row in data["rows"]) for kind in ("passed", "failed", "skipped")}
-    counts = f"{tests['passed']:,} tests passed, {tests['failed']:,} failed, {tests['skipped']:,} skipped"
-    text = f"Laws tried: {', '.join(laws)}; {counts}. {_versions(data)}"
-    return f"{text}\n\n" + _table(("laws that hold", "", "families"), rows)
-
-
-BLOCKS: dict[str, Callable[[Path], str]] = {"methods": methods, "accuracy": accuracy, "families": families}
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _percent(row: dict[str, Any]) -> str:
-    return f"{100 * row['right'] / row['total']:.1f} %"
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return "not possible" if "refused" in row else f"{_percent(row)} ({row['kept']:.0f} / {row['mean_tokens']:.0f})"
-
-
-def _versions(data: dict[str, Any]) -> str:
-    return f"({', '.join(f'{name} {version}' for name, version in data['versions'].items())}; {data['machine']})"
-
-
-def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [heading, tuple("---" for _ in heading), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from .errors import VTPruneError
 # Colours that can be told apart in pairs, and then markers: enough for every registered method.
 _COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
 _MARKERS = "osD^vP"
+_DRAWING = 1  # raised when charts are drawn differently: then all of them are out of date
 _STYLE = {
     "svg.hashsalt": "vtprune",
     "svg.fonttype": "none",  # text stays text: small files
@@ -69,7 +70,7 @@ class Chart:
 
 def digest(charts: Sequence[Chart]) -> str:
     """SHA-256 of what charts show: kept in a file's metadata, it tells whether the file is of these charts."""
-    shown = json.dumps([dataclasses.asdict(chart) for chart in charts], sort_keys=True)
+    shown = json.dumps([_DRAWING, *map(dataclasses.asdict, charts)], sort_keys=True)
     return hashlib.sha256(shown.encode()).hexdigest()
 
 
@@ -108,6 +109,9 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
 def _draw(axes: Any, chart: Chart) -> None:
     if chart.log_x:
         axes.set_xscale("log")
+        ticks = sorted({x for series in chart.series for x in series.x})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     if chart.log_y:
         axes.set_yscale("log")
     if chart.mark is not None:

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders every committed result: docs/results.md with its charts, and the tables of README.md.
+
+    python -m benchmarks.report            # rewrites the pages
+    python -m benchmarks.report --check    # exit code 1 if a page or chart is out of date, with its name
+
+Each kind of result file in `benchmarks/results/` has a renderer in `SECTIONS`; a file without one is an error. The same
+results give the same pages. Charts need matplotlib to be drawn, but not to be checked: each says in its metadata which
+data it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report_charts, report_measured, report_readme, report_sections
+from vtprune import charts
+from vtprune.charts import Chart
+
+ROOT = report_readme.ROOT
+
+
+@dataclass(frozen=True)
+class Section:
+    """What becomes of a kind of result file.
+
+    Attributes:
+        files: Pattern of its names.
+        title: Heading.
+        render: What the file holds to Markdown.
+        command: What measures it again.
+        chart: What the file holds to a chart, or None.
+    """
+
+    files: str
+    title: str
+    render: Callable[[Any], str]
+    command: str
+    chart: Callable[[Any], Chart] | None = None
+
+
+SECTIONS = (
+    Section("refvlm*.json", "The embedded models", report_sections.refvlm, "python -m vtprune.refvlm.evaluate"),
+    Section(
+        "accuracy*.json",
+        "Accuracy",
+        report_sections.accuracy,
+        "python -m benchmarks.accuracy",
+        report_charts.accuracy,
+    ),
+    Section("kinds*.json", "Accuracy by kind of question", report_measured.kinds, "python -m benchmarks.kinds"),
+    Section(
+        "fidelity*.json",
+        "Quality without labels, and time",
+        report_sections.fidelity,
+        "vtprune fidelity",
+        report_charts.fidelity,
+    ),
+    Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
+    Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
+    Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
+    Section("soak*.json", "Under load", report_measured.soak, "python -m benchmarks.soak"),
+    Section("families.json", "Laws", report_readme.families_table, "python -m benchmarks.families"),
+    Section("iwp_sweep.json", "Defaults of IWP", report_sections.iwp_sweep, "python -m benchmarks.iwp_sweep"),
+    Section(
+        "zoo_sensitivity.json",
+        "Estimators of ZOO-Prune",
+        report_sections.zoo_sensitivity,
+        "python -m benchmarks.zoo_sensitivity",
+    ),
+)
+HEAD = """# Results
+
+Rendered by `python -m benchmarks.report` from `benchmarks/results/*.json`, which only benchmarks write. Accuracies and
+fidelities are of the small models inside the package, which know simple scenes only: they compare methods, and say
+nothing about how large models degrade."""
+
+
+def section_of(name: str) -> Section:
+    """The section of a result file.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = next((section for section in SECTIONS if fnmatch(name, section.files)), None)
+    if found is None:
+        raise ValueError(
+            f"benchmarks/results/{name} has no renderer: add a Section to benchmarks/report.py; there are "
+            f"{', '.join(section.files for section in SECTIONS)}"
+        )
+    return found
+
+
+def load(results: Path) -> list[tuple[str, Section, Any]]:
+    """`(stem, section, content)` of every result file, in the order of the page.
+
+    Raises:
+        ValueError: A file has no renderer, or is no JSON; the message names it.
+    """
+    found = []
+    for path in sorted(results.glob("*.json")):
+        section = section_of(path.name)
+        try:
+            found.append((path.stem, section, json.loads(path.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"benchmarks/results/{path.name} is no JSON: {error}") from error
+    return sorted(found, key=lambda item: SECTIONS.index(item[1]))
+
+
+def page(loaded: list[tuple[str, Section, Any]]) -> str:
+    """docs/results.md.
+
+    Raises:
+        ValueError: A file does not hold what its renderer expects; the message names it.
+    """
+    parts, last = [HEAD], None
+    for stem, section, data in loaded:
+        if section is not last:
+            parts.append(f"## {section.title}")
+            last = section
+        source = f"benchmarks/results/{stem}.json"
+        parts.append(f"From `{source}`, written by `{section.command}`.")
+        if section.chart is not None:
+            parts.append(f"![{section.title}](results-{stem}.svg)")
+        try:
+            parts.append(section.render(data))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{source} does not hold what benchmarks/report.py expects: {error!r}") from error
+    return "\n\n".join(parts) + "\n"
+
+
+def drawings(loaded: list[tuple[str, Section, Any]]) -> dict[str, Chart]:
+    """Name of a file in docs/ to what it shows."""
+    return {f"results-{stem}.svg": section.chart(data) for stem, section, data in loaded if section.chart}
+
+
+def stale(root: Path) -> list[str]:
+    """Pages and charts that are not what the results give, as paths from `root`."""
+    loaded = load(root / "benchmarks" / "results")
+    found = [name for name, text in _texts(root, loaded).items() if _read(root / name) != text]
+    wanted = drawings(loaded)
+    for name, chart in wanted.items():
+        if _shown(_read(root / "docs" / name)) != charts.digest([chart]):
+            found.append(f"docs/{name}")
+    found += [f"docs/{path.name}" for path in (root / "docs").glob("results-*.svg") if path.name not in wanted]
+    return sorted(found)
+
+
+def write(root: Path) -> list[str]:
+    """Writes what is stale; returns its paths. Charts that nothing stands behind are removed."""
+    loaded = load(root / "benchmarks" / "results")
+    old, texts, wanted = stale(root), _texts(root, loaded), drawings(loaded)
+    for name in old:
+        if name in texts:
+            (root / name).write_text(texts[name], encoding="utf-8")
+        elif (root / name).name in wanted:
+            charts.save([wanted[(root / name).name]], root / name)
+        else:
+            (root / name).unlink()
+    return old
+
+
+def _texts(root: Path, loaded: list[tuple[str, Section, Any]]) -> dict[str, str]:
+    readme = report_readme.render(_read(root / "README.md"), root / "benchmarks" / "results")
+    return {"README.md": readme, "docs/results.md": page(loaded)}
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _shown(svg: str) -> str | None:
+    """Digest of the data that a chart says it shows."""
+    found = re.search(r"sha256 ([0-9a-f]{64})", svg)
+    return found[1] if found else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Renders committed results into docs/results.md and README.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if something is out of date")
+    args = parser.parse_args(argv)
+    try:
+        found = stale(ROOT) if args.check else write(ROOT)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    for name in found:
+        print(f"{name} is out of date: run python -m benchmarks.report" if args.check else f"{name} written")
+    return int(args.check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

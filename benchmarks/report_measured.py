@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sections of docs/results.md for speed, lmms-eval, kinds of questions and soak runs; see `report_sections`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.report_tables import percent, seconds, span, table, versions
+
+Data = dict[str, Any]
+
+
+def kinds(data: Data) -> str:
+    """Accuracy by kind of question, unpruned first."""
+    names = list(data["rows"][0]["kinds"])
+
+    def shown(row: Data) -> str:
+        return f"{percent(row)}{span(row['interval'], '.0f', 100)}"
+
+    rows = [
+        (
+            f"`{row['method']}`" if row.get("method") else "unpruned",
+            f"{row['ratio']:g}" if row.get("ratio") else "",
+            *(shown(row["kinds"][name]) for name in names),
+        )
+        for row in data["rows"]
+    ]
+    return f"{data['questions']}. {versions(data)}\n\n" + table(("method", "ratio", *names), rows)
+
+
+def latency(data: Data) -> str:
+    """A table per setting, and below it what does not pay and what was refused."""
+    rows, cpu = (data["rows_in_cpu_time"], True) if "rows_in_cpu_time" in data else (data["rows"], False)
+    clock = "CPU time of the process, which other programs do not lengthen" if cpu else "by the clock"
+    parts = [
+        f"{data['model']}, {data['dtype']}, {data['attention']} attention, {data['device']}; medians of runs in turn, "
+        f"{clock}. `limit`: the same model given a prompt that had only the kept tokens from the start; `of the gain`: "
+        "share of the prefill time between unpruned and the limit that was saved; FLOPs bound: the prefill if time "
+        f"fell as operations do. {versions({k: v for k, v in data.items() if k != 'machine'})}"
+    ]
+    for setting in data["settings"].values():
+        mine = [row for row in rows if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
+        ran = [row for row in mine if "refused" not in row]
+        if ran:
+            size = f"{ran[0]['visual']:,} visual and {ran[0]['text']:,} text tokens"
+            parts.append(f"### Batch {setting['batch']}, {size} each\n\n" + table(_LATENCY, map(_latency_row, ran)))
+        notes = [*_notes(mine), *([setting["refused"]] if setting.get("refused") else [])]
+        if notes:
+            parts.append("\n".join(f"* {note}" for note in notes))
+    return "\n\n".join(parts)
+
+
+_LATENCY = (
+    "way", "kept", "vision", "deciding", "prefill", "times as fast", "of the gain", "FLOPs bound", "a token",
+    "end to end", "times as fast", "peak", "KV cache",
+)  # fmt: skip
+
+
+def _latency_row(row: Data) -> tuple[str, ...]:
+    def median(name: str) -> str:
+        return seconds(row[name]["median"]) if row.get(name) else ""
+
+    return (
+        f"`{row['way']}`",
+        f"{row['kept']:,}",
+        median("vision"),
+        median("decision"),
+        median("prefill"),
+        f"{row['speedup']:.2f}" if row.get("speedup") else "",
+        f"{100 * row['gain']:.0f} %" if row.get("gain") is not None else "",
+        seconds(row.get("flops_bound")),
+        median("token"),
+        median("end_to_end"),
+        f"{row['speedup_end_to_end']:.2f}" if row.get("speedup_end_to_end") else "",
+        _mebibytes(row.get("peak_bytes")),
+        _mebibytes(row.get("kv_bytes")),
+    )
+
+
+def _notes(rows: list[Data]) -> Iterator[str]:
+    for row in rows:
+        if row.get("refused") or row.get("verdict"):
+            yield f"`{row['way']}`: {row.get('refused') or row['verdict']}"
+        if row.get("kv_bytes") != row.get("kv_bytes_formula"):
+            held, formula = row["kv_bytes"], row["kv_bytes_formula"]
+            yield f"`{row['way']}`: the KV cache holds {held:,} B, its formula says {formula:,} B"
+
+
+def _mebibytes(number: float | None) -> str:
+    return "" if number is None else f"{number / 2**20:,.1f} MiB"
+
+
+def lmms_eval(data: Data) -> str:
+    """Right answers by task; runs in several processes beside those in one."""
+    tasks = list(data["rows"][0]["tasks"])
+
+    def shown(cell: Data) -> str:
+        kept = f"{cell['kept_visual_tokens']:.0f} of {cell['visual_tokens']:.0f}"
+        return f"{percent(cell)}{span(cell['interval'], scale=100)}" + (
+            "" if not cell["visual_tokens"] else f", {kept}"
+        )
+
+    rows = [
+        (
+            "unpruned" if row["method"] == "none" else f"`{row['method']}`",
+            str(row["processes"]),
+            *(shown(row["tasks"][task]) for task in tasks),
+        )
+        for row in data["rows"]
+    ]
+    alone = {row["method"]: row["tasks"] for row in data["rows"] if row["processes"] == 1}
+    several = [row for row in data["rows"] if row["processes"] > 1]
+    same = all(row["tasks"] == alone.get(row["method"]) for row in several)
+    text = (
+        f"The real lmms-eval with `--model vtprune` on the embedded model, {data['questions']}, ratio "
+        f"{data['ratio']:g}, batches of {data['batch']}. After the share of right answers: visual tokens kept. "
+        f"{versions(data)}"
+    )
+    if several:
+        text += (
+            f"\n\nRuns in several processes give {'the same' if same else 'OTHER'} answers and kept counts as in one."
+        )
+    return f"{text}\n\n" + table(("method", "processes", *(f"`{task}`" for task in tasks)), rows)
+
+
+def soak(data: Data) -> str:
+    """Every number of the run."""
+    rest = {name: value for name, value in data.items() if name not in ("versions", "machine")}
+    return f"{versions(data)}\n\n" + table(("what", "value"), _flat(rest))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}, {key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(inner, f"{name} {number + 1}")
+    else:
+        yield name.replace("_", " "), _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_scalar, value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A section of docs/results.md for each kind of result file: what was measured, a table, and how to measure it again.
+
+A renderer takes what the file holds and returns Markdown without a heading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report_readme import grid
+from benchmarks.report_tables import estimate, percent, seconds, span, table, versions
+
+Data = dict[str, Any]
+
+
+def refvlm(data: Data) -> str:
+    """Accuracy of an embedded model, unpruned."""
+    kinds = {name: value for name, value in data.items() if isinstance(value, dict) and "all" in value}
+    rows = [
+        (
+            name.replace("_", " ") if kind == "all" else "",
+            kind,
+            f"{percent(row)}{span(row['interval'], scale=100)}",
+            f"{row['total']:,}",
+            f"{100 * row['majority']:.1f} %",
+        )
+        for name, result in kinds.items()
+        for kind, row in result.items()
+    ]
+    text = (
+        f"{data['parameters']:,} parameters, unpruned; an answer is right only word for word. `majority` is what the "
+        f"most frequent answer of each kind would reach. (torch {data['torch']}, transformers {data['transformers']})"
+    )
+    return f"{text}\n\n" + table(("questions", "kind", "right", "of", "majority"), rows)
+
+
+def accuracy(data: Data) -> str:
+    """Accuracy of every method, with intervals."""
+    base = data["unpruned"]
+
+    def cell(row: Data) -> str:
+        return f"{percent(row)}{span(row['interval'], scale=100)}"
+
+    text = (
+        f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. `oracle` is no method: "
+        f"it keeps the patches that hold the answer first. {versions(data)}"
+    )
+    return f"{text}\n\n{grid(data['rows'], cell)}"
+
+
+def fidelity(data: Data) -> str:
+    """What pruning changes, without labels: a table per ratio."""
+    clock = "CPU time of the process" if data["clock"] == "cpu" else "time"
+    asked = data["questions"] if isinstance(data["questions"], str) else f"{len(data['questions'])} questions each"
+    parts = [
+        f"{data['model']} model, {data['pictures']} pictures ({data['of']}), questions: {asked}; against the unpruned "
+        "model. KL, top-1 and cosine (last hidden state) are of the token after the prompt, answers are greedy and "
+        "equal word for word; attention error: relative change of the attention output of the text at the last cut. "
+        f"Time: {clock} to the first token, vision tower and deciding included, over the unpruned one; **bold** where "
+        "nothing, the unpruned model included, is both faster and nearer (KL). In brackets: 95 % intervals. "
+        f"{versions(data)}"
+    ]
+    ran = [row for row in data["rows"] if "refused" not in row]
+    slower = sum(row["relative_time"]["value"] > 1 for row in ran)
+    if slower:
+        parts.append(
+            f"{slower} of {len(ran)} rows are slower than the unpruned model: there deciding costs more than it saves."
+        )
+    heading = ("method", "kept", "KL, nats", "same top-1", "same answer", "cosine", "attention error", "time")
+    for ratio in data["ratios"]:
+        mine = sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"])
+        parts.append(f"### Ratio {ratio:g}\n\n" + table(heading, map(_fidelity_row, mine)))
+    refused = [row for row in data["rows"] if "refused" in row]
+    if refused:
+        parts.append(
+            "Not possible:\n\n" + _bullets(f"`{r['method']}` at {r['ratio']:g}: {r['refused']}" for r in refused)
+        )
+    return "\n\n".join(parts)
+
+
+def _fidelity_row(row: Data) -> tuple[str, ...]:
+    time = estimate(row["relative_time"], ".2f")
+    return (
+        f"`{row['method']}`",
+        f"{row['kept']:.0f} of {row['visual']:.0f}",
+        estimate(row["kl"], ".2g"),
+        estimate(row["top1"], ".0f", 100) + " %",
+        estimate(row["answers"], ".0f", 100) + " %",
+        estimate(row["cosine"], ".3f"),
+        estimate(row.get("attention_error"), ".2f"),
+        f"**{time}**" if row["frontier"] else time,
+    )
+
+
+def iwp_sweep(data: Data) -> str:
+    """IWP's layer and duplication weight."""
+    weights = sorted({row["duplication"] for row in data["rows"]})
+    by = {(row["layer"], row["duplication"]): row for row in data["rows"]}
+
+    def cell(row: Data | None) -> str:
+        if row is None:
+            return ""
+        share = sum(row["right"]) / (len(row["right"]) * row["total"])
+        return f"{100 * share:.1f} %{span(row['interval'], scale=100)}"
+
+    rows = [
+        (str(layer), *(cell(by.get((layer, weight))) for weight in weights))
+        for layer in sorted({row["layer"] for row in data["rows"]})
+    ]
+    ratios = " and ".join(f"{ratio:g}" for ratio in data["ratios"])
+    text = (
+        f"Right answers with IWP cut before each layer, mean over ratios {ratios}; {data['questions']}, of which the "
+        f"unpruned model answers {data['unpruned']} rightly. {versions(data)}"
+    )
+    return f"{text}\n\n" + table(("layer", *(f"duplication {weight:g}" for weight in weights)), rows)
+
+
+def kernels(data: Data) -> str:
+    """Times of the kernels beside the plain loops."""
+    rows = [
+        (
+            f"`{row['operation']}`",
+            row["size"],
+            row["data"],
+            seconds(row["seconds"]),
+            seconds(row.get("plain_seconds")),
+            f"{row['speed_against_plain']:.1f}" if row.get("speed_against_plain") else "",
+            f"{100 * row['share_of_limit']:.0f} %" if row.get("share_of_limit") is not None else "",
+        )
+        for row in data["rows"]
+    ]
+    text = (
+        f"Each agrees with its specification (`naive.py`) in the same run. `plain` is the published loop in vectorised "
+        f"PyTorch; the limit follows from bytes, operations and the ceilings measured on {data['device']} "
+        f"({data['threads']} thread{'s' if data['threads'] > 1 else ''}). {versions(data)}"
+    )
+    return f"{text}\n\n" + table(("kernel", "size", "data", "time", "plain", "times as fast", "of the limit"), rows)
+
+
+def zoo_sensitivity(data: Data) -> str:
+    """ZOO-Prune's estimators."""
+    names = list(data["rows"][0]["time_over_exact"])
+    rows = [
+        (
+            row["projector"],
+            name,
+            f"{row['rank_correlation_with_reference'][name]:.3f}",
+            f"{row['time_over_exact'][name]:.0f}",
+        )
+        for row in data["rows"]
+        for name in names
+    ]
+    text = (
+        f"Sensitivity of a projector by {data['directions']} differences (as released), by as many derivatives, and in "
+        "closed form: rank correlation with the derivative over 256 directions in float64, and time over the closed "
+        f"form's. {versions(data)}"
+    )
+    return f"{text}\n\n" + table(("projector", "estimator", "rank correlation", "time"), rows)
+
+
+def _bullets(lines: Any) -> str:
+    return "\n".join(f"* {line}" for line in lines)

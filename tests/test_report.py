@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/results.md and the README are what the committed results give, and show the numbers that results hold."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks import report, report_measured, report_sections  # noqa: E402
+from vtprune import charts  # noqa: E402
+
+ABOUT = {"versions": {"torch": "2.13.0"}, "machine": "2 cores"}
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The row of a Markdown table that starts with `first`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_pages_and_charts_are_what_the_results_give() -> None:
+    assert report.stale(ROOT) == [], "run python -m benchmarks.report"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """Results and pages of a project, in a place of their own."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for name in ("accuracy.json", "iwp_sweep.json"):
+        shutil.copy(ROOT / "benchmarks" / "results" / name, tmp_path / "benchmarks" / "results")
+    (tmp_path / "README.md").write_text("<!-- begin:accuracy -->\n<!-- end:accuracy -->\n")
+    return tmp_path
+
+
+def test_what_is_stale_is_named_and_mended(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    drawn: list[Path] = []
+
+    def draw(shown: list[charts.Chart], path: Path) -> None:  # what matters of an SVG here is its metadata
+        drawn.append(path)
+        path.write_text(f"<svg>sha256 {charts.digest(shown)}</svg>")
+
+    monkeypatch.setattr(charts, "save", draw)
+    monkeypatch.setattr(report, "ROOT", copy)
+    everything = ["README.md", "docs/results-accuracy.svg", "docs/results.md"]
+    assert report.main(["--check"]) == 1
+    said = capsys.readouterr().out
+    assert all(f"{name} is out of date" in said for name in everything)
+    assert report.write(copy) == everything and report.stale(copy) == [] and report.main(["--check"]) == 0
+    assert len(drawn) == 1 and report.write(copy) == []
+    result = copy / "benchmarks" / "results" / "accuracy.json"
+    data = json.loads(result.read_text())
+    next(row for row in data["rows"] if "ratio" in row and "right" in row)["right"] -= 1
+    result.write_text(json.dumps(data))
+    assert report.stale(copy) == everything
+    report.write(copy)
+    (copy / "docs" / "results-gone.svg").write_text("<svg/>")
+    assert report.write(copy) == ["docs/results-gone.svg"] and not (copy / "docs" / "results-gone.svg").exists()
+
+
+def test_files_that_cannot_be_rendered_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    results = copy / "benchmarks" / "results"
+    monkeypatch.setattr(report, "ROOT", copy)
+    for name, text, message in (
+        ("speed.json", "{}", "speed.json has no renderer"),
+        ("kinds.json", "{", "kinds.json is no JSON"),
+        ("kinds.json", "{}", "kinds.json does not hold"),
+    ):
+        (results / name).write_text(text)
+        assert report.main(["--check"]) == 2 and message in capsys.readouterr().err
+        (results / name).unlink()
+
+
+def test_charts_are_the_same_each_time_and_small(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, chart in report.drawings(report.load(ROOT / "benchmarks" / "results")).items():
+        for number in range(2):
+            charts.save([chart], tmp_path / f"{number}.svg")
+        first, second = ((tmp_path / f"{number}.svg").read_bytes() for number in range(2))
+        assert first == second and len(first) < 150_000, name
+        assert charts.digest([chart]).encode() in first and b"<dc:date>" not in first
+        assert all(series.label.encode() in first for series in chart.series)
+
+
+def test_fidelity_shows_its_numbers() -> None:
+    def number(value: float) -> dict[str, Any]:
+        return {"value": value, "interval": [value / 2, value * 2]}
+
+    row = {"method": "iwp", "ratio": 0.1, "kept": 14.0, "visual": 144.0, "frontier": True, "relative_time": number(0.4)}
+    row |= {"kl": number(0.02), "top1": number(0.5), "answers": number(0.5), "cosine": number(0.25)}
+    data = ABOUT | {"model": "embedded", "pictures": 3, "prompts": 3, "of": "drawn scenes", "questions": ["x?", "y?"]}
+    data |= {"clock": "cpu", "ratios": [0.1], "rows": [row, {"method": "late", "ratio": 0.1, "refused": "too late"}]}
+    text = report_sections.fidelity(data)
+    assert cells(text, "`iwp`") == [
+        "`iwp`", "14 of 144", "0.02 (0.01–0.04)", "50 (25–100) %", "50 (25–100) %", "0.250 (0.125–0.500)", "",
+        "**0.40 (0.20–0.80)**",
+    ]  # fmt: skip
+    assert "`late` at 0.1: too late" in text and "CPU time" in text and "2 questions each" in text
+
+
+def test_latency_shows_its_numbers_and_what_does_not_pay() -> None:
+    def spread(median: float) -> dict[str, float]:
+        return {"median": median, "low": median, "high": median}
+
+    times = {"vision": spread(0.1), "decision": spread(0.002), "token": None, "end_to_end": spread(1.5)}
+    row = {"batch": 1, "tokens": 576, "visual": 576, "text": 64, "kept": 58, "peak_bytes": None, **times}
+    good = row | {"way": "iwp 0.1", "prefill": spread(0.25), "speedup": 4.0, "gain": 0.85, "flops_bound": 0.2}
+    good |= {"kv_bytes": 2**20, "kv_bytes_formula": 2**20, "speedup_end_to_end": 1.5, "verdict": "does not pay: x"}
+    refused = {"batch": 1, "tokens": 576, "way": "late 0.1", "refused": "too late"}
+    data = ABOUT | {"model": "small", "dtype": "float32", "attention": "sdpa", "device": "cpu"}
+    data |= {"settings": {"a": {"batch": 1, "tokens": 576}}, "rows": [good, refused]}
+    text = report_measured.latency(data)
+    assert cells(text, "`iwp 0.1`") == [
+        "`iwp 0.1`", "58", "100 ms", "2 ms", "250 ms", "4.00", "85 %", "200 ms", "", "1.5 s", "1.50", "", "1.0 MiB",
+    ]  # fmt: skip
+    assert "`late 0.1`: too late" in text and "does not pay: x" in text and "by the clock" in text
+    slower = good | {"prefill": spread(2.0)}
+    text = report_measured.latency(data | {"rows_in_cpu_time": [slower]})
+    assert cells(text, "`iwp 0.1`")[4] == "2 s" and "CPU time" in text
+
+
+def test_lmms_eval_shows_its_numbers_and_whether_processes_agree() -> None:
+    def task(right: int) -> dict[str, Any]:
+        return {"right": right, "total": 10, "interval": [0.1, 0.9], "visual_tokens": 144, "kept_visual_tokens": 14}
+
+    rows = [
+        {"method": "none", "processes": 1, "tasks": {"scenes": task(9)}},
+        {"method": "iwp", "processes": 1, "tasks": {"scenes": task(8)}},
+        {"method": "iwp", "processes": 2, "tasks": {"scenes": task(8)}},
+    ]
+    data = ABOUT | {"questions": "the first 10", "ratio": 0.1, "batch": 4, "rows": rows}
+    text = report_measured.lmms_eval(data)
+    assert cells(text, "unpruned") == ["unpruned", "1", "90.0 % (10.0–90.0), 14 of 144"] and "give the same" in text
+    rows[2]["tasks"]["scenes"] = task(7)
+    assert "give OTHER" in report_measured.lmms_eval(data)
+
+
+def test_kinds_and_soak_show_their_numbers() -> None:
+    kinds = {"all": {"right": 1, "total": 4, "interval": [0.0, 0.5]}}
+    rows = [{"kinds": kinds}, {"method": "iwp", "ratio": 0.1, "kinds": kinds}]
+    text = report_measured.kinds(ABOUT | {"questions": "4 questions", "rows": rows})
+    assert cells(text, "unpruned") == ["unpruned", "", "25.0 % (0–50)"] and cells(text, "`iwp`")[1] == "0.1"
+    text = report_measured.soak(ABOUT | {"generations": 1000, "threads": {"same": True}, "sizes": [1, 2]})
+    assert cells(text, "generations")[1] == "1,000" and cells(text, "threads, same")[1] == "True"
+    assert cells(text, "sizes")[1] == "1, 2"
