@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..selection import rank_in_segment, top_k
 
+_BLOCK = 1 << 22  # distances alive at once
+
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """Clusters rows around those that are dense and far from any denser one (density peaks, Rodriguez and Laio 2014).
@@ -27,14 +29,30 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows that are the centres, by falling score.
     """
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5  # [m, m]
-    nearest = distance.topk(clusters, dim=1, largest=False).values
-    density = torch.exp(-nearest.square().mean(1))
-    place = torch.arange(len(x), device=x.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (place < place[:, None]))
-    gap = torch.where(denser, distance, distance.max()).min(dim=1).values
+    blocks = torch.arange(len(x), device=x.device).split(max(1, _BLOCK // len(x)))
+
+    def distances(rows: Tensor, columns: Tensor) -> Tensor:
+        # Exact, so that equal rows have distance 0.
+        return torch.cdist(x[rows], x[columns], compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
+
+    everything = torch.arange(len(x), device=x.device)
+    whole = distances(everything, everything) if len(blocks) == 1 else None
+    nearest, largest = [], []
+    for rows in blocks:
+        distance = distances(rows, everything) if whole is None else whole  # [r, m]
+        nearest.append(distance.topk(clusters, dim=1, largest=False).values.square().mean(1))
+        largest.append(distance.max())
+    density = torch.exp(-torch.cat(nearest))
+    gaps = []
+    for rows in blocks:
+        distance = distances(rows, everything) if whole is None else whole
+        own, place = density[rows, None], rows[:, None]
+        denser = (density > own) | ((density == own) & (everything < place))
+        gaps.append(torch.where(denser, distance, torch.stack(largest).max()).min(dim=1).values)
+    gap = torch.cat(gaps)
     centres = (gap * density).sort(descending=True, stable=True).indices[:clusters]
-    group = distance[:, centres].sort(dim=1, stable=True).indices[:, 0]
+    # Ties go to the earlier centre.
+    group = torch.cat([distances(rows, centres).sort(dim=1, stable=True).indices[:, 0] for rows in blocks])
     group[centres] = torch.arange(clusters, device=x.device)
     return group, centres
 
