@@ -27,7 +27,7 @@ OLDEST := $(OLDEST_VENV)/.stamp-oldest
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST_ARGS ?= tests
 
-.PHONY: demo test-oldest test test-web lint types pytest docs eval guard format clean
+.PHONY: demo test-oldest test test-web lint types pytest docs eval soak guard format clean
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -53,6 +53,11 @@ test-oldest: $(OLDEST)
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "documentation: build/site/index.html"
+
+# The long form of tests/properties: minutes of one core. SOAK_ARGS="--seed 1" draws other cases.
+SOAK_ARGS ?= --out benchmarks/results/soak.json
+soak: $(TEST)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(PY) -m tests.soak $(SOAK_ARGS)
 
 # Hugging Face kernels is installed beside the environment, not into it: transformers behaves differently when it is there.
 guard: $(TEST)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a process that generates all day grow? Methods, families and prompts take turns."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from families import FAMILIES, Image, Video
+from standing import accepted, generated, model
+
+import vtprune
+
+ROUND = 10  # generations under one patch
+
+
+def resident() -> int:
+    """Bytes of memory that the process holds."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def tensors() -> int:
+    """Tensors that Python knows of."""
+    gc.collect()
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+
+def prompts(family: str) -> list[dict[str, torch.Tensor]]:
+    """Batches of one to three samples, with none to four pictures, and clips where the family takes them."""
+    make = FAMILIES[family]
+    layouts: list[list[list[Any]]] = [
+        [[3, Image(0), 5]],
+        [[2, Image(1), 4, Image(2), 7], [9]],
+        [[Image(3), 1, Image(0), 2, Image(1), Image(2), 6]],
+        [[6], [3, Image(2)], [1, Image(0), 8]],
+        [[7], [4]],
+    ]
+    if make.video is not None:
+        layouts.append([[3, Video(0), 5], [2, Image(1), 4]])
+    return [make.batch(layout, padding) for layout in layouts for padding in ("left", "right")]
+
+
+def turns() -> Iterator[tuple[str, str]]:
+    """Families and methods, every pair of them before any comes again."""
+    while True:
+        longest = max(len(accepted(family)) for family in FAMILIES)
+        for number in range(longest):
+            for family in FAMILIES:
+                names = accepted(family)
+                if number < len(names):
+                    yield family, names[number]
+
+
+def run(generations: int, warm_up: int) -> dict[str, Any]:
+    """Generates and watches the process.
+
+    Args:
+        generations: That count.
+        warm_up: That come before: allocators and caches of the libraries fill up.
+
+    Returns:
+        dict: Resident bytes at the start and at the end (means of a tenth of the run), their growth, and the numbers of
+        tensors that Python knows of.
+    """
+    batches = {family: prompts(family) for family in FAMILIES}
+    seen: list[int] = []
+    alive_before = tried = 0
+    pairs = set()
+    for family, method in turns():
+        if tried >= warm_up + generations:
+            break
+        pairs.add((family, method))
+        budget = {"ratio": 0.3} if len(pairs) % 2 else {"keep": 3}
+        with vtprune.patch(model(family), method=method, **budget):  # type: ignore[arg-type]
+            for number in range(ROUND):
+                if tried == warm_up:
+                    alive_before = tensors()
+                generated(model(family), batches[family][(tried + number) % len(batches[family])])
+                tried += 1
+                if tried > warm_up:
+                    seen.append(resident())
+    alive = tensors()
+    tenth = max(1, len(seen) // 10)
+    start, end = sum(seen[:tenth]) / tenth, sum(seen[-tenth:]) / tenth
+    return {
+        "generations": len(seen),
+        "warm_up": warm_up,
+        "pairs_of_family_and_method": len(pairs),
+        "resident_start_bytes": round(start),
+        "resident_end_bytes": round(end),
+        "resident_most_bytes": max(seen),
+        "growth": round(end / start - 1, 5),
+        "tensors_start": alive_before,
+        "tensors_end": alive,
+    }
+
+
+def check(result: dict[str, Any]) -> None:
+    """Under 1 % more memory at the end."""
+    assert result["growth"] < 0.01, result
