@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# For each model the picture size that was found for a number of tokens: trying all takes a while.
+_SIZES: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,18 @@ class AnyRes(Layout):
     """A thumbnail and tiles of every picture, with the padding taken out again (LLaVA-NeXT, LLaVA-OneVision)."""
 
     def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        known = _SIZES.setdefault(model, {})
+        if tokens not in known:
+            known[tokens] = self._size(model, tokens)
+        size, side = known[tokens], model.config.vision_config.image_size
+        count = max(1, round(tokens / self._tokens(model, size)))
+        pixels = _noise(generator, count, self._tiles(model, size), 3, side, side)
+        data = {"pixel_values": pixels, "image_sizes": torch.tensor([size] * count)}
+        return Pictures(count * self._tokens(model, size), data)
+
+    def _size(self, model: Any, tokens: int) -> tuple[int, int]:
+        """Height and width of pictures that come nearest to `tokens`, as few and as square as possible."""
+
         def rank(size: tuple[int, int]) -> tuple[int, int, float]:
             each = self._tokens(model, size)
             count = max(1, round(tokens / each))
@@ -94,11 +110,7 @@ class AnyRes(Layout):
         longest = max(map(max, model.config.image_grid_pinpoints))
         sides = range(side // 2, longest + 1, side // 4)
         sizes = [(height, width) for height in sides for width in sides if max(height, width) <= 3 * min(height, width)]
-        size = min(sizes, key=rank)
-        count = max(1, round(tokens / self._tokens(model, size)))
-        pixels = _noise(generator, count, self._tiles(model, size), 3, side, side)
-        data = {"pixel_values": pixels, "image_sizes": torch.tensor([size] * count)}
-        return Pictures(count * self._tokens(model, size), data)
+        return min(sizes, key=rank)
 
     def _tiles(self, model: Any, size: tuple[int, int]) -> int:
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
