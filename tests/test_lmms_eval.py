@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lmms-eval plug-in. What needs lmms-eval runs where it is installed (`make eval`); elsewhere it is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from benchmarks import lmms as bench
+from vtprune import BudgetError, MethodError, methods, progress, refvlm
+from vtprune.integrations.lmms_eval import options
+from vtprune.integrations.lmms_eval.pictures import square
+from vtprune.methods.vflowopt import VFlowOpt
+from vtprune.refvlm import evaluate
+
+needs_lmms_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None,
+    reason="lmms-eval is not installed; `make eval` sets up an environment with it and runs this file there",
+)
+SCENES, BATCH = 6, 4
+
+
+# --- everywhere -------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_the_method_are_read_as_lmms_eval_hands_them_over():
+    iwp = options.method("iwp", {"layer": 2}, ())
+    assert isinstance(iwp, methods.get("iwp")) and iwp.layer == 2
+    hosted = options.method("debiased", {"host": "pyramiddrop"}, ())
+    assert isinstance(hosted.host, methods.get("pyramiddrop"))
+    assert options.method("pyramiddrop", {"layers": "[8, 16]"}, ()).layers == (8, 16)
+    assert options.method("none", {}, ()) is None
+
+
+def test_a_tuned_strategy_is_read_from_its_file(tmp_path):
+    stored = VFlowOpt(preset=0.1)
+    stored.save(tmp_path / "strategy.json")
+    assert options.method(str(tmp_path / "strategy.json"), {"recycle": False}, ()).later == stored.later
+    with pytest.raises(MethodError):
+        options.method(str(tmp_path / "none.json"), {}, ())
+
+
+def test_wrong_arguments_are_refused_by_name():
+    with pytest.raises(options.ArgumentError, match="unknown model argument layr; vtprune takes ratio.*layer"):
+        options.method("iwp", {"layr": 2}, ("ratio",))
+    with pytest.raises(options.ArgumentError, match="not a JSON list"):
+        options.method("pyramiddrop", {"layers": "[8, 16"}, ())
+    with pytest.raises(MethodError, match="did you mean 'iwp'"):
+        options.method("iwpp", {}, ())
+    assert options.budget("iwp", ratio=0.1, keep=None) == {"ratio": 0.1}
+    assert options.budget("none", ratio=None, keep=None) == {}
+    for method, given in (("iwp", {}), ("iwp", {"ratio": 0.1, "keep": 3}), ("none", {"keep": 3})):
+        with pytest.raises(BudgetError):
+            options.budget(method, **given)
+
+
+@pytest.mark.parametrize(("size", "corner"), [((6, 3), (0, 1)), ((3, 6), (1, 0)), ((5, 2), (0, 1)), ((4, 4), (0, 0))])
+def test_square_has_the_picture_in_the_middle_of_the_mean_colour(size, corner):
+    padded = square(Image.new("RGB", size, (9, 9, 9)), (0.5, 0.25, 1.0))
+    side = max(size)
+    assert padded.size == (side, side)
+    inside = {(x, y) for x in range(side) for y in range(side) if padded.getpixel((x, y)) == (9, 9, 9)}
+    assert inside == {(corner[0] + x, corner[1] + y) for x in range(size[0]) for y in range(size[1])}
+    outside = {padded.getpixel((x, y)) for x in range(side) for y in range(side)} - {(9, 9, 9)}
+    assert outside <= {(127, 63, 255)}
+
+
+def test_committed_numbers_are_the_same_in_one_process_and_in_two():
+    data = progress.load(bench.OUT, {"ratio": bench.RATIO})
+    assert {row["method"] for row in data["rows"] if row["processes"] == 2} == set(bench.TWICE)
+    assert bench.differences(data["rows"]) == []
+    assert bench.README.read_text(encoding="utf-8") == bench.with_table(bench.README.read_text(encoding="utf-8"), data)
+    changed = [row if row["processes"] == 1 else row | {"tasks": {"vtprune_scenes": {}}} for row in data["rows"]]
+    assert len(bench.differences(changed)) == len(bench.TWICE)
+
+
+# --- with lmms-eval ---------------------------------------------------------------------------------------------------
+
+
+def model(**arguments):
+    """The plug-in's model as lmms-eval makes it, and a stand-in for its tasks."""
+    from lmms_eval.models import get_model
+
+    made = get_model("vtprune").create_from_arg_string(",".join(f"{k}={v}" for k, v in arguments.items()), {})
+    made.task_dict = {"scenes": {"test": list(evaluate.held_out_scenes(SCENES))}}
+    return made
+
+
+def request(number, picture=True, task="scenes", generation=None):
+    from lmms_eval.api.instance import Instance
+
+    def messages(sample):
+        shown = [{"type": "image", "url": sample.image}] if picture else []
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": sample.question}]}]
+
+    asked = generation or {"max_new_tokens": 4, "temperature": 0}
+    metadata = {"task": task, "doc_id": number, "repeats": 1}
+    return Instance("generate_until", ("", messages, asked, number, task, "test"), 0, metadata)
+
+
+def counts(results):
+    return [result.token_counts.to_dict() for result in results]
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("method", ["none", "iwp", "divprune"])
+def test_answers_are_those_of_the_library(method):
+    import vtprune
+
+    budget = {} if method == "none" else {"ratio": 0.1}
+    results = model(method=method, batch_size=BATCH, **budget).generate_until([request(n) for n in range(SCENES)])
+    reference, processor = refvlm.load()
+    patch = vtprune.patch(reference, method=method, **budget) if budget else None
+    wanted = evaluate.answer(reference, processor, list(evaluate.held_out_scenes(SCENES)), batch_size=1)
+    assert [result.text.strip() for result in results] == wanted
+    for count in counts(results):
+        if patch is None:
+            assert set(count) == {"input_tokens", "output_tokens"}
+        else:
+            kept = len(patch.last.kept[0])
+            assert (count["visual_tokens"], count["kept_visual_tokens"]) == (refvlm.VISUAL_TOKENS, kept)
+            assert count["mean_ratio"] == pytest.approx(patch.last.mean_ratio, abs=1e-6)
+            assert count["stages"] == [[patch.last.stages[0][0], kept]]
+
+
+@needs_lmms_eval
+def test_requests_without_a_picture_alone_and_between_others():
+    pruned = model(ratio=0.1, method="random", batch_size=BATCH)
+    shown = [True, False, True, True, False, False]
+    mixed = pruned.generate_until([request(n, picture) for n, picture in enumerate(shown)])
+    assert [count["visual_tokens"] for count in counts(mixed)] == [144 * picture for picture in shown]
+    assert [count["kept_visual_tokens"] for count in counts(mixed)] == [14 * picture for picture in shown]
+    blind = [number for number, picture in enumerate(shown) if not picture]
+    alone = pruned.generate_until([request(number, picture=False) for number in blind])
+    assert [result.text for result in alone] == [mixed[number].text for number in blind]
+    assert all(count["visual_tokens"] == 0 and count["stages"] == [] for count in counts(alone))
+
+
+@needs_lmms_eval
+def test_tasks_may_share_a_batch_options_may_not_and_beams_keep_their_counts():
+    pruned = model(ratio=0.1, method="random", batch_size=BATCH)
+    pruned.task_dict["other"] = {"test": pruned.task_dict["scenes"]["test"][::-1]}
+    beams = {"max_new_tokens": 1, "num_beams": 2}
+    asked = [request(0), request(1, task="other"), request(2, generation=beams), request(3, False, generation=beams)]
+    results = pruned.generate_until(asked)
+    alone = [pruned.generate_until([one])[0] for one in asked]
+    assert [result.text for result in results] == [result.text for result in alone]
+    assert counts(results) == counts(alone)
+    assert [count["kept_visual_tokens"] for count in counts(results)] == [14, 14, 14, 0]
+
+
+@needs_lmms_eval
+def test_square_padding_reaches_the_processor_and_the_method(monkeypatch):
+    pruned = model(ratio=0.1, method="debiased", square=True, batch_size=2)
+    pruned.task_dict["scenes"]["test"] = [
+        sample._replace(image=sample.image.resize(size))
+        for sample, size in zip(pruned.task_dict["scenes"]["test"], [(60, 30), (20, 50)], strict=False)
+    ]
+    seen = []
+    process = pruned.processor.image_processor.preprocess
+    monkeypatch.setattr(
+        pruned.processor.image_processor,
+        "preprocess",
+        lambda images, *a, **k: seen.extend(images) or process(images, *a, **k),
+    )
+    pruned.generate_until([request(0), request(1)])
+    assert [image.size for image in seen] == [(60, 60), (50, 50)]
+    assert pruned.patch.method.sizes == [(30, 60), (50, 20)]
+
+
+@needs_lmms_eval
+def test_folders_device_maps_and_a_clean_end(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    load, asked_for = AutoModelForImageTextToText.from_pretrained, {}
+    monkeypatch.setattr(
+        AutoModelForImageTextToText, "from_pretrained", lambda *a, **k: asked_for.update(k) or load(*a, **k)
+    )
+    stored, processor = refvlm.load()
+    stored.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    spread = model(pretrained=tmp_path, ratio=0.1, device_map="auto", dtype="float32", attn_implementation="eager")
+    assert asked_for["device_map"] == "auto" and spread.model.config._attn_implementation == "eager"
+    asked = [request(0), request(1)]
+    answers = [result.text for result in spread.generate_until(asked)]
+    assert answers == [result.text for result in model(ratio=0.1).generate_until(asked)]
+    patch = spread.patch
+    spread.clean()
+    assert patch.removed and spread.patch is None and not hasattr(spread, "_model")
+
+
+@needs_lmms_eval
+def test_what_cannot_be_run_is_refused(monkeypatch):
+    from accelerate import DistributedType
+
+    from vtprune.integrations.lmms_eval import model as module
+
+    for wrong in ({"batch_size": 0}, {"dtype": "int8"}, {"square": True, "squeeze": 1}):
+        with pytest.raises(options.ArgumentError):
+            model(ratio=0.1, **wrong)
+    for kind, extra in ((DistributedType.MULTI_CPU, {"device_map": "auto"}), (DistributedType.FSDP, {})):
+        state = SimpleNamespace(distributed_type=kind, num_processes=2, process_index=0, device="cpu")
+        monkeypatch.setattr(module, "Accelerator", lambda state=state: state)
+        with pytest.raises(options.ArgumentError, match="processes"):
+            model(ratio=0.1, **extra)
+
+
+@needs_lmms_eval
+def test_the_command_gives_the_same_numbers_in_one_process_and_in_two():
+    rows = [bench.run(bench.Job("iwp", processes), limit=7, batch=2) for processes in (1, 2)]
+    assert bench.differences(rows) == []
+    scenes = rows[0]["tasks"]["vtprune_scenes"]
+    assert (scenes["total"], scenes["visual_tokens"], scenes["kept_visual_tokens"]) == (7, 144, 14)
+    assert rows[0]["tasks"]["vtprune_scenes_without_picture"]["visual_tokens"] == 0
+
+
+@needs_lmms_eval
+def test_every_task_named_in_the_reproduction_commands_exists():
+    import re
+
+    from lmms_eval.tasks import TaskManager
+
+    text = bench.README.read_text(encoding="utf-8")
+    named = {task for group in re.findall(r"(?:--tasks |TASKS=)([\w,]+)", text) for task in group.split(",")}
+    known = set(TaskManager("ERROR", include_path=str(bench.TASKS_FOLDER)).all_tasks)
+    assert len(named) >= 10 and named <= known
