@@ -18,8 +18,6 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 
 from scripts.docs import pages  # noqa: E402
 
-# Written by programs that take long: a checkout in which one was not run yet has a site without it.
-_OPTIONAL = ("support.md", "layouts.md", "results.md")
 _MADE: dict[str, str] = {}
 _LOADS = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.I)
 
@@ -32,13 +30,7 @@ def on_config(config: Any) -> Any:
         for title, children in entry.items():
             if title in added:
                 children += [child for child in added[title] if child not in children]
-            elif isinstance(children, list):
-                children[:] = [child for child in children if not _absent(child, Path(config.docs_dir))]
     return config
-
-
-def _absent(child: Any, docs: Path) -> bool:
-    return any(page in _OPTIONAL and not (docs / page).exists() for page in dict(child).values())
 
 
 def on_files(files: Files, config: Any) -> Files:
