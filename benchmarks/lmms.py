@@ -160,8 +160,8 @@ def table(data: Mapping[str, Any]) -> str:
     lines = [
         f"{data['questions'].capitalize()}, ratio {data['ratio']}, batches of {data['batch']}; with 95 % intervals.",
         "",
-        "| method | processes | visual tokens | " + " | ".join(titles.values()) + " |",
-        "| --- " * (3 + len(titles)) + "|",
+        "| method | processes | visual tokens | mean over layers | " + " | ".join(titles.values()) + " |",
+        "| --- " * (4 + len(titles)) + "|",
     ]
     for row in data["rows"]:
         seen = row["tasks"][TASKS[0]]
@@ -170,7 +170,7 @@ def table(data: Mapping[str, Any]) -> str:
             f"{c['accuracy']:.1%} ({c['interval'][0]:.1%} to {c['interval'][1]:.1%})" for c in row["tasks"].values()
         ]
         name = "unpruned" if row["method"] == "none" else f"`{row['method']}`"
-        lines.append(f"| {name} | {row['processes']} | {kept} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {row['processes']} | {kept} | {mean} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
