@@ -98,3 +98,11 @@ def test_pictures_without_placeholders_are_an_error() -> None:
     inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == 3, 9)
     with vtprune.patch(model, ratio=0.25, method="random"), pytest.raises(vtprune.NothingPrunedError, match="none of"):
         model(**inputs)
+
+
+def test_tensors_without_values_are_refused() -> None:
+    from vtprune import refusals
+
+    with pytest.raises(vtprune.UnsupportedModelError, match="decided by values"):
+        refusals.values_missing({"input_ids": torch.ones(1, 3, dtype=torch.long, device="meta")})
+    refusals.values_missing({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": None})
