@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.latency import targets
 from benchmarks.report_tables import percent, seconds, span, table, versions
 
 Data = dict[str, Any]
@@ -37,7 +38,7 @@ def latency(data: Data) -> str:
         f"{data['model']}, {data['dtype']}, {data['attention']} attention, {data['device']}; medians of runs in turn, "
         f"{clock}. `limit`: the same model given a prompt that had only the kept tokens from the start; `of the gain`: "
         "share of the prefill time between unpruned and the limit that was saved; FLOPs bound: the prefill if time "
-        f"fell as operations do. {versions({k: v for k, v in data.items() if k != 'machine'})}"
+        f"fell as operations do. {versions(data)}"
     ]
     for setting in data["settings"].values():
         mine = [row for row in rows if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
@@ -48,6 +49,11 @@ def latency(data: Data) -> str:
         notes = [*_notes(mine), *([setting["refused"]] if setting.get("refused") else [])]
         if notes:
             parts.append("\n".join(f"* {note}" for note in notes))
+    aims = [
+        (aim["what"], f"{aim['aim']:g}", f"{aim['measured']:.3f}", "yes" if aim["met"] else "NO")
+        for aim in targets(data, "cpu" if data["device"] == "cpu" else "cuda")
+    ]
+    parts.append("### Targets\n\n" + table(("what", "aim", "measured", "met"), aims))
     return "\n\n".join(parts)
 
 
@@ -125,25 +131,33 @@ def lmms_eval(data: Data) -> str:
 
 
 def soak(data: Data) -> str:
-    """Every number of the run."""
-    rest = {name: value for name, value in data.items() if name not in ("versions", "machine")}
-    return f"{versions(data)}\n\n" + table(("what", "value"), _flat(rest))
+    """A row per part: whether it passed, and what it went through."""
+    rows = []
+    for name, part in data["parts"].items():
+        rest = {key: value for key, value in part.items() if key not in ("passed", "seconds", "cpu_seconds")}
+        details = ", ".join(f"{key.replace('_', ' ')} {_brief(value)}" for key, value in rest.items())
+        rows.append(
+            (name.replace("_", " "), "yes" if part["passed"] else "NO", f"{part['cpu_seconds']:,.0f} s", details)
+        )
+    return f"{versions(data)}\n\n" + table(("part", "passed", "CPU time", "what it went through"), rows)
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}, {key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(inner, (dict, list)) for inner in value):
-        for number, inner in enumerate(value):
-            yield from _flat(inner, f"{name} {number + 1}")
-    else:
-        yield name.replace("_", " "), _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_scalar, value))
+def _brief(value: Any) -> str:
+    """A value in a few words: of what is nested, how much there is and the range of its numbers."""
+    if isinstance(value, (dict, list)):
+        inner = list(_numbers(value))
+        few = isinstance(value, list) and len(value) <= 8 and len(inner) == len(value)
+        if few or not inner:
+            return "/".join(map(_brief, inner)) or "none"
+        return f"{_brief(min(inner))} to {_brief(max(inner))} ({len(value)})"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value

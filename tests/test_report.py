@@ -114,15 +114,18 @@ def test_latency_shows_its_numbers_and_what_does_not_pay() -> None:
     times = {"vision": spread(0.1), "decision": spread(0.002), "token": None, "end_to_end": spread(1.5)}
     row = {"batch": 1, "tokens": 576, "visual": 576, "text": 64, "kept": 58, "peak_bytes": None, **times}
     good = row | {"way": "iwp 0.1", "prefill": spread(0.25), "speedup": 4.0, "gain": 0.85, "flops_bound": 0.2}
+    random = good | {"way": "random 0.1", "over_limit": 0.04, "kv_bytes": 3, "kv_bytes_formula": 3}
     good |= {"kv_bytes": 2**20, "kv_bytes_formula": 2**20, "speedup_end_to_end": 1.5, "verdict": "does not pay: x"}
     refused = {"batch": 1, "tokens": 576, "way": "late 0.1", "refused": "too late"}
     data = ABOUT | {"model": "small", "dtype": "float32", "attention": "sdpa", "device": "cpu"}
-    data |= {"settings": {"a": {"batch": 1, "tokens": 576}}, "rows": [good, refused]}
+    data |= {"settings": {"a": {"batch": 1, "tokens": 576}}, "rows": [good, random, refused]}
     text = report_measured.latency(data)
     assert cells(text, "`iwp 0.1`") == [
         "`iwp 0.1`", "58", "100 ms", "2 ms", "250 ms", "4.00", "85 %", "200 ms", "", "1.5 s", "1.50", "", "1.0 MiB",
     ]  # fmt: skip
     assert "`late 0.1`: too late" in text and "does not pay: x" in text and "by the clock" in text
+    assert cells(text, "random 0.1, batch 1: prefill over the limit")[1:] == ["0.05", "0.040", "yes"]
+    assert cells(text, "random 0.1, batch 1: prefill against unpruned")[1:] == ["5", "4.000", "NO"]
     slower = good | {"prefill": spread(2.0)}
     text = report_measured.latency(data | {"rows_in_cpu_time": [slower]})
     assert cells(text, "`iwp 0.1`")[4] == "2 s" and "CPU time" in text
@@ -149,6 +152,15 @@ def test_kinds_and_soak_show_their_numbers() -> None:
     rows = [{"kinds": kinds}, {"method": "iwp", "ratio": 0.1, "kinds": kinds}]
     text = report_measured.kinds(ABOUT | {"questions": "4 questions", "rows": rows})
     assert cells(text, "unpruned") == ["unpruned", "", "25.0 % (0–50)"] and cells(text, "`iwp`")[1] == "0.1"
-    text = report_measured.soak(ABOUT | {"generations": 1000, "threads": {"same": True}, "sizes": [1, 2]})
-    assert cells(text, "generations")[1] == "1,000" and cells(text, "threads, same")[1] == "True"
-    assert cells(text, "sizes")[1] == "1, 2"
+    part = {
+        "passed": True,
+        "seconds": 9.0,
+        "cpu_seconds": 7.6,
+        "threads": 8,
+        "sizes": [1, 2],
+        "each": {"a": 1, "b": [5]},
+    }
+    failed = {"passed": False, "cpu_seconds": 1.0, "error": "ValueError: x"}
+    text = report_measured.soak(ABOUT | {"seed": 0, "parts": {"long_prompts": part, "memory": failed}})
+    assert cells(text, "long prompts") == ["long prompts", "yes", "8 s", "threads 8, sizes 1/2, each 1 to 5 (2)"]
+    assert cells(text, "memory") == ["memory", "NO", "1 s", "error ValueError: x"]
