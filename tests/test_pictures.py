@@ -193,6 +193,34 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
             assert not change[others].any()
 
 
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_pictures_of_a_padded_batch_keep_apart(padding):
+    """Prompts with tiles of different number: pixels are padded too, and a prompt without a picture stands between."""
+    model, originals = _model("smolvlm"), [picture(LONG, 0), picture(TALL, 1)]
+    data = {k: torch.as_tensor(np.asarray(v)) for k, v in _processor("split")([[p] for p in originals]).items()}
+    values = data["pixel_values"]
+    tiles = [int(image.flatten(1).any(1).sum()) for image in values]
+    assert tiles[0] != tiles[1] and values.shape[1] == max(tiles)
+    alone = [prompt("smolvlm", "split", {}, 16 * n)["input_ids"][0].tolist() for n in tiles]
+    rows = [alone[0], [1, 20, 21], alone[1]]
+    long = max(map(len, rows))
+    gap = [[0] * (long - len(row)) for row in rows]
+    ids = torch.tensor([g + r if padding == "left" else r + g for g, r in zip(gap, rows, strict=True)])
+    pixel_values = torch.stack([values[0], torch.zeros_like(values[0]), values[1]])
+    with vtprune.patch(model, ratio=0.25, method="uniform") as patch, torch.no_grad():
+        model(input_ids=ids, attention_mask=(ids != 0).long(), pixel_values=pixel_values)
+        shown = patch.last.show(originals, names=["long", "tall"])
+        places = patch.last.places
+    assert [caption.split(":")[0] for _, caption in shown.panels()] == [
+        "long, whole", "long, tiles", "tall, whole", "tall, tiles"
+    ]  # fmt: skip
+    for view in shown.views:
+        assert set(places.sample[view.tokens].tolist()) == {0 if view.picture.size == LONG else 2}
+    assert sorted(np.concatenate([v.tokens for v in shown.views])) == list(range(16 * sum(tiles)))
+    kept = sum(int(caption.split(": ")[1].split()[0]) for _, caption in shown.panels())
+    assert kept == patch.last.tokens[1] == 4 * sum(tiles)
+
+
 def _clip(family: str, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
     """A clip as the family's video processor prepares it: stretched frames, Qwen's two to a step."""
     if family == "llava_onevision":

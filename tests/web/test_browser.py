@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A person at the demo: picks, uploads, moves the slider, changes methods, compares models, asks why.
 
-Saves the screenshots of the documents.
+Saves screenshots, into docs/ with `make test-web VTPRUNE_SHOTS=docs`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ def _shot(driver, name, selector="body"):
     element = _wait(driver, selector)
     driver.execute_script("arguments[0].scrollIntoView()", element)
     raw = Path(SHOTS / name)
+    raw.parent.mkdir(exist_ok=True)
     assert element.screenshot(str(raw))
     Image.open(raw).convert("RGB").quantize(128).save(raw, optimize=True)
     assert raw.stat().st_size < 300_000

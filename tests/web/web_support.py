@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "examples" / "space"
-SHOTS = ROOT / "docs"
+# Where screenshots go: not over those of the documents, unless asked.
+SHOTS = ROOT / os.environ.get("VTPRUNE_SHOTS", "out")
 
 
 def missing() -> str | None:
