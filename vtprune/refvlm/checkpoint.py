@@ -43,7 +43,8 @@ def load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], list[dict
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
         metadata = file.metadata()
-    learner, states = {}, []
+    learner: dict[str, Tensor] = {}
+    states: list[dict[str, Any]] = []
     for about in json.loads(metadata["optimizers"]):
         states.append({"state": {}, "param_groups": about["param_groups"]})
         for key, value in about["values"].items():
