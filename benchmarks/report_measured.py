@@ -102,10 +102,10 @@ def lmms_eval(data: Data) -> str:
     tasks = list(data["rows"][0]["tasks"])
 
     def shown(cell: Data) -> str:
-        kept = f"{cell['kept_visual_tokens']:.0f} of {cell['visual_tokens']:.0f}"
-        return f"{percent(cell)}{span(cell['interval'], scale=100)}" + (
-            "" if not cell["visual_tokens"] else f", {kept}"
-        )
+        text = f"{percent(cell)}{span(cell['interval'], scale=100)}"
+        if not cell.get("visual_tokens"):  # unpruned runs and questions without a picture log none
+            return text
+        return f"{text}, {cell['kept_visual_tokens']:.0f} of {cell['visual_tokens']:.0f}"
 
     rows = [
         (

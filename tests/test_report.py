@@ -132,17 +132,18 @@ def test_latency_shows_its_numbers_and_what_does_not_pay() -> None:
 
 
 def test_lmms_eval_shows_its_numbers_and_whether_processes_agree() -> None:
-    def task(right: int) -> dict[str, Any]:
-        return {"right": right, "total": 10, "interval": [0.1, 0.9], "visual_tokens": 144, "kept_visual_tokens": 14}
+    def task(right: int, **kept: int) -> dict[str, Any]:
+        return {"right": right, "total": 10, "interval": [0.1, 0.9], **kept}
 
     rows = [
         {"method": "none", "processes": 1, "tasks": {"scenes": task(9)}},
-        {"method": "iwp", "processes": 1, "tasks": {"scenes": task(8)}},
-        {"method": "iwp", "processes": 2, "tasks": {"scenes": task(8)}},
+        {"method": "iwp", "processes": 1, "tasks": {"scenes": task(8, visual_tokens=144, kept_visual_tokens=14)}},
+        {"method": "iwp", "processes": 2, "tasks": {"scenes": task(8, visual_tokens=144, kept_visual_tokens=14)}},
     ]
     data = ABOUT | {"questions": "the first 10", "ratio": 0.1, "batch": 4, "rows": rows}
     text = report_measured.lmms_eval(data)
-    assert cells(text, "unpruned") == ["unpruned", "1", "90.0 % (10.0–90.0), 14 of 144"] and "give the same" in text
+    assert cells(text, "unpruned") == ["unpruned", "1", "90.0 % (10.0–90.0)"] and "give the same" in text
+    assert cells(text, "`iwp`")[2] == "80.0 % (10.0–90.0), 14 of 144"
     rows[2]["tasks"]["scenes"] = task(7)
     assert "give OTHER" in report_measured.lmms_eval(data)
 
