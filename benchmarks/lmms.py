@@ -169,6 +169,7 @@ def table(data: Mapping[str, Any]) -> str:
         cells = [
             f"{c['accuracy']:.1%} ({c['interval'][0]:.1%} to {c['interval'][1]:.1%})" for c in row["tasks"].values()
         ]
+        mean = f"{seen['mean_ratio']:.1%}" if "mean_ratio" in seen else "100.0%"
         name = "unpruned" if row["method"] == "none" else f"`{row['method']}`"
         lines.append(f"| {name} | {row['processes']} | {kept} | {mean} | {' | '.join(cells)} |")
     return "\n".join(lines)
