@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vtprune bench`: its files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vtprune
+from vtprune.cli import main
+
+
+def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "a.json"
+    command = ["bench", "--model", "tiny", "--visual-tokens", "144", "--methods", "uniform", "--rounds", "1"]
+    command += ["--new-tokens", "1", "--text-tokens", "4", "--json", str(out), "--plot", str(tmp_path / "a.svg")]
+    pytest.importorskip("matplotlib")
+    assert main(command) == 0
+    shown = capfd.readouterr().out
+    assert "of the gain" in shown and "uniform ratio=0.1" in shown and "FLOPs bound" in shown
+    data = json.loads(out.read_text())
+    assert {"versions", "machine", "device", "threads", "about", "settings", "rows", "rows_in_cpu_time"} <= data.keys()
+    assert data["about"]["layers"] == 4 and (tmp_path / "a.svg").read_text().count("uniform ratio=0.1") == 1
+
+    old = data | {"versions": data["versions"] | {"vtprune": "0.0.1"}}
+    out.write_text(json.dumps(old))
+    assert main(command) == 2
+    said = capfd.readouterr().err
+    assert f'versions.vtprune is "0.0.1" there and "{vtprune.__version__}" here' in said and "--force" in said
+    assert json.loads(out.read_text()) == old
+    assert main([*command, "--force"]) == 0
+    assert json.loads(out.read_text())["versions"] == data["versions"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--model", "tiny", "--image", "a.png"], "architecture with random weights"),
+        (["--model", "embedded", "--image", "a.png", "--visual-tokens", "9"], "leave --visual-tokens out"),
+        (["--model", "nowhere"], "no folder nowhere"),
+        (["--json", "/nowhere/a.json"], "its folder does not exist"),
+        (["--plot", "a.txt"], "expected a file name that ends in .svg"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(given: list[str], words: str, capfd: Any) -> None:
+    assert main(["bench", *given]) == 2
+    assert words in capfd.readouterr().err
+
+
+def test_a_model_with_a_processor_is_measured(tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "a.json"
+    given = ["bench", "--model", "embedded", "--methods", "uniform", "--rounds", "1", "--new-tokens", "1"]
+    assert main([*given, "--visual-tokens", "144", "--batch", "1", "2", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["batch"], row["visual"]) for row in rows} == {(1, 144), (2, 144)}
