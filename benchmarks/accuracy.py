@@ -63,10 +63,12 @@ class Oracle(Method):
 
 
 @lru_cache(maxsize=1)
-def prepared(questions: int, batch: int) -> tuple[Any, Any, list[tuple[list[evaluate.Sample], Any]]]:
+def prepared(
+    questions: int, batch: int, embedded: str = "llava"
+) -> tuple[Any, Any, list[tuple[list[evaluate.Sample], Any]]]:
     """Model, processor, and the batches with their processed inputs; made once per process."""
     torch.set_num_threads(1)
-    model, processor = refvlm.load()
+    model, processor = refvlm.load(name=embedded)
     samples = list(itertools.islice(evaluate.held_out_scenes(questions), questions))
     batches = []
     for start in range(0, len(samples), batch):
@@ -78,18 +80,21 @@ def prepared(questions: int, batch: int) -> tuple[Any, Any, list[tuple[list[eval
 
 
 @torch.no_grad()
-def run(name: str | None, budget: dict[str, float], questions: int, batch: int) -> dict[str, Any]:
+def run(
+    name: str | None, budget: dict[str, float], questions: int, batch: int, embedded: str = "llava"
+) -> dict[str, Any]:
     """One row: the model's answers with a method at a budget, or unpruned.
 
     Args:
         name: Registered name, "oracle", or None for the unpruned model.
         budget: `ratio` or `mean_ratio`.
         questions, batch: What is asked, and how many at a time.
+        embedded: Which of the reference models is asked.
 
     Returns:
         dict: The row; with `refused` and the reason if the method cannot meet the budget.
     """
-    model, processor, batches = prepared(questions, batch)
+    model, processor, batches = prepared(questions, batch, embedded)
     row: dict[str, Any] = {} if name is None else {"method": name, **budget}
     method: Any = Oracle() if name == "oracle" else name
     try:
@@ -131,11 +136,13 @@ def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iter
             yield float(alive[list(sample.patches)].float().mean())
 
 
-def header(questions: int) -> dict[str, Any]:
+def header(questions: int, embedded: str = "llava") -> dict[str, Any]:
     """What a result is only comparable under."""
+    weights = refvlm.MODELS[embedded] / "model.safetensors"
     return {
+        "model": embedded,
         "questions": f"{questions:,} questions about held-out scenes",
-        "weights_sha256": hashlib.sha256((refvlm.WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "versions": progress.versions(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, float32",
     }
@@ -149,6 +156,7 @@ def measure(
     out: Path | None = None,
     log: Any = lambda text: None,
     force: bool = False,
+    embedded: str = "llava",
 ) -> dict[str, Any]:
     """Runs all jobs that `out` does not hold yet.
 
@@ -159,6 +167,7 @@ def measure(
         out: Where rows are written as they come.
         log: Called with a line of text after every row.
         force: Overwrite what `out` holds, also rows of other weights or versions.
+        embedded: Which of the reference models is asked.
 
     Returns:
         dict: What the file holds.
@@ -166,7 +175,7 @@ def measure(
     Raises:
         StaleResultError: `out` holds rows of other weights or versions.
     """
-    data: dict[str, Any] = header(questions)
+    data: dict[str, Any] = header(questions, embedded)
     old = progress.load(out, data, force)
     data |= {"unpruned": old.get("unpruned"), "rows": old.get("rows", [])}
     done = {_key(row) for row in data["rows"]}
@@ -180,14 +189,14 @@ def measure(
         progress.save(out, data)
         log(json.dumps(row))
 
-    one = partial(_job, questions=questions, batch=batch)
+    one = partial(_job, questions=questions, batch=batch, embedded=embedded)
     for _, row in progress.work(todo, one, "methods", done=len(jobs) - len(todo), processes=processes, name=_name):
         add(row)
     return data
 
 
-def _job(job: tuple[str | None, dict[str, float]], questions: int, batch: int) -> dict[str, Any]:
-    return run(*job, questions, batch)
+def _job(job: tuple[str | None, dict[str, float]], questions: int, batch: int, embedded: str) -> dict[str, Any]:
+    return run(*job, questions, batch, embedded)
 
 
 def _name(job: tuple[str | None, dict[str, float]]) -> str:
@@ -208,19 +217,21 @@ def _print(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of the embedded model with every pruning method.")
+    parser.add_argument("--model", choices=list(refvlm.MODELS), default="llava", help="which embedded model")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--methods", nargs="+", default=[*vtprune.methods.names(), "oracle"])
     parser.add_argument("--ratios", nargs="*", type=float, default=list(RATIOS))
     parser.add_argument("--mean-ratios", nargs="*", type=float, default=list(MEAN_RATIOS))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"default: {OUT.name}, or accuracy-MODEL.json beside it")
     parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
     args = parser.parse_args()
+    args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
     jobs = [(None, {}), *itertools.product(args.methods, budgets)]
     with progress.interruptible(args.out):
-        measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force)
+        measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force, args.model)
     print(f"written to {args.out}")
 
 

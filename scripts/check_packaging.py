@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # Import package -> folder in the repository.
 SOURCES = {"vtprune": "vtprune", "vtprune_kernels": "kernels/torch-ext/vtprune_kernels"}
 # What must travel with the code, by folder.
-DATA = {"vtprune": ("py.typed",), "vtprune/refvlm/weights": ("*",)}
+DATA = {
+    "vtprune": ("py.typed",),
+    "vtprune/refvlm/weights": ("*",),
+    "vtprune/refvlm/weights_qwen2_5_vl": ("*",),
+}
 
 
 def expected_files(root: Path = ROOT) -> set[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cli
-from .loading import EMBEDDED, InputError, one_line
+from .loading import EMBEDDED, EMBEDDED_MODELS, InputError, one_line
 
 if TYPE_CHECKING:
     from .charts import Chart
@@ -139,7 +139,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     pictures: list[tuple[str, Any]]
     if args.images is None:
         count = args.limit or 24
-        if args.model == EMBEDDED and asked is None:
+        if args.model in EMBEDDED_MODELS and asked is None:
             samples = enumerate(evaluate.held_out_scenes(count))
             return [(f"scene {number}", sample.image, sample.question) for number, sample in samples]
         pictures = [(f"scene {number}", refvlm.scenes.scene(number).image) for number in range(count)]
@@ -148,7 +148,7 @@ def _pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
         for file in files:
             loading.picture(file)  # a broken file is found now, not after hours
         pictures = [(Path(file).name, file) for file in files]
-    asked = asked or list(GENERIC_EMBEDDED if args.model == EMBEDDED else GENERIC)
+    asked = asked or list(GENERIC_EMBEDDED if args.model in EMBEDDED_MODELS else GENERIC)
     return [(name, picture, question) for name, picture in pictures for question in asked]
 
 
@@ -182,7 +182,7 @@ def _header(
 
     from . import progress, refvlm
 
-    own = args.images is None and args.model == EMBEDDED and not (args.question or args.questions)
+    own = args.images is None and args.model in EMBEDDED_MODELS and not (args.question or args.questions)
     # Pictures, questions and the options of methods are compared by their digest when a measurement goes on.
     digest = hashlib.sha256(repr(methods).encode())
     for name, picture, question in pairs:
@@ -205,8 +205,8 @@ def _header(
         "clock": args.clock,
         "inputs_sha256": digest.hexdigest(),
     }
-    if args.model == EMBEDDED:
-        weights = (refvlm.WEIGHTS / "model.safetensors").read_bytes()
+    if args.model in EMBEDDED_MODELS:
+        weights = (refvlm.MODELS[EMBEDDED_MODELS[args.model]] / "model.safetensors").read_bytes()
         header["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     dtype = str(model.dtype).removeprefix("torch.")
     return header | {"versions": progress.versions(), "machine": f"{machine}, {dtype}"}

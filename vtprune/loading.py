@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EMBEDDED = "embedded"
+# Names of the models inside the package, and what `refvlm.load` calls them.
+EMBEDDED_MODELS = {EMBEDDED: "llava", f"{EMBEDDED}-qwen2_5_vl": "qwen2_5_vl"}
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger("vtprune")
 
@@ -73,7 +75,8 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
     """Loads an image-text-to-text model in eval mode with its processor. Code that comes with a model is never run.
 
     Args:
-        name: `embedded` for the model inside the package, a local folder (read offline), or a name on the hub.
+        name: `embedded` or `embedded-qwen2_5_vl` for a model inside the package, a local folder (read offline), or a
+            name on the hub.
         device: A torch device, or `auto` for the accelerator if there is one.
         dtype: A torch dtype by name, or `auto` for the one that the weights are stored in.
 
@@ -91,10 +94,10 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
     kind: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype, dtype)
     if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
-    if name == EMBEDDED:
+    if name in EMBEDDED_MODELS:
         from . import refvlm
 
-        model, processor = refvlm.load(None if kind == "auto" else kind)  # type: ignore[arg-type]
+        model, processor = refvlm.load(None if kind == "auto" else kind, EMBEDDED_MODELS[name])  # type: ignore[arg-type]
         return model.to(place), processor
     local = config(name)[1]
     if local:
@@ -141,7 +144,7 @@ def is_local(name: str) -> bool:
     Raises:
         InputError: It is neither a model folder nor a possible name on the hub.
     """
-    if name == EMBEDDED:
+    if name in EMBEDDED_MODELS:
         return True
     folder = Path(name).expanduser()
     if not folder.exists() and not _HUB_NAME.fullmatch(name):
@@ -157,12 +160,12 @@ def config(name: str) -> tuple[Any, bool]:
     Raises:
         InputError: See `model_and_processor`.
     """
-    if name == EMBEDDED:
+    if name in EMBEDDED_MODELS:
         from transformers import AutoConfig
 
         from . import refvlm
 
-        return AutoConfig.from_pretrained(refvlm.WEIGHTS, local_files_only=True), True
+        return AutoConfig.from_pretrained(refvlm.MODELS[EMBEDDED_MODELS[name]], local_files_only=True), True
     local = is_local(name)
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from . import easy_vqa, scenes
 
 __all__ = [
     "CHAT_TEMPLATE",
     "IMAGE_SIZE",
+    "MODELS",
     "PATCH_SIZE",
     "VISUAL_TOKENS",
     "WEIGHTS",
@@ -38,6 +39,7 @@ IMAGE_SIZE = 144
 PATCH_SIZE = 12
 VISUAL_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 WEIGHTS = Path(__file__).parent / "weights"
+MODELS = {"llava": WEIGHTS, "qwen2_5_vl": Path(__file__).parent / "weights_qwen2_5_vl"}
 
 # The picture comes first and the instruction after it, which is what instruction-guided pruning relies on.
 CHAT_TEMPLATE = (
@@ -58,19 +60,30 @@ def prompt(question: str) -> str:
     return f"<image> {question} answer:"
 
 
-def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The trained model in eval mode and its processor, from the files inside the package; never the network.
+def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A trained model in eval mode and its processor, from the files inside the package; never the network.
 
     Args:
         dtype: of the weights in memory, float32 by default (the file holds float16).
+        name: "llava" (144 visual tokens, one row of positions) or "qwen2_5_vl" (dynamic resolution, M-RoPE).
+
+    Raises:
+        ValueError: if there is no model of this name.
     """
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(
-        WEIGHTS, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+    if name not in MODELS:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(MODELS)}")
+    folder = MODELS[name]
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
     )
-    return model.eval(), AutoProcessor.from_pretrained(WEIGHTS, local_files_only=True)
+    if name == "llava":
+        return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
+    from .qwen import PictureProcessor
+
+    return model.eval(), PictureProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def __getattr__(name: str) -> Any:

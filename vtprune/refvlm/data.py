@@ -14,7 +14,6 @@ from PIL import Image
 from . import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, model, scenes
 
 TEXT = 144  # text columns per picture: about eleven questions
-PREFIX = 1 + VISUAL_TOKENS  # <bos> and the picture
 # The words among which every patch chooses one or none.
 GROUPS: dict[str, tuple[str, ...]] = {
     "color": tuple(scenes.COLORS),
@@ -30,6 +29,8 @@ IGNORE = -100
 PRESENT = (*scenes.COLORS, *scenes.SHAPES, *scenes.DIGITS)  # what the class token has to know
 
 Dialogue = tuple[str, str, str]  # kind, question, answer
+SQUARE = (IMAGE_SIZE, IMAGE_SIZE)
+Sizes = tuple[tuple[int, int], ...]  # height and width in pixels
 
 
 @dataclass
@@ -37,13 +38,13 @@ class Batch:
     """One optimiser step of one worker.
 
     Attributes:
-        images: uint8 `[B, 144, 144, 3]`.
-        patches: int64 `[B, 144, len(GROUPS)]`, index of the word, `len(words)` for none, or `IGNORE`.
+        images: uint8 `[B, H, W, 3]`.
+        patches: int64 `[B, N, len(GROUPS)]`, index of the word, `len(words)` for none, or `IGNORE`.
         present: float32 `[B, len(PRESENT)]`.
         tokens: int64 `[B, TEXT]`, several questions with their answers.
         labels: int64 `[B, TEXT]`, the token to predict at each column, or `IGNORE`.
         segments: int64 `[B, TEXT]`, number of the question, 0 for padding.
-        positions: int64 `[B, TEXT]`, as if each question stood alone after the picture.
+        positions: int64 `[B, TEXT]`, columns after the picture, as if each question stood there alone.
         asked: per picture, the questions that fitted, in the order of `segments`.
     """
 
@@ -56,11 +57,15 @@ class Batch:
     positions: torch.Tensor
     asked: list[list[Dialogue]]
 
-    def mask(self) -> torch.Tensor:
-        """Bool `[B, 1, PREFIX + TEXT, PREFIX + TEXT]`: causal, and no question sees another one."""
-        owner = torch.nn.functional.pad(self.segments, (PREFIX, 0), value=-1)
+    def mask(self, prefix: int) -> torch.Tensor:
+        """Bool `[B, 1, prefix + TEXT, prefix + TEXT]`: causal, and no question sees another one.
+
+        Args:
+            prefix: columns before the questions, `<bos>` and the picture.
+        """
+        owner = torch.nn.functional.pad(self.segments, (prefix, 0), value=-1)
         length = owner.shape[1]
-        shared = torch.arange(length, device=owner.device) < PREFIX
+        shared = torch.arange(length, device=owner.device) < prefix
         allowed = shared | (owner[:, :, None] == owner[:, None, :])
         causal = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
         return (allowed & causal)[:, None]
@@ -86,7 +91,7 @@ def small(image: Image.Image) -> np.ndarray:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 `[B, 144, 144, 3]` to the processor's float32 `[B, 3, 144, 144]`."""
+    """uint8 `[B, H, W, 3]` to the processor's float32 `[B, 3, H, W]`."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -186,8 +191,11 @@ class Pool:
                     array = small(file.convert("RGB"))
                 self.easy.append((array, describe(array), questions[image_id]))
 
-    def batch(self, step: int, count: int, easy: int, captions: float) -> Batch:
-        """`count` pictures, `easy` of them from easy-VQA, deterministic in `step`; then draws a few new scenes."""
+    def batch(self, step: int, count: int, easy: int, captions: float, sizes: Sizes = (SQUARE,)) -> Batch:
+        """`count` pictures, `easy` of them from easy-VQA, deterministic in `step`; then draws a few new scenes.
+
+        All have one of `sizes` (height, width), chosen at random.
+        """
         rng = random.Random(f"{self.seed} {self.worker} {step}")
         rows = []
         for index in range(count):
@@ -201,7 +209,7 @@ class Pool:
             rows.append((image, objects, asked))
         rng.shuffle(rows)  # easy-VQA pictures are not always the first ones
         self._draw(self.fresh)
-        return pack(rows)
+        return pack(rows, random.Random(f"size {self.seed} {self.worker} {step}").choice(sizes))
 
 
 def ask_many(objects: tuple[scenes.Thing, ...], rng: random.Random, captions: float = 0.0) -> list[Dialogue]:
@@ -215,8 +223,27 @@ def ask_many(objects: tuple[scenes.Thing, ...], rng: random.Random, captions: fl
     return asked
 
 
-def pack(rows: list[tuple[np.ndarray, tuple[scenes.Thing, ...], list[Dialogue]]]) -> Batch:
-    """Pictures, their objects and their questions, as many of these as fit, to tensors."""
+def resized(image: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A picture `[144, 144, 3]` and what its 144 patches show, at another size; a patch stays 12 pixels wide."""
+    if size == SQUARE:
+        return image, words
+    height, width = size
+    cell, grid = IMAGE_SIZE // scenes.GRID, scenes.GRID
+    # The middle of every new patch decides which old one it shows.
+    rows, columns = (((np.arange(side // cell) + 0.5) * grid * cell // side).astype(int) for side in size)
+    words = words.reshape(grid, grid, -1)[rows[:, None], columns].reshape(len(rows) * len(columns), -1)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)), words
+
+
+def pack(
+    rows: list[tuple[np.ndarray, tuple[scenes.Thing, ...], list[Dialogue]]], size: tuple[int, int] = SQUARE
+) -> Batch:
+    """Pictures, their objects and their questions, as many of these as fit, to tensors.
+
+    Args:
+        rows: of one picture each: uint8 `[144, 144, 3]`, objects, questions.
+        size: height and width of the pictures of the batch, multiples of 12.
+    """
     count = len(rows)
     tokens, segments, positions = (torch.zeros(count, TEXT, dtype=torch.long) for _ in range(3))
     labels = torch.full((count, TEXT), IGNORE)
@@ -234,7 +261,7 @@ def pack(rows: list[tuple[np.ndarray, tuple[scenes.Thing, ...], list[Dialogue]]]
             span = slice(used, used + len(words))
             tokens[row, span] = torch.tensor(words)
             segments[row, span] = len(fitted)
-            positions[row, span] = PREFIX + torch.arange(len(words))
+            positions[row, span] = torch.arange(len(words))
             labels[row, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
             used += len(words)
         kept.append(fitted)
@@ -242,9 +269,10 @@ def pack(rows: list[tuple[np.ndarray, tuple[scenes.Thing, ...], list[Dialogue]]]
             for word in (thing.color, thing.shape, thing.digit):
                 if word:
                     present[row, PRESENT.index(word)] = 1
+    pictures, shown = zip(*(resized(row[0], patch_words(row[1]), size) for row in rows), strict=True)
     return Batch(
-        images=torch.from_numpy(np.stack([row[0] for row in rows])),
-        patches=torch.from_numpy(np.stack([patch_words(row[1]) for row in rows])).long(),
+        images=torch.from_numpy(np.stack(pictures)),
+        patches=torch.from_numpy(np.stack(shown)).long(),
         present=present,
         tokens=tokens,
         labels=labels,

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ..intervals import wilson
-from . import WEIGHTS, easy_vqa, load, prompt, scenes
+from . import MODELS, easy_vqa, load, prompt, scenes
 
 
 class Sample(NamedTuple):
@@ -120,6 +120,7 @@ def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=list(MODELS), default="llava")
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes (0: none)")
     parser.add_argument("--questions", type=int, default=1, help="per scene")
     parser.add_argument("--easy-vqa", action="store_true", help="also the easy-VQA test split")
@@ -129,9 +130,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import transformers
 
-    model, processor = load()
+    model, processor = load(name=args.model)
     result: dict[str, Any] = {
-        "weights_sha256": hashlib.sha256((WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
+        "model": args.model,
+        "weights_sha256": hashlib.sha256((MODELS[args.model] / "model.safetensors").read_bytes()).hexdigest(),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -48,6 +48,10 @@ class Attention:
 class Learner(nn.Module):
     """The model with what only training needs: heads for the class token, and the losses."""
 
+    KNOWING = 2  # places that must know what is in the whole picture
+    LOOK, ANSWER, RATE = 700, 1200, 2e-3  # steps of the two phases, learning rate
+    SIZES: data.Sizes = (data.SQUARE,)  # of pictures, from which every step chooses
+
     def __init__(self, vlm: nn.Module):
         super().__init__()
         self.attention = Attention()
@@ -56,18 +60,30 @@ class Learner(nn.Module):
         self.vlm = vlm
         config: Any = vlm.config
         width = config.vision_config.hidden_size
-        self.heads = nn.ModuleList(nn.Linear(width, len(data.PRESENT)) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(width, len(data.PRESENT)) for _ in range(self.KNOWING))
         words = [[model.VOCABULARY[word] for word in group] for group in data.GROUPS.values()]
         self.words = [torch.tensor(group) for group in words]
 
-    def look(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Projected patches `[B, 144, D]`, the loss of what they and the class token show, and hit rates."""
+    def processor(self) -> Any:
+        return model.processor()
+
+    def see(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Projected patches `[B, N, D]`, and the loss of what else the vision tower should know."""
         tower = self.vlm.model.vision_tower(data.pixels(batch.images), output_hidden_states=True)
         features = tower.hidden_states[self.vlm.config.vision_feature_layer]
-        patches = self.vlm.model.multi_modal_projector(features[:, 1:])
         # The class token must know what is in the picture, so that its attention means something.
         known = (self.heads[0](features[:, 0]), self.heads[1](tower.pooler_output))
         loss = torch.stack([F.binary_cross_entropy_with_logits(x.float(), batch.present) for x in known]).sum()
+        return self.vlm.model.multi_modal_projector(features[:, 1:]), loss
+
+    def positions(self, batch: data.Batch, prefix: int) -> torch.Tensor:
+        """Position ids `[B, prefix + TEXT]` of `<bos>`, the picture and every question right after it."""
+        before = torch.arange(prefix, device=batch.tokens.device).expand(len(batch.tokens), -1)
+        return torch.cat((before, prefix + batch.positions), dim=1)
+
+    def look(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Projected patches `[B, N, D]`, the loss of what the vision side shows, and hit rates."""
+        patches, loss = self.see(batch)
         table = self.vlm.get_input_embeddings().weight.detach()
         hits: dict[str, float] = {}
         for column, (group, words) in enumerate(zip(data.GROUPS, self.words, strict=True)):
@@ -90,27 +106,27 @@ class Learner(nn.Module):
 
         For a share `blind` of the pictures, early layers of the text do not see the picture.
         """
-        count, mask = len(batch.tokens), batch.mask()
+        count, prefix = len(batch.tokens), 1 + patches.shape[1]
+        mask = batch.mask(prefix)
         self.attention.blind = None
         if blind:
             hidden = mask.clone()
-            hidden[: round(blind * count), :, data.PREFIX :, 1 : data.PREFIX] = False
+            hidden[: round(blind * count), :, prefix:, 1:prefix] = False
             self.attention.blind = hidden
         embed = self.vlm.get_input_embeddings()
         start = embed(batch.tokens.new_full((count, 1), model.VOCABULARY["<bos>"]))
         inputs = torch.cat((start, patches.to(start.dtype), embed(batch.tokens)), dim=1)
-        prefix = torch.arange(data.PREFIX, device=batch.tokens.device).expand(count, -1)
         states = self.vlm.model.language_model(
             inputs_embeds=inputs,
             attention_mask=mask,
-            position_ids=torch.cat((prefix, batch.positions), dim=1),
+            position_ids=self.positions(batch, prefix),
             use_cache=False,
             output_hidden_states=True,
         )
         asked = batch.labels != data.IGNORE
         labels = batch.labels[asked]
-        final = self.vlm.lm_head(states.last_hidden_state[:, data.PREFIX :][asked]).float()
-        early = self.vlm.model.language_model.norm(states.hidden_states[EARLY][:, data.PREFIX :][asked])
+        final = self.vlm.lm_head(states.last_hidden_state[:, prefix:][asked]).float()
+        early = self.vlm.model.language_model.norm(states.hidden_states[EARLY][:, prefix:][asked])
         early = self.vlm.lm_head(early).float()
         loss = F.cross_entropy(final, labels) + 0.3 * F.cross_entropy(early, labels)
         predicted = torch.full_like(batch.labels, data.IGNORE)

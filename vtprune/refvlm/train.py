@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the reference model from nothing: `python -m vtprune.refvlm.train`.
+"""Trains a reference model: `python -m vtprune.refvlm.train`, then perhaps `... --model qwen2_5_vl`.
 
 Two phases, because a small model that is only asked questions stays at guessing for a very long time:
 
@@ -11,6 +11,9 @@ Two phases, because a small model that is only asked questions stays at guessing
    rests, which saves a quarter of the time (`--joint` lets it move in the last steps).
 
 Visual tokens are never dropped in training: this is an ordinary model, on which training-free pruning is tested.
+
+The first model starts from nothing. The second one (`qwen2_5_vl`) starts from the decoder of the first, so that its new
+vision side learns to speak to a decoder that knows the words already, and phase 2 is shorter.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import WEIGHTS, checkpoint, data, model, scenes
+from . import MODELS, checkpoint, data, load, model, scenes
 from .learner import BLIND_SHARE, Learner, score
 
 
@@ -71,7 +74,8 @@ def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
             scale = 0.1
         elif not looking and ("language_model" not in name):
             scale = 0.2
-        groups.setdefault((weight.ndim == 2 and ".layers." in name, scale), []).append(weight)
+        inside = ".layers." in name or ".blocks." in name
+        groups.setdefault((weight.ndim == 2 and inside, scale), []).append(weight)
     matrices, others = (
         [{"params": weights, "scale": scale} for (inside, scale), weights in groups.items() if inside is wanted]
         for wanted in (True, False)
@@ -99,12 +103,24 @@ def share(tensors: list[torch.Tensor], workers: int) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def save_weights(vlm: nn.Module, folder: Path) -> None:
+def save_weights(learner: Learner, folder: Path) -> None:
     """The model in float16, with tokenizer and processor, as `from_pretrained` wants them."""
-    half = copy.deepcopy(vlm).to("cpu", torch.float16)
-    half.save_pretrained(folder)
-    model.processor().save_pretrained(folder)
+    vlm = copy.deepcopy(learner.vlm)
+    for module in vlm.modules():
+        vars(module).pop("forward", None)  # what only training has
+    vlm.to("cpu", torch.float16).save_pretrained(folder)
+    learner.processor().save_pretrained(folder)
     os.chmod(folder / "model.safetensors", 0o644)
+
+
+def untrained(name: str, seed: int) -> Learner:
+    """The learner of the model `name` before its first step."""
+    if name == "llava":
+        return Learner(model.build(seed))
+    from . import qwen
+    from .qwen_learner import QwenLearner
+
+    return QwenLearner(qwen.build(seed, model.VOCABULARY, load()[0]))
 
 
 def work(worker: int, args: argparse.Namespace) -> None:
@@ -115,7 +131,10 @@ def work(worker: int, args: argparse.Namespace) -> None:
     if args.workers > 1:
         store = f"file://{args.out.resolve()}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=store, rank=worker, world_size=args.workers)
-    learner = Learner(model.build(args.seed))
+    learner = untrained(args.model, args.seed)
+    for name, usual in (("look", learner.LOOK), ("answer", learner.ANSWER), ("lr", learner.RATE)):
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
     torch.manual_seed(args.seed)
     learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
     learner.to(device)
@@ -151,7 +170,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
                 group["lr"] = args.lr * factor * group["scale"]
         captions = args.captions if step < args.look + args.answer // 2 else args.captions / 3
         pictures = args.batch // args.workers * (2 if looking else 1)
-        batch = pool.batch(step, pictures, pictures // 8, captions).to(device)
+        batch = pool.batch(step, pictures, pictures // 8, captions, learner.SIZES).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             with torch.set_grad_enabled(looking or step >= total - args.joint):
                 patches, loss, hits = learner.look(batch)
@@ -183,24 +202,25 @@ def work(worker: int, args: argparse.Namespace) -> None:
             if worker == 0:
                 say(f"step {step} " + validate(learner, held_out, device))
                 checkpoint.save(file, learner, optims, step)
-                save_weights(learner.vlm, args.out / "weights")
+                save_weights(learner, args.out / "weights")
             if args.workers > 1:
                 torch.distributed.barrier()
     if worker == 0:
-        save_weights(learner.vlm, args.weights)
+        save_weights(learner, args.weights)
         say(f"weights written to {args.weights}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/refvlm"), help="log, checkpoint and weights so far")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the final weights go")
+    parser.add_argument("--model", choices=list(MODELS), default="llava")
+    parser.add_argument("--out", type=Path, help="log, checkpoint and weights so far (out/MODEL)")
+    parser.add_argument("--weights", type=Path, help="where the final weights go (into the package)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--look", type=int, default=700, help="steps of phase 1")
-    parser.add_argument("--answer", type=int, default=1200, help="steps of phase 2")
+    parser.add_argument("--look", type=int, help="steps of phase 1 (700; qwen2_5_vl: 600)")
+    parser.add_argument("--answer", type=int, help="steps of phase 2 (1200; qwen2_5_vl: 400)")
     parser.add_argument("--joint", type=int, default=0, help="last steps, in which the vision side moves too")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step, all workers (phase 1: twice)")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="learning rate (2e-3; qwen2_5_vl: 1.5e-3)")
     parser.add_argument("--patch-weight", type=float, default=0.3, help="of the patch loss in phase 2")
     parser.add_argument("--captions", type=float, default=0.3, help="share of scenes that are also described")
     parser.add_argument("--pool", type=int, default=3000, help="scenes in memory, per worker")
@@ -213,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
     args = parser.parse_args(argv)
+    args.out = args.out or Path("out") / args.model
+    args.weights = args.weights or MODELS[args.model]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "rendezvous").unlink(missing_ok=True)
     if args.workers == 1:

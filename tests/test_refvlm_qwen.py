@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second embedded model: a stock Qwen2.5-VL whose pictures keep their shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtprune
+from vtprune import loading, refvlm
+from vtprune.refvlm import data, evaluate, qwen, qwen_learner
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return refvlm.load(name="qwen2_5_vl")
+
+
+def asked(processor, images, words=("is there a star?", "where is the red sign?")):
+    return processor(images=images, text=[refvlm.prompt(text) for text in words], padding=True, return_tensors="pt")
+
+
+def test_it_is_a_small_stock_model(loaded):
+    model, _ = loaded
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration" and not model.training
+    vision, text = model.config.vision_config, model.config.text_config
+    assert vision.spatial_merge_size == 2 and 0 < len(vision.fullatt_block_indexes) < vision.depth
+    assert text.num_hidden_layers >= 6 and text.num_key_value_heads < text.num_attention_heads
+    folder = refvlm.MODELS["qwen2_5_vl"]
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
+
+
+def test_a_picture_keeps_its_shape(loaded):
+    _, processor = loaded
+    square, wide = refvlm.scenes.scene(3).image, refvlm.scenes.scene(4).image.resize((400, 150))
+    inputs = asked(processor, [square, wide])
+    grids = inputs["image_grid_thw"].tolist()
+    assert grids[0] == [1, 24, 24] and grids[1][2] > 2 * grids[1][1]
+    tokens = (inputs["input_ids"] == processor.image_token_id).sum(dim=1)
+    assert tokens.tolist() == [rows * columns // 4 for _, rows, columns in grids]
+    assert torch.equal(inputs["mm_token_type_ids"], (inputs["input_ids"] == processor.image_token_id).int())
+    assert tokens.min() >= 81 and tokens.max() <= 150
+
+
+def test_pictures_and_their_words_are_equally_many(loaded):
+    _, processor = loaded
+    with pytest.raises(ValueError, match="2 <image> in the text, but 1 pictures"):
+        asked(processor, [refvlm.scenes.scene(3).image])
+
+
+def test_chat_template_is_the_training_prompt(loaded):
+    _, processor = loaded
+    image = refvlm.scenes.scene(3).image
+    content = [{"type": "text", "text": "is there a star?"}, {"type": "image", "image": image}]
+    chat = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    wanted = processor(images=image, text=refvlm.prompt("is there a star?"))
+    assert torch.equal(torch.as_tensor(inputs["input_ids"]), wanted["input_ids"])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.1])
+def test_it_sees(loaded, ratio):
+    model, processor = loaded
+    samples = list(evaluate.held_out_scenes(70))
+    with vtprune.patch(model, ratio=ratio) as patch:
+        answers = evaluate.answer(model, processor, samples, batch_size=35)
+        assert len(patch.last.kept[0]) == round(144 * ratio)
+    right = sum(given == sample.answer for given, sample in zip(answers, samples, strict=True))
+    assert right / len(samples) >= 0.85
+
+
+def test_it_sees_wide_pictures(loaded):
+    samples = [s._replace(image=s.image.resize((360, 220))) for s in evaluate.held_out_scenes(70)]
+    answers = evaluate.answer(*loaded, samples, batch_size=35)
+    assert sum(given == sample.answer for given, sample in zip(answers, samples, strict=True)) / len(samples) >= 0.8
+
+
+def test_the_command_line_knows_it(loaded):
+    model, _ = loading.model_and_processor("embedded-qwen2_5_vl", device="cpu")
+    assert model.config.model_type == loading.config("embedded-qwen2_5_vl")[0].model_type == "qwen2_5_vl"
+    with pytest.raises(ValueError, match="there are llava, qwen2_5_vl"):
+        refvlm.load(name="qwen")
+
+
+@pytest.mark.parametrize("size", [(144, 144), (120, 168)])
+def test_training_sees_what_the_processor_makes(loaded, size):
+    _, processor = loaded
+    image = refvlm.scenes.scene(3).image.resize(size[::-1], Image.Resampling.BICUBIC)
+    mine = qwen_learner.flatten_patches(data.pixels(torch.from_numpy(np.array(image))[None]))
+    torch.testing.assert_close(mine, processor.image_processor(images=image, return_tensors="pt")["pixel_values"])
+
+
+@torch.no_grad()
+def test_training_attends_and_counts_positions_as_the_model_does():
+    model, _ = refvlm.load(name="qwen2_5_vl")
+    grid = torch.tensor([[1, 24, 24], [1, 16, 34]])
+    pixels = torch.randn(int(grid.prod(-1).sum()), 216)
+    stock = model.model.visual(pixels, grid_thw=grid).pooler_output
+    learner = qwen_learner.QwenLearner(model)
+    torch.testing.assert_close(model.model.visual(pixels, grid_thw=grid).pooler_output, stock)
+
+    batch = data.Pool(0, 0, 1, 4, 0, with_easy=False).batch(0, 2, 0, 0.0, ((120, 168),))
+    prefix = 1 + batch.patches.shape[1]
+    assert prefix == 1 + 10 * 14 and tuple(batch.images.shape[1:3]) == (120, 168)
+    ids = torch.full((2, prefix + 5), qwen.CELL)
+    ids[:, 1:prefix] = model.config.image_token_id
+    types = (ids == model.config.image_token_id).int()
+    wanted, _ = model.model.get_rope_index(ids, types, image_grid_thw=torch.tensor([[1, 20, 28]] * 2))
+    found = learner.positions(batch, prefix)
+    assert torch.equal(found[:, :, : prefix + 5], wanted)
