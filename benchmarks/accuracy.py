@@ -9,7 +9,7 @@ Every run writes its row at once, and an interrupted benchmark goes on where it 
 versions is not overwritten without `--force`.
 `oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
 is measured against. `answer_patches` is the share of answer patches that survive the last cut.
-`scripts/render_readme.py` turns the result into the README's tables.
+`python -m benchmarks.report` turns the result into the README's tables.
 """
 
 from __future__ import annotations

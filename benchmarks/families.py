@@ -5,7 +5,7 @@
     python -m benchmarks.families -n 2       # other arguments go to pytest
 
 A law holds on a family if at least one of its tests ran there and none failed. Tests in which a method refuses a model
-are skipped, and counted as such. `scripts/render_readme.py` turns the result into the README's table.
+are skipped, and counted as such. `python -m benchmarks.report` turns the result into the README's table.
 """
 
 from __future__ import annotations
