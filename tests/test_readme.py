@@ -21,8 +21,9 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
-def test_python_blocks_run_one_after_the_other(capsys):
+def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
     """As a reader would paste them into one session; the first one prints the report of a real pruning."""
+    monkeypatch.chdir(tmp_path)  # a picture is written
     scope: dict = {}
     blocks = _blocks("python")
     assert len(blocks) == 2
