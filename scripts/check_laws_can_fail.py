@@ -67,7 +67,7 @@ FAULTS = (
           "hidden = compact.gather(hidden, relative.to(hidden.device), 1)",
           "hidden = compact.gather(hidden, relative.to(hidden.device), 1).repeat(1, 2, 1)",
           "test_6_cache.py -k 'llava-random'"),
-    Fault("7 leave no trace", "an encoder stays wrapped", "patching.py",
+    Fault("7 leave no trace", "an encoder stays wrapped", "attached.py",
           "        delattr(self.module, self.name)\n", "        pass\n",
           "test_7_no_trace.py -k 'llava-random'"),
     Fault("7 leave no trace", "the attention registry stays wrapped", "observe.py",

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo import eval_frame as _eval_frame
 
 from . import anatomy as _anatomy
 from . import assisted, features, observe, prefill, refusals, visual_tokens
 from .anatomy import Anatomy
+from .attached import Hook, Override, is_compiled
 from .budget import Budget, check_schedule, mean_share, solve_mean
 from .deepstack import own_planes
 from .errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
@@ -32,52 +32,6 @@ from .flops import DecoderShape
 from .methods import resolve
 from .methods.base import Method, Tap
 from .report import Pruning
-
-_BY_VALUES = (
-    "pruning decides by values which columns stay, so the graph ends where it decides; compile without fullgraph"
-)
-
-
-def _is_compiled() -> bool:
-    """Whether dynamo traces this call, or would trace what it calls."""
-    return torch.compiler.is_dynamo_compiling() or bool(_eval_frame.get_eval_frame_callback())
-
-
-class _Hook:
-    """A forward hook that knows its patch. A model that carries one can be saved, but not copied or pickled."""
-
-    def __init__(self, patch: Patch, function: Callable) -> None:
-        self.patch = patch
-        self.function = function
-        self.uncompiled = torch.compiler.disable(self._run, reason=_BY_VALUES)
-
-    def __call__(self, *args: Any) -> Any:
-        return (self.uncompiled if _is_compiled() else self._run)(*args)
-
-    def _run(self, *args: Any) -> Any:
-        return None if observe.is_probing() else self.function(*args)
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")
-
-    def __reduce__(self) -> Any:
-        raise VTPruneError(
-            "a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is"
-        )
-
-
-class _Override:
-    """A method of a module instance that is replaced for a while; `remove` puts things as they were."""
-
-    def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
-        self.module, self.name = module, name
-        self.before = vars(module).get(name)
-        setattr(module, name, function)
-
-    def remove(self) -> None:
-        delattr(self.module, self.name)
-        if self.before is not None:
-            setattr(self.module, self.name, self.before)
 
 
 class _Thread(threading.local):
@@ -235,17 +189,17 @@ class Patch:
         for kind in parts.placeholders:
             name = f"get_{kind}_features"
             if hasattr(parts.composite, name):
-                add(_Override(parts.composite, name, self._encoder(kind, getattr(parts.composite, name))))
+                add(Override(parts.composite, name, self._encoder(kind, getattr(parts.composite, name))))
 
         if hasattr(parts.model, assisted.MAKER):
             make = assisted.after_the_prompt(getattr(parts.model, assisted.MAKER), self._prunes)
-            add(_Override(parts.model, assisted.MAKER, make))
+            add(Override(parts.model, assisted.MAKER, make))
 
         def before(module: nn.Module, function: Callable) -> None:
-            add(module.register_forward_pre_hook(_Hook(self, function), with_kwargs=True))
+            add(module.register_forward_pre_hook(Hook(self, function), with_kwargs=True))
 
         def after(module: nn.Module, function: Callable, always: bool = False) -> None:
-            add(module.register_forward_hook(_Hook(self, function), with_kwargs=True, always_call=always))
+            add(module.register_forward_hook(Hook(self, function), with_kwargs=True, always_call=always))
 
         before(parts.composite, self._before_composite)
         before(parts.decoder, self._before_decoder)
@@ -276,7 +230,7 @@ class Patch:
 
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            return (uncompiled if _is_compiled() else watch)(*args, **kwargs)
+            return (uncompiled if is_compiled() else watch)(*args, **kwargs)
 
         return watched
 
@@ -436,7 +390,7 @@ def find_patch(model: nn.Module) -> Patch | None:
     """The patch that a model carries, or None."""
     for module in _anatomy.unwrap(model).modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Hook):
+            if isinstance(hook, Hook):
                 return hook.patch
     return None
 
