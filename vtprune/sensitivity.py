@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+
+# PyTorch counts the levels of forward-mode differentiation for the process, not for the thread: two at once are refused,
+# or get each other's derivatives.
+_FORWARD_MODE = threading.Lock()
+
+
+def slope_along(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
+    """Derivative of a function at `x` in a direction of the same shape; threads take turns."""
+    with _FORWARD_MODE:
+        return torch.func.jvp(function, (x,), (direction,))[1]
 
 
 def unit_directions(draws: Tensor) -> Tensor:
@@ -38,7 +50,7 @@ def jvp_sensitivity(project: Callable[[Tensor], Tensor], x: Tensor, shifts: Iter
     precise = torch.promote_types(x.dtype, torch.float32)
     norms = []
     for u in shifts:
-        slope = torch.func.jvp(project, (x,), (u.expand_as(x).contiguous(),))[1]
+        slope = slope_along(project, x, u.expand_as(x).contiguous())
         norms.append(slope.to(precise).norm(dim=-1))
     return torch.stack(norms).mean(0)
 
@@ -60,7 +72,7 @@ def exact_sensitivity(
         Tensor: `[R]`.
     """
     a = nn.functional.linear(x, w1, b1)
-    slope = torch.func.jvp(act, (a,), (torch.ones_like(a),))[1]  # [R, h]
+    slope = slope_along(act, a, torch.ones_like(a))  # [R, h]
     return ((slope @ quadratic) * slope).sum(1).clamp_min(0).div(x.shape[1]).sqrt()
 
 

@@ -16,3 +16,8 @@ TWO: list[dict[str, Any]] = [{"method": "iwp", "ratio": 0.3}, {"method": "vision
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_threads(family: str, recipes: list[dict[str, Any]]) -> None:
     check_threads(family, recipes, rounds=1)
+
+
+def test_derivatives_in_threads() -> None:
+    """SmolVLM's projector is differentiated; PyTorch has one level of forward-mode differentiation for all threads."""
+    check_threads("smolvlm", [{"method": "zoo_prune", "ratio": 0.3}], rounds=1)
