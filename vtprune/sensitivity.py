@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-
-# PyTorch counts the levels of forward-mode differentiation for the process, not for the thread: two at once are refused,
+# PyTorch counts the levels of forward-mode differentiation for the process, not for the thread: two at once are refused
 # or get each other's derivatives.
 _FORWARD_MODE = threading.Lock()
 
