@@ -90,8 +90,7 @@ $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 
 $(OLDEST): requirements/oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install $(OLDEST_TORCH)
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements/oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install $(OLDEST_TORCH) -r requirements/oldest.txt
 	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@
 
