@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video: one budget over all frames, which the method divides among them.
 
-Two ways, and what can be shown of each without a download:
+Two ways, both with the trained models inside the package:
 
-* Frames as several pictures, the way to show a clip to a model without a video input. The embedded model is such a
-  model (a LLaVA), and trained, so its answer means something. It was trained on single pictures.
-* A model with a video input. None is inside the package, so this one is built here, tiny and with RANDOM weights: the
-  counts are those of a real run, an answer would mean nothing.
+* Frames as several pictures, the way to show a clip to a model without a video input, such as the LLaVA.
+* A video input: `pixel_values_videos`, as the Qwen2.5-VL takes it. Two frames make one time step, and a token of it
+  is a patch through both.
+
+Both models were trained on single pictures and have never seen anything move. A still clip is a picture to them, only
+longer; of a clip that moves they tell less well what they see, pruned or not. Models trained on videos do not differ in
+how they are pruned.
+
+    python examples/04_video.py --method divprune --ratio 0.05 --pan 0
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from PIL import Image, ImageChops
@@ -17,64 +24,72 @@ from PIL import Image, ImageChops
 import vtprune
 from vtprune import refvlm
 
-FRAMES = 5
+FRAMES = 4
 
 
-def clip() -> tuple[list[Image.Image], refvlm.scenes.Question]:
-    """A camera that pans over a scene, and a question about it."""
-    scene = refvlm.scenes.scene(7)
-    question = next(question for question in scene.questions if question.kind == "digit")
-    return [ImageChops.offset(scene.image, 6 * number, 0) for number in range(FRAMES)], question
+def clip(seed: int, pan: int) -> tuple[list[Image.Image], refvlm.scenes.Question]:
+    """A camera that moves `pan` pixels a frame over a scene, and a question about it."""
+    scene = refvlm.scenes.scene(seed)
+    question = next((question for question in scene.questions if question.kind == "digit"), scene.questions[0])
+    return [ImageChops.offset(scene.image, pan * number, 0) for number in range(FRAMES)], question
 
 
-def frames_as_pictures() -> None:
-    model, processor = refvlm.load()
-    frames, question = clip()
-    text = " , ".join(["<image>"] * FRAMES) + f" {question.text} answer:"
-    inputs = processor(images=frames, text=text, return_tensors="pt")
-    with vtprune.patch(model, ratio=0.1) as patch:
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    before, after = patch.last.tokens
-    print(f"frames as pictures: {question.text} {answer} (right: {question.answer})")
-    print(f"  {before} -> {after} visual tokens, per frame {_per(patch.last, patch.last.places.image)}")
+def as_pictures(processor, frames: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
+    """The frames one after the other, each in its own place of the prompt."""
+    text = " , ".join(["<image>"] * len(frames)) + f" {question} answer:"
+    return processor(images=frames, text=text, return_tensors="pt")
 
 
-def video_input() -> None:
-    model = random_video_model()
-    frames, _ = clip()
-    size = model.config.vision_config.image_size
-    pictures = [torch.tensor(list(frame.resize((size, size)).tobytes())).view(size, size, 3) for frame in frames]
-    video = (torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)[None]  # [1, FRAMES, 3, size, size]
-    placeholders = [model.config.video_token_id] * (FRAMES * 36 + 1)  # 12 x 12 patches a frame, pooled to 6 x 6
-    inputs = {"input_ids": torch.tensor([[1, *placeholders, 20, 21, 22]]), "pixel_values_videos": video}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with vtprune.patch(model, ratio=0.1, method="divprune") as patch:
-        model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    before, after = patch.last.tokens
-    print(f"video input (random weights): {before} -> {after}, per frame {_per(patch.last, patch.last.places.frame)}")
+def as_video(model, processor, frames: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
+    """What the processor of a large Qwen2.5-VL makes of a video file; its video half needs torchvision, ours has none."""
+    pictures = processor.image_processor(images=frames, return_tensors="pt")
+    vision = model.config.vision_config
+    steps, (_, rows, columns) = len(frames) // vision.temporal_patch_size, pictures["image_grid_thw"][0].tolist()
+    # A picture is prepared as a time step of two equal frames: one of them is taken from either picture of a pair.
+    shape = (steps, 2, rows * columns, vision.in_channels, vision.temporal_patch_size, -1)
+    pixels = pictures["pixel_values"].view(shape)  # [T, 2, h w, 3, 2, p p]
+    pairs = torch.stack([pixels[:, 0, :, :, 0], pixels[:, 1, :, :, 1]], dim=3)  # [T, h w, 3, 2, p p]
+    tokens = steps * rows * columns // vision.spatial_merge_size**2
+    words = processor.tokenizer(f" {question} answer:", return_tensors="pt")["input_ids"]
+    ids = torch.cat([torch.full((1, tokens), model.config.video_token_id), words], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": 2 * (ids == model.config.video_token_id).int(),  # 1 would be a picture
+        "pixel_values_videos": pairs.flatten(2).flatten(0, 1),  # [T h w, 3 x 2 x p x p]
+        "video_grid_thw": torch.tensor([[steps, rows, columns]]),
+    }
 
 
-def random_video_model() -> torch.nn.Module:
-    """A LLaVA-OneVision with two small layers. Yours: `from_pretrained`, and a processor that reads the file."""
-    from transformers import AutoModelForImageTextToText, LlavaOnevisionConfig
-
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"model_type": "siglip_vision_model", "image_size": 48, "patch_size": 4, "vision_use_head": False}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    text |= {"model_type": "qwen2", "vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
-    torch.manual_seed(0)
-    ids = {"image_token_id": 3, "video_token_id": 4}
-    config = LlavaOnevisionConfig(vision_config=vision, text_config=text, vision_feature_layer=-1, **ids)
-    return AutoModelForImageTextToText.from_config(config).eval()
+def answer(model, processor, inputs: dict[str, torch.Tensor]) -> str:
+    tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _per(last: vtprune.Pruning, group: torch.Tensor) -> list[int]:
-    """Kept tokens of each frame."""
-    frames = group[last.kept_flat[-1]]
-    return torch.bincount(frames[frames >= 0], minlength=FRAMES).tolist()  # a separator belongs to no frame
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prunes a clip: as several pictures, and as a video.")
+    parser.add_argument("--method", default="iwp")
+    parser.add_argument("--ratio", type=float, default=0.1)
+    parser.add_argument("--pan", type=int, default=6, help="pixels that the camera moves from frame to frame")
+    parser.add_argument("--scene", type=int, default=7)
+    args = parser.parse_args()
+    frames, question = clip(args.scene, args.pan)
+
+    for way, name in (("frames as pictures", "llava"), ("video input", "qwen2_5_vl")):
+        model, processor = refvlm.load(name=name)
+        if name == "llava":
+            inputs = as_pictures(processor, frames, question.text)
+        else:
+            inputs = as_video(model, processor, frames, question.text)
+        whole = answer(model, processor, inputs)
+        with vtprune.patch(model, ratio=args.ratio, method=args.method) as patch:
+            pruned = answer(model, processor, inputs)
+        before, after = patch.last.tokens
+        places = patch.last.places.image if name == "llava" else patch.last.places.frame
+        kept = torch.bincount(places[patch.last.kept_flat[-1]], minlength=int(places.max()) + 1).tolist()
+        print(f"{way}: {question.text} unpruned: {whole}, pruned: {pruned}, right: {question.answer}")
+        print(f"  {before} -> {after} visual tokens, per {'frame' if name == 'llava' else 'two frames'} {kept}")
 
 
 if __name__ == "__main__":
-    frames_as_pictures()
-    video_input()
+    main()

@@ -63,15 +63,38 @@ def test_own_method(run):
     assert len([line for line in lines if line.strip()]) <= 10
 
 
-def test_video(run):
-    out = run("04_video.py")
-    answer = re.search(r"frames as pictures: .*\? (\w+) \(right: (\w+)\)", out)
-    assert answer and answer[1] == answer[2]
-    rows = re.findall(r"(\d+) -> (\d+).*per frame \[([\d, ]+)\]", out)
-    assert [row[:2] for row in rows] == [("720", "72"), ("181", "18")]
-    pictures, frames = ([int(count) for count in row[2].split(",")] for row in rows)
-    assert len(pictures) == len(frames) == 5 and sum(pictures) == 72
-    assert 17 <= sum(frames) <= 18  # the separator behind the clip may be kept
+@pytest.mark.parametrize("arguments", [(), ("--pan", "0", "--method", "divprune")])
+def test_video(run, arguments):
+    """Two trained models, and both read the sign, before and after."""
+    out = run("04_video.py", *arguments)
+    answers = re.findall(
+        r"^(frames as pictures|video input): .*\? unpruned: (\w+), pruned: (\w+), right: (\w+)", out, re.M
+    )
+    assert [answer[0] for answer in answers] == ["frames as pictures", "video input"]
+    assert {word for answer in answers for word in answer[1:]} == {"5"}
+    rows = re.findall(r"(\d+) -> (\d+) visual tokens, per (?:two )?frames? \[([\d, ]+)\]", out)
+    assert [row[:2] for row in rows] == [("576", "58"), ("288", "29")]
+    kept = [[int(count) for count in row[2].split(",")] for row in rows]
+    assert [(len(frames), sum(frames)) for frames in kept] == [(4, 58), (2, 29)]
+
+
+def test_a_clip_of_pairs_of_equal_frames_is_the_pictures_themselves():
+    """What is made of frames for the video input: a still picture, twice, has the patches of the picture."""
+    import torch
+
+    from vtprune import refvlm
+
+    example = runpy.run_path(str(FOLDER / "04_video.py"))
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    pictures = [refvlm.scenes.scene(seed).image for seed in (1, 2)]
+    single = processor.image_processor(images=pictures, return_tensors="pt")
+    frames = [pictures[0], pictures[0], pictures[1], pictures[1]]
+    video = example["as_video"](model, processor, frames, "what?")
+    assert torch.equal(video["pixel_values_videos"], single["pixel_values"])
+    mixed = example["as_video"](model, processor, [pictures[0], pictures[1]], "what?")["pixel_values_videos"]
+    first, second = (part.view(-1, 3, 2, 36) for part in single["pixel_values"].chunk(2))
+    mixed = mixed.view(-1, 3, 2, 36)
+    assert torch.equal(mixed[:, :, 0], first[:, :, 0]) and torch.equal(mixed[:, :, 1], second[:, :, 1])
 
 
 def test_batch_server(run):
