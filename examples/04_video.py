@@ -41,7 +41,7 @@ def as_pictures(processor, frames: list[Image.Image], question: str) -> dict[str
 
 
 def as_video(model, processor, frames: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
-    """What the processor of a large Qwen2.5-VL makes of a video file; its video half needs torchvision, ours has none."""
+    """What the processor of a large Qwen2.5-VL makes of a video file; ours has no video half (no torchvision)."""
     pictures = processor.image_processor(images=frames, return_tensors="pt")
     vision = model.config.vision_config
     steps, (_, rows, columns) = len(frames) // vision.temporal_patch_size, pictures["image_grid_thw"][0].tolist()
