@@ -181,7 +181,7 @@ def _layout(
     crop = getattr(anatomy.config, "image_seq_length", None)
 
     def alone(length: int) -> Tensor:
-        return _from_run(length, kind, crop if isinstance(crop, int) else None)
+        return run_places(length, kind, crop if isinstance(crop, int) else None)
 
     return row_tokens.pictures(runs, gaps, lengths, alone) or [alone(n) for n in runs]
 
@@ -191,11 +191,11 @@ def _frames(length: int, frames: int) -> Tensor | None:
     for tail in (0, 1):
         side = math.isqrt((length - tail) // frames)
         if side and frames * side * side == length - tail:
-            return torch.cat([_grid(frames, side, side), torch.full((tail, 4), -1)])
+            return torch.cat([grid_places(frames, side, side), torch.full((tail, 4), -1)])
     return None
 
 
-def _grid(frames: int, rows: int, cols: int) -> Tensor:
+def grid_places(frames: int, rows: int, cols: int) -> Tensor:
     """`[frames * rows * cols, 4]` places in row-major order, crop 0."""
     frame, row, col = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(cols), indexing="ij")
     return torch.stack([frame, torch.zeros_like(frame), row, col], -1).reshape(-1, 4)
@@ -207,7 +207,7 @@ def _from_grid(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tens
         return None
     vision = getattr(anatomy.config, "vision_config", anatomy.config)
     merge = getattr(vision, "spatial_merge_size", None) or getattr(anatomy.vision_tower, "spatial_merge_size", 1)
-    return [_grid(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
+    return [grid_places(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
 
 
 def _from_packing(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
@@ -278,20 +278,20 @@ def _coordinates(tiles: int, side: int) -> Tensor:
     return plane
 
 
-def _from_run(length: int, kind: str, crop: int | None) -> Tensor:
+def run_places(length: int, kind: str, crop: int | None) -> Tensor:
     """Places of a run about which nothing else is known."""
     side = math.isqrt(length)
     if kind == "image" and crop and length % crop == 0 and math.isqrt(crop) ** 2 == crop and length != crop:
-        out = _grid(length // crop, math.isqrt(crop), math.isqrt(crop))
+        out = grid_places(length // crop, math.isqrt(crop), math.isqrt(crop))
         return out[:, [1, 0, 2, 3]]  # crops lie where frames were counted
     if side * side == length:
-        return _grid(1, side, side)
+        return grid_places(1, side, side)
     for tail in (0, 1):  # a newline token may close the run
         body = length - tail
         squares = [s for s in range(math.isqrt(body), 1, -1) if body % (s * s) == 0]
         if squares:
             frames = body // squares[0] ** 2
-            out = _grid(frames, squares[0], squares[0])
+            out = grid_places(frames, squares[0], squares[0])
             if kind == "image":
                 out = out[:, [1, 0, 2, 3]] if frames > 1 else out
             return torch.cat([out, torch.full((tail, 4), -1)])

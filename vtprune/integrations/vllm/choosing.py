@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fewer features: the model's side, between projector and decoder.
+
+The features of all images of a call are laid out flat and handed to a method as `Tokens`, as in the transformers path;
+every run of placeholders is a pool with the budget that the processor gave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...methods.base import Method, Tokens
+from ...visual_tokens import grid_places, run_places
+from .settings import ServingError, Settings
+
+
+def prune(
+    features: Sequence[Tensor],
+    runs: Sequence[Sequence[int]],
+    settings: Settings,
+    width: int,
+    grids: Sequence[Sequence[int]] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """Chooses and gathers.
+
+    Args:
+        features: For each image `[N, C]`: in the first `width` channels what the decoder receives, in others what goes
+            along (positions, deeper features).
+        runs: For each image the lengths of its runs of placeholders, together N.
+        settings: Method and budget.
+        width: Of the decoder.
+        grids: For each image frames, rows and columns of its tokens, where they are known.
+        extra: Further fields of `Tokens`: records of taps, the parts of the model, a reader of keys and values.
+
+    Returns:
+        list: For each image `[n, C]`, `n` as the processor counted, in their order.
+    """
+    for image, (feature, lengths) in enumerate(zip(features, runs, strict=True)):
+        if sum(lengths) != len(feature):
+            raise ServingError(
+                f"vtprune: image {image} has {len(feature)} features and {sum(lengths)} placeholders; this model does "
+                "not fill placeholders one by one, and cannot be pruned"
+            )
+    counts = [settings.counts(lengths) for lengths in runs]
+    if all(list(kept) == list(lengths) for kept, lengths in zip(counts, runs, strict=True)):
+        return list(features)
+    tokens, rows = lay_out(features, runs, counts, width, grids, extra or {})
+    keep, hidden = choose(settings.method, tokens)
+    flat = torch.cat(list(features))
+    index = rows[_true_rows(keep, int(sum(map(sum, counts))))]
+    if hidden is not None:
+        flat = flat.clone()
+        flat[rows, :width] = hidden.to(flat.dtype)
+    return list(flat[index].split([sum(kept) for kept in counts]))
+
+
+def choose(method: Method, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+    """`[M]` bool which tokens stay, and the new states `[M, D]` of a method that merges."""
+    with torch.no_grad():
+        choice = method.choose(tokens)
+    return choice.keep.to(tokens.hidden.device), choice.hidden
+
+
+def _true_rows(keep: Tensor, count: int) -> Tensor:
+    """The `count` rows that are True, in order, without asking the device how many they are."""
+    return torch.sort(keep.to(torch.uint8), descending=True, stable=True).indices[:count].sort().values
+
+
+def lay_out(
+    features: Sequence[Tensor],
+    runs: Sequence[Sequence[int]],
+    counts: Sequence[Sequence[int]],
+    width: int,
+    grids: Sequence[Sequence[int]] | None,
+    extra: dict[str, Any],
+) -> tuple[Tokens, Tensor]:
+    """The tokens of all pools that keep some, and which rows of the features, one image after the other, they are.
+
+    A pool that keeps nothing takes no part: a method is never asked for none.
+    """
+    device = features[0].device
+    image, places, lengths, budgets, alive = [], [], [], [], []
+    for number, (sizes, kept) in enumerate(zip(runs, counts, strict=True)):
+        places.append(_places(sizes, None if grids is None else grids[number]))
+        for size, budget in zip(sizes, kept, strict=True):
+            alive.append(torch.full((size,), budget > 0))
+            if budget:
+                lengths.append(size)
+                budgets.append(budget)
+        image.append(torch.full((sum(sizes),), number))
+    rows = torch.cat(alive).nonzero()[:, 0]
+    numbers = torch.cat(image)[rows]
+    index = torch.cat([torch.arange(len(place)) for place in places])[rows]
+    frame, crop, row, col = torch.cat(places)[rows].unbind(1)
+    every = torch.stack([numbers, frame, crop, row, col, index, rows]).to(device)  # one copy to the device
+    numbers, frame, crop, row, col, index, rows = every.unbind(0)
+    segments, wanted, originals = (
+        torch.tensor(x).to(device) for x in ([0, *torch.tensor(lengths).cumsum(0).tolist()], budgets, lengths)
+    )
+    hidden = torch.cat([feature[:, :width] for feature in features])[rows]
+    known = {"num_layers": 1, **extra}
+    tokens = Tokens(
+        hidden=hidden,
+        segments=segments,
+        budgets=wanted,
+        originals=originals,
+        max_budget=max(budgets),
+        sample=numbers,
+        image=numbers,
+        frame=frame,
+        crop=crop,
+        row=row,
+        col=col,
+        index=index,
+        feature=rows,
+        column=rows,
+        layer=0,
+        stage=0,
+        **known,
+    )
+    return tokens, rows
+
+
+def _places(runs: Sequence[int], grid: Sequence[int] | None) -> Tensor:
+    """`[N, 4]` frame, crop, row and column of an image's tokens: of its grid, or run by run."""
+    if grid is not None and grid[0] * grid[1] * grid[2] == sum(runs):
+        return grid_places(*grid)
+    parts = [run_places(length, "image", None) for length in runs]
+    if len(parts) > 1:  # tiles: each a crop of its own
+        for number, part in enumerate(parts):
+            part[:, 1] = number + 1
+    return torch.cat(parts)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where vLLM is entered: three functions of its own are wrapped, and pass straight through until `"vtprune"` is configured.
+
+* `VllmConfig.__post_init__` reads the configuration, in the process that makes it, and leaves it with the model's
+  config, which travels to all others.
+* `MultiModalRegistry.create_processor` gives processors of such a model the short prompts.
+* `_ModelRegistry.resolve_model_cls` sees every model class before it is made; an instance for such a model gets an
+  `embed_multimodal` that prunes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from . import prompts, support
+from .serving import Pruner
+from .settings import KEY, Settings, parse
+
+_ATTRIBUTE = "_vtprune_config"  # of a ModelConfig: what stands under "vtprune"
+_MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
+
+
+def install() -> None:
+    """Wraps the three functions, once."""
+    from vllm.config import VllmConfig
+    from vllm.model_executor.models.registry import _ModelRegistry
+    from vllm.multimodal.registry import MultiModalRegistry
+
+    _wrap(VllmConfig, "__post_init__", _after_config)
+    _wrap(MultiModalRegistry, "create_processor", _after_processor)
+    _wrap(_ModelRegistry, "resolve_model_cls", _after_class)
+
+
+def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
+    """Lets `after(result, *args, **kwargs)` see and change what a method returns; again is nothing."""
+    original = getattr(cls, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return after(original(*args, **kwargs), *args, **kwargs)
+
+    setattr(wrapper, _MARK, original)
+    setattr(cls, name, wrapper)
+
+
+def settings_of(model_config: Any) -> Settings | None:
+    """What a model's config says, parsed; None for models that are served unpruned."""
+    config = getattr(model_config, _ATTRIBUTE, None)
+    return None if config is None else parse(config)
+
+
+def _after_config(result: Any, config: Any) -> Any:
+    extra = config.additional_config
+    if isinstance(extra, dict) and KEY in extra and config.model_config is not None:
+        support.check_config(config, parse(extra[KEY]))
+        object.__setattr__(config.model_config, _ATTRIBUTE, extra[KEY])
+    return result
+
+
+def _after_processor(processor: Any, registry: Any, model_config: Any, **kwargs: Any) -> Any:
+    settings = settings_of(model_config)
+    if settings is not None:
+        support.check_model(registry._get_model_cls(model_config), model_config, settings)
+        prompts.prune_processor(processor, settings)
+    return processor
+
+
+def _after_class(found: Any, registry: Any, architectures: Any, model_config: Any) -> Any:
+    cls, _ = found
+    if getattr(cls, "supports_multimodal", False) and getattr(model_config, _ATTRIBUTE, None) is not None:
+        _wrap_init(cls)
+    return found
+
+
+def _wrap_init(cls: type) -> None:
+    """Instances made for a pruned model prune; the class stays what it is for all others."""
+    original: Any = cls.__dict__.get("__init__", cls.__init__)  # type: ignore[misc]
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        config = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("vllm_config")
+        settings = settings_of(getattr(config, "model_config", None))
+        if settings is not None and type(self) is cls and not isinstance(self.__dict__.get("vtprune"), Pruner):
+            Pruner.attach(self, config, settings)
+
+    setattr(init, _MARK, original)
+    cls.__init__ = init  # type: ignore[misc]
