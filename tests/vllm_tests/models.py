@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 WORDS = [f"word{i}" for i in range(60)]
 TEXT = {
@@ -91,6 +93,10 @@ def paligemma(folder: Path) -> None:
     pictures.image_seq_length = 64
     processor = PaliGemmaProcessor(image_processor=pictures, tokenizer=words)
     _save(folder, PaliGemmaForConditionalGeneration, config, processor)
+    # vLLM reads the names of published checkpoints, which transformers reads too but writes no more.
+    weights = load_file(folder / "model.safetensors")
+    known = {re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v for k, v in weights.items()}
+    save_file(known, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _save(folder: Path, cls: Any, config: Any, processor: Any) -> None:
@@ -100,6 +106,8 @@ def _save(folder: Path, cls: Any, config: Any, processor: Any) -> None:
         for parameter in model.parameters():  # so that different pictures get different answers
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
+        if config.get_text_config().tie_word_embeddings:  # or every token would foretell itself
+            model.get_input_embeddings().weight.mul_(0.1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

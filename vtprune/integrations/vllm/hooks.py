@@ -71,9 +71,8 @@ def _after_processor(processor: Any, registry: Any, model_config: Any, **kwargs:
 
 
 def _after_class(found: Any, registry: Any, architectures: Any, model_config: Any) -> Any:
-    cls, _ = found
-    if getattr(cls, "supports_multimodal", False) and getattr(model_config, _ATTRIBUTE, None) is not None:
-        _wrap_init(cls)
+    if getattr(found[0], "supports_multimodal", False):  # vLLM remembers classes from before a config is complete
+        _wrap_init(found[0])
     return found
 
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same cut in transformers: what a pruned vLLM has to answer, greedily, token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vtprune.integrations.vllm import choosing, prompts
+from vtprune.integrations.vllm.settings import Settings
+
+
+class Reference:
+    """A model of transformers that is given the prompt without the columns that a method drops, renumbered."""
+
+    def __init__(self, folder: Path, settings: Settings | None, dtype: torch.dtype = torch.float32) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+        self.settings = settings
+
+    def answer(self, text: str, images: list[Image.Image], tokens: int) -> tuple[int, list[int]]:
+        """Length of the pruned prompt, and the tokens after it."""
+        inputs = self.processor(images=images or None, text=text, return_tensors="pt")
+        inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+        states = self._merged(inputs)
+        if self.settings is not None and images:
+            states = self._cut(states[0], self._runs(inputs["input_ids"][0], len(images)))[None]
+        out = []
+        length = states.shape[1]
+        embed = self.model.get_input_embeddings()
+        with torch.no_grad():
+            for _ in range(tokens):  # without a cache and without positions: 0, 1, 2, ...
+                logits = self.model(inputs_embeds=states, use_cache=False).logits[0, -1]
+                out.append(int(logits.argmax()))
+                states = torch.cat([states, embed(torch.tensor([[out[-1]]]))], 1)
+        return length, out
+
+    def _merged(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """`[1, T, D]` what the decoder receives for the whole prompt."""
+        base = self.model.model
+        decoder = next(getattr(base, name) for name in ("text_model", "language_model") if hasattr(base, name))
+        seen: list[torch.Tensor] = []
+        hook = decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        with torch.no_grad():
+            self.model(**inputs)
+        hook.remove()
+        return seen[0]
+
+    def _runs(self, ids: torch.Tensor, images: int) -> list[list[tuple[int, int]]]:
+        """For each image start and length of its runs of placeholders."""
+        mask = ids == self.model.config.image_token_id
+        edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+        starts = (edges == 1).nonzero()[:, 0].tolist()
+        runs = list(zip(starts, prompts.runs_of(mask), strict=True))
+        # Between images there is a word; between tiles there are only tags.
+        words = set(self.processor.tokenizer.convert_tokens_to_ids([f"word{i}" for i in range(60)]))
+        out: list[list[tuple[int, int]]] = [[]]
+        for number, run in enumerate(runs):
+            before = ids[runs[number - 1][0] : run[0]].tolist() if number else []
+            if words & set(before):
+                out.append([])
+            out[-1].append(run)
+        assert len(out) == images
+        return out
+
+    def _cut(self, states: torch.Tensor, images: list[list[tuple[int, int]]]) -> torch.Tensor:
+        assert self.settings is not None
+        pieces, at = [], 0
+        for runs in images:
+            features = torch.cat([states[start : start + length] for start, length in runs])
+            sizes = [length for _, length in runs]
+            kept = choosing.prune([features], [sizes], self.settings, states.shape[1])[0]
+            for (start, length), part in zip(runs, kept.split(self.settings.counts(sizes)), strict=True):
+                pieces += [states[at:start], part]
+                at = start + length
+        return torch.cat([*pieces, states[at:]])
