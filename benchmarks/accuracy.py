@@ -230,7 +230,7 @@ def main() -> None:
     args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
     jobs = [(None, {}), *itertools.product(args.methods, budgets)]
-    with progress.interruptible(args.out):
+    with progress.script(args.out):
         measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force, args.model)
     print(f"written to {args.out}")
 

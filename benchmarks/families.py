@@ -3,15 +3,18 @@
 
     python -m benchmarks.families            # runs tests/laws, all families and methods
     python -m benchmarks.families -n 2       # other arguments go to pytest
+    python -m benchmarks.families -k llava   # some of the tests; the result says so
 
-A law holds on a family if at least one of its tests ran there and none failed. Tests in which a method refuses a model
-are skipped, and counted as such. `python -m benchmarks.report` turns the result into the README's table.
+Law after law is written as its tests end: an interrupted run goes on with the next one, a finished one is run again.
+Results of another version or choice of tests are overwritten with `--force` only. A law holds on a family if at least
+one of its tests ran there and none failed. Tests in which a method refuses a model are skipped, and counted as such.
+`python -m benchmarks.report` turns the result into the README's table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import platform
 import re
@@ -19,12 +22,16 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vtprune import progress
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "families.json"
+LAWS = tuple(path.stem for path in (ROOT / "tests" / "laws").glob("test_*.py"))
 
 
 def collect(cases: Iterable[tuple[str, str, str]], families: Iterable[str]) -> list[dict[str, Any]]:
@@ -67,36 +74,85 @@ def read_junit(path: Path) -> list[tuple[str, str, str]]:
     return cases
 
 
+def together(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several laws as one row per family."""
+    rows: dict[str, dict[str, Any]] = {}
+    for mine in itertools.chain.from_iterable(parts):
+        row = rows.setdefault(mine["model_type"], {"model_type": mine["model_type"], "laws": {}, "tests": {}})
+        row["laws"] |= mine["laws"]
+        row["tests"] = dict(Counter(row["tests"]) + Counter(mine["tests"]))
+    return [rows[family] for family in sorted(rows)]
+
+
+def tested(law: str, arguments: list[str]) -> list[tuple[str, str, str]]:
+    """Runs the tests of one law in a process of their own; what pytest says is shown if one fails.
+
+    Raises:
+        SystemExit: pytest could not run them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "law.xml"
+        command = [sys.executable, "-m", "pytest", "-q", f"tests/laws/{law}.py", f"--junitxml={report}", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        lines = done.stdout.strip().splitlines()
+        print("\n".join(lines if done.returncode else lines[-1:]), flush=True)
+        if done.returncode not in (0, 1, 5):  # passed, failed, none chosen
+            raise SystemExit(f"pytest ended with exit code {done.returncode} on {law}")
+        return read_junit(report)
+
+
+def run(
+    families: Iterable[str], arguments: list[str], chosen: str | None, out: Path, force: bool = False
+) -> dict[str, Any]:
+    """Runs all laws, or what an interrupted run left of them.
+
+    Raises:
+        StaleResultError: `out` holds results of another version, machine or choice of tests.
+    """
+    data: dict[str, Any] = header(chosen)
+    data |= progress.load(out, data, force)
+    laws = sorted(LAWS, key=lambda law: int(law.split("_")[1]))
+    parts: dict[str, list[dict[str, Any]]] = data.pop("laws", {}) if "left" in data else {}
+    arguments = [*arguments, "-k", chosen] if chosen else arguments
+
+    def write() -> None:
+        if "left" in data:
+            data["laws"] = parts
+        else:
+            data.pop("laws", None)
+        progress.save(out, data)
+
+    for law, cases in progress.each(data, laws, lambda law: tested(law, arguments), "laws", write):
+        parts[law] = collect(cases, families)
+        data["rows"] = together(parts.values())
+    return data
+
+
+def header(chosen: str | None) -> dict[str, Any]:
+    """What results are only comparable under."""
+    machine = f"{os.cpu_count()} {platform.machine()} cores, float32"
+    return {"tests": chosen or "all", "versions": progress.versions(), "machine": machine}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Which laws hold on which family of models.")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--junit", type=Path, help="read this report of a run of the tests instead of running them")
+    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's choice of tests")
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
     args, rest = parser.parse_known_args()
-    import torch
-    import transformers
-
-    import vtprune
-
     sys.path.insert(0, str(ROOT / "tests"))
     from families import FAMILIES
 
-    with tempfile.TemporaryDirectory() as folder:
-        report = args.junit or Path(folder) / "laws.xml"
+    with progress.script(args.out):
         if args.junit is None:
-            command = [sys.executable, "-m", "pytest", "-q", "tests/laws", f"--junitxml={report}", *rest]
-            subprocess.run(command, cwd=ROOT, check=False)
-        rows = collect(read_junit(report), FAMILIES)
-    result = {
-        "rows": rows,
-        "versions": {
-            "vtprune": vtprune.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, float32",
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            run(FAMILIES, rest, args.k, args.out, args.force)
+        else:
+            data = header(args.k)
+            progress.load(args.out, data, args.force)
+            progress.save(args.out, data | {"rows": collect(read_junit(args.junit), FAMILIES)})
     print(f"written to {args.out}")
     return 0
 

@@ -6,35 +6,41 @@
 Runs the kernel tests on the GPU, the times of the kernels, the end-to-end latency of a model of 7 billion random
 parameters (`benchmarks.latency`, with its targets), and the tests marked `gpu`. Logs and results go to DIR, a summary
 to `DIR/gpu_all.json`. The exit status is 1 if a step failed or a target was missed. A step that a machine cannot take
-(no pytest, say) fails with its reason: it is never left out in silence.
+(no pytest, say) fails with its reason: it is never left out in silence. An interrupted run goes on with the step that
+it was at. Nothing stops at older results: DIR is for this run alone, and what other versions left there is overwritten.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# Run as a file, too: then `kernels.py` beside it would hide the Hugging Face package of that name.
+sys.path = [str(ROOT), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "benchmarks")]
+
+from vtprune import progress  # noqa: E402
 
 
 def steps(out: Path, seconds: float) -> list[tuple[str, list[str]]]:
     """Name and arguments of each step, most important first."""
     python = [sys.executable, "-u", "-m"]
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
+    anew = ["--out", str(out), "--force"]
     return [
         ("kernel_tests", [*pytest, "tests/kernel_tests", f"--junitxml={out / 'kernel_tests.xml'}"]),
-        ("kernels", [*python, "benchmarks.kernels", "--device", "cuda", "--seconds", str(seconds), "--out", str(out)]),
-        ("latency", [*python, "benchmarks.latency", "--device", "cuda", "--out", str(out), "--force"]),
+        ("kernels", [*python, "benchmarks.kernels", "--device", "cuda", "--seconds", str(seconds), *anew]),
+        ("latency", [*python, "benchmarks.latency", "--device", "cuda", *anew]),
         ("gpu_tests", [*pytest, "-m", "gpu", "tests", f"--junitxml={out / 'gpu_tests.xml'}"]),
     ]
 
 
-def run(name: str, command: list[str], out: Path, limit: float) -> dict[str, object]:
+def run(name: str, command: list[str], out: Path, limit: float) -> dict[str, Any]:
     """Runs one step with its output in `out/<name>.log`; a step over the time limit counts as failed."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
@@ -51,6 +57,24 @@ def run(name: str, command: list[str], out: Path, limit: float) -> dict[str, obj
     return {"step": name, "exit": code, "seconds": time.perf_counter() - begin, "last": lines[-1] if lines else ""}
 
 
+def go(out: Path, header: dict[str, Any], commands: dict[str, list[str]], limit: float) -> dict[str, Any]:
+    """Runs all steps, or what an interrupted run of the same header left; returns the summary, written after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, end = out / "gpu_all.json", time.perf_counter() + limit
+    try:
+        summary = {**header, "steps": []} | progress.load(path, header)
+    except progress.StaleResultError:
+        summary = {**header, "steps": []}
+
+    def one(name: str) -> dict[str, Any]:
+        return run(name, commands[name], out, max(1.0, end - time.perf_counter()))
+
+    for name, step in progress.each(summary, list(commands), one, "steps", lambda: progress.save(path, summary)):
+        summary["steps"] = [old for old in summary["steps"] if old["step"] != name] + [step]
+        print(f"{name:14} exit {step['exit']}  {step['seconds']:6.1f} s  {step['last']}", flush=True)
+    return summary
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Every check and benchmark that needs a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
@@ -63,14 +87,9 @@ def main() -> int:
         print("gpu_all: PyTorch sees no GPU here; without one, run `pytest` and `python -m benchmarks.kernels`")
         return 1
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.perf_counter() + args.limit
-    summary = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "steps": []}
-    for name, command in steps(out, args.seconds):
-        step = run(name, command, out, max(1.0, end - time.perf_counter()))
-        summary["steps"].append(step)
-        (out / "gpu_all.json").write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"{name:14} exit {step['exit']}  {step['seconds']:6.1f} s  {step['last']}", flush=True)
+    path, header = out / "gpu_all.json", {"device": torch.cuda.get_device_name(), "versions": progress.versions()}
+    with progress.script(path):
+        summary = go(out, header, dict(steps(out, args.seconds)), args.limit)
     # pytest exits with 5 where it finds no test: fine for marked tests alone.
     good = all(step["exit"] == 0 or (step["step"] == "gpu_tests" and step["exit"] == 5) for step in summary["steps"])
     return 0 if good else 1

@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
     args = parser.parse_args()
     settings = [{"layer": k, "duplication": d} for k, d in itertools.product(args.layers, args.duplication)]
-    with progress.interruptible(args.out):
+    with progress.script(args.out):
         sweep(settings, args.questions, args.processes, args.out, args.force)
     print(f"written to {args.out}")
 

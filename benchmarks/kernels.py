@@ -8,13 +8,13 @@ For every operation: its time, the time of its specification and of the plain pu
 the extra memory of both, and how far from the machine's limit it is. The limit is the larger of bytes over the
 bandwidth of a large copy and operations over the rate of a large matrix product, both measured in the same run. It
 counts what the definition needs, so that lazy evaluation can be above 100 %. An operation whose result is not the
-specification's gets no times. No time here comes from another machine or an earlier run.
+specification's gets no times. No time here comes from another machine: every case is written at once, an interrupted
+benchmark goes on where it stopped, and times of another device or version are overwritten with `--force` only.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -31,7 +31,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import vtprune
 from benchmarks.kernel_cases import Case, cases
+from vtprune import progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -124,13 +126,14 @@ def agrees(case: Case, dtype: torch.dtype) -> str:
     return "exact" if worst == 0 else f"{worst:.1e} relative to the largest value"
 
 
+def about(case: Case, dtype: torch.dtype) -> dict[str, str]:
+    """What tells a row from others."""
+    kind = str(dtype).removeprefix("torch.")
+    return {"operation": case.operation, "size": case.size, "data": case.data, "dtype": kind}
+
+
 def measure(case: Case, device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "operation": case.operation,
-        "size": case.size,
-        "data": case.data,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    row: dict[str, Any] = about(case, dtype)
     try:
         row["agrees"] = agrees(case, dtype)
     except AssertionError as error:
@@ -178,38 +181,74 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def benchmark(device: torch.device, dtypes: list[torch.dtype], budget: float = 1.0, **sizes: int) -> dict[str, Any]:
-    """All cases in all dtypes; prints a line for each."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+def header(device: torch.device, budget: float, sizes: dict[str, int]) -> dict[str, Any]:
+    """What times are only comparable under."""
     triton = sys.modules.get("triton")
-    data: dict[str, Any] = {
+    return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
+        "seconds": budget,
+        "sizes": sizes,
         "versions": {
+            "vtprune": vtprune.__version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": triton.__version__ if triton else None,
         },
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "ceilings": {},
-        "rows": [],
     }
-    for dtype in dtypes:
-        limits: dict[str, float] = {}
-        rows = []
-        for case in cases(device, dtype, **sizes):
-            # Again before every case: on a machine that others use, only the best of many is a limit.
-            for name, value in ceilings(device, dtype, budget / 4).items():
-                limits[name] = max(limits.get(name, 0.0), value)
-            rows.append(measure(case, device, dtype, budget))
-        data["ceilings"][str(dtype).removeprefix("torch.")] = limits
-        data["rows"] += [against_limit(row, limits) for row in rows]
-        print(f"{dtype}: {limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.1f} GFLOP/s")
-        for row in data["rows"][-len(rows) :]:
-            print(describe(row), flush=True)
+
+
+def benchmark(
+    device: torch.device,
+    dtypes: list[torch.dtype],
+    budget: float = 1.0,
+    out: Path | None = None,
+    force: bool = False,
+    **sizes: int,
+) -> dict[str, Any]:
+    """All cases in all dtypes that `out` does not hold yet; it is written after each.
+
+    Raises:
+        StaleResultError: `out` holds times of another device, version or size.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    data: dict[str, Any] = header(device, budget, sizes)
+    old = progress.load(out, data, force)
+    data["time"] = old.get("time", datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    data |= {"load": old.get("load", 0.0), "ceilings": old.get("ceilings", {})}
+    data["rows"] = [row for row in old.get("rows", []) if row["agrees"] is not None]  # what differed is tried again
+    done = {_key(row) for row in data["rows"]}
+    each = sum(1 for _ in cases(torch.device("cpu"), torch.float32, rows=8, keep=2, scale=16))
+    with progress.bar("cases", each * len(dtypes), len(done)) as step:
+        for dtype in dtypes:
+            for case in cases(device, dtype, **sizes):
+                if _key(about(case, dtype)) not in done:
+                    add(data, case, device, dtype, budget)
+                    progress.save(out, data)
+                    step(case.operation)
+    for name, limits in data["ceilings"].items():
+        print(f"{name}: {limits['bytes_per_second'] / 1e9:.1f} GB/s, {limits['flops_per_second'] / 1e9:.1f} GFLOP/s")
+        for row in data["rows"]:
+            if row["dtype"] == name:
+                print(describe(row), flush=True)
     return data
+
+
+def add(data: dict[str, Any], case: Case, device: torch.device, dtype: torch.dtype, budget: float) -> None:
+    """Measures a case, and holds every row of its dtype against the highest ceilings seen so far."""
+    name = about(case, dtype)["dtype"]
+    limits = data["ceilings"].setdefault(name, {})
+    # Again before every case: on a machine that others use, only the best of many is a limit.
+    for what, value in ceilings(device, dtype, budget / 4).items():
+        limits[what] = max(limits.get(what, 0.0), value)
+    data["rows"].append(measure(case, device, dtype, budget))
+    data["rows"] = [against_limit(row, limits) if row["dtype"] == name else row for row in data["rows"]]
+    data["load"] = max(data["load"], progress.load_average() or 0.0)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("operation", "size", "data", "dtype"))
 
 
 def main() -> int:
@@ -217,17 +256,21 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on repeating each call")
+    parser.add_argument("--rows", type=int, default=2880, help="tokens chosen from (default: %(default)s)")
+    parser.add_argument("--keep", type=int, default=160, help="tokens kept (default: %(default)s)")
+    parser.add_argument("--scale", type=int, default=1, help="divides widths and heads, to try the command")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite times of another version")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dtypes = [torch.float32, torch.bfloat16] if device.type == "cuda" else [torch.float32]
-    data = benchmark(device, dtypes, args.seconds)
-    name = data["device"].lower().replace(" ", "-") if device.type == "cuda" else "cpu"
-    args.out.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name().lower().replace(" ", "-") if device.type == "cuda" else "cpu"
     path = args.out / f"kernels-{name}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    sizes = {"rows": args.rows, "keep": args.keep, "scale": args.scale}
+    with progress.script(path):
+        data = benchmark(device, dtypes, args.seconds, path, args.force, **sizes)
     wrong = [row["operation"] for row in data["rows"] if row["agrees"] is None]
     print(f"wrote {path}; {len(data['rows']) - len(wrong)} cases agree with their specification, {len(wrong)} do not")
     return 1 if wrong else 0

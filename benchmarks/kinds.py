@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite results of another version")
     args = parser.parse_args()
-    with progress.interruptible(args.out):
+    with progress.script(args.out):
         measure(args.methods, args.ratios, args.questions, args.out, args.force)
     print(f"written to {args.out}")
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vtprune import progress
 from vtprune.bench import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,14 +90,17 @@ def main(argv: list[str] | None = None) -> int:
     command.arguments(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
     if any(text.split("=")[0] == "--model" for text in given):
-        command.run(parser.parse_args(given))
+        args = parser.parse_args(given)
+        with progress.script(args.json):
+            command.run(args)
         return 0
     device = "cuda" if parser.parse_args(given).device == "cuda" else "cpu"
     parser.set_defaults(**(CUDA if device == "cuda" else CPU))
     args = parser.parse_args(given)
     args.out.mkdir(parents=True, exist_ok=True)
     args.json = args.json or str(args.out / f"latency-{'cpu' if device == 'cpu' else 'gpu'}.json")
-    data = command.run(args)
+    with progress.script(args.json):
+        data = command.run(args)
     missed = 0
     for target in targets(data, device):
         missed += not target["met"]

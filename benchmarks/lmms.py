@@ -192,6 +192,26 @@ def header(limit: int, batch: int) -> dict[str, Any]:
     }
 
 
+def measure(methods: Sequence[str], limit: int, batch: int, out: Path, force: bool) -> dict[str, Any]:
+    """Runs what `out` does not hold yet, and returns what it then holds."""
+    data = header(limit, batch)
+    data["rows"] = progress.load(out, data, force).get("rows", [])
+    jobs = [Job(name) for name in ("none", *methods)]
+    jobs += [Job(job.method, 2) for job in jobs if job.method in TWICE]
+    done = {(row["method"], row["processes"]) for row in data["rows"]}
+    left = [job for job in jobs if (job.method, job.processes) not in done]
+
+    def one(job: Job) -> dict[str, Any]:
+        return run(job, limit=limit, batch=batch)
+
+    for job, row in progress.work(left, one, "lmms-eval", done=len(jobs) - len(left)):
+        data["rows"].append(row)
+        progress.save(out, data)
+        scores = ", ".join(f"{task} {cell['accuracy']:.1%}" for task, cell in row["tasks"].items())
+        print(f"{job}: {scores}")
+    return data
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lmms", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--methods", nargs="*", default=METHODS, help="besides the unpruned model")
@@ -201,22 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="overwrite results of other versions or settings")
     args = parser.parse_args(argv)
 
-    data = header(args.limit, args.batch)
-    old = progress.load(args.out, data, force=args.force)
-    data["rows"] = old.get("rows", [])
-    jobs = [Job(name) for name in ("none", *args.methods)]
-    jobs += [Job(job.method, 2) for job in jobs if job.method in TWICE]
-    done = {(row["method"], row["processes"]) for row in data["rows"]}
-    left = [job for job in jobs if (job.method, job.processes) not in done]
-    with progress.interruptible(args.out):
-        work = progress.work(
-            left, lambda job: run(job, limit=args.limit, batch=args.batch), "lmms-eval", done=len(done)
-        )
-        for job, row in work:
-            data["rows"].append(row)
-            progress.save(args.out, data)
-            scores = ", ".join(f"{task} {cell['accuracy']:.1%}" for task, cell in row["tasks"].items())
-            print(f"{job}: {scores}")
+    with progress.script(args.out):
+        data = measure(args.methods, args.limit, args.batch, args.out, args.force)
     if args.out == OUT:
         README.write_text(with_table(README.read_text(encoding="utf-8"), data), encoding="utf-8")
     found = differences(data["rows"])

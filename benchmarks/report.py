@@ -61,7 +61,7 @@ SECTIONS = (
         "fidelity*.json",
         "Quality without labels, and time",
         report_sections.fidelity,
-        "vtprune fidelity",
+        "vtprune fidelity --model MODEL --limit 32 --repeats 1 --max-new-tokens 8 --json FILE",
         report_charts.fidelity,
     ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
@@ -81,7 +81,8 @@ HEAD = """# Results
 
 Rendered by `python -m benchmarks.report` from `benchmarks/results/*.json`, which only benchmarks write. Accuracies and
 fidelities are of the small models inside the package, which know simple scenes only: they compare methods, and say
-nothing about how large models degrade."""
+nothing about how large models degrade. `load`: processes that wanted a core meanwhile, the measuring one included; on a
+machine with other work, times side by side in one run compare better than times of two runs."""
 
 
 def section_of(name: str) -> Section:
@@ -103,7 +104,7 @@ def load(results: Path) -> list[tuple[str, Section, Any]]:
     """`(stem, section, content)` of every result file, in the order of the page.
 
     Raises:
-        ValueError: A file has no renderer, or is no JSON; the message names it.
+        ValueError: A file has no renderer, is no JSON, or is of an interrupted run; the message names it.
     """
     found = []
     for path in sorted(results.glob("*.json")):
@@ -112,6 +113,9 @@ def load(results: Path) -> list[tuple[str, Section, Any]]:
             found.append((path.stem, section, json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as error:
             raise ValueError(f"benchmarks/results/{path.name} is no JSON: {error}") from error
+        if found[-1][2].get("left"):
+            left = ", ".join(found[-1][2]["left"])
+            raise ValueError(f"benchmarks/results/{path.name} is of an interrupted run: {left} are left to do")
     return sorted(found, key=lambda item: SECTIONS.index(item[1]))
 
 

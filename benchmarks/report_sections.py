@@ -30,7 +30,7 @@ def refvlm(data: Data) -> str:
     ]
     text = (
         f"{data['parameters']:,} parameters, unpruned; an answer is right only word for word. `majority` is what the "
-        f"most frequent answer of each kind would reach. (torch {data['torch']}, transformers {data['transformers']})"
+        f"most frequent answer of each kind would reach. {versions(data)}"
     )
     return f"{text}\n\n" + table(("questions", "kind", "right", "of", "majority"), rows)
 

@@ -32,9 +32,12 @@ def estimate(number: dict[str, Any] | None, form: str, scale: float = 1.0) -> st
 
 
 def versions(data: dict[str, Any]) -> str:
-    """Versions and machine in brackets."""
+    """Versions, machine and its load in brackets."""
     names = [f"{name} {version}" for name, version in data.get("versions", {}).items() if version is not None]
-    return f"({', '.join(names)}; {data['machine']})" if "machine" in data else f"({', '.join(names)})"
+    parts = [", ".join(names), *([data["machine"]] if "machine" in data else [])]
+    if data.get("load") is not None:
+        parts.append(f"load up to {data['load']:.1f}")
+    return f"({'; '.join(parts)})"
 
 
 def seconds(number: float | None) -> str:

@@ -5,6 +5,8 @@
 
 Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, 144 tokens of different lengths, float32, 64
 directions, side by side in one run. The reference is the derivative over 256 directions with the slopes in float64.
+Every projector is written at once, an interrupted benchmark goes on where it stopped, and results of another version
+are overwritten with `--force` only.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vtprune
+from vtprune import progress
 from vtprune.sensitivity import (
     difference_sensitivity,
     exact_sensitivity,
@@ -95,23 +99,37 @@ def measure(name: str, runs: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def run(names: list[str], runs: int, out: Path, force: bool = False) -> dict[str, Any]:
+    """Measures the projectors that `out` does not hold yet; it is written after each.
+
+    Raises:
+        StaleResultError: `out` holds results of another version, machine or number of runs.
+    """
+    data: dict[str, Any] = {
+        "directions": DIRECTIONS,
+        "runs": runs,
+        "versions": {"vtprune": vtprune.__version__, "torch": torch.__version__},
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads, float32",
+    }
+    data["rows"] = progress.load(out, data, force).get("rows", [])
+    done = {row["projector"] for row in data["rows"]}
+    left = [name for name in names if name not in done]
+    for _, row in progress.work(left, lambda name: measure(name, runs), "projectors", done=len(names) - len(left)):
+        data["rows"].append(row)
+        progress.save(out, data)
+        print(json.dumps(row), flush=True)
+    return data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="ZOO-Prune's estimators on real projector shapes.")
     parser.add_argument("--projectors", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite results of another version")
     args = parser.parse_args()
-    rows = []
-    for name in args.projectors:
-        rows.append(measure(name, args.runs))
-        print(json.dumps(rows[-1]), flush=True)
-    data = {
-        "directions": DIRECTIONS,
-        "rows": rows,
-        "versions": {"torch": torch.__version__},
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads, float32",
-    }
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with progress.script(args.out):
+        run(args.projectors, args.runs, args.out, args.force)
     print(f"written to {args.out}")
 
 

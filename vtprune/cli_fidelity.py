@@ -90,7 +90,8 @@ def _fidelity(args: argparse.Namespace) -> None:
     data = progress.load(path, header, args.force) or dict(header)
     if "rows" not in data:
         with progress.interruptible(path):
-            data = header | {"rows": _measure(args, model, processor, pairs, methods, data, path)}
+            rows = _measure(args, model, processor, pairs, methods, data, path)
+        data = header | {"load": data.get("load"), "rows": rows}
         progress.save(path, data)
     fidelity_view.print_table(data)
     print(f"table written to {args.json}")
@@ -108,7 +109,7 @@ def _measure(
     data: dict[str, Any],
     path: Path,
 ) -> list[dict[str, Any]]:
-    """Goes through the prompts that `data` does not hold yet; it is written after each."""
+    """Goes through the prompts that `data` does not hold yet; it is written after each, with the largest load seen."""
     from . import progress
     from .fidelity import Way, measure_prompt, summarise
 
@@ -119,6 +120,7 @@ def _measure(
             clock = time.process_time if args.clock == "cpu" else time.perf_counter
             settings = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "clock": clock}
             done.append(json.dumps(measure_prompt(model, prompt, ways, turn=len(done), **settings)))
+            data["load"] = max(filter(None, (data.get("load"), progress.load_average())), default=None)
             progress.save(path, data)
             step(str(prompt.picture))
     return summarise([json.loads(record) for record in done], [name for name, _, _ in pairs], ways)

@@ -39,6 +39,11 @@ def versions() -> dict[str, str]:
     return {"vtprune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute, on average; None where the system does not count them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def load(path: str | Path | None, header: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
     """Reads earlier results that work can go on with.
 
@@ -177,6 +182,49 @@ def work(
             pool.shutdown(cancel_futures=True)
 
 
+def each(
+    data: dict[str, Any],
+    names: Sequence[str],
+    run: Callable[[str], Result],
+    what: str,
+    write: Callable[[], None],
+    *,
+    processes: int = 1,
+) -> Iterator[tuple[str, Result]]:
+    """Does checks by name, again if they were done before, as code changes between two runs of one version.
+
+    Only an interrupted run is gone on with: `data["left"]` holds what is still to be done, and is gone at the end.
+
+    Args:
+        data: What the result file holds; the caller adds each result when it is yielded.
+        names: What shall be done.
+        run: Does one, as in `work`.
+        what: Text of the bar.
+        write: Writes `data`; called after each result.
+        processes: How many at a time.
+    """
+    left = data.get("left", [])
+    todo = [name for name in names if name in left] if left and set(left) <= set(names) else list(names)
+    data["left"] = list(dict.fromkeys([*left, *todo]))
+    for name, result in work(todo, run, what, done=len(names) - len(todo), processes=processes):
+        yield name, result
+        data["left"].remove(name)
+        if not data["left"]:
+            del data["left"]
+        write()
+
+
+@contextmanager
+def script(path: str | Path | None) -> Iterator[None]:
+    """For `main` of a script: as `interruptible`, and a refused result file ends it with one line and exit code 2."""
+    try:
+        with interruptible(path):
+            yield
+    except StaleResultError as error:
+        _say(f"refused: {error}")
+        raise SystemExit(2) from None
+
+
 @contextmanager
 def interruptible(path: str | Path | None) -> Iterator[None]:
     """Ends a script that is interrupted with a word on how to go on, and exit code 130."""
@@ -184,11 +232,11 @@ def interruptible(path: str | Path | None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         where = f"what is done is in {path}; " if path is not None and Path(path).exists() else ""
-        raise SystemExit(_say(f"interrupted: {where}the same command goes on from there")) from None
+        _say(f"interrupted: {where}the same command goes on from there")
+        raise SystemExit(130) from None
 
 
-def _say(text: str) -> int:
+def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-    return 130
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,9 @@
 """`python -m tests.coverage [architecture ...]`: checks every registered architecture and writes what came of it.
 
 Each architecture runs in a process of its own with limits on time and memory, so that one crash does not stop the rest.
-Named architectures are run again and replace their entries in `docs/models.json`.
+Named architectures are run again and replace their entries in `docs/models.json`. Every entry is written at once: an
+interrupted run goes on with the next one, a finished one is run again. Results of another version are overwritten with
+`--force` only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=300, help="seconds for each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for models.json and models.md")
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
     args = parser.parse_args()
 
     warnings.filterwarnings("ignore")
@@ -34,19 +37,21 @@ def main() -> None:
     torch.set_num_threads(1)  # children are forked: no thread may be running
     from tests.coverage import report
     from tests.coverage.run import isolated, registered
+    from vtprune import progress
 
     known = registered()
     unknown = set(args.architectures) - set(known)
     if unknown:
         parser.error(f"not registered: {', '.join(sorted(unknown))}")
-    names = args.architectures or list(known)
-    results = report.load(args.out) if args.architectures else {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for entry in pool.map(lambda name: isolated(name, known[name], args.limit), names):
-            results[entry["architecture"]] = entry
+    with progress.script(args.out / report.FILE):
+        data = report.load(args.out, args.force)
+        examine = partial(isolated, limit=args.limit)
+        names, write = args.architectures or list(known), partial(report.save, args.out, data, list(known))
+        for name, entry in progress.each(data, names, examine, "architectures", write, processes=args.jobs):
+            data["architectures"][name] = entry
             print(report.line(entry), flush=True)
-            report.save(args.out, {name: results[name] for name in known if name in results})
-    print(json.dumps(report.summary(results.values())))
+    print(json.dumps(report.summary(data["architectures"].values())))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from vtprune import progress
 
 _ORDER = ("passes", "refused", "fails", "not fed", "not built")
 _TITLES = {
@@ -19,10 +20,20 @@ _TITLES = {
 }
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """Earlier results by architecture."""
-    path = folder / "models.json"
-    return {e["architecture"]: e for e in json.loads(path.read_text())["architectures"]} if path.exists() else {}
+FILE = "models.json"
+
+
+def load(folder: Path, force: bool = False) -> dict[str, Any]:
+    """Versions and earlier results, these by architecture under `architectures`; none with `force`.
+
+    Raises:
+        StaleResultError: The results are of another version.
+    """
+    versions = progress.versions()
+    header = versions | {"torch": versions["torch"].split("+")[0]}
+    found = progress.load(folder / FILE, header, force)
+    entries = {entry["architecture"]: entry for entry in found.get("architectures", [])}
+    return found | header | {"architectures": entries}
 
 
 def summary(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
@@ -36,20 +47,11 @@ def line(entry: dict[str, Any]) -> str:
     return f"{entry['status']:<9} {entry['architecture']:<24} {entry.get('seconds', 0):>6} s  {entry.get('reason', '')}"
 
 
-def save(folder: Path, results: dict[str, Any]) -> None:
-    """Writes both files."""
-    import torch
-    import transformers
-
-    folder.mkdir(exist_ok=True)
-    entries = list(results.values())
-    whole = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__.split("+")[0],
-        "summary": summary(entries),
-        "architectures": entries,
-    }
-    (folder / "models.json").write_text(json.dumps(whole, indent=1) + "\n")
+def save(folder: Path, data: dict[str, Any], order: list[str]) -> None:
+    """Writes both files, with the architectures in `order`."""
+    entries = [data["architectures"][name] for name in order if name in data["architectures"]]
+    whole = data | {"summary": summary(entries), "architectures": entries}
+    progress.save(folder / FILE, whole)
     (folder / "models.md").write_text(render(whole))
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
 from typing import Any
 
@@ -142,12 +143,14 @@ def _all(subject: checks.Subject, method: Any, chosen: dict[str, Any] = checks.C
     return row
 
 
-def isolated(architecture: str, class_name: str, limit: int) -> dict[str, Any]:
-    """`examine` in a forked process."""
+def isolated(architecture: str, limit: int) -> dict[str, Any]:
+    """`examine` in a forked process, which an interrupt ends."""
+    class_name = registered()[architecture]
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a bar may have put itself there, with its lock
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(limit)
@@ -160,9 +163,14 @@ def isolated(architecture: str, class_name: str, limit: int) -> dict[str, Any]:
             json.dump(entry, out)
         os._exit(0)
     os.close(write)
-    with os.fdopen(read) as source:
-        text = source.read()
-    status = os.waitpid(child, 0)[1]
+    try:
+        with os.fdopen(read) as source:
+            text = source.read()
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        status = os.waitpid(child, 0)[1]
     if text:
         return json.loads(text)
     what = (

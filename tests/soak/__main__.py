@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.soak --out FILE`: what holds for a while holds for long. Writes what it did, and what failed.
 
-Runs part by part and goes on after a part that fails; the exit status is 1 then. The file is written after every part.
+Runs part by part and goes on after a part that fails; the exit status is 1 then. The file is written after every part:
+an interrupted run goes on with the next one, a finished one is run again. Results of another version, or of other
+numbers of cases, are overwritten with `--force` only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,49 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from vtprune import progress
+
 from . import parts
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One part: whether it passed, what it went through, and how long it took."""
+    import torch
+
+    started, spent = time.perf_counter(), time.process_time()
+    row: dict[str, Any] = {"passed": True}
+    try:
+        with torch.no_grad():
+            row |= parts.PARTS[name](args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        row |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    row["cpu_seconds"] = round(time.process_time() - spent, 1)
+    return row
+
+
+def soak(args: argparse.Namespace) -> dict[str, Any]:
+    """Goes through the parts, or what an interrupted run left of them; the file is written after each.
+
+    Raises:
+        StaleResultError: The file holds results of another version, machine, or number of cases.
+    """
+    data: dict[str, Any] = {
+        "seed": args.seed,
+        "cases": args.cases,
+        "generations": args.generations,
+        "versions": progress.versions(),
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, one used",
+    }
+    data |= {"parts": {}} | progress.load(args.out, data, args.force)
+    work = progress.each(data, args.only, lambda name: run(name, args), "parts", lambda: progress.save(args.out, data))
+    for name, row in work:
+        data["parts"][name] = row
+        print(f"{name}: {json.dumps(row)}", flush=True)
+    return data
 
 
 def main() -> int:
@@ -26,42 +70,14 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000, help="prompts")
     parser.add_argument("--generations", type=int, default=1000, help="while memory is watched")
     parser.add_argument("--only", nargs="+", choices=list(parts.PARTS), default=list(parts.PARTS))
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
     args = parser.parse_args()
     import torch
-    import transformers
-
-    import vtprune
 
     torch.set_num_threads(1)
-    known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() and len(args.only) == 1 else {}
-    result: dict[str, Any] = {
-        "parts": known.get("parts", {}),
-        "seed": args.seed,
-        "versions": {
-            "vtprune": vtprune.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, one used",
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.only:
-        started, spent = time.perf_counter(), time.process_time()
-        row: dict[str, Any] = {"passed": True}
-        try:
-            with torch.no_grad():
-                row |= parts.PARTS[name](args)
-        except BaseException as error:
-            traceback.print_exc()
-            row |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
-            if isinstance(error, KeyboardInterrupt):
-                raise
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        row["cpu_seconds"] = round(time.process_time() - spent, 1)
-        result["parts"][name] = row
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {json.dumps(row)}", flush=True)
-    return 0 if all(row["passed"] for row in result["parts"].values()) else 1
+    with progress.script(args.out):
+        data = soak(args)
+    return 0 if all(row["passed"] for row in data["parts"].values()) else 1
 
 
 if __name__ == "__main__":

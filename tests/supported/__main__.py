@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.supported [word ...]`: tries every feature and writes `docs/support.json` and `docs/support.md`.
 
-Rows whose name contains one of the words are tried again and replace their entries.
+Rows whose name contains one of the words are tried again and replace their entries. Every row is written at once: an
+interrupted run goes on with the next one, a finished one is tried again. Rows of other versions are overwritten with
+`--force` only.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,17 +22,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.supported", description=__doc__)
     parser.add_argument("words", nargs="*", help="parts of names of rows (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of support.json and support.md")
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite rows of other versions")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     from tests.supported import rows, table
+    from vtprune import progress
 
-    known = {e["feature"]: e for e in table.load(args.out)["rows"]} if args.words else {}
-    for entry in rows.ROWS.values():
-        if not args.words or any(word.lower() in entry.name.lower() for word in args.words):
-            known[entry.name] = table.run(entry)
-            print(f"{known[entry.name]['outcome']:<16} {entry.name:<48} {known[entry.name]['reason']}", flush=True)
-    table.save(args.out, [known[name] for name in rows.ROWS if name in known])
-    sys.exit(any(e["outcome"] == "fails" for e in known.values()))
+    names = [name for name in rows.ROWS if not args.words or any(w.lower() in name.lower() for w in args.words)]
+    with progress.script(args.out / table.FILE):
+        data = table.load(args.out, args.force)
+        run, write = (lambda name: table.run(rows.ROWS[name])), partial(table.save, args.out, data)
+        for name, entry in progress.each(data, names, run, "features", write):
+            data["rows"][name] = entry
+            print(f"{entry['outcome']:<16} {name:<48} {entry['reason']}", flush=True)
+    sys.exit(any(entry["outcome"] == "fails" for entry in data["rows"].values()))
 
 
-main()
+if __name__ == "__main__":
+    main()

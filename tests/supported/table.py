@@ -8,7 +8,6 @@ torch's) own sentence, by `refused`, if it is refused.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vtprune
+from vtprune import progress
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,26 @@ def run(entry: Row) -> dict[str, str]:
     return out if reason is None else out | {"outcome": "refused", "reason": reason}
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The table as it was written last."""
-    return json.loads((folder / "support.json").read_text())
+FILE = "support.json"
 
 
-def save(folder: Path, entries: list[dict[str, str]]) -> None:
-    """Writes `support.json` and `support.md`."""
-    import transformers
+def load(folder: Path, force: bool = False) -> dict[str, Any]:
+    """Versions and the rows as they were written last, these by feature; no row with `force`.
 
+    Raises:
+        StaleResultError: They are of other versions.
+    """
     packages = {name: _version(name) for name in sorted({n for r in ROWS.values() for n in r.needs})}
-    whole = {
-        "transformers": transformers.__version__,
-        "torch": torch.__version__.split("+")[0],
-        **{name: version for name, version in packages.items() if version},
-        "rows": entries,
-    }
-    (folder / "support.json").write_text(json.dumps(whole, indent=1) + "\n")
+    versions = progress.versions()
+    header = versions | {"torch": versions["torch"].split("+")[0], **{n: v for n, v in packages.items() if v}}
+    found = progress.load(folder / FILE, header, force)
+    return found | header | {"rows": {entry["feature"]: entry for entry in found.get("rows", [])}}
+
+
+def save(folder: Path, data: dict[str, Any]) -> None:
+    """Writes `support.json` and `support.md`."""
+    whole = data | {"rows": [data["rows"][name] for name in ROWS if name in data["rows"]]}
+    progress.save(folder / FILE, whole)
     (folder / "support.md").write_text(render(whole))
 
 
@@ -121,7 +122,7 @@ def _version(name: str) -> str:
 
 def render(whole: dict[str, Any]) -> str:
     """The table in Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in whole.items() if name != "rows")
+    versions = ", ".join(f"{name} {version}" for name, version in whole.items() if name not in ("left", "rows"))
     text = [
         "# Support",
         "",

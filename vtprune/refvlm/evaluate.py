@@ -3,14 +3,15 @@
 
 Every answer is generated greedily with `model.generate` from what the processor makes of picture and prompt, and is
 right only if it equals the reference word for word. The functions are reused by `benchmarks/` for pruned models.
+
+Answers are written as they come: an interrupted evaluation goes on where it stopped, and a result of another model or
+version is overwritten with `--force` only.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from .. import progress
 from ..intervals import wilson
 from . import MODELS, easy_vqa, load, prompt, scenes
 
@@ -118,6 +120,72 @@ def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
+def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int) -> dict[str, Any]:
+    """What results are only comparable under."""
+    return {
+        "model": name,
+        "weights_sha256": hashlib.sha256((MODELS[name] / "model.safetensors").read_bytes()).hexdigest(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "image_processor": type(processor.image_processor).__name__,
+        "asked": {"scenes": n_scenes, "questions_per_scene": questions},
+        "versions": progress.versions(),
+    }
+
+
+def measure(
+    name: str, n_scenes: int, questions: int, easy: bool, batch: int, out: Path | None, force: bool = False
+) -> dict[str, Any]:
+    """Asks what `out` does not hold yet; answers are written batch by batch until a set of questions is through.
+
+    Args:
+        name: Which of the reference models.
+        n_scenes, questions: Held-out scenes, and questions on each; no scenes for 0.
+        easy: Also the easy-VQA test split.
+        batch: Prompts at a time.
+        out: The result file, or None.
+        force: Begin anew, whatever the file holds.
+
+    Returns:
+        dict: What the file then holds.
+
+    Raises:
+        StaleResultError: `out` holds results of another model, other weights, versions or scenes.
+    """
+    model, processor = load(name=name)
+    data: dict[str, Any] = header(name, model, processor, n_scenes, questions)
+    data |= progress.load(out, data, force)
+    sets = {"scenes": list(held_out_scenes(n_scenes, questions))} if n_scenes else {}
+    if easy:
+        sets["easy_vqa_test"] = list(easy_vqa_test())
+    for kind, samples in sets.items():
+        if kind in data:
+            continue
+        given: list[str] = data.setdefault("answers", {}).setdefault(kind, [])
+        parts = [samples[start : start + batch] for start in range(len(given), len(samples), batch)]
+
+        def one(part: list[Sample]) -> list[str]:
+            return answer(model, processor, part, batch)
+
+        before = -(-len(given) // batch)
+        for _, answers in progress.work(parts, one, f"batches of {kind}", done=before, name=lambda part: part[0].kind):
+            given += answers
+            progress.save(out, data)
+        data[kind] = tally(samples, given)
+        del data["answers"][kind]
+    data.pop("answers", None)
+    progress.save(out, data)
+    return data
+
+
+def _show(data: dict[str, Any]) -> None:
+    for name in ("scenes", "easy_vqa_test"):
+        for kind, row in data.get(name, {}).items():
+            low, high = row["interval"]
+            share = f"{row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}"
+            tail = f"95 % interval {low:.1%} to {high:.1%}  majority guess {row['majority']:.1%}"
+            print(f"{name:13} {kind:9} {share}  {tail}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=list(MODELS), default="llava")
@@ -126,35 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--easy-vqa", action="store_true", help="also the easy-VQA test split")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--force", action="store_true", help="ask anew, and overwrite results of another version")
     args = parser.parse_args(argv)
-
-    import transformers
-
-    model, processor = load(name=args.model)
-    result: dict[str, Any] = {
-        "model": args.model,
-        "weights_sha256": hashlib.sha256((MODELS[args.model] / "model.safetensors").read_bytes()).hexdigest(),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "image_processor": type(processor.image_processor).__name__,
-    }
-    sets = {}
-    if args.scenes:
-        sets["scenes"] = list(held_out_scenes(args.scenes, args.questions))
-    if args.easy_vqa:
-        sets["easy_vqa_test"] = list(easy_vqa_test())
-    for name, samples in sets.items():
-        began = time.perf_counter()
-        result[name] = tally(samples, answer(model, processor, samples, args.batch))
-        print(f"{name}: {time.perf_counter() - began:.0f} s")
-        for kind, row in result[name].items():
-            low, high = row["interval"]
-            share = f"{row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}"
-            print(f"  {kind:9} {share}  95 % interval {low:.1%} to {high:.1%}  majority guess {row['majority']:.1%}")
+    with progress.script(args.out):
+        data = measure(args.model, args.scenes, args.questions, args.easy_vqa, args.batch, args.out, args.force)
+    _show(data)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written to {args.out}")
 
 

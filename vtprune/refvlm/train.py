@@ -14,6 +14,9 @@ Visual tokens are never dropped in training: this is an ordinary model, on which
 
 The first model starts from nothing. The second one (`qwen2_5_vl`) starts from the decoder of the first, so that its new
 vision side learns to speak to a decoder that knows the words already, and phase 2 is shorter.
+
+Weights so far and a checkpoint are written to `--out` every `--every` steps: an interrupted run goes on from there, and
+a run of other settings or versions is overwritten with `--force` only. Nothing is written into the package.
 """
 
 from __future__ import annotations
@@ -25,13 +28,22 @@ import os
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .. import progress
 from . import MODELS, checkpoint, data, load, model, scenes
 from .learner import BLIND_SHARE, Learner, score
+
+RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
+# What a run may not change when it goes on: the data drawn, and how fast is learned.
+SETTINGS = (
+    "model", "seed", "look", "answer", "joint", "batch", "lr", "patch_weight", "captions", "pool", "fresh", "workers",
+    "average", "bf16",
+)  # fmt: skip
 
 
 def validation(count: int) -> list[data.Batch]:
@@ -113,14 +125,22 @@ def save_weights(learner: Learner, folder: Path) -> None:
     os.chmod(folder / "model.safetensors", 0o644)
 
 
+def learner_class(name: str) -> type[Learner]:
+    """What trains the model `name`."""
+    if name == "llava":
+        return Learner
+    from .qwen_learner import QwenLearner
+
+    return QwenLearner
+
+
 def untrained(name: str, seed: int) -> Learner:
     """The learner of the model `name` before its first step."""
     if name == "llava":
         return Learner(model.build(seed))
     from . import qwen
-    from .qwen_learner import QwenLearner
 
-    return QwenLearner(qwen.build(seed, model.VOCABULARY, load()[0]))
+    return learner_class(name)(qwen.build(seed, model.VOCABULARY, load()[0]))
 
 
 def work(worker: int, args: argparse.Namespace) -> None:
@@ -132,13 +152,10 @@ def work(worker: int, args: argparse.Namespace) -> None:
         store = f"file://{args.out.resolve()}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=store, rank=worker, world_size=args.workers)
     learner = untrained(args.model, args.seed)
-    for name, usual in (("look", learner.LOOK), ("answer", learner.ANSWER), ("lr", learner.RATE)):
-        if getattr(args, name) is None:
-            setattr(args, name, usual)
     torch.manual_seed(args.seed)
     learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
     learner.to(device)
-    file, step = args.out / "checkpoint.safetensors", 0
+    file, step = args.out / CHECKPOINT, 0
     if file.exists():
         state, states, step = checkpoint.load(file, device)
         learner.load_state_dict(state)
@@ -160,61 +177,80 @@ def work(worker: int, args: argparse.Namespace) -> None:
     weights = sum(weight.numel() for weight in learner.vlm.parameters())
     say(f"{weights:,} weights, pool of {args.pool * args.workers} scenes drawn")
     losses: list[float] = []
-    while step < total:
-        looking = step < args.look
-        if step == args.look:
-            optims = optimizers(learner, looking)
-        factor = rate(step, 0, args.look) if looking else rate(step, args.look, total)
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = args.lr * factor * group["scale"]
-        captions = args.captions if step < args.look + args.answer // 2 else args.captions / 3
-        pictures = args.batch // args.workers * (2 if looking else 1)
-        batch = pool.batch(step, pictures, pictures // 8, captions, learner.SIZES).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            with torch.set_grad_enabled(looking or step >= total - args.joint):
-                patches, loss, hits = learner.look(batch)
-            if not looking:
-                answers, predicted = learner.answer(batch, patches, BLIND_SHARE)
-                loss = answers + args.patch_weight * loss
-                losses.append(answers.item())
-            else:
-                losses.append(loss.item())
-        loss.backward()
-        if looking:
-            share([weight.grad for weight in learner.parameters() if weight.grad is not None], args.workers)
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
-        step += 1
-        if not looking and (step % args.average == 0 or step % args.every == 0 or step == total):
-            # Workers that wait for each other at every step lose half their time on a busy machine.
-            share([weight.data for weight in learner.parameters()], args.workers)
-        if step % 25 == 0:
-            tally = Counter() if looking else score(batch, predicted)
-            right = sum(number for (_, what), number in tally.items() if what == "right")
-            tail = "" if looking else f" right {right / sum(map(len, batch.asked)):.3f}"
-            shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
-            say(f"step {step}/{total} loss {sum(losses) / len(losses):.4f}{tail} | {shown}")
-            losses.clear()
-        if step % args.every == 0 or step == total or step == args.look:
-            if worker == 0:
-                say(f"step {step} " + validate(learner, held_out, device))
-                checkpoint.save(file, learner, optims, step)
-                save_weights(learner, args.out / "weights")
-            if args.workers > 1:
-                torch.distributed.barrier()
+    with progress.bar("steps", total, step) if worker == 0 else nullcontext(lambda now: None) as tick:
+        while step < total:
+            looking = step < args.look
+            if step == args.look:
+                optims = optimizers(learner, looking)
+            factor = rate(step, 0, args.look) if looking else rate(step, args.look, total)
+            for optim in optims:
+                for group in optim.param_groups:
+                    group["lr"] = args.lr * factor * group["scale"]
+            captions = args.captions if step < args.look + args.answer // 2 else args.captions / 3
+            pictures = args.batch // args.workers * (2 if looking else 1)
+            batch = pool.batch(step, pictures, pictures // 8, captions, learner.SIZES).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                with torch.set_grad_enabled(looking or step >= total - args.joint):
+                    patches, loss, hits = learner.look(batch)
+                if not looking:
+                    answers, predicted = learner.answer(batch, patches, BLIND_SHARE)
+                    loss = answers + args.patch_weight * loss
+                    losses.append(answers.item())
+                else:
+                    losses.append(loss.item())
+            loss.backward()
+            if looking:
+                share([weight.grad for weight in learner.parameters() if weight.grad is not None], args.workers)
+            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            for optim in optims:
+                optim.step()
+                optim.zero_grad()
+            step += 1
+            tick("look" if looking else "answer")
+            if not looking and (step % args.average == 0 or step % args.every == 0 or step == total):
+                # Workers that wait for each other at every step lose half their time on a busy machine.
+                share([weight.data for weight in learner.parameters()], args.workers)
+            if step % 25 == 0:
+                tally = Counter() if looking else score(batch, predicted)
+                right = sum(number for (_, what), number in tally.items() if what == "right")
+                tail = "" if looking else f" right {right / sum(map(len, batch.asked)):.3f}"
+                shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
+                say(f"step {step}/{total} loss {sum(losses) / len(losses):.4f}{tail} | {shown}")
+                losses.clear()
+            if step % args.every == 0 or step == total or step == args.look:
+                if worker == 0:
+                    say(f"step {step} " + validate(learner, held_out, device))
+                    checkpoint.save(file, learner, optims, step)
+                    save_weights(learner, args.out / "weights")
+                if args.workers > 1:
+                    torch.distributed.barrier()
     if worker == 0:
-        save_weights(learner, args.weights)
-        say(f"weights written to {args.weights}")
+        say(f"weights written to {args.out / 'weights'}")
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Makes the folder of a run, or finds it as an interrupted run of the same settings left it.
+
+    Raises:
+        StaleResultError: It holds a run of other settings or versions.
+    """
+    file, checkpoint_file = args.out / RUN, args.out / CHECKPOINT
+    header = {"settings": {name: getattr(args, name) for name in SETTINGS}, "versions": progress.versions()}
+    if args.force or not file.exists() and not checkpoint_file.exists():
+        checkpoint_file.unlink(missing_ok=True)
+        progress.save(file, header)
+    elif not file.exists():
+        raise progress.StaleResultError(
+            f"{checkpoint_file} is of an unknown run; use another folder, or --force to overwrite it"
+        )
+    progress.load(file, header)
+    (args.out / "rendezvous").unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vtprune.refvlm.train", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=list(MODELS), default="llava")
     parser.add_argument("--out", type=Path, help="log, checkpoint and weights so far (out/MODEL)")
-    parser.add_argument("--weights", type=Path, help="where the final weights go (into the package)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--look", type=int, help="steps of phase 1 (700; qwen2_5_vl: 600)")
     parser.add_argument("--answer", type=int, help="steps of phase 2 (1200; qwen2_5_vl: 400)")
@@ -232,15 +268,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite a run of other settings")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out") / args.model
-    args.weights = args.weights or MODELS[args.model]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "rendezvous").unlink(missing_ok=True)
-    if args.workers == 1:
-        work(0, args)
-    else:
-        torch.multiprocessing.start_processes(work, (args,), nprocs=args.workers, start_method="spawn")
+    usual = learner_class(args.model)
+    for name, value in (("look", usual.LOOK), ("answer", usual.ANSWER), ("lr", usual.RATE)):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    with progress.script(args.out / CHECKPOINT):
+        begin(args)
+        if args.workers == 1:
+            work(0, args)
+        else:  # daemons: none of them trains on when this process is interrupted
+            processes = torch.multiprocessing.start_processes
+            processes(work, (args,), nprocs=args.workers, start_method="spawn", daemon=True)
 
 
 if __name__ == "__main__":
