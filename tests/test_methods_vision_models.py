@@ -74,7 +74,7 @@ def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
 
 def _groups(tokens: Tokens, rest: Tensor, targets: Tensor) -> list[tuple[int, Tensor]]:
     """The patches that belong to each target, found patch by patch from the keys of the layer."""
-    layer, args, kwargs, _ = tokens.observed["vision.layer"][0]
+    layer, args, kwargs, *_ = tokens.observed["vision.layer"][0]
     hidden = layer.layer_norm1(args[0] if args else kwargs["hidden_states"])
     keys = layer.self_attn.k_proj(hidden)[0, 1:].unflatten(1, (layer.self_attn.num_heads, -1)).mean(1)
     members: dict[int, list[int]] = {int(t): [] for t in targets}
@@ -104,7 +104,7 @@ def test_prumerge_sends_merged_features_through_the_projector() -> None:
     assert choice.keep.nonzero()[:, 0].tolist() == sorted([*best.tolist(), extra])
     rest = (attention[left, None] * features[left]).sum(0)
     torch.testing.assert_close(choice.hidden[extra], projector(rest), rtol=1e-4, atol=1e-5)
-    layer, args, kwargs, _ = tokens.observed["vision.layer"][0]
+    layer, args, kwargs, *_ = tokens.observed["vision.layer"][0]
     keys = layer.self_attn.k_proj(layer.layer_norm1(args[0] if args else kwargs["hidden_states"]))[0, 1:]
     for row in best.tolist():
         similar = torch.cosine_similarity(keys[row], keys, dim=1)

@@ -233,8 +233,9 @@ def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]
 
 
 def _ends_in(module: nn.Module, width: int) -> bool:
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return bool(linears) and any(linear.out_features == width for linear in linears[-2:])
+    # Serving engines put linear layers of their own in place of nn.Linear.
+    widths = [w for m in module.modules() if (w := getattr(m, "out_features", getattr(m, "output_size", None)))]
+    return width in widths[-2:]
 
 
 def _find_projector(composite: nn.Module, decoder: nn.Module, tower: nn.Module) -> nn.Module | None:

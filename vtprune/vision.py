@@ -244,8 +244,8 @@ class Vision:
             MethodError: There is no class token, or the projector reads something else.
         """
         states = []
-        for (_, _, _, output), (x, _, _) in zip(self.tokens.observed.get(LAYER, []), self.calls(), strict=True):
-            output = output[0] if isinstance(output, tuple) else output
+        for call, (x, _, _) in zip(self.tokens.observed.get(LAYER, []), self.calls(), strict=True):
+            output = call.output[0] if isinstance(call.output, tuple) else call.output
             if not (
                 has_class_token(self.anatomy) and output.shape[1] > x.shape[1] and output[:, -x.shape[1] :].equal(x)
             ):

@@ -7,8 +7,9 @@ import functools
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from vtprune_kernels import received_attention
 
 from .errors import MethodError
 from .methods.base import Tap
-from .observe import probe
+from .observe import Probed, probe
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -73,6 +74,22 @@ def layer_number(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> i
     return number
 
 
+class LayerCall(NamedTuple):
+    """One call of a vision layer.
+
+    Attributes:
+        layer, args, kwargs: What was called with what.
+        output: What it returned, where that is kept.
+        probe: Runs the layer up to its attention, as `observe.probe` does for the layers of transformers.
+    """
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any = None
+    probe: Callable[..., Probed] = probe
+
+
 def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_output: bool = False) -> Tap:
     """Tap on one vision layer; its input is kept, queries and keys are computed when they are asked for.
 
@@ -82,7 +99,9 @@ def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_ou
         keep_output: Keep what the layer returned too, for `Vision.class_states`.
     """
     layer = vision_layers(anatomy)[layer_number(anatomy, which)]
-    return Tap(LAYER, layer, lambda args, kwargs, output: (layer, args, kwargs, output if keep_output else None))
+    return Tap(
+        LAYER, layer, lambda args, kwargs, output: LayerCall(layer, args, kwargs, output if keep_output else None)
+    )
 
 
 @dataclass
@@ -140,7 +159,7 @@ def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
     return None if valid.all() else valid
 
 
-def read_attention(record: tuple, rows: int, packed: bool, rope: bool) -> Attention:
+def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> Attention:
     """Probes the layer of a record of `layer_tap`.
 
     Args:
@@ -149,9 +168,8 @@ def read_attention(record: tuple, rows: int, packed: bool, rope: bool) -> Attent
         packed: Whether the tower works on one packed sequence.
         rope: False for queries and keys before rotation.
     """
-    layer, args, kwargs, _ = record
-    signature = inspect.signature(layer.forward)
-    named = dict(signature.bind(*args, **kwargs).arguments)
+    signature = inspect.signature(record.layer.forward)
+    named = dict(signature.bind(*record.args, **record.kwargs).arguments)
     hidden = named.pop(next(iter(named)))
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -162,7 +180,7 @@ def read_attention(record: tuple, rows: int, packed: bool, rope: bool) -> Attent
         named["cu_seqlens"] = segments.new_tensor([0, total])
         if named.get("max_seqlen") is not None:
             named["max_seqlen"] = total
-    read = probe(layer, (hidden,), named, rope or named.get("position_embeddings") is None)
+    read = record.probe(record.layer, (hidden,), named, rope or named.get("position_embeddings") is None)
     batch, _, length, _ = read.query.shape
     block = math.isqrt(length // max(rows, 1))
     prefix = 0 if packed else length - block * block * rows

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vtprune.integrations.vllm import choosing, prompts
+from vtprune.integrations.vllm import choosing, prompts, readers
 from vtprune.integrations.vllm.settings import Settings
 
 
@@ -22,14 +22,19 @@ class Reference:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.settings = settings
+        method = None if settings is None else settings.method
+        # The reader of vLLM's Transformers back end reads transformers' own modules, and this is one.
+        self.reader = readers.Reader() if method is None else readers.make(self.model, False, method)
 
     def answer(self, text: str, images: list[Image.Image], tokens: int) -> tuple[int, list[int]]:
         """Length of the pruned prompt, and the tokens after it."""
         inputs = self.processor(images=images or None, text=text, return_tensors="pt")
         inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-        states = self._merged(inputs)
+        with self.reader.watch() as seen:
+            states = self._merged(inputs)
+        extra = self.reader.extra(seen)
         if self.settings is not None and images:
-            states = self._cut(states[0], self._runs(inputs["input_ids"][0], len(images)))[None]
+            states = self._cut(states[0], self._runs(inputs["input_ids"][0], len(images)), extra)[None]
         out = []
         length = states.shape[1]
         embed = self.model.get_input_embeddings()
@@ -70,13 +75,13 @@ class Reference:
         assert len(out) == images
         return out
 
-    def _cut(self, states: torch.Tensor, images: list[list[tuple[int, int]]]) -> torch.Tensor:
+    def _cut(self, states: torch.Tensor, images: list[list[tuple[int, int]]], extra: dict) -> torch.Tensor:
         assert self.settings is not None
         pieces, at = [], 0
         for runs in images:
             features = torch.cat([states[start : start + length] for start, length in runs])
             sizes = [length for _, length in runs]
-            kept = choosing.prune([features], [sizes], self.settings, states.shape[1])[0]
+            kept = choosing.prune([features], [sizes], self.settings, states.shape[1], extra=extra)[0]
             for (start, length), part in zip(runs, kept.split(self.settings.counts(sizes)), strict=True):
                 pieces += [states[at:start], part]
                 at = start + length

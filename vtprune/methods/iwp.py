@@ -17,6 +17,7 @@ from ..mmr import MMR, Candidates
 from ..selection import rank_in_segment
 from .base import Choice, Method, Stage, Tokens
 from .options import check_choices
+from .query_free import query_free_magnitude
 from .registry import register
 
 logger = logging.getLogger("vtprune")
@@ -44,7 +45,8 @@ class IWP(Method):
         chunk: Most tokens chosen between two updates; 1 is the exact greedy choice.
         growth: Tokens chosen in a round as a share of those already chosen.
         pool_factor: Candidates per token to choose in a round, among which the choice is exact.
-        query: All text after the last visual token, or the last token alone (also where there is no such text).
+        query: All text after the last visual token; the last token alone (also where there is no such text); or
+            `"none"`, each update's own size, for cuts that are made before the question is known.
         relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token outweighs all.
         reduce: How heads and query rows are joined: mean, root mean square or maximum.
         normalise: Softmax over all keys that the query sees, or over the visual ones.
@@ -63,7 +65,7 @@ class IWP(Method):
     chunk: int = 16
     growth: float = 0.25
     pool_factor: int = 4
-    query: Literal["instruction_mean", "last"] = "instruction_mean"
+    query: Literal["instruction_mean", "last", "none"] = "instruction_mean"
     relevance: Literal["linear", "log", "rank"] = "linear"
     reduce: Literal["mean", "rms", "max"] = "mean"
     normalise: Literal["visible", "visual"] = "visible"
@@ -94,6 +96,11 @@ class IWP(Method):
 
     def candidates(self, tokens: Tokens) -> Candidates:
         """Reads queries, keys and values of the layer, and measures every visual token's update."""
+        if self.query == "none":
+            read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # its queries are not used
+            keys, values = read.keys[read.visual], read.values[read.visual]
+            magnitude = query_free_magnitude(keys, values, tokens.segments, read.scaling, self.reduce)
+            return Candidates(self.scale(magnitude, tokens), keys, values, read.scaling, tokens.segments)
         read = tokens.attention_inputs(rope=self.rope_in_magnitude, queries="last" if self.query == "last" else "text")
         places = (read.query_segments, read.key_segments, read.query_order, read.visual, read.scaling)
         settings = (self.reduce, self.normalise, read.softcap)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from . import prompts, support
 from .serving import Pruner
-from .settings import KEY, Settings, parse
+from .settings import KEY, ServingError, Settings, parse
 
 _ATTRIBUTE = "_vtprune_config"  # of a ModelConfig: what stands under "vtprune"
 _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
@@ -48,6 +49,23 @@ def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
     setattr(cls, name, wrapper)
 
 
+def _end_in_one_line() -> None:
+    """A refusal that ends a program is its one line on standard error; other errors keep their tracebacks."""
+    original = sys.excepthook
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if isinstance(error, ServingError):
+            sys.stderr.write(f"{error}\n")
+        else:
+            original(kind, error, trace)
+
+    setattr(hook, _MARK, original)
+    sys.excepthook = hook
+
+
 def settings_of(model_config: Any) -> Settings | None:
     """What a model's config says, parsed; None for models that are served unpruned."""
     config = getattr(model_config, _ATTRIBUTE, None)
@@ -57,6 +75,7 @@ def settings_of(model_config: Any) -> Settings | None:
 def _after_config(result: Any, config: Any) -> Any:
     extra = config.additional_config
     if isinstance(extra, dict) and KEY in extra and config.model_config is not None:
+        _end_in_one_line()
         support.check_config(config, parse(extra[KEY]))
         object.__setattr__(config.model_config, _ATTRIBUTE, extra[KEY])
     return result

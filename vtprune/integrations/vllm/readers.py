@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method reads besides the features, taken from vLLM's own modules."""
+"""What a method reads besides the features, taken from vLLM's own modules or from those of its Transformers back end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
+from ... import anatomy
+from ...anatomy import Anatomy
 from ...methods import Method
+from ...methods.base import Tap
+from ...vision_attention import LAYER, LayerCall, vision_layers
+from . import probes
+from .settings import ServingError
 
 
 class Reader:
@@ -20,13 +26,109 @@ class Reader:
         """Records of what runs inside, by name."""
         yield {}
 
-    def extra(
-        self, seen: dict[str, list], features: list[Tensor], runs: list[list[int]], inputs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Further fields of `Tokens`."""
+    def extra(self, seen: dict[str, list]) -> dict[str, Any]:
+        """Further fields of `Tokens`, from the records of a call."""
         return {}
 
 
-def make(model: Any, config: Any, method: Method) -> Reader:
-    """The reader that a method needs on a model."""
+class VisionReader(Reader):
+    """Records the projector's calls, and those of the vision layer before it.
+
+    Args:
+        model: A vLLM model.
+        method: Whose taps are set.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self.anatomy = parts(model)
+        self.taps = list(method.taps(self.anatomy))
+        # vLLM's own towers end with the layer whose output is projected.
+        layer = None if is_transformers(model) else vision_layers(self.anatomy)[-1]
+        self.taps = [_with_probe(tap, layer) if tap.name == LAYER else tap for tap in self.taps]
+
+    @contextmanager
+    def watch(self) -> Iterator[dict[str, list]]:
+        seen: dict[str, list] = {tap.name: [] for tap in self.taps}
+
+        def hook(tap: Tap) -> Any:
+            return lambda module, args, kwargs, output: seen[tap.name].append(tap.record(args, kwargs, output))
+
+        handles = [tap.module.register_forward_hook(hook(tap), with_kwargs=True) for tap in self.taps]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def extra(self, seen: dict[str, list]) -> dict[str, Any]:
+        return {"observed": seen, "anatomy": self.anatomy}
+
+
+def _with_probe(tap: Tap, own: nn.Module | None) -> Tap:
+    """A tap on a vision layer whose records know how it is run up to its attention here."""
+    layer, probe = (tap.module, probes.transformers_layer) if own is None else (own, probes.vision)
+    return Tap(LAYER, layer, lambda args, kwargs, output: LayerCall(layer, args, kwargs, output, probe))
+
+
+class DecoderReader(Reader):
+    """Reads keys and values of the visual tokens in the decoder's first layer.
+
+    Args:
+        model: A vLLM model.
+        mrope: Whether it places tokens on several axes.
+    """
+
+    def __init__(self, model: nn.Module, mrope: bool) -> None:
+        found = parts(model)
+        read = probes.transformers_keys if is_transformers(model) else probes.own_keys
+        self.read = read(found.decoder, found.layers[0], mrope)
+
+    def extra(self, seen: dict[str, list]) -> dict[str, Any]:
+        return {"reader": self.read}
+
+
+def make(model: nn.Module, mrope: bool, method: Method) -> Reader:
+    """The reader that a method needs on a model that places tokens on several axes, or (`mrope` False) on one.
+
+    Raises:
+        ServingError: The model lacks what would be read.
+    """
+    try:
+        if method.name == "iwp":
+            return DecoderReader(model, mrope)
+        if method.name in ("visionzip", "zoo_prune"):
+            return VisionReader(model, method)
+    except (ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ServingError(f"vtprune: {method.name} on {type(model).__name__}: {reason}; use divprune") from error
     return Reader()
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model's modules are those of transformers (vLLM's Transformers back end)."""
+    from transformers import PreTrainedModel
+
+    return isinstance(getattr(model, "model", None), PreTrainedModel)
+
+
+def parts(model: Any) -> Anatomy:
+    """Decoder, vision tower and projector of a vLLM model: found by structure, or as its own classes name them.
+
+    Raises:
+        ServingError: The class names none.
+    """
+    if is_transformers(model):
+        return anatomy.find(model.model)
+    if not hasattr(model, "get_mm_mapping"):
+        raise ServingError(f"{type(model).__name__} does not tell its parts (get_mm_mapping)")
+    names = model.get_mm_mapping()
+    found = {
+        part: model.get_submodule(getattr(names, part)[0].rstrip(".")) if getattr(names, part) else None
+        for part in ("language_model", "tower_model", "connector")
+    }
+    decoder, tower = found["language_model"], found["tower_model"]
+    if decoder is None or tower is None:
+        raise ServingError(f"{type(model).__name__} names no language model or no vision tower")
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    layers = max(lists, key=len) if lists else nn.ModuleList()
+    return Anatomy(model, model, decoder, layers, tower, found["connector"], {})

@@ -29,7 +29,7 @@ class Pruner:
         self.settings, self.embed = settings, model.embed_multimodal
         self.width = config.model_config.hf_text_config.hidden_size
         self.ranks = config.parallel_config.tensor_parallel_size
-        self.reader = readers.make(model, config, settings.method)
+        self.reader = readers.make(model, config.model_config.uses_mrope, settings.method)
 
     @classmethod
     def attach(cls, model: Any, config: Any, settings: Settings) -> None:
@@ -54,7 +54,7 @@ class Pruner:
         runs = [[int(n) for n in item] for item in runs]
         if len(features) != len(runs):
             raise ServingError(f"vtprune: {len(runs)} images went in and {len(features)} came out of embed_multimodal")
-        extra = self.reader.extra(seen, features, runs, kwargs)
+        extra = self.reader.extra(seen)
         chosen = choosing.prune(features, runs, self.settings, self.width, self._grids(kwargs, runs), extra)
         return self._agree(chosen)
 

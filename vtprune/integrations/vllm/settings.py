@@ -17,7 +17,9 @@ KEY = "vtprune"
 # Methods that choose between projector and decoder, knowing the image alone. What the others miss there:
 QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "uniform", "visionzip", "zoo_prune")
 _FIELDS = ("method", "ratio", "keep", "options")
+# What iwp must be before the decoder, and what serves it best there: `IWP.query`.
 _FIXED = {"iwp": {"layer": 0, "query": "none"}}
+_DEFAULTS = {"iwp": {"rope_in_duplication": False}}
 
 
 class ServingError(VTPruneError):
@@ -78,7 +80,9 @@ def parse(config: Any) -> Settings:
         allowed = budget.Budget(**{name: config.get(name) for name in ("ratio", "keep")})
         method = _method(config.get("method", "divprune"), options)
     except (BudgetError, MethodError) as error:
-        raise ServingError(f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")) from None
+        raise ServingError(
+            f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")
+        ) from None
     text = json.dumps([__version__, method.name, repr(method), str(allowed)])
     return Settings(method, allowed, hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -95,10 +99,12 @@ def _method(name: Any, options: Mapping[str, Any]) -> Method:
         if options.get(option, value) != value:
             raise MethodError(f"{name}: in vLLM {option} is {value!r}, found {options[option]!r}")
     try:
-        method = cls(**{**fixed, **options})
+        method = cls(**{**fixed, **_DEFAULTS.get(str(name), {}), **options})
     except TypeError as error:
         raise MethodError(f"method {name} cannot be made with {dict(options)}: {error}") from error
     layers = [stage.layer for stage in method.schedule(1)]
     if layers != [0]:
-        raise MethodError(f"{name} with {dict(options)} cuts before layers {layers}; vLLM allows a cut before layer 0 only")
+        raise MethodError(
+            f"{name} with {dict(options)} cuts before layers {layers}; vLLM allows a cut before layer 0 only"
+        )
     return method

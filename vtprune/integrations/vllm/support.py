@@ -32,7 +32,9 @@ def check_config(config: Any, settings: Settings) -> None:
         raise ServingError(f"{name}: M-RoPE positions of pruned images and speculative decoding are not tried together")
     method = settings.method.name
     if method == "iwp" and config.lora_config is not None:
-        raise ServingError(f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune")
+        raise ServingError(
+            f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
+        )
     multimodal = model.multimodal_config
     if method in ("visionzip", "zoo_prune") and multimodal.mm_encoder_tp_mode == "data":
         raise ServingError(
