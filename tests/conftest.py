@@ -6,8 +6,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import doc_shell
 import pytest
 import torch
 
@@ -29,3 +32,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(ROOT.parent / "shared" / "golden"),
         help="folder with the golden data of the methods (default: %(default)s)",
     )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of the embedded one's architecture, saved as a user would have it."""
+    from vtprune.refvlm import model
+
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    model.build(0).save_pretrained(place)
+    model.processor().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[doc_shell.Programs]:
+    """What shell blocks of documents can call."""
+    with tempfile.TemporaryDirectory(prefix="docs-") as place:  # a socket's path must be short
+        programs = doc_shell.Programs(Path(place))
+        yield programs
+        programs.close()

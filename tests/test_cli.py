@@ -18,17 +18,6 @@ from vtprune.measure import cache_bytes
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """An untrained model of the embedded one's architecture, saved as a user would have it."""
-    from vtprune.refvlm import model
-
-    place = tmp_path_factory.mktemp("models") / "tiny"
-    model.build(0).save_pretrained(place)
-    model.processor().save_pretrained(place)
-    return place
-
-
-@pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "photo.png"
     refvlm.scenes.scene(3).image.save(path)
