@@ -255,6 +255,14 @@ def _join_onevision(samples: list[list[Pixels]], kind: str) -> dict[str, torch.T
 _GRIDS = [(1, 8, 8), (1, 4, 12), (1, 12, 8), (1, 4, 4)]
 _CLIPS = [(2, 4, 8), (3, 4, 4)]
 _QWEN_TEXT = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+_QWEN_TOWER = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+}
 _QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -273,32 +281,14 @@ def _qwen2_config() -> Any:
 def _qwen2_5_config() -> Any:
     from transformers import Qwen2_5_VLConfig
 
-    vision = {
-        "depth": 3,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "out_hidden_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [2],
-    }
+    vision = _QWEN_TOWER | {"window_size": 16, "fullatt_block_indexes": [2]}
     return Qwen2_5_VLConfig(vision_config=vision, text_config=_QWEN_TEXT, **_QWEN_IDS)
 
 
 def _qwen3_config() -> Any:
     from transformers import Qwen3VLConfig
 
-    vision = {
-        "depth": 3,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "out_hidden_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-    }
+    vision = _QWEN_TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     return Qwen3VLConfig(vision_config=vision, text_config=_QWEN_TEXT | {"head_dim": 8}, **_QWEN_IDS)
 
 

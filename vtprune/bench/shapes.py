@@ -70,43 +70,49 @@ def get(name: str) -> Shape:
     return SHAPES[name]
 
 
-def _clip_large() -> dict[str, Any]:
+def _tower(
+    kind: str, width: int, inner: int, layers: int, heads: int, image: int, patch: int, **more: Any
+) -> dict[str, Any]:
+    """Config of a vision transformer on pictures of `image` pixels."""
     return {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
+        "model_type": kind,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image,
+        "patch_size": patch,
+        **more,
     }
+
+
+def _decoder(
+    kind: str, vocabulary: int, width: int, inner: int, layers: int, heads: int, groups: int, **more: Any
+) -> dict[str, Any]:
+    """Config of a decoder with `groups` key-value heads."""
+    sizes = {
+        "model_type": kind,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "max_position_embeddings": 16384,
+    }
+    return sizes | more
+
+
+def _clip_large() -> dict[str, Any]:
+    return _tower("clip_vision_model", 1024, 4096, 24, 16, 336, 14, projection_dim=768)
 
 
 def _vicuna(vocabulary: int) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 16384,
-    }
+    return _decoder("llama", vocabulary, 4096, 11008, 32, 32, 32)
 
 
-def _qwen2_7b(vocabulary: int, **more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        **more,
-    }
+def _qwen2_7b(kind: str, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return _decoder(kind, vocabulary, 3584, 18944, 28, 28, 4, max_position_embeddings=32768, **more)
 
 
 def _llava() -> Any:
@@ -127,19 +133,10 @@ def _llava_next() -> Any:
 def _llava_onevision() -> Any:
     from transformers import LlavaOnevisionConfig
 
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
+    vision = _tower("siglip_vision_model", 1152, 4304, 26, 16, 384, 14, vision_use_head=False)
     return LlavaOnevisionConfig(
         vision_config=vision,
-        text_config={"model_type": "qwen2", **_qwen2_7b(152000)},
+        text_config=_qwen2_7b("qwen2", 152000),
         image_token_id=151646,
         video_token_id=151647,
         image_grid_pinpoints=[[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
@@ -167,7 +164,7 @@ def _qwen2_5_vl() -> Any:
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
     return Qwen2_5_VLConfig(
         vision_config=vision,
-        text_config=_qwen2_7b(152064, rope_parameters=rope),
+        text_config=_qwen2_7b("qwen2_5_vl_text", 152064, rope_parameters=rope),
         image_token_id=151655,
         video_token_id=151656,
         vision_start_token_id=151652,
@@ -178,79 +175,24 @@ def _qwen2_5_vl() -> Any:
 def _smolvlm() -> Any:
     from transformers import SmolVLMConfig
 
-    vision = {
-        "model_type": "smolvlm_vision",
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 512,
-        "patch_size": 16,
-    }
-    text = {
-        "model_type": "llama",
-        "vocab_size": 49280,
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "head_dim": 64,
-        "max_position_embeddings": 16384,
-    }
+    vision = _tower("smolvlm_vision", 768, 3072, 12, 12, 512, 16)
+    text = _decoder("llama", 49280, 960, 2560, 32, 15, 5, head_dim=64)
     return SmolVLMConfig(vision_config=vision, text_config=text, scale_factor=4, image_token_id=49190)
 
 
 def _small() -> Any:
     from transformers import LlavaConfig
 
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 384,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "image_size": 384,
-        "patch_size": 16,
-        "projection_dim": 384,
-    }
-    text = {
-        "model_type": "qwen2",
-        "vocab_size": 32064,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 16384,
-    }
+    vision = _tower("clip_vision_model", 384, 1536, 12, 6, 384, 16, projection_dim=384)
+    text = _decoder("qwen2", 32064, 896, 4864, 24, 14, 2)
     return LlavaConfig(vision_config=vision, text_config=text, image_token_id=32000)
 
 
 def _tiny() -> Any:
     from transformers import LlavaConfig
 
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 48,
-        "patch_size": 4,
-        "projection_dim": 32,
-    }
-    text = {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 16384,
-    }
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=255)
+    vision = _tower("clip_vision_model", 32, 64, 3, 2, 48, 4, projection_dim=32)
+    return LlavaConfig(vision_config=vision, text_config=_decoder("llama", 256, 64, 128, 4, 4, 2), image_token_id=255)
 
 
 SHAPES = {
