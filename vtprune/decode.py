@@ -161,6 +161,8 @@ def get_query_offset(self: Cache, layer_idx: int = 0) -> int:
 
 def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
     """Length and offset of a mask over the whole conversation."""
+    if not hasattr(self.layers[layer_idx], "get_seq_length"):
+        layer_idx = _first(self)  # transformers 5.17 asks for layer 0 of any decoder, which in a hybrid may not attend
     if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
         return type(self).get_mask_sizes(self, query_length, layer_idx)
     return int(get_seq_length(self)) + query_length, 0

@@ -41,6 +41,33 @@ def _plain(value: Any) -> Any:
     return value
 
 
+class _LaterList(list):
+    """Features of which the decoder gets `rows`, picked when it asks and not where the cut is: a layer that is run
+    again in the backward pass (`recompute`) must not hold them in its graph."""
+
+    rows: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _picked(super().__getitem__(key), self.rows)
+
+
+class _LaterDict(dict):
+    """The same by layer."""
+
+    rows: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _picked(super().__getitem__(key), self.rows)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = super().get(key, default)
+        return _picked(found, self.rows) if isinstance(found, Tensor) else found
+
+
+def _picked(features: Tensor, rows: Tensor | None) -> Tensor:
+    return features if rows is None else features.index_select(0, rows.to(features.device))
+
+
 @dataclass
 class Planes:
     """Features that the decoder adds to visual columns around its first layers.
@@ -65,20 +92,26 @@ class Planes:
         picked = full.gather(1, index) & alive
         rows = rank.gather(1, index)[picked]
         self.mask.current = picked.view(*picked.shape, *self.full.shape[2:]).to(self.full.device)
+        if isinstance(self.embeds, (_LaterList, _LaterDict)):
+            self.embeds.rows = rows
+            return
         for key, original in _items(self.originals):
-            self.embeds[key] = original.index_select(0, rows.to(original.device))
+            self.embeds[key] = _picked(original, rows)
 
 
 def _items(features: Any) -> list[tuple[Any, Any]]:
     return list(features.items() if isinstance(features, dict) else enumerate(features))
 
 
-def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, dict[str, Any]] | None:
+def own_planes(
+    kwargs: dict[str, Any], shape: tuple[int, int], later: bool = False
+) -> tuple[Planes, dict[str, Any]] | None:
     """Replaces DeepStack arguments by copies that a cut may change.
 
     Args:
         kwargs: Arguments of the decoder.
         shape: `(B, T)` of the call.
+        later: Whether features are picked when the decoder asks for them, and not at the cut.
 
     Returns:
         tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` or `[B, T, 1]` and one list,
@@ -92,6 +125,7 @@ def own_planes(kwargs: dict[str, Any], shape: tuple[int, int]) -> tuple[Planes, 
         return None
     mask_name, mask = next(iter(masks.items()))
     name, features = next(iter(groups.items()))
-    copy = dict(features) if isinstance(features, dict) else list(features)
+    kinds = (_LaterDict, _LaterList) if later else (dict, list)
+    copy = kinds[0](features) if isinstance(features, dict) else kinds[1](features)
     planes = Planes(LiveMask.of(mask), mask, copy, features)
     return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}

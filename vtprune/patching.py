@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import anatomy as _anatomy
-from . import assisted, features, observe, prefill, refusals, visual_tokens
+from . import assisted, copies, features, observe, prefill, recompute, refusals, visual_tokens
 from .anatomy import Anatomy
 from .attached import Hook, Override, is_compiled
 from .budget import Budget, check_schedule, mean_share, solve_mean
@@ -42,6 +42,7 @@ class _Thread(threading.local):
         self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
         self.encoding: dict[str, list] | None = None  # taps of the running encoder
+        self.copies = 1  # of each sample that `generate` has made, for the call that follows
         self.tower_ran = False  # the vision tower, inside the composite's running call
         self.found: bool | None = None  # whether visual tokens were found in it; None before its decoder is called
         self.call: prefill.DecoderCall | None = None  # the decoder's running call
@@ -194,6 +195,9 @@ class Patch:
         if hasattr(parts.model, assisted.MAKER):
             make = assisted.after_the_prompt(getattr(parts.model, assisted.MAKER), self._prunes)
             add(Override(parts.model, assisted.MAKER, make))
+        if hasattr(parts.model, copies.MAKER):
+            expand = copies.noting(getattr(parts.model, copies.MAKER), self._note_copies)
+            add(Override(parts.model, copies.MAKER, expand))
 
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(Hook(self, function), with_kwargs=True))
@@ -239,6 +243,9 @@ class Patch:
         tokens = torch.tensor(list(self.anatomy.placeholders.values()), device=ids.device)
         return not self._thread.paused and bool(torch.isin(ids, tokens).any())
 
+    def _note_copies(self, count: int) -> None:
+        self._thread.copies = count
+
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._thread.tower_ran = True
 
@@ -248,11 +255,13 @@ class Patch:
         thread.tower_ran, thread.found = False, None
         bound = _inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
+        if self.budget.asks_to_drop and not thread.paused:
+            refusals.features_ignored(module, extra)
         thread.inputs = {**bound, **extra}
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self._thread
-        thread.inputs, thread.call, thread.records = None, None, {}
+        thread.inputs, thread.call, thread.records, thread.copies = None, None, {}, 1
         late = thread.tower_ran and thread.found is False and output is not None  # the tower ran inside the decoder
         if late and self.budget.asks_to_drop and not thread.paused:
             raise NothingPrunedError(
@@ -289,9 +298,14 @@ class Patch:
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
                     thread.records.setdefault(name, []).extend(records)
+            if thread.copies > 1 and thread.fresh >= set(encoded):
+                call.copies = thread.copies if copies.share(visual, thread.copies, kwargs.get("inputs_embeds")) else 1
             self._continued(call, kwargs)
         call.observed = thread.records
-        found = own_planes(kwargs, (call.columns.batch, call.columns.length)) if call.counts else None
+        if not call.counts:
+            return None
+        later = any(map(recompute.runs_hooks_again, self.anatomy.layers))
+        found = own_planes(kwargs, (call.columns.batch, call.columns.length), later)
         if found is None:
             return None
         call.planes, kwargs = found
@@ -309,7 +323,9 @@ class Patch:
     def _layer_hook(self, number: int) -> Callable:
         def before_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             call = self._thread.call
-            return None if call is None else call.before_layer(number, module, args, kwargs)
+            if call is None:
+                return recompute.again(number, module, args, kwargs)
+            return call.before_layer(number, module, args, kwargs)
 
         return before_layer
 

@@ -10,7 +10,9 @@ translated.
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import budget as budgets
-from . import compact, decode, explain, reading
+from . import compact, decode, explain, reading, recompute
 from .columns import AttentionForm, Columns
 from .deepstack import Planes
 from .errors import MethodError, NothingPrunedError, UnsupportedModelError
@@ -95,6 +97,7 @@ class DecoderCall:
         observed: Records of the method's taps.
         memory: The method's own, from stage to stage.
         seconds: Host time spent at the cuts.
+        copies: Of each sample and its pixels, made before the pictures were encoded.
     """
 
     patch: Patch
@@ -107,6 +110,7 @@ class DecoderCall:
     observed: dict[str, list] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    copies: int = 1
 
     def __post_init__(self) -> None:
         self.snapshots: dict[int, reading.Snapshot] = {}
@@ -114,6 +118,7 @@ class DecoderCall:
         self.stages: list[tuple[int, list[Tensor]]] = []
         self.counts: dict[int, list[int]] = {}  # layer of a cut -> tokens left in each pool
         self.reads: set[int] = set()
+        self.narrow: Callable[[Tensor], Tensor] | None = None  # of the cut before the present layer
         if self.visual is not None:
             self._plan(self.visual)
 
@@ -138,7 +143,7 @@ class DecoderCall:
         """Cuts if a stage stands here, and gives the layer the arguments of the surviving columns."""
         columns = self.columns
         columns.cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), columns.cache)
-        changed = None
+        changed, self.narrow = None, None
         if number in self.counts:
             started = time.perf_counter()
             changed = self._cut(number, layer, args, kwargs)
@@ -147,6 +152,8 @@ class DecoderCall:
             changed = columns.arguments(number, args, kwargs)
         if number in self.reads:
             self.snapshots[number] = reading.Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
+        if changed is not None and recompute.runs_hooks_again(layer):
+            recompute.remember(number, layer, (args, kwargs), changed, self.narrow)
         columns.passed(number)
         return changed
 
@@ -184,7 +191,7 @@ class DecoderCall:
             places=visual,
             scores=[decision.scores for decision in self.decisions],
             kept_flat=[decision.kept for decision in self.decisions],
-            source=Source.of(self.inputs, self.patch.anatomy),
+            source=Source.of(self.inputs, self.patch.anatomy, self.copies),
             states=[decision.states for decision in self.decisions],
         )
 
@@ -202,15 +209,13 @@ class DecoderCall:
         if decision.merged is None and len(decision.kept) == len(flat):
             self._record(number, decision)
             return (args, kwargs) if columns.touched else None
-        hidden, slot = here.hidden, columns.slot_of_column()
+        slot, put = columns.slot_of_column(), None
         if decision.merged is not None:
             # In a pool that loses nothing nothing is merged: alone, its sample would not have been asked.
             some = self.pools.losing(flat, decision.kept)
             part = flat[some]
             rows = visual.sample[part]
-            place = rows.to(hidden.device), slot[rows, visual.column[part]].to(hidden.device)
-            merged = decision.merged[some.to(decision.merged.device)]
-            hidden = hidden.index_put(place, merged.to(hidden.dtype))
+            put = rows, slot[rows, visual.column[part]], decision.merged[some.to(decision.merged.device)]
         self.alive = torch.zeros_like(self.alive)
         self.alive[decision.kept] = True
         stays = slot >= 0
@@ -218,8 +223,8 @@ class DecoderCall:
         relative = columns.repack(stays, incoming[1].get("position_embeddings"))
         self._follow(relative)
         self._record(number, decision)
-        hidden = compact.gather(hidden, relative.to(hidden.device), 1)
-        return columns.arguments(number, *_with_hidden(*incoming, hidden))
+        self.narrow = functools.partial(_narrow, relative.to(here.hidden.device), put)
+        return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
 
     def _follow(self, relative: Tensor) -> None:
         """Cuts what runs along with the columns: records of column taps and DeepStack features."""
@@ -313,6 +318,14 @@ def _real_columns(
             known = m[:, : past + length].bool().cpu().expand(batch, -1)
             return known[:, past:].clone(), known[:, :past]
     return torch.ones(batch, length, dtype=torch.bool), None
+
+
+def _narrow(index: Tensor, put: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
+    """From hidden states `[B, K, D]` to those of the slots `index` `[B, K']`, merged ones put in before."""
+    if put is not None:
+        rows, slots, merged = put
+        hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
+    return compact.gather(hidden, index, 1)
 
 
 def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:

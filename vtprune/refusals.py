@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedModelError
+from .errors import NothingPrunedError, UnsupportedModelError
 
 _CROSS = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
 
@@ -101,4 +101,22 @@ def values_missing(inputs: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             f"the patched model is being {how}, but which visual tokens stay is decided by values; call patch.remove() "
             "first and do that to the unpatched model, or run the patched one as it is"
+        )
+
+
+def features_ignored(composite: nn.Module, unknown: dict[str, Any]) -> None:
+    """Raises where a call brings features in an argument that the model has no name for, and would not look at.
+
+    Args:
+        composite: The module that was called.
+        unknown: What its forward takes in `**kwargs`.
+    """
+    given = unknown.get("mm_encoder_outputs")
+    if isinstance(given, dict) and any(value is not None for value in given.values()):
+        import transformers
+
+        raise NothingPrunedError(
+            f"{type(composite).__name__}.forward takes no mm_encoder_outputs in transformers "
+            f"{transformers.__version__} and would ignore these features; pass pixels instead, or install a newer "
+            "transformers"
         )
