@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
 
@@ -102,6 +104,9 @@ def test_tuple_output_and_positional_arguments(family: str) -> None:
 def test_precomputed_features(family: str) -> None:
     """Features that the caller computed with the model's own encoder are pruned like pixels."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        ignored_features(model, batch)
+        pytest.skip(f"transformers {transformers.__version__} takes no mm_encoder_outputs")
     with pruned(model, "uniform") as (patch, _):
         want = model(**batch).logits
         kept = patch.last.kept
@@ -114,6 +119,20 @@ def test_precomputed_features(family: str) -> None:
         got = model(**rest, mm_encoder_outputs={"image": features}).logits
         assert [k.tolist() for k in patch.last.kept] == [k.tolist() for k in kept]
     torch.testing.assert_close(got, want)
+
+
+def ignored_features(model: torch.nn.Module, batch: dict) -> None:
+    """Asserts that the unpatched model looks past features of no name that it knows, and that a patched one says so."""
+    rest = {k: v for k, v in batch.items() if not k.startswith("pixel")}
+    given = {"image": torch.randn(4, 32)}
+    assert torch.equal(model(**rest, mm_encoder_outputs=given).logits, model(**rest).logits)
+    with pruned(model, "uniform") as (patch, _):
+        with pytest.raises(vtprune.NothingPrunedError, match="would ignore"):
+            model(**rest, mm_encoder_outputs=given)
+        with patch.paused():
+            model(**rest, mm_encoder_outputs=given)
+        model(**batch)
+        assert patch.last is not None
 
 
 def _strategy(model: torch.nn.Module) -> dict:

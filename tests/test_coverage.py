@@ -9,10 +9,13 @@ recurrent state (Qwen 3.5), and models that must be refused with their reason.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +28,11 @@ NAMES = run.registered()
 @pytest.mark.parametrize("architecture", ["gemma3", "paligemma", "mistral3", "idefics3", "glm4v", "fuyu", "qwen3_5"])
 def test_architecture_passes(architecture: str) -> None:
     entry = run.examine(architecture, NAMES[architecture])
+    if entry["status"] == "not fed" and Version(transformers.__version__) < Version("5.23"):
+        # Random weights take these pictures as features only.
+        model = build.build(architecture, NAMES[architecture]).model
+        assert "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
+        pytest.skip(f"transformers {transformers.__version__} takes no mm_encoder_outputs")
     assert entry["status"] == "passes", entry
     rows = {name: row for name, row in entry["checks"].items() if not name.endswith("video")}
     assert len(rows) == 2

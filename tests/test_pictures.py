@@ -8,6 +8,7 @@ Attention is switched off in the tower, so that features know only their own pix
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -104,10 +105,15 @@ def pixels(case: str, pictures: list[Image.Image]) -> dict[str, Any]:
 
 def features(model: torch.nn.Module, data: dict[str, Any], kind: str = "image") -> torch.Tensor:
     """`[R, D]` what the model puts in the place of placeholders."""
-    encode = getattr(vtprune.inspect(model).composite, f"get_{kind}_features")
+    composite = vtprune.inspect(model).composite
+    encode = getattr(composite, f"get_{kind}_features")
+    newer = "pixel_values" not in inspect.signature(encode).parameters or kind == "image"
     with torch.no_grad():
-        output = encode(**data).pooler_output
+        # transformers 5.17 calls the frames of a clip pixel_values, and adds the newline after the encoder.
+        output = encode(**data if newer else {"pixel_values": data["pixel_values_videos"]}).pooler_output
     rows = [output] if isinstance(output, torch.Tensor) else list(output)
+    if not newer:
+        rows = [torch.cat([clip, composite.image_newline.detach()[None]]) for clip in output]
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from .models import METHODS, build, greedy, kept, patched, prompt
@@ -29,12 +31,25 @@ def _same(**mode: Any) -> None:
     """Asserts that a mode of generation keeps the same tokens and says the same as plain greedy text."""
     model, inputs = build(), prompt()
     unpruned = greedy(model, inputs)
+    _as_far_as_unpatched(model, inputs, mode)
     for method in METHODS:
         with patched(model, method) as patch:
             want, columns = greedy(model, inputs), kept(patch)
             assert want != unpruned, "pruning changed nothing, so this says nothing"
             assert greedy(model, inputs, **mode) == want
             assert kept(patch) == columns
+
+
+def _as_far_as_unpatched(model: torch.nn.Module, inputs: dict[str, Any], mode: dict[str, Any]) -> None:
+    """Skips what an old transformers cannot do unpatched: 5.17 hands the pixels on to a text model, which refuses."""
+    try:
+        greedy(model, inputs, **mode)
+    except ValueError as error:
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
+        import pytest
+
+        pytest.skip(f"transformers {transformers.__version__} fails unpatched, too: {error}")
 
 
 @row("Assisted generation, `assistant_model`")
@@ -87,8 +102,6 @@ def streamer(folder: Path) -> None:
 @row('`pipeline("image-text-to-text")`')
 def pipeline(folder: Path) -> None:
     """The embedded model in a pipeline answers as its own `generate` does with the same tokens kept."""
-    import transformers
-
     from vtprune import refvlm
 
     model, processor = refvlm.load()
