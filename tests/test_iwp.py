@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -14,6 +15,7 @@ from synthetic_tokens import Sample, tokens
 from vtprune.errors import MethodError
 from vtprune.methods import resolve
 from vtprune.methods.iwp import IWP
+from vtprune.methods.query_free import query_free_magnitude
 from vtprune_kernels.progressive_mmr import Duplication
 
 READINGS = ["chunked", "streaming", "tournament"]
@@ -217,3 +219,44 @@ def test_statistics_are_logged_for_debugging_only(caplog):
     assert "closest_similarity" in caplog.text
     numbers = IWP().statistics(batch)
     assert 0 < numbers["relevance"] <= 1 and 0 < numbers["closest_similarity"] <= 1
+
+
+def query_free_by_formula(keys, values, segments, scaling, reduce):
+    """One pool, head and token at a time, in double precision."""
+    out = []
+    for start, end in zip(segments[:-1].tolist(), segments[1:].tolist(), strict=True):
+        k, v = keys[start:end].double(), values[start:end].double()
+        size = (k.norm(dim=-1) ** 2 * scaling / 2).exp()
+        heads = size / size.sum(0) * v.norm(dim=-1)  # [n, G]
+        joined = {"mean": heads.mean(1), "rms": (heads**2).mean(1).sqrt(), "max": heads.amax(1)}
+        out.append(joined[reduce])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "rms", "max"])
+def test_query_free_magnitude_is_its_formula(reduce):
+    g = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(23, 2, 8, generator=g), torch.randn(23, 2, 6, generator=g)
+    segments = torch.tensor([0, 1, 9, 23])
+    found = query_free_magnitude(keys, values, segments, 8**-0.5, reduce)
+    wanted = query_free_by_formula(keys, values, segments, 8**-0.5, reduce)
+    torch.testing.assert_close(found.double().exp(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_query_free_magnitude_survives_lengths_whose_exponential_does_not():
+    keys = torch.full((4, 1, 16), 30.0) * torch.tensor([1.0, 1.01, 0.9, 1.0])[:, None, None]  # |k|^2 / 2 sqrt(d) ~ 1800
+    found = query_free_magnitude(keys, torch.ones(4, 1, 16), torch.tensor([0, 4]), 0.25)
+    assert torch.isfinite(found).all() and found.argmax() == 1 and found[0] == found[3] > found[2]
+
+
+def test_without_a_query_neither_text_nor_places_matter():
+    """The sizes of updates are the same for other questions, and before and after rotation."""
+    one = sample()
+    other = dataclasses.replace(one, queries=one.queries.flip(-1), rotated_queries=one.rotated_queries.flip(-1))
+    method = IWP(query="none", duplication=0.0)
+    assert torch.equal(kept(method, [one], [12])[0], kept(method, [other], [12])[0])
+    batch = tokens([one], [12])
+    plain, rotated = IWP(query="none", rope_in_duplication=False), IWP(query="none", rope_in_duplication=True)
+    torch.testing.assert_close(
+        plain.candidates(batch).relevance, rotated.candidates(batch).relevance, rtol=1e-4, atol=1e-6
+    )

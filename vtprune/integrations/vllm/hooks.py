@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where vLLM is entered: three functions of its own are wrapped, and pass straight through until `"vtprune"` is configured.
+"""Where vLLM is entered: three functions are wrapped, and pass straight through until `"vtprune"` is configured.
 
 * `VllmConfig.__post_init__` reads the configuration, in the process that makes it, and leaves it with the model's
   config, which travels to all others.

@@ -74,7 +74,7 @@ def pruned_processor(cls: Any) -> type:
     Made by inheritance from `cls` alone, so that an object can take on the class.
     """
 
-    class PrunedProcessor(cls):  # type: ignore[misc]
+    class PrunedProcessor(cls):
         vtprune: Settings
 
         def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def pruned_processor(cls: Any) -> type:
 def pruned_info(cls: Any) -> type:
     """Processing information like `cls` in which the most tokens of an image are counted, not looked up."""
 
-    class PrunedInfo(cls):  # type: ignore[misc]
+    class PrunedInfo(cls):
         def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any) -> None:
             return None
 
@@ -111,6 +111,8 @@ def pruned_info(cls: Any) -> type:
 
 def prune_processor(processor: Any, settings: Settings) -> None:
     """Turns a processor that vLLM made into one for pruned models."""
-    processor.__class__ = pruned_processor(type(processor))
-    processor.info.__class__ = pruned_info(type(processor.info))
+    kind: Any = type(processor)
+    info: Any = type(processor.info)
+    processor.__class__ = pruned_processor(kind)
+    processor.info.__class__ = pruned_info(info)
     processor.vtprune = settings

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method reads besides the features, taken from vLLM's own modules or from those of its Transformers back end."""
+"""What a method reads besides the features, from vLLM's own modules or those of its Transformers back end."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _DEFAULTS = {"iwp": {"rope_in_duplication": False}}
 
 
 class ServingError(VTPruneError):
-    """A configuration or a model that cannot be served pruned. Not a ValueError, which pydantic would wrap in its own."""
+    """A configuration or a model that cannot be served pruned; no ValueError, which pydantic would wrap."""
 
 
 @dataclass(frozen=True)
