@@ -78,10 +78,10 @@ def test_every_block_of_a_page_runs(place, session, folder, request, tmp_path):
 
 
 def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
-    """The block that wraps the loading of `transformers serve` is given a model to load."""
+    """The block that wraps the loading of `transformers serve`, as a file of its own, is given a model to load."""
     manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
     block = next(b for b in doc_blocks.blocks(PAGES["serving.md"]) if "ModelManager" in b.code)
-    doc_blocks.run_python(block, session, folder, "serving.md")
+    doc_blocks.run_python(block, {"__name__": "serve_pruned"}, folder, "serving.md")
     server = manager(device="cpu")
     try:
         model, processor = server.load_model_and_processor(f"{folder}@main")
