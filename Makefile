@@ -21,13 +21,19 @@ WEB_VENV ?= .venv-web
 WEB_PY := $(WEB_VENV)/bin/python
 WEB := $(WEB_VENV)/.stamp-web
 
+# vLLM for CPUs, too: it wants other versions of torch's neighbours.
+VLLM_VENV ?= .venv-vllm
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM := $(VLLM_VENV)/.stamp-vllm
+VLLM_ARGS ?= tests/vllm_tests
+
 # The oldest supported versions. OLDEST_TORCH=/path/to.whl takes another build of torch, OLDEST_ARGS a part of the suite.
 OLDEST_VENV ?= .venv-oldest
 OLDEST := $(OLDEST_VENV)/.stamp-oldest
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST_ARGS ?= tests
 
-.PHONY: demo test-oldest test test-web lint types pytest docs eval soak guard format clean
+.PHONY: demo test-oldest test test-vllm test-web lint types pytest docs eval soak guard format clean
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -73,12 +79,17 @@ eval: $(EVAL)
 test-web: $(WEB)
 	VTPRUNE_WEB=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(WEB_PY) -m pytest -q -rs tests/web
 
+# The vLLM plug-in in a real vLLM on the CPU, with tiny models: about eight minutes of two cores.
+test-vllm: $(VLLM)
+	PYTHONPATH=tests/vllm_tests/torchvision_ops HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(VLLM_PY) -m pytest -q -rs --durations 10 $(VLLM_ARGS)
+
 format: $(TEST)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
@@ -115,4 +126,12 @@ $(WEB): requirements/torch.txt requirements/web.txt pyproject.toml
 	$(WEB_PY) -m pip --disable-pip-version-check install $(TORCH)
 	$(WEB_PY) -m pip --disable-pip-version-check install -r requirements/web.txt
 	$(WEB_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VLLM): requirements/torch.txt requirements/vllm.txt requirements/vllm-tool.txt pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PY) -m pip --disable-pip-version-check install $(TORCH)
+	$(VLLM_PY) -m pip --disable-pip-version-check install -r requirements/vllm.txt
+	$(VLLM_PY) -m pip --disable-pip-version-check install --no-deps -r requirements/vllm-tool.txt
+	$(VLLM_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@

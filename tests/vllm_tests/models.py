@@ -70,7 +70,7 @@ def idefics3(folder: Path, kind: str = "Idefics3") -> None:
 
 
 def paligemma(folder: Path) -> None:
-    """A PaliGemma: every picture is 64 tokens, which see each other."""
+    """A PaliGemma: every picture is 64 tokens. vLLM attends causally on the CPU, so the config asks for no more."""
     from transformers import (
         PaliGemmaConfig,
         PaliGemmaForConditionalGeneration,
@@ -84,7 +84,13 @@ def paligemma(folder: Path) -> None:
     ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = PaliGemmaConfig(
         vision_config={"model_type": "siglip_vision_model", **vision},
-        text_config={"model_type": "gemma", "vocab_size": len(words) + 1024 + 128, **TEXT, **ids},
+        text_config={
+            "model_type": "gemma",
+            "vocab_size": len(words) + 1024 + 128,
+            "use_bidirectional_attention": False,
+            **TEXT,
+            **ids,
+        },
         image_token_index=words.convert_tokens_to_ids("<image>"),
         projection_dim=64,
         hidden_size=64,

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models served by a real vLLM on the CPU: token for token what transformers answers with the same cut."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
+
+from vllm_tests import families, plans  # noqa: E402
+
+pytestmark = pytest.mark.slow
+CASES = [(name, run.name) for name, family in families.FAMILIES.items() for run in plans.runs(family.methods)]
+PRUNED = [case for case in CASES if case[1] != "unpruned"]
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a process of its own did with a model: `served(name)`."""
+    place = tmp_path_factory.mktemp("vllm")
+
+    @functools.cache
+    def serve(name: str) -> dict[str, Any]:
+        if families.FAMILIES[name].torchvision:
+            pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
+        result = place / f"{name}.json"
+        command = [sys.executable, "-m", "vllm_tests.worker", name, str(place / name), str(result)]
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return json.loads(result.read_text())
+
+    return serve
+
+
+@pytest.mark.parametrize(("name", "run"), CASES)
+@pytest.mark.parametrize("mode", ["alone", "again", "batch"])
+def test_same_tokens_as_transformers(served: Any, name: str, run: str, mode: str) -> None:
+    record = served(name)[run]
+    wanted = record["expected"][: len(record[mode])]
+    assert len(record[mode]) == (16 if mode == "batch" else len(record["alone"])) == len(wanted)
+    assert [(r["length"], r["tokens"]) for r in record[mode]] == [(w["length"], w["tokens"]) for w in wanted]
+
+
+@pytest.mark.parametrize(("name", "run"), CASES)
+def test_placeholders_are_exact(served: Any, name: str, run: str) -> None:
+    record = served(name)[run]
+    for found, wanted in zip(record["batch"], record["expected"], strict=True):
+        assert found["placeholders"] == [n for image in wanted["images"] for n in image]
+
+
+@pytest.mark.parametrize(("name", "run"), PRUNED)
+def test_prompts_and_cache_blocks_shrink(served: Any, name: str, run: str) -> None:
+    full, short = served(name)["unpruned"], served(name)[run]
+    for before, after in zip(full["batch"], short["batch"], strict=True):
+        removed = sum(before["placeholders"]) - sum(after["placeholders"])
+        assert after["length"] == before["length"] - removed
+        assert (removed > 0) == bool(before["placeholders"])
+        assert after["blocks"] == -(-(after["length"] + plans.TOKENS - 1) // plans.BLOCK)  # the last token is not kept
+        assert after["blocks"] <= before["blocks"]
+    assert sum(r["blocks"] for r in short["batch"]) < 0.75 * sum(r["blocks"] for r in full["batch"])
+
+
+@pytest.mark.parametrize(("name", "run"), PRUNED)
+def test_encoder_budget_falls(served: Any, name: str, run: str) -> None:
+    full, short = served(name)["unpruned"]["budget"], served(name)[run]["budget"]
+    config = next(r.config for r in plans.runs(families.FAMILIES[name].methods) if r.name == run)
+    keep = config.get("keep") or round(config["ratio"] * full["image"])
+    assert short["image"] == keep
+    if "chunked" in run:  # where the largest image asks for more than a step has anyway
+        step = plans.STEP
+        assert (full["compute"], short["compute"]) == (max(step, full["image"]), max(step, short["image"]))
+        assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_prefix_cache_answers_the_same_image_and_a_common_text(served: Any, name: str) -> None:
+    for run, record in served(name).items():
+        if not run.endswith("chunked"):
+            assert not any(r["cached"] for r in record["alone"] + record["again"] + record["batch"])
+            continue
+        for first, again in zip(record["alone"], record["again"], strict=True):
+            # All whole blocks but for the last token, which is computed to have something to go on from.
+            assert again["cached"] == (first["length"] - 1) // plans.BLOCK * plans.BLOCK
+        second = record["alone"][3]  # the same text as the one before, and another image
+        if families.FAMILIES[name].image:  # images after the text
+            assert second["cached"] == plans.BLOCK
+        else:
+            assert second["cached"] == 0

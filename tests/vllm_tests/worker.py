@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves one model in all its runs with vLLM, in a process of its own, and writes what happened beside what should.
+
+    python -m vllm_tests.worker MODEL FOLDER RESULT.json [RUN ...]
+
+The engine lives in this process, so that its scheduler can be watched. References come first: vLLM's Transformers back
+end changes classes of transformers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm_tests import families, plans, reference_mrope
+from vllm_tests.plans import Request, Run
+from vllm_tests.reference import Reference
+
+from vtprune.integrations.vllm import prompts
+from vtprune.integrations.vllm.settings import parse
+
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+# One thread each: two that wait for each other on cores which others use are slower.
+ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
+def main(name: str, folder: Path, result: Path, *chosen: str) -> None:
+    """Builds the model, then runs all or the chosen runs."""
+    os.environ.update(ENVIRONMENT)
+    family = families.FAMILIES[name]
+    if not (folder / "config.json").is_file():
+        family.build(folder)
+    single = plans.requests(family.several, family.text_only)
+    runs = [run for run in plans.runs(family.methods) if not chosen or run.name in chosen]
+    start = time.monotonic()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing in a tiny model is worth sharing
+    expected = {run.name: expect(family, folder, run, plans.batch(single)) for run in runs}
+    print("references", round(time.monotonic() - start), "s", flush=True)
+    torch.set_num_threads(threads)
+    out = {}
+    for run in runs:
+        out[run.name] = {"expected": expected[run.name], **serve(family, folder, run, single)}
+        result.write_text(json.dumps(out))
+
+
+def expect(family: families.Family, folder: Path, run: Run, requests: list[Request]) -> list[dict[str, Any]]:
+    """What transformers answers with the same cut, and how many placeholders each image should have."""
+    settings = None if run.config is None else parse(run.config)
+    reference = (reference_mrope.MRoPEReference if family.mrope else Reference)(folder, settings)
+    out = []
+    for request in requests:
+        text = family.prompt(request)
+        length, tokens = reference.answer(text, request.pictures(), plans.TOKENS)
+        images = _runs(reference, text, request) if request.images else []
+        kept = images if settings is None else [settings.counts(lengths) for lengths in images]
+        out.append({"length": length, "tokens": tokens, "images": [[n for n in image if n] for image in kept]})
+    return out
+
+
+def _runs(reference: Reference, text: str, request: Request) -> list[list[int]]:
+    ids = reference.processor(images=request.pictures(), text=text, return_tensors="pt")["input_ids"][0]
+    return [[length for _, length in image] for image in reference._runs(ids, len(request.images))]
+
+
+def serve(family: families.Family, folder: Path, run: Run, single: list[Request]) -> dict[str, Any]:
+    """The same requests to vLLM: one by one, again (which a prefix cache answers), and sixteen at once."""
+    from vllm import LLM, SamplingParams
+
+    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16}
+    options |= {"block_size": plans.BLOCK, "disable_log_stats": True, "seed": 0, **run.engine, **family.engine}
+    if run.config is not None:
+        options["additional_config"] = {"vtprune": run.config}
+    if family.several:
+        options["limit_mm_per_prompt"] = {"image": 4}
+    llm = LLM(model=str(folder), **options)
+    blocks = _watch_blocks()
+    sampling = SamplingParams(temperature=0, max_tokens=plans.TOKENS, ignore_eos=True)
+
+    def ask(requests: list[Request]) -> list[dict[str, Any]]:
+        inputs = []
+        for request in requests:
+            given: dict[str, Any] = {"prompt": family.prompt(request)}
+            if request.images:
+                given["multi_modal_data"] = {"image": request.pictures()}
+            inputs.append(given)
+        outputs = llm.generate(inputs, sampling, use_tqdm=False)
+        return [_record(output, family, llm, blocks) for output in outputs]
+
+    alone = [ask([request])[0] for request in single]
+    again = [ask([request])[0] for request in single]
+    llm.reset_prefix_cache()
+    out = {"alone": alone, "again": again, "batch": ask(plans.batch(single)), "budget": _budget(llm)}
+    del llm
+    _release()
+    return out
+
+
+def _record(output: Any, family: families.Family, llm: Any, blocks: dict[str, int]) -> dict[str, Any]:
+    ids = output.prompt_token_ids
+    token = llm.llm_engine.vllm_config.model_config.hf_config.image_token_id
+    used = [n for name, n in blocks.items() if name == output.request_id or name.startswith(f"{output.request_id}-")]
+    assert len(used) == 1, (output.request_id, list(blocks))
+    blocks.clear() if len(blocks) == 1 else None
+    return {
+        "length": len(ids),
+        "tokens": list(output.outputs[0].token_ids),
+        "placeholders": prompts.runs_of(torch.tensor(ids) == token),
+        "cached": output.num_cached_tokens,
+        "blocks": used[0],
+    }
+
+
+def _watch_blocks() -> dict[str, int]:
+    """How many blocks of the KV cache each request held when it ended, by its name."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    held: dict[str, int] = {}
+    original = getattr(KVCacheManager.free, "original", KVCacheManager.free)
+
+    def free(self: Any, request: Any) -> None:
+        held[request.request_id] = len(self.get_block_ids(request.request_id)[0])
+        original(self, request)
+
+    free.original = original  # type: ignore[attr-defined]
+    KVCacheManager.free = free
+    return held
+
+
+def _budget(llm: Any) -> dict[str, int]:
+    """Tokens of the largest image, and how many the encoder may produce in a step and hold in its cache."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.encoder_budget import MultiModalBudget
+
+    budget = MultiModalBudget(llm.llm_engine.vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
+    return {
+        "image": budget.mm_max_toks_per_item["image"],
+        "compute": budget.encoder_compute_budget,
+        "cache": budget.encoder_cache_size,
+    }
+
+
+def _release() -> None:
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
