@@ -10,6 +10,7 @@ its open files, and ends with the exit status that is sent back. What the call t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -34,12 +35,16 @@ sys.exit(status[0] if status else 70)  # without an answer it has died
 
 def serve(place: str) -> None:
     """Answers calls until it is killed. Calls may overlap."""
+    import doc_checks
     import doc_programs
     import transformers  # noqa: F401
 
     from vtprune import cli, refvlm
 
     refvlm.load(), cli._parser()  # what they import when they are used
+    if doc_checks.runs_here("lmms_eval"):
+        importlib.import_module("lmms_eval.__main__")
+        importlib.import_module("vtprune.integrations.lmms_eval.model")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{place}.new")

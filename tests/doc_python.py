@@ -165,7 +165,12 @@ def run_module(module: str, words: list[str]) -> int:
 
 
 class _One:
-    """For pytest: of the tests that were chosen, the first is run."""
+    """For pytest: of the tests that were chosen, the first is run; and whether files were skipped as a whole."""
+
+    skipped = False
+
+    def pytest_collectreport(self, report) -> None:
+        self.skipped |= report.skipped
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items) -> None:
@@ -194,7 +199,11 @@ def run_pytest(words: list[str]) -> int:
     if not any(word.startswith("tests") for word in given):
         given.append("tests/test_packaging.py")
     sys.path[0] = os.getcwd()
-    return int(pytest.main([*given, "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[_One()]))
+    one = _One()
+    status = pytest.main([*given, "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[one])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED and one.skipped:
+        raise Checked("pytest")
+    return int(status)
 
 
 def execute(words: list[str]) -> int:

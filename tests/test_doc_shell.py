@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 
@@ -30,6 +31,8 @@ def test_what_is_only_checked(key):
 def test_nothing_else_is_only_checked(shell):
     assert shell.run("vllm serve MODEL --port 8000 && curl localhost:8000/v1/models")[0]["only_checked"] == "vllm"
     assert [call.get("only_checked") for call in shell.calls()] == ["vllm", "curl"]
+    if importlib.util.find_spec("vllm") is None:
+        assert shell.run("pytest tests/vllm_tests")[0]["only_checked"] == "pytest"
     with pytest.raises(AssertionError, match="not on the list"):
         doc_checks.Checked("frobnicate")
 
