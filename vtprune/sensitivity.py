@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,19 @@ def exact_sensitivity(
     return ((slope @ quadratic) * slope).sum(1).clamp_min(0).div(x.shape[1]).sqrt()
 
 
-def two_linears(projector: nn.Module) -> tuple[nn.Linear, nn.Module, nn.Linear] | None:
+def two_linears(projector: nn.Module) -> tuple[Any, nn.Module, Any] | None:
     """The leaves of a projector that look like linear - activation - linear; whether they are has to be tried."""
     leaves = [m for m in projector.modules() if not list(m.children())]
-    if [type(m) is nn.Linear for m in leaves] != [True, False, True] or list(leaves[1].parameters()):
+    if [_is_linear(m) for m in leaves] != [True, False, True] or list(leaves[1].parameters()):
         return None
-    return leaves[0], leaves[1], leaves[2]  # type: ignore[return-value]
+    return leaves[0], leaves[1], leaves[2]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a matrix `weight` `[out, in]`: PyTorch's, or a serving engine's in its place."""
+    weight = getattr(module, "weight", None)
+    plain = type(module) is nn.Linear or (hasattr(module, "input_size") and hasattr(module, "output_size"))
+    return plain and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
 def quadratic_form(w1: Tensor, w2: Tensor) -> Tensor:
@@ -118,6 +126,8 @@ class ClosedForms:
         w1, w2 = first.weight.detach().float(), second.weight.detach().float()
         b1, b2 = (None if part.bias is None else part.bias.detach().float() for part in (first, second))
         rows, shown = x.flatten(0, 1), y.flatten(0, 1).float()
+        if w1.shape[1] != rows.shape[1] or w2.shape[1] != w1.shape[0]:
+            return None  # packed or split over devices
         tried = nn.functional.linear(act(nn.functional.linear(rows[:16], w1, b1)), w2, b2)
         if tried.shape != shown[:16].shape or (tried - shown[:16]).norm() > 0.05 * shown[:16].norm():
             return None  # something else happens between the layers
