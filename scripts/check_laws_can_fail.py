@@ -3,11 +3,14 @@
 
     python scripts/check_laws_can_fail.py
 
-Works on a copy of the tree. Prints a line per fault and exits with 1 if a law let one pass.
+Works on a copy of the tree. Prints a line per fault and exits with 1 if a law let one pass. With `--out FILE`, what was
+caught is written there fault by fault: an interrupted run goes on with the next one, a finished one is run again, and
+results of another version are overwritten with `--force` only.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -15,8 +18,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from vtprune import progress  # noqa: E402
 
 
 @dataclass
@@ -121,18 +129,38 @@ def survives(fault: Fault, tree: Path) -> bool:
     return run.returncode == 0
 
 
-def main() -> int:
+def check(out: Path | None, force: bool) -> dict[str, Any]:
+    """Tries all faults, or what an interrupted run left; returns what `out` then holds.
+
+    Raises:
+        StaleResultError: `out` holds results of another version.
+    """
+    data: dict[str, Any] = {"versions": progress.versions()}
+    data |= {"caught": {}} | progress.load(out, data, force)
+    faults = {f"law {fault.law}: {fault.what}": fault for fault in FAULTS}
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
-        ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.safetensors", "build", "dist")
+        ignore = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.safetensors", "build", "dist", "out")
         shutil.copytree(ROOT, tree, ignore=ignore)
-        passed = 0
-        for fault in FAULTS:
-            missed = survives(fault, tree)
-            passed += not missed
-            print(f"{'MISSED' if missed else 'caught'}  law {fault.law}: {fault.what}", flush=True)
-    print(f"{passed} of {len(FAULTS)} faults caught")
-    return int(passed < len(FAULTS))
+
+        def one(name: str) -> bool:
+            return not survives(faults[name], tree)
+
+        for name, caught in progress.each(data, list(faults), one, "faults", lambda: progress.save(out, data)):
+            data["caught"][name] = caught
+            print(f"{'caught' if caught else 'MISSED'}  {name}", flush=True)
+    return data
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Breaks the engine on purpose: does the offended law fail?")
+    parser.add_argument("--out", type=Path, help="JSON file for what was caught")
+    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    args = parser.parse_args()
+    with progress.script(args.out):
+        caught = check(args.out, args.force)["caught"].values()
+    print(f"{sum(caught)} of {len(caught)} faults caught")
+    return int(not all(caught))
 
 
 if __name__ == "__main__":

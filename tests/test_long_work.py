@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [entry for entry in (str(ROOT), str(ROOT / "kernels" / "torch-ext")) if entry not in sys.path]
 
 from benchmarks import kernel_cases  # noqa: E402
+from scripts import check_laws_can_fail  # noqa: E402
 from vtprune.bench import measure  # noqa: E402
 from vtprune.refvlm import data as training_data  # noqa: E402
 
@@ -80,6 +81,10 @@ def feature(row: Any) -> dict[str, Any]:
 
 def lmms_row(job: Any, **_: int) -> dict[str, Any]:
     return {"method": job.method, "processes": job.processes, "tasks": {}}
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 LIMITS = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
@@ -188,6 +193,18 @@ COMMANDS = (
         "models.json",
         {"tests.coverage.run.isolated": entry},
         ("vtprune",),
+        anew=True,
+    ),
+    Command(
+        "scripts.check_laws_can_fail",
+        "--out {}/a.json",
+        "scripts.check_laws_can_fail.survives",
+        lambda data: len(data["caught"]),
+        instead={
+            "scripts.check_laws_can_fail.FAULTS": check_laws_can_fail.FAULTS[:3],
+            "scripts.check_laws_can_fail.survives": lambda fault, tree: False,
+            "scripts.check_laws_can_fail.shutil": SimpleNamespace(copytree=nothing, ignore_patterns=nothing),
+        },
         anew=True,
     ),
     Command(

@@ -227,12 +227,12 @@ def script(path: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def interruptible(path: str | Path | None) -> Iterator[None]:
-    """Ends a script that is interrupted with a word on how to go on, and exit code 130."""
+    """Ends a script that is interrupted with exit code 130, and where it has a file with a word on how to go on."""
     try:
         yield
     except KeyboardInterrupt:
         where = f"what is done is in {path}; " if path is not None and Path(path).exists() else ""
-        _say(f"interrupted: {where}the same command goes on from there")
+        _say(f"interrupted: {where}the same command goes on from there" if path is not None else "interrupted")
         raise SystemExit(130) from None
 
 
