@@ -35,7 +35,16 @@ def check_config(config: Any, settings: Settings) -> None:
         raise ServingError(
             f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
         )
+    if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
+        raise ServingError(
+            f"{name}: vLLM counts the vision encoder's tokens by the prompt's for enable_tower_connector_lora, which "
+            "pruning makes fewer; adapters of the language model work"
+        )
     multimodal = model.multimodal_config
+    if method in ("visionzip", "zoo_prune") and config.compilation_config.compile_mm_encoder:
+        raise ServingError(
+            f"{name}: {method} reads inside the vision encoder, which compile_mm_encoder hides; use divprune"
+        )
     if method in ("visionzip", "zoo_prune") and multimodal.mm_encoder_tp_mode == "data":
         raise ServingError(
             f"{name}: {method} reads the vision encoder, of which every rank sees other images with "
