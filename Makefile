@@ -60,8 +60,9 @@ docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "documentation: build/site/index.html"
 
-# The long form of tests/properties: minutes of one core. SOAK_ARGS="--seed 1" draws other cases.
-SOAK_ARGS ?= --out benchmarks/results/soak.json
+# The long form of tests/properties: minutes of one core, into out/soak.json; goes on after an interrupt.
+# SOAK_ARGS="--seed 1 --force" draws other cases.
+SOAK_ARGS ?=
 soak: $(TEST)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(PY) -m tests.soak $(SOAK_ARGS)
 

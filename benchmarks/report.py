@@ -67,7 +67,7 @@ SECTIONS = (
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
-    Section("soak*.json", "Under load", report_measured.soak, "make soak"),
+    Section("soak*.json", "Under load", report_measured.soak, "python -m tests.soak --out FILE"),
     Section("families.json", "Laws", report_readme.families_table, "python -m benchmarks.families"),
     Section("iwp_sweep.json", "Defaults of IWP", report_sections.iwp_sweep, "python -m benchmarks.iwp_sweep"),
     Section(
