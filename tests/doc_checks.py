@@ -22,9 +22,15 @@ ONLY_CHECKED = {
     "lmms_eval": "runs where lmms-eval is installed, with VTPRUNE_DOCS=all: `make eval` makes such an environment",
     "mkdocs": "runs where mkdocs is installed; `make docs` itself is the test of that block",
     "fastapi": "`transformers serve` runs where the packages of transformers[serving] are installed",
+    "gradio": "the Space runs where gradio is installed; `make test-web` drives it in a browser",
     "vllm": "vLLM wants an environment of its own; `make test-vllm` serves with it where it is installed",
 }
-_PACKAGES = {"lmms_eval": ("lmms_eval",), "mkdocs": ("mkdocs",), "fastapi": ("fastapi", "uvicorn", "openai")}
+_PACKAGES = {
+    "lmms_eval": ("lmms_eval",),
+    "mkdocs": ("mkdocs",),
+    "fastapi": ("fastapi", "uvicorn", "openai"),
+    "gradio": ("gradio",),
+}
 PLACEHOLDER = re.compile(r"[A-Z]+(_[A-Z]+)*")
 
 

@@ -81,7 +81,7 @@ def python(words: list[str]) -> int:
         sys.argv, sys.path[0] = ["-c", *words[2:]], os.getcwd()
         exec(words[1], {"__name__": "__main__"})
         return 0
-    if "serve" in words or "--serve" in words:
+    if "serve" in words or "--serve" in words or words[0] == doc_servers.SPACE:
         return doc_servers.start(words[0], lambda rest: _script(words[0], rest), words[1:])
     return _script(words[0], words[1:])
 

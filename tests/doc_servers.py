@@ -16,9 +16,10 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from doc_checks import Checked, runs_here
+from doc_checks import ROOT, Checked, runs_here
 
 _PATIENCE = 120  # seconds until a server must listen
+SPACE = "examples/space/app.py"
 _started = 0  # the process that this call started
 
 
@@ -36,6 +37,9 @@ def start(name: str, run: Callable[[list[str]], int], words: list[str]) -> int:
     """
     global _started
     words = _with_model(words)
+    if name == SPACE and not runs_here("gradio"):
+        compile((ROOT / name).read_text(encoding="utf-8"), name, "exec")
+        raise Checked("gradio")
     if "serve" in words and not runs_here("fastapi"):
         if Path(name).exists():
             compile(Path(name).read_text(encoding="utf-8"), name, "exec")
@@ -46,14 +50,17 @@ def start(name: str, run: Callable[[list[str]], int], words: list[str]) -> int:
         port = probe.getsockname()[1]
     at = words.index("--port") + 1 if "--port" in words else None
     shown = words[at] if at else "8000"
-    words = [*words[:at], str(port), *words[at + 1 :]] if at else [*words, "--port", str(port)]
+    if name == SPACE:
+        os.environ["GRADIO_SERVER_PORT"] = str(port)
+    else:
+        words = [*words[:at], str(port), *words[at + 1 :]] if at else [*words, "--port", str(port)]
     log = Path(os.environ["DOCS_NOTES"]) / f"server-{shown}.log"
     sys.stdout.flush()
     _started = os.fork()
     if _started == 0:
         _become(run, words, log)
     _await(port, log)
-    ask = _ask_example if name.startswith("examples/") else _ask_chat
+    ask = _ask_space if name == SPACE else _ask_example if name.startswith("examples/") else _ask_chat
     ask(name, words, port)
     _remember(shown, port)
     return 0
@@ -127,11 +134,17 @@ def _await(port: int, log: Path) -> None:
     raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
+def _ask_space(name: str, words: list[str], port: int) -> None:
+    """The page must come; what it does is tested in a browser, by `tests/web`."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=_PATIENCE) as reply:
+        assert b"vtprune" in reply.read()
+
+
 def _ask_example(name: str, words: list[str], port: int) -> None:
     """As the example's own client does."""
     from vtprune import refvlm
 
-    client = runpy.run_path(str(Path(__file__).resolve().parent.parent / name), run_name="client")
+    client = runpy.run_path(str(ROOT / name), run_name="client")
     scene = refvlm.scenes.scene(1)
     assert client["post"](f"http://127.0.0.1:{port}", scene.image, scene.questions[0].text)
 

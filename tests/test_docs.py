@@ -24,7 +24,9 @@ import vtprune  # noqa: E402
 from scripts.docs import methods, pages, tables  # noqa: E402
 from vtprune import refvlm  # noqa: E402
 
-PAGES = pages.everything()
+# Documents of the repository that are no pages of the site.
+OTHERS = ("examples/space/README.md",)
+PAGES = pages.everything() | {place: (ROOT / place).read_text(encoding="utf-8") for place in OTHERS}
 # Examples are run by their own test.
 TO_RUN = [place for place in sorted(PAGES) if not re.match(r"examples/\d", place) and doc_blocks.blocks(PAGES[place])]
 
@@ -75,6 +77,13 @@ def test_every_block_of_a_page_runs(place, session, folder, request, tmp_path):
                 json.loads(block.code)
             else:
                 assert block.language in ("text", "yaml"), f"{place}, line {block.line}: a block without a language"
+
+
+def test_no_document_is_left_out():
+    folders = ("benchmarks", "docs", "examples", "kernels", "scripts", "tests", "vtprune")
+    found = [*ROOT.glob("*.md"), *(path for name in folders for path in (ROOT / name).rglob("*.md"))]
+    known = {*pages.written(), *pages.places(), *OTHERS}
+    assert {path.relative_to(ROOT).as_posix() for path in found} <= known
 
 
 def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
