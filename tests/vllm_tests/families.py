@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_tests import models, plans
+from vllm_tests import models, plans, vision_models
 from vllm_tests.plans import Request
 
 
@@ -41,9 +41,15 @@ class Family:
         return " ".join(request.text.replace("@", self.image).split())
 
 
+FEW = ("divprune", "pooling")
+QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"]),
     "idefics3-transformers": Family(models.MODELS["idefics3"], engine={"model_impl": "transformers"}),
-    "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "pooling")),
+    "smolvlm": Family(models.MODELS["smolvlm"], methods=FEW),
     "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False),
+    "llava": Family(vision_models.llava, methods=FEW, torchvision=True),
+    "internvl": Family(vision_models.internvl, image="<IMG_CONTEXT>", methods=FEW, torchvision=True),
+    "qwen2_5_vl": Family(vision_models.qwen2_5_vl, image=QWEN, methods=FEW, mrope=True, torchvision=True),
+    "qwen3_vl": Family(vision_models.qwen3_vl, image=QWEN, methods=FEW, mrope=True, torchvision=True),
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models with random weights in folders that vLLM can serve: weights, tokenizer, image processor, chat template."""
+"""Tiny models with random weights in folders that vLLM can serve: weights, tokenizer, processor, chat template."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TEXT = {
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {% if message.content is string %}{{ message.content }}"
-    "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% else %}<image>{% endif %}"
-    "{% endfor %}{% endif %}\n{% endfor %}assistant :"
+    "{% else %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }} {% else %}<image>"
+    "{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant :"
 )
 
 
@@ -66,7 +66,7 @@ def idefics3(folder: Path, kind: str = "Idefics3") -> None:
     processor = getattr(transformers, f"{kind}Processor")(
         image_processor=pictures, tokenizer=words, image_seq_len=16, chat_template=TEMPLATE, **extra
     )
-    _save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor)
+    save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor)
 
 
 def paligemma(folder: Path) -> None:
@@ -98,14 +98,18 @@ def paligemma(folder: Path) -> None:
     pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
     pictures.image_seq_length = 64
     processor = PaliGemmaProcessor(image_processor=pictures, tokenizer=words)
-    _save(folder, PaliGemmaForConditionalGeneration, config, processor)
-    # vLLM reads the names of published checkpoints, which transformers reads too but writes no more.
+    save(folder, PaliGemmaForConditionalGeneration, config, processor)
+    published_names(folder)
+
+
+def published_names(folder: Path) -> None:
+    """Renames weights as published checkpoints have them: vLLM reads those, transformers too, but it writes others."""
     weights = load_file(folder / "model.safetensors")
     known = {re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v for k, v in weights.items()}
     save_file(known, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _save(folder: Path, cls: Any, config: Any, processor: Any) -> None:
+def save(folder: Path, cls: Any, config: Any, processor: Any) -> None:
     torch.manual_seed(0)
     model = cls(config).float().eval()
     with torch.no_grad():

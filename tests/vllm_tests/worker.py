@@ -83,26 +83,26 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
     blocks = _watch_blocks()
     sampling = SamplingParams(temperature=0, max_tokens=plans.TOKENS, ignore_eos=True)
 
-    def ask(requests: list[Request]) -> list[dict[str, Any]]:
+    def ask(engine: Any, requests: list[Request]) -> list[dict[str, Any]]:
         inputs = []
         for request in requests:
             given: dict[str, Any] = {"prompt": family.prompt(request)}
             if request.images:
                 given["multi_modal_data"] = {"image": request.pictures()}
             inputs.append(given)
-        outputs = llm.generate(inputs, sampling, use_tqdm=False)
-        return [_record(output, family, llm, blocks) for output in outputs]
+        outputs = engine.generate(inputs, sampling, use_tqdm=False)
+        return [_record(output, engine, blocks) for output in outputs]
 
-    alone = [ask([request])[0] for request in single]
-    again = [ask([request])[0] for request in single]
+    alone = [ask(llm, [request])[0] for request in single]
+    again = [ask(llm, [request])[0] for request in single]
     llm.reset_prefix_cache()
-    out = {"alone": alone, "again": again, "batch": ask(plans.batch(single)), "budget": _budget(llm)}
+    out = {"alone": alone, "again": again, "batch": ask(llm, plans.batch(single)), "budget": _budget(llm)}
     del llm
     _release()
     return out
 
 
-def _record(output: Any, family: families.Family, llm: Any, blocks: dict[str, int]) -> dict[str, Any]:
+def _record(output: Any, llm: Any, blocks: dict[str, int]) -> dict[str, Any]:
     ids = output.prompt_token_ids
     token = llm.llm_engine.vllm_config.model_config.hf_config.image_token_id
     used = [n for name, n in blocks.items() if name == output.request_id or name.startswith(f"{output.request_id}-")]

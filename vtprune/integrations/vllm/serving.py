@@ -40,8 +40,9 @@ class Pruner:
         # Captured encoder graphs return features without asking embed_multimodal.
         object.__setattr__(model, "supports_encoder_cudagraph", False)
         if config.model_config.uses_mrope:
-            positions = mrope.Positions(model.get_mrope_input_positions, settings)
+            positions = mrope.Positions(model, settings)
             object.__setattr__(model, "get_mrope_input_positions", positions)
+            object.__setattr__(model, "recompute_mrope_positions", positions.recompute)
         logger.info("vtprune: %s, chosen before the decoder of %s", settings, type(model).__name__)
 
     def __call__(self, **kwargs: Any) -> Any:

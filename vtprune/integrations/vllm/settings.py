@@ -83,7 +83,7 @@ def parse(config: Any) -> Settings:
         raise ServingError(
             f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")
         ) from None
-    text = json.dumps([__version__, method.name, repr(method), str(allowed)])
+    text = json.dumps([__version__, method.name, repr(method), allowed.ratio, allowed.keep])
     return Settings(method, allowed, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models whose classes in vLLM import torchvision: LLaVA, InternVL, Qwen2.5-VL, Qwen3-VL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_tests.models import TEXT, VISION, published_names, save, tokenizer
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def llava(folder: Path) -> None:
+    """A LLaVA-1.5: every picture is 64 tokens."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    words = tokenizer("<image>")
+    size = {"height": 32, "width": 32}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 32, "projection_dim": 32, **VISION},
+        text_config={"model_type": "llama", "vocab_size": len(words), "tie_word_embeddings": False, **TEXT, **SPECIAL},
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=64,
+    )
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    processor = LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=words,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    save(folder, LlavaForConditionalGeneration, config, processor)
+    published_names(folder)
+
+
+def internvl(folder: Path) -> None:
+    """An InternVL as transformers has it: tiles of 16 tokens, and a thumbnail."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    words = tokenizer("<IMG_CONTEXT>", "<img>", "</img>", "<video>")
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    names |= {"video_token": "<video>"}
+    for name, token in names.items():
+        setattr(words, name, token)
+        setattr(words, f"{name}_id", words.convert_tokens_to_ids(token))
+        words.init_kwargs[name] = token
+    size = {"height": 32, "width": 32}
+    config = InternVLConfig(
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [4, 4]},
+        text_config={"model_type": "qwen2", "vocab_size": len(words), "tie_word_embeddings": False, **TEXT, **SPECIAL},
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+    )
+    pictures = GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=6)
+    processor = InternVLProcessor(
+        image_processor=pictures,
+        tokenizer=words,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+    )
+    save(folder, InternVLForConditionalGeneration, config, processor)
+
+
+def qwen2_5_vl(folder: Path) -> None:
+    """A Qwen2.5-VL: 8 x 8 pixels are a token."""
+    vision = {"window_size": 16, "fullatt_block_indexes": [1]}
+    _qwen(folder, "Qwen2_5_VL", vision, {"mrope_section": [4, 6, 6]})
+
+
+def qwen3_vl(folder: Path) -> None:
+    """A Qwen3-VL, whose first two vision layers enter the decoder's first two (DeepStack)."""
+    vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "depth": 3}
+    _qwen(folder, "Qwen3VL", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
+
+
+def _qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any]) -> None:
+    import transformers
+
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    words = tokenizer(*names.values())
+    tower = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, **vision}
+    ids = {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
+    text = {"vocab_size": len(words), "tie_word_embeddings": False, "rope_parameters": rope, **TEXT, **SPECIAL}
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={**tower, "out_hidden_size": 64}, text_config=text, tie_word_embeddings=False, **ids
+    )
+    grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    pixels = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
+    videos = transformers.Qwen2VLVideoProcessor if kind == "Qwen2_5_VL" else transformers.Qwen3VLVideoProcessor
+    processor = getattr(transformers, f"{kind}Processor")(
+        image_processor=transformers.Qwen2VLImageProcessor(size=pixels, **grid),
+        tokenizer=words,
+        video_processor=videos(size=pixels, **grid),
+        chat_template=words.chat_template,
+    )
+    save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor)
