@@ -115,7 +115,7 @@ def load(results: Path) -> list[tuple[str, Section, Any]]:
             raise ValueError(f"benchmarks/results/{path.name} is no JSON: {error}") from error
         if found[-1][2].get("left"):
             left = ", ".join(found[-1][2]["left"])
-            raise ValueError(f"benchmarks/results/{path.name} is of an interrupted run: {left} are left to do")
+            raise ValueError(f"benchmarks/results/{path.name} is of an interrupted run; left to do: {left}")
     return sorted(found, key=lambda item: SECTIONS.index(item[1]))
 
 

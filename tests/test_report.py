@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from benchmarks import report, report_measured, report_sections  # noqa: E402
+from benchmarks import report, report_measured, report_sections, report_tables  # noqa: E402
 from vtprune import charts  # noqa: E402
 
 ABOUT = {"versions": {"torch": "2.13.0"}, "machine": "2 cores"}
@@ -74,6 +74,7 @@ def test_files_that_cannot_be_rendered_are_named(copy: Path, monkeypatch: pytest
         ("speed.json", "{}", "speed.json has no renderer"),
         ("kinds.json", "{", "kinds.json is no JSON"),
         ("kinds.json", "{}", "kinds.json does not hold"),
+        ("soak.json", '{"left": ["memory"]}', "soak.json is of an interrupted run; left to do: memory"),
     ):
         (results / name).write_text(text)
         assert report.main(["--check"]) == 2 and message in capsys.readouterr().err
@@ -89,6 +90,11 @@ def test_charts_are_the_same_each_time_and_small(tmp_path: Path) -> None:
         assert first == second and len(first) < 150_000, name
         assert charts.digest([chart]).encode() in first and b"<dc:date>" not in first
         assert all(series.label.encode() in first for series in chart.series)
+
+
+def test_the_load_of_the_machine_is_shown() -> None:
+    assert report_tables.versions(ABOUT) == "(torch 2.13.0; 2 cores)"
+    assert report_tables.versions(ABOUT | {"load": 2.33}) == "(torch 2.13.0; 2 cores; load up to 2.3)"
 
 
 def test_fidelity_shows_its_numbers() -> None:
