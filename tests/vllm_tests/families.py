@@ -42,6 +42,7 @@ class Family:
 
 
 FEW = ("divprune", "pooling")
+NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"]),
@@ -49,7 +50,9 @@ FAMILIES = {
     "smolvlm": Family(models.MODELS["smolvlm"], methods=FEW),
     "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False),
     "llava": Family(vision_models.llava, methods=FEW, torchvision=True),
-    "internvl": Family(vision_models.internvl, image="<IMG_CONTEXT>", methods=FEW, torchvision=True),
-    "qwen2_5_vl": Family(vision_models.qwen2_5_vl, image=QWEN, methods=FEW, mrope=True, torchvision=True),
-    "qwen3_vl": Family(vision_models.qwen3_vl, image=QWEN, methods=FEW, mrope=True, torchvision=True),
+    "internvl": Family(vision_models.internvl, image="<IMG_CONTEXT>", methods=FEW, engine=NO_VIDEO, torchvision=True),
+    "qwen2_5_vl": Family(
+        vision_models.qwen2_5_vl, image=QWEN, methods=FEW, engine=NO_VIDEO, mrope=True, torchvision=True
+    ),
+    "qwen3_vl": Family(vision_models.qwen3_vl, image=QWEN, methods=FEW, engine=NO_VIDEO, mrope=True, torchvision=True),
 }

@@ -72,31 +72,34 @@ def internvl(folder: Path) -> None:
 def qwen2_5_vl(folder: Path) -> None:
     """A Qwen2.5-VL: 8 x 8 pixels are a token."""
     vision = {"window_size": 16, "fullatt_block_indexes": [1]}
-    _qwen(folder, "Qwen2_5_VL", vision, {"mrope_section": [4, 6, 6]})
+    qwen(folder, "Qwen2_5_VL", vision, {"mrope_section": [4, 6, 6]})
 
 
 def qwen3_vl(folder: Path) -> None:
     """A Qwen3-VL, whose first two vision layers enter the decoder's first two (DeepStack)."""
     vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "depth": 3}
-    _qwen(folder, "Qwen3VL", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
+    qwen(folder, "Qwen3VL", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
 
 
-def _qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any]) -> None:
+def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any]) -> None:
+    """A Qwen-VL of a kind: what its tower and the positions of its decoder have of their own."""
     import transformers
 
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     words = tokenizer(*names.values())
-    tower = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, **vision}
+    tower = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
+    if kind != "Qwen2VL":
+        tower |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
     ids = {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
     rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
     text = {"vocab_size": len(words), "tie_word_embeddings": False, "rope_parameters": rope, **TEXT, **SPECIAL}
     config = getattr(transformers, f"{kind}Config")(
-        vision_config={**tower, "out_hidden_size": 64}, text_config=text, tie_word_embeddings=False, **ids
+        vision_config=tower, text_config=text, tie_word_embeddings=False, **ids
     )
     grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
     pixels = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
-    videos = transformers.Qwen2VLVideoProcessor if kind == "Qwen2_5_VL" else transformers.Qwen3VLVideoProcessor
+    videos = transformers.Qwen3VLVideoProcessor if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
     processor = getattr(transformers, f"{kind}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(size=pixels, **grid),
         tokenizer=words,

@@ -74,11 +74,10 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
     from vllm import LLM, SamplingParams
 
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16}
-    options |= {"block_size": plans.BLOCK, "disable_log_stats": True, "seed": 0, **run.engine, **family.engine}
+    options |= {"block_size": plans.BLOCK, "disable_log_stats": True, "seed": 0}
+    options |= {"limit_mm_per_prompt": {"image": 4 if family.several else 1}, **run.engine, **family.engine}
     if run.config is not None:
         options["additional_config"] = {"vtprune": run.config}
-    if family.several:
-        options["limit_mm_per_prompt"] = {"image": 4}
     llm = LLM(model=str(folder), **options)
     blocks = _watch_blocks()
     sampling = SamplingParams(temperature=0, max_tokens=plans.TOKENS, ignore_eos=True)
