@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where vLLM is entered: three functions are wrapped, and pass straight through until `"vtprune"` is configured.
+"""Where vLLM is entered: a few functions are wrapped, and pass straight through until `"vtprune"` is configured.
 
 * `VllmConfig.__post_init__` reads the configuration, in the process that makes it, and leaves it with the model's
   config, which travels to all others.
 * `MultiModalRegistry.create_processor` gives processors of such a model the short prompts.
 * `_ModelRegistry.resolve_model_cls` sees every model class before it is made; an instance for such a model gets an
   `embed_multimodal` that prunes.
+* On CPUs `CPUModelRunner.load_model`, for models with M-RoPE.
 """
 
 from __future__ import annotations
@@ -25,14 +26,19 @@ _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
 
 
 def install() -> None:
-    """Wraps the three functions, once."""
+    """Wraps them, once."""
     from vllm.config import VllmConfig
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.multimodal.registry import MultiModalRegistry
+    from vllm.platforms import current_platform
 
     _wrap(VllmConfig, "__post_init__", _after_config)
     _wrap(MultiModalRegistry, "create_processor", _after_processor)
     _wrap(_ModelRegistry, "resolve_model_cls", _after_class)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        _wrap(CPUModelRunner, "load_model", _after_load)
 
 
 def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
@@ -87,6 +93,13 @@ def _after_processor(processor: Any, registry: Any, model_config: Any, **kwargs:
         support.check_model(registry._get_model_cls(model_config), model_config, settings)
         prompts.prune_processor(processor, settings)
     return processor
+
+
+def _after_load(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Turns on the interface for pruned media, which vLLM's runner for CPUs, unlike that for GPUs, never looks for."""
+    if settings_of(runner.model_config) is not None and runner.uses_mrope:
+        runner.is_multimodal_pruning_enabled = True
+    return result
 
 
 def _after_class(found: Any, registry: Any, architectures: Any, model_config: Any) -> Any:
