@@ -92,32 +92,32 @@ def _script(path: str, words: list[str]) -> int:
         os.chdir(checkout())
     check_options(Path(path), words)
     sys.argv, sys.path[0] = [path, *words], str(Path(path).resolve().parent)
-    if path in _SHORT and not EVERYTHING:
+    if path in _SHORT:
         return _SHORT[path](path)
     runpy.run_path(path, run_name="__main__")
     return 0
 
 
-def _one_fault(path: str) -> int:
-    """One fault is put into the engine instead of all."""
+def _faults(path: str) -> int:
+    """One fault is put into the engine, not all of them."""
     scope = runpy.run_path(path)
-    scope["main"].__globals__["FAULTS"] = scope["FAULTS"][:1]
+    scope["main"].__globals__["FAULTS"] = scope["FAULTS"][: None if EVERYTHING else 1]
     return scope["main"]()
 
 
-def _few_launches(path: str) -> int:
-    """Two operations are compiled instead of all; in a new process, since Triton may interpret in this one."""
+def _launches(path: str) -> int:
+    """Two operations are compiled, not all of them; in a new process, since Triton may interpret in this one."""
     short = (
         "import runpy, sys; sys.path.insert(0, 'tests'); sys.argv = sys.argv[1:];"
         "from kernel_tests import gpu_cases as cases; every = cases.launches;"
         "cases.launches = lambda dtype: list(every(dtype))[:2]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    return execute([sys.executable, "-c", short, *sys.argv])
+    return execute([sys.executable, *(() if EVERYTHING else ("-c", short)), *sys.argv])
 
 
 _SHORT: dict[str, Callable[[str], int]] = {
-    "scripts/check_laws_can_fail.py": _one_fault,
-    "tests/kernel_tests/compile_for_gpu.py": _few_launches,
+    "scripts/check_laws_can_fail.py": _faults,
+    "tests/kernel_tests/compile_for_gpu.py": _launches,
 }
 
 

@@ -79,11 +79,11 @@ def redirected(words: list[str]) -> list[str]:
         SystemExit: no server of the page has that port, the address is elsewhere, or a body is no JSON.
     """
     known = json.loads(_list().read_text()) if _list().exists() else {}
-    found, data = [], False
+    for option, body in zip(words[:-1], words[1:], strict=True):
+        if option in ("-d", "--data", "--data-raw", "--json"):  # a body, or the file that holds it
+            json.loads(Path(body[1:]).read_text(encoding="utf-8") if body.startswith("@") else body)
+    found = []
     for word in words:
-        if data and not word.startswith("@"):
-            json.loads(word)
-        data = word in ("-d", "--data", "--data-raw", "--json")
         address = re.match(r"(?:https?://)?([\w.-]+):(\d+)(/\S*)?$", word)
         if address is None:
             if re.match(r"https?://", word):

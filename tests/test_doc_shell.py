@@ -60,6 +60,8 @@ def test_nothing_else_is_only_checked(shell):
         "transformers nothing",
         "git clone <this repository> a/b --nothing",
         "curl -s localhost:8000",
+        "vllm serve MODEL && curl -s localhost:8000 -d '{'",
+        "vllm serve MODEL && echo '{' > body.json && curl -s localhost:8000 -d @body.json",
         "frobnicate",
         "cd nothing",
         "lmms-eval --model vtprune --tasks gqa --model_args method=nothing,ratio=0.1",
