@@ -25,6 +25,15 @@ CASES = [(name, run.name) for name, family in families.FAMILIES.items() for run 
 PRUNED = [case for case in CASES if case[1] != "unpruned"]
 
 
+def start(module: str, *arguments: object, **environment: str) -> None:
+    """A process of its own."""
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What a process of its own did with a model: `served(name)`."""
@@ -35,10 +44,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if families.FAMILIES[name].torchvision:
             pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
         result = place / f"{name}.json"
-        command = [sys.executable, "-m", "vllm_tests.worker", name, str(place / name), str(result)]
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        start("vllm_tests.worker", name, place / name, result)
         return json.loads(result.read_text())
 
     return serve
@@ -98,3 +104,21 @@ def test_prefix_cache_answers_the_same_image_and_a_common_text(served: Any, name
             assert second["cached"] == plans.BLOCK
         else:
             assert second["cached"] == 0
+
+
+def test_nothing_happens_until_it_is_configured(served: Any, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    start("vllm_tests.worker", "idefics3", tmp_path / "model", result, "unpruned", VLLM_PLUGINS="")
+    without, installed = json.loads(result.read_text())["unpruned"], served("idefics3")["unpruned"]
+    assert (without.pop("plugin"), installed["plugin"]) == (False, True)
+    assert without == {name: value for name, value in installed.items() if name != "plugin"}
+
+
+def test_an_adapter_of_the_language_model_answers_as_the_merged_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft makes the adapter")
+    result = tmp_path / "result.json"
+    start("vllm_tests.worker_lora", tmp_path, result)
+    record = json.loads(result.read_text())
+    assert record["base"] == record["expected"]["base"]
+    assert record["lora"] == record["expected"]["lora"]
+    assert all(base[1] != lora[1] for base, lora in zip(record["base"], record["lora"], strict=True))

@@ -96,6 +96,7 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
     again = [ask(llm, [request])[0] for request in single]
     llm.reset_prefix_cache()
     out = {"alone": alone, "again": again, "batch": ask(llm, plans.batch(single)), "budget": _budget(llm)}
+    out["plugin"] = hasattr(type(llm.llm_engine.vllm_config).__post_init__, "_vtprune_wraps")
     del llm
     _release()
     return out
