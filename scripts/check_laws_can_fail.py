@@ -47,7 +47,7 @@ FAULTS = (
           "index = self.source\n", "index = torch.arange(self.index.shape[1]).expand_as(self.index)\n",
           "test_2_drop_is_mask.py -k llava-random"),
     Fault("2 drop is mask", "DeepStack features are not reordered", "deepstack.py",
-          "original.index_select(0, rows.to(original.device))", "original[: len(rows)]",
+          "features.index_select(0, rows.to(features.device))", "features[: len(rows)]",
           "test_2_drop_is_mask.py -k qwen3_vl-random"),
     Fault("2 drop is mask", "dropped columns keep their states", "compact.py",
           "full = x.new_zeros(", "full = x.new_ones(",
@@ -72,8 +72,8 @@ FAULTS = (
           "final = max(1, round(ratio * total))", "final = max(1, int(ratio * total))",
           "test_5_budget.py -k 'llava_next-random'"),
     Fault("6 cache", "layers run on all columns", "prefill.py",
-          "hidden = compact.gather(hidden, relative.to(hidden.device), 1)",
-          "hidden = compact.gather(hidden, relative.to(hidden.device), 1).repeat(1, 2, 1)",
+          "return compact.gather(hidden, index, 1)",
+          "return compact.gather(hidden, index, 1).repeat(1, 2, 1)",
           "test_6_cache.py -k 'llava-random'"),
     Fault("7 leave no trace", "an encoder stays wrapped", "attached.py",
           "        delattr(self.module, self.name)\n", "        pass\n",
@@ -105,8 +105,9 @@ FAULTS = (
           "needed = keep_row & real_row\n", "needed = keep_row.clone()\n",
           "test_4_batch.py -k 'padding_is_not and llava'"),
     Fault("11 cheap", "a layer runs on what was dropped as well", "prefill.py",
-          "        changed = None\n",
-          "        changed = None\n        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
+          "        changed, self.narrow = None, None\n",
+          "        changed, self.narrow = None, None\n"
+          "        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
           "test_11_cheap.py -k 'llava-input'"),
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,9 @@ def _git(words: list[str]) -> int:
         raise SystemExit(f"only clones of this repository are run: git {' '.join(words)}")
     if not (ROOT / ".git").exists():
         raise Checked("git")
+    if (notes() / "copied").exists():  # the page has used the copy so far
+        (notes() / "copied").unlink()
+        shutil.rmtree(Path(os.environ["DOCS_SESSION"], "vtprune"))
     os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
     return execute(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", *words[2:]])
 

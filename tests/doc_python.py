@@ -49,6 +49,7 @@ def checkout() -> Path:
     if not (place / "pyproject.toml").exists():
         left = (".git", ".venv*", "build", "dist", "out", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
+        (notes() / "copied").touch()
     return place
 
 
@@ -99,8 +100,11 @@ def _script(path: str, words: list[str]) -> int:
 
 
 def _faults(path: str) -> int:
-    """One fault is put into the engine, not all of them."""
+    """One fault is put into the engine, not all of them; the source must have what each of them replaces."""
     scope = runpy.run_path(path)
+    for fault in scope["FAULTS"]:
+        if fault.old not in Path("vtprune", fault.file).read_text(encoding="utf-8"):
+            raise SystemExit(f"vtprune/{fault.file} no longer contains {fault.old!r}: adapt {fault.what!r} in {path}")
     scope["main"].__globals__["FAULTS"] = scope["FAULTS"][: None if EVERYTHING else 1]
     return scope["main"]()
 

@@ -69,9 +69,7 @@ def test_every_block_of_a_page_runs(place, session, folder, request, tmp_path):
                 if shell is None:
                     programs = request.getfixturevalue("programs")
                     shell = stack.enter_context(doc_shell.Shell(programs, tmp_path, folder))
-                calls = shell.run(block.code)
-                assert calls, f"{place}, line {block.line}: nothing is called"
-                for call in calls:
+                for call in shell.run(block.code):
                     print(f"line {block.line}: {call.get('only_checked', 'run')}: {shlex.join(call['shown'])}")
             elif block.language == "json":
                 json.loads(block.code)
