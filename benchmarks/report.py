@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_charts, report_measured, report_readme, report_sections
+from benchmarks import report_charts, report_measured, report_readme, report_sections, serving_table
 from vtprune import charts
 from vtprune.charts import Chart
 
@@ -65,6 +65,7 @@ SECTIONS = (
         report_charts.fidelity,
     ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
+    Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
     Section("soak*.json", "Under load", report_measured.soak, "python -m tests.soak --out FILE"),

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/serving.md shows of vLLM, run and read by the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests")]
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
+
+import doc_blocks  # noqa: E402
+from vllm_tests import models, pictures  # noqa: E402
+
+from vtprune.integrations.vllm.settings import parse  # noqa: E402
+
+BLOCKS = doc_blocks.blocks((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+COMMANDS = [line for block in BLOCKS for line in block.code.splitlines() if line.startswith("vllm serve")]
+
+
+@pytest.mark.slow
+def test_the_python_program_runs(tmp_path):
+    models.MODELS["idefics3"](tmp_path / "model")
+    pictures.noise(0, 96, 64).save(tmp_path / "photo.png")
+    code = next(block.code for block in BLOCKS if "from vllm" in block.code)
+    engine = "additional_config=CONFIG, dtype='float32', enforce_eager=True, max_model_len=1024"
+    code = doc_blocks.offline(code, tmp_path / "model").replace("additional_config=CONFIG", engine)
+    (tmp_path / "offline.py").write_text(code, encoding="utf-8")
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "offline.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^52 tokens: ", done.stdout, re.M), done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_shown_commands_are_options_of_vllm(command):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    config = next(re.search(r"CONFIG='(.*)'", block.code)[1] for block in BLOCKS if "CONFIG='" in block.code)
+    words = shlex.split(command.replace("$CONFIG", config.replace('"', '\\"')))
+    given = parser.parse_args(["--model", *words[2:]])
+    settings = parse(given.additional_config["vtprune"])
+    assert settings.method.name == "divprune" and json.loads(config)["vtprune"]["ratio"] == settings.budget.ratio
