@@ -17,7 +17,7 @@ from pathlib import Path
 import doc_installs
 import doc_servers
 from doc_checks import ROOT, Checked, lmms_arguments, runs_here, vllm_arguments
-from doc_python import checkout, execute, notes, python, run_module, run_pytest, run_vtprune
+from doc_python import checkout, copy, execute, notes, python, run_module, run_pytest, run_vtprune
 
 
 def call(program: str, words: list[str]) -> int:
@@ -55,8 +55,8 @@ def _make(words: list[str]) -> int:
 
 
 def _git(words: list[str]) -> int:
-    """A clone of this repository."""
-    if words[0] != "clone" or not words[1].startswith(("PLACEHOLDER", "https://")):
+    """A clone of this repository into a folder that is named."""
+    if words[0] != "clone" or len(words) < 3 or not words[1].startswith(("PLACEHOLDER", "https://")):
         raise SystemExit(f"only clones of this repository are run: git {' '.join(words)}")
     if not (ROOT / ".git").exists():
         raise Checked("git")
@@ -64,7 +64,10 @@ def _git(words: list[str]) -> int:
         (notes() / "copied").unlink()
         shutil.rmtree(Path(os.environ["DOCS_SESSION"], "vtprune"))
     os.environ |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
-    return execute(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", *words[2:]])
+    status = execute(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", *words[2:]])
+    if status == 0:
+        copy(Path(words[2]))  # with what is not yet committed
+    return status
 
 
 def _pip(words: list[str]) -> int:

@@ -47,10 +47,15 @@ def checkout() -> Path:
         return here
     place = Path(os.environ["DOCS_SESSION"]) / "vtprune"
     if not (place / "pyproject.toml").exists():
-        left = (".git", ".venv*", "build", "dist", "out", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
-        shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
+        copy(place)
         (notes() / "copied").touch()
     return place
+
+
+def copy(place: Path) -> None:
+    """Lays the repository, as it is now, into a folder that may be there."""
+    left = (".git", ".venv*", "build", "dist", "out", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left), dirs_exist_ok=True)
 
 
 def run_vtprune(words: list[str]) -> int:
