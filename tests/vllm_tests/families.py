@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_tests import models, plans, vision_models
+from vllm_tests import models, vision_models
 from vllm_tests.plans import Request
+
+from vtprune.integrations.vllm.settings import QUESTION_FREE
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Family:
     text_only: bool = True
     mrope: bool = False
     torchvision: bool = False
-    methods: tuple[str, ...] = plans.METHODS
+    methods: tuple[str, ...] = QUESTION_FREE
     engine: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, request: Request) -> str:
@@ -41,18 +43,32 @@ class Family:
         return " ".join(request.text.replace("@", self.image).split())
 
 
-FEW = ("divprune", "pooling")
-NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
+NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
+READING = ("divprune", "iwp", "visionzip", "zoo_prune")  # what reads other parts of the model, and the default
 FAMILIES = {
-    "idefics3": Family(models.MODELS["idefics3"]),
-    "idefics3-transformers": Family(models.MODELS["idefics3"], engine={"model_impl": "transformers"}),
-    "smolvlm": Family(models.MODELS["smolvlm"], methods=FEW),
-    "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False),
-    "llava": Family(vision_models.llava, methods=FEW, torchvision=True),
-    "internvl": Family(vision_models.internvl, image="<IMG_CONTEXT>", methods=FEW, engine=NO_VIDEO, torchvision=True),
-    "qwen2_5_vl": Family(
-        vision_models.qwen2_5_vl, image=QWEN, methods=FEW, engine=NO_VIDEO, mrope=True, torchvision=True
+    "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
+    "idefics3-transformers": Family(models.MODELS["idefics3"], methods=READING, engine={"model_impl": "transformers"}),
+    "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "iwp", "pooling")),
+    "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING),
+    "llava": Family(vision_models.llava, methods=("divprune", "iwp", "visionzip"), torchvision=True),
+    "internvl": Family(
+        vision_models.internvl, "<IMG_CONTEXT>", methods=("divprune", "zoo_prune"), torchvision=True, engine=NO_VIDEO
     ),
-    "qwen3_vl": Family(vision_models.qwen3_vl, image=QWEN, methods=FEW, engine=NO_VIDEO, mrope=True, torchvision=True),
+    "qwen2_5_vl": Family(
+        vision_models.qwen2_5_vl,
+        QWEN,
+        mrope=True,
+        methods=("divprune", "iwp", "pooling"),
+        torchvision=True,
+        engine=NO_VIDEO,
+    ),
+    "qwen3_vl": Family(
+        vision_models.qwen3_vl,
+        QWEN,
+        mrope=True,
+        methods=("divprune", "iwp", "pooling"),
+        torchvision=True,
+        engine=NO_VIDEO,
+    ),
 }

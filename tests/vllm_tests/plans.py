@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-METHODS = ("divprune", "uniform", "random", "pooling")
 TOKENS = 5  # that every request generates
 BLOCK = 32  # tokens of a block of the KV cache: the fewest that the CPU allows
 STEP = 32  # tokens of a step of the chunked engine, fewer than most prompts have
@@ -78,7 +77,7 @@ def batch(single: list[Request]) -> list[Request]:
     return [*single, *more][:16]
 
 
-def runs(methods: tuple[str, ...] = METHODS) -> list[Run]:
+def runs(methods: tuple[str, ...]) -> list[Run]:
     """Every method in one engine, `divprune` in both; ratios and counts in turn; unpruned for comparison."""
     out = [
         Run("unpruned", None, CHUNKED),

@@ -3,15 +3,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from vllm_tests.reference import Reference
 
+from vtprune.integrations.vllm import choosing, readers
+from vtprune.integrations.vllm.settings import Settings
+
 
 class MRoPEReference(Reference):
     """A Qwen-VL of transformers that is given fewer columns, with the positions that they had in the whole prompt."""
+
+    def __init__(self, folder: Path, settings: Settings | None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(folder, settings, dtype)
+        if settings is not None:
+            self.reader = readers.make(self.model, True, settings.method)
 
     def answer(self, text: str, images: list[Image.Image], tokens: int) -> tuple[int, list[int]]:
         """Length of the pruned prompt, and the tokens after it."""
@@ -61,8 +70,6 @@ class MRoPEReference(Reference):
         return states, deep, torch.arange(len(states)).expand(3, -1) if positions is None else positions[-3:, 0]
 
     def _cut_with(self, channels: torch.Tensor, images: Any, width: int, grids: Any, seen: Any) -> torch.Tensor:
-        from vtprune.integrations.vllm import choosing
-
         assert self.settings is not None
         pieces, at = [], 0
         for ((start, length),), grid in zip(images, grids, strict=True):

@@ -18,7 +18,13 @@ def llava(folder: Path) -> None:
     words = tokenizer("<image>")
     size = {"height": 32, "width": 32}
     config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": 32, "projection_dim": 32, **VISION},
+        vision_config={
+            "model_type": "clip_vision_model",
+            "image_size": 32,
+            "projection_dim": 32,
+            **VISION,
+            "num_hidden_layers": 3,
+        },
         text_config={"model_type": "llama", "vocab_size": len(words), "tie_word_embeddings": False, **TEXT, **SPECIAL},
         image_token_index=words.convert_tokens_to_ids("<image>"),
         image_seq_length=64,

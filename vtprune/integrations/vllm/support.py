@@ -50,6 +50,10 @@ def check_config(config: Any, settings: Settings) -> None:
             f"{name}: {method} reads the vision encoder, of which every rank sees other images with "
             "mm_encoder_tp_mode='data'; use divprune"
         )
+    if method in ("visionzip", "zoo_prune") and model.uses_mrope:
+        raise ServingError(
+            f"{name}: {method} cannot read vision towers of the Qwen-VL kind in vLLM; use divprune or iwp"
+        )
     if model.uses_mrope and not multimodal.video_pruning_rate:
         multimodal.video_pruning_rate = NO_RATE
 
