@@ -124,3 +124,36 @@ def test_outcomes_are_read_from_a_junit_file(tmp_path):
     )
     read = _script("benchmarks/families.py").read_junit(tmp_path / "a.xml")
     assert read == [("m", "a", "passed"), ("m", "b", "failed"), ("m", "c", "failed"), ("m", "d", "skipped")]
+
+
+def test_runs_of_the_suite_are_summed_up_by_version(tmp_path):
+    (tmp_path / "a.xml").write_text(
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><error/></testcase>'
+        '<testcase name="c"><skipped type="pytest.skip" message="no GPU"/></testcase>'
+        '<testcase name="d"><skipped type="pytest.xfail" message="transformers 5.17.0 mixes pictures"/></testcase>'
+        '<testcase name="e"><skipped type="pytest.skip" message="transformers 5.17.0 fails, too: why"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    script = _script("benchmarks/versions.py")
+    found = script.summary(tmp_path / "a.xml")
+    assert found == {
+        "passed": 1,
+        "skipped": 2,
+        "expected_failures": 1,
+        "failed": 1,
+        "run_again": 0,
+        "old_versions": {"transformers 5.17.0 fails, too": 1, "transformers 5.17.0 mixes pictures": 1},
+    }
+    (tmp_path / "b.xml").write_text('<testsuite><testcase name="b"/><testcase name="c"/></testsuite>')
+    again = script.summary(tmp_path / "a.xml", tmp_path / "b.xml")
+    assert again == found | {"passed": 2, "failed": 0, "run_again": 1}
+    data: dict = {}
+    for transformers, torch, passed in (
+        ("5.23.0", "2.9", 1),
+        ("5.3.0", "2.11", 2),
+        ("5.23.0", "2.13", 3),
+        ("5.3.0", "2.11", 4),
+    ):
+        versions = {"transformers": transformers, "torch": torch}
+        data = script.recorded(data, {"versions": versions, "passed": passed})
+    assert [run["passed"] for run in data["runs"]] == [4, 1, 3]

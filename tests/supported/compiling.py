@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +16,20 @@ from .models import build, greedy, kept, patched, prompt
 from .table import refused, row
 
 BACKEND = "aot_eager"  # dynamo and autograd tracing as ever; only the generated kernels are left out
+# In the middle of the decoder, before it, before it by the keys of its first layer, and step by step.
+CUTS = ("fastv", "divprune", "iwp", "pyramiddrop")
 
 
 @torch.no_grad()
-def _same(compile_: Callable[[nn.Module], nn.Module], before: bool) -> None:
+def _same(compile_: Callable[[nn.Module], nn.Module], before: bool, method: str = "fastv") -> None:
     """Asserts that a compiled model prunes as it does uncompiled, be it compiled before it is patched or after."""
     torch.compiler.reset()
     inputs, model = prompt(), build()
-    with patched(model) as patch:
+    with patched(model, method) as patch:
         logits = model(**inputs).logits
         want, columns = greedy(model, inputs), kept(patch)
     compiled = compile_(model) if before else model
-    with patched(compiled) as patch:
+    with patched(compiled, method) as patch:
         compiled = compiled if before else compile_(model)
         torch.testing.assert_close(compiled(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
         assert kept(patch) == columns
@@ -40,6 +43,11 @@ def _whole(model: nn.Module) -> nn.Module:
 
 def _decoder(model: nn.Module) -> nn.Module:
     vtprune.inspect(model).decoder.compile(backend=BACKEND)
+    return model
+
+
+def _inductor(model: nn.Module) -> nn.Module:
+    vtprune.inspect(model).decoder.compile()
     return model
 
 
@@ -63,21 +71,35 @@ def whole(folder: Path) -> None:
 
 @row("`model.forward = torch.compile(model.forward)`", slow=True)
 def forward(folder: Path) -> None:
-    """Before `patch`: the same."""
-    _same(_forward, True)
+    """Before `patch`: the same, for methods that cut inside the decoder, before it, and step by step."""
+    for method in CUTS:
+        _same(_forward, True, method)
 
 
 @row("`torch.compile` of the language model", slow=True)
 def decoder(folder: Path) -> None:
-    """`language_model.compile()` before `patch`: the same."""
-    _same(_decoder, True)
+    """`language_model.compile()` before `patch`: the same, for methods that cut inside the decoder, before it, and
+    step by step."""
+    for method in CUTS:
+        _same(_decoder, True, method)
+
+
+@row("`torch.compile` of the language model, Inductor", slow=True)
+def inductor(folder: Path) -> None:
+    """The default backend, with kernels made by the C++ compiler, before `patch`: the same."""
+    if shutil.which("g++") is None:
+        raise FileNotFoundError("Inductor takes a C++ compiler, and there is no g++")
+    for method in CUTS:
+        _same(_inductor, True, method)
 
 
 @row("`torch.compile` of every decoder layer", slow=True)
 def layers(folder: Path) -> None:
-    """`layer.compile()`, before and after `patch`: the same. Where a method reads keys, the layer runs uncompiled."""
-    _same(_layers, True)
-    _same(_layers, False)
+    """`layer.compile()`, before and after `patch`: the same, for methods that cut inside the decoder, before it, and
+    step by step. Where a method reads keys, the layer runs uncompiled."""
+    for method in CUTS:
+        _same(_layers, True, method)
+        _same(_layers, False, method)
 
 
 @row("`torch.compile(fullgraph=True)`")

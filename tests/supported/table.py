@@ -8,9 +8,10 @@ torch's) own sentence, by `refused`, if it is refused.
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,16 @@ def _version(name: str) -> str:
         return ""
 
 
-def render(whole: dict[str, Any]) -> str:
-    """The table in Markdown."""
+RUNS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "versions.json"
+
+
+def render(whole: dict[str, Any], runs: Sequence[dict[str, Any]] | None = None) -> str:
+    """The table in Markdown.
+
+    Args:
+        whole: What `support.json` holds.
+        runs: Runs of the test suite as `benchmarks.versions` records them; by default those of `RUNS`.
+    """
     versions = ", ".join(f"{name} {version}" for name, version in whole.items() if name not in ("left", "rows"))
     text = [
         "# Support",
@@ -137,4 +146,33 @@ def render(whole: dict[str, Any]) -> str:
         outcome = entry["outcome"] + (f": {entry['reason']}" if entry["reason"] else "")
         cells = (entry["feature"], outcome, entry["tried"])
         text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(text) + "\n"
+    if runs is None:
+        runs = json.loads(RUNS.read_text())["runs"] if RUNS.exists() else []
+    return "\n".join([*text, *(_versions_tested(runs) if runs else [])]) + "\n"
+
+
+def _versions_tested(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines about the versions that the whole suite was run with."""
+    text = [
+        "",
+        "## Versions",
+        "",
+        "The whole test suite on a CPU (`python -m benchmarks.versions` records a run). What an old transformers does "
+        "wrong or lacks, unpatched too, is left out.",
+        "",
+        "| transformers | torch | Python | passed | failed | skipped | expected failures | notes |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        versions = run["versions"]
+        left_out = "; ".join(f"{_tests(count)}: {reason}" for reason, count in run["old_versions"].items())
+        if run["run_again"]:
+            left_out += f"{'; ' if left_out else ''}{_tests(run['run_again'])} run again after a failure"
+        counts = (run[name] for name in ("passed", "failed", "skipped", "expected_failures"))
+        cells = (versions["transformers"], versions["torch"], run["python"], *map(str, counts), left_out)
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
+def _tests(count: int) -> str:
+    return f"{count} test" if count == 1 else f"{count} tests"
