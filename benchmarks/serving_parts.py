@@ -7,6 +7,7 @@ vLLM mixes into its worker (`worker_extension_cls`), for which the model runs ea
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def measure(model: str, config: Any, urls: list[str], options: dict[str, Any]) -
         urls: Pictures, two lots of which the second is asked at once.
         options: Further arguments of `LLM`.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the progress bar is on the same terminal
     from vllm import LLM, SamplingParams
     from vllm.benchmarks.mm_processor import collect_mm_processor_stats
 
