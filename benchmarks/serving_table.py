@@ -106,8 +106,8 @@ def markdown(data: Data) -> str:
         f"`vllm serve` with {named}, a picture of {width} x {height} pixels in each request, answers of "
         f"{data['tokens']} tokens, on {data['device']}. Ways take turns; medians over "
         f"{1 + max(row['round'] for row in data['rows'])} rounds, in brackets what they are of the unpruned server's. "
-        "KV cache: tokens that the blocks in use have room for; a server with shorter prompts works on more requests at "
-        f"once, so that under load its peak falls less than a request's share. {versions(data)}"
+        "KV cache: tokens that the blocks in use have room for; a server with shorter prompts works on more requests "
+        f"at once, so that under load its peak falls less than a request's share. {versions(data)}"
     )
     parts = (
         "Where the time of a request goes, in the engine itself: preparing images by vLLM's own clock, vision tower "
