@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions the test suite was run with: writes `benchmarks/results/versions.json`.
+"""Which versions the test suite was run with: writes `docs/versions.json`.
 
     python -m pytest tests --junitxml=suite.xml
     python -m benchmarks.versions suite.xml      # with the same Python, which says which versions these were
@@ -24,7 +24,7 @@ from typing import Any
 from vtprune import progress
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "results" / "versions.json"
+OUT = ROOT / "docs" / "versions.json"
 
 
 def summary(first: Path, *later: Path) -> dict[str, Any]:

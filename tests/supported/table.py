@@ -121,7 +121,7 @@ def _version(name: str) -> str:
         return ""
 
 
-RUNS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "versions.json"
+RUNS = Path(__file__).resolve().parents[2] / "docs" / "versions.json"
 
 
 def render(whole: dict[str, Any], runs: Sequence[dict[str, Any]] | None = None) -> str:
