@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -46,7 +47,21 @@ def test_the_python_program_runs(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^52 tokens: ", done.stdout, re.M), done.stdout[-3000:]
+    lengths = [int(number) for number in re.findall(r"^(\d+) tokens: ", done.stdout, re.M)]
+    assert lengths == [_pruned_length(tmp_path / "model", tmp_path / "photo.png")], done.stdout[-3000:]
+
+
+def _pruned_length(model: Path, photo: Path) -> int:
+    """Length of the page's prompt by the processor of transformers and the plug-in's settings."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor(images=[Image.open(photo)], text=text)["input_ids"][0]
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    runs = [len(run) for run in "".join("x" if token == image else " " for token in ids).split()]
+    return len(ids) - sum(runs) + sum(parse({"method": "divprune", "ratio": 0.25}).counts(runs))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
