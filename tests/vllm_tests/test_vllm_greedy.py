@@ -125,3 +125,11 @@ def test_an_adapter_of_the_language_model_answers_as_the_merged_model(tmp_path: 
     assert record["base"] == record["expected"]["base"]
     assert record["lora"] == record["expected"]["lora"]
     assert all(base[1] != lora[1] for base, lora in zip(record["base"], record["lora"], strict=True))
+
+
+def test_videos_stay_whole(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
+    result = tmp_path / "result.json"
+    start("vllm_tests.worker_video", "qwen2_5_vl", tmp_path / "model", result)
+    record = json.loads(result.read_text())
+    assert record["pruned"] == record["unpruned"]

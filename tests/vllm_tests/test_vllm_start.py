@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
-from vllm_tests import models, odd_models, plans  # noqa: E402
+from vllm_tests import models, odd_models, plans, vision_models  # noqa: E402
 
 from vtprune.integrations.vllm.settings import ServingError  # noqa: E402
 
@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def folder(name: str) -> Path:
         if not (place / name).exists():
-            {**models.MODELS, **odd_models.MODELS}[name](place / name)
+            {**models.MODELS, **odd_models.MODELS, "qwen3_vl": vision_models.qwen3_vl}[name](place / name)
         return place / name
 
     yield folder
@@ -111,6 +111,13 @@ def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folde
     line = str(caught.value)
     assert line.startswith("vtprune: Qwen2VLForConditionalGeneration places tokens on several axes (M-RoPE)")
     assert "\n" not in line
+
+
+def test_videos_that_vllm_would_misplace_are_refused_before_a_client_sends_one(folders: Any) -> None:
+    pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
+    with pytest.raises(ServingError, match="Qwen3VLForConditionalGeneration writes times between the frames"):
+        processor(folders("qwen3_vl"), {"ratio": 0.5})
+    assert processor(folders("qwen3_vl"), {"ratio": 0.5}, limit_mm_per_prompt={"video": 0}).vtprune
 
 
 def test_adapters_of_the_vision_encoder_are_refused(folders: Any) -> None:

@@ -79,3 +79,8 @@ def check_model(cls: type, model_config: Any, settings: Settings) -> None:
             f"{name} places tokens on several axes (M-RoPE) and lacks vLLM's interface for pruned media "
             "(SupportsMultiModalPruning), by which kept tokens would keep their positions"
         )
+    if hasattr(cls, "_get_expanded_positions") and model_config.multimodal_config.get_limit_per_prompt("video"):
+        raise ServingError(
+            f"{name} writes times between the frames of videos, which vLLM's interface for pruned media misplaces, "
+            """up to an error; serve images alone: --limit-mm-per-prompt '{"video": 0}'"""
+        )
