@@ -36,7 +36,8 @@ def test_the_python_program_runs(tmp_path):
     engine = "additional_config=CONFIG, dtype='float32', enforce_eager=True, max_model_len=1024"
     code = doc_blocks.offline(code, tmp_path / "model").replace("additional_config=CONFIG", engine)
     (tmp_path / "offline.py").write_text(code, encoding="utf-8")
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = os.pathsep.join([str(ROOT), *map(os.path.abspath, given)])  # it runs in another folder
     done = subprocess.run(
         [sys.executable, "offline.py"],
         cwd=tmp_path,
