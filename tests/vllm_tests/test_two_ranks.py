@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
-from vllm_tests.test_vllm_greedy import start  # noqa: E402
+from vllm_tests.test_vllm_greedy import start
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serves a tiny Idefics3 on two tensor-parallel ranks, and writes what they answer beside what transformers does.
 
-    python -m vllm_tests.two_ranks FOLDER RESULT.json METHOD
+python -m vllm_tests.two_ranks FOLDER RESULT.json METHOD
 """
 
 from __future__ import annotations
