@@ -53,7 +53,11 @@ FAMILIES = {
     "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING),
     "llava": Family(vision_models.llava, methods=("divprune", "iwp", "visionzip"), torchvision=True),
     "internvl": Family(
-        vision_models.internvl, "<IMG_CONTEXT>", methods=("divprune", "zoo_prune"), torchvision=True, engine=NO_VIDEO
+        vision_models.internvl,
+        "<IMG_CONTEXT>",
+        methods=("divprune", "visionzip", "zoo_prune"),
+        torchvision=True,
+        engine=NO_VIDEO,
     ),
     "qwen2_5_vl": Family(
         vision_models.qwen2_5_vl,

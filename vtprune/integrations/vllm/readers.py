@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -50,18 +50,34 @@ class VisionReader(Reader):
     def watch(self) -> Iterator[dict[str, list]]:
         seen: dict[str, list] = {tap.name: [] for tap in self.taps}
 
-        def hook(tap: Tap) -> Any:
-            return lambda module, args, kwargs, output: seen[tap.name].append(tap.record(args, kwargs, output))
-
-        handles = [tap.module.register_forward_hook(hook(tap), with_kwargs=True) for tap in self.taps]
-        try:
+        with ExitStack() as stack:
+            for tap in self.taps:
+                stack.enter_context(_listening(tap, seen[tap.name]))
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def extra(self, seen: dict[str, list]) -> dict[str, Any]:
         return {"observed": seen, "anatomy": self.anatomy}
+
+
+@contextmanager
+def _listening(tap: Tap, seen: list) -> Iterator[None]:
+    """Records the calls of a module; not by hooks, without which vLLM calls modules that it may compile."""
+    module, forward = tap.module, tap.module.forward
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        seen.append(tap.record(args, kwargs, output))
+        return output
+
+    own = "forward" in module.__dict__
+    object.__setattr__(module, "forward", listen)
+    try:
+        yield
+    finally:
+        if own:
+            object.__setattr__(module, "forward", forward)
+        else:
+            object.__delattr__(module, "forward")
 
 
 def _with_probe(tap: Tap, own: nn.Module | None) -> Tap:
