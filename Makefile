@@ -80,7 +80,7 @@ eval: $(EVAL)
 test-web: $(WEB)
 	VTPRUNE_WEB=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(WEB_PY) -m pytest -q -rs tests/web
 
-# The vLLM plug-in in a real vLLM on the CPU, with tiny models: about eight minutes of two cores.
+# The vLLM plug-in in a real vLLM on the CPU, with tiny models: about ten minutes of two cores.
 test-vllm: $(VLLM)
 	PYTHONPATH=tests/vllm_tests/torchvision_ops HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(VLLM_PY) -m pytest -q -rs --durations 10 $(VLLM_ARGS)

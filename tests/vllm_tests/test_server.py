@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,19 @@ def test_a_count_holds_for_every_picture_and_ctrl_c_stops_the_server(model, unpr
             assert before - after == dropped(model, REQUESTS[name], KEEP)
         assert server.stop(signal.SIGINT) == 0, server.tail()
         assert server.left() == []
+
+
+def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
+    """Data parallelism: eight requests at once, shared between two engines."""
+    urls = [images([(64, 64)], seed=i)[0] for i in range(8)]
+    wanted = [said(ask(server, url)) for url in urls]
+    options = (*OPTIONS, "--data-parallel-size", "2")
+    environment = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with Server(model, CONFIG, options=options, environment=environment) as two, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda url: said(ask(two, url)), urls)) == wanted
+        text = openai.DefaultHttpxClient(trust_env=False).get(f"{two.url}/metrics").text
+    work = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} (\S+)$', text, re.M)
+    assert [engine for engine, tokens in work if float(tokens) > 0] == ["0", "1"], work
 
 
 @pytest.mark.parametrize(
