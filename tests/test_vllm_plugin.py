@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.integrations.vllm import choosing, prompts
+from vtprune.integrations.vllm import choosing, hooks, prompts
 from vtprune.integrations.vllm.mrope import Positions
 from vtprune.integrations.vllm.settings import QUESTION_FREE, ServingError, parse
 
@@ -273,3 +273,26 @@ def test_prompts_with_videos_are_left_to_the_model() -> None:
     places = Positions(Own(), parse({"ratio": 0.5}))
     given_ids = [1, VIDEO, IMAGE]
     assert places.recompute(given_ids, [torch.zeros(1, 6)], torch.zeros(3, 3), 0)[3] == 0
+
+
+def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatch):
+    attached = []
+    monkeypatch.setattr(hooks.Pruner, "attach", lambda model, config, settings: attached.append(type(model)))
+
+    class Base:
+        def __init__(self, *, vllm_config, prefix=""):
+            pass
+
+    class Derived(Base):
+        pass
+
+    for cls in (Base, Derived, Base, Derived):
+        hooks._wrap_init(cls)
+    pruned = SimpleNamespace(model_config=SimpleNamespace(**{hooks._ATTRIBUTE: {"ratio": 0.5}}))
+    plain = SimpleNamespace(model_config=SimpleNamespace())
+    for cls in (Base, Derived):
+        cls(vllm_config=plain)
+        assert attached == []
+        cls(vllm_config=pruned)
+        assert attached == [cls]
+        attached.clear()

@@ -110,9 +110,9 @@ def _after_class(found: Any, registry: Any, architectures: Any, model_config: An
 
 def _wrap_init(cls: type) -> None:
     """Instances made for a pruned model prune; the class stays what it is for all others."""
-    original: Any = cls.__dict__.get("__init__", cls.__init__)  # type: ignore[misc]
-    if hasattr(original, _MARK):
+    if hasattr(cls.__dict__.get("__init__"), _MARK):
         return
+    original: Any = cls.__init__  # type: ignore[misc]  # may be that of a wrapped base, which leaves other classes alone
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
