@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.integrations.vllm import choosing, hooks, prompts
+from vtprune.integrations.vllm import choosing, hooks, prompts, readers
 from vtprune.integrations.vllm.mrope import Positions
 from vtprune.integrations.vllm.settings import QUESTION_FREE, ServingError, parse
 
@@ -296,3 +296,9 @@ def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatc
         cls(vllm_config=pruned)
         assert attached == [cls]
         attached.clear()
+
+
+@pytest.mark.parametrize("method", ["iwp", "visionzip", "zoo_prune"])
+def test_a_model_that_cannot_be_read_is_refused_with_its_name_and_a_way_out(method):
+    with pytest.raises(ServingError, match=rf"^vtprune: {method} on Linear: .*get_mm_mapping.*; use divprune$"):
+        readers.make(torch.nn.Linear(1, 1), False, parse({"method": method, "ratio": 0.5}).method)

@@ -114,7 +114,7 @@ def make(model: nn.Module, mrope: bool, method: Method) -> Reader:
             return DecoderReader(model, mrope)
         if method.name in ("visionzip", "zoo_prune"):
             return VisionReader(model, method)
-    except (ValueError, LookupError, AttributeError) as error:
+    except (ServingError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ServingError(f"vtprune: {method.name} on {type(model).__name__}: {reason}; use divprune") from error
     return Reader()
