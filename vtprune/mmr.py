@@ -48,11 +48,17 @@ class MMR:
     objective: Literal["linear", "log"] = "linear"
 
     def order(
-        self, rows: Candidates, budgets: Tensor, carried: Tensor | None = None, width: int | None = None
+        self,
+        rows: Candidates,
+        budgets: Tensor,
+        carried: Tensor | None = None,
+        width: int | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """`[S, width]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen.
 
-        Without a `width`, `max(budgets)` is read from them, which waits for the device that they are on.
+        Without a `width` and the length of the `longest` pool, `max(budgets)` and the offsets are read, which waits for
+        the device that they are on.
         """
         return progressive_mmr(
             rows.relevance,
@@ -68,11 +74,12 @@ class MMR:
             rows.scaling,
             carried,
             width,
+            longest,
         )
 
-    def whole(self, rows: Candidates, budgets: Tensor, width: int | None = None) -> Tensor:
-        """Keep mask `[M]`, each pool at once; `width` as for `order`."""
-        return from_order(self.order(rows, budgets, width=width), len(rows.relevance))
+    def whole(self, rows: Candidates, budgets: Tensor, width: int | None = None, longest: int | None = None) -> Tensor:
+        """Keep mask `[M]`, each pool at once; `width` and `longest` as for `order`."""
+        return from_order(self.order(rows, budgets, width=width, longest=longest), len(rows.relevance))
 
     def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
         """Keep mask `[M]`: block after block of each pool, each with its share of the budget."""

@@ -87,6 +87,7 @@ def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: S
         segments=_offsets(sizes.tolist(), device),
         budgets=wanted.to(device),
         max_budget=int(wanted.max()) if len(wanted) else 0,
+        max_length=int(sizes.max()) if len(sizes) else 0,
         originals=torch.tensor(call.pools.sizes, device=device),
         column=visual.column[flat].to(device),
         layer=number,

@@ -218,6 +218,7 @@ class Crops:
         placed: `[C]` bool, False for the groups of newlines.
         pools: `[C]` pool of each crop.
         max_budget: The largest of `budgets`, known without waiting for a device.
+        max_length: Tokens of the longest crop, likewise.
     """
 
     rows: Tensor
@@ -226,6 +227,7 @@ class Crops:
     placed: Tensor
     pools: Tensor
     max_budget: int
+    max_length: int
 
     def each(self) -> Iterator[tuple[Tensor, int, bool]]:
         """Yields rows, budget and whether they are a crop (not newlines)."""
@@ -272,8 +274,8 @@ def by_crop(
             mine = mine[groups[1, mine] == 0]
         budgets[mine] = torch.tensor(share(total, sizes[mine].tolist(), weight[mine].tolist()), dtype=torch.int64)
     segments = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    most = int(budgets.max()) if len(budgets) else 0
+    most, longest = (int(x.max()) if len(x) else 0 for x in (budgets, sizes))
     rows, segments, budgets, placed, pools = (
         t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])
     )
-    return Crops(rows, segments, budgets, placed, pools, most)
+    return Crops(rows, segments, budgets, placed, pools, most, longest)

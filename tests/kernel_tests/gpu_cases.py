@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from unittest import mock
 
 import torch
 
@@ -16,15 +17,25 @@ def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Cal
         run = getattr(import_module(f"vtprune_kernels.{operation}.triton"), operation)
         return f"{operation} {sorted(options)}", lambda: run(*arguments, **options)
 
+    def choice(operation: str, *arguments: object, **options: object) -> Iterator[tuple[str, Callable[[], object]]]:
+        """With a matrix of all pairs, and without."""
+        name, run = call(operation, *arguments, longest=600, **options)
+        yield name, run
+        module = import_module("vtprune_kernels._triton_pairs")
+        yield f"{name} without a matrix", lambda: mock.patch.object(module, "MATRIX_BYTES", 0)(run)()
+
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    rows, segments, budgets = 1000, torch.tensor([0, 600, 1000], device=device), torch.tensor([20, 9], device=device)
+    rows, segments, budgets = 1000, torch.tensor([0, 600, 1000], device=device), torch.tensor([40, 9], device=device)
     relevance = torch.rand(rows, device=device)
     inputs = (relevance, random(rows, 4, 128), random(rows, 4, 128), segments, budgets)
-    yield call("progressive_mmr", *inputs, width=20)
-    yield call("progressive_mmr", *inputs, objective="log", carried=relevance < 0.01, width=24)
-    yield call("progressive_mmr", *inputs, pool=1, growth=1.0, width=20)
+    yield from choice("progressive_mmr", *inputs, width=40)
+    yield from choice("progressive_mmr", *inputs, objective="log", carried=relevance < 0.01, width=44)
+    yield from choice("progressive_mmr", *inputs, pool=1, growth=1.0, width=40)
+    for size in (60, 64, 256):
+        wide = (relevance, random(rows, 2, size), random(rows, 2, size), segments, budgets)
+        yield from choice("progressive_mmr", *wide, width=40)
 
     query_segments, order = torch.tensor([0, 9, 21], device=device), torch.full((21,), 599, device=device)
     visual = torch.cat([torch.arange(30, 550), torch.arange(630, 970)]).to(device)
@@ -38,8 +49,8 @@ def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Cal
     q, k = random(2, 16, 577, 72), random(2, 16, 577, 72)
     yield call("received_attention", q, k, 0.1)
     yield call("transition_variation", random(rows, 3584), random(rows, 3584))
-    yield call("weighted_farthest_point", random(rows, 3584), None, segments, budgets, width=20)
-    yield call("weighted_farthest_point", random(rows, 3584), relevance, segments, budgets, width=20)
-    yield call("dpp_map", random(rows, 3584), relevance, segments, budgets, width=20)
+    yield from choice("weighted_farthest_point", random(rows, 3584), None, segments, budgets, width=40)
+    yield from choice("weighted_farthest_point", random(rows, 3584), relevance, segments, budgets, width=40)
+    yield from choice("dpp_map", random(rows, 3584), relevance, segments, budgets, width=40)
     cache = random(2, 4, 500, 128).transpose(1, 2)
     yield call("compact", [random(2, 500, 3584), cache, cache], torch.arange(100, device=device).repeat(2, 1))

@@ -59,6 +59,13 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
 
 
+@pytest.fixture(params=[None, 14_000, 0], ids=["matrix", "matrix in parts", "no matrix"])
+def memory(request, monkeypatch):
+    """What a matrix of all pairs may take: enough for all pools of a test, for some of them at once, for none."""
+    if request.param is not None:
+        monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", request.param)
+
+
 def mmr_case(lengths, groups, size, dtype, seed=0):
     rows = sum(lengths)
     relevance = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
@@ -71,7 +78,7 @@ def mmr_case(lengths, groups, size, dtype, seed=0):
 @pytest.mark.parametrize(
     "options", [{}, {"pool": 1}, {"objective": "log", "chunk": 3}, {"chunk": 1, "scaling": 0.1}], ids=str
 )
-def test_progressive_mmr(lengths, counts, options):
+def test_progressive_mmr(lengths, counts, options, memory):
     run, naive = pair("progressive_mmr")
     relevance, keys, values, segments = mmr_case(lengths, 2, 20, torch.float32)
     budgets = torch.tensor(counts)
@@ -80,7 +87,7 @@ def test_progressive_mmr(lengths, counts, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_progressive_mmr_with_carried_rows_and_strides(dtype):
+def test_progressive_mmr_with_carried_rows_and_strides(dtype, memory):
     run, naive = pair("progressive_mmr")
     relevance, keys, values, segments = mmr_case((23, 12), 3, 17, dtype, seed=4)
     budgets = torch.tensor([9, 4])
@@ -90,21 +97,12 @@ def test_progressive_mmr_with_carried_rows_and_strides(dtype):
     assert_order(order, expected, segments, budgets)
 
 
-def test_progressive_mmr_breaks_ties_by_row():
+def test_progressive_mmr_breaks_ties_by_row(memory):
     run, naive = pair("progressive_mmr")
     rows, segments, budgets = torch.eye(16)[:5].repeat(3, 1)[:, None], torch.tensor([0, 15]), torch.tensor([9])
     for relevance in (torch.tensor([0.5, 0.25, -0.0]).repeat(5), torch.tensor([0.0, -0.0]).repeat(8)[:15]):
         expected = naive(relevance, rows, rows, segments, budgets, growth=1.0)
         assert_order(run(relevance, rows, rows, segments, budgets, growth=1.0), expected, segments, budgets)
-
-
-def test_progressive_mmr_scans_long_pools_in_parts(monkeypatch):
-    run, naive = pair("progressive_mmr")
-    monkeypatch.setattr(importlib.import_module("vtprune_kernels.progressive_mmr.triton"), "_SCAN", 64)
-    relevance, keys, values, segments = mmr_case((150,), 1, 16, torch.float32, seed=5)
-    budgets = torch.tensor([9])
-    expected = naive(relevance, keys, values, segments, budgets, growth=1.0)
-    assert_order(run(relevance, keys, values, segments, budgets, growth=1.0), expected, segments, budgets)
 
 
 def attention_case(dtype, heads, groups, size, keys=(9, 70, 1), rows=(3, 5, 1)):
@@ -173,7 +171,7 @@ def test_transition_variation(dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
-def test_farthest_point_and_dpp(dtype, lengths, counts):
+def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
     rows = sum(lengths)
     features = clustered(rows, 60, seed=1).to(dtype)
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
@@ -187,7 +185,7 @@ def test_farthest_point_and_dpp(dtype, lengths, counts):
     assert_order(order, naive(features, weights, segments, budgets), segments, budgets)
 
 
-def test_choices_survive_ties_zeros_and_broken_numbers():
+def test_choices_survive_ties_zeros_and_broken_numbers(memory):
     rows, segments, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
     run, naive = pair("weighted_farthest_point")
     for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6)):
@@ -203,8 +201,77 @@ def test_choices_survive_ties_zeros_and_broken_numbers():
     assert run(rows, relevance, torch.tensor([0, 24]), torch.tensor([24]))[0].tolist() == list(range(24))
 
 
+@pytest.mark.parametrize("dtype, longest", [(torch.float32, None), (torch.bfloat16, 160)], ids=str)
+@pytest.mark.parametrize("memory", [None, 0], ids=["matrix", "no matrix"], indirect=True)
+def test_choices_over_several_tiles_and_blocks_of_picks(dtype, longest, memory):
+    lengths, counts = (140, 3, 70), torch.tensor([36, 0, 9])
+    features, segments = clustered(213, 64, seed=1).to(dtype), offsets(lengths)
+    weights = torch.rand(213, generator=torch.Generator().manual_seed(2)) + 0.1
+    keys, values = (clustered(213, 2, 20, seed=seed).to(dtype) for seed in (3, 4))
+    for operation, *inputs in (
+        ("weighted_farthest_point", features, None),
+        ("dpp_map", features, weights),
+        ("progressive_mmr", weights, keys, values),
+    ):
+        run, naive = pair(operation)
+        order = run(*inputs, segments, counts, longest=longest)
+        assert_order(order, naive(*inputs, segments, counts), segments, counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosines_of_all_pairs_and_the_nearest_other_row(dtype):
+    module = importlib.import_module("vtprune_kernels._triton_pairs")
+    features, segments = clustered(150, 40, seed=1).to(dtype), offsets((3, 141, 6))
+    factor = 1 / features.float().norm(dim=1)
+    matrix, nearest = torch.full((2, 141, 141), torch.nan), torch.full((150,), torch.inf)
+    there = [tensor.to(DEVICE) for tensor in (features, factor, segments, matrix, nearest)]
+    module.pairs(*there[:3], 141, 1, 2, *there[3:])
+    matrix, nearest = there[3].cpu(), there[4].cpu()
+    for number, (start, stop) in enumerate([(3, 144), (144, 150)]):
+        unit, length = features[start:stop].float() * factor[start:stop, None], stop - start
+        cosine = unit @ unit.T
+        torch.testing.assert_close(matrix[number, :length, :length], cosine, atol=2e-6, rtol=0)
+        assert matrix[number, length:].isnan().all() and matrix[number, :, length:].isnan().all()
+        other = 1 - cosine.fill_diagonal_(-torch.inf).amax(1)
+        torch.testing.assert_close(nearest[start:stop], other, atol=2e-6, rtol=0)
+    assert (nearest[:3] == torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype, bias", [(torch.float32, 600.0), (torch.float16, 1.0), (torch.bfloat16, 1.0)], ids=str)
+def test_similarities_of_all_pairs(dtype, bias):
+    """A bias that all keys share changes no distance, but is what most of a product of keys is made of."""
+    module = importlib.import_module("vtprune_kernels.progressive_mmr.triton_similarity")
+    similarity = importlib.import_module("vtprune_kernels.progressive_mmr.naive").similarity
+    keys = ((clustered(150, 2, 20, seed=1) * 0.7) + bias).to(dtype)
+    values = clustered(150, 2, 200, seed=2).to(dtype)
+    segments, matrix = offsets((3, 141, 6)), torch.full((2, 141, 141), torch.nan)
+    matrix = matrix.to(DEVICE)
+    updates = module.Updates(keys.to(DEVICE), values.to(DEVICE), None)
+    updates.matrix(segments.to(DEVICE), 1, matrix)
+    for number, (start, stop) in enumerate([(3, 144), (144, 150)]):
+        found = matrix[number].cpu()
+        expected = torch.stack([similarity(keys[start:stop], values[start:stop], one) for one in range(stop - start)])
+        torch.testing.assert_close(found[: stop - start, : stop - start], expected, atol=5e-6, rtol=0)
+        assert found[stop - start :].isnan().all() and found[:, stop - start :].isnan().all()
+
+
+def test_progressive_mmr_chooses_among_the_candidates_only(memory):
+    """The round that chooses three of twelve candidates: the twelfth place has two equal rows, and the first has it."""
+    run, naive = pair("progressive_mmr")
+    directions = torch.eye(16)
+    rows = torch.cat([directions[:2], directions[2].expand(5, -1), directions[3:5], directions[2].expand(6, -1)])[
+        :, None
+    ]
+    relevance = torch.tensor([5.0, 4.0, *[1.0] * 5, 0.9, 0.9, *[1.0] * 6])
+    inputs = (relevance, rows, rows, torch.tensor([0, 15]), torch.tensor([5]))
+    for longest in (None, 40):
+        order = run(*inputs, duplication=1.0, growth=1.5, longest=longest)
+        assert order.tolist() == [[0, 1, 2, 7, 3]]  # not row 8, which is worth more than another copy of row 2
+    assert naive(*inputs, duplication=1.0, growth=1.5).tolist() == [[0, 1, 2, 7, 3]]
+
+
 @pytest.mark.parametrize("width", [9, 12])
-def test_a_given_width_pads_the_result(width):
+def test_a_given_width_pads_the_result(width, memory):
     features, segments, budgets = clustered(20, 16, seed=3), torch.tensor([0, 12, 20]), torch.tensor([9, 2])
     for operation, second in (("weighted_farthest_point", None), ("dpp_map", torch.ones(20))):
         run, naive = pair(operation)
@@ -250,5 +317,6 @@ def test_every_source_compiles_for_a_gpu_that_is_not_here():
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
     assert last == f"{len(lines)} kernels compiled for cuda:90, bfloat16"
-    sources = {"progressive_mmr", "_triton_attention", "_triton_rows", "weighted_farthest_point", "dpp_map", "compact"}
-    assert {line.split()[0] for line in lines} == sources | {"transition_variation"}
+    shared = {"_triton_attention", "_triton_rows", "_triton_pairs"}
+    choices = {"progressive_mmr", "weighted_farthest_point", "dpp_map"}
+    assert {line.split()[0] for line in lines} == shared | choices | {"compact", "transition_variation"}

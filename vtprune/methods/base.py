@@ -123,6 +123,7 @@ class Tokens:
         segments: `[S + 1]` offsets of the pools.
         budgets: `[S]` how many tokens of each pool must be left, never more than its length.
         max_budget: The largest of them, known without waiting for a device; None where it has to be read.
+        max_length: Tokens of the longest pool, likewise.
         originals: `[S]` how many visual tokens each pool had before the first cut.
         sample, image, frame, row, col: `[M]` where each token comes from. `image` counts within the batch; `row` and
             `col` count in the grid of the image or crop (`crop`), -1 for tokens without a place (newlines, separators).
@@ -165,6 +166,7 @@ class Tokens:
     prompt: Prompt | None = None
     reader: Callable[..., AttentionInputs] | None = None
     max_budget: int | None = None
+    max_length: int | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]

@@ -97,7 +97,9 @@ class CDPruner(Method):
         relevance = scale(relevance, group, len(tokens.segments) - 1)
         crops = by_crop(tokens, crops_seen(tokens, self.name))
         rows = crops.rows
-        order = dpp_map(tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets, crops.max_budget)
+        order = dpp_map(
+            tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets, crops.max_budget, crops.max_length
+        )
         keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=relevance)
 

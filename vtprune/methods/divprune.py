@@ -40,5 +40,7 @@ class DivPrune(Method):
         return (Stage(0, 0.098),)
 
     def choose(self, tokens: Tokens) -> Choice:
-        order = weighted_farthest_point(tokens.hidden, None, tokens.segments, tokens.budgets, tokens.max_budget)
+        order = weighted_farthest_point(
+            tokens.hidden, None, tokens.segments, tokens.budgets, tokens.max_budget, tokens.max_length
+        )
         return Choice(from_order(order, len(tokens)))

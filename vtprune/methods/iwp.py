@@ -136,7 +136,7 @@ class IWP(Method):
         elif self.image_floor:
             keep = chooser.floored(rows, tokens.budgets, tokens.image, self.image_floor)
         else:
-            keep = chooser.whole(rows, tokens.budgets, tokens.max_budget)
+            keep = chooser.whole(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
         return Choice(keep, scores=rows.relevance)
 
     def statistics(self, tokens: Tokens, rows: Candidates | None = None) -> dict[str, float]:

@@ -36,10 +36,15 @@ def scaled(sensitivity: Tensor, segments: Tensor) -> Tensor:
 
 
 def select(
-    features: Tensor, sensitivity: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None
+    features: Tensor,
+    sensitivity: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Picks by `scaled sensitivity * distance to the nearest pick`; `[S, max(budgets)]` rows, padded with -1."""
-    return weighted_farthest_point(features, scaled(sensitivity, segments), segments, budgets, width)
+    return weighted_farthest_point(features, scaled(sensitivity, segments), segments, budgets, width, longest)
 
 
 @register("zoo_prune")
@@ -96,7 +101,7 @@ class ZOOPrune(Method):
         crops = by_crop(tokens, vision.crop, keep_newlines=self.keep_newlines)
         rows = crops.rows
         inside = sensitivity.nan_to_num(0.0)[rows]
-        order = select(tokens.hidden[rows], inside, crops.segments, crops.budgets, crops.max_budget)
+        order = select(tokens.hidden[rows], inside, crops.segments, crops.budgets, crops.max_budget, crops.max_length)
         keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=sensitivity)
 

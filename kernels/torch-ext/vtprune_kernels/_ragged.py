@@ -31,6 +31,13 @@ def output_width(budgets: Tensor, width: int | None) -> int:
     return max(0, int(budgets.max())) if len(budgets) else 0
 
 
+def longest_pool(segments: Tensor, total: int, longest: int | None) -> int:
+    """Rows of the longest pool; offsets on a device are read once where it is not given, and that waits for it."""
+    if longest is not None:
+        return min(longest, total)
+    return total if len(segments) < 3 else int(segments.diff().max())
+
+
 def empty_order(budgets: Tensor, device: torch.device, width: int | None = None) -> Tensor:
     """`[S, width]` int64, filled with the padding -1."""
     return torch.full((len(budgets), output_width(budgets, width)), -1, dtype=torch.int64, device=device)

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     def tile(self) -> dict[str, int | bool]:
         size = power_of_two(self.keys.shape[-1])
         per_group = self.queries.shape[1] // self.keys.shape[1]
-        large = size > 128
+        large = size * self.keys.element_size() > 256
         shape = {"PER_GROUP": per_group, "SIZE": self.keys.shape[-1], "SIZE_BLOCK": size, "CAP": self.softcap > 0}
         return {**shape, "Q": 16 if large else 32, "K": 16 if large else 64, "num_stages": 1 if large else 2}
 

@@ -110,6 +110,7 @@ def lay_out(
         budgets=wanted,
         originals=originals,
         max_budget=max(budgets),
+        max_length=max(lengths),
         sample=numbers,
         image=numbers,
         frame=frame,

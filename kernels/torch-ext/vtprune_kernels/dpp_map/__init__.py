@@ -9,7 +9,14 @@ from .._dispatch import on_gpu, triton_source
 from .vectorised import dpp_map as _vectorised
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
+def dpp_map(
+    features: Tensor,
+    relevance: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
     """Chooses rows that greedily maximise the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
 
     Rows whose remaining gain is rounding only (below 1e-6 of their own variance, where the published code divides by
@@ -22,12 +29,15 @@ def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tens
         budgets: `[S]` int64 rows to choose from each pool.
         width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
+        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+            needs it.
 
     Returns:
         Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
-    choose = triton_source("dpp_map") if on_gpu(features) else _vectorised
-    return choose(features, relevance, segments, budgets, width)
+    if on_gpu(features):
+        return triton_source("dpp_map")(features, relevance, segments, budgets, width, longest)
+    return _vectorised(features, relevance, segments, budgets, width)
 
 
 __all__ = ["dpp_map"]

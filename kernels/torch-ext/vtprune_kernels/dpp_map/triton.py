@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy MAP of a conditional DPP on a GPU: one launch a pick, which adds one row to the Cholesky factor.
+"""Greedy MAP of a conditional DPP on a GPU.
 
-Gains are read from one buffer and written to another, so that no block sees another's new value; the next pick is a
-maximum of integers, the same in every order of execution.
+Where the kernel matrix of a pool fits into the memory allowed, it is made first. Then one program per pool makes
+`_STEPS` picks from it, reading few rows of the Cholesky factor for each, and a launch over the whole matrix takes these
+rows out of it before the next picks. Longer pools take one launch a pick, which adds one row to the factor: gains are
+read from one buffer and written to another, so that no block sees another's new value; the next pick is a maximum of
+integers, the same in every order of execution.
 """
 
 from __future__ import annotations
@@ -12,12 +15,81 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import finite, output_width, self_cosine
-from .._triton import blocks, key_row, rank_key
+from .._ragged import finite, longest_pool, output_width, self_cosine
+from .._triton import blocks, key_row, power_of_two, rank_key
+from .._triton_pairs import pairs, pools_at_once
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .naive import EXHAUSTED
 
 _NOTHING = -(1 << 63) + 1
+_STEPS, _TILE = 32, 64  # picks between two changes of the matrix, and the tiles that it is changed in
+
+
+@triton.jit
+def _gain_key(gain, own, place, exhausted):
+    """Key of `rank_key` for a gain; explained rows come after all others, by their own variance moved below zero."""
+    low = (own.to(tl.int32, bitcast=True).to(tl.int64) - 0x80000000) << 32
+    key = tl.where(gain > exhausted * own, rank_key(gain, place), low | (0x7FFFFFFF - place).to(tl.int64))
+    return tl.where(gain > -float("inf"), key, -0x7FFFFFFFFFFFFFFF)
+
+
+@triton.jit
+def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.constexpr):
+    """`row` less what the first `count` rows of the factor explain of it; `line` is from one of these to the next."""
+    for begin in range(0, count, UNROLL):
+        for ahead in tl.static_range(UNROLL):  # so that several rows are on their way at once
+            there = cholesky + (tl.zeros([], tl.int64) + begin + ahead) * line
+            known = begin + ahead < count
+            row -= tl.load(there + one, mask=known, other=0.0) * tl.load(there + place, mask=inside & known, other=0.0)
+    return row
+
+
+@triton.jit(do_not_specialize=["width", "first", "begin"])
+def _choose(
+    matrix, variance, left, cholesky, segments, limit, order, width, first, begin, longest, exhausted,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Picks `begin` to `begin + STEPS` of one pool; the matrix is what earlier picks leave unexplained."""
+    pool = first + tl.program_id(0)
+    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    place = tl.arange(0, BLOCK)
+    inside = place < stop - start
+    matrix += tl.program_id(0).to(tl.int64) * longest * longest
+    cholesky += tl.program_id(0) * STEPS * longest
+    own = tl.load(variance + start + place, mask=inside, other=0.0)
+    gain = tl.load(left + start + place, mask=inside, other=-float("inf"))
+    for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + pool))):
+        best = tl.max(_gain_key(gain, own, place, exhausted), 0)
+        one = key_row(best)
+        tl.store(order + pool * width + step, start + one)
+        row = tl.load(matrix + one * longest + place, mask=inside, other=0.0)
+        row = _explained(row, cholesky, longest, one, place, inside, step - begin, 4)
+        # A key below zero is a row that the chosen ones explain: there is nothing to divide by, and nothing to add.
+        value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        row = tl.where(best < 0, 0.0, row / tl.sqrt(value))
+        tl.store(cholesky + (step - begin) * longest + place, row, mask=inside)
+        gain = tl.where(place == one, -float("inf"), gain - row * row)
+        tl.debug_barrier()  # the next picks read what other threads have written
+    tl.store(left + start + place, gain, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "begin"])
+def _take_out(
+    matrix, cholesky, segments, limit, first, begin, longest, STEPS: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Takes the products of `STEPS` rows of the factor out of a tile of the matrix."""
+    pool = first + tl.program_id(2)
+    if begin + STEPS >= tl.load(limit + pool):
+        return
+    length = tl.load(segments + pool + 1) - tl.load(segments + pool)
+    mine, theirs = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside, known, step = mine < length, theirs < length, tl.arange(0, STEPS)
+    cholesky += tl.program_id(2) * STEPS * longest
+    a = tl.load(cholesky + step[None, :] * longest + mine[:, None], mask=inside[:, None], other=0.0)
+    b = tl.load(cholesky + step[:, None] * longest + theirs[None, :], mask=known[None, :], other=0.0)
+    matrix += tl.program_id(2).to(tl.int64) * longest * longest
+    at, both = matrix + mine[:, None] * longest + theirs[None, :], inside[:, None] & known[None, :]
+    tl.store(at, tl.load(at, mask=both, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=both)
 
 
 @triton.jit(do_not_specialize=["width", "step"])
@@ -42,43 +114,74 @@ def _pick(
         one = start + key_row(key)
         scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
         row = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
-        row = tl.where(scale == 0, 0.0, row * scale)
-        at = tl.zeros([], tl.int64)
-        for _ in range(step - 1):
-            row -= tl.load(cholesky + at + one) * tl.load(cholesky + at + rows, mask=inside, other=0.0)
-            at += total
-        # A key below zero is a row that the chosen ones explain: there is nothing to divide by, and nothing to add.
+        row = _explained(tl.where(scale == 0, 0.0, row * scale), cholesky, total, one, rows, inside, step - 1, 8)
         row = tl.where(key < 0, 0.0, row / tl.sqrt(tl.load(left + one)))
-        tl.store(cholesky + at + rows, row, mask=inside)
+        tl.store(cholesky + (tl.zeros([], tl.int64) + step - 1) * total + rows, row, mask=inside)
         gain = tl.where(rows == one, -float("inf"), gain - row * row)
         tl.store(left_new + rows, gain, mask=inside)
-    place = rows - start
-    # Explained rows come after all others, by their own variance: its bits, moved below zero.
-    low = (own.to(tl.int32, bitcast=True).to(tl.int64) - 0x80000000) << 32
-    key = tl.where(gain > exhausted * own, rank_key(gain, place), low | (0x7FFFFFFF - place).to(tl.int64))
-    key = tl.where(gain > -float("inf"), key, -0x7FFFFFFFFFFFFFFF)
-    tl.atomic_max(best + pool * width + step, tl.max(key, 0))
+    tl.atomic_max(best + pool * width + step, tl.max(_gain_key(gain, own, rows - start, exhausted), 0))
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
+def dpp_map(
+    features: Tensor,
+    relevance: Tensor,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    width, device, total = output_width(budgets, width), features.device, len(features)
+    longest = longest_pool(segments, len(features), longest)
+    width, device, pools = output_width(budgets, width), features.device, len(budgets)
     segments, budgets = segments.to(device), budgets.to(device)
-    limit, pools = torch.minimum(budgets, segments.diff()), len(budgets)
-    best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
-    if width and total:
-        length = lengths(features)
-        relevance = torch.nan_to_num(relevance.float(), nan=0.0, posinf=0.0, neginf=0.0)
-        factor, variance = factors(length) * relevance, finite(self_cosine(length) * relevance.square())
-        left, left_new = variance.clone(), variance.clone()
-        cholesky = torch.zeros(width, total, device=device)
-        owner, first = blocks(segments, total, ROWS)
-        for step in range(width):
-            _pick[(len(owner),)](
-                features, *features.stride(), factor, variance, left, left_new, cholesky, total, owner, first, segments,
-                limit, best, width, step, pools, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
-                BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+    limit = torch.minimum(budgets, segments.diff())
+    if width == 0 or longest == 0:
+        return torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    length = lengths(features)
+    relevance = torch.nan_to_num(relevance.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    factor, variance = factors(length) * relevance, finite(self_cosine(length) * relevance.square())
+    if pools_at_once(longest, pools):
+        return _whole(features, factor, variance, segments, limit, width, longest)
+    return _stream(features, factor, variance, segments, limit, width)
+
+
+def _whole(
+    features: Tensor, factor: Tensor, variance: Tensor, segments: Tensor, limit: Tensor, width: int, longest: int
+) -> Tensor:
+    """The choice from matrices of all pairs."""
+    pools, device = len(limit), features.device
+    together, tiles = pools_at_once(longest, pools), triton.cdiv(longest, _TILE)
+    order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    matrix = torch.empty(together, longest, longest, device=device)
+    cholesky, left = torch.empty(together, _STEPS, longest, device=device), variance.clone()
+    for first in range(0, pools, together):
+        count = min(together, pools - first)
+        pairs(features, factor, segments, longest, first, count, matrix, None)
+        for begin in range(0, width, _STEPS):
+            _choose[(count,)](
+                matrix, variance, left, cholesky, segments, limit, order, width, first, begin, longest, EXHAUSTED,
+                STEPS=_STEPS, BLOCK=power_of_two(longest), num_warps=8,
             )  # fmt: skip
-            if step:
-                left, left_new = left_new, left
+            if begin + _STEPS < width:
+                _take_out[(tiles, tiles, count)](
+                    matrix, cholesky, segments, limit, first, begin, longest, STEPS=_STEPS, TILE=_TILE
+                )
+    return order
+
+
+def _stream(features: Tensor, factor: Tensor, variance: Tensor, segments: Tensor, limit: Tensor, width: int) -> Tensor:
+    """The choice for pools that are too long for a matrix of all pairs."""
+    total, pools, device = len(features), len(limit), features.device
+    best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
+    left, left_new = variance.clone(), variance.clone()
+    cholesky = torch.zeros(width, total, device=device)
+    owner, first = blocks(segments, total, ROWS)
+    for step in range(width):
+        _pick[(len(owner),)](
+            features, *features.stride(), factor, variance, left, left_new, cholesky, total, owner, first, segments,
+            limit, best, width, step, pools, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
+            BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+        )  # fmt: skip
+        if step:
+            left, left_new = left_new, left
     return decode(best, segments, limit)

@@ -28,6 +28,7 @@ def progressive_mmr(
     scaling: float | None = None,
     carried: Tensor | None = None,
     width: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Chooses rows by relevance minus duplication with the rows already chosen.
 
@@ -54,6 +55,8 @@ def progressive_mmr(
         carried: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
         width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
+        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+            needs it.
 
     Returns:
         Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
@@ -62,9 +65,10 @@ def progressive_mmr(
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
     if chunk < 1 or pool < 1 or growth < 0:
         raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
-    choose = triton_source("progressive_mmr") if on_gpu(keys) else _vectorised
     settings = (duplication, chunk, growth, pool, objective, scaling, carried, width)
-    return choose(relevance, keys, values, segments, budgets, *settings)
+    if on_gpu(keys):
+        return triton_source("progressive_mmr")(relevance, keys, values, segments, budgets, *settings, longest)
+    return _vectorised(relevance, keys, values, segments, budgets, *settings)
 
 
 def closest_other(keys: Tensor, values: Tensor, segments: Tensor, scaling: float | None = None) -> Tensor:

@@ -10,7 +10,12 @@ from .vectorised import weighted_farthest_point as _vectorised
 
 
 def weighted_farthest_point(
-    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """Chooses rows that are far from all rows chosen before, by `1 - cos`.
 
@@ -25,12 +30,15 @@ def weighted_farthest_point(
         budgets: `[S]` int64 rows to choose from each pool.
         width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
+        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+            needs it.
 
     Returns:
         Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
-    choose = triton_source("weighted_farthest_point") if on_gpu(features) else _vectorised
-    return choose(features, weights, segments, budgets, width)
+    if on_gpu(features):
+        return triton_source("weighted_farthest_point")(features, weights, segments, budgets, width, longest)
+    return _vectorised(features, weights, segments, budgets, width)
 
 
 __all__ = ["weighted_farthest_point"]

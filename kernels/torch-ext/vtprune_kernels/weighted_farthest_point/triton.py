@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice on a GPU: one launch a pick.
+"""Farthest-point choice on a GPU.
 
-A launch brings the distances of its block of rows up to date with the last pick, and raises the best key of the next
-pick to its own: a maximum of integers, the same in every order of execution.
+Where the cosines of all pairs of a pool fit into the memory allowed, they are made first, and one program per pool
+makes all picks. Longer pools take one launch a pick: it brings the distances of its block of rows up to date with the
+last pick, and raises the best key of the next pick to its own: a maximum of integers, the same in every order.
 """
 
 from __future__ import annotations
@@ -12,48 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import output_width
-from .._triton import WIDEN, blocks, key_row, rank_key
+from .._ragged import longest_pool, output_width
+from .._triton import blocks, key_row, power_of_two, rank_key
+from .._triton_pairs import pairs, pools_at_once
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 
 _NOTHING = -(1 << 63) + 1
 
 
-@triton.jit
-def _isolation(
-    features, row_stride, column_stride, factor, owner, first, segments, best, width, pools,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+@triton.jit(do_not_specialize=["first", "width"])
+def _choose(
+    matrix, weights, weight_stride, segments, limit, order, width, first, longest,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First pick without weights: the largest distance to the nearest other row."""
-    pool = tl.load(owner + tl.program_id(0))
-    if pool >= pools:
-        return
+    """All picks of one pool. `weights` are those of the rule, or values for the first pick alone."""
+    pool = first + tl.program_id(0)
     start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
-    rows = tl.load(first + tl.program_id(0)) + tl.arange(0, TILE)
-    inside = rows < stop
-    at, mine = rows.to(tl.int64) * row_stride, tl.load(factor + rows, mask=inside, other=0.0)
-    nearest = tl.full([TILE], float("inf"), tl.float32)
-    for begin in range(start, stop, TILE):
-        others = begin + tl.arange(0, TILE)
-        known = others < stop
-        there = others.to(tl.int64) * row_stride
-        total = tl.zeros([TILE, TILE], tl.float32)
-        for part in range(0, WIDTH, BLOCK):
-            column = part + tl.arange(0, BLOCK)
-            valid = column < WIDTH
-            place = at[:, None] + column[None, :] * column_stride
-            a = tl.load(features + place, mask=inside[:, None] & valid[None, :], other=0.0)
-            place = there[None, :] + column[:, None] * column_stride
-            b = tl.load(features + place, mask=known[None, :] & valid[:, None], other=0.0)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")
-        scale = mine[:, None] * tl.load(factor + others, mask=known, other=0.0)[None, :]
-        distance = 1 - tl.where(scale == 0, 0.0, total * scale)
-        other = known[None, :] & (rows[:, None] != others[None, :])
-        nearest = tl.minimum(nearest, tl.min(tl.where(other, distance, float("inf")), 1))
-    key = tl.where(inside, rank_key(nearest, rows - start), -0x7FFFFFFFFFFFFFFF)
-    tl.atomic_max(best + pool * width, tl.max(key, 0))
+    place = tl.arange(0, BLOCK)
+    inside = place < stop - start
+    matrix += tl.program_id(0).to(tl.int64) * longest * longest
+    weight = tl.load(weights + (start + place) * weight_stride, mask=inside, other=0.0).to(tl.float32)
+    near = tl.full([BLOCK], float("inf"), tl.float32)
+    value = weight
+    for step in range(tl.load(limit + pool)):
+        key = tl.where(inside & (near > -float("inf")), rank_key(value, place), -0x7FFFFFFFFFFFFFFF)
+        one = key_row(tl.max(key, 0))
+        tl.store(order + pool * width + step, start + one)
+        near = tl.minimum(near, 1 - tl.load(matrix + one * longest + place, mask=inside, other=0.0))
+        near = tl.where(place == one, -float("inf"), near)
+        value = near
+        if WEIGHTED:
+            value = weight * tl.where(near > -float("inf"), near, 0.0)
 
 
 @triton.jit(do_not_specialize=["width", "step"])
@@ -62,7 +52,7 @@ def _pick(
     width, step, pools, WEIGHTED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Distances to pick `step - 1`, and the key of pick `step`; with `START` the first pick, by weight alone."""
+    """Distances to pick `step - 1`, and the key of pick `step`; with `START` the first pick, by `weights` alone."""
     pool = tl.load(owner + tl.program_id(0))
     if pool >= pools:
         return
@@ -72,7 +62,7 @@ def _pick(
     rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
     inside = rows < stop
     value = tl.full([ROWS], 1.0, tl.float32)
-    if WEIGHTED:
+    if WEIGHTED or START:
         value = tl.load(weights + rows * weight_stride, mask=inside, other=0.0).to(tl.float32)
     free = inside
     if not START:
@@ -90,29 +80,54 @@ def _pick(
 
 
 def weighted_farthest_point(
-    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    width, device, total = output_width(budgets, width), features.device, len(features)
+    longest = longest_pool(segments, len(features), longest)
+    width, device, pools = output_width(budgets, width), features.device, len(budgets)
     segments, budgets = segments.to(device), budgets.to(device)
-    limit, pools = torch.minimum(budgets, segments.diff()), len(budgets)
+    limit = torch.minimum(budgets, segments.diff())
+    order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    if width == 0 or longest == 0:
+        return order
+    factor = factors(lengths(features))
+    # Without weights, the first pick is the row whose nearest other row is farthest away.
+    nearest, value = None, weights
+    if value is None:
+        nearest = value = torch.full((len(features),), torch.inf, device=device)
+    together = pools_at_once(longest, pools)
+    if not together:
+        if nearest is not None:
+            pairs(features, factor, segments, longest, 0, pools, None, nearest)
+        return _stream(features, factor, value, weights is not None, segments, limit, width)
+    matrix = torch.empty(together, longest, longest, device=device)
+    for first in range(0, pools, together):
+        count = min(together, pools - first)
+        pairs(features, factor, segments, longest, first, count, matrix, nearest)
+        _choose[(count,)](
+            matrix, value, value.stride(0), segments, limit, order, width, first, longest, WEIGHTED=weights is not None,
+            BLOCK=power_of_two(longest), num_warps=8,
+        )  # fmt: skip
+    return order
+
+
+def _stream(
+    features: Tensor, factor: Tensor, value: Tensor, weighted: bool, segments: Tensor, limit: Tensor, width: int
+) -> Tensor:
+    """The choice for pools that are too long for a matrix of all pairs; `value` decides the first pick."""
+    total, pools, device = len(features), len(limit), features.device
     best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
-    if width and total:
-        sizes = {"WIDTH": features.shape[1], "BLOCK": column_block(features.shape[1])}
-        rows, factor = (features, *features.stride()), factors(lengths(features))
-        nearest = torch.full((total,), torch.inf, device=device)
-        owner, first = blocks(segments, total, ROWS)
-        weight = (nearest, 1) if weights is None else (weights, weights.stride(0))
-        pick = (*rows, factor, *weight, nearest, owner, first, segments, limit, best, width)
-        if weights is None:
-            tile = 32
-            tiles = blocks(segments, total, tile)
-            _isolation[(len(tiles[0]),)](
-                *rows, factor, *tiles, segments, best, width, pools, WIDTH=sizes["WIDTH"],
-                BLOCK=min(64, sizes["BLOCK"]), TILE=tile,
-            )  # fmt: skip
-        else:
-            _pick[(len(owner),)](*pick, 0, pools, WEIGHTED=True, START=True, ROWS=ROWS, **sizes)
-        for step in range(1, width):
-            _pick[(len(owner),)](*pick, step, pools, WEIGHTED=weights is not None, START=False, ROWS=ROWS, **sizes)
+    nearest = torch.full((total,), torch.inf, device=device)
+    owner, first = blocks(segments, total, ROWS)
+    sizes = {"WIDTH": features.shape[1], "BLOCK": column_block(features.shape[1]), "ROWS": ROWS}
+    for step in range(width):
+        _pick[(len(owner),)](
+            features, *features.stride(), factor, value, value.stride(0), nearest, owner, first, segments, limit, best,
+            width, step, pools, WEIGHTED=weighted, START=step == 0, **sizes,
+        )  # fmt: skip
     return decode(best, segments, limit)

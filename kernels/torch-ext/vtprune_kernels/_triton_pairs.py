@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of the rows of a pool with each other, in tiles on the matrix cores of a GPU.
+
+A sequential rule asks for the products of one row at a time. Where the matrix of all pairs of a pool fits into
+`MATRIX_BYTES`, it is made at once, and one program makes all picks of the pool from it: reading one line of the
+matrix costs a few kilobytes from the cache, not all features, and no pick costs a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._triton import WIDEN
+
+MATRIX_BYTES = 60_000_000  # of the 64 MB that an operation may take beside its inputs
+
+
+@triton.jit
+def _pairs(
+    features, row_stride, column_stride, factor, matrix, nearest, segments, first, longest,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr, NEAREST: tl.constexpr,
+):  # fmt: skip
+    """One tile of the scaled products of a pool's rows, and its mirror image.
+
+    With `STORE` both are written; with `NEAREST` the distance of each row to its nearest other row is lowered.
+    """
+    tiles = tl.num_programs(0)
+    upper, lower = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tiles, tiles, 8)
+    pool = first + tl.program_id(2)
+    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    if (lower < upper) | (start + lower * TILE >= stop):
+        return
+    mine, theirs = upper * TILE + tl.arange(0, TILE), lower * TILE + tl.arange(0, TILE)
+    inside, known = start + mine < stop, start + theirs < stop
+    at, there = (start + mine).to(tl.int64) * row_stride, (start + theirs).to(tl.int64) * row_stride
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for part in range(0, WIDTH, BLOCK):
+        column = part + tl.arange(0, BLOCK)
+        valid = column < WIDTH
+        place = at[:, None] + column[None, :] * column_stride
+        a = tl.load(features + place, mask=inside[:, None] & valid[None, :], other=0.0)
+        place = there[None, :] + column[:, None] * column_stride
+        b = tl.load(features + place, mask=known[None, :] & valid[:, None], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    scale = tl.load(factor + start + mine, mask=inside, other=0.0)[:, None]
+    scale = scale * tl.load(factor + start + theirs, mask=known, other=0.0)[None, :]
+    total = tl.where(scale == 0, 0.0, total * scale)
+    both = inside[:, None] & known[None, :]
+    if STORE:
+        matrix += tl.program_id(2).to(tl.int64) * longest * longest
+        tl.store(matrix + mine[:, None] * longest + theirs[None, :], total, mask=both)
+        if upper < lower:
+            mirror = matrix + theirs[:, None] * longest + mine[None, :]
+            tl.store(mirror, tl.trans(total), mask=known[:, None] & inside[None, :])
+    if NEAREST:
+        # Not negative, so that their bits order them.
+        distance = tl.where(both & (mine[:, None] != theirs[None, :]), tl.maximum(1 - total, 0.0), float("inf"))
+        tl.atomic_min(nearest + start + mine, tl.min(distance, 1).to(tl.int32, bitcast=True), mask=inside)
+        if upper < lower:
+            tl.atomic_min(nearest + start + theirs, tl.min(distance, 0).to(tl.int32, bitcast=True), mask=known)
+
+
+def pools_at_once(longest: int, pools: int) -> int:
+    """How many pools' matrices of all pairs fit beside each other: 0 where not even one does."""
+    return min(pools, MATRIX_BYTES // (4 * max(1, longest) ** 2))
+
+
+def pairs(
+    features: Tensor,
+    factor: Tensor,
+    segments: Tensor,
+    longest: int,
+    first: int,
+    pools: int,
+    matrix: Tensor | None,
+    nearest: Tensor | None,
+) -> None:
+    """Makes the products `factor_i factor_j <x_i, x_j>` of all pairs of rows that share a pool.
+
+    Args:
+        features: `[M, D]` float; products of half-precision rows are summed in float32.
+        factor: `[M]` float32; where it is 0, products are 0 whatever the row holds.
+        segments: `[S + 1]` int64 offsets of the pools, on the device.
+        longest: Rows of the longest pool, or more.
+        first, pools: The first pool and the number of those that are meant.
+        matrix: `[pools, longest, longest]` float32 that takes the products; beyond a pool's rows it is not written.
+        nearest: `[M]` float32, infinite at first, that takes `1 - product` with the nearest other row, 0 at least.
+    """
+    half = features.element_size() == 2
+    tile, block = (128, 64) if half else (64, 32)
+    tiles = triton.cdiv(longest, tile)
+    _pairs[(tiles, tiles, pools)](
+        features, *features.stride(), factor, factor if matrix is None else matrix,
+        factor if nearest is None else nearest.view(torch.int32), segments, first, longest, WIDTH=features.shape[1],
+        BLOCK=block, TILE=tile, STORE=matrix is not None, NEAREST=nearest is not None, num_warps=8 if half else 4,
+    )  # fmt: skip
