@@ -9,7 +9,10 @@ meanwhile, for on a GPU that would wait for the device. The last line says how m
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
@@ -19,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from kernel_tests.gpu_cases import launches
 
 TILE_LIMIT = 99 * 1024  # shared memory of a block on the smallest of the usual GPUs
+STACK_LIMIT = 512  # bytes that a thread may spill from its registers; thousands are tiles that are too large
 
 
 class NoDevice:
@@ -35,6 +39,17 @@ class NoDevice:
 
     def get_current_stream(self, _device: int) -> int:
         return 0
+
+
+def registers(binary: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of one thread, by NVIDIA's disassembler, which comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = re.findall(r"REG:(\d+) STACK:(\d+)", text)[-1]
+    return int(used[0]), int(used[1])
 
 
 def forbidden(reader: str):
@@ -55,8 +70,12 @@ def main(target: str = "cuda:90", dtype: str = "float16") -> None:
         key = (self.__module__.split(".")[1], self.__name__, kernel.hash)
         if key not in found:
             found[key] = kernel
-            print(*key[:2], f"shared={kernel.metadata.shared}", f"warps={kernel.metadata.num_warps}", flush=True)
-            assert kernel.metadata.shared <= TILE_LIMIT, f"{key} needs {kernel.metadata.shared} bytes of shared memory"
+            use = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+            if backend == "cuda":
+                use["registers"], use["stack"] = registers(kernel.asm["cubin"])
+            print(*key[:2], *(f"{name}={value}" for name, value in use.items()), flush=True)
+            assert use["shared"] <= TILE_LIMIT, f"{key[:2]} needs {use['shared']} bytes of shared memory"
+            assert use.get("stack", 0) <= STACK_LIMIT, f"{key[:2]} spills {use['stack']} bytes a thread"
 
     JITFunction.run = compile_only
     calls = list(launches(getattr(torch, dtype)))

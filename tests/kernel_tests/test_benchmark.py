@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 import vtprune_kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarks import gpu_all, kernels
+from benchmarks import gpu_all, kernel_targets, kernels
 from benchmarks.kernel_cases import cases
+from benchmarks.kernel_certificate import RULES, shortfall
 
 CPU, SMALL = torch.device("cpu"), {"rows": 70, "keep": 9, "scale": 16}
 LIMITS = {"bytes_per_second": 1e9, "flops_per_second": 1e9}
@@ -47,6 +48,48 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     assert " ms" not in kernels.describe(row)
     assert row["agrees"] is None and "entries differ" in row["error"]
     assert not any("seconds" in name for name in row)
+
+
+@pytest.mark.parametrize("operation", RULES)
+def test_a_certificate_accepts_a_greedy_choice_and_no_other(operation):
+    for case in cases(CPU, torch.float32, **SMALL):
+        if case.operation == operation:
+            order, inputs = case.naive()[0], case.arguments[:-2]
+            assert shortfall(operation, order, *inputs) <= 1e-6
+            left = next(row for row in range(70) if row not in order.tolist())
+            for place in (0, 4, 8):
+                wrong = order.clone()
+                wrong[place] = left
+                assert shortfall(operation, wrong, *inputs) > 1e-4
+            assert shortfall(operation, order[[0, 1, 0]], *inputs) == torch.inf
+
+
+def test_a_choice_that_rounding_led_elsewhere_is_certified(monkeypatch):
+    rows = torch.eye(8).repeat(2, 1)  # row 8 is as good as row 0
+    arguments = (rows, torch.ones(16), torch.tensor([0, 16]), torch.tensor([2]))
+    case = kernels.Case("weighted_farthest_point", "", "", arguments, lambda: None, 1, 1)
+    for pick, answer in ((9, "every pick is the best row within 0.0e+00"), (8, None)):
+        monkeypatch.setattr(vtprune_kernels, "weighted_farthest_point", lambda *_, pick=pick: torch.tensor([[0, pick]]))
+        if answer:
+            assert kernels.agrees(case, torch.float32) == answer
+        else:
+            with pytest.raises(AssertionError, match="1 of 2 entries differ"):
+                kernels.agrees(case, torch.float32)
+
+
+def test_decisions_with_an_aim_are_checked_and_timed():
+    aims = {"iwp": 1e9, "farthest": 1e9, "dpp": 0.0}
+    every = list(kernel_targets.decisions(CPU, torch.float32, 70, 9, aims, plain=True, scale=16))
+    assert len(every) == 4
+    for decision in every:
+        decision.times = 0.0
+        row = kernel_targets.measure(decision, kernels.seconds, kernels.extra_memory, CPU, 0.0)
+        assert row["shortfall"] <= 1e-5 and row["extra_bytes"] > 0 and row["times_plain"] > 0
+        assert row["met"] == (decision.seconds > 0)
+        assert ("MISSED" in kernel_targets.describe(row)) == ("DPP" in row["what"])
+    every[0].run = lambda: torch.arange(9)[None]
+    row = kernel_targets.measure(every[0], kernels.seconds, kernels.extra_memory, CPU, 0.0)
+    assert not row["met"] and "seconds" not in row and " ms" not in kernel_targets.describe(row)
 
 
 def test_extra_memory_counts_what_is_alive_at_once():

@@ -64,6 +64,9 @@ def memory(request, monkeypatch):
     """What a matrix of all pairs may take: enough for all pools of a test, for some of them at once, for none."""
     if request.param is not None:
         monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", request.param)
+        window = importlib.import_module("vtprune_kernels._triton_window")  # of few rows, which are searched in parts
+        monkeypatch.setattr(window, "WINDOW_BYTES", 20_000)
+        monkeypatch.setattr(window, "_SCAN", 64)
 
 
 def mmr_case(lengths, groups, size, dtype, seed=0):
@@ -255,6 +258,27 @@ def test_similarities_of_all_pairs(dtype, bias):
         assert found[stop - start :].isnan().all() and found[:, stop - start :].isnan().all()
 
 
+@pytest.mark.parametrize("operation", ["weighted_farthest_point", "dpp_map"])
+def test_a_window_is_made_anew_only_after_a_pick_outside(operation, monkeypatch):
+    module = importlib.import_module("vtprune_kernels._triton_window")
+    renew, made = module.Window.renew, []
+
+    def watched(window, values, step, cholesky=None):
+        renew(window, values, step, cholesky)
+        if step % module.EVERY == 0:
+            made.append(int(window.fresh.sum()))
+
+    monkeypatch.setattr(module.Window, "renew", watched)
+    monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", 0)
+    run, _ = pair(operation)
+    features, weights = clustered(60, 64, seed=1), torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
+    for rows, expected in ((60, [1, 0, 0, 0, 0]), (1, [1, 1, 1, 1, 1])):
+        made.clear()
+        monkeypatch.setattr(module, "WINDOW_BYTES", 4 * 60 * rows)
+        run(features, weights, torch.tensor([0, 60]), torch.tensor([42]))
+        assert made == expected
+
+
 def test_progressive_mmr_chooses_among_the_candidates_only(memory):
     """The round that chooses three of twelve candidates: the twelfth place has two equal rows, and the first has it."""
     run, naive = pair("progressive_mmr")
@@ -317,6 +341,6 @@ def test_every_source_compiles_for_a_gpu_that_is_not_here():
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, last = done.stdout.splitlines()
     assert last == f"{len(lines)} kernels compiled for cuda:90, bfloat16"
-    shared = {"_triton_attention", "_triton_rows", "_triton_pairs"}
+    shared = {"_triton_attention", "_triton_rows", "_triton_pairs", "_triton_window"}
     choices = {"progressive_mmr", "weighted_farthest_point", "dpp_map"}
     assert {line.split()[0] for line in lines} == shared | choices | {"compact", "transition_variation"}

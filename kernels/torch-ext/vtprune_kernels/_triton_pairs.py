@@ -65,9 +65,9 @@ def _pairs(
             tl.atomic_min(nearest + start + theirs, tl.min(distance, 0).to(tl.int32, bitcast=True), mask=known)
 
 
-def pools_at_once(longest: int, pools: int) -> int:
-    """How many pools' matrices of all pairs fit beside each other: 0 where not even one does."""
-    return min(pools, MATRIX_BYTES // (4 * max(1, longest) ** 2))
+def pools_at_once(longest: int, pools: int, more: int = 0) -> int:
+    """How many pools' matrices of all pairs fit beside each other, with `more` rows each: 0 where not even one does."""
+    return min(pools, MATRIX_BYTES // (4 * max(1, longest) * max(1, longest + more)))
 
 
 def pairs(

@@ -19,6 +19,7 @@ from .._ragged import finite, longest_pool, output_width, self_cosine
 from .._triton import blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
+from .._triton_window import Window
 from .naive import EXHAUSTED
 
 _NOTHING = -(1 << 63) + 1
@@ -92,11 +93,11 @@ def _take_out(
     tl.store(at, tl.load(at, mask=both, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=both)
 
 
-@triton.jit(do_not_specialize=["width", "step"])
+@triton.jit(do_not_specialize=["side", "width", "step"])
 def _pick(
     features, row_stride, column_stride, factor, variance, left, left_new, cholesky, total, owner, first, segments,
-    limit, best, width, step, pools, exhausted, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    limit, best, slots, missed, taken, lines, side, longest, width, step, pools, exhausted, START: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row `step - 1` of the factor, and the key of pick `step`."""
     pool = tl.load(owner + tl.program_id(0))
@@ -112,9 +113,19 @@ def _pick(
     if not START:
         key = tl.load(best + pool * width + step - 1)
         one = start + key_row(key)
-        scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
-        row = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
-        row = _explained(tl.where(scale == 0, 0.0, row * scale), cholesky, total, one, rows, inside, step - 1, 8)
+        slot = tl.load(slots + one)
+        begin = tl.zeros([], tl.int32)
+        if slot >= 0:
+            line = lines + (pool.to(tl.int64) * side + slot) * longest
+            row = tl.load(line + rows - start, mask=inside, other=0.0)
+            begin += tl.load(taken + pool)
+        else:
+            tl.store(missed + pool, 1)
+            scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
+            row = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
+            row = tl.where(scale == 0, 0.0, row * scale)
+        known = cholesky + begin.to(tl.int64) * total
+        row = _explained(row, known, total, one, rows, inside, step - 1 - begin, 8)
         row = tl.where(key < 0, 0.0, row / tl.sqrt(tl.load(left + one)))
         tl.store(cholesky + (tl.zeros([], tl.int64) + step - 1) * total + rows, row, mask=inside)
         gain = tl.where(rows == one, -float("inf"), gain - row * row)
@@ -140,9 +151,9 @@ def dpp_map(
     length = lengths(features)
     relevance = torch.nan_to_num(relevance.float(), nan=0.0, posinf=0.0, neginf=0.0)
     factor, variance = factors(length) * relevance, finite(self_cosine(length) * relevance.square())
-    if pools_at_once(longest, pools):
+    if pools_at_once(longest, pools, _STEPS):
         return _whole(features, factor, variance, segments, limit, width, longest)
-    return _stream(features, factor, variance, segments, limit, width)
+    return _stream(Window(features, factor, segments, limit, longest), variance, width)
 
 
 def _whole(
@@ -150,7 +161,7 @@ def _whole(
 ) -> Tensor:
     """The choice from matrices of all pairs."""
     pools, device = len(limit), features.device
-    together, tiles = pools_at_once(longest, pools), triton.cdiv(longest, _TILE)
+    together, tiles = pools_at_once(longest, pools, _STEPS), triton.cdiv(longest, _TILE)
     order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
     matrix = torch.empty(together, longest, longest, device=device)
     cholesky, left = torch.empty(together, _STEPS, longest, device=device), variance.clone()
@@ -169,17 +180,21 @@ def _whole(
     return order
 
 
-def _stream(features: Tensor, factor: Tensor, variance: Tensor, segments: Tensor, limit: Tensor, width: int) -> Tensor:
+def _stream(window: Window, variance: Tensor, width: int) -> Tensor:
     """The choice for pools that are too long for a matrix of all pairs."""
+    features, segments, limit = window.features, window.segments, window.limit
     total, pools, device = len(features), len(limit), features.device
     best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
     left, left_new = variance.clone(), variance.clone()
     cholesky = torch.zeros(width, total, device=device)
     owner, first = blocks(segments, total, ROWS)
     for step in range(width):
+        if step:
+            window.renew(left, step, cholesky)
         _pick[(len(owner),)](
-            features, *features.stride(), factor, variance, left, left_new, cholesky, total, owner, first, segments,
-            limit, best, width, step, pools, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
+            features, *features.stride(), window.factor, variance, left, left_new, cholesky, total, owner, first,
+            segments, limit, best, window.slots, window.missed, window.taken, window.lines, window.side, window.longest,
+            width, step, pools, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
             BLOCK=column_block(features.shape[1]), ROWS=ROWS,
         )  # fmt: skip
         if step:

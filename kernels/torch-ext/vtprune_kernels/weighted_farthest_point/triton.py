@@ -3,7 +3,8 @@
 
 Where the cosines of all pairs of a pool fit into the memory allowed, they are made first, and one program per pool
 makes all picks. Longer pools take one launch a pick: it brings the distances of its block of rows up to date with the
-last pick, and raises the best key of the next pick to its own: a maximum of integers, the same in every order.
+last pick, mostly from products that were made ahead, and raises the best key of the next pick to its own: a maximum of
+integers, the same in every order of execution.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .._ragged import longest_pool, output_width
 from .._triton import blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
+from .._triton_window import Window
 
 _NOTHING = -(1 << 63) + 1
 
@@ -46,11 +48,11 @@ def _choose(
             value = weight * tl.where(near > -float("inf"), near, 0.0)
 
 
-@triton.jit(do_not_specialize=["width", "step"])
+@triton.jit(do_not_specialize=["side", "width", "step"])
 def _pick(
-    features, row_stride, column_stride, factor, weights, weight_stride, nearest, owner, first, segments, limit, best,
-    width, step, pools, WEIGHTED: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    features, row_stride, column_stride, factor, weights, weight_stride, nearest, values, owner, first, segments, limit,
+    best, slots, missed, lines, side, longest, width, step, pools, WEIGHTED: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Distances to pick `step - 1`, and the key of pick `step`; with `START` the first pick, by `weights` alone."""
     pool = tl.load(owner + tl.program_id(0))
@@ -67,14 +69,21 @@ def _pick(
     free = inside
     if not START:
         one = start + key_row(tl.load(best + pool * width + step - 1))
-        scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
-        total = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
-        near = tl.load(nearest + rows, mask=inside, other=0.0)
-        near = tl.minimum(near, 1 - tl.where(scale == 0, 0.0, total * scale))
+        slot = tl.load(slots + one)
+        if slot >= 0:
+            line = lines + (pool.to(tl.int64) * side + slot) * longest
+            cosine = tl.load(line + rows - start, mask=inside, other=0.0)
+        else:
+            tl.store(missed + pool, 1)
+            scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
+            total = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
+            cosine = tl.where(scale == 0, 0.0, total * scale)
+        near = tl.minimum(tl.load(nearest + rows, mask=inside, other=0.0), 1 - cosine)
         near = tl.where(rows == one, -float("inf"), near)
         tl.store(nearest + rows, near, mask=inside)
         free = inside & (near > -float("inf"))
         value = value * tl.where(free, near, 0.0)
+        tl.store(values + rows, tl.where(free, value, -float("inf")), mask=inside)
     key = tl.where(free, rank_key(value, rows - start), -0x7FFFFFFFFFFFFFFF)
     tl.atomic_max(best + pool * width + step, tl.max(key, 0))
 
@@ -104,7 +113,8 @@ def weighted_farthest_point(
     if not together:
         if nearest is not None:
             pairs(features, factor, segments, longest, 0, pools, None, nearest)
-        return _stream(features, factor, value, weights is not None, segments, limit, width)
+        window = Window(features, factor, segments, limit, longest)
+        return _stream(window, value, weights is not None, width)
     matrix = torch.empty(together, longest, longest, device=device)
     for first in range(0, pools, together):
         count = min(together, pools - first)
@@ -116,18 +126,21 @@ def weighted_farthest_point(
     return order
 
 
-def _stream(
-    features: Tensor, factor: Tensor, value: Tensor, weighted: bool, segments: Tensor, limit: Tensor, width: int
-) -> Tensor:
+def _stream(window: Window, value: Tensor, weighted: bool, width: int) -> Tensor:
     """The choice for pools that are too long for a matrix of all pairs; `value` decides the first pick."""
+    features, segments, limit = window.features, window.segments, window.limit
     total, pools, device = len(features), len(limit), features.device
     best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
     nearest = torch.full((total,), torch.inf, device=device)
+    values = torch.empty_like(nearest)
     owner, first = blocks(segments, total, ROWS)
-    sizes = {"WIDTH": features.shape[1], "BLOCK": column_block(features.shape[1]), "ROWS": ROWS}
     for step in range(width):
+        if step:
+            window.renew(values, step)
         _pick[(len(owner),)](
-            features, *features.stride(), factor, value, value.stride(0), nearest, owner, first, segments, limit, best,
-            width, step, pools, WEIGHTED=weighted, START=step == 0, **sizes,
+            features, *features.stride(), window.factor, value, value.stride(0), nearest, values, owner, first,
+            segments, limit, best, window.slots, window.missed, window.lines, window.side, window.longest, width, step,
+            pools, WEIGHTED=weighted, START=step == 0, WIDTH=features.shape[1], BLOCK=column_block(features.shape[1]),
+            ROWS=ROWS,
         )  # fmt: skip
     return decode(best, segments, limit)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a greedy choice by itself: every pick has to be the best one, given the picks before it.
+
+Two correct programs may choose differently where two rows are worth the same up to rounding, and then go separate ways.
+So a choice that is not the specification's is held against its own rule: `shortfall` says how far its worst pick was
+from the best row at that time, in values computed as the specification computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune_kernels._ragged import finite, self_cosine, unit_rows
+from vtprune_kernels.dpp_map.naive import EXHAUSTED
+from vtprune_kernels.progressive_mmr.naive import gains, similarity
+
+
+def farthest_point(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    """Yields values `[n]` of all rows and the pick among them, one pick after another."""
+    unit = unit_rows(features)
+    if weights is None:
+        value = torch.cat([_isolation(unit, rows) for rows in torch.arange(len(unit), device=unit.device).split(1024)])
+        weight = torch.ones_like(value)
+    else:
+        value = weight = weights.float()
+    near = torch.full_like(value, torch.inf)
+    for pick in order.tolist():
+        yield finite(value), pick
+        near = torch.minimum(near, 1 - unit @ unit[pick])
+        value = weight * near
+
+
+def _isolation(unit: Tensor, rows: Tensor) -> Tensor:
+    distance = 1 - unit[rows] @ unit.T
+    distance[rows - rows[0], rows] = torch.inf
+    return distance.amin(1)
+
+
+def dpp(order: Tensor, features: Tensor, relevance: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Likewise, for as long as the rows chosen leave something unexplained."""
+    unit, rel = unit_rows(features), torch.nan_to_num(relevance.float(), 0, 0, 0)
+    variance = finite(self_cosine(features.float().norm(dim=1)) * rel.square())
+    left, factors = variance.clone(), torch.zeros(len(order), len(unit), device=unit.device)
+    for step, pick in enumerate(order.tolist()):
+        gain = torch.where(left > EXHAUSTED * variance, left, 0)
+        yield gain, pick
+        if gain[pick] <= 0:
+            return
+        row = rel * (unit @ unit[pick]) * rel[pick]
+        factors[step] = (row - factors[:step, pick] @ factors[:step]) / left[pick].sqrt()
+        left = left - factors[step].square()
+
+
+def mmr(
+    order: Tensor,
+    relevance: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    duplication: float = 0.5,
+    chunk: int = 16,
+    growth: float = 0.25,
+    pool: int = 4,
+    objective: str = "linear",
+) -> Iterator[tuple[Tensor, int]]:
+    """Likewise, among the candidates of each round; a pick that is no candidate is worth what the last candidate is."""
+    picks, done = order.tolist(), 0
+    closest = torch.zeros(len(relevance), device=relevance.device)
+    free = torch.ones_like(closest, dtype=torch.bool)
+    while done < len(picks):
+        count = min(len(picks) - done, chunk, max(1, int(growth * done)))
+        start = gains(relevance.float(), closest, duplication, objective).masked_fill(~free, -torch.inf)
+        last = start.topk(min(pool * count, int(free.sum()))).values[-1]
+        for pick in picks[done : done + count]:
+            yield (start - last).clamp_max(0), pick  # was it a candidate?
+            value = gains(relevance.float(), closest, duplication, objective)
+            yield (
+                value.masked_fill((start < last) & (torch.arange(len(value), device=value.device) != pick), -1e30),
+                pick,
+            )
+            closest = torch.maximum(closest, similarity(keys, values, pick))
+            free[pick] = False
+        done += count
+
+
+RULES = {"weighted_farthest_point": farthest_point, "dpp_map": dpp, "progressive_mmr": mmr}
+
+
+def shortfall(operation: str, order: Tensor, *inputs: Any) -> float:
+    """How much less than the best row the worst pick was worth.
+
+    Args:
+        operation: Name of one of the choosing operations of `vtprune_kernels`.
+        order: `[K]` picks from one pool.
+        inputs: Arguments of the operation before `segments`.
+
+    Returns:
+        float: 0 for a perfect choice, infinity where a row was chosen twice.
+    """
+    if len(order.unique()) < len(order):
+        return float("inf")
+    taken = torch.zeros(len(inputs[0]), dtype=torch.bool, device=order.device)
+    worst, before = torch.zeros([], device=order.device), -1
+    for value, pick in RULES[operation](order, *inputs):
+        if before >= 0 and before != pick:
+            taken[before] = True
+        before = pick
+        worst = torch.maximum(worst, value.masked_fill(taken, -torch.inf).amax() - value[pick])
+    return float(worst)
