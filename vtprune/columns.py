@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compact, decode, masks, positions
+from .sending import send
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class Columns:
         """`tensor` on a device, moved once."""
         key = (id(tensor), device)
         if key not in self._gathered:
-            self._gathered[key] = (tensor, tensor.to(device))
+            self._gathered[key] = (tensor, send(tensor, device))
         return self._gathered[key][1]
 
     # --- masks and slots
@@ -272,7 +273,7 @@ class Columns:
         index, alive = self.packings[layer]
         if x.dim() < 3 or x.shape[1] != index.shape[1] or (index.shape[1] == self.length and bool(alive.all())):
             return x
-        return compact.scatter(x, index.to(x.device), alive.to(x.device), self.length)
+        return compact.scatter(x, send(index, x.device), send(alive, x.device), self.length)
 
 
 def slot_of_column(index: Tensor, alive: Tensor, length: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .errors import VTPruneError
 from .positions import Shift
+from .sending import send
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -75,7 +76,7 @@ class CacheState:
 
     def select(self, rows: Tensor) -> None:
         """Reorders the batch."""
-        self._map(lambda x: x[rows.to(x.device)])
+        self._map(lambda x: x[send(rows, x.device)])
 
     def repeat(self, repeats: int) -> None:
         """Repeats every row of the batch."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sending import send
+
 
 class LiveMask(Tensor):
     """A mask that the decoder holds on to, and that stands for another one after every cut.
@@ -65,7 +67,7 @@ class _LaterDict(dict):
 
 
 def _picked(features: Tensor, rows: Tensor | None) -> Tensor:
-    return features if rows is None else features.index_select(0, rows.to(features.device))
+    return features if rows is None else features.index_select(0, send(rows, features.device))
 
 
 @dataclass

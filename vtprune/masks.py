@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .compact import gather
+from .sending import send
 
 
 def is_block_mask(value: Any) -> bool:
@@ -91,9 +92,9 @@ def translate_block_mask(mask: Any, rows: Tensor | None, slots: Tensor, alive: T
     from torch.nn.attention.flex_attention import create_block_mask
 
     device = mask.kv_num_blocks.device
-    slots, alive = slots.to(device), alive.to(device)
+    slots, alive = send(slots, device), send(alive, device)
     rows = torch.arange(mask.seq_lengths[0]).expand(slots.shape[0], -1) if rows is None else rows
-    rows, pattern = rows.to(device), mask.mask_mod
+    rows, pattern = send(rows, device), mask.mask_mod
 
     def translated(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return pattern(b, h, rows[b, q], slots[b, kv]) & alive[b, kv]

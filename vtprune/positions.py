@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .compact import gather
+from .sending import send
 
 NAMES = ("position_embeddings", "position_ids")
 
@@ -65,9 +66,9 @@ class Shift:
     def apply(self, name: str, value: Any) -> Any:
         """Turns back an argument called `name`: position ids, or a rotation `(cos, sin)`."""
         if name == "position_ids":
-            return None if value is None else value - self.count.to(value.device)[:, None]
+            return None if value is None else value - send(self.count, value.device)[:, None]
         cos, sin = value
-        c, s = self.cos.to(cos.device), self.sin.to(cos.device)
+        c, s = send(self.cos, cos.device), send(self.sin, cos.device)
         turned = cos.float() * c + sin.float() * s, sin.float() * c - cos.float() * s
         return turned[0].to(cos.dtype), turned[1].to(sin.dtype)
 
@@ -87,9 +88,9 @@ def shift_of(rotation: tuple[Tensor, Tensor], real: Tensor, index: Tensor) -> Sh
     lost = real.sum(1) - torch.stack([real[b, row.unique()].sum() for b, row in enumerate(index)])
     first = real.long().argmax(1)
     at = torch.stack([real[b].nonzero()[:, 0][n] for b, n in enumerate(lost)])  # the column that many positions on
-    places = torch.stack([first, at], 1).to(cos.device)
+    places = send(torch.stack([first, at], 1), cos.device)
     c, s = gather(cos, places, 1), gather(sin, places, 1)
     c, s = c.expand(len(lost), -1, -1), s.expand(len(lost), -1, -1)
     scale = (c[:, :1] ** 2 + s[:, :1] ** 2).clamp(min=1e-12)  # scaled rotary embeddings carry a factor
     turn = (c[:, 1:] * c[:, :1] + s[:, 1:] * s[:, :1]) / scale, (s[:, 1:] * c[:, :1] - c[:, 1:] * s[:, :1]) / scale
-    return Shift(lost.to(cos.device), *turn)
+    return Shift(send(lost, cos.device), *turn)

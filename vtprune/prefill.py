@@ -26,6 +26,7 @@ from .deepstack import Planes
 from .errors import MethodError, NothingPrunedError, UnsupportedModelError
 from .pictures_source import Source
 from .report import Pruning
+from .sending import Doubts, send
 from .visual_tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class DecoderCall:
             some = self.pools.losing(flat, decision.kept)
             part = flat[some]
             rows = visual.sample[part]
-            put = rows, slot[rows, visual.column[part]], decision.merged[some.to(decision.merged.device)]
+            put = rows, slot[rows, visual.column[part]], decision.merged[send(some, decision.merged.device)]
         self.alive = torch.zeros_like(self.alive)
         self.alive[decision.kept] = True
         stays = slot >= 0
@@ -223,14 +224,14 @@ class DecoderCall:
         relative = columns.repack(stays, incoming[1].get("position_embeddings"))
         self._follow(relative)
         self._record(number, decision)
-        self.narrow = functools.partial(_narrow, relative.to(here.hidden.device), put)
+        self.narrow = functools.partial(_narrow, send(relative, here.hidden.device), put)
         return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
 
     def _follow(self, relative: Tensor) -> None:
         """Cuts what runs along with the columns: records of column taps and DeepStack features."""
         for name in self.patch.column_taps:
             records = self.observed.get(name, [])
-            self.observed[name] = [compact.gather(r, relative.to(r.device), 1) for r in records]
+            self.observed[name] = [compact.gather(r, send(relative, r.device), 1) for r in records]
         if self.planes is not None:
             self.planes.cut(self.columns.index, self.columns.alive)
 
@@ -242,9 +243,14 @@ class DecoderCall:
         pools, wanted = self.pools.of_token[flat], torch.tensor(self.counts[number])
         if torch.equal(torch.bincount(pools, minlength=len(wanted)), wanted):
             return Decision(flat)
-        tokens = reading.tokens(self, number, flat, wanted, here)
-        choice = self.patch.method.choose(tokens)
-        keep = choice.keep.cpu()
+        doubts = Doubts()
+        tokens = reading.tokens(self, number, flat, wanted, here, doubts)
+        try:
+            choice = self.patch.method.choose(tokens)
+        except Exception:
+            doubts.settle()  # where numbers are broken, that is what is wrong
+            raise
+        keep, *scores = doubts.settle(choice.keep, *([] if choice.scores is None else [choice.scores.float()]))
         got = torch.bincount(pools[keep], minlength=len(wanted)) if keep.shape == flat.shape else None
         if got is None or not torch.equal(got, wanted):
             raise MethodError(
@@ -252,9 +258,8 @@ class DecoderCall:
                 "its pools "
                 f"before layer {number}; the budget is {wanted.tolist()}"
             )
-        scores = None if choice.scores is None else choice.scores.detach().float().cpu()
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
-        return Decision(flat[keep], choice.hidden, scores, states)
+        return Decision(flat[keep], choice.hidden, scores[0] if scores else None, states)
 
     def _record(self, number: int, decision: Decision) -> None:
         visual = self.visual

@@ -14,6 +14,7 @@ from . import decode, observe
 from .columns import slot_of_column
 from .errors import MethodError
 from .methods.base import AttentionInputs, Prompt, Tokens
+from .sending import Doubts, send
 
 if TYPE_CHECKING:
     from .prefill import DecoderCall
@@ -43,7 +44,7 @@ class Snapshot:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
-def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: Snapshot) -> Tokens:
+def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: Snapshot, doubts: Doubts) -> Tokens:
     """Lays out the live visual tokens before layer `number`.
 
     Args:
@@ -52,18 +53,17 @@ def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: S
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         wanted: `[S]` budgets of the pools.
         here: The layer's input.
-
-    Raises:
-        MethodError: A visual token holds NaN or Inf.
+        doubts: Takes that no visual token holds NaN or Inf, which raises `MethodError`, and what the method reads.
     """
     visual, patch = call.visual, call.patch
     assert visual is not None
     device = here.hidden.device
     rows = visual.sample[flat]
     slot = call.columns.slot_of_column()[rows, visual.column[flat]]
-    states = here.hidden[rows.to(device), slot.to(device)]  # [M, D]
+    states = here.hidden[send(rows, device), send(slot, device)]  # [M, D]
     finite = torch.isfinite(states).all(-1)
-    if not bool(finite.all()):
+
+    def refuse() -> None:
         bad = ", ".join(map(str, rows[~finite.cpu()].unique().tolist()))
         raise MethodError(
             f"visual tokens of sample {bad} hold NaN or Inf before layer {number}: scores would be meaningless; "
@@ -71,25 +71,27 @@ def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: S
             "image features"
         )
 
+    doubts.add(finite.all(), refuse)
+
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if which != number and which not in call.snapshots:
             raise MethodError(
                 f"the input of layer {which} was not kept; name it in the `reads` of {type(patch.method).__name__}"
             )
-        return attention_inputs(call, which, call.snapshots.get(which, here), flat, rope, queries)
+        return attention_inputs(call, which, call.snapshots.get(which, here), flat, rope, queries, doubts)
 
     def record(name: str, value: Any) -> Any:
-        return value[rows.to(value.device), slot.to(value.device)] if name in patch.column_taps else value
+        return value[send(rows, value.device), send(slot, value.device)] if name in patch.column_taps else value
 
     sizes = torch.bincount(call.pools.of_token[flat], minlength=len(call.pools.sizes))
     return Tokens(
         hidden=states,
         segments=_offsets(sizes.tolist(), device),
-        budgets=wanted.to(device),
+        budgets=send(wanted, device),
         max_budget=int(wanted.max()) if len(wanted) else 0,
         max_length=int(sizes.max()) if len(sizes) else 0,
-        originals=torch.tensor(call.pools.sizes, device=device),
-        column=visual.column[flat].to(device),
+        originals=send(torch.tensor(call.pools.sizes), device),
+        column=send(visual.column[flat], device),
         layer=number,
         stage=len(call.stages),
         num_layers=patch.anatomy.num_layers,
@@ -99,7 +101,7 @@ def tokens(call: DecoderCall, number: int, flat: Tensor, wanted: Tensor, here: S
         memory=call.memory,
         prompt=_prompt(call, flat).to(device),
         reader=read,
-        **{name: getattr(visual, name)[flat].to(device) for name in _PLACES},
+        **{name: send(getattr(visual, name)[flat], device) for name in _PLACES},
     )
 
 
@@ -158,7 +160,7 @@ def _prompt(call: DecoderCall, flat: Tensor) -> Prompt:
 
 
 def attention_inputs(
-    call: DecoderCall, number: int, snapshot: Snapshot, flat: Tensor, rope: bool, queries: str
+    call: DecoderCall, number: int, snapshot: Snapshot, flat: Tensor, rope: bool, queries: str, doubts: Doubts
 ) -> AttentionInputs:
     """Probes a layer and lays out its queries, keys and values over the samples that have visual tokens.
 
@@ -170,6 +172,7 @@ def attention_inputs(
         rope: False for queries and keys before rotation; then keys that an earlier call left in the cache, which are
             rotated, are left out.
         queries: "text" or "last".
+        doubts: Takes that queries and keys are finite.
     """
     probed = observe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
     device = probed.key.device
@@ -180,7 +183,7 @@ def attention_inputs(
     key_lengths: list[int] = []
     for sample in _samples(call, slot, flat):
         asked = sample.text if queries == "text" else sample.here[-1:]
-        row, here = sample.row, slot[sample.row, sample.here].to(device)
+        row, here = sample.row, send(slot[sample.row, sample.here], device)
         key, value = probed.key[row][:, here].transpose(0, 1), probed.value[row][:, here].transpose(0, 1)  # [C, G, d]
         before = 0
         if past is not None:
@@ -188,31 +191,31 @@ def attention_inputs(
             key, value = torch.cat([past[row][0].to(key), key]), torch.cat([past[row][1].to(value), value])
         order = torch.full((call.columns.length,), -1)
         order[sample.here] = torch.arange(len(sample.here)) + before
-        query.append(probed.query[row][:, slot[row, asked].to(device)].transpose(0, 1))  # [R, H, d]
+        query.append(probed.query[row][:, send(slot[row, asked], device)].transpose(0, 1))  # [R, H, d]
         query_order.append(order[asked])
         visual_rows.append(order[sample.mine] + sum(key_lengths))
         keys.append(key)
         values.append(value)
         query_lengths.append(len(asked))
         key_lengths.append(len(key))
-    _refuse_infinite([s.row for s in _samples(call, slot, flat)], query, keys, number)
+    finite = torch.stack([torch.isfinite(x).all() for x in (*query, *keys)]).all()
+    rows = [sample.row for sample in _samples(call, slot, flat)]
+    doubts.add(finite, lambda: _refuse_infinite(rows, query, keys, number))
     return AttentionInputs(
         queries=torch.cat(query),
         query_segments=_offsets(query_lengths, device),
-        query_order=torch.cat(query_order).to(device),
+        query_order=send(torch.cat(query_order), device),
         keys=torch.cat(keys),
         values=torch.cat(values),
         key_segments=_offsets(key_lengths, device),
-        visual=torch.cat(visual_rows).to(device),
+        visual=send(torch.cat(visual_rows), device),
         scaling=probed.scaling,
         softcap=probed.softcap,
     )
 
 
 def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor], number: int) -> None:
-    """Raises `MethodError` where text or visual tokens of a sample have queries or keys that are NaN or Inf."""
-    if bool(torch.stack([torch.isfinite(x).all() for x in (*queries, *keys)]).all()):
-        return
+    """Raises `MethodError`: text or visual tokens of some sample have queries or keys that are NaN or Inf."""
     pairs = zip(rows, queries, keys, strict=True)
     bad = ", ".join(str(row) for row, q, k in pairs if not bool(torch.isfinite(q).all() & torch.isfinite(k).all()))
     raise MethodError(
@@ -241,4 +244,4 @@ def _past_keys(call: DecoderCall, number: int, held: int) -> list[tuple[Tensor, 
 
 
 def _offsets(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device)
+    return send(torch.tensor([0, *lengths]).cumsum(0), device)

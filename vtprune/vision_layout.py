@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import MethodError
 from .methods.base import Tokens
+from .sending import send
 
 _PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
 
@@ -276,6 +277,6 @@ def by_crop(
     segments = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     most, longest = (int(x.max()) if len(x) else 0 for x in (budgets, sizes))
     rows, segments, budgets, placed, pools = (
-        t.to(device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])
+        send(t, device) for t in (rows, segments, budgets, groups[1] == 0, groups[0])
     )
     return Crops(rows, segments, budgets, placed, pools, most, longest)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from ..selection import segment_ids, top_k
+from ..sending import send
 
 if TYPE_CHECKING:
     from ..anatomy import Anatomy
@@ -109,7 +110,7 @@ class Prompt:
 
     def to(self, device: torch.device) -> Prompt:
         """The same on another device."""
-        return Prompt(**{name: value.to(device) for name, value in vars(self).items()})
+        return Prompt(**{name: send(value, device) for name, value in vars(self).items()})
 
 
 @dataclass
