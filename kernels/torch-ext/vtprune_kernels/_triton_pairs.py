@@ -18,9 +18,9 @@ from ._triton import WIDEN
 MATRIX_BYTES = 60_000_000  # of the 64 MB that an operation may take beside its inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _pairs(
-    features, row_stride, column_stride, factor, matrix, nearest, segments, first, longest,
+    features, row_stride, column_stride, factor, matrix, nearest, segments, first, side,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
     """One tile of the scaled products of a pool's rows, and its mirror image.
@@ -52,10 +52,10 @@ def _pairs(
     total = tl.where(scale == 0, 0.0, total * scale)
     both = inside[:, None] & known[None, :]
     if STORE:
-        matrix += tl.program_id(2).to(tl.int64) * longest * longest
-        tl.store(matrix + mine[:, None] * longest + theirs[None, :], total, mask=both)
+        matrix += tl.program_id(2).to(tl.int64) * side * side
+        tl.store(matrix + mine[:, None] * side + theirs[None, :], total, mask=both)
         if upper < lower:
-            mirror = matrix + theirs[:, None] * longest + mine[None, :]
+            mirror = matrix + theirs[:, None] * side + mine[None, :]
             tl.store(mirror, tl.trans(total), mask=known[:, None] & inside[None, :])
     if NEAREST:
         # Not negative, so that their bits order them.
@@ -65,9 +65,14 @@ def _pairs(
             tl.atomic_min(nearest + start + theirs, tl.min(distance, 0).to(tl.int32, bitcast=True), mask=known)
 
 
+def side_of(longest: int) -> int:
+    """Side of a matrix of all pairs: a multiple of 16, so that its lines are aligned and read in long words."""
+    return -(-longest // 16) * 16
+
+
 def pools_at_once(longest: int, pools: int, more: int = 0) -> int:
     """How many pools' matrices of all pairs fit beside each other, with `more` rows each: 0 where not even one does."""
-    return min(pools, MATRIX_BYTES // (4 * max(1, longest) * max(1, longest + more)))
+    return min(pools, MATRIX_BYTES // (4 * side_of(longest) * (side_of(longest) + more)))
 
 
 def pairs(
@@ -88,7 +93,7 @@ def pairs(
         segments: `[S + 1]` int64 offsets of the pools, on the device.
         longest: Rows of the longest pool, or more.
         first, pools: The first pool and the number of those that are meant.
-        matrix: `[pools, longest, longest]` float32 that takes the products; beyond a pool's rows it is not written.
+        matrix: `[pools, side, side]` float32 that takes the products; beyond a pool's rows it is not written.
         nearest: `[M]` float32, infinite at first, that takes `1 - product` with the nearest other row, 0 at least.
     """
     half = features.element_size() == 2
@@ -96,6 +101,7 @@ def pairs(
     tiles = triton.cdiv(longest, tile)
     _pairs[(tiles, tiles, pools)](
         features, *features.stride(), factor, factor if matrix is None else matrix,
-        factor if nearest is None else nearest.view(torch.int32), segments, first, longest, WIDTH=features.shape[1],
+        factor if nearest is None else nearest.view(torch.int32), segments, first,
+        0 if matrix is None else matrix.shape[1], WIDTH=features.shape[1],
         BLOCK=block, TILE=tile, STORE=matrix is not None, NEAREST=nearest is not None, num_warps=8 if half else 4,
     )  # fmt: skip

@@ -38,8 +38,6 @@ def _select(
     tl.store(fresh + pool, wanted.to(tl.int32))
     if not wanted:
         return
-    tl.store(missed + pool, 0)
-    tl.store(taken + pool, step - 1)
     start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
     least, most = tl.full([], -0x7FFFFFFF, tl.int64), tl.full([], 0x7F800000, tl.int64)
     found = tl.full([], 0x7FFFFFFF, tl.int32)
@@ -67,6 +65,9 @@ def _select(
     for first in range(number, side, SCAN):
         slot = first + tl.arange(0, SCAN)
         tl.store(rows + pool * side + slot, tl.zeros([SCAN], tl.int64) - 1, mask=slot < side)
+    tl.debug_barrier()  # every thread has read `missed` by now
+    tl.store(missed + pool, 0)
+    tl.store(taken + pool, step - 1)
 
 
 @triton.jit(do_not_specialize=["side", "total"])

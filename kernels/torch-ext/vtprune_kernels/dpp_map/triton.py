@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ragged import finite, longest_pool, output_width, self_cosine
 from .._triton import blocks, key_row, power_of_two, rank_key
-from .._triton_pairs import pairs, pools_at_once
+from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .._triton_window import Window
 from .naive import EXHAUSTED
@@ -47,28 +47,28 @@ def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.conste
 
 @triton.jit(do_not_specialize=["width", "first", "begin"])
 def _choose(
-    matrix, variance, left, cholesky, segments, limit, order, width, first, begin, longest, exhausted,
+    matrix, variance, left, cholesky, segments, limit, order, width, first, begin, side, exhausted,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Picks `begin` to `begin + STEPS` of one pool; the matrix is what earlier picks leave unexplained."""
     pool = first + tl.program_id(0)
     start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
     place = tl.arange(0, BLOCK)
-    inside = place < stop - start
-    matrix += tl.program_id(0).to(tl.int64) * longest * longest
-    cholesky += tl.program_id(0) * STEPS * longest
+    inside, line = place < stop - start, place < side
+    matrix += tl.program_id(0).to(tl.int64) * side * side
+    cholesky += tl.program_id(0) * STEPS * side
     own = tl.load(variance + start + place, mask=inside, other=0.0)
     gain = tl.load(left + start + place, mask=inside, other=-float("inf"))
     for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + pool))):
         best = tl.max(_gain_key(gain, own, place, exhausted), 0)
         one = key_row(best)
         tl.store(order + pool * width + step, start + one)
-        row = tl.load(matrix + one * longest + place, mask=inside, other=0.0)
-        row = _explained(row, cholesky, longest, one, place, inside, step - begin, 4)
+        row = tl.load(matrix + one * side + place, mask=line, other=0.0)
+        row = _explained(row, cholesky, side, one, place, line, step - begin, 4)
         # A key below zero is a row that the chosen ones explain: there is nothing to divide by, and nothing to add.
         value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         row = tl.where(best < 0, 0.0, row / tl.sqrt(value))
-        tl.store(cholesky + (step - begin) * longest + place, row, mask=inside)
+        tl.store(cholesky + (step - begin) * side + place, row, mask=line)
         gain = tl.where(place == one, -float("inf"), gain - row * row)
         tl.debug_barrier()  # the next picks read what other threads have written
     tl.store(left + start + place, gain, mask=inside)
@@ -76,7 +76,7 @@ def _choose(
 
 @triton.jit(do_not_specialize=["first", "begin"])
 def _take_out(
-    matrix, cholesky, segments, limit, first, begin, longest, STEPS: tl.constexpr, TILE: tl.constexpr
+    matrix, cholesky, segments, limit, first, begin, side, STEPS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Takes the products of `STEPS` rows of the factor out of a tile of the matrix."""
     pool = first + tl.program_id(2)
@@ -85,11 +85,11 @@ def _take_out(
     length = tl.load(segments + pool + 1) - tl.load(segments + pool)
     mine, theirs = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside, known, step = mine < length, theirs < length, tl.arange(0, STEPS)
-    cholesky += tl.program_id(2) * STEPS * longest
-    a = tl.load(cholesky + step[None, :] * longest + mine[:, None], mask=inside[:, None], other=0.0)
-    b = tl.load(cholesky + step[:, None] * longest + theirs[None, :], mask=known[None, :], other=0.0)
-    matrix += tl.program_id(2).to(tl.int64) * longest * longest
-    at, both = matrix + mine[:, None] * longest + theirs[None, :], inside[:, None] & known[None, :]
+    cholesky += tl.program_id(2) * STEPS * side
+    a = tl.load(cholesky + step[None, :] * side + mine[:, None], mask=inside[:, None], other=0.0)
+    b = tl.load(cholesky + step[:, None] * side + theirs[None, :], mask=known[None, :], other=0.0)
+    matrix += tl.program_id(2).to(tl.int64) * side * side
+    at, both = matrix + mine[:, None] * side + theirs[None, :], inside[:, None] & known[None, :]
     tl.store(at, tl.load(at, mask=both, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=both)
 
 
@@ -161,21 +161,21 @@ def _whole(
 ) -> Tensor:
     """The choice from matrices of all pairs."""
     pools, device = len(limit), features.device
-    together, tiles = pools_at_once(longest, pools, _STEPS), triton.cdiv(longest, _TILE)
+    together, side, tiles = pools_at_once(longest, pools, _STEPS), side_of(longest), triton.cdiv(longest, _TILE)
     order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
-    matrix = torch.empty(together, longest, longest, device=device)
-    cholesky, left = torch.empty(together, _STEPS, longest, device=device), variance.clone()
+    matrix = torch.empty(together, side, side, device=device)
+    cholesky, left = torch.empty(together, _STEPS, side, device=device), variance.clone()
     for first in range(0, pools, together):
         count = min(together, pools - first)
         pairs(features, factor, segments, longest, first, count, matrix, None)
         for begin in range(0, width, _STEPS):
             _choose[(count,)](
-                matrix, variance, left, cholesky, segments, limit, order, width, first, begin, longest, EXHAUSTED,
-                STEPS=_STEPS, BLOCK=power_of_two(longest), num_warps=8,
+                matrix, variance, left, cholesky, segments, limit, order, width, first, begin, side, EXHAUSTED,
+                STEPS=_STEPS, BLOCK=power_of_two(side), num_warps=8,
             )  # fmt: skip
             if begin + _STEPS < width:
                 _take_out[(tiles, tiles, count)](
-                    matrix, cholesky, segments, limit, first, begin, longest, STEPS=_STEPS, TILE=_TILE
+                    matrix, cholesky, segments, limit, first, begin, side, STEPS=_STEPS, TILE=_TILE
                 )
     return order
 

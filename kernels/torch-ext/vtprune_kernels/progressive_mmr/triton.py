@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._ragged import longest_pool, output_width
 from .._triton import key_row, power_of_two, rank_key
-from .._triton_pairs import pools_at_once
+from .._triton_pairs import pools_at_once, side_of
 from .triton_rounds import Rounds, gain
 from .triton_similarity import Updates
 
@@ -43,14 +43,14 @@ def _largest(key, wanted):
 
 @triton.jit(do_not_specialize=["width", "first"])
 def _choose(
-    matrix, relevance, relevance_stride, near, segments, limit, order, width, first, longest, duplication,
+    matrix, relevance, relevance_stride, near, segments, limit, order, width, first, side, duplication,
     CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All rounds of one pool."""
     pool, place = first + tl.program_id(0), tl.arange(0, BLOCK)
     start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
     inside = place < stop - start
-    matrix += tl.program_id(0).to(tl.int64) * longest * longest
+    matrix += tl.program_id(0).to(tl.int64) * side * side
     nothing = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
     score = tl.load(relevance + (start + place) * relevance_stride, mask=inside, other=0.0).to(tl.float32)
     closest = tl.load(near + start + place, mask=inside, other=float("inf"))
@@ -71,14 +71,14 @@ def _choose(
                 key = tl.where(among & (closest < float("inf")), key, nothing)
                 one = key_row(tl.max(key, 0))
                 tl.store(order + pool * width + done + step, start + one)
-                similar = tl.load(matrix + one * longest + place, mask=inside, other=0.0)
-                closest = tl.where(place == one, float("inf"), tl.maximum(closest, similar))
+                similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
+                closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
         else:  # the best of this round's values at once, without looking at each other
             for step in range(count):
                 one = key_row(tl.max(key, 0))
                 tl.store(order + pool * width + done + step, start + one)
-                similar = tl.load(matrix + one * longest + place, mask=inside, other=0.0)
-                closest = tl.where(place == one, float("inf"), tl.maximum(closest, similar))
+                similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
+                closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
                 key = tl.where(place == one, nothing, key)
         done += count
 
@@ -118,12 +118,13 @@ def progressive_mmr(
     together = pools_at_once(longest, pools)
     if not together:
         return rounds.choose(chunk, growth, pool)
-    matrix = torch.empty(together, longest, longest, device=device)
+    side = side_of(longest)
+    matrix = torch.empty(together, side, side, device=device)
     for first in range(0, pools, together):
         count = min(together, pools - first)
         updates.matrix(segments, first, matrix[:count])
         _choose[(count,)](
-            matrix, relevance, relevance.stride(0), rounds.near, segments, limit, rounds.order, width, first, longest,
-            duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK=power_of_two(longest), num_warps=8,
+            matrix, relevance, relevance.stride(0), rounds.near, segments, limit, rounds.order, width, first, side,
+            duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return rounds.order

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._ragged import longest_pool, output_width
 from .._triton import blocks, key_row, power_of_two, rank_key
-from .._triton_pairs import pairs, pools_at_once
+from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .._triton_window import Window
 
@@ -25,7 +25,7 @@ _NOTHING = -(1 << 63) + 1
 
 @triton.jit(do_not_specialize=["first", "width"])
 def _choose(
-    matrix, weights, weight_stride, segments, limit, order, width, first, longest,
+    matrix, weights, weight_stride, segments, limit, order, width, first, side,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All picks of one pool. `weights` are those of the rule, or values for the first pick alone."""
@@ -33,7 +33,7 @@ def _choose(
     start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
     place = tl.arange(0, BLOCK)
     inside = place < stop - start
-    matrix += tl.program_id(0).to(tl.int64) * longest * longest
+    matrix += tl.program_id(0).to(tl.int64) * side * side
     weight = tl.load(weights + (start + place) * weight_stride, mask=inside, other=0.0).to(tl.float32)
     near = tl.full([BLOCK], float("inf"), tl.float32)
     value = weight
@@ -41,7 +41,7 @@ def _choose(
         key = tl.where(inside & (near > -float("inf")), rank_key(value, place), -0x7FFFFFFFFFFFFFFF)
         one = key_row(tl.max(key, 0))
         tl.store(order + pool * width + step, start + one)
-        near = tl.minimum(near, 1 - tl.load(matrix + one * longest + place, mask=inside, other=0.0))
+        near = tl.minimum(near, 1 - tl.load(matrix + one * side + place, mask=place < side, other=0.0))
         near = tl.where(place == one, -float("inf"), near)
         value = near
         if WEIGHTED:
@@ -115,13 +115,14 @@ def weighted_farthest_point(
             pairs(features, factor, segments, longest, 0, pools, None, nearest)
         window = Window(features, factor, segments, limit, longest)
         return _stream(window, value, weights is not None, width)
-    matrix = torch.empty(together, longest, longest, device=device)
+    side = side_of(longest)
+    matrix = torch.empty(together, side, side, device=device)
     for first in range(0, pools, together):
         count = min(together, pools - first)
         pairs(features, factor, segments, longest, first, count, matrix, nearest)
         _choose[(count,)](
-            matrix, value, value.stride(0), segments, limit, order, width, first, longest, WEIGHTED=weights is not None,
-            BLOCK=power_of_two(longest), num_warps=8,
+            matrix, value, value.stride(0), segments, limit, order, width, first, side, WEIGHTED=weights is not None,
+            BLOCK=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return order
 
