@@ -121,7 +121,7 @@ def kernels(data: Data) -> str:
     rows = [
         (
             f"`{row['operation']}`",
-            row["size"],
+            row["size"] if len(data["ceilings"]) < 2 else f"{row['size']}, {row['dtype']}",
             row["data"],
             seconds(row["seconds"]),
             seconds(row.get("plain_seconds")),
@@ -136,7 +136,29 @@ def kernels(data: Data) -> str:
         f"{data['device']}: more than 100 % where lazy evaluation needs fewer, or the data stays in a cache "
         f"({data['threads']} thread{'s' if data['threads'] > 1 else ''}). {versions(data)}"
     )
-    return f"{text}\n\n" + table(("kernel", "size", "data", "time", "plain", "times as fast", "of the limit"), rows)
+    text += "\n\n" + table(("kernel", "size", "data", "time", "plain", "times as fast", "of the limit"), rows)
+    return text + "\n\n" + _targets(data["targets"]) if data.get("targets") else text
+
+
+def _targets(targets: list[Data]) -> str:
+    """Decisions that have an aim, beside it."""
+    rows = [
+        (
+            target["what"],
+            seconds(target["aim_seconds"]),
+            seconds(target.get("replayed_seconds")),
+            seconds(target.get("seconds")),
+            f"{target['times_plain']:.1f} (aim {target['aim_times_plain']:g})" if "times_plain" in target else "",
+            f"{target['extra_bytes'] / 2**20:.0f} MiB" if "extra_bytes" in target else "",
+            "yes" if target["met"] else target.get("error", "no"),
+        )
+        for target in targets
+    ]
+    text = (
+        "Whole decisions, replayed from a CUDA graph and as they are called; every pick was checked to be the best row "
+        "at its time, up to rounding."
+    )
+    return f"{text}\n\n" + table(("decision", "aim", "replayed", "called", "times plain", "memory", "met"), rows)
 
 
 def zoo_sensitivity(data: Data) -> str:

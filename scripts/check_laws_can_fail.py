@@ -47,7 +47,7 @@ FAULTS = (
           "index = self.source\n", "index = torch.arange(self.index.shape[1]).expand_as(self.index)\n",
           "test_2_drop_is_mask.py -k llava-random"),
     Fault("2 drop is mask", "DeepStack features are not reordered", "deepstack.py",
-          "features.index_select(0, rows.to(features.device))", "features[: len(rows)]",
+          "features.index_select(0, send(rows, features.device))", "features[: len(rows)]",
           "test_2_drop_is_mask.py -k qwen3_vl-random"),
     Fault("2 drop is mask", "dropped columns keep their states", "compact.py",
           "full = x.new_zeros(", "full = x.new_ones(",

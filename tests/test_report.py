@@ -171,3 +171,20 @@ def test_kinds_and_soak_show_their_numbers() -> None:
     text = report_measured.soak(ABOUT | {"seed": 0, "parts": {"long_prompts": part, "memory": failed}})
     assert cells(text, "long prompts") == ["long prompts", "yes", "8 s", "threads 8, sizes 1/2, each 1 to 5 (2)"]
     assert cells(text, "memory") == ["memory", "NO", "1 s", "error ValueError: x"]
+
+
+def test_kernels_on_a_gpu_show_their_dtypes_and_what_was_aimed_at() -> None:
+    """What `benchmarks.kernels` writes on a machine with a GPU; the numbers are made up."""
+    row = {"operation": "dpp_map", "size": "N=9", "data": "noise", "dtype": "bfloat16", "seconds": 0.002}
+    missed = {"what": "DPP, 160 of 2880", "aim_seconds": 1.5e-3, "seconds": 0.002, "met": False, "shortfall": 0.0}
+    missed |= {"replayed_seconds": 0.0016, "times_plain": 12.25, "aim_times_plain": 10.0, "extra_bytes": 2**20}
+    wrong = {"what": "iwp", "aim_seconds": 5e-4, "met": False, "shortfall": 1.0, "error": "a pick was not the best row"}
+    data = {**ABOUT, "device": "a GPU", "threads": 1, "ceilings": {"float32": {}, "bfloat16": {}}, "rows": [row]}
+    assert cells(report_sections.kernels(data | {"rows": [{**row, "share_of_limit": 0.5}]}), "`dpp_map`")[1:4] == [
+        "N=9, bfloat16", "noise", "2 ms",
+    ]  # fmt: skip
+    text = report_sections.kernels({**data, "rows": [{**row, "share_of_limit": 0.5}], "targets": [missed, wrong]})
+    assert cells(text, "DPP, 160 of 2880")[1:] == [
+        "1.5 ms", "1.6 ms", "2 ms", "12.2 (aim 10)", "1 MiB", "no",
+    ]  # fmt: skip
+    assert cells(text, "iwp")[1:] == ["500 µs", "", "", "", "", "a pick was not the best row"]

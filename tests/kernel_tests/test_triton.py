@@ -258,6 +258,25 @@ def test_similarities_of_all_pairs(dtype, bias):
         assert found[stop - start :].isnan().all() and found[:, stop - start :].isnan().all()
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts the launches of the interpreter")
+@pytest.mark.parametrize("operation, most", [("weighted_farthest_point", 3), ("progressive_mmr", 3), ("dpp_map", 5)])
+def test_a_choice_takes_few_launches(operation, most, monkeypatch):
+    """However many rows are chosen; the DPP's matrix changes after every 32."""
+    from triton.runtime import interpreter
+
+    launches, call = [], interpreter.GridExecutor.__call__
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda self, *a, **k: launches.append(self.fn.__name__) or call(self, *a, **k),
+    )
+    run, _ = pair(operation)
+    features, weights = clustered(60, 64, seed=1), torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
+    inputs = (weights, features[:, None], features[:, None]) if operation == "progressive_mmr" else (features, weights)
+    run(*inputs, torch.tensor([0, 60]), torch.tensor([50]))
+    assert len(launches) == most, launches
+
+
 @pytest.mark.parametrize("operation", ["weighted_farthest_point", "dpp_map"])
 def test_a_window_is_made_anew_only_after_a_pick_outside(operation, monkeypatch):
     module = importlib.import_module("vtprune_kernels._triton_window")

@@ -22,6 +22,9 @@ def blocks(segments: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         tuple[Tensor, Tensor]: `[P]` pool of each block, the number of pools for surplus ones, and `[P]` its first row.
     """
+    if len(segments) == 2:  # the usual case, in few launches
+        first = segments[0] + torch.arange(0, total, size, device=segments.device)
+        return torch.zeros_like(first), first
     count = -(-segments.diff() // size)
     ends = count.cumsum(0)
     number = torch.arange(-(-total // size) + len(count), device=segments.device)
