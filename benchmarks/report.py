@@ -65,7 +65,7 @@ SECTIONS = (
         report_charts.fidelity,
     ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
-    Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving"),
+    Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
     Section("soak*.json", "Under load", report_measured.soak, "python -m tests.soak --out FILE"),

@@ -104,7 +104,8 @@ def markdown(data: Data) -> str:
     named = f"`{data['model']}`" if data["model"] != "random" else "a random Idefics3 (`benchmarks/serving_model.py`)"
     text = (
         f"`vllm serve` with {named}, a picture of {width} x {height} pixels in each request, answers of "
-        f"{data['tokens']} tokens, on {data['device']}. Ways take turns; medians over "
+        f"{data['tokens']} tokens, on {data['device']}. "
+        f"{'One server runs at a time' if data.get('alone') else 'Ways take turns'}; medians over "
         f"{1 + max(row['round'] for row in data['rows'])} rounds, in brackets what they are of the unpruned server's. "
         "KV cache: tokens that the blocks in use have room for; a server with shorter prompts works on more requests "
         f"at once, so that under load its peak falls less than a request's share. {versions(data)}"
@@ -115,7 +116,7 @@ def markdown(data: Data) -> str:
     )
     said = [
         f"* `{way}` at the highest load: {measured:.2f} times the requests per second; vision, choosing and decoder of "
-        f"8 at once let expect {expected:.2f}."
+        f"8 at once let expect {expected:.2f}. What the server itself does for a request is not among these, and stays."
         for way, measured, expected in gains(data)
     ]
     return "\n\n".join((text, table(LOAD, load_rows(data)), parts, table(PARTS, part_rows(data)), "\n".join(said)))

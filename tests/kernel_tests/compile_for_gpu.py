@@ -4,7 +4,8 @@
     python tests/kernel_tests/compile_for_gpu.py [cuda:90 | cuda:80 | hip:gfx942] [float16 | bfloat16 | float32]
 
 Every launch of an operation is turned into a compilation: nothing runs. The value of a tensor may not be read
-meanwhile, for on a GPU that would wait for the device. The last line says how many kernels were compiled.
+meanwhile, nor one be made from numbers of the host, for on a GPU that would wait for the device. The last line says how
+many kernels were compiled.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def registers(binary: bytes) -> tuple[int, int]:
 
 def forbidden(reader: str):
     def read(*_: object, **__: object):
-        raise RuntimeError(f"Tensor.{reader} waits for the device")
+        raise RuntimeError(f"{reader} waits for the device")
 
     return read
 
@@ -79,8 +80,10 @@ def main(target: str = "cuda:90", dtype: str = "float16") -> None:
 
     JITFunction.run = compile_only
     calls = list(launches(getattr(torch, dtype)))
-    for reader in ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
-        setattr(torch.Tensor, reader, forbidden(reader))
+    numbers = ("__bool__", "__int__", "__float__", "__index__")
+    for reader in ("item", "tolist", "numpy", "nonzero", "new_tensor", *numbers):
+        setattr(torch.Tensor, reader, forbidden(f"Tensor.{reader}"))
+    torch.tensor = forbidden("torch.tensor")
     for name, call in calls:
         try:
             call()

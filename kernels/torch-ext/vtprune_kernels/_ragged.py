@@ -24,6 +24,11 @@ def spans(segments: Tensor) -> Iterator[tuple[int, int]]:
     yield from zip(offsets[:-1], offsets[1:], strict=True)
 
 
+def on(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on a device; a copy from the host does not wait for it (memory that is not pinned is staged first)."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 def output_width(budgets: Tensor, width: int | None) -> int:
     """Columns of a result; budgets on a device are read once where no width is given, and that waits for it."""
     if width is not None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._ragged import on
 from ._triton import WIDEN, blocks, power_of_two
 
 NEVER = -float("inf")
@@ -55,8 +56,8 @@ def rows_of(
     """Brings offsets to the device of the keys and the two operands to one dtype."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     device = keys.device
-    starts, key_starts = query_segments.to(device), key_segments.to(device)
-    return Rows(queries.to(dtype), keys.to(dtype), starts, key_starts, order.to(device), scaling, softcap or 0.0)
+    starts, key_starts = on(query_segments, device), on(key_segments, device)
+    return Rows(queries.to(dtype), keys.to(dtype), starts, key_starts, on(order, device), scaling, softcap or 0.0)
 
 
 @triton.jit

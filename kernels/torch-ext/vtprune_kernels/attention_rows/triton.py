@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ragged import on
 from .._triton_attention import normalisers, reduce_columns, rows_of, write_rows
 
 
@@ -33,7 +34,7 @@ def attention_rows(
         return result if reduce == "none" else result.mean(0)
     if count == 0 or len(keys) == 0:
         return torch.zeros(len(keys), device=device)
-    weight = torch.ones(count, device=device) if weights is None else weights.to(device).float()
+    weight = torch.ones(count, device=device) if weights is None else on(weights, device).float()
     totals = torch.cat([weight.new_zeros(1), weight.double().cumsum(0)])[rows.query_segments].diff()
     lengths = rows.query_segments.diff()
     sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=count)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import finite, longest_pool, output_width, self_cosine
+from .._ragged import finite, longest_pool, on, output_width, self_cosine
 from .._triton import blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
@@ -144,7 +144,7 @@ def dpp_map(
     """See `vtprune_kernels.dpp_map`."""
     longest = longest_pool(segments, len(features), longest)
     width, device, pools = output_width(budgets, width), features.device, len(budgets)
-    segments, budgets = segments.to(device), budgets.to(device)
+    segments, budgets = on(segments, device), on(budgets, device)
     limit = torch.minimum(budgets, segments.diff())
     if width == 0 or longest == 0:
         return torch.full((pools, width), -1, dtype=torch.int64, device=device)

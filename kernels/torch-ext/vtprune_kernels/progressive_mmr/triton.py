@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import longest_pool, output_width
+from .._ragged import longest_pool, on, output_width
 from .._triton import key_row, power_of_two, rank_key
 from .._triton_pairs import pools_at_once, side_of
 from .triton_rounds import Rounds, gain
@@ -102,7 +102,7 @@ def progressive_mmr(
     """See `vtprune_kernels.progressive_mmr`."""
     longest = longest_pool(segments, len(keys), longest)
     width, device, pools = output_width(budgets, width), keys.device, len(budgets)
-    segments, budgets = segments.to(device), budgets.to(device)
+    segments, budgets = on(segments, device), on(budgets, device)
     limit = torch.minimum(budgets, segments.diff())
     if width == 0 or longest == 0:
         return torch.full((pools, width), -1, dtype=torch.int64, device=device)

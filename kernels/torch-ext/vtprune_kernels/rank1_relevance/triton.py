@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ragged import on
 from .._triton_attention import NEVER, normalisers, reduce_columns, rows_of
 
 
@@ -26,7 +27,7 @@ def rank1_relevance(
     if len(queries) == 0 or len(visual) == 0:
         return torch.full((len(visual),), NEVER, device=keys.device)
     rows = rows_of(queries, keys, query_segments, key_segments, query_order, scaling, softcap)
-    visual = visual.to(keys.device)
+    visual = on(visual, keys.device)
     chosen = None
     if normalise == "visual":
         chosen = torch.zeros(len(keys), dtype=torch.uint8, device=keys.device).index_fill_(0, visual, 1)

@@ -16,9 +16,9 @@ def received_attention(
     batch, heads, length, _ = queries.shape
     device = keys.device
     if segments is None:
-        segments = torch.tensor([0, length])
+        segments = torch.arange(2, device=device) * length
     starts = torch.arange(batch, device=segments.device)[:, None] * length
-    offsets = torch.cat([(starts + segments[:-1]).flatten(), segments.new_tensor([batch * length])])  # [B S + 1]
+    offsets = torch.cat([(starts + segments[:-1]).flatten(), segments.new_full((1,), batch * length)])  # [B S + 1]
     weights = None if rows is None else rows.expand(batch, length).reshape(-1)
     q, k = (x.transpose(1, 2).flatten(0, 1) for x in (queries, keys))  # [B N, H, dh]
     order = torch.full((batch * length,), length, device=device)

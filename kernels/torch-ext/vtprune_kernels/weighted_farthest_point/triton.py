@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import longest_pool, output_width
+from .._ragged import longest_pool, on, output_width
 from .._triton import blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
@@ -99,7 +99,7 @@ def weighted_farthest_point(
     """See `vtprune_kernels.weighted_farthest_point`."""
     longest = longest_pool(segments, len(features), longest)
     width, device, pools = output_width(budgets, width), features.device, len(budgets)
-    segments, budgets = segments.to(device), budgets.to(device)
+    segments, budgets = on(segments, device), on(budgets, device)
     limit = torch.minimum(budgets, segments.diff())
     order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
     if width == 0 or longest == 0:
