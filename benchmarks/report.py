@@ -65,6 +65,13 @@ SECTIONS = (
         report_charts.fidelity,
     ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
+    Section(
+        "bench-*-long.json",
+        "Speed and memory of long prompts",
+        report_measured.latency,
+        "vtprune bench --model MODEL --device cpu --visual-tokens 8192 --batch 8 --rounds 1 --new-tokens 2 "
+        "--methods random --ratios 0.1 --json FILE",
+    ),
     Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
