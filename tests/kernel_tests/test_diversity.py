@@ -10,6 +10,7 @@ import torch
 
 from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets, strided
 from vtprune_kernels import dpp_map, weighted_farthest_point
+from vtprune_kernels._cosine import Cosine
 from vtprune_kernels.dpp_map.naive import dpp_map as naive_dpp
 from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_point as naive_farthest
 
@@ -159,3 +160,13 @@ def test_half_precision_and_strides(dtype):
         assert_order(order, naive_farthest(whole, weight, segments, counts), segments, counts)
     order = dpp_map(strided(features), strided(weights), segments, counts)
     assert_order(order, naive_dpp(whole, weights, segments, counts), segments, counts)
+
+
+def test_rows_that_are_given_in_half_precision_are_guessed_with_as_they_are():
+    features = clustered(30, 16, seed=1).bfloat16()
+    cosine = Cosine(features)
+    assert cosine.rounded(torch.bfloat16).rows.data_ptr() == features.data_ptr()
+    part = cosine.subset(torch.tensor([4, 2]))
+    assert torch.equal(part.rounded(torch.bfloat16).rows, features[[4, 2]])
+    features[3, 0] = torch.inf
+    assert Cosine(features).rounded(torch.bfloat16).rows.isfinite().all()

@@ -23,12 +23,12 @@ class Cosine:
     """
 
     def __init__(self, features: Tensor, weights: Tensor | None = None, eps: float = 1e-6) -> None:
-        self.rows = features.float()
+        self.rows, self.given = features.float(), features
         length = torch.linalg.vector_norm(self.rows, dim=1)
         if bool(torch.isfinite(length).all()):
             self.factor = 1 / length.clamp_min(eps)
         else:
-            self.rows = unit_rows(features)
+            self.rows = self.given = unit_rows(features)
             self.factor = torch.ones_like(length)
         self.squares = self_cosine(length)
         if weights is not None:
@@ -53,15 +53,16 @@ class Cosine:
         return torch.cat(products).mul_(self.factor).mul_(self.factor[others])
 
     def rounded(self, dtype: torch.dtype) -> Cosine:
-        """A copy whose products are those of rounded rows, themselves rounded."""
+        """One whose products are those of rounded rows, themselves rounded; rows given in `dtype` are not copied."""
         part = copy(self)
-        part.rows = self.rows.to(dtype)
+        part.rows = part.given = self.given.to(dtype)
         return part
 
     def subset(self, rows: Tensor) -> Cosine:
         """A copy that holds `rows` only."""
         part = copy(self)
         part.rows, part.factor = self.rows[rows], self.factor[rows]
+        part.given = part.rows
         return part
 
     def nearby(self, width: int) -> Tensor:
