@@ -43,6 +43,15 @@ def longest_pool(segments: Tensor, total: int, longest: int | None) -> int:
     return total if len(segments) < 3 else int(segments.diff().max())
 
 
+def plan(
+    segments: Tensor, budgets: Tensor, total: int, device: torch.device, width: int | None, longest: int | None
+) -> tuple[Tensor, Tensor, int, int]:
+    """What a choice of `total` rows on a GPU starts from: offsets, rows to choose of each pool, `width`, `longest`."""
+    longest, width = longest_pool(segments, total, longest), output_width(budgets, width)
+    segments = on(segments, device)
+    return segments, torch.minimum(on(budgets, device), segments.diff()), width, longest
+
+
 def empty_order(budgets: Tensor, device: torch.device, width: int | None = None) -> Tensor:
     """`[S, width]` int64, filled with the padding -1."""
     return torch.full((len(budgets), output_width(budgets, width)), -1, dtype=torch.int64, device=device)

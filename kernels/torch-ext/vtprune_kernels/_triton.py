@@ -12,6 +12,9 @@ from torch import Tensor
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+NOTHING = -(1 << 63) + 1  # below every key of `rank_key`; kernels write the number
+
+
 def power_of_two(number: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(max(1, number)))
 
@@ -34,14 +37,19 @@ def blocks(segments: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def ordered(value):
+    """int32 that orders as the float32 numbers do."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
 def rank_key(value, row):
     """int64 that orders by value first (NaN lowest of all numbers) and by smaller row among equals."""
     lowest: tl.constexpr = -3.4028234663852886e38
     value = tl.where(value == value, tl.minimum(tl.maximum(value, lowest), -lowest), lowest)
     value = tl.where(value == 0, 0.0, value)  # minus zero equals zero
-    bits = value.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
+    return (ordered(value).to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
 
 
 @triton.jit

@@ -14,18 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import WIDEN
+from ._triton import WIDEN, ordered
 
 WINDOW_BYTES = 32_000_000
 EVERY = 8  # picks between two looks at whether a new window is needed
 _SCAN, _LINES, _TILE = 4096, 64, 128
-
-
-@triton.jit
-def _order(value):
-    """int32 that orders as the numbers do."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit(do_not_specialize=["step", "side"])
@@ -47,7 +40,7 @@ def _select(
         for first in range(start, stop, SCAN):
             place = first + tl.arange(0, SCAN)
             value = tl.load(values + place, mask=place < stop, other=-float("inf"))
-            count += tl.sum((_order(value) >= middle).to(tl.int32), 0)
+            count += tl.sum((ordered(value) >= middle).to(tl.int32), 0)
         enough = count >= side
         least = tl.where(enough, middle, least)
         found = tl.where(enough, count, found)
@@ -56,7 +49,7 @@ def _select(
     for first in range(start, stop, SCAN):
         place = first + tl.arange(0, SCAN)
         value = tl.load(values + place, mask=place < stop, other=-float("inf"))
-        inside = (_order(value) >= least) & (value > -float("inf"))
+        inside = (ordered(value) >= least) & (value > -float("inf"))
         slot = number + tl.cumsum(inside.to(tl.int32), 0) - 1
         inside = inside & (slot < side)
         tl.store(rows + pool * side + slot, place, mask=inside)

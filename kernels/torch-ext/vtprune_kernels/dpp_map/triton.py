@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import finite, longest_pool, on, output_width, self_cosine
-from .._triton import blocks, key_row, power_of_two, rank_key
+from .._ragged import finite, plan, self_cosine
+from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .._triton_window import Window
 from .naive import EXHAUSTED
 
-_NOTHING = -(1 << 63) + 1
 _STEPS, _TILE = 32, 64  # picks between two changes of the matrix, and the tiles that it is changed in
 
 
@@ -142,10 +141,8 @@ def dpp_map(
     longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    longest = longest_pool(segments, len(features), longest)
-    width, device, pools = output_width(budgets, width), features.device, len(budgets)
-    segments, budgets = on(segments, device), on(budgets, device)
-    limit = torch.minimum(budgets, segments.diff())
+    device, pools = features.device, len(budgets)
+    segments, limit, width, longest = plan(segments, budgets, len(features), device, width, longest)
     if width == 0 or longest == 0:
         return torch.full((pools, width), -1, dtype=torch.int64, device=device)
     length = lengths(features)
@@ -184,7 +181,7 @@ def _stream(window: Window, variance: Tensor, width: int) -> Tensor:
     """The choice for pools that are too long for a matrix of all pairs."""
     features, segments, limit = window.features, window.segments, window.limit
     total, pools, device = len(features), len(limit), features.device
-    best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
+    best = torch.full((pools, width), NOTHING, dtype=torch.int64, device=device)
     left, left_new = variance.clone(), variance.clone()
     cholesky = torch.zeros(width, total, device=device)
     owner, first = blocks(segments, total, ROWS)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import longest_pool, on, output_width
+from .._ragged import plan
 from .._triton import key_row, power_of_two, rank_key
 from .._triton_pairs import pools_at_once, side_of
 from .triton_rounds import Rounds, gain
@@ -61,25 +61,19 @@ def _choose(
         share = (GROWTH * done.to(tl.float64)).to(tl.int32)
         count = tl.minimum(tl.minimum(budget - done, CHUNK), tl.maximum(1, share))
         key = tl.where(closest < float("inf"), rank_key(gain(score, closest, duplication, LOG), place), nothing)
-        if POOL > 1:
-            among = inside
+        among = inside
+        if POOL > 1:  # noqa: SIM102 - this is decided when it is compiled, the rest is not
             if count > 1:
                 among = _largest(key, tl.minimum(POOL * count, free - done))
-            for step in range(count):
+        for step in range(count):
+            # With POOL 1, the best of this round's values are taken without looking at each other.
+            if POOL > 1:  # noqa: SIM102
                 if step > 0:
-                    key = tl.where(among, rank_key(gain(score, closest, duplication, LOG), place), nothing)
-                key = tl.where(among & (closest < float("inf")), key, nothing)
-                one = key_row(tl.max(key, 0))
-                tl.store(order + pool * width + done + step, start + one)
-                similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
-                closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
-        else:  # the best of this round's values at once, without looking at each other
-            for step in range(count):
-                one = key_row(tl.max(key, 0))
-                tl.store(order + pool * width + done + step, start + one)
-                similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
-                closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
-                key = tl.where(place == one, nothing, key)
+                    key = rank_key(gain(score, closest, duplication, LOG), place)
+            one = key_row(tl.max(tl.where(among & (closest < float("inf")), key, nothing), 0))
+            tl.store(order + pool * width + done + step, start + one)
+            similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
+            closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
         done += count
 
 
@@ -100,16 +94,14 @@ def progressive_mmr(
     longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    longest = longest_pool(segments, len(keys), longest)
-    width, device, pools = output_width(budgets, width), keys.device, len(budgets)
-    segments, budgets = on(segments, device), on(budgets, device)
-    limit = torch.minimum(budgets, segments.diff())
+    device, pools = keys.device, len(budgets)
+    segments, limit, width, longest = plan(segments, budgets, len(keys), device, width, longest)
     if width == 0 or longest == 0:
         return torch.full((pools, width), -1, dtype=torch.int64, device=device)
     if carried is not None:
         carried = carried.to(torch.uint8)
         kept = torch.cat([carried.new_zeros(1, dtype=torch.int64), carried.cumsum(0)])[segments].diff()
-        limit = torch.minimum(budgets, segments.diff() - kept)
+        limit = torch.minimum(limit, segments.diff() - kept)
     log = objective == "log"
     updates = Updates(keys, values, scaling)
     rounds = Rounds(updates, relevance, segments, limit, width, longest, duplication, log)

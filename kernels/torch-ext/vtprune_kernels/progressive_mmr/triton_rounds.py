@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import key_row, power_of_two, rank_key
+from .._triton import NOTHING, key_row, power_of_two, rank_key
 from .triton_similarity import Updates, tile
 
-NOTHING = -(1 << 63) + 1
 _PICKS = 16  # chosen rows that a block is compared with at once
 
 

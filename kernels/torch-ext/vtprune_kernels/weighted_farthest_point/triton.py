@@ -14,13 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import longest_pool, on, output_width
-from .._triton import blocks, key_row, power_of_two, rank_key
+from .._ragged import plan
+from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import pairs, pools_at_once, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .._triton_window import Window
-
-_NOTHING = -(1 << 63) + 1
 
 
 @triton.jit(do_not_specialize=["first", "width"])
@@ -97,10 +95,8 @@ def weighted_farthest_point(
     longest: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    longest = longest_pool(segments, len(features), longest)
-    width, device, pools = output_width(budgets, width), features.device, len(budgets)
-    segments, budgets = on(segments, device), on(budgets, device)
-    limit = torch.minimum(budgets, segments.diff())
+    device, pools = features.device, len(budgets)
+    segments, limit, width, longest = plan(segments, budgets, len(features), device, width, longest)
     order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
     if width == 0 or longest == 0:
         return order
@@ -131,7 +127,7 @@ def _stream(window: Window, value: Tensor, weighted: bool, width: int) -> Tensor
     """The choice for pools that are too long for a matrix of all pairs; `value` decides the first pick."""
     features, segments, limit = window.features, window.segments, window.limit
     total, pools, device = len(features), len(limit), features.device
-    best = torch.full((pools, width), _NOTHING, dtype=torch.int64, device=device)
+    best = torch.full((pools, width), NOTHING, dtype=torch.int64, device=device)
     nearest = torch.full((total,), torch.inf, device=device)
     values = torch.empty_like(nearest)
     owner, first = blocks(segments, total, ROWS)
