@@ -73,9 +73,9 @@ def main() -> int:
         return 1
     path = args.out / "waits.json"
     data = {"device": torch.cuda.get_device_name(), "versions": progress.versions()}
-    data["rows"] = measure(tuple(args.methods), "cuda")
-    args.out.mkdir(parents=True, exist_ok=True)
-    progress.save(path, data)
+    with progress.script(path):
+        data["rows"] = measure(tuple(args.methods), "cuda")
+        progress.save(path, data)
     own = sum(data["rows"][0]["waits"].values())
     for row in data["rows"]:
         print(f"{row['method'] or 'unpruned':12} {sum(row['waits'].values()):3} waits, the model's own {own}")
