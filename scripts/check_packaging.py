@@ -6,6 +6,8 @@
 1. The wheel's top level is exactly `vtprune`, `vtprune_kernels` and the dist-info, and it holds what it should.
 2. From the repository root, the Hugging Face package `kernels` is importable: the folder `kernels/` does not shadow it.
 3. There is no `kernels/__init__.py`, and no test package called `kernels`.
+4. `kernels/build.toml` satisfies the schema of Hugging Face's kernel-builder in its newest edition, and what
+   `scripts/build_kernel.py` lays out is loaded by `get_local_kernel` and computes what the package computes.
 """
 
 from __future__ import annotations
@@ -111,6 +113,40 @@ def check_no_shadow(root: Path = ROOT) -> list[str]:
     return [f"{path.relative_to(root)} exists and shadows Hugging Face kernels" for path in places if path.exists()]
 
 
+_LOAD_KERNEL = """
+import pathlib, sys
+sys.path[:0] = [{scripts!r}, {sources!r}]
+sys.path.append({extra!r})
+import build_kernel
+from kernels import get_local_kernel
+from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+out = pathlib.Path({out!r})
+builds = build_kernel.build(out)
+Build.open(out)
+for path in builds:
+    Metadata.read_from_file(path / "metadata.json").digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, path))
+import torch, vtprune_kernels
+loaded = get_local_kernel(out, backend="cpu")
+assert str(out) in loaded.__file__ and loaded.__all__ == vtprune_kernels.__all__, loaded
+torch.manual_seed(0)
+rows, ends, budgets = torch.randn(50, 8), torch.tensor([0, 20, 50]), torch.tensor([5, 7])
+found = loaded.weighted_farthest_point(rows, torch.ones(50), ends, budgets)
+assert found.equal(vtprune_kernels.weighted_farthest_point(rows, torch.ones(50), ends, budgets)), found
+"""
+
+
+def check_kernel_build(folder: str | None, root: Path = ROOT) -> list[str]:
+    """Builds the kernel's repository and loads it with Hugging Face kernels, installed here or in `folder`."""
+    with tempfile.TemporaryDirectory() as out:
+        names = {"scripts": str(root / "scripts"), "sources": str(root / "kernels" / "torch-ext")}
+        code = _LOAD_KERNEL.format(**names, out=f"{out}/kernel", extra=str(Path(folder).resolve()) if folder else "")
+        run = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=False)
+    if run.returncode:
+        return [f"the kernel does not load: {run.stderr.strip()[-400:]}"]
+    # The builder reads older editions of build.toml, and says on its output that it does.
+    return [f"build.toml: {run.stderr.strip()[-400:]}"] if "legacy" in run.stderr + run.stdout else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", metavar="FOLDER", help="where Hugging Face kernels is installed, if not here")
@@ -119,6 +155,7 @@ def main() -> int:
         "wheel": check_wheel,
         "kernels import": lambda: check_kernels_import(args.kernels),
         "no shadow": check_no_shadow,
+        "kernel build": lambda: check_kernel_build(args.kernels),
     }
     failed = 0
     for name, check in checks.items():

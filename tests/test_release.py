@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts that workflows call, and that workflows call what exists. `make workflows` runs their linters."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_workflows_call_targets_and_scripts_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.M))
+    called = set()
+    for path in WORKFLOWS:
+        text = path.read_text()
+        for arguments in re.findall(r"^\s*(?:- run: |run: \|\n\s*.*\n\s*)?make ([^\n|]*)", text, re.M):
+            called |= {word for word in arguments.split() if re.fullmatch(r"[a-z][\w-]*", word)}
+        for line in re.findall(r"run: make ([^\n]*)", text):
+            called |= {word for word in line.split() if re.fullmatch(r"[a-z][\w-]*", word)}
+        matrix = re.search(r"target: \[(.*)\]", text)
+        called |= set(matrix[1].split(", ")) if matrix else set()
+        for script in re.findall(r"scripts/[\w.]+", text):
+            assert (ROOT / script).is_file(), f"{path.name} calls {script}"
+    assert {"test", "docs", "test-oldest", "test-newest", "dist-check", "audit", "soak"} <= called <= targets
+
+
+def test_all_places_agree_on_the_version():
+    assert _load("release_notes").problems(None) == []
+
+
+def test_a_tag_of_another_version_is_refused(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/release_notes.py"), "--check", "v9.9.9"], capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "the tag is v9.9.9" in run.stdout
+
+
+def test_pins_are_taken_out_and_markers_stay():
+    unpin = _load("unpin").unpin
+    text = (
+        '# a==1 comment\n-c torch.txt\nnumpy==2.4.6\nfastapi[standard]==0.1\ntriton==3.7.1; sys_platform == "linux"\n'
+    )
+    wanted = '# a==1 comment\n-c torch.txt\nnumpy\nfastapi[standard]\ntriton; sys_platform == "linux"\n'
+    assert unpin(text) == wanted
+    for path in (ROOT / "requirements").glob("*.txt"):
+        lines = [line for line in unpin(path.read_text()).splitlines() if not line.startswith("#")]
+        assert not [line for line in lines if "==" in line.split(";")[0]]
+
+
+def test_bounds_of_a_package_are_constraints():
+    bounds = _load("unpin").bounds
+    found = bounds(["a[x]<2", "torch==1", "torchvision", 'b>1; extra == "z"', 'c==3; python_version < "4"'])
+    assert found == ["a<2", 'c==3 ; python_version < "4"']
+
+
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        (
+            "ok\n== FAILURES ==\nE   assert 1\n" + "x\n" * 99 + "FAILED tests/test_a.py::test_b - assert 1\n",
+            "test_a.py",
+        ),
+        ("Collecting\nERROR: No matching distribution found for vllm\nmake: *** [x] Error 1\n", "No matching"),
+        ("Traceback (most recent call last):\n  File x\nImportError: no\n", "ImportError"),
+        ("1\n2\n3\n", "3"),
+        ("", "empty"),
+    ],
+)
+def test_the_first_failure_of_a_log_is_found(log, shown):
+    text = _load("first_failure").excerpt(log) or "the log is empty"
+    assert shown in text and len(text.splitlines()) < 50
+
+
+@pytest.mark.parametrize(("number", "command"), [("", "issue create"), ("17", "issue comment 17")])
+def test_a_broken_night_becomes_one_issue(tmp_path, number, command):
+    """With a stand-in for GitHub's command, which writes down how it was called."""
+    stand_in = tmp_path / "gh"
+    stand_in.write_text(
+        f'#!/bin/sh\nif [ "$2" = list ]; then echo "{number}"; exit; fi\n'
+        f'echo "$@" > {tmp_path}/called\nfor last; do :; done; cat "$last" >> {tmp_path}/called\n'
+    )
+    stand_in.chmod(0o755)
+    log = tmp_path / "log"
+    log.write_text("E   a ``` b\nFAILED tests/test_a.py::test_b\n")
+    env = os.environ | {"GH": str(stand_in), "RUN": "https://example.org/run/1"}
+    subprocess.run([str(ROOT / "scripts/open_issue.sh"), "test-newest", str(log)], check=True, env=env)
+    called = (tmp_path / "called").read_text()
+    assert called.startswith(command) and "tests/test_a.py::test_b" in called and "example.org/run/1" in called
+    assert "````text" in called  # a fence that the log cannot close
+
+
+def test_the_kernel_is_laid_out_as_the_hub_has_it(tmp_path):
+    builds = _load("build_kernel").build(tmp_path / "kernel")
+    assert [path.name for path in builds] == ["torch-cpu", "torch-cuda", "torch-rocm", "torch-xpu"]
+    sources = ROOT / "kernels" / "torch-ext" / "vtprune_kernels"
+    for path in builds:
+        copied = {file.relative_to(path) for file in path.rglob("*.py")}
+        assert copied == {file.relative_to(sources) for file in sources.rglob("*.py")}
+
+
+def test_the_space_asks_for_the_wheel_beside_it(tmp_path):
+    wheel = tmp_path / "vtprune-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(b"")
+    _load("build_space").build(wheel, tmp_path / "space")
+    assert f"./{wheel.name}" in (tmp_path / "space" / "requirements.txt").read_text().splitlines()
+    assert (tmp_path / "space" / "app.py").is_file() and (tmp_path / "space" / wheel.name).is_file()
