@@ -103,6 +103,31 @@ def plain_dpp(rows: Tensor, relevance: Tensor, count: int) -> Tensor:
     return torch.tensor([chosen])
 
 
+def plain_coverage(rows: Tensor, weights: Tensor, count: int) -> Tensor:
+    unit = rows.float() / rows.float().norm(dim=1, keepdim=True)
+    cosine = unit @ unit.T
+    covered = torch.zeros_like(weights)
+    chosen: list[int] = []
+    for _ in range(count):
+        value = (cosine - covered).clamp_min(0).sum(1) * weights
+        value[chosen] = -torch.inf
+        chosen.append(int(value.argmax()))
+        covered = torch.maximum(covered, cosine[chosen[-1]])
+    return torch.tensor([chosen])
+
+
+def plain_residual(rows: Tensor, count: int) -> Tensor:
+    residual = rows.float().clone()
+    chosen: list[int] = []
+    for _ in range(count):
+        energy = residual.square().sum(1)
+        energy[chosen] = -torch.inf
+        chosen.append(int(energy.argmax()))
+        direction = residual[chosen[-1]] / residual[chosen[-1]].norm()
+        residual -= (residual @ direction)[:, None] * direction
+    return torch.tensor([chosen])
+
+
 def plain_map(queries: Tensor, keys: Tensor, scaling: float, order: Tensor | None = None) -> Tensor:
     """`[H, R, N]` softmax attention, keys repeated for grouped heads."""
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], 0)
@@ -147,6 +172,14 @@ def cases(
             "dpp_map", f"{size_of}, D={width}", data, (x, relevance + 0.1, segments, budgets),
             lambda x=x: plain_dpp(x, relevance + 0.1, keep), 2 * rows * keep * width + rows * keep**2,
             item * rows * width,
+        )  # fmt: skip
+        yield Case(
+            "facility_location", f"{size_of}, D={width}, SCOPE", data, (x, relevance + 0.1, segments, budgets),
+            lambda x=x: plain_coverage(x, relevance + 0.1, keep), rows * rows * width, item * rows * width,
+        )  # fmt: skip
+        yield Case(
+            "residual_pivots", f"{size_of}, D={width}", data, (x, None, segments, budgets),
+            lambda x=x: plain_residual(x, keep), 2 * rows * keep * width + rows * keep**2, item * rows * width,
         )  # fmt: skip
     total = rows + 35 + length
     q = there(features(length, heads, size, data="noise", seed=5))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vtprune_kernels._ragged import finite, self_cosine, unit_rows
 from vtprune_kernels.dpp_map.naive import EXHAUSTED
+from vtprune_kernels.facility_location.naive import gains as coverage_gains
+from vtprune_kernels.facility_location.naive import steps, symmetric, usable, values
 from vtprune_kernels.progressive_mmr.naive import gains, similarity
 
 
@@ -86,7 +88,39 @@ def mmr(
         done += count
 
 
-RULES = {"weighted_farthest_point": farthest_point, "dpp_map": dpp, "progressive_mmr": mmr}
+def coverage(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    """Likewise, from the cosines of all pairs."""
+    unit = unit_rows(features)
+    cosines = steps(symmetric(unit @ unit.T, self_cosine(features.float().norm(dim=1))))
+    weight = None if weights is None else usable(weights)
+    covered = torch.zeros(len(unit), device=unit.device)
+    for pick in order.tolist():
+        yield values(coverage_gains(cosines, covered), weight, "product"), pick
+        covered = torch.maximum(covered, cosines[pick])
+
+
+def residual(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    """Likewise, as shares of the largest energy, for as long as the rows chosen leave something unexplained."""
+    rows = features.double()
+    energy = rows.square().sum(1)
+    weight = torch.ones_like(energy) if weights is None else usable(weights).double()
+    for pick in order.tolist():
+        left = rows.square().sum(1)
+        gain = torch.where(left > EXHAUSTED * energy, weight * left, 0) / energy.max()
+        yield gain, pick
+        if gain[pick] <= 0:
+            return
+        direction = rows[pick] / rows[pick].norm()
+        rows = rows - (rows @ direction)[:, None] * direction
+
+
+RULES = {
+    "weighted_farthest_point": farthest_point,
+    "dpp_map": dpp,
+    "facility_location": coverage,
+    "residual_pivots": residual,
+    "progressive_mmr": mmr,
+}
 
 
 def shortfall(operation: str, order: Tensor, *inputs: Any) -> float:

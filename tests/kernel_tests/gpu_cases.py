@@ -52,5 +52,8 @@ def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Cal
     yield from choice("weighted_farthest_point", random(rows, 3584), None, segments, budgets, width=40)
     yield from choice("weighted_farthest_point", random(rows, 3584), relevance, segments, budgets, width=40)
     yield from choice("dpp_map", random(rows, 3584), relevance, segments, budgets, width=40)
+    yield from choice("facility_location", random(rows, 3584), None, segments, budgets, width=40)
+    yield from choice("facility_location", random(rows, 3584), relevance, segments, budgets, width=40, combine="sum")
+    yield from choice("residual_pivots", random(rows, 3584), relevance, segments, budgets, width=40)
     cache = random(2, 4, 500, 128).transpose(1, 2)
     yield call("compact", [random(2, 500, 3584), cache, cache], torch.arange(100, device=device).repeat(2, 1))

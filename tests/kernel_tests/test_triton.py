@@ -188,18 +188,43 @@ def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
     assert_order(order, naive(features, weights, segments, budgets), segments, budgets)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
+def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
+    rows = sum(lengths)
+    features = clustered(rows, 60, seed=1).to(dtype)
+    weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
+    segments, budgets = offsets(lengths), torch.tensor(counts)
+    run, naive = pair("facility_location")
+    for options in ({}, {"combine": "sum"}):
+        order = run(strided(features), strided(weights), segments, budgets, **options)
+        assert_order(order, naive(features, weights, segments, budgets, **options), segments, budgets)
+    order = run(strided(features), None, segments, budgets)
+    assert_order(order, naive(features, None, segments, budgets), segments, budgets)
+    run, naive = pair("residual_pivots")
+    for weight in (None, weights):
+        order = run(strided(features), weight, segments, budgets)
+        assert_order(order, naive(features, weight, segments, budgets), segments, budgets)
+
+
 def test_choices_survive_ties_zeros_and_broken_numbers(memory):
     rows, segments, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
     run, naive = pair("weighted_farthest_point")
     for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6)):
         assert_order(run(rows, weights, segments, budgets), naive(rows, weights, segments, budgets), segments, budgets)
+    run, naive = pair("facility_location")
+    for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6), torch.zeros(18)):
+        assert_order(run(rows, weights, segments, budgets), naive(rows, weights, segments, budgets), segments, budgets)
+    run, naive = pair("weighted_farthest_point")
     rows[3:5], rows[7] = 0, torch.nan
     weights, everything = torch.rand(18, generator=torch.Generator().manual_seed(1)), torch.tensor([18])
     orders = [run(rows, weight, segments, everything) for weight in (None, weights, weights * torch.nan)]
-    run, naive = pair("dpp_map")
-    orders.append(run(rows, weights, segments, everything))
+    for operation in ("dpp_map", "facility_location", "residual_pivots"):
+        run, naive = pair(operation)
+        orders.append(run(rows, weights, segments, everything))
     for order in orders:
         assert order[0].sort().values.tolist() == list(range(18))
+    run, naive = pair("dpp_map")
     rows, relevance = torch.eye(8).repeat(3, 1), torch.arange(24, 0, -1) / 24.0  # rank 8: the rest by relevance
     assert run(rows, relevance, torch.tensor([0, 24]), torch.tensor([24]))[0].tolist() == list(range(24))
 
@@ -214,6 +239,8 @@ def test_choices_over_several_tiles_and_blocks_of_picks(dtype, longest, memory):
     for operation, *inputs in (
         ("weighted_farthest_point", features, None),
         ("dpp_map", features, weights),
+        ("facility_location", features, weights),
+        ("residual_pivots", features, weights),
         ("progressive_mmr", weights, keys, values),
     ):
         run, naive = pair(operation)
@@ -316,7 +343,12 @@ def test_progressive_mmr_chooses_among_the_candidates_only(memory):
 @pytest.mark.parametrize("width", [9, 12])
 def test_a_given_width_pads_the_result(width, memory):
     features, segments, budgets = clustered(20, 16, seed=3), torch.tensor([0, 12, 20]), torch.tensor([9, 2])
-    for operation, second in (("weighted_farthest_point", None), ("dpp_map", torch.ones(20))):
+    for operation, second in (
+        ("weighted_farthest_point", None),
+        ("dpp_map", torch.ones(20)),
+        ("facility_location", None),
+        ("residual_pivots", None),
+    ):
         run, naive = pair(operation)
         order = run(features, second, segments, budgets, width=width)
         assert order.shape == (2, width) and torch.equal(order, naive(features, second, segments, budgets, width=width))
@@ -361,5 +393,5 @@ def test_every_source_compiles_for_a_gpu_that_is_not_here():
     *lines, last = done.stdout.splitlines()
     assert last == f"{len(lines)} kernels compiled for cuda:90, bfloat16"
     shared = {"_triton_attention", "_triton_rows", "_triton_pairs", "_triton_window"}
-    choices = {"progressive_mmr", "weighted_farthest_point", "dpp_map"}
+    choices = {"progressive_mmr", "weighted_farthest_point", "dpp_map", "facility_location"}
     assert {line.split()[0] for line in lines} == shared | choices | {"compact", "transition_variation"}

@@ -58,8 +58,8 @@ class Cosine:
         part.rows = part.given = self.given.to(dtype)
         return part
 
-    def subset(self, rows: Tensor) -> Cosine:
-        """A copy that holds `rows` only."""
+    def subset(self, rows: Tensor | slice) -> Cosine:
+        """One that holds `rows` only, a view for a slice."""
         part = copy(self)
         part.rows, part.factor = self.rows[rows], self.factor[rows]
         part.given = part.rows

@@ -29,6 +29,14 @@ def on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
+def segment_maximum(values: Tensor, segments: Tensor) -> Tensor:
+    """`[M]` the largest of `values` `[M]` in the pool of each row."""
+    owner = torch.searchsorted(segments[1:], torch.arange(len(values), device=segments.device), right=True)
+    owner = owner.to(values.device)
+    largest = values.new_full((len(segments),), -torch.inf)
+    return largest.scatter_reduce(0, owner, values, "amax")[owner]
+
+
 def output_width(budgets: Tensor, width: int | None) -> int:
     """Columns of a result; budgets on a device are read once where no width is given, and that waits for it."""
     if width is not None:

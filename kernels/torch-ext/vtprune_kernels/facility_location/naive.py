@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy facility location, with or without weights: the specification, which goes over all pairs at every pick."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import threshold
+
+from .._ragged import empty_order, pools, self_cosine, unit_rows
+
+GRID = 65536  # steps of a cosine of 1: sums of steps are exact, so that rows worth the same tie in any order of adding
+
+
+def usable(weights: Tensor) -> Tensor:
+    """Float32 weights, 0 where they are negative or not finite."""
+    return torch.nan_to_num(weights.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+
+
+def steps(cosines: Tensor) -> Tensor:
+    """Cosines as float32 whole numbers of steps, in place."""
+    return cosines.mul_(GRID).round_()
+
+
+def symmetric(block: Tensor, own: Tensor) -> Tensor:
+    """A square block `[n, n]` that is its mirror image, with `own` `[n]` on its diagonal."""
+    upper = block.triu(1)
+    return upper + upper.T + torch.diag(own)
+
+
+def gains(cosines: Tensor, covered: Tensor) -> Tensor:
+    """`[r]` float64 what rows would add to the coverage `[n]`, by their cosines `[r, n]`; all are numbers of steps."""
+    return threshold(cosines - covered, 1.0, 0.0).sum(1, dtype=torch.float64)
+
+
+def values(gain: Tensor, weight: Tensor | None, combine: Literal["product", "sum"]) -> Tensor:
+    """`[r]` float32 what rows are worth, by gain and weight."""
+    gain = gain / GRID
+    if weight is not None:
+        gain = gain * weight if combine == "product" else gain + weight
+    return gain.float()
+
+
+def facility_location(
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+    combine: Literal["product", "sum"] = "product",
+) -> Tensor:
+    """See `vtprune_kernels.facility_location`."""
+    order = empty_order(budgets, features.device, width)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        unit, own = unit_rows(features[start:stop]), self_cosine(features[start:stop].float().norm(dim=1))
+        cosines = steps(symmetric(unit @ unit.T, own))  # [n, n]
+        weight = None if weights is None else usable(weights[start:stop])
+        covered = torch.zeros(stop - start, device=features.device)
+        free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
+        for step in range(budget):
+            value = values(gains(cosines, covered), weight, combine).masked_fill(~free, -torch.inf)
+            best = int(value.argmax())
+            order[number, step] = start + best
+            free[best] = False
+            covered = torch.maximum(covered, cosines[best])
+    return order

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy facility location that evaluates again only rows that can still be the best: gains only fall."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._cosine import Cosine
+from .._lazy import Window, lazy_top
+from .._ragged import empty_order, pools
+from .naive import gains, steps, symmetric, usable, values
+
+MATRIX_BYTES = (
+    36_000_000  # a pool of up to 3,000 rows keeps the cosines of all pairs, which the first gains need anyway
+)
+_BLOCK = 256  # rows that are compared with all rows at once
+
+
+def facility_location(
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+    combine: Literal["product", "sum"] = "product",
+) -> Tensor:
+    """See `vtprune_kernels.facility_location`."""
+    order = empty_order(budgets, features.device, width)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        if budget > 0:
+            weight = None if weights is None else usable(weights[start:stop])
+            order[number, :budget] = _Pool(Cosine(features[start:stop]), weight, budget, combine).choose() + start
+    return order
+
+
+class _Pool:
+    """State of one pool: how well each row is covered, and what each row would add when it was last looked at."""
+
+    def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int, combine: Literal["product", "sum"]) -> None:
+        self.cosine, self.weight, self.combine = cosine, weight, combine
+        self.covered = torch.zeros(len(cosine), device=cosine.rows.device)
+        self.matrix: Tensor | None = None
+        if 4 * len(cosine) ** 2 <= MATRIX_BYTES:
+            self.matrix = self.covered.new_empty(len(cosine), len(cosine))
+        self.bounds = values(self.first_gains(), weight, combine)
+        self.seen = torch.zeros(len(cosine), dtype=torch.int64, device=cosine.rows.device)
+        self.chosen = self.seen.new_zeros(budget)
+        self.done = 0
+
+    def first_gains(self) -> Tensor:
+        """`[n]` gains while nothing is covered; every pair is multiplied once."""
+        total = torch.zeros_like(self.covered, dtype=torch.float64)
+        for start in range(0, len(self.cosine), _BLOCK):
+            stop = min(start + _BLOCK, len(self.cosine))
+            block = self.cosine.between(slice(start, stop), self.cosine.subset(slice(start, None)))
+            block[:, : stop - start] = symmetric(block[:, : stop - start], self.cosine.squares[start:stop])
+            block = steps(block)
+            if self.matrix is not None:
+                self.matrix[start:stop, start:] = block
+                self.matrix[stop:, start:stop] = block[:, stop - start :].T
+            total[start:stop] += gains(block, self.covered[start:])
+            total[stop:] += gains(block[:, stop - start :].T, self.covered[start:stop])
+        return total
+
+    def lines(self, rows: Tensor) -> Tensor:
+        """`[r, n]` cosines of `rows` with all rows, in steps."""
+        if self.matrix is not None:
+            return self.matrix[rows]
+        lines = self.cosine(rows)
+        lines[torch.arange(len(rows), device=rows.device), rows] = self.cosine.squares[rows]
+        return steps(lines)
+
+    def update(self, rows: Tensor, gain: Tensor) -> None:
+        value = values(gain, None if self.weight is None else self.weight[rows], self.combine)
+        self.bounds[rows] = value.masked_fill(self.bounds[rows] == -torch.inf, -torch.inf)
+        self.seen[rows] = self.done
+
+    def refresh(self, rows: Tensor) -> None:
+        for part in rows.split(_BLOCK):
+            self.update(part, gains(self.lines(part), self.covered))
+
+    def pick(self, rows: Tensor, limit: int) -> None:
+        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
+        lines, value = self.lines(rows), self.bounds[rows]
+        weight = None if self.weight is None else self.weight[rows]
+        taken = torch.zeros_like(value)
+        picked: list[int] = []
+        while len(picked) < limit:
+            best = int((value + taken).argmax())
+            if picked and not float((value + taken)[best]) > rest:
+                break
+            taken[best] = -torch.inf
+            picked.append(best)
+            self.covered = torch.maximum(self.covered, lines[best])
+            gain = gains(lines, self.covered)
+            value = values(gain, weight, self.combine)
+        chosen = rows[rows.new_tensor(picked)]
+        self.chosen[self.done : self.done + len(chosen)] = chosen
+        self.bounds[chosen] = -torch.inf
+        self.done += len(chosen)
+        self.update(rows, gain)
+
+    def choose(self) -> Tensor:
+        """`[budget]` rows in the order of choice."""
+        budget, window = len(self.chosen), Window()
+        while self.done < budget:
+            before, width = self.done, min(window.rows, len(self.cosine) - self.done)
+            self.pick(lazy_top(self.bounds, self.seen, before, width, self.refresh), min(width, budget - before))
+            window.adapt(self.done - before)
+        return self.chosen

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows with the largest energy outside the span of those chosen (ResPrune, arXiv 2603.21105)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import on_gpu, triton_source
+from .energy import residual_energy
+from .vectorised import residual_pivots as _vectorised
+
+
+def residual_pivots(
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """Chooses rows one by one, each with the largest `weight * |residual|^2`.
+
+    The residual of a row is what is left of it after the best approximation by the rows chosen before. Without weights
+    the picks are the pivots of a QR decomposition of the transposed features. A row counts as explained when less than
+    1e-6 of its own energy is left, which is the rounding of half-precision features. Explained rows come last, by
+    descending `weight * |row|^2`.
+
+    Args:
+        features: `[M, D]` float. Rows that are zero or not finite come last.
+        weights: `[M]` float or None; negative numbers and those that are not finite count as 0.
+        segments: `[S + 1]` int64 offsets of the pools.
+        budgets: `[S]` int64 rows to choose from each pool.
+        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+            device if they are on one.
+        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+            needs it.
+
+    Returns:
+        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+    """
+    if on_gpu(features):
+        return triton_source("residual_pivots")(features, weights, segments, budgets, width, longest)
+    return _vectorised(features, weights, segments, budgets, width, longest)
+
+
+__all__ = ["residual_energy", "residual_pivots"]

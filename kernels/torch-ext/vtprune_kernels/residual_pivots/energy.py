@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a pool's energy the first rows of an order leave unexplained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import spans
+from ..dpp_map.naive import EXHAUSTED
+
+
+def residual_energy(features: Tensor, order: Tensor, segments: Tensor) -> Tensor:
+    """Share of the energy of each pool that is left after each pick, `1 - |P_k X|^2 / |X|^2`.
+
+    `P_k` projects onto the span of the first k picks. Only the order that `residual_pivots` chooses lets the share fall
+    about as fast as it can; that of any other order is as good.
+
+    Args:
+        features: `[M, D]` float; rows that are not finite count as zero.
+        order: `[S, K]` int64 rows of each pool, padded with -1. On a device, the call waits for it.
+        segments: `[S + 1]` int64 offsets of the pools.
+
+    Returns:
+        Tensor: `[S, K]` float32, falling along a row, 0 where a pool has no energy; padding repeats the last value.
+    """
+    left = torch.zeros(order.shape, device=features.device)
+    for number, (start, stop) in enumerate(spans(segments)):
+        rows = features[start:stop].float()
+        rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
+        total = rows.square().sum()
+        picks = order[number]
+        chosen = features[picks.clamp_min(0)].float() * (picks >= 0)[:, None]
+        chosen = torch.where(torch.isfinite(chosen).all(1, keepdim=True), chosen, 0)
+        basis, triangle = torch.linalg.qr(chosen.T)  # [D, min(D, K)]
+        new = triangle.diagonal().square() > EXHAUSTED * chosen[: basis.shape[1]].square().sum(1)  # else any direction
+        explained = ((rows @ basis).square().sum(0) * new).cumsum(0)
+        left[number, : len(explained)] = 1 - explained / total.clamp_min(torch.finfo(torch.float32).tiny)
+        left[number, len(explained) :] = left[number, len(explained) - 1 : len(explained)]
+        left[number] *= total > 0
+    return left.clamp(0, 1)

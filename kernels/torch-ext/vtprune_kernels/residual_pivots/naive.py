@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual selection in float64: the specification, which changes every row at every pick."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import empty_order, pools
+from ..dpp_map.naive import EXHAUSTED
+from ..facility_location.naive import usable
+
+
+def residual_pivots(
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.residual_pivots`."""
+    order = empty_order(budgets, features.device, width)
+    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+        rows = features[start:stop].double()
+        rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
+        weight = torch.ones(stop - start) if weights is None else usable(weights[start:stop])
+        weight, energy = weight.to(rows), rows.square().sum(1)
+        residual = rows.clone()
+        free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
+        for step in range(budget):
+            left = residual.square().sum(1)
+            gain = torch.where(left > EXHAUSTED * energy, weight * left, 0).masked_fill(~free, -torch.inf)
+            best = int(gain.argmax())
+            if gain[best] <= 0:
+                rest = torch.sort((weight * energy).masked_fill(~free, -torch.inf), descending=True, stable=True)
+                order[number, step:budget] = start + rest.indices[: budget - step]
+                break
+            order[number, step] = start + best
+            free[best] = False
+            direction = residual[best] / residual[best].norm()
+            for _ in range(2):  # the second time takes out what rounding left
+                residual = residual - (residual @ direction)[:, None] * direction
+    return order

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual selection as the greedy choice of a determinantal point process.
+
+What is left of a row's energy is the conditional variance in the kernel of all products, so QR with column pivoting is
+pivoted Cholesky of that kernel, and weights scale the rows. The choice is that of `dpp_map`, lazy evaluation included,
+with lengths for relevance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._ragged import segment_maximum
+from ..dpp_map.vectorised import dpp_map
+from ..facility_location.naive import usable
+
+
+def relevance(features: Tensor, length: Tensor, weights: Tensor | None, segments: Tensor) -> Tensor:
+    """`[M]` factors that turn cosines into products of weighted rows, 1 at most without weights.
+
+    Args:
+        features: `[M, D]`.
+        length: `[M]` float32 lengths of the rows.
+        weights: `[M]` or None.
+        segments: `[S + 1]` offsets; each pool is scaled by its longest row, so that squares stay in range.
+    """
+    length = torch.nan_to_num(length, nan=0.0, posinf=0.0)
+    scaled = length / segment_maximum(length, segments).clamp_min(torch.finfo(torch.float32).tiny)
+    return scaled if weights is None else scaled * usable(weights).sqrt()
+
+
+def residual_pivots(
+    features: Tensor,
+    weights: Tensor | None,
+    segments: Tensor,
+    budgets: Tensor,
+    width: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """See `vtprune_kernels.residual_pivots`."""
+    length = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    return dpp_map(features, relevance(features, length, weights, segments), segments, budgets, width)
