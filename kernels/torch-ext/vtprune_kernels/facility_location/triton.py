@@ -215,8 +215,8 @@ def facility_location(
 
 
 def _whole(
-    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor, best: Tensor,
-    longest: int, add: bool,
+    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor,
+    best: Tensor, longest: int, add: bool,
 ) -> None:  # fmt: skip
     """The choice from matrices of all pairs."""
     pools, width, side, device = *best.shape, side_of(longest), features.device
@@ -238,8 +238,8 @@ def _whole(
 
 
 def _stream(
-    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor, best: Tensor,
-    longest: int, add: bool,
+    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor,
+    best: Tensor, longest: int, add: bool,
 ) -> None:  # fmt: skip
     """The choice for pools that are too long for a matrix of all pairs."""
     (pools, width), total, device = best.shape, len(features), features.device
