@@ -49,6 +49,7 @@ test: lint types pytest
 lint: $(TEST)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	PYTHONPATH=.:kernels/torch-ext $(VENV)/bin/lint-imports
 
 types: $(TEST)
 	$(PY) -m mypy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of the embedded model with every pruning method: writes `benchmarks/results/accuracy.json`.
+"""Accuracy of the built-in model with every pruning method: writes `benchmarks/results/accuracy.json`.
 
     python -m benchmarks.accuracy                       # all methods, 1,000 questions, two processes
     python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 import vtprune
-from vtprune import progress, refvlm
+from vtprune import refvlm
+from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, Tokens
 from vtprune.methods.uniform import Uniform
 from vtprune.refvlm import evaluate
-from vtprune.selection import top_k
+from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "accuracy.json"
 RATIOS = (0.5, 0.25, 0.1, 0.05)
@@ -59,7 +60,7 @@ class Oracle(Method):
             mine = (tokens.sample == sample).nonzero()[:, 0]
             wanted[mine[list(patches)]] = 1.0
         spaced = Uniform().choose(tokens).keep.float()
-        return Choice(top_k(2 * wanted + spaced, tokens.segments, tokens.budgets))
+        return Choice(top_k(2 * wanted + spaced, tokens.offsets, tokens.budgets))
 
 
 @lru_cache(maxsize=1)
@@ -216,8 +217,8 @@ def _print(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy of the embedded model with every pruning method.")
-    parser.add_argument("--model", choices=list(refvlm.MODELS), default="llava", help="which embedded model")
+    parser = argparse.ArgumentParser(description="Accuracy of the built-in model with every pruning method.")
+    parser.add_argument("--model", choices=list(refvlm.MODELS), default="llava", help="which built-in model")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--methods", nargs="+", default=[*vtprune.methods.names(), "oracle"])
     parser.add_argument("--ratios", nargs="*", type=float, default=list(RATIOS))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run as a file, too: then `kernels.py` beside it would hide the Hugging Face package of that name.
 sys.path = [str(ROOT), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "benchmarks")]
 
-from vtprune import progress  # noqa: E402
+from vtprune.study import progress  # noqa: E402
 
 
 def steps(out: Path, seconds: float) -> list[tuple[str, list[str]]]:

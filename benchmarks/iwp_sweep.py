@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where IWP's defaults come from: layer and duplication weight swept on development scenes of the embedded model.
+"""Where IWP's defaults come from: layer and duplication weight swept on development scenes of the built-in model.
 
     python -m benchmarks.iwp_sweep            # writes benchmarks/results/iwp_sweep.json
 
@@ -22,8 +22,9 @@ import torch
 
 import vtprune
 from benchmarks.accuracy import header, wilson_of
-from vtprune import progress, refvlm
+from vtprune import refvlm
 from vtprune.refvlm import evaluate, scenes
+from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "iwp_sweep.json"
 FIRST_SEED = scenes.TRAIN_SEEDS + 9_000_000  # the training range goes on without end; this part was not drawn

@@ -49,7 +49,7 @@ class Case:
 
 
 def features(rows: int, *shape: int, data: str, seed: int) -> Tensor:
-    """`[rows, *shape]`: `"clustered"` around 60 centres with alike neighbours, as images are, or plain `"noise"`."""
+    """`[rows, *shape]`: `"clustered"` around 60 centres with alike neighbors, as images are, or plain `"noise"`."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, *shape, generator=generator)
     if data == "noise":

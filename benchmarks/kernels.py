@@ -37,7 +37,7 @@ import vtprune
 from benchmarks import kernel_targets
 from benchmarks.kernel_cases import Case, cases
 from benchmarks.kernel_certificate import RULES, shortfall
-from vtprune import progress
+from vtprune.study import progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import vtprune
 from benchmarks.accuracy import header
-from vtprune import progress, refvlm
+from vtprune import refvlm
 from vtprune.refvlm import evaluate
+from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "kinds.json"
 METHODS = ("iwp", "divprune", "random")
@@ -55,7 +56,7 @@ def measure(methods: list[str], ratios: list[float], questions: int, out: Path, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy of the embedded model by kind of question.")
+    parser = argparse.ArgumentParser(description="Accuracy of the built-in model by kind of question.")
     parser.add_argument("--questions", type=int, default=490)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vtprune import progress
-from vtprune.bench import command
+from vtprune.cli import bench
+from vtprune.study import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 # The runs that are made for a kind of machine.
@@ -66,33 +66,33 @@ def targets(data: dict[str, Any], device: str) -> list[dict[str, Any]]:
         found.append({"what": what, "aim": aim, "measured": measured, "met": bool(met)})
 
     for row in data.get("rows_in_cpu_time", data["rows"]):
-        if "refused" in row or row["way"] == "unpruned" or row["way"].startswith("limit "):
+        if "refused" in row or row["variant"] == "unpruned" or row["variant"].startswith("limit "):
             continue
-        name = f"{row['way']}, batch {row['batch']}"
-        if device == "cpu" and row["way"].startswith("random "):
+        name = f"{row['variant']}, batch {row['batch']}"
+        if device == "cpu" and row["variant"].startswith("random "):
             note(f"{name}: prefill over the limit", row["over_limit"], 0.05, False)
-        if device == "cpu" and row["way"].startswith("iwp:layer=0 "):
+        if device == "cpu" and row["variant"].startswith("iwp:layer=0 "):
             note(f"{name}: prefill over the limit", row["over_limit"], 0.20, False)
-        if device == "cpu" and row["way"].startswith(("random ", "iwp:layer=0 ")):
+        if device == "cpu" and row["variant"].startswith(("random ", "iwp:layer=0 ")):
             note(f"{name}: prefill against unpruned", row["speedup"], 5.0, True)
-        if device == "cuda" and row["way"].startswith(("zoo_prune ", "iwp:layer=0 ")):
+        if device == "cuda" and row["variant"].startswith(("zoo_prune ", "iwp:layer=0 ")):
             note(f"{name}: prefill against unpruned", row["speedup"], 2.6, True)
             note(f"{name}: end to end against unpruned", row["speedup_end_to_end"], 2.3, True)
             note(f"{name}: deciding as a share of the unpruned prefill", row["decision_share"], 0.02, False)
-    wrong = [row["way"] for row in data["rows"] if row.get("kv_bytes") != row.get("kv_bytes_formula")]
-    note("ways whose KV bytes differ from the formula", len(wrong), 0, False)
+    wrong = [row["variant"] for row in data["rows"] if row.get("kv_bytes") != row.get("kv_bytes_formula")]
+    note("variants whose KV bytes differ from the formula", len(wrong), 0, False)
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description="Speed and memory with and without pruning.")
-    command.arguments(parser)
+    bench.arguments(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")
     if any(text.split("=")[0] == "--model" for text in given):
         args = parser.parse_args(given)
         with progress.script(args.json):
-            command.run(args)
+            bench.run(args)
         return 0
     device = "cuda" if parser.parse_args(given).device == "cuda" else "cpu"
     parser.set_defaults(**(CUDA if device == "cuda" else CPU))
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     args.json = args.json or str(args.out / f"latency-{'cpu' if device == 'cpu' else 'gpu'}.json")
     with progress.script(args.json):
-        data = command.run(args)
+        data = bench.run(args)
     missed = 0
     for target in targets(data, device):
         missed += not target["met"]

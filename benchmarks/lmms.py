@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval itself on the embedded model, pruned by several methods: writes `benchmarks/results/lmms_eval.json`.
+"""lmms-eval itself on the built-in model, pruned by several methods: writes `benchmarks/results/lmms_eval.json`.
 
     make eval                                             # sets up its environment, then runs this and the test
     python -m benchmarks.lmms --limit 100 --methods iwp random --out /tmp/lmms.json
@@ -24,9 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vtprune import progress, refvlm
+from vtprune import refvlm
 from vtprune.errors import VTPruneError
-from vtprune.intervals import wilson
+from vtprune.study import progress
+from vtprune.study.intervals import wilson
 
 TASKS_FOLDER = Path(__file__).resolve().parent / "lmms_tasks"
 OUT = Path(__file__).resolve().parent / "results" / "lmms_eval.json"
@@ -58,8 +59,8 @@ class Job:
 
 
 def refvlm_name() -> str:
-    """How the embedded model is named to the plug-in."""
-    from vtprune.loading import EMBEDDED
+    """How the built-in model is named to the plug-in."""
+    from vtprune.refvlm.loading import EMBEDDED
 
     return EMBEDDED
 

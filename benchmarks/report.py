@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_charts, report_measured, report_readme, report_sections, serving_table
-from vtprune import charts
-from vtprune.charts import Chart
+from vtprune.study import charts
+from vtprune.study.charts import Chart
 
 ROOT = report_readme.ROOT
 
@@ -48,7 +48,7 @@ class Section:
 
 
 SECTIONS = (
-    Section("refvlm*.json", "The embedded models", report_sections.refvlm, "python -m vtprune.refvlm.evaluate"),
+    Section("refvlm*.json", "The built-in models", report_sections.refvlm, "python -m vtprune.refvlm.evaluate"),
     Section(
         "accuracy*.json",
         "Accuracy",

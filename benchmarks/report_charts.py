@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vtprune.charts import Chart, Series
-from vtprune.fidelity_view import chart as fidelity
+from vtprune.study.charts import Chart, Series
+from vtprune.study.fidelity_view import chart as fidelity
 
 __all__ = ["accuracy", "fidelity"]
 

@@ -119,7 +119,7 @@ def lmms_eval(data: Data) -> str:
     several = [row for row in data["rows"] if row["processes"] > 1]
     same = all(row["tasks"] == alone.get(row["method"]) for row in several)
     text = (
-        f"The real lmms-eval with `--model vtprune` on the embedded model, {data['questions']}, ratio "
+        f"The real lmms-eval with `--model vtprune` on the built-in model, {data['questions']}, ratio "
         f"{data['ratio']:g}, batches of {data['batch']}. After the share of right answers: visual tokens kept. "
         f"{versions(data)}"
     )

@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import serving_load, serving_model, serving_parts, serving_table
 from benchmarks.vllm_server import Server
-from vtprune import progress
+from vtprune.study import progress
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BUILT_IN = "random"

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vtprune import progress
+from vtprune.study import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "versions.json"

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 
 import vtprune
-from vtprune import loading, progress, refvlm
+from vtprune import refvlm
+from vtprune.refvlm import loading
+from vtprune.study import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("iwp", "divprune", "fastv", "cdpruner", "zoo_prune", "random")
@@ -44,7 +46,7 @@ def place(file: str, line: int) -> str:
 
 
 def measure(methods: tuple[str, ...], device: str) -> list[dict[str, Any]]:
-    """One prefill of the embedded model, unpruned and with each method, after one that warms up."""
+    """One prefill of the built-in model, unpruned and with each method, after one that warms up."""
     model, processor = loading.model_and_processor(loading.EMBEDDED, device, "bfloat16")
     scene = refvlm.scenes.scene(0)
     inputs = loading.prompt(processor, scene.image, scene.questions[0].text).to(model.device)

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 import vtprune
-from vtprune import progress
-from vtprune.sensitivity import (
+from vtprune.methods.zoo_prune.sensitivity import (
     difference_sensitivity,
     exact_sensitivity,
     jvp_sensitivity,
     quadratic_form,
     unit_directions,
 )
+from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "zoo_sensitivity.json"
 SHAPES = {

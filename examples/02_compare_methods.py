@@ -10,12 +10,12 @@ import argparse
 
 import vtprune
 from vtprune import refvlm
-from vtprune.compare import compare
 from vtprune.refvlm import evaluate
+from vtprune.study.compare import compare
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares methods at equal cost on the embedded model.")
+    parser = argparse.ArgumentParser(description="Compares methods at equal cost on the built-in model.")
     parser.add_argument("--methods", nargs="+", default=["iwp", "divprune"])
     parser.add_argument("--questions", type=int, default=12)
     parser.add_argument("--mean-ratio", type=float, default=0.6, help="mean share of visual tokens over the layers")

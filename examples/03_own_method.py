@@ -17,10 +17,10 @@ class Unusual(vtprune.methods.ScoreMethod):
     """Keeps the tokens that are farthest from the mean of their picture."""
 
     def score(self, tokens):
-        pool = tokens.pool[:, None].expand_as(tokens.hidden)  # [M, D]
+        pool = tokens.group[:, None].expand_as(tokens.hidden)  # [M, D]
         means = tokens.hidden.new_zeros(len(tokens.budgets), tokens.hidden.shape[1])  # [S, D]
         means.scatter_reduce_(0, pool, tokens.hidden, "mean", include_self=False)
-        return (tokens.hidden - means[tokens.pool]).norm(dim=-1)  # [M], higher stays
+        return (tokens.hidden - means[tokens.group]).norm(dim=-1)  # [M], higher stays
 
 
 # --- end

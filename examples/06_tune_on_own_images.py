@@ -14,8 +14,10 @@ import tempfile
 from pathlib import Path
 
 import vtprune
-from vtprune import loading, refvlm
-from vtprune.tune import tune
+from vtprune import refvlm
+from vtprune.core import images
+from vtprune.refvlm import loading
+from vtprune.study.tune import tune
 
 
 def main() -> None:
@@ -28,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "vtprune-strategy.json")
     args = parser.parse_args()
 
-    pictures = loading.pictures(args.images) if args.images else [refvlm.scenes.scene(n).image for n in range(4)]
+    pictures = images.pictures(args.images) if args.images else [refvlm.scenes.scene(n).image for n in range(4)]
     model, processor = loading.model_and_processor(args.model)
     prompts = [loading.prompt(processor, picture, args.question).to(model.device) for picture in pictures]
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from vtprune import progress  # noqa: E402
+from vtprune.study import progress  # noqa: E402
 
 
 @dataclass

@@ -79,7 +79,7 @@ def check_wheel() -> list[str]:
     expected = expected_files()
     problems = [f"{package} holds no Python file" for package in SOURCES if f"{package}/__init__.py" not in expected]
     if not any(name.endswith(".safetensors") for name in expected):
-        problems.append("the weights of the embedded model are not in the tree")
+        problems.append("the weights of the built-in model are not in the tree")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "source"
         copy.mkdir()

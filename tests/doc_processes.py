@@ -39,9 +39,10 @@ def serve(place: str) -> None:
     import doc_programs
     import transformers  # noqa: F401
 
-    from vtprune import cli, refvlm
+    from vtprune import refvlm
+    from vtprune.cli.main import main
 
-    refvlm.load(), cli._parser()  # what they import when they are used
+    refvlm.load(), main._parser()  # what they import when they are used
     if doc_checks.runs_here("lmms_eval"):
         importlib.import_module("lmms_eval.__main__")
         importlib.import_module("vtprune.integrations.lmms_eval.model")

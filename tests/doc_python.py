@@ -60,7 +60,7 @@ def copy(place: Path) -> None:
 
 def run_vtprune(words: list[str]) -> int:
     """The command, with what keeps it short."""
-    from vtprune.cli import main
+    from vtprune.cli.main import main
 
     return main([*filled(words), *COMMANDS.get(words[0], "").split()])
 

@@ -232,7 +232,7 @@ def _anyres_image(make: Callable[[], Any], size: int, generator: torch.Generator
 
     model, original = _packing_model(make), torch.tensor([_SIZES[size % len(_SIZES)]])
     tiles = image_size_to_num_patches(original[0], _PINPOINTS, 16)
-    # The model's own packing says how many tokens are left after unpadding.
+    # The model's own packed layout says how many tokens are left after unpadding.
     extra = {"vision_feature_select_strategy": "default"} if "Next" in type(model).__name__ else {}
     _, lengths = model.pack_image_features([torch.zeros(tiles, 16, 1)], original, image_newline=torch.zeros(1), **extra)
     pixels = torch.zeros(1, 5, 3, 16, 16)

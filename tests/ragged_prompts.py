@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtprune.core.tokens import Prompt
 from vtprune.methods import AttentionInputs, Tokens
-from vtprune.methods.base import Prompt
 
 WIDTH, HEADS, GROUPS, SIZE = 12, 6, 2, 8
 
@@ -72,11 +72,11 @@ def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: 
         rows = text if which == "text" else [t[-1:] for t in text]
         return AttentionInputs(
             queries=torch.cat([s.queries[r] for s, r in zip(samples, rows, strict=True)]),
-            query_segments=offsets([len(r) for r in rows]),
+            query_offsets=offsets([len(r) for r in rows]),
             query_order=torch.cat(rows),
             keys=torch.cat([s.keys for s in samples]),
             values=torch.cat([s.keys for s in samples]),
-            key_segments=base,
+            key_offsets=base,
             visual=torch.cat([v + b for v, b in zip(visual, base[:-1], strict=True)]),
             scaling=SIZE**-0.5,
         )
@@ -86,22 +86,22 @@ def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: 
     cols = torch.tensor([s.cols for s in samples])[number]
     return Tokens(
         hidden=torch.cat([s.states[v] for s, v in zip(samples, visual, strict=True)]),
-        segments=offsets([s.count for s in samples]),
+        offsets=offsets([s.count for s in samples]),
         budgets=torch.tensor(budgets),
         originals=torch.tensor([s.count for s in samples]),
         sample=number,
         image=number,
         frame=torch.zeros_like(number),
         crop=torch.zeros_like(number),
-        row=index // cols,
-        col=index % cols,
+        grid_row=index // cols,
+        grid_col=index % cols,
         index=index,
         feature=torch.arange(len(index)),
-        column=index + torch.tensor([s.before + start for s, start in zip(samples, starts, strict=True)])[number],
+        position=index + torch.tensor([s.before + start for s, start in zip(samples, starts, strict=True)])[number],
         layer=layer,
         stage=stage,
         num_layers=8,
-        observed={
+        recorded={
             "dart.states": [padded("states")],
             "sparsevlm.embeddings": [padded("states")],
             "transprune.change": [padded("changes"), padded("changes") * 0.5],
@@ -109,10 +109,10 @@ def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: 
         prompt=Prompt(
             batch=torch.cat([torch.full((s.length,), b) for b, s in enumerate(samples)]),
             column=torch.cat([torch.arange(s.length) + start for s, start in zip(samples, starts, strict=True)]),
-            segments=base,
+            offsets=base,
             visual=torch.cat([v + b for v, b in zip(visual, base[:-1], strict=True)]),
             text=torch.cat([t + b for t, b in zip(text, base[:-1], strict=True)]),
-            text_segments=offsets([len(t) for t in text]),
+            text_offsets=offsets([len(t) for t in text]),
         ),
         reader=read,
     )

@@ -54,11 +54,11 @@ def tokens(samples: list[Sample], budgets: list[int], image: Tensor | None = Non
             base += k.shape[1]
         return AttentionInputs(
             queries=torch.cat(queries),
-            query_segments=offsets([len(q) for q in queries]),
+            query_offsets=offsets([len(q) for q in queries]),
             query_order=torch.cat(orders),
             keys=torch.cat(keys),
             values=torch.cat([s.values.transpose(0, 1) for s in samples]),
-            key_segments=offsets([len(k) for k in keys]),
+            key_offsets=offsets([len(k) for k in keys]),
             visual=torch.cat(visual),
             scaling=samples[0].keys.shape[-1] ** -0.5,
         )
@@ -70,18 +70,18 @@ def tokens(samples: list[Sample], budgets: list[int], image: Tensor | None = Non
     zeros = torch.zeros(total, dtype=torch.int64)
     return Tokens(
         hidden=torch.zeros(total, 1),
-        segments=offsets(counts.tolist()),
+        offsets=offsets(counts.tolist()),
         budgets=torch.tensor(budgets),
         originals=counts,
         sample=sample,
         image=sample if image is None else image,
         frame=zeros,
         crop=zeros,
-        row=zeros,
-        col=index,
+        grid_row=zeros,
+        grid_col=index,
         index=index,
         feature=index,
-        column=index + torch.tensor([s.start for s in samples])[sample],
+        position=index + torch.tensor([s.start for s in samples])[sample],
         layer=2,
         stage=0,
         num_layers=8,

@@ -19,9 +19,9 @@ from families import FAMILIES, Image  # noqa: E402
 
 import vtprune  # noqa: E402
 from benchmarks import latency  # noqa: E402
-from vtprune.bench import layouts, limit, measure, peers, shapes, summary, timing, ways  # noqa: E402
-from vtprune.budget import Budget  # noqa: E402
-from vtprune.patching import find_patch  # noqa: E402
+from vtprune.bench import layouts, limit, measure, peers, shapes, stopwatch, summary, variants  # noqa: E402
+from vtprune.core.budget import Budget  # noqa: E402
+from vtprune.engine.patching import find_patch  # noqa: E402
 
 LAYOUTS = {
     "llava": layouts.Fixed(),
@@ -40,7 +40,7 @@ def tiny() -> Any:
 
 def bench_of(model: Any, methods: list[str] = METHODS, peers: bool = False, new_tokens: int = 3) -> measure.Bench:
     layout = shapes.get("tiny").layout
-    chosen = ways.ways(methods, [Budget(ratio=0.1)], peers)
+    chosen = variants.variants(methods, [Budget(ratio=0.1)], peers)
     return measure.Bench(model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, 6), chosen, new_tokens)
 
 
@@ -54,15 +54,15 @@ def result(tiny: Any) -> dict[str, Any]:
 
 def test_tokens_and_kv_bytes_are_those_of_the_formula(result: dict[str, Any]) -> None:
     rows = summary.rows(result)
-    assert len(rows) == 2 * len(result["ways"])
+    assert len(rows) == 2 * len(result["variants"])
     for row in rows:
         visual = 288 if row["tokens"] == 288 else 144
-        kept = visual if row["way"] == "unpruned" else round(0.1 * visual)
-        assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["way"]  # 6 and the beginning
-        full = 2 if row["way"].startswith("iwp:layer=2") else 4 if row["way"] == "unpruned" else 0
+        kept = visual if row["variant"] == "unpruned" else round(0.1 * visual)
+        assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["variant"]  # 6 and the beginning
+        full = 2 if row["variant"].startswith("iwp:layer=2") else 4 if row["variant"] == "unpruned" else 0
         columns = full * (visual + 7) + (4 - full) * (kept + 7)
         # keys and values, 2 heads of 16 numbers of 4 bytes
-        assert row["kv_bytes"] == row["kv_bytes_formula"] == row["batch"] * 2 * columns * 2 * 16 * 4, row["way"]
+        assert row["kv_bytes"] == row["kv_bytes_formula"] == row["batch"] * 2 * columns * 2 * 16 * 4, row["variant"]
 
 
 def test_a_run_is_taken_apart(result: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ def test_marks_agree_with_the_engine(tiny: Any) -> None:
     with vtprune.patch(tiny, ratio=0.1, method="iwp") as patch:
         before = dict(vars(patch.anatomy.composite))
         cuts = [stage.layer for stage in patch.schedule]
-        run = timing.generate(patch.anatomy, inputs, 2, cuts)
-        assert patch.last.seconds <= run.decision < patch.last.seconds + 0.2 * run.prefill + 0.01
+        run = stopwatch.generate(patch.anatomy, inputs, 2, cuts)
+        assert patch.last.selection_time <= run.decision < patch.last.selection_time + 0.2 * run.prefill + 0.01
         assert vars(patch.anatomy.composite).keys() == before.keys()
         assert not any(layer._forward_hooks for layer in patch.anatomy.layers)
 
@@ -97,9 +97,9 @@ def test_limit_is_the_model_on_the_kept_tokens(family: str) -> None:
     visual = inputs["input_ids"] == parts.placeholders["image"]
     budget = Budget(ratio=0.5)
     short = limit.short_prompt(limit.embedded_prompt(parts, inputs), visual, budget)
-    run = timing.generate(parts, short, 2)
+    run = stopwatch.generate(parts, short, 2)
     with vtprune.patch(model, ratio=0.5, method="uniform") as patch:
-        pruned = timing.generate(parts, inputs, 2, [0])
+        pruned = stopwatch.generate(parts, inputs, 2, [0])
         kept = len(patch.last.kept[0])
     assert limit.left(budget, int(visual[0].sum())) == kept
     assert pruned.kv_bytes == run.kv_bytes and not find_patch(model)
@@ -121,7 +121,7 @@ class _Spaced(vtprune.methods.Method):
 
     def choose(self, tokens: Any) -> Any:
         keep = torch.zeros(len(tokens), dtype=torch.bool)
-        for start, end, count in zip(tokens.segments, tokens.segments[1:], tokens.budgets, strict=False):
+        for start, end, count in zip(tokens.offsets, tokens.offsets[1:], tokens.budgets, strict=False):
             keep[start + torch.arange(count) * (end - start) // count] = True
         return vtprune.methods.Choice(keep)
 
@@ -157,7 +157,7 @@ def test_plain_loops_choose_what_the_kernels_choose(tiny: Any) -> None:
     inputs = layouts.prompt(tiny, layouts.Fixed(), 2, 288, 6)
     for name in peers.PLAIN:
         found = []
-        for method in (ways.method_of(name), ways.method_of(f"plain-{name}")):
+        for method in (variants.method_of(name), variants.method_of(f"plain-{name}")):
             with vtprune.patch(tiny, ratio=0.1, method=method) as patch, torch.no_grad():
                 logits = tiny(**inputs).logits
                 found.append((patch.last.kept, logits))
@@ -171,13 +171,13 @@ def _made(prefill: dict[str, list[float]], decision: float = 0.0) -> dict[str, A
     facts = {"visual": 10, "text": 2, "kept": 1, "mean_ratio": 0.1, "kv_bytes": 1, "kv_bytes_formula": 1}
     facts |= {"vision": 1.0, "decision": decision, "token": 0.1, "flops_share": 0.1, "peak_bytes": None}
 
-    def run(way: str, seconds: float) -> dict[str, Any]:
-        own = {"vision": 0.0} if way.startswith("limit") else {"flops_share": 1.0} if way == "unpruned" else {}
-        return {**facts, "prefill": seconds, "total": seconds + 1.5 - way.startswith("limit"), **own}
+    def run(variant: str, seconds: float) -> dict[str, Any]:
+        own = {"vision": 0.0} if variant.startswith("limit") else {"flops_share": 1.0} if variant == "unpruned" else {}
+        return {**facts, "prefill": seconds, "total": seconds + 1.5 - variant.startswith("limit"), **own}
 
-    rounds = [{"runs": {way: run(way, times[i]) for way, times in prefill.items()}} for i in range(3)]
+    rounds = [{"runs": {variant: run(variant, times[i]) for variant, times in prefill.items()}} for i in range(3)]
     setting = {"batch": 1, "tokens": 10, "rounds": rounds}
-    return {"model": "made", "ways": list(prefill), "settings": {"one": setting}}
+    return {"model": "made", "variants": list(prefill), "settings": {"one": setting}}
 
 
 def test_shares_of_the_possible_gain() -> None:
@@ -210,8 +210,8 @@ def test_the_table_says_where_pruning_does_not_pay(unpruned: float, pruned: floa
 
 
 def test_ways_are_read() -> None:
-    found = ways.ways(["iwp:layer=0,relevance=log", "random"], [Budget(ratio=0.1), Budget(keep=7)], peers=True)
-    keys = [way.key for way in found]
+    found = variants.variants(["iwp:layer=0,relevance=log", "random"], [Budget(ratio=0.1), Budget(keep=7)], peers=True)
+    keys = [variant.key for variant in found]
     assert keys[:5] == ["unpruned", "limit ratio=0.1", "random ratio=0.1", "pooling ratio=0.1"] + [
         "iwp:layer=0,relevance=log ratio=0.1"
     ]
@@ -224,12 +224,12 @@ def test_ways_are_read() -> None:
         "iwpp": "did you mean 'iwp'",
     }.items():
         with pytest.raises(vtprune.VTPruneError, match=words):
-            ways.method_of(text)
+            variants.method_of(text)
 
 
 def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any) -> None:
     bench = bench_of(tiny, ["uniform"], new_tokens=1)
-    bench.ways = ways.ways([], [Budget(ratio=0.999)])
+    bench.variants = variants.variants([], [Budget(ratio=0.999)])
     runs = bench.round(bench.prepare(measure.Setting(1, 144)))
     assert "rounds to all" in runs["random ratio=0.999"]["refused"]
     assert runs["unpruned"]["token"] is None  # there was no further token
@@ -266,9 +266,9 @@ def test_targets_are_judged(result: dict[str, Any]) -> None:
         "random ratio=0.1",
         "iwp:layer=0 ratio=0.1",
         "iwp:layer=0 ratio=0.1",
-        "ways whose KV bytes differ from the formula",
+        "variants whose KV bytes differ from the formula",
     ]
-    row = next(row for row in data["rows"] if row["way"].startswith("random "))
+    row = next(row for row in data["rows"] if row["variant"].startswith("random "))
     row |= {"over_limit": 0.06, "speedup": 5.1, "kv_bytes": 0}
     assert [target["met"] for target in latency.targets(data, "cpu")][::2][::2] == [False, False]
     assert latency.targets(data, "cpu")[1]["met"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import vtprune
-from vtprune.cli import main
+from vtprune.cli.main import main
 
 
 def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: Any) -> None:

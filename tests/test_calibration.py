@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fitting the curve of `Debiased` to scores collected from the embedded model."""
+"""Fitting the curve of `Debiased` to scores collected from the built-in model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 import vtprune
 from vtprune import methods, refvlm
-from vtprune.methods.calibration import collect
-from vtprune.methods.padding import PaddingRule
-from vtprune.methods.position_curve import Curve
+from vtprune.methods.debiased.padding import PaddingRule
+from vtprune.methods.debiased.position_curve import Curve
+from vtprune.study import calibration
+from vtprune.study.calibration import collect
 
 N = refvlm.VISUAL_TOKENS
 
@@ -48,13 +49,13 @@ def test_the_hosts_own_first_scores_are_collected(model_and_batches: Any, host: 
     assert [len(s) for s in scores] == [N] * 4 and all(mask.all() for mask in shown)
     for mine, theirs in zip(scores, own_scores(*model_and_batches, host), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert vtprune.patching.find_patch(model_and_batches[0]) is None
+    assert vtprune.engine.patching.find_patch(model_and_batches[0]) is None
 
 
 @pytest.mark.parametrize("form", ["exponential", "reciprocal-cubic"])
 def test_fit_is_the_least_squares_curve_of_the_mean(model_and_batches: Any, form: Any, tmp_path: Path) -> None:
     method = methods.Debiased(methods.FastV(), curve="flat")
-    curve = method.fit(*model_and_batches, form=form, path=tmp_path / "curve.json")
+    curve = calibration.fit(method, *model_and_batches, form=form, path=tmp_path / "curve.json")
     assert curve.form == form and Curve.load(tmp_path / "curve.json") == curve
     assert set(json.loads((tmp_path / "curve.json").read_text())) == {"form", "coefficients"}
 
@@ -79,7 +80,7 @@ def test_the_method_uses_the_curve_that_it_fitted(model_and_batches: Any) -> Non
     model, batches = model_and_batches
     method = methods.Debiased(methods.FastV())
     before = method._curve
-    curve = method.fit(model, batches)
+    curve = calibration.fit(method, model, batches)
     assert method._curve == method.curve == curve != before
     with torch.no_grad(), vtprune.patch(model, ratio=0.1, method=method) as patch:
         model(**batches[0])
@@ -118,9 +119,9 @@ def test_padding_goes_first_in_every_beam(model_and_batches: Any) -> None:
 def test_what_cannot_be_calibrated_is_refused(model_and_batches: Any) -> None:
     model, batches = model_and_batches
     with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.MethodError, match="remove the patch"):
-        methods.Debiased().fit(model, batches)
+        calibration.fit(methods.Debiased(), model, batches)
     words = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with pytest.raises(vtprune.MethodError, match="no prompt held a visual token"):
-        methods.Debiased().fit(model, [words])
+        calibration.fit(methods.Debiased(), model, [words])
     with pytest.raises(vtprune.MethodError, match="not finite"):
         Curve.fit([torch.zeros(20)])

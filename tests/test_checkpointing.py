@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from families import FAMILIES, Image  # noqa: E402
 
 import vtprune  # noqa: E402
-from vtprune import deepstack, recompute  # noqa: E402
+from vtprune.engine import checkpointing, deepstack  # noqa: E402
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 3]]
 
@@ -90,17 +90,17 @@ def test_what_a_layer_was_given_is_found_again_by_its_rotation() -> None:
     layer, rotation, mask = Again(), (torch.rand(1, 4, 2), torch.rand(1, 4, 2)), torch.ones(1, 4)
     hidden, short = torch.rand(1, 4, 8), (torch.rand(1, 2, 2), torch.rand(1, 2, 2))
     given = {"attention_mask": mask, "position_embeddings": rotation, "use_cache": False}
-    recompute.remember(
+    checkpointing.save_arguments(
         2, layer, ((hidden,), given), ((hidden,), given | {"position_embeddings": short}), lambda x: x[:, 1:3]
     )
-    args, kwargs = recompute.again(2, layer, (hidden,), dict(given))
+    args, kwargs = checkpointing.replay(2, layer, (hidden,), dict(given))
     assert torch.equal(args[0], hidden[:, 1:3])
     assert kwargs["position_embeddings"] is short and kwargs["attention_mask"] is mask
-    assert recompute.again(1, layer, (hidden,), given) is None  # another layer
-    assert recompute.again(2, layer.eval(), (hidden,), given) is None
-    assert not recompute.runs_hooks_again(torch.nn.Linear(1, 1).train())
+    assert checkpointing.replay(1, layer, (hidden,), given) is None  # another layer
+    assert checkpointing.replay(2, layer.eval(), (hidden,), given) is None
+    assert not checkpointing.runs_hooks_again(torch.nn.Linear(1, 1).train())
     with pytest.raises(vtprune.UnsupportedModelError, match="gradient_checkpointing_disable"):
-        recompute.remember(2, layer, ((hidden,), {"use_cache": False}), ((hidden,), {}), None)
+        checkpointing.save_arguments(2, layer, ((hidden,), {"use_cache": False}), ((hidden,), {}), None)
 
 
 def test_features_between_layers_may_be_picked_when_they_are_asked_for() -> None:
@@ -109,7 +109,7 @@ def test_features_between_layers_may_be_picked_when_they_are_asked_for() -> None
     for features in ([rows], {0: rows}):
         picked = []
         for later in (False, True):
-            planes, given = deepstack.own_planes({"mask": mask, "features": features}, (1, 4), later)
+            planes, given = deepstack.intercept_deepstack({"mask": mask, "features": features}, (1, 4), later)
             assert torch.equal(given["features"][0], rows)
             planes.cut(index, alive)
             picked.append(given["features"][0])

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from vtprune import refvlm
-from vtprune.cli import main
-from vtprune.measure import cache_bytes
+from vtprune.cli.main import main
+from vtprune.study.timing import cache_bytes
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ from families import FAMILIES, LAYERS, Image  # noqa: E402
 from support import model_of  # noqa: E402
 
 import vtprune  # noqa: E402
-from vtprune import agreement, methods, refvlm  # noqa: E402
-from vtprune.cli import main  # noqa: E402
-from vtprune.compare import Row, common_ratio, compare  # noqa: E402
+from vtprune import methods, refvlm  # noqa: E402
+from vtprune.cli.main import main  # noqa: E402
+from vtprune.study import metrics  # noqa: E402
+from vtprune.study.compare import Row, common_ratio, compare  # noqa: E402
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7]]
 
@@ -109,7 +110,7 @@ def test_what_cannot_be_compared_is_refused(model: torch.nn.Module) -> None:
         compare(model, [FAMILIES["llava"].batch([[5]])], 0.5, ["fastv"])
     with vtprune.patch(model, ratio=0.5) as patch, pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         compare(model, batches(), 0.5, ["fastv"])
-    assert patch.removed and vtprune.patching.find_patch(model) is None
+    assert patch.removed and vtprune.engine.patching.find_patch(model) is None
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -120,8 +121,8 @@ def test_last_states_are_those_after_the_final_norm(model: torch.nn.Module, padd
         with vtprune.patch(model, ratio=0.3 if patched else 1.0, method="uniform"):
             states = model(**batch, output_hidden_states=True).hidden_states[-1]
             columns = batch["attention_mask"].cumsum(1).argmax(1)
-            torch.testing.assert_close(agreement.last_states(model, batch), states[torch.arange(2), columns])
-    assert agreement.cosine(torch.ones(2, 3), torch.tensor([[1.0, 1, 1], [torch.nan, 1, 1]])).tolist() == [
+            torch.testing.assert_close(metrics.last_states(model, batch), states[torch.arange(2), columns])
+    assert metrics.cosine(torch.ones(2, 3), torch.tensor([[1.0, 1, 1], [torch.nan, 1, 1]])).tolist() == [
         pytest.approx(1),
         0,
     ]

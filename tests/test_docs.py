@@ -42,7 +42,7 @@ def embedded():
 @pytest.fixture
 def session(embedded, tmp_path, monkeypatch):
     """A reader's session: see the rules in docs/extend/docs.md."""
-    registry = importlib.import_module("vtprune.methods.registry")
+    registry = importlib.import_module("vtprune.core.registry")
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
@@ -94,7 +94,7 @@ def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
         model, processor = server.load_model_and_processor(f"{folder}@main")
         inputs = processor(images=refvlm.scenes.scene(1).image, text=refvlm.prompt("what?"), return_tensors="pt")
         model.generate(**inputs, max_new_tokens=2)
-        patch = importlib.import_module("vtprune.patching").find_patch(model)
+        patch = importlib.import_module("vtprune.engine.patching").find_patch(model)
         assert patch.last.tokens == (144, 14)
     finally:
         server.shutdown()  # or Python waits at its end until the model has been idle for five minutes
@@ -110,7 +110,7 @@ def test_names_on_the_hub_become_the_folder(tmp_path, monkeypatch):
 
 
 def test_every_method_has_a_page_by_existing(monkeypatch):
-    registry = importlib.import_module("vtprune.methods.registry")
+    registry = importlib.import_module("vtprune.core.registry")
     assert {f"methods/{name}.md" for name in vtprune.methods.names()} <= set(PAGES)
     new = type("New", (vtprune.methods.get("uniform"),), {"__doc__": "Keeps new tokens. arXiv 2401.00001."})
     new.__module__ = "vtprune.methods.new"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs on the embedded model, in seconds, and prints what it promises."""
+"""Every example runs on the built-in model, in seconds, and prints what it promises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = ROOT / "examples"
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs an example as `python examples/NAME ARGUMENTS` would, without a new process; returns what it printed."""
-    registry = importlib.import_module("vtprune.methods.registry")
+    registry = importlib.import_module("vtprune.core.registry")
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     def run(name: str, *arguments: str) -> str:

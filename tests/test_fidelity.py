@@ -18,9 +18,12 @@ from families import FAMILIES, LAYERS, Image  # noqa: E402
 from support import model_of  # noqa: E402
 
 import vtprune  # noqa: E402
-from vtprune import agreement, charts, fidelity, intervals, loading, methods, observe, refvlm  # noqa: E402
-from vtprune.cli import main  # noqa: E402
-from vtprune.fidelity import Prompt, Way, measure_prompt, summarise  # noqa: E402
+from vtprune import methods, refvlm  # noqa: E402
+from vtprune.cli.main import main  # noqa: E402
+from vtprune.models import attention_probe  # noqa: E402
+from vtprune.refvlm import loading  # noqa: E402
+from vtprune.study import charts, fidelity, intervals, metrics  # noqa: E402
+from vtprune.study.fidelity import Prompt, Variant, measure_prompt, summarize  # noqa: E402
 
 PROMPT = [[3, Image(0), 4]]
 ONCE = {"max_new_tokens": 3, "repeats": 1}
@@ -37,8 +40,8 @@ def prompt_of(family: str) -> Prompt:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_keeping_all_tokens_changes_nothing(family: str) -> None:
-    ways = [Way(name, methods.get(name)(), 1.0) for name in ("random", "iwp", "pyramiddrop", "pooling")]
-    records = measure_prompt(model_of(family), prompt_of(family), ways, **ONCE)
+    variants = [Variant(name, methods.get(name)(), 1.0) for name in ("random", "iwp", "pyramiddrop", "pooling")]
+    records = measure_prompt(model_of(family), prompt_of(family), variants, **ONCE)
     assert records.pop("unpruned")["seconds"] > 0
     for key, record in records.items():
         numbers = {name: record[name] for name in ("kl", "top1", "answers", "prefix")}
@@ -50,14 +53,14 @@ def test_keeping_all_tokens_changes_nothing(family: str) -> None:
 
 def test_fewer_tokens_are_worse_on_the_embedded_model(embedded: tuple[Any, Any]) -> None:
     model, processor = embedded
-    ways = [Way("random", methods.Random(), ratio) for ratio in (0.5, 0.05)]
+    variants = [Variant("random", methods.Random(), ratio) for ratio in (0.5, 0.05)]
     records = []
     for number in range(6):
         scene = refvlm.scenes.scene(number)
         text = refvlm.prompt(scene.questions[0].text)
         inputs = processor(images=scene.image, text=text, return_tensors="pt")
-        records.append(measure_prompt(model, Prompt(inputs, number), ways, turn=number, **ONCE))
-    many, few = summarise(records, range(6), ways)
+        records.append(measure_prompt(model, Prompt(inputs, number), variants, turn=number, **ONCE))
+    many, few = summarize(records, range(6), variants)
     for name, worse in (("kl", 1), ("attention_error", 1), ("cosine", -1), ("answers", -1)):
         assert worse * few[name]["value"] > worse * many[name]["value"], name
     assert (many["kept"], few["kept"]) == (72, 7)
@@ -69,7 +72,7 @@ def test_attention_error_is_the_directly_computed_one(method: methods.Method) ->
     """Softmax written out, with and without the dropped columns, from the unpruned layer's own queries and keys."""
     model, prompt = model_of("llava"), prompt_of("llava")
     layer = next(iter(method.schedule(LAYERS))).layer
-    record = measure_prompt(model, prompt, [Way("it", method, 0.2)], **ONCE)["it 0.2"]
+    record = measure_prompt(model, prompt, [Variant("it", method, 0.2)], **ONCE)["it 0.2"]
     with vtprune.patch(model, ratio=0.2, method=method) as patch:
         model(**prompt.inputs)
         visual, kept = patch.last.visual[0], patch.last.kept[0]
@@ -78,9 +81,9 @@ def test_attention_error_is_the_directly_computed_one(method: methods.Method) ->
     handle = module.register_forward_pre_hook(lambda m, args, kwargs: taken.append((args, kwargs)), with_kwargs=True)
     model(**prompt.inputs)
     handle.remove()
-    observe.install()
-    read = observe.probe(module, *taken[0])
-    observe.uninstall()
+    attention_probe.install()
+    read = attention_probe.probe(module, *taken[0])
+    attention_probe.uninstall()
     heads = read.query.shape[1] // read.key.shape[1]
     key, value = (x.repeat_interleave(heads, 1).double() for x in (read.key, read.value))
     length = key.shape[2]
@@ -101,9 +104,9 @@ def test_prompts_are_read_as_the_single_functions_read_them() -> None:
     model, inputs = model_of("llava"), prompt_of("llava").inputs
     for ratio in (1.0, 0.3):
         with vtprune.patch(model, ratio=ratio, method="uniform"):
-            reading = agreement.read(model, inputs, rows=2)
-            torch.testing.assert_close(reading.logits, agreement.next_token_logits(model, inputs))
-            torch.testing.assert_close(reading.state, agreement.last_states(model, inputs))
+            reading = metrics.capture(model, inputs, rows=2)
+            torch.testing.assert_close(reading.logits, metrics.next_token_logits(model, inputs))
+            torch.testing.assert_close(reading.state, metrics.last_states(model, inputs))
         assert set(reading.attention) == set(range(LAYERS)) and reading.attention[0].shape[:2] == (1, 2)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in vtprune.inspect(model).layers)
 
@@ -111,16 +114,16 @@ def test_prompts_are_read_as_the_single_functions_read_them() -> None:
 def test_answers_are_compared_up_to_their_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     given = iter([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 8]])
     monkeypatch.setattr(fidelity, "_answer", lambda *args: next(given))
-    ways = [Way("a", methods.Random(), 0.5), Way("b", methods.Uniform(), 0.5)]
-    records = measure_prompt(model_of("llava"), prompt_of("llava"), ways, **ONCE)
+    variants = [Variant("a", methods.Random(), 0.5), Variant("b", methods.Uniform(), 0.5)]
+    records = measure_prompt(model_of("llava"), prompt_of("llava"), variants, **ONCE)
     assert (records["a 0.5"]["answers"], records["a 0.5"]["prefix"]) == (0, 0.5)
     assert (records["b 0.5"]["answers"], records["b 0.5"]["prefix"]) == (1, 1)
 
 
 def test_a_method_that_cannot_be_run_is_a_row_with_the_reason() -> None:
-    ways = [Way("compact", methods.DivPrune(positions="compact"), 0.5), Way("all", methods.Random(), 0.99)]
-    record = measure_prompt(model_of("qwen2_5_vl"), prompt_of("qwen2_5_vl"), ways, **ONCE)
-    rows = summarise([record], ["a"], ways)
+    variants = [Variant("compact", methods.DivPrune(positions="compact"), 0.5), Variant("all", methods.Random(), 0.99)]
+    record = measure_prompt(model_of("qwen2_5_vl"), prompt_of("qwen2_5_vl"), variants, **ONCE)
+    rows = summarize([record], ["a"], variants)
     assert "one axis" in rows[0]["refused"] and "rounds to all" in rows[1]["refused"]
 
 
@@ -138,13 +141,13 @@ def fake(seconds: float, kl: float, same: float, error: float | None = 0.5) -> d
 
 
 def test_rows_sum_prompts_up_picture_by_picture() -> None:
-    ways = [Way(name, methods.Random(), 0.1) for name in ("near", "far", "slow")]
+    variants = [Variant(name, methods.Random(), 0.1) for name in ("near", "far", "slow")]
     unpruned = {"seconds": 2.0}
     first = {"near 0.1": fake(1, 0.1, 1), "far 0.1": fake(1, 0.4, 0), "slow 0.1": fake(3, 0.01, 1)}
     second = {"near 0.1": fake(1, 0.3, 0), "far 0.1": fake(1, 0.4, 1), "slow 0.1": fake(3, 0.01, 1)}
     third = {"near 0.1": fake(1, 0.9, 1), "far 0.1": fake(1, 0.8, 1), "slow 0.1": fake(3, 0.01, 1, None)}
     records = [{"unpruned": unpruned, **record} for record in (first, second, third)]
-    near, far, slow = summarise(records, ["a", "a", "b"], ways)
+    near, far, slow = summarize(records, ["a", "a", "b"], variants)
     # the two prompts about picture a count as one observation
     assert near["kl"]["value"] == pytest.approx((0.2 + 0.9) / 2) and near["kl"]["interval"] == [0.2, 0.9]
     assert near["top1"]["value"] == 0.75
@@ -153,7 +156,7 @@ def test_rows_sum_prompts_up_picture_by_picture() -> None:
     # equally fast and nearer wins; slower than the unpruned model never does
     assert (near["frontier"], far["frontier"], slow["frontier"]) == (True, False, False)
     assert near["attention_error"]["value"] == 0.5 and "attention_error" not in slow
-    alone = summarise(records[:2], ["a", "a"], ways)[0]  # of one picture there is no telling how others differ
+    alone = summarize(records[:2], ["a", "a"], variants)[0]  # of one picture there is no telling how others differ
     assert alone["kl"] == {"value": 0.2, "interval": None} and alone["top1"]["interval"] is not None
 
 
@@ -169,7 +172,7 @@ def test_intervals_are_the_known_ones() -> None:
 
 @pytest.fixture
 def command(embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs the command on the embedded model, loaded once, with small settings."""
+    """Runs the command on the built-in model, loaded once, with small settings."""
     monkeypatch.setattr(loading, "model_and_processor", lambda *args: embedded)
 
     def run(*arguments: Any) -> int:

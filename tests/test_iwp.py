@@ -14,8 +14,8 @@ from synthetic_tokens import Sample, tokens
 
 from vtprune.errors import MethodError
 from vtprune.methods import resolve
-from vtprune.methods.iwp import IWP
-from vtprune.methods.query_free import query_free_magnitude
+from vtprune.methods.iwp.method import IWP
+from vtprune.methods.iwp.query_free import query_free_magnitude
 from vtprune_kernels.progressive_mmr import Duplication
 
 READINGS = ["chunked", "streaming", "tournament"]
@@ -221,10 +221,10 @@ def test_statistics_are_logged_for_debugging_only(caplog):
     assert 0 < numbers["relevance"] <= 1 and 0 < numbers["closest_similarity"] <= 1
 
 
-def query_free_by_formula(keys, values, segments, scaling, reduce):
+def query_free_by_formula(keys, values, offsets, scaling, reduce):
     """One pool, head and token at a time, in double precision."""
     out = []
-    for start, end in zip(segments[:-1].tolist(), segments[1:].tolist(), strict=True):
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         k, v = keys[start:end].double(), values[start:end].double()
         size = (k.norm(dim=-1) ** 2 * scaling / 2).exp()
         heads = size / size.sum(0) * v.norm(dim=-1)  # [n, G]
@@ -237,9 +237,9 @@ def query_free_by_formula(keys, values, segments, scaling, reduce):
 def test_query_free_magnitude_is_its_formula(reduce):
     g = torch.Generator().manual_seed(3)
     keys, values = torch.randn(23, 2, 8, generator=g), torch.randn(23, 2, 6, generator=g)
-    segments = torch.tensor([0, 1, 9, 23])
-    found = query_free_magnitude(keys, values, segments, 8**-0.5, reduce)
-    wanted = query_free_by_formula(keys, values, segments, 8**-0.5, reduce)
+    offsets = torch.tensor([0, 1, 9, 23])
+    found = query_free_magnitude(keys, values, offsets, 8**-0.5, reduce)
+    wanted = query_free_by_formula(keys, values, offsets, 8**-0.5, reduce)
     torch.testing.assert_close(found.double().exp(), wanted, rtol=1e-5, atol=1e-7)
 
 

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 import vtprune  # noqa: E402
 from benchmarks import kinds  # noqa: E402
-from vtprune import progress, refvlm  # noqa: E402
+from vtprune import refvlm  # noqa: E402
 from vtprune.refvlm import evaluate  # noqa: E402
+from vtprune.study import progress  # noqa: E402
 
 
 def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path, monkeypatch):

@@ -85,8 +85,8 @@ def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
         places = prune(model, inputs, method)
     assert places.image.tolist() == [0] * 12 + [1] * 12
     assert places.frame.tolist() == [0] * 12 + [0] * 4 + [1] * 4 + [2] * 4
-    assert places.row.tolist() == [0] * 6 + [1] * 6 + [0, 0, 1, 1] * 3
-    assert places.col[12:].tolist() == [0, 1, 0, 1] * 3
+    assert places.grid_row.tolist() == [0] * 6 + [1] * 6 + [0, 0, 1, 1] * 3
+    assert places.grid_col[12:].tolist() == [0, 1, 0, 1] * 3
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
@@ -96,12 +96,12 @@ def test_newlines_of_any_resolution_tiles(family: str) -> None:
     model, inputs = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5]])
     places = prune(model, inputs)
     tile = places.crop == 1
-    rows, ends = places.row[tile], (places.row == -1) & tile
+    rows, ends = places.grid_row[tile], (places.grid_row == -1) & tile
     assert (places.crop == 0).sum() == 16 and not ends[places.crop == 0].any()
     assert int(ends.sum()) == int(rows.max()) + 1  # one newline behind each row
     widths = [int((rows == r).sum()) for r in range(int(rows.max()) + 1)]
     assert len(set(widths)) == 1 and ends.nonzero()[:, 0].diff().unique().tolist() == [widths[0] + 1]
-    assert torch.equal(places.col == -1, places.row == -1)
+    assert torch.equal(places.grid_col == -1, places.grid_row == -1)
 
 
 def test_newline_behind_a_clip() -> None:
@@ -109,7 +109,7 @@ def test_newline_behind_a_clip() -> None:
     model, inputs = FAMILIES["llava_onevision"].build(), FAMILIES["llava_onevision"].batch([[3, Video(0), 5]])
     places = prune(model, inputs)
     assert places.frame[:-1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert places.row.tolist() == [0, 0, 1, 1] * 3 + [-1]
+    assert places.grid_row.tolist() == [0, 0, 1, 1] * 3 + [-1]
 
 
 def test_tags_between_tiles() -> None:
@@ -124,7 +124,7 @@ def test_tags_between_tiles() -> None:
     inputs["pixel_values"] = torch.randn(1, 5, 3, 32, 32, generator=generator)
     places = prune(model, inputs)
     assert places.image.tolist() == [i for i in range(5) for _ in range(16)]
-    assert places.row.tolist() == [r for r in range(4) for _ in range(4)] * 5
+    assert places.grid_row.tolist() == [r for r in range(4) for _ in range(4)] * 5
 
 
 def test_tiles_in_one_run() -> None:
@@ -133,7 +133,7 @@ def test_tiles_in_one_run() -> None:
     places = prune(model, inputs)
     assert places.image.unique().tolist() == [0]
     assert places.crop.tolist() == [c for c in range(3) for _ in range(16)]
-    assert places.row.tolist() == [r for r in range(4) for _ in range(4)] * 3
+    assert places.grid_row.tolist() == [r for r in range(4) for _ in range(4)] * 3
 
 
 def mistral3() -> torch.nn.Module:
@@ -171,7 +171,7 @@ def test_row_tokens() -> None:
     places = prune(model, inputs)
     assert places.image.tolist() == [0] * 12 + [1] * 4 + [2] * 5
     wanted = [(r, c) for lines, width in shapes for r in range(lines) for c in range(width)]
-    assert list(zip(places.row.tolist(), places.col.tolist(), strict=True))[:16] == wanted[:16]
+    assert list(zip(places.grid_row.tolist(), places.grid_col.tolist(), strict=True))[:16] == wanted[:16]
 
 
 def test_two_pictures_with_a_word_between_them_are_two() -> None:
@@ -179,4 +179,4 @@ def test_two_pictures_with_a_word_between_them_are_two() -> None:
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 1, Image(0), 5]])
     places = prune(model, inputs)
     assert places.image.tolist() == [0] * 25 + [1] * 25
-    assert places.row.tolist() == [r for r in range(5) for _ in range(5)] * 2
+    assert places.grid_row.tolist() == [r for r in range(5) for _ in range(5)] * 2

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import lmms as bench
-from vtprune import BudgetError, MethodError, methods, progress, refvlm
+from vtprune import BudgetError, MethodError, methods, refvlm
 from vtprune.integrations.lmms_eval import options
 from vtprune.integrations.lmms_eval.pictures import square
-from vtprune.methods.vflowopt import VFlowOpt
+from vtprune.methods.vflowopt.method import VFlowOpt
 from vtprune.refvlm import evaluate
+from vtprune.study import progress
 
 needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import vtprune
-from vtprune import loading
+from vtprune.errors import InputError
+from vtprune.refvlm import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted([*(ROOT / "vtprune").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -125,7 +126,7 @@ def test_shipped_files_are_not_pickles() -> None:
 def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    with pytest.raises(loading.InputError) as refusal:
+    with pytest.raises(InputError) as refusal:
         loading.model_and_processor(str(folder))
     assert name in str(refusal.value) and "safetensors" in str(refusal.value)
     assert not (tmp_path / "sprung").exists()
@@ -137,7 +138,7 @@ def test_pickled_weights_that_torch_would_accept_are_refused_too(folder: Path) -
 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(loading.InputError, match=r"pytorch_model\.bin.*save_pretrained"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.*save_pretrained"):
         loading.model_and_processor(str(folder))
 
 
@@ -169,13 +170,13 @@ def test_code_that_comes_with_a_model_does_not_run(folder: Path, tmp_path: Path,
         model, _ = loading.model_and_processor(str(folder))
         assert type(model).__module__.startswith("transformers.")
     else:
-        with pytest.raises(loading.InputError):
+        with pytest.raises(InputError):
             loading.model_and_processor(str(folder))
     assert not mark.exists()
 
 
 def test_a_training_run_goes_on_from_safetensors(tmp_path: Path) -> None:
-    from vtprune.refvlm import checkpoint
+    from tools.refvlm import checkpoint
 
     def run(steps: int, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         for step in range(steps):

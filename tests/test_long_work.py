@@ -28,8 +28,8 @@ sys.path[:0] = [entry for entry in (str(ROOT), str(ROOT / "kernels" / "torch-ext
 
 from benchmarks import kernel_cases  # noqa: E402
 from scripts import check_laws_can_fail  # noqa: E402
+from tools.refvlm import data as training_data  # noqa: E402
 from vtprune.bench import measure  # noqa: E402
-from vtprune.refvlm import data as training_data  # noqa: E402
 
 STEPS = 3  # of every command below
 
@@ -94,12 +94,12 @@ COMMANDS = (
         "vtprune.refvlm.evaluate", "--scenes 6 --batch 2 --out {}/a.json", "vtprune.refvlm.evaluate.answer", answers
     ),
     Command(
-        "vtprune.refvlm.train",
+        "tools.refvlm.train",
         "--out {} --look 1 --answer 2 --batch 2 --pool 3 --validate 1 --fresh 1 --every 1 --workers 1",
-        "vtprune.refvlm.train.rate",
+        "tools.refvlm.train.rate",
         lambda data: data["step"],
         "run.json",
-        {"vtprune.refvlm.data.Pool": partial(training_data.Pool, with_easy=False)},
+        {"tools.refvlm.data.Pool": partial(training_data.Pool, with_easy=False)},
     ),
     Command(
         "benchmarks.kernels",
@@ -168,13 +168,13 @@ COMMANDS = (
         lambda data: len(next(iter(data["settings"].values()))["rounds"]),
         instead={
             "vtprune.bench.measure.run": partial(measure.run, warm_up=0),
-            "vtprune.bench.timing.gc": SimpleNamespace(collect=lambda: 0),  # slow where much is imported
+            "vtprune.bench.stopwatch.gc": SimpleNamespace(collect=lambda: 0),  # slow where much is imported
         },
     ),
     Command(
         "vtprune",
         "fidelity --limit 3 --methods random --ratios 0.5 --max-new-tokens 2 --repeats 1 --json {}/a.json",
-        "vtprune.fidelity.measure_prompt",
+        "vtprune.study.fidelity.measure_prompt",
         lambda data: len(data.get("records", "all")),
     ),
     Command(
@@ -233,7 +233,7 @@ def found(command: Command, folder: Path) -> int:
 def main_of(module: str) -> Callable[[], Any]:
     package = importlib.import_module(module)
     if hasattr(package, "__path__"):
-        package = importlib.import_module("vtprune.cli" if module == "vtprune" else f"{module}.__main__")
+        package = importlib.import_module("vtprune.cli.main" if module == "vtprune" else f"{module}.__main__")
     return package.main
 
 

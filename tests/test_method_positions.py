@@ -54,7 +54,7 @@ def test_compact_is_a_prompt_that_never_had_the_dropped_tokens(name: str) -> Non
     handle.remove()
     states = given[0].clone()
     if choice.hidden is not None:
-        states[0, tokens.column[choice.keep]] = choice.hidden[choice.keep]
+        states[0, tokens.position[choice.keep]] = choice.hidden[choice.keep]
     stays = torch.ones(states.shape[1], dtype=torch.bool)
     stays[last.visual[0]] = False
     stays[last.kept[0]] = True

@@ -16,9 +16,9 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from families import IMAGE, TEXT, Family, Image, Pixels  # noqa: E402
 
 import vtprune  # noqa: E402
-from vtprune.budget import Budget, plan  # noqa: E402
+from vtprune.core.budget import Budget, plan  # noqa: E402
 from vtprune.methods import FastV, Method, PyramidDrop, SparseVLM, TransPrune, VFlowOpt  # noqa: E402
-from vtprune.methods.recycling import split_budget, with_clusters  # noqa: E402
+from vtprune.methods.sparsevlm.recycling import split_budget, with_clusters  # noqa: E402
 
 N = 576
 

@@ -11,13 +11,13 @@ from ragged_prompts import BUDGETS, GROUPS, HEADS, RAGGED, SIZE, offsets, sample
 from torch import nn
 
 from vtprune import methods
+from vtprune.core.schedule import scale_layer, scale_schedule
+from vtprune.core.spread import spread, spread_grid
+from vtprune.core.taps import over_prompt
 from vtprune.errors import MethodError
-from vtprune.methods.depth import scale_layer, scale_schedule
-from vtprune.methods.pivots import duplication_aware
-from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
-from vtprune.methods.taps import over_prompt
-from vtprune.methods.transition import submodule, variation
-from vtprune.methods.uniform import spread, spread_grid
+from vtprune.methods.dart import duplication_aware
+from vtprune.methods.sparsevlm.recycling import density_peaks, recycle, recycled, split_budget
+from vtprune.methods.transprune import submodule, variation
 
 PARTS = ("states", "queries", "keys", "changes")  # of a sample, one row per token
 METHODS = {
@@ -42,7 +42,7 @@ def test_budget_is_exact(method: methods.Method, budgets: list[int]) -> None:
     batch = tokens(RAGGED, budgets)
     keep = method.choose(batch).keep
     assert keep.dtype == torch.bool
-    assert [int(part.sum()) for part in keep.split(batch.segments.diff().tolist())] == budgets
+    assert [int(part.sum()) for part in keep.split(batch.offsets.diff().tolist())] == budgets
 
 
 @every_method
@@ -119,7 +119,7 @@ def test_uniform_spreads_over_rows_and_columns() -> None:
 
 def test_uniform_takes_tokens_without_a_place_by_index() -> None:
     batch = tokens([sample(1, 0, 1, 12, 1)], [4])
-    batch.row, batch.col = torch.full((12,), -1), torch.full((12,), -1)
+    batch.grid_row, batch.grid_col = torch.full((12,), -1), torch.full((12,), -1)
     assert methods.Uniform().choose(batch).keep.nonzero().flatten().diff().tolist() == [3, 3, 3]
 
 
@@ -240,28 +240,28 @@ def test_dart_reads_keys_before_rotation_unless_asked() -> None:
 def test_taps_are_read_where_padding_was_taken_away_after_them() -> None:
     batch = tokens(RAGGED, BUDGETS)
     assert batch.prompt is not None
-    before = over_prompt(batch.observed["dart.states"][0], batch)
+    before = over_prompt(batch.recorded["dart.states"][0], batch)
     assert torch.equal(before, torch.cat([s.states for s in RAGGED]))
-    batch.prompt.column -= 2  # all samples are padded on the left by two columns more than needed
-    assert torch.equal(over_prompt(batch.observed["dart.states"][0], batch), before)
-    assert torch.equal(over_prompt(batch.observed["dart.states"][0][:, 2:], batch), before)
+    batch.prompt.slot -= 2  # all samples are padded on the left by two columns more than needed
+    assert torch.equal(over_prompt(batch.recorded["dart.states"][0], batch), before)
+    assert torch.equal(over_prompt(batch.recorded["dart.states"][0][:, 2:], batch), before)
 
 
 def test_transprune_adds_up_over_stages() -> None:
     method, batch = methods.TransPrune(alpha=1.0), tokens(RAGGED, [10, 30, 3, 12])
     prompt = batch.prompt
     assert prompt is not None
-    parts = [r[prompt.batch, prompt.column] for r in batch.observed["transprune.change"]]
-    ttv = sum(variation(p, prompt.segments)[prompt.visual] for p in parts)
+    parts = [r[prompt.batch, prompt.slot] for r in batch.recorded["transprune.change"]]
+    ttv = sum(variation(p, prompt.offsets)[prompt.visual] for p in parts)
     keep = method.choose(batch).keep
     torch.testing.assert_close(batch.memory["transprune.ttv"], ttv[keep])
-    for s, mine in enumerate(ttv.split(batch.segments.diff().tolist())):
+    for s, mine in enumerate(ttv.split(batch.offsets.diff().tolist())):
         kept = keep[batch.sample == s]
         assert mine[kept].min() >= mine[~kept].max() if (~kept).any() else True
     # At the next stage nothing new was recorded, so only the sum so far counts.
     counts = [10, 30, 3, 12]
     later = tokens([sample(s, 1, 1, n, 2) for s, n in enumerate(counts)], [5, 9, 2, 4], stage=1)
-    later.memory, later.observed = batch.memory, batch.observed
+    later.memory, later.recorded = batch.memory, batch.recorded
     again = method.choose(later).keep
     for s, mine in enumerate(ttv[keep].split(counts)):
         assert set(mine[again[later.sample == s]].tolist()) == set(mine.sort().values[-[5, 9, 2, 4][s] :].tolist())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vtprune import methods
 from vtprune.errors import MethodError
-from vtprune.methods.padding import PaddingRule, shown
-from vtprune.methods.position_curve import Curve
+from vtprune.methods.debiased.padding import PaddingRule, shown
+from vtprune.methods.debiased.position_curve import Curve
 
 
 def test_curves_fall_from_one() -> None:

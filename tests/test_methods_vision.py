@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from vtprune import methods, sensitivity
-from vtprune.budget import check_schedule, mean_share
-from vtprune.grid_recycling import grid_cells, mark_exactly, recycle
+from vtprune import methods
+from vtprune.core.budget import check_schedule, mean_share
 from vtprune.methods import Tokens
-from vtprune.methods.importance_map import selected_rows
-from vtprune.methods.neighbour_merging import merge
 from vtprune.methods.pooling import cells, centres
-from vtprune.methods.prumerge import grid_places, outlier_ratio
+from vtprune.methods.prumerge import grid_places, merge, outlier_ratio
+from vtprune.methods.vflowopt.grid_recycling import grid_cells, mark_exactly, recycle
+from vtprune.methods.vflowopt.importance_map import selected_rows
 from vtprune.methods.visionzip import contextual_targets
 from vtprune.methods.visionzip import merge as contextual
 from vtprune.methods.vispruner import remove_doubles, select
-from vtprune.vision_layout import by_crop, share
+from vtprune.methods.zoo_prune import sensitivity
+from vtprune.vision.crops import by_crop, share
 
 
 def tokens_of(grids: list[tuple[int, int]], budgets: list[int], newlines: bool = False, seed: int = 0) -> Tokens:
@@ -38,18 +38,18 @@ def tokens_of(grids: list[tuple[int, int]], budgets: list[int], newlines: bool =
     zeros = torch.zeros_like(sample)
     return Tokens(
         hidden=torch.cat(states),
-        segments=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]),
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]),
         budgets=torch.tensor(budgets),
         originals=sizes,
         sample=sample,
         image=sample,
         frame=zeros,
         crop=zeros,
-        row=torch.cat(row),
-        col=torch.cat(col),
+        grid_row=torch.cat(row),
+        grid_col=torch.cat(col),
         index=index,
         feature=torch.arange(len(sample)),
-        column=index + 3,
+        position=index + 3,
         layer=0,
         stage=0,
         num_layers=4,

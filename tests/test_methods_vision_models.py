@@ -55,7 +55,7 @@ def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
         with torch.no_grad(), vtprune.patch(model, keep=10, method=method):
             model(**batch)
     tokens, plain = taken[False]
-    inputs, _, _ = tokens.observed["vision.projector"][0]
+    inputs, _, _ = tokens.recorded["vision.projector"][0]
     changed = (plain.hidden != tokens.hidden).any(1).nonzero()[:, 0]
     order = plain.scores.sort(descending=True, stable=True).indices
     rest = order[8:].sort().values
@@ -66,7 +66,7 @@ def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
     tokens, classed = taken[True]
     extra = (classed.hidden != tokens.hidden).any(1) & ~torch.isin(torch.arange(25), changed)
     assert int(classed.keep.sum()) == 10 and int(extra.sum()) >= 1
-    layer = tokens.observed["vision.layer"][0][3]
+    layer = tokens.recorded["vision.layer"][0][3]
     state = anatomy.projector((layer[0] if isinstance(layer, tuple) else layer)[0, :1])
     distance = (classed.hidden[classed.keep] - state).norm(dim=1)
     assert distance.min() < 1e-4 < distance.sort().values[1]
@@ -74,7 +74,7 @@ def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
 
 def _groups(tokens: Tokens, rest: Tensor, targets: Tensor) -> list[tuple[int, Tensor]]:
     """The patches that belong to each target, found patch by patch from the keys of the layer."""
-    layer, args, kwargs, *_ = tokens.observed["vision.layer"][0]
+    layer, args, kwargs, *_ = tokens.recorded["vision.layer"][0]
     hidden = layer.layer_norm1(args[0] if args else kwargs["hidden_states"])
     keys = layer.self_attn.k_proj(hidden)[0, 1:].unflatten(1, (layer.self_attn.num_heads, -1)).mean(1)
     members: dict[int, list[int]] = {int(t): [] for t in targets}
@@ -97,14 +97,14 @@ def chosen(method: methods.Method, keep: int = 10) -> tuple[nn.Module, Tokens, m
 @torch.no_grad()
 def test_prumerge_sends_merged_features_through_the_projector() -> None:
     projector, tokens, choice = chosen(methods.PruMerge(plus=False, near=4))
-    features, attention = tokens.observed["vision.projector"][0][0][0][0], choice.scores
+    features, attention = tokens.recorded["vision.projector"][0][0][0][0], choice.scores
     best = attention.sort(descending=True, stable=True).indices[:9]
     left = torch.tensor([i for i in range(25) if i not in best.tolist()])
     extra = int(left[0])
     assert choice.keep.nonzero()[:, 0].tolist() == sorted([*best.tolist(), extra])
     rest = (attention[left, None] * features[left]).sum(0)
     torch.testing.assert_close(choice.hidden[extra], projector(rest), rtol=1e-4, atol=1e-5)
-    layer, args, kwargs, *_ = tokens.observed["vision.layer"][0]
+    layer, args, kwargs, *_ = tokens.recorded["vision.layer"][0]
     keys = layer.self_attn.k_proj(layer.layer_norm1(args[0] if args else kwargs["hidden_states"]))[0, 1:]
     for row in best.tolist():
         similar = torch.cosine_similarity(keys[row], keys, dim=1)
@@ -117,7 +117,7 @@ def test_prumerge_sends_merged_features_through_the_projector() -> None:
 @torch.no_grad()
 def test_vflowopt_merges_what_it_drops_into_the_best_of_each_cell() -> None:
     _, tokens, choice = chosen(methods.VFlowOpt(grid=3, later=()))
-    cell = (tokens.row // 3) * 2 + tokens.col // 3
+    cell = (tokens.grid_row // 3) * 2 + tokens.grid_col // 3
     changed = (choice.hidden != tokens.hidden).any(1)
     assert int(choice.keep.sum()) == 10 and 1 <= int(changed.sum()) <= 4
     for row in changed.nonzero()[:, 0].tolist():
@@ -139,7 +139,7 @@ def test_vflowopt_adds_the_entropy_of_the_pixels(family: str) -> None:
         with vtprune.patch(model, ratio=0.5, method=methods.VFlowOpt(alpha=alpha)) as patch:
             model(**batch)
         places, scores = patch.last.places, [*scores, patch.last.scores[0]]
-    added = (scores[1] - scores[0])[places.row >= 0]
+    added = (scores[1] - scores[0])[places.grid_row >= 0]
     assert (added > 0).all() and added.std() > 0
     if family in ("llava", "internvl"):  # one softmax to a crop
         crops = 2 if family == "llava" else 3

@@ -10,25 +10,25 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vtprune
-from vtprune.methods.transition import combine, variation
-from vtprune.methods.zoo_prune import scaled
-from vtprune.selection import from_order, rank_in_segment, segment_ids, top_k
+from vtprune.core.ragged import from_order, group_ids, rank_in_group, top_k
+from vtprune.methods.transprune import combine, variation
+from vtprune.methods.zoo_prune.method import scaled
 from vtprune_kernels import _ragged
 
 SEGMENTS, SCORES = torch.tensor([0, 4, 4, 9]), torch.tensor([3.0, 1, 2, 2, 5, 5, 9, 0, 1])
 ORDER = torch.tensor([[2, 0, -1], [-1, -1, -1], [8, 4, 6]])
 CALLS = {
-    "segment_ids": lambda segments, scores, order: segment_ids(segments, len(scores)),
-    "rank_in_segment": lambda segments, scores, order: rank_in_segment(scores, segments),
-    "top_k": lambda segments, scores, order: top_k(scores, segments, torch.tensor([2, 0, 3])),
-    "from_order": lambda segments, scores, order: from_order(order, len(scores)),
-    "scaled": lambda segments, scores, order: scaled(scores, segments),
-    "combine": lambda segments, scores, order: combine(scores, scores, segments),
-    "variation": lambda segments, scores, order: variation(torch.stack([scores, scores], -1), segments),
+    "group_ids": lambda offsets, scores, order: group_ids(offsets, len(scores)),
+    "rank_in_group": lambda offsets, scores, order: rank_in_group(scores, offsets),
+    "top_k": lambda offsets, scores, order: top_k(scores, offsets, torch.tensor([2, 0, 3])),
+    "from_order": lambda offsets, scores, order: from_order(order, len(scores)),
+    "scaled": lambda offsets, scores, order: scaled(scores, offsets),
+    "combine": lambda offsets, scores, order: combine(scores, scores, offsets),
+    "variation": lambda offsets, scores, order: variation(torch.stack([scores, scores], -1), offsets),
 }
 RESULTS = {
-    "segment_ids": [0, 0, 0, 0, 2, 2, 2, 2, 2],
-    "rank_in_segment": [0, 3, 1, 2, 1, 2, 0, 4, 3],
+    "group_ids": [0, 0, 0, 0, 2, 2, 2, 2, 2],
+    "rank_in_group": [0, 3, 1, 2, 1, 2, 0, 4, 3],
     "top_k": [True, False, True, False, True, True, True, False, False],
     "from_order": [True, False, True, False, True, False, True, False, True],
 }

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import vtprune
-from vtprune import progress
+from vtprune.study import progress
 
 HEADER = {"versions": {"vtprune": "1", "torch": "2"}, "ratios": (0.1, 0.5)}
 

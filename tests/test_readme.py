@@ -31,7 +31,7 @@ def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), scope)
     finally:
-        registry = importlib.import_module("vtprune.methods.registry")
+        registry = importlib.import_module("vtprune.core.registry")
         registry._METHODS.pop("norm", None)
     assert "144 -> 14" in capsys.readouterr().out
     assert scope["patch"].last.tokens == (144, 14)
@@ -62,7 +62,7 @@ def test_both_commands_are_targets():
 
 
 def test_shown_command_lines_parse():
-    from vtprune.cli import _parser
+    from vtprune.cli.main import _parser
 
     shown = [line.split("#")[0] for line in "\n".join(_blocks("bash")).splitlines() if line.startswith("vtprune ")]
     assert len(shown) >= 4

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second embedded model: a stock Qwen2.5-VL whose pictures keep their shape."""
+"""The second built-in model: a stock Qwen2.5-VL whose pictures keep their shape."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import vtprune
-from vtprune import loading, refvlm
-from vtprune.refvlm import data, evaluate, qwen, qwen_learner
+from tools.refvlm import data, qwen_learner
+from vtprune import refvlm
+from vtprune.refvlm import evaluate, loading, qwen
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 import vtprune
 from vtprune import refvlm
-from vtprune.patching import find_patch
+from vtprune.engine.patching import find_patch
 
 
 def test_the_new_patch_is_whole_and_comes_off():

@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from benchmarks import report, report_measured, report_sections, report_tables  # noqa: E402
-from vtprune import charts  # noqa: E402
+from vtprune.study import charts  # noqa: E402
 
 ABOUT = {"versions": {"torch": "2.13.0"}, "machine": "2 cores"}
 

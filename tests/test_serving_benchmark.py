@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from benchmarks import report, serving, serving_load, serving_table, vllm_server  # noqa: E402
-from vtprune import progress  # noqa: E402
+from vtprune.study import progress  # noqa: E402
 
 METRICS = """# HELP vllm:kv_cache_usage_perc KV-cache usage.
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25

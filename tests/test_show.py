@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 import vtprune
-from vtprune import explain, refvlm
-from vtprune.pictures_draw import dim, heat, lay
-from vtprune.visualize import PictureError
+from vtprune import refvlm
+from vtprune.report import explain
+from vtprune.report.draw import dim, heat, lay
+from vtprune.report.patch_boxes import PictureError
 
 SCENE = refvlm.scenes.scene(7)
 QUESTION = refvlm.prompt(SCENE.questions[0].text)
@@ -136,13 +137,13 @@ def test_pictures_without_coarse_features_are_recognised(embedded, pattern):
 def test_an_account_does_not_keep_pixels_alive(embedded):
     patch, last = _run(embedded)
     assert last.source.crops("image") is not None
-    patch._thread.encoded.clear()
+    patch._session.thread.encoded.clear()
     inputs = dict(embedded[2])
     assert last.source.pixels["image"]() is inputs["pixel_values"]
     model, processor, _ = embedded
     with vtprune.patch(model, ratio=0.1) as other, torch.no_grad():
         model(**processor(images=SCENE.image, text=QUESTION, return_tensors="pt"))
-        other._thread.encoded.clear()
+        other._session.thread.encoded.clear()
         gc.collect()
         assert other.last.source.crops("image") is None
 
@@ -161,7 +162,7 @@ def test_why_tells_score_rank_and_the_nearest_kept_token(embedded, method):
         _, last = _run(embedded, method)
     states, alive = last.states, [last.alive(stage) for stage in range(len(last.stages))]
     for token in range(0, 144, 7):
-        why = last.why(token)
+        why = last.explain_token(token)
         stage = [layer for layer, _ in last.stages].index(why.layer)
         assert why.kept == (token in last.kept_flat[-1]) and why.among == len(alive[stage])
         place = alive[stage].tolist().index(token)
@@ -175,15 +176,15 @@ def test_why_tells_score_rank_and_the_nearest_kept_token(embedded, method):
         }
         assert why.similarity == pytest.approx(max(near.values()), abs=1e-5)
         assert near[why.duplicate] == pytest.approx(why.similarity, abs=1e-5)
-    json.dumps(last.why(3).to_dict())
+    json.dumps(last.explain_token(3).to_dict())
 
 
 def test_why_without_recording_knows_no_duplicate_and_keeps_no_states(embedded):
     _, last = _run(embedded)
     assert last.states == [None] * len(last.stages)
-    assert last.why(0).duplicate is None and last.why(0).score is not None
+    assert last.explain_token(0).duplicate is None and last.explain_token(0).score is not None
     with pytest.raises(vtprune.VTPruneError, match="numbered from 0"):
-        last.why(144)
+        last.explain_token(144)
 
 
 def test_the_report_is_text_and_the_log_is_json(embedded):

@@ -18,10 +18,11 @@ from families import FAMILIES, Image  # noqa: E402
 from support import model_of  # noqa: E402
 
 import vtprune  # noqa: E402
-from vtprune import agreement, methods, refvlm, tune  # noqa: E402
-from vtprune.budget import mean_share  # noqa: E402
-from vtprune.cli import main  # noqa: E402
+from vtprune import methods, refvlm  # noqa: E402
+from vtprune.cli.main import main  # noqa: E402
+from vtprune.core.budget import mean_share  # noqa: E402
 from vtprune.methods import VFlowOpt  # noqa: E402
+from vtprune.study import metrics, tune  # noqa: E402
 
 BATCHES = [[[3, Image(0), 5], [6, Image(1), 2]], [[4, Image(0), 3]]]
 
@@ -78,7 +79,7 @@ def test_the_last_ratio_and_the_ranges_are_the_published_ones() -> None:
 @torch.no_grad()
 def test_values_are_cosines_to_the_unpruned_last_states(model: Any, batches: Any) -> None:
     search = tune.tune(model, batches, 0.4, trials=3)
-    assert vtprune.patching.find_patch(model) is None and search.samples == 3 and search.num_layers == 4
+    assert vtprune.engine.patching.find_patch(model) is None and search.samples == 3 and search.num_layers == 4
     for trial in search.trials:
         method, total = tune.strategy(trial, 0.4, 4), 0.0
         for prompts, number in ((BATCHES[0][:1], 0), (BATCHES[0][1:], 0), (BATCHES[1], 1)):
@@ -144,15 +145,15 @@ def test_a_search_is_repeatable_resumable_and_saved(
 
 
 def test_not_a_number_counts_nothing(model: Any, batches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = agreement.last_states
+    real = metrics.last_states
 
     def broken(model: Any, batch: Any) -> torch.Tensor:
         states = real(model, batch)
-        if vtprune.patching.find_patch(model) is not None:
+        if vtprune.engine.patching.find_patch(model) is not None:
             states[0] = torch.nan
         return states
 
-    monkeypatch.setattr(agreement, "last_states", broken)
+    monkeypatch.setattr(metrics, "last_states", broken)
     value = tune.tune(model, batches, 0.9, trials=1).trials[0]["value"]
     assert 0.5 < value <= 1  # one of three samples is left
 

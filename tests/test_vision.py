@@ -14,10 +14,10 @@ import torch
 from families import FAMILIES, IMAGE, Image, Video
 
 import vtprune
+from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, Stage, Tokens
-from vtprune.selection import top_k
-from vtprune.vision import Vision, _group, layer_tap, over_patches, projector_tap
-from vtprune.vision_attention import layer_number, vision_layers
+from vtprune.vision.attention import layer_number, vision_layers
+from vtprune.vision.tower import Vision, _group, layer_tap, over_patches, projector_tap
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7], [9]]
 
@@ -40,7 +40,7 @@ class Reader(Method):
         vision = Vision(tokens, "reader")
         self.attention, self.importance = vision.attention(), vision.importance()  # only a patched model can be probed
         self.seen.append((tokens, vision))
-        return Choice(top_k(tokens.hidden.norm(dim=-1), tokens.segments, tokens.budgets))
+        return Choice(top_k(tokens.hidden.norm(dim=-1), tokens.offsets, tokens.budgets))
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def test_rows_of_the_projector_are_found_in_the_prompt(family: str, prompts: lis
     tokens, vision = read(FAMILIES[family].build(), FAMILIES[family].batch(prompts))
     rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls()])
     shown = vision.to_tokens(rows)
-    placed = tokens.row >= 0
+    placed = tokens.grid_row >= 0
     assert placed.any()
     torch.testing.assert_close(shown[placed], tokens.hidden[placed])
     assert shown[~placed].isnan().all()

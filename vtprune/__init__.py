@@ -9,10 +9,10 @@ print(patch.last.report())
 """
 
 from . import methods
-from .anatomy import Anatomy
+from .engine.patching import Patch, inspect, patch, unpatch
 from .errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
-from .patching import Patch, inspect, patch, unpatch
-from .report import Pruning
+from .models.anatomy import Anatomy
+from .report.pruning import Pruning
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, said before anything is lost."""
+"""Exceptions that vtprune raises on purpose."""
 
 
 class VTPruneError(Exception):
@@ -20,3 +20,13 @@ class MethodError(VTPruneError, ValueError):
 
 class NothingPrunedError(VTPruneError, RuntimeError):
     """Visual tokens were present and fewer were asked for, but none was dropped."""
+
+
+class InputError(VTPruneError, ValueError):
+    """Something the user named cannot be used: a file, a folder, a model, a prompt."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What an exception says, on one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Local question sets for lmms-eval: the easy-VQA test split and held-out scenes of the embedded model.
+"""Local question sets for lmms-eval: the easy-VQA test split and held-out scenes of the built-in model.
 
 Documents name their picture; pictures are read or drawn when a request is made. Nothing is downloaded.
 """
@@ -16,7 +16,7 @@ from PIL import Image
 
 from vtprune.refvlm import easy_vqa, evaluate, scenes
 
-SCENES = 1000  # as many as the accuracy of the embedded model is told for
+SCENES = 1000  # as many as the accuracy of the built-in model is told for
 
 
 class _Local(ConfigurableMessagesTask):

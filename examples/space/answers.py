@@ -13,10 +13,13 @@ from typing import Any
 from PIL import Image
 
 import vtprune
-from vtprune import explain, loading, measure
-from vtprune.measure import Side
-from vtprune.pictures import Pictures
-from vtprune.report import Pruning
+from vtprune.errors import one_line
+from vtprune.refvlm import loading
+from vtprune.report import explain
+from vtprune.report.overlay import Pictures
+from vtprune.report.pruning import Pruning
+from vtprune.study import timing
+from vtprune.study.timing import Side
 
 _log = logging.getLogger("vtprune.space")
 
@@ -30,7 +33,7 @@ class Answer:
         before, after: Without and with pruning; None where it failed.
         pruning: The account of the pruned prefill, with recorded states; None where it failed.
         pictures: What it shows; None where it failed, or where the places of the tokens are not known.
-        error: Why something is None, or "".
+        error: TokenExplanation something is None, or "".
     """
 
     model: str
@@ -82,7 +85,7 @@ class Models:
     ) -> Answer:
         try:
             with vtprune.patch(model, ratio=ratio, method=method) as patch:
-                before, after = measure.compare(
+                before, after = timing.measure_side_by_side(
                     model, processor, inputs, patch, max_new_tokens=self.max_new_tokens, repeats=self.repeats
                 )
                 with explain.recording():
@@ -93,13 +96,13 @@ class Models:
                     # Now, as long as the pixels are there that the model was given.
                     return Answer(name, method, before, after, patch.last, patch.last.show(image))
                 except vtprune.VTPruneError as error:
-                    return Answer(name, method, before, after, patch.last, error=loading.one_line(error))
+                    return Answer(name, method, before, after, patch.last, error=one_line(error))
         except Exception as error:
             return self._failed(name, method, error)
 
     @staticmethod
     def _failed(name: str, method: str, error: Exception) -> Answer:
         if isinstance(error, vtprune.VTPruneError):
-            return Answer(name, method, error=loading.one_line(error))
+            return Answer(name, method, error=one_line(error))
         _log.exception("%s with %s failed", name, method)  # details are for the log, not for the visitor
         return Answer(name, method, error=f"It failed with {type(error).__name__}; the server's log tells more.")

@@ -12,10 +12,10 @@ from answers import Answer
 from PIL import Image
 
 import vtprune
-from vtprune.explain import Why
-from vtprune.measure import Side
-from vtprune.pictures import Pictures
-from vtprune.pictures_places import View
+from vtprune.report.explain import TokenExplanation
+from vtprune.report.overlay import Pictures
+from vtprune.report.patch_boxes import View
+from vtprune.study.timing import Side
 
 CSS = """
 .vt table{border-collapse:collapse;width:100%}.vt td,.vt th{border:1px solid #8886;padding:4px 10px;text-align:left}
@@ -122,12 +122,12 @@ def _clickable(answer: Answer, view: View, panel: Image.Image) -> str:
     )
 
 
-def _why(answer: Answer, token: int) -> tuple[Why, str]:
+def _why(answer: Answer, token: int) -> tuple[TokenExplanation, str]:
     assert answer.pruning is not None
-    why, places = answer.pruning.why(token), answer.pruning.places
+    why, places = answer.pruning.explain_token(token), answer.pruning.places
 
     def name(number: int) -> str:
-        return f"row {int(places.row[number]) + 1}, column {int(places.col[number]) + 1}"
+        return f"row {int(places.grid_row[number]) + 1}, column {int(places.grid_col[number]) + 1}"
 
     fate = "kept" if why.kept else f"dropped before layer {why.layer}"
     words = [f"Patch {name(token)}: {fate}."]

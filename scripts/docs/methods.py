@@ -39,7 +39,7 @@ def page(name: str) -> str:
 
     cls = methods.get(name)
     number = paper(name)
-    facts = f"* Cuts before layer (of 32): {cuts(name)}\n* A budget applies to each {cls.pool}\n"
+    facts = f"* Cuts before layer (of 32): {cuts(name)}\n* A budget applies to each {cls.group}\n"
     facts += f"* Paper: [arXiv {number}](https://arxiv.org/abs/{number})" if number else "* A control, without a paper"
     return f"""# `{name}`
 

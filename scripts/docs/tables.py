@@ -164,7 +164,7 @@ def _law(name: str) -> str:
 
 
 def _about(data: dict[str, Any]) -> str:
-    return f"Embedded model, {data['questions']}. {_versions(data)}"
+    return f"Built-in model, {data['questions']}. {_versions(data)}"
 
 
 def _versions(data: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)  # children are forked: no thread may be running
     from tests.coverage import report
     from tests.coverage.run import isolated, registered
-    from vtprune import progress
+    from vtprune.study import progress
 
     known = registered()
     unknown = set(args.architectures) - set(known)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vtprune import progress
+from vtprune.study import progress
 
 _ORDER = ("passes", "refused", "fails", "not fed", "not built")
 _TITLES = {

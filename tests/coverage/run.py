@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 import vtprune
+from tests.coverage import build, checks, prompts
 from vtprune import methods
-
-from . import build, checks, prompts
 
 MEMORY = 16 << 30
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from vtprune.methods.cdpruner import scale
-from vtprune.methods.clip_relevance import similarity
+from vtprune.methods.cdpruner import scale, similarity
 from vtprune_kernels import dpp_map
 
 
@@ -26,12 +25,12 @@ def check(data: dict[str, np.ndarray]) -> None:
         )  # the crops of a call share minimum and maximum
         np.testing.assert_allclose(found.reshape(shape), case["relevance"], rtol=1e-4, atol=1e-5)
         relevance, budget = torch.from_numpy(case["relevance"]).flatten(), int(case["budget"])
-        segments = torch.arange(0, len(relevance) + 1, shape[-1])
+        offsets = torch.arange(0, len(relevance) + 1, shape[-1])
         for scores in (found, relevance):
-            order = dpp_map(features, scores, segments, torch.full((len(segments) - 1,), budget)) - segments[:-1, None]
+            order = dpp_map(features, scores, offsets, torch.full((len(offsets) - 1,), budget)) - offsets[:-1, None]
             np.testing.assert_array_equal(order.reshape(case["kept"].shape), case["kept_in_order"])
             np.testing.assert_array_equal(order.sort(1).values.reshape(case["kept"].shape), case["kept"])
-        gains = [pick_gains(features, relevance, rows) for rows in order + segments[:-1, None]]
+        gains = [pick_gains(features, relevance, rows) for rows in order + offsets[:-1, None]]
         expected = case["pick_gains"]
         atol = 1e-6 * np.abs(expected).max()
         np.testing.assert_allclose(torch.stack(gains).reshape(expected.shape), expected, rtol=1e-4, atol=atol)

@@ -6,9 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.dart import key_size
-from vtprune.methods.pivots import duplication_aware
-from vtprune.selection import rank_in_segment
+from vtprune.core.ragged import rank_in_group
+from vtprune.methods.dart import duplication_aware, key_size
 
 
 def close(x: torch.Tensor, y: np.ndarray) -> None:
@@ -17,7 +16,7 @@ def close(x: torch.Tensor, y: np.ndarray) -> None:
 
 
 def largest(values: torch.Tensor, count: int) -> list[int]:
-    ranks = rank_in_segment(values, torch.tensor([0, len(values)]))
+    ranks = rank_in_group(values, torch.tensor([0, len(values)]))
     return ranks.argsort()[:count].tolist()
 
 

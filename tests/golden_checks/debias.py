@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.padding import PaddingRule
-from vtprune.methods.position_curve import Curve
-from vtprune.selection import rank_in_segment, top_k
+from vtprune.core.ragged import rank_in_group, top_k
+from vtprune.methods.debiased.padding import PaddingRule
+from vtprune.methods.debiased.position_curve import Curve
 
 RULES = {
     "fastv": PaddingRule("area", 0.5),
@@ -49,4 +49,4 @@ def check(data: dict[str, np.ndarray]) -> None:
         kept = top_k(scores, pool, torch.tensor([budget])).nonzero().flatten()
         assert kept.tolist() == case["kept"].tolist()
         if "kept_in_order" in case:
-            assert rank_in_segment(scores, pool).argsort()[:budget].tolist() == case["kept_in_order"].tolist()
+            assert rank_in_group(scores, pool).argsort()[:budget].tolist() == case["kept_in_order"].tolist()

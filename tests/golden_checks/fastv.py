@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.base import AttentionInputs
-from vtprune.methods.fastv import visual_attention
-from vtprune.selection import rank_in_segment, top_k
+from vtprune.core.attention import visual_attention
+from vtprune.core.ragged import rank_in_group, top_k
+from vtprune.core.tokens import AttentionInputs
 from vtprune_kernels import attention_rows
 
 
@@ -27,19 +27,19 @@ def check(data: dict[str, np.ndarray]) -> None:
         length = len(keys)
         inputs = AttentionInputs(
             queries=torch.from_numpy(case["query_last"])[None],
-            query_segments=torch.tensor([0, 1]),
+            query_offsets=torch.tensor([0, 1]),
             query_order=torch.tensor([length - 1]),
             keys=keys,
             values=keys,
-            key_segments=torch.tensor([0, length]),
+            key_offsets=torch.tensor([0, length]),
             visual=torch.arange(start, start + count),
             scaling=keys.shape[-1] ** -0.5,
         )
         rows = attention_rows(
             inputs.queries,
             keys,
-            inputs.query_segments,
-            inputs.key_segments,
+            inputs.query_offsets,
+            inputs.key_offsets,
             inputs.query_order,
             inputs.scaling,
             reduce="none",
@@ -48,10 +48,10 @@ def check(data: dict[str, np.ndarray]) -> None:
         scores = visual_attention(inputs)
         close(scores, case["scores"])
 
-        segments = torch.tensor([0, count])
-        kept = top_k(scores, segments, torch.tensor([budget])).nonzero().flatten()
+        offsets = torch.tensor([0, count])
+        kept = top_k(scores, offsets, torch.tensor([budget])).nonzero().flatten()
         assert kept.tolist() == case["kept"].tolist()
-        order = rank_in_segment(scores, segments).argsort()[:budget]
+        order = rank_in_group(scores, offsets).argsort()[:budget]
         assert order.tolist() == case["kept_in_order"].tolist()
         survivors = [*range(start), *(kept + start).tolist(), *range(start + count, length)]
         assert survivors == case["keep_sequence_indices"].tolist()

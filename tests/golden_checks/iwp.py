@@ -8,8 +8,8 @@ import torch
 from synthetic_tokens import Sample, tokens
 from torch import Tensor
 
-from vtprune.methods.iwp import IWP
-from vtprune.mmr import MMR, Candidates
+from vtprune.methods.iwp.method import IWP
+from vtprune.methods.iwp.mmr import MMR, Candidates
 from vtprune_kernels.progressive_mmr import Duplication
 
 FIRST = "queries_pre_rope"

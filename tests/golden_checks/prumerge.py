@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of PruMerge: class-token attention as one head, adaptive ratio, grid, neighbours, merged features."""
+"""Golden check of PruMerge: class-token attention as one head, adaptive ratio, grid, neighbors, merged features."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from vtprune.methods.neighbour_merging import merge, neighbours
-from vtprune.methods.prumerge import grid_places, one_head, outlier_ratio
-from vtprune.vision import Attention
+from vtprune.methods.prumerge import grid_places, merge, neighbors, one_head, outlier_ratio
+from vtprune.vision.tower import Attention
 
 
 def check(data: dict[str, np.ndarray]) -> None:
@@ -44,7 +43,7 @@ def check_variant(
     assert len(order) == int(part["budget"])
     np.testing.assert_array_equal(order, part["kept_in_order"])
     np.testing.assert_array_equal(order.sort().values, part["kept"])
-    near = neighbours(keys, order, part["merge_neighbours"].shape[1])
-    np.testing.assert_array_equal(near, part["merge_neighbours"])
+    near = neighbors(keys, order, part["merge_neighbors"].shape[1])
+    np.testing.assert_array_equal(near, part["merge_neighbors"])
     merged = merge(features, attention, order, near)
     np.testing.assert_allclose(merged, part["output_features"], rtol=1e-4, atol=1e-5)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.base import AttentionInputs
-from vtprune.methods.fastv import visual_attention
-from vtprune.selection import top_k
+from vtprune.core.attention import visual_attention
+from vtprune.core.ragged import top_k
+from vtprune.core.tokens import AttentionInputs
 from vtprune_kernels import attention_rows
 
 
@@ -37,11 +37,11 @@ def layer_inputs(case: dict[str, np.ndarray], rows: int) -> AttentionInputs:
     start, count, length = int(case["image_start"]), int(case["num_image_tokens"]), len(hidden)
     return AttentionInputs(
         queries=q[-rows:],
-        query_segments=torch.tensor([0, rows]),
+        query_offsets=torch.tensor([0, rows]),
         query_order=torch.arange(length - rows, length),
         keys=k,
         values=k,
-        key_segments=torch.tensor([0, length]),
+        key_offsets=torch.tensor([0, length]),
         visual=torch.arange(start, start + count),
         scaling=q.shape[-1] ** -0.5,
     )
@@ -57,7 +57,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         assert int(int(case["num_image_tokens_original"]) * share) == budget
 
         inputs = layer_inputs(case, rows=1)
-        arguments = (inputs.queries, inputs.keys, inputs.query_segments, inputs.key_segments, inputs.query_order)
+        arguments = (inputs.queries, inputs.keys, inputs.query_offsets, inputs.key_offsets, inputs.query_order)
         close(attention_rows(*arguments, inputs.scaling, reduce="none")[:, 0], case["attention_row"])
         scores = visual_attention(inputs)
         close(scores, case["scores"])

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.recycling import density_peaks, recycle, recycled, split_budget
-from vtprune.methods.rotation import priority_heads, rope_weights
-from vtprune.methods.text_raters import rater_scores, raters
-from vtprune.selection import rank_in_segment, top_k
+from vtprune.core.ragged import rank_in_group, top_k
+from vtprune.methods.sparsevlm.recycling import density_peaks, recycle, recycled, split_budget
+from vtprune.methods.sparsevlm.rotation import priority_heads, rope_weights
+from vtprune.methods.sparsevlm.text_raters import rater_scores, raters
 
 
 def close(x: torch.Tensor, y: np.ndarray) -> None:
@@ -28,7 +28,7 @@ def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: t
     assert (members, clusters) == (len(case["recycled_indices"]), int(case["cluster_num"]))
     dropped = torch.ones(count, dtype=torch.bool)
     dropped[torch.from_numpy(case["kept"])] = False
-    order = rank_in_segment(scores.masked_fill(~dropped, -torch.inf), torch.tensor([0, count])).argsort()
+    order = rank_in_group(scores.masked_fill(~dropped, -torch.inf), torch.tensor([0, count])).argsort()
     rows = order[:members]
     equal(rows, case["recycled_indices"])
     group, centres = density_peaks(visual[rows], clusters)

@@ -6,11 +6,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.methods.base import AttentionInputs
-from vtprune.methods.fastv import visual_attention
-from vtprune.methods.transition import change, combine, variation
-from vtprune.methods.transprune import TransPrune
-from vtprune.selection import top_k
+from vtprune.core.attention import visual_attention
+from vtprune.core.ragged import top_k
+from vtprune.core.tokens import AttentionInputs
+from vtprune.methods.transprune import TransPrune, change, combine, variation
 from vtprune_kernels import attention_rows
 
 
@@ -39,11 +38,11 @@ def layer_inputs(case: dict[str, np.ndarray]) -> AttentionInputs:
     start, count, length = int(case["image_start"]), int(case["num_image_tokens"]), len(hidden)
     return AttentionInputs(
         queries=q[start + count :],
-        query_segments=torch.tensor([0, length - start - count]),
+        query_offsets=torch.tensor([0, length - start - count]),
         query_order=torch.arange(start + count, length),
         keys=k,
         values=k,
-        key_segments=torch.tensor([0, length]),
+        key_offsets=torch.tensor([0, length]),
         visual=torch.arange(start, start + count),
         scaling=q.shape[-1] ** -0.5,
     )
@@ -65,7 +64,7 @@ def check_cut(case: dict[str, np.ndarray]) -> None:
     assert int(int(case["num_image_tokens_original"]) * share) == budget
 
     inputs, pool = layer_inputs(case), torch.tensor([0, count])
-    arguments = (inputs.queries, inputs.keys, inputs.query_segments, inputs.key_segments, inputs.query_order)
+    arguments = (inputs.queries, inputs.keys, inputs.query_offsets, inputs.key_offsets, inputs.query_order)
     close(attention_rows(*arguments, inputs.scaling, reduce="none"), case["attention_rows"])
     iga = visual_attention(inputs)
     close(iga / (iga.sum() + 1e-8), case["iga"])

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from vtprune.grid_recycling import grid_cells, recycle
-from vtprune.methods.importance_map import patch_entropy, selected_rows
-from vtprune.selection import top_k
-from vtprune.vision import Attention
-from vtprune.vision_layout import arrangements, tiles_per_image
+from vtprune.core.ragged import top_k
+from vtprune.methods.vflowopt.grid_recycling import grid_cells, recycle
+from vtprune.methods.vflowopt.importance_map import patch_entropy, selected_rows
+from vtprune.vision.crops import arrangements, tiles_per_image
+from vtprune.vision.tower import Attention
 
 SIDE = 27  # patches per side of a crop
 
@@ -70,7 +70,7 @@ def assembled(case: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Packing(LlavaOnevisionModel):
-    """The packing of LLaVA-OneVision without its weights."""
+    """The packed layout of LLaVA-OneVision without its weights."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         torch.nn.Module.__init__(self)

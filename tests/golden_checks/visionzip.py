@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from vtprune.methods.visionzip import assign, contextual_targets, merge
-from vtprune.vision import Attention
+from vtprune.vision.tower import Attention
 from vtprune_kernels import attention_rows
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.nn.functional import gelu, linear
 
-from vtprune.methods.zoo_prune import select
-from vtprune.sensitivity import difference_sensitivity, jvp_sensitivity, unit_directions
+from vtprune.methods.zoo_prune.method import select
+from vtprune.methods.zoo_prune.sensitivity import difference_sensitivity, jvp_sensitivity, unit_directions
 
 
 def check(data: dict[str, np.ndarray]) -> None:
@@ -34,8 +34,8 @@ def check(data: dict[str, np.ndarray]) -> None:
         np.testing.assert_allclose(jvp_sensitivity(project, t["features"], u), case["sensitivity_fp64"], rtol=1e-5)
         exact = difference_sensitivity(project, t["features"].double(), u.double(), float(case["h"]))
         np.testing.assert_allclose(exact, case["sensitivity_fp64"], rtol=1e-5)
-        segments = torch.tensor([0, len(t["features"])])
-        order = select(t["projected_features"], t["sensitivity"], segments, t["budget"][None])[0]
+        offsets = torch.tensor([0, len(t["features"])])
+        order = select(t["projected_features"], t["sensitivity"], offsets, t["budget"][None])[0]
         np.testing.assert_array_equal(order, case["kept_in_order"])
         np.testing.assert_array_equal(order.sort().values, case["kept"])
 
@@ -45,8 +45,8 @@ def check_crops(case: dict[str, np.ndarray], t: dict[str, torch.Tensor]) -> None
     crops = label[label >= 0].unique()
     rows = torch.cat([(label == crop).nonzero()[:, 0] for crop in crops])
     sizes = torch.stack([(label == crop).sum() for crop in crops])
-    segments = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     budgets = t["budget_per_frame"].expand(len(crops))
-    order = rows[select(t["projected_features"][rows], t["sensitivity"][rows], segments, budgets).flatten()]
+    order = rows[select(t["projected_features"][rows], t["sensitivity"][rows], offsets, budgets).flatten()]
     np.testing.assert_array_equal(order, case["kept_in_order"])
     np.testing.assert_array_equal(order.sort().values, case["kept"])

@@ -50,9 +50,9 @@ class Merging(Method):
     layer: int = 1
 
     def choose(self, tokens: Tokens) -> Choice:
-        from vtprune.selection import top_k
+        from vtprune.core.ragged import top_k
 
-        keep = top_k(tokens.hidden.norm(dim=-1), tokens.segments, tokens.budgets)
+        keep = top_k(tokens.hidden.norm(dim=-1), tokens.offsets, tokens.budgets)
         return Choice(keep, hidden=tokens.hidden * 0.5 + 0.1)
 
 
@@ -100,7 +100,7 @@ class Spy:
         for tokens, choice in self.choices:
             if choice.hidden is not None:
                 kept = choice.keep
-                place = tokens.sample[kept], tokens.column[kept] + last.held_before
+                place = tokens.sample[kept], tokens.position[kept] + last.cached_before
                 drop.merged[tokens.layer] = (*place, choice.hidden[kept])
         self.choices.clear()
         return drop

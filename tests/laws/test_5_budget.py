@@ -24,7 +24,7 @@ def test_exact_and_repeatable(family: str, method: str, budget: dict) -> None:
             n = len(visual)
             assert torch.equal(kept, kept.sort().values) and bool(torch.isin(kept, visual).all())
             if "ratio" in budget:
-                pools = [n] if patch.method.pool == "sample" else torch.unique(image, return_counts=True)[1].tolist()
+                pools = [n] if patch.method.group == "sample" else torch.unique(image, return_counts=True)[1].tolist()
                 assert len(kept) == sum(max(1, round(budget["ratio"] * size)) for size in pools if size)
             if "keep" in budget:
                 assert len(kept) == min(3, n)

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import vtprune
 from vtprune import methods
+from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, ScoreMethod, Stage, Tokens
-from vtprune.selection import top_k
 
 CASES = int(os.environ.get("VTPRUNE_CASES", "200"))
 MAX_SAMPLES, MAX_IMAGES = 4, 5
@@ -67,7 +67,7 @@ class Drawn(Method):
         return self.stages
 
     def choose(self, tokens: Tokens) -> Choice:
-        keep = top_k(tokens.hidden.norm(dim=-1), tokens.segments, tokens.budgets)
+        keep = top_k(tokens.hidden.norm(dim=-1), tokens.offsets, tokens.budgets)
         return Choice(keep, tokens.hidden * 0.5 + 0.1 if self.merges else None)
 
 

@@ -154,7 +154,7 @@ class Lifecycle(RuleBasedStateMachine):
                     now, clean = now | {"registry": None}, clean | {"registry": None}
                 assert now == clean
             else:
-                assert not patch.removed and vtprune.patching.find_patch(each) is patch
+                assert not patch.removed and vtprune.engine.patching.find_patch(each) is patch
         assert all(patch.removed for patch in self.stale)
 
     def _retire(self, which: int) -> None:

@@ -59,7 +59,7 @@ def check_sets(case: Case, last: Any, visual: list[torch.Tensor]) -> None:
     if last.stages:
         assert [k.tolist() for k in before] == [k.tolist() for k in last.kept]
     for row, (mine, kept, image) in enumerate(zip(visual, last.kept, images, strict=True)):
-        pools = [len(mine)] if case.method.pool == "sample" else torch.unique(image, return_counts=True)[1].tolist()
+        pools = [len(mine)] if case.method.group == "sample" else torch.unique(image, return_counts=True)[1].tolist()
         pools = [size for size in pools if size]
         kind, wanted = case.budget
         if kind == "ratio":
@@ -115,7 +115,7 @@ def _visual(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 def _rounds_to_all(case: Case, sizes: list[int]) -> bool:
     """Whether the share is so large that no pool has a token to lose; pictures have four tokens at least."""
-    sizes = [4] if case.method.pool == "image" else [n for n in sizes if n]
+    sizes = [4] if case.method.group == "image" else [n for n in sizes if n]
     return case.budget[0] != "keep" and all(max(1, round(case.budget[1] * n)) == n for n in sizes)
 
 

@@ -18,9 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from vtprune import progress
-
-from . import parts
+from tests.soak import parts
+from vtprune.study import progress
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:

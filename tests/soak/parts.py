@@ -19,7 +19,7 @@ from interrupted import check_interrupted, check_signals
 from lifecycle import Lifecycle
 from standing import accepted
 
-from . import growth
+from tests.soak import growth
 
 SIZES = (8192, 16384, 32768)
 MOST_PER_DOUBLING = 2.5  # linear is 2, quadratic 4

@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     from tests.supported import rows, table
-    from vtprune import progress
+    from vtprune.study import progress
 
     names = [name for name in rows.ROWS if not args.words or any(w.lower() in name.lower() for w in args.words)]
     with progress.script(args.out / table.FILE):

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import vtprune
-
-from .models import build, greedy, kept, patched, prompt
-from .table import refused, row
+from tests.supported.models import build, greedy, kept, patched, prompt
+from tests.supported.table import refused, row
 
 BACKEND = "aot_eager"  # dynamo and autograd tracing as ever; only the generated kernels are left out
 # In the middle of the decoder, before it, before it by the keys of its first layer, and step by step.

@@ -11,8 +11,8 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 
-from .models import METHODS, build, greedy, kept, patched, prompt
-from .table import row
+from tests.supported.models import METHODS, build, greedy, kept, patched, prompt
+from tests.supported.table import row
 
 
 def _assistant() -> torch.nn.Module:
@@ -101,7 +101,7 @@ def streamer(folder: Path) -> None:
 
 @row('`pipeline("image-text-to-text")`')
 def pipeline(folder: Path) -> None:
-    """The embedded model in a pipeline answers as its own `generate` does with the same tokens kept."""
+    """The built-in model in a pipeline answers as its own `generate` does with the same tokens kept."""
     from vtprune import refvlm
 
     model, processor = refvlm.load()

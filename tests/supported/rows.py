@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import compiling, generating, weights
-from .table import ROWS
+from tests.supported import compiling, generating, weights
+from tests.supported.table import ROWS
 
 __all__ = ["ROWS", "compiling", "generating", "weights"]

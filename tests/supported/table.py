@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import vtprune
-from vtprune import progress
+from vtprune.study import progress
 
 
 @dataclass(frozen=True)

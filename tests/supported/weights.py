@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import vtprune
-
-from .models import build, greedy, kept, patched, prompt, same_as_masked
-from .table import refused, row
+from tests.supported.models import build, greedy, kept, patched, prompt, same_as_masked
+from tests.supported.table import refused, row
 
 
 @row("`save_pretrained` of a patched model")

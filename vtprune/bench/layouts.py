@@ -119,7 +119,7 @@ class AnyRes(Layout):
         return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def _tokens(self, model: Any, size: tuple[int, int]) -> int:
-        """The model's own packing says how many tokens are left of a picture."""
+        """The model's own packed layout says how many tokens are left of a picture."""
         config, vision = model.config, model.config.vision_config
         empty = torch.zeros(self._tiles(model, size), (vision.image_size // vision.patch_size) ** 2, 1)
         select = {"vision_feature_select_strategy": "default"} if config.model_type == "llava_next" else {}

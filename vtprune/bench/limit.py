@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import Anatomy
-from ..budget import Budget
+from ..core.budget import Budget
 from ..errors import VTPruneError
-from ..flops import DecoderShape, decoder_flops
+from ..models.anatomy import Anatomy
+from ..report.cost import DecoderShape, decoder_flops
 
 
 @torch.no_grad()

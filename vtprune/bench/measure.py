@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark itself: all ways to answer a prompt take turns, round after round, and every round is written down."""
+"""The benchmark: all variants answer a prompt in turns, round after round, and every round is written down."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import progress
-from ..anatomy import Anatomy
-from ..errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
-from ..flops import DecoderShape, kv_bytes
-from ..loading import one_line
-from ..patching import inspect, patch
-from . import limit, timing
-from .ways import Way
+from ..engine.patching import inspect, patch
+from ..errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError, one_line
+from ..models.anatomy import Anatomy
+from ..report.cost import DecoderShape, kv_bytes
+from ..study import progress
+from . import limit, stopwatch
+from .variants import Variant
 
 WARM = 576  # visual tokens that a CPU is warmed up with at most
 REFUSALS = (BudgetError, MethodError, NothingPrunedError, UnsupportedModelError)
@@ -51,13 +50,13 @@ class Bench:
     Attributes:
         model: Without a patch.
         prompt: Makes the arguments of `generate` for a setting.
-        ways: What takes turns.
+        variants: What takes turns.
         new_tokens: Tokens generated in every run.
     """
 
     model: Any
     prompt: Callable[[Setting], Mapping[str, Any]]
-    ways: Sequence[Way]
+    variants: Sequence[Variant]
     new_tokens: int = 8
 
     def __post_init__(self) -> None:
@@ -102,12 +101,12 @@ class Bench:
         return self.prepare(Setting(setting.batch, WARM))
 
     def round(self, prompt: Prompt) -> dict[str, dict[str, Any]]:
-        """Every way once, in order: by its key, what it took."""
-        return {way.key: self._answer(way, prompt) for way in self.ways}
+        """Every variant once, in order: by its key, what it took."""
+        return {variant.key: self._answer(variant, prompt) for variant in self.variants}
 
-    def _answer(self, way: Way, prompt: Prompt) -> dict[str, Any]:
+    def _answer(self, variant: Variant, prompt: Prompt) -> dict[str, Any]:
         try:
-            return self._run(way, prompt)
+            return self._run(variant, prompt)
         except REFUSALS as error:
             return {"refused": one_line(error)}
         except torch.OutOfMemoryError:
@@ -115,26 +114,26 @@ class Bench:
                 torch.cuda.empty_cache()
             return {"refused": "out of memory"}
 
-    def _run(self, way: Way, prompt: Prompt) -> dict[str, Any]:
+    def _run(self, variant: Variant, prompt: Prompt) -> dict[str, Any]:
         batch, length = prompt.visual.shape
         layers = self.parts.num_layers
-        if way.kind == "method":
-            assert way.budget is not None and way.method is not None
-            with patch(self.model, method=way.method, **vars(way.budget)) as running:
-                run = timing.generate(
+        if variant.kind == "method":
+            assert variant.budget is not None and variant.method is not None
+            with patch(self.model, method=variant.method, **vars(variant.budget)) as running:
+                run = stopwatch.generate(
                     self.parts, prompt.inputs, self.new_tokens, [stage.layer for stage in running.schedule]
                 )
                 last = running.last
             assert last is not None
             slots, kept, mean = last.slots, len(last.kept[0]), last.mean_ratio
-        elif way.kind == "limit":
-            assert way.budget is not None
-            short = limit.short_prompt(prompt.embeds, prompt.visual, way.budget)
-            run = timing.generate(self.parts, short, self.new_tokens)
+        elif variant.kind == "limit":
+            assert variant.budget is not None
+            short = limit.short_prompt(prompt.embeds, prompt.visual, variant.budget)
+            run = stopwatch.generate(self.parts, short, self.new_tokens)
             kept = short["attention_mask"].shape[1] - length + prompt.tokens
             slots, mean = [short["attention_mask"].shape[1]] * layers, kept / prompt.tokens
         else:
-            run = timing.generate(self.parts, prompt.inputs, self.new_tokens)
+            run = stopwatch.generate(self.parts, prompt.inputs, self.new_tokens)
             slots, kept, mean = [length] * layers, prompt.tokens, 1.0
         return {
             **dataclasses.asdict(run),
@@ -179,9 +178,9 @@ def run(
     """Runs a benchmark, or what is left of it.
 
     Args:
-        bench: The model and the ways.
+        bench: The model and the variants.
         settings: Prompts, one after the other.
-        rounds: How often each way runs on each of them.
+        rounds: How often each variant runs on each of them.
         header: What results are only comparable under; see `header`.
         out: The result file, written after every round.
         force: Overwrite a result of another header, and measure anew what is there.
@@ -224,7 +223,7 @@ def header(bench: Bench, name: str, text: int | None, seed: int = 0) -> dict[str
     """What times are only comparable under.
 
     Args:
-        bench: The model and the ways.
+        bench: The model and the variants.
         name: Of the model.
         text: Text tokens of the prompts, None for prompts of the user's own.
         seed: Of weights and prompts.
@@ -232,7 +231,7 @@ def header(bench: Bench, name: str, text: int | None, seed: int = 0) -> dict[str
     device = bench.device
     return {
         "model": name,
-        "ways": [way.key for way in bench.ways],
+        "variants": [variant.key for variant in bench.variants],
         "new_tokens": bench.new_tokens,
         "text_tokens": text,
         "seed": seed,

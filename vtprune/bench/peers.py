@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from ..core.method import Choice, Method
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..methods.base import Choice, Method, Tokens
 from ..methods.cdpruner import CDPruner, scale
 from ..methods.divprune import DivPrune
 from ..methods.visionzip import VisionZip
-from ..vision import Vision, crops_seen
-from ..vision_layout import by_crop
+from ..vision.crops import by_crop
+from ..vision.tower import Vision, crops_seen
 
 
 def divprune(features: Tensor, count: int) -> Tensor:
@@ -98,7 +99,7 @@ class PlainDivPrune(DivPrune):
 
     def choose(self, tokens: Tokens) -> Choice:
         keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
-        bounds = tokens.segments.tolist()
+        bounds = tokens.offsets.tolist()
         for start, end, count in zip(bounds, bounds[1:], tokens.budgets.tolist(), strict=False):
             keep[start + divprune(tokens.hidden[start:end], count)] = True
         return Choice(keep)
@@ -109,7 +110,7 @@ class PlainCDPruner(CDPruner):
     """CDPruner with the plain loop, crop by crop; the relevance is the same."""
 
     def choose(self, tokens: Tokens) -> Choice:
-        relevance = scale(self.relevance(tokens), tokens.pool, len(tokens.segments) - 1)
+        relevance = scale(self.relevance(tokens), tokens.group, len(tokens.offsets) - 1)
         keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
         for rows, count, _ in by_crop(tokens, crops_seen(tokens, self.name)).each():
             if count:

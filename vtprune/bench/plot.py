@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a benchmark: where the time of each way goes, beside the limit."""
+"""The picture of a benchmark: where the time of each variant goes, beside the limit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import VTPruneError
-from ..loading import InputError
+from ..errors import InputError, VTPruneError
 from . import summary
 
 _PARTS = (
@@ -34,7 +33,7 @@ def check(path: str | Path) -> None:
 
 
 def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
-    """Draws a bar for every way in every setting, in parts, and the limits as dashed lines.
+    """Draws a bar for every variant in every setting, in parts, and the limits as dashed lines.
 
     Args:
         data: What `vtprune.bench.measure.run` returns.
@@ -75,20 +74,20 @@ def _groups(data: Mapping[str, Any], cpu: bool) -> list[tuple[str, list[dict[str
 
 
 def _bars(ax: Any, rows: list[dict[str, Any]]) -> None:
-    vision = next((row["vision"]["median"] for row in rows if row["way"] == "unpruned"), 0.0)
+    vision = next((row["vision"]["median"] for row in rows if row["variant"] == "unpruned"), 0.0)
     starts = [0.0] * len(rows)
     lengths = []
     for row in rows:
-        seen = vision if row["way"].startswith("limit ") else row["vision"]["median"]
+        seen = vision if row["variant"].startswith("limit ") else row["vision"]["median"]
         deciding, prefill = row["decision"]["median"], row["prefill"]["median"]
         lengths.append((seen, deciding, prefill - deciding, row["end_to_end"]["median"] - seen - prefill))
     for part, (label, colour) in enumerate(_PARTS):
         widths = [1e3 * max(0.0, length[part]) for length in lengths]
         ax.barh(range(len(rows)), widths, left=starts, color=colour, label=label, height=0.7)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    ends = [1e3 * row["end_to_end"]["median"] for row in rows if row["way"].startswith("limit ")]
+    ends = [1e3 * row["end_to_end"]["median"] for row in rows if row["variant"].startswith("limit ")]
     for number, end in enumerate(ends):
         ax.axvline(end, color="#333333", linestyle="--", linewidth=0.8, label=None if number else "limit")
-    ax.set_yticks(range(len(rows)), [row["way"] for row in rows])
+    ax.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)

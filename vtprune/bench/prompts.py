@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import loading
-from ..loading import InputError
-from ..patching import inspect
+from ..engine.patching import inspect
+from ..errors import InputError, one_line
+from ..refvlm import loading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +53,7 @@ def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, ba
             )
         except Exception as error:  # processors raise what they like
             what = f"{type(processor).__name__} cannot make a prompt of {len(pictures)} pictures"
-            raise InputError(f"{what}: {loading.one_line(error)}") from error
+            raise InputError(f"{what}: {one_line(error)}") from error
     made = made.to(model.device)
     return {
         name: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..loading import InputError
+from ..errors import InputError
 from .layouts import AnyRes, Fixed, Grid, Layout, Tiles
 
 if TYPE_CHECKING:

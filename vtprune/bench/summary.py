@@ -15,14 +15,14 @@ NOTHING_TO_GAIN = 0.95  # a limit above this share of the unpruned prefill leave
 
 
 def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
-    """One row for every way in every setting of a result.
+    """One row for every variant in every setting of a result.
 
     Args:
         data: What `vtprune.bench.measure.run` returns.
         cpu: CPU time of the process in place of time by the clock.
 
     Returns:
-        list[dict]: With `batch`, `tokens` and `way`, and either `refused`, the reason, or
+        list[dict]: With `batch`, `tokens` and `variant`, and either `refused`, the reason, or
 
         * `visual`, `text`, `kept`, `mean_ratio`: tokens of a sample;
         * `vision`, `decision`, `prefill`, `token`, `end_to_end`: seconds as `median`, `low` and `high`;
@@ -34,22 +34,22 @@ def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
         * and where a limit was measured `over_limit` (0.05 is 5 % more than the limit's prefill), `gain`, the share of
           the possible gain in prefill that was had, `gain_end_to_end`; and `verdict`.
     """
-    return [row for setting in data["settings"].values() for row in _setting(setting, data["ways"], cpu)]
+    return [row for setting in data["settings"].values() for row in _setting(setting, data["variants"], cpu)]
 
 
-def _setting(setting: Mapping[str, Any], ways: Iterable[str], cpu: bool) -> list[dict[str, Any]]:
+def _setting(setting: Mapping[str, Any], variants: Iterable[str], cpu: bool) -> list[dict[str, Any]]:
     rounds = [entry["runs"] for entry in setting["rounds"]]
     if cpu:
-        rounds = [{way: {**run, **(run.get("cpu") or {})} for way, run in runs.items()} for runs in rounds]
-    return [_row(setting, rounds, way) for way in ways] if rounds else []
+        rounds = [{variant: {**run, **(run.get("cpu") or {})} for variant, run in runs.items()} for runs in rounds]
+    return [_row(setting, rounds, variant) for variant in variants] if rounds else []
 
 
-def _row(setting: Mapping[str, Any], rounds: list[dict], way: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"batch": setting["batch"], "tokens": setting["tokens"], "way": way}
-    good = [runs for runs in rounds if "refused" not in runs[way]]
+def _row(setting: Mapping[str, Any], rounds: list[dict], variant: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"batch": setting["batch"], "tokens": setting["tokens"], "variant": variant}
+    good = [runs for runs in rounds if "refused" not in runs[variant]]
     if not good:
-        return row | {"refused": rounds[0][way]["refused"]}
-    mine = [runs[way] for runs in good]
+        return row | {"refused": rounds[0][variant]["refused"]}
+    mine = [runs[variant] for runs in good]
     row |= {name: mine[0][name] for name in ("visual", "text", "kept", "mean_ratio", "kv_bytes", "kv_bytes_formula")}
     row["rounds"] = len(mine)
     peaks = [run["peak_bytes"] for run in mine if run["peak_bytes"] is not None]
@@ -57,18 +57,18 @@ def _row(setting: Mapping[str, Any], rounds: list[dict], way: str) -> dict[str, 
     for name in ("vision", "decision", "prefill", "token"):
         row[name] = _spread([run[name] for run in mine if run[name] is not None])
     both = [runs for runs in good if "refused" not in runs["unpruned"]]
-    limit = f"limit {way.split()[-1]}"  # of the same budget
-    if way.startswith("limit "):  # it is given embeddings, and its pictures would cost the same
-        both_total = [runs[way]["total"] + runs["unpruned"]["vision"] for runs in both]
+    limit = f"limit {variant.split()[-1]}"  # of the same budget
+    if variant.startswith("limit "):  # it is given embeddings, and its pictures would cost the same
+        both_total = [runs[variant]["total"] + runs["unpruned"]["vision"] for runs in both]
         row["end_to_end"] = _spread(both_total)
     else:
         row["end_to_end"] = _spread([run["total"] for run in mine])
     if both:
-        row |= _against_unpruned(both, way)
+        row |= _against_unpruned(both, variant)
     three = [runs for runs in both if "refused" not in runs.get(limit, {"refused": ""})]
-    if three and way != "unpruned":
-        row |= _against_limit(three, way, limit)
-        row["verdict"] = _verdict(row, three, way, limit) if way != limit else ""
+    if three and variant != "unpruned":
+        row |= _against_limit(three, variant, limit)
+        row["verdict"] = _verdict(row, three, variant, limit) if variant != limit else ""
     return row
 
 
@@ -80,48 +80,48 @@ def _median(rounds: list[dict], value: Callable[[dict], float]) -> float:
     return statistics.median(value(runs) for runs in rounds)
 
 
-def _total(runs: dict, way: str) -> float:
-    extra = runs["unpruned"]["vision"] if way.startswith("limit ") else 0.0
-    return runs[way]["total"] + extra
+def _total(runs: dict, variant: str) -> float:
+    extra = runs["unpruned"]["vision"] if variant.startswith("limit ") else 0.0
+    return runs[variant]["total"] + extra
 
 
-def _against_unpruned(rounds: list[dict], way: str) -> dict[str, Any]:
-    share = rounds[0][way]["flops_share"]
+def _against_unpruned(rounds: list[dict], variant: str) -> dict[str, Any]:
+    share = rounds[0][variant]["flops_share"]
     before = _median(rounds, lambda runs: runs["unpruned"]["prefill"])
     found = {
-        "speedup": _median(rounds, lambda runs: runs["unpruned"]["prefill"] / runs[way]["prefill"]),
-        "speedup_end_to_end": _median(rounds, lambda runs: _total(runs, "unpruned") / _total(runs, way)),
+        "speedup": _median(rounds, lambda runs: runs["unpruned"]["prefill"] / runs[variant]["prefill"]),
+        "speedup_end_to_end": _median(rounds, lambda runs: _total(runs, "unpruned") / _total(runs, variant)),
         "flops_share": share,
         "flops_bound": before * share,
-        "decision_share": _median(rounds, lambda runs: runs[way]["decision"] / runs["unpruned"]["prefill"]),
+        "decision_share": _median(rounds, lambda runs: runs[variant]["decision"] / runs["unpruned"]["prefill"]),
     }
     if share < 1:
         found["flops_gain"] = _median(
-            rounds, lambda runs: (1 - runs[way]["prefill"] / runs["unpruned"]["prefill"]) / (1 - share)
+            rounds, lambda runs: (1 - runs[variant]["prefill"] / runs["unpruned"]["prefill"]) / (1 - share)
         )
     return found
 
 
-def _against_limit(rounds: list[dict], way: str, limit: str) -> dict[str, Any]:
+def _against_limit(rounds: list[dict], variant: str, limit: str) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "over_limit": _median(rounds, lambda runs: runs[way]["prefill"] / runs[limit]["prefill"] - 1),
-        "gain": _gain(rounds, lambda runs, name: runs[name]["prefill"], way, limit),
-        "gain_end_to_end": _gain(rounds, _total, way, limit),
+        "over_limit": _median(rounds, lambda runs: runs[variant]["prefill"] / runs[limit]["prefill"] - 1),
+        "gain": _gain(rounds, lambda runs, name: runs[name]["prefill"], variant, limit),
+        "gain_end_to_end": _gain(rounds, _total, variant, limit),
     }
     return found
 
 
-def _gain(rounds: list[dict], time: Callable[[dict, str], float], way: str, limit: str) -> float | None:
+def _gain(rounds: list[dict], time: Callable[[dict, str], float], variant: str, limit: str) -> float | None:
     """Share of the possible gain that was had; None where there was hardly any to be had."""
     if _median(rounds, lambda runs: time(runs, limit) / time(runs, "unpruned")) > NOTHING_TO_GAIN:
         return None
     return _median(
         rounds,
-        lambda runs: (time(runs, "unpruned") - time(runs, way)) / (time(runs, "unpruned") - time(runs, limit)),
+        lambda runs: (time(runs, "unpruned") - time(runs, variant)) / (time(runs, "unpruned") - time(runs, limit)),
     )
 
 
-def _verdict(row: Mapping[str, Any], rounds: list[dict], way: str, limit: str) -> str:
+def _verdict(row: Mapping[str, Any], rounds: list[dict], variant: str, limit: str) -> str:
     """Empty where pruning pays; else why it does not."""
     saved = 1e3 * _median(rounds, lambda runs: runs["unpruned"]["prefill"] - runs[limit]["prefill"])
     deciding = 1e3 * row["decision"]["median"]

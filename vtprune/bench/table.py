@@ -62,12 +62,12 @@ def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Lines about rows: what did not pay, what was refused, what differs from the formula."""
     for row in rows:
         if "refused" in row:
-            yield f"{row['way']}: {row['refused']}"
+            yield f"{row['variant']}: {row['refused']}"
         elif row.get("verdict"):
-            yield f"{row['way']}: {row['verdict']}"
+            yield f"{row['variant']}: {row['verdict']}"
         if row.get("kv_bytes") != row.get("kv_bytes_formula"):
             found, formula = row["kv_bytes"], row["kv_bytes_formula"]
-            yield f"{row['way']}: the KV cache holds {found:,} B, its formula says {formula:,} B"
+            yield f"{row['variant']}: the KV cache holds {found:,} B, its formula says {formula:,} B"
 
 
 def _table(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> Table:
@@ -82,12 +82,12 @@ def _table(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> Ta
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
         if "refused" in row:
-            table.add_row(Text(row["way"]), *["-"] * (len(_COLUMNS) - 1))
+            table.add_row(Text(row["variant"]), *["-"] * (len(_COLUMNS) - 1))
             continue
         prefill = row["prefill"]
         pays = "" if not row.get("verdict") else " (no)"
         table.add_row(
-            Text(row["way"]),
+            Text(row["variant"]),
             f"{row['kept']:,}",
             _ms(row["vision"]),
             _ms(row["decision"]),

@@ -1,28 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning methods: one file each, found by importing every module of this package."""
+"""Pruning methods, and the classes that a method of your own is built from."""
 
-from __future__ import annotations
-
-import importlib
-import pkgutil
-
-from .base import AttentionInputs, Choice, Method, ScoreMethod, Stage, Tap, Tokens
-from .registry import get, names, register, resolve
-
-_INFRASTRUCTURE = {"base", "registry"}
-
-for _module in pkgutil.iter_modules(__path__):
-    if _module.name not in _INFRASTRUCTURE:
-        _loaded = importlib.import_module(f"{__name__}.{_module.name}")
-        for _value in list(vars(_loaded).values()):
-            # A registered class is a public name of this package: vtprune.methods.IWP.
-            if isinstance(_value, type) and issubclass(_value, Method) and _value.__module__ == _loaded.__name__:
-                globals()[_value.__name__] = _value
+from ..core.method import Choice, Method, ScoreMethod, Stage, Tap
+from ..core.registry import get, names, register, resolve
+from ..core.tokens import AttentionInputs, Prompt, Tokens
+from .cdpruner import CDPruner
+from .dart import DART
+from .debiased import Debiased
+from .divprune import DivPrune
+from .fastv import FastV
+from .iwp import IWP
+from .pooling import Pooling
+from .prumerge import PruMerge
+from .pyramiddrop import PyramidDrop
+from .random_subset import Random
+from .sparsevlm import SparseVLM
+from .transprune import TransPrune
+from .uniform import Uniform
+from .vflowopt import VFlowOpt
+from .visionzip import VisionZip
+from .vispruner import VisPruner
+from .zoo_prune import ZOOPrune
 
 __all__ = [
+    "CDPruner",
+    "DART",
+    "Debiased",
+    "DivPrune",
+    "FastV",
+    "IWP",
+    "Pooling",
+    "PruMerge",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "TransPrune",
+    "Uniform",
+    "VFlowOpt",
+    "VisPruner",
+    "VisionZip",
+    "ZOOPrune",
     "AttentionInputs",
     "Choice",
     "Method",
+    "Prompt",
     "ScoreMethod",
     "Stage",
     "Tap",

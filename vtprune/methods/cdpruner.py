@@ -12,17 +12,59 @@ from torch import Tensor
 
 from vtprune_kernels import dpp_map
 
+from ..core.method import Choice, Method, Stage, Tap
+from ..core.options import check_choices
+from ..core.ragged import from_order
+from ..core.registry import register
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..selection import from_order
-from ..vision import Vision, crops_seen, projector_tap
-from ..vision_layout import by_crop
-from .base import Choice, Method, Stage, Tap, Tokens
-from .clip_relevance import clip_patches, clip_text, similarity
-from .options import check_choices
-from .registry import register
+from ..vision.crops import by_crop
+from ..vision.tower import Vision, crops_seen, projector_tap
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
+
+from torch.nn.functional import normalize
+
+_SEGMENT = 77  # tokens that CLIP's text tower reads at once
+
+
+def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Mean over the text rows of the NEGATIVE cosine, as released (dense CLIP patches are anti-correlated with text).
+
+    Args:
+        image_embeds: `[..., C]`.
+        text_embeds: `[m, C]`.
+
+    Returns:
+        Tensor: `[...]` float32.
+    """
+    return -(normalize(image_embeds.float(), dim=-1) @ normalize(text_embeds.float(), dim=-1).mean(0))
+
+
+def clip_patches(clip: Any, features: Tensor) -> Tensor:
+    """`[R, C]` CLIP embeddings of patches `[R, F]`, the vision tower's features before the projector.
+
+    Raises:
+        MethodError: The features are not as wide as those of the CLIP model `clip`.
+    """
+    weights = clip.visual_projection.weight
+    if features.shape[1] != weights.shape[1]:
+        raise MethodError(
+            f"clip projects features of width {weights.shape[1]}, the model's are {features.shape[1]} wide; "
+            "expected the CLIP model that the vision tower was taken from"
+        )
+    return clip.visual_projection(clip.vision_model.post_layernorm(features.to(weights)))
+
+
+def clip_text(clip: Any, clip_tokenizer: Any, text: str) -> Tensor:
+    """`[m, C]` CLIP embeddings of a text, one for every 77 tokens of it."""
+    tokens = torch.tensor(clip_tokenizer(text.strip())["input_ids"])
+    offsets = tokens.new_zeros(-(-len(tokens) // _SEGMENT), _SEGMENT)
+    offsets.view(-1)[: len(tokens)] = tokens
+    output = clip.get_text_features(input_ids=offsets.to(clip.device))
+    return output if isinstance(output, Tensor) else output.pooler_output
+
 
 _TEXT = "cdpruner.text"
 
@@ -50,7 +92,7 @@ class CDPruner(Method):
     one, each adding most to the determinant. `r` is min-max scaled over the crops of a sample.
 
     Relevance: with `clip` as published, the negative cosine of CLIP-space patches (features before the projector
-    through CLIP's last norm and projection) and CLIP embeddings of the question, in segments of 77 tokens. No model of
+    through CLIP's last norm and projection) and CLIP embeddings of the question, in offsets of 77 tokens. No model of
     transformers carries CLIP's text tower; without `clip` the visual embeddings are compared with the decoder's
     embeddings of the text after the image, the paper's way for models without CLIP, with the same sign.
 
@@ -93,12 +135,12 @@ class CDPruner(Method):
         if not bool(torch.isfinite(relevance).all()):
             bad = ", ".join(map(str, tokens.sample[~torch.isfinite(relevance)].unique().tolist()))
             raise MethodError(f"the embedded text of sample {bad} holds NaN or Inf: relevance would be meaningless")
-        group = tokens.pool if self.scale_over == "sample" else torch.zeros_like(tokens.pool)
-        relevance = scale(relevance, group, len(tokens.segments) - 1)
+        group = tokens.group if self.scale_over == "sample" else torch.zeros_like(tokens.group)
+        relevance = scale(relevance, group, len(tokens.offsets) - 1)
         crops = by_crop(tokens, crops_seen(tokens, self.name))
         rows = crops.rows
         order = dpp_map(
-            tokens.hidden[rows], relevance[rows], crops.segments, crops.budgets, crops.max_budget, crops.max_length
+            tokens.hidden[rows], relevance[rows], crops.offsets, crops.budgets, crops.max_budget, crops.max_length
         )
         keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=relevance)
@@ -110,8 +152,8 @@ class CDPruner(Method):
         assert prompt is not None
         out = tokens.hidden.new_zeros(len(tokens), dtype=torch.float32)
         patches = None if self.clip is None else self._clip_patches(tokens)
-        for rows in prompt.text.split(prompt.text_segments.diff().tolist()):
-            place = prompt.batch[rows].to(embeds.device), prompt.column[rows].to(embeds.device)
+        for rows in prompt.text.split(prompt.text_offsets.diff().tolist()):
+            place = prompt.batch[rows].to(embeds.device), prompt.slot[rows].to(embeds.device)
             mine = tokens.sample == prompt.batch[rows[0]]
             if patches is None:
                 out[mine] = similarity(tokens.hidden[mine], embeds[place].to(out.device))
@@ -122,8 +164,8 @@ class CDPruner(Method):
     def _text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """`[B, T]` ids and `[B, T, D]` embeddings of the prompt."""
         assert tokens.prompt is not None
-        rows, columns = int(tokens.prompt.batch.max()), int(tokens.prompt.column.max())
-        for *inputs, output in reversed(tokens.observed.get(_TEXT, [])):
+        rows, columns = int(tokens.prompt.batch.max()), int(tokens.prompt.slot.max())
+        for *inputs, output in reversed(tokens.recorded.get(_TEXT, [])):
             if output.dim() == 3 and output.shape[0] > rows and output.shape[1] > columns:
                 return inputs[0], output
         raise MethodError(

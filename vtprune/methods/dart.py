@@ -9,15 +9,88 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..core.method import Choice, Method, Stage, Tap
+from ..core.ragged import group_ids
+from ..core.registry import register
+from ..core.taps import layer_output, over_prompt
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..selection import segment_ids
-from .base import Choice, Method, Stage, Tap, Tokens
-from .pivots import duplication_aware
-from .registry import register
-from .taps import layer_output, over_prompt
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
+
+from torch.nn.utils.rnn import pad_sequence
+
+from ..core.ragged import top_k
+
+
+def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offsets: Tensor, quota: Tensor) -> Tensor:
+    """Takes, pivot by pivot, the tokens that resemble the pivot least among those not taken yet.
+
+    Args:
+        hidden: `[M, D]` states of the candidates.
+        start: `[M]` bool, what is taken from the start.
+        pivots: For each pool `[P, D]` states of its pivots, in the order in which they take.
+        offsets: `[S + 1]` offsets of the pools.
+        quota: `[S]` how many tokens the pivots of a pool take together: each the same number, and one more for as many
+            of the first ones as the division leaves over. No more than there are.
+
+    Returns:
+        Tensor: `[M]` bool, `start` and what the pivots took. Equal similarities go to the smaller row.
+    """
+    lengths = offsets.diff().tolist()
+    unit = nn.functional.normalize(torch.nan_to_num(hidden.float()), dim=-1)
+    dense = pad_sequence(list(unit.split(lengths)), batch_first=True)  # [S, N, D]
+    taken = pad_sequence(list(start.split(lengths)), batch_first=True, padding_value=1).bool()  # [S, N]
+    number = torch.tensor([len(p) for p in pivots], device=hidden.device).clamp_min(1)
+    axes = nn.functional.normalize(torch.nan_to_num(pad_sequence(pivots, batch_first=True).float()), dim=-1)
+    similarity = axes @ dense.mT  # [S, P, N]
+    for p in range(axes.shape[1]):
+        share = torch.where(p < number, quota // number + (p < quota % number), 0)
+        order = similarity[:, p].masked_fill(taken, torch.inf).sort(dim=1, stable=True).indices
+        taken |= order.argsort(dim=1) < share[:, None]
+    return torch.cat([row[:n] for row, n in zip(taken, lengths, strict=True)])
+
+
+def duplication_aware(
+    hidden: Tensor,
+    size: Tensor,
+    offsets: Tensor,
+    budgets: Tensor,
+    text: Tensor,
+    text_size: Tensor,
+    text_offsets: Tensor,
+    pivots: int = 4,
+    exact: bool = True,
+) -> Tensor:
+    """The choice of DART.
+
+    Args:
+        hidden: `[M, D]` normed states of the visual tokens.
+        size: `[M]` L1 norms of their keys.
+        offsets: `[S + 1]` offsets of the pools.
+        budgets: `[S]` counts.
+        text: `[R, D]` normed states of the text after the image.
+        text_size: `[R]` L1 norms of its keys.
+        text_offsets: `[S + 1]` offsets of each pool's text.
+        pivots: Pivots of each kind.
+        exact: False takes `floor(budget / (2 pivots))` tokens per pivot, as released.
+
+    Returns:
+        Tensor: `[M]` bool.
+    """
+    budgets = budgets.to(hidden.device)
+    image = top_k(size, offsets, budgets.clamp_max(pivots))
+    chosen = top_k(text_size, text_offsets, text_offsets.diff().clamp_max(pivots))
+    pools = group_ids(offsets, len(size))[image], group_ids(text_offsets, len(text_size))[chosen]
+    ours, theirs = (pool.bincount(minlength=len(budgets)).tolist() for pool in pools)
+    # Visual pivots lie before those of the text: together they ascend.
+    groups = [torch.cat(pair) for pair in zip(hidden[image].split(ours), text[chosen].split(theirs), strict=True)]
+    room = offsets.diff().to(hidden.device) - budgets.clamp_max(pivots)
+    quota = budgets - budgets.clamp_max(pivots)
+    if not exact:
+        quota = budgets // (2 * pivots) * torch.tensor([len(g) for g in groups], device=hidden.device)
+    return take_least_similar(hidden, image, groups, offsets, torch.minimum(quota, room))
 
 
 def key_size(keys: Tensor) -> Tensor:
@@ -64,7 +137,7 @@ class DART(Method):
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(min(self.layer, num_layers - 1), 0.222),)
 
-    def reads(self, num_layers: int) -> tuple[int, ...]:
+    def required_layer_inputs(self, num_layers: int) -> tuple[int, ...]:
         return (max(self.schedule(num_layers)[0].layer - 1, 0),)
 
     def taps(self, anatomy: Anatomy) -> tuple[Tap, ...]:
@@ -76,17 +149,17 @@ class DART(Method):
         size = key_size(inputs.keys)  # [C]
         norm = final_norm(tokens.anatomy)
         hidden = norm(tokens.hidden).to(size.device)
-        records, prompt = tokens.observed.get("dart.states"), tokens.prompt
+        records, prompt = tokens.recorded.get("dart.states"), tokens.prompt
         if records and prompt is not None:
             text = norm(over_prompt(records[-1], tokens)[prompt.text]).to(size.device)  # [R, D]
-            ends = inputs.query_segments
-            asked = inputs.query_order + inputs.key_segments[:-1][segment_ids(ends, len(inputs.query_order))]
+            ends = inputs.query_offsets
+            asked = inputs.query_order + inputs.key_offsets[:-1][group_ids(ends, len(inputs.query_order))]
         else:
-            text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_segments), inputs.query_order[:0]
+            text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_offsets), inputs.query_order[:0]
         keep = duplication_aware(
             hidden,
             size[inputs.visual],
-            tokens.segments,
+            tokens.offsets,
             tokens.budgets,
             text,
             size[asked],

@@ -8,10 +8,11 @@ from typing import Literal
 
 from vtprune_kernels import weighted_farthest_point
 
-from ..selection import from_order
-from .base import Choice, Method, Stage, Tokens
-from .options import check_choices
-from .registry import register
+from ..core.method import Choice, Method, Stage
+from ..core.options import check_choices
+from ..core.ragged import from_order
+from ..core.registry import register
+from ..core.tokens import Tokens
 
 
 @register("divprune")
@@ -21,7 +22,7 @@ class DivPrune(Method):
 
     Paper: DivPrune, arXiv 2503.02175 (CVPR 2025), section 3. Reads only the visual embeddings in the prompt; the whole
     sample is one pool (thumbnail, tiles and newlines together). With `D = 1 - cos` the first pick is the token whose
-    nearest neighbour is farthest away; then, again and again, `argmax_i min_{j picked} D_ij`.
+    nearest neighbor is farthest away; then, again and again, `argmax_i min_{j picked} D_ij`.
 
     Differences from the release: picked tokens are masked (there they only have a distance near 0, and with half
     precision can be picked twice); the distance is float32; images after the first are pruned too.
@@ -41,6 +42,6 @@ class DivPrune(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         order = weighted_farthest_point(
-            tokens.hidden, None, tokens.segments, tokens.budgets, tokens.max_budget, tokens.max_length
+            tokens.hidden, None, tokens.offsets, tokens.budgets, tokens.max_budget, tokens.max_length
         )
         return Choice(from_order(order, len(tokens)))

@@ -7,35 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vtprune_kernels import attention_rows
-
+from ..core.attention import visual_attention
+from ..core.method import ScoreMethod, Stage
+from ..core.ragged import seeded_scores
+from ..core.registry import register
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from .base import AttentionInputs, ScoreMethod, Stage, Tokens
-from .random import Random
-from .registry import register
-
-
-def visual_attention(inputs: AttentionInputs, weights: Tensor | None = None) -> Tensor:
-    """Attention that the visual tokens receive from the given rows, mean over heads and rows.
-
-    Args:
-        inputs: Queries and keys of one layer.
-        weights: `[R]` weights of the rows, by default equal.
-
-    Returns:
-        Tensor: `[M]` float32, of a softmax over all keys that a row sees.
-    """
-    received = attention_rows(
-        inputs.queries,
-        inputs.keys,
-        inputs.query_segments,
-        inputs.key_segments,
-        inputs.query_order,
-        inputs.scaling,
-        inputs.softcap,
-        weights=weights,
-    )
-    return received[inputs.visual]
 
 
 @register("fastv")
@@ -68,11 +45,11 @@ class FastV(ScoreMethod):
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(min(self.layer, num_layers - 1), 0.5),)
 
-    def reads(self, num_layers: int) -> tuple[int, ...]:
+    def required_layer_inputs(self, num_layers: int) -> tuple[int, ...]:
         cut = self.schedule(num_layers)[0].layer
         return (cut - 1,) if cut else ()
 
     def score(self, tokens: Tokens) -> Tensor:
         if tokens.layer == 0:
-            return Random(self.seed).score(tokens)
+            return seeded_scores(tokens.offsets, self.seed)
         return visual_attention(tokens.attention_inputs(tokens.layer - 1, queries="last"))

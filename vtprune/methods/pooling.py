@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..selection import rank_in_segment
-from ..vision_layout import by_crop
-from .base import Choice, Method, Tokens
-from .registry import register
-from .uniform import spread
+from ..core.method import Choice, Method
+from ..core.ragged import rank_in_group
+from ..core.registry import register
+from ..core.spread import spread
+from ..core.tokens import Tokens
+from ..vision.crops import by_crop
 
 
 def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
@@ -52,8 +53,8 @@ def centres(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
         middle = torch.zeros(len(sizes)).index_add_(0, cell, axis) / sizes
         away += (axis - middle[cell]).square()
     order = torch.sort(cell, stable=True).indices
-    segments = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    return order[rank_in_segment(-away[order], segments) == 0]
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return order[rank_in_group(-away[order], offsets) == 0]
 
 
 @register("pooling")
@@ -63,7 +64,7 @@ class Pooling(Method):
 
     No paper; the control for methods that merge. Crops and frames share the budget in proportion to their sizes. A
     merged token takes the column of the token nearest to the middle of its cell. Tokens without a place in the grid
-    (newlines) go first; in models that tell no places, neighbours in the prompt are averaged.
+    (newlines) go first; in models that tell no places, neighbors in the prompt are averaged.
 
     Attributes:
         layer: Decoder layer before which hidden states are averaged; 0 is before the decoder.
@@ -72,7 +73,7 @@ class Pooling(Method):
     layer: int = 0
 
     def choose(self, tokens: Tokens) -> Choice:
-        row, col = tokens.row.cpu(), tokens.col.cpu()
+        row, col = tokens.grid_row.cpu(), tokens.grid_col.cpu()
         col = torch.where(row < 0, tokens.index.cpu(), col)
         weights = torch.zeros(len(tokens))
         for rows, _, _ in by_crop(tokens).each():

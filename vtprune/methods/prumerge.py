@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PruMerge and PruMerge+: patches that the class token looks at, each with its neighbours folded in."""
+"""PruMerge and PruMerge+: patches that the class token looks at, each with its neighbors folded in."""
 
 from __future__ import annotations
 
@@ -10,16 +10,51 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..core.method import Choice, Method, Stage, Tap
+from ..core.options import check_choices
+from ..core.registry import register
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..vision import Attention, Vision, layer_tap, projector_tap, say_once
-from ..vision_layout import by_crop
-from .base import Choice, Method, Stage, Tap, Tokens
-from .neighbour_merging import merge, neighbours
-from .options import check_choices
-from .registry import register
+from ..vision.crops import by_crop
+from ..vision.tower import Attention, Vision, layer_tap, projector_tap, warn_once
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
+
+from torch.nn.functional import normalize
+
+
+def neighbors(keys: Tensor, kept: Tensor, count: int = 32) -> Tensor:
+    """`[K, count]` rows most similar to each kept row by cosine of keys `[N, C]`, itself left out; ascending."""
+    unit = normalize(keys.float(), dim=-1)
+    similar = unit[kept] @ unit.T  # [K, N]
+    similar[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
+    nearest = similar.sort(dim=1, descending=True, stable=True).indices[:, : min(count, len(keys) - 1)]
+    return nearest.sort(1).values
+
+
+def merge(features: Tensor, attention: Tensor, kept: Tensor, near: Tensor, average: bool = False) -> Tensor:
+    """Folds neighbors into the kept rows, and all rows that are not kept into one more.
+
+    Args:
+        features: `[N, F]`.
+        attention: `[N]` weights.
+        kept: `[K]` rows.
+        near: `[K, n]` neighbors of each.
+        average: Divide by the sum of the weights (a kept row weighs 1); the release does not.
+
+    Returns:
+        Tensor: `[K + 1, F]`: `x_i + sum_j a_j x_j` in the order of `kept`, then `sum_{not kept} a_j x_j`.
+    """
+    features, attention = features.float(), attention.float()
+    weights = features.new_zeros(len(kept) + 1, len(features))
+    weights[:-1].scatter_(1, near, attention[near])
+    weights[-1] = attention
+    weights[-1, kept] = 0
+    weights[torch.arange(len(kept), device=kept.device), kept] = 1
+    if average:
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights @ features
 
 
 def outlier_ratio(attention: Tensor) -> float:
@@ -45,7 +80,7 @@ def one_head(attention: Attention) -> Attention:
 @register("prumerge")
 @dataclass
 class PruMerge(Method):
-    """Patches with the largest class-token attention, and a grid of others, each with its neighbours merged in.
+    """Patches with the largest class-token attention, and a grid of others, each with its neighbors merged in.
 
     Paper: LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025), method section. Stage: the projector, hence before the
     decoder. Reads queries and keys of the LAST vision layer, taken as one head, and the features before the projector.
@@ -65,7 +100,7 @@ class PruMerge(Method):
     Attributes:
         plus: PruMerge+; False is PruMerge.
         important: Share of the kept patches that PruMerge+ chooses by attention (about a quarter results as released).
-        near: Neighbours merged into a kept patch.
+        near: Neighbors merged into a kept patch.
         adaptive: Crops with more outliers get more of the budget.
         average: Merged tokens are weighted averages; the released sums are not normalised.
         positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
@@ -112,7 +147,7 @@ class PruMerge(Method):
             keep[rows[kept]] = True
             extra = rows[~keep[rows]][: budget - len(kept)]
             keep[extra] = True
-            groups.append((rows, kept, neighbours(keys[rows], kept, self.near), extra))
+            groups.append((rows, kept, neighbors(keys[rows], kept, self.near), extra))
         return Choice(keep, self._states(tokens, vision, scores, groups), scores)
 
     def _pick(self, scores: Tensor, count: int) -> Tensor:
@@ -138,7 +173,7 @@ class PruMerge(Method):
 
         projected = vision.project(merged(vision.to_tokens(vision.features), self.average))
         if projected is None:
-            say_once(f"{self.name}: the projector takes whole images only; its outputs are merged, as averages")
+            warn_once(f"{self.name}: the projector takes whole images only; its outputs are merged, as averages")
             projected = merged(tokens.hidden, True)
         hidden = tokens.hidden.clone()
         hidden[changed] = projected.to(hidden)

@@ -8,11 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from .base import ScoreMethod, Stage, Tokens
-from .depth import scale_schedule
-from .fastv import visual_attention
-from .options import check_choices
-from .registry import register
+from ..core.attention import visual_attention
+from ..core.method import ScoreMethod, Stage
+from ..core.options import check_choices
+from ..core.registry import register
+from ..core.schedule import scale_schedule
+from ..core.tokens import Tokens
 
 
 @register("pyramiddrop")

@@ -11,17 +11,105 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ..core.attention import visual_attention
+from ..core.method import Choice, ScoreMethod, Stage, Tap
+from ..core.options import check_choices
+from ..core.registry import register
+from ..core.schedule import scale_schedule
+from ..core.taps import over_prompt
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from .base import Choice, ScoreMethod, Stage, Tap, Tokens
-from .depth import scale_schedule
-from .fastv import visual_attention
-from .options import check_choices
-from .registry import register
-from .taps import over_prompt
-from .transition import MODULES, combine, recorded_change, submodule, variation
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
+
+from typing import Any
+
+from torch import nn
+
+from vtprune_kernels import transition_variation
+
+from ..core.ragged import group_ids
+from ..core.taps import layer_input, layer_output
+
+Direction = Literal["signed", "absolute"]
+
+
+MODULES = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "feedforward", "ffn", "moe"),
+}
+
+
+def submodule(layer: nn.Module, part: Literal["attention", "mlp"]) -> nn.Module | None:
+    """The attention or the MLP of a decoder layer, found by the names of the layer's own children; None without one."""
+    for name, child in layer.named_children():
+        is_norm = "norm" in name.lower() or "norm" in type(child).__name__.lower()
+        named = any(word in name.lower() for word in MODULES[part])
+        if named and not is_norm and next(child.parameters(), None) is not None:
+            return child
+    return None
+
+
+def change(x_in: Tensor, x_out: Tensor, direction: Direction = "signed") -> Tensor:
+    """Change of every token by a module, before it is set in proportion to the other tokens.
+
+    Args:
+        x_in: `[..., D]` normed input of the module.
+        x_out: `[..., D]` its output before the residual addition.
+        direction: `"signed"` for `1 - cos`, `"absolute"` for `1 - |cos|`.
+
+    Returns:
+        Tensor: `[..., 2]` float32, change of length `|out| / |in|` and of direction.
+    """
+    ratio, turn = transition_variation(x_in, x_out)
+    if direction == "absolute":
+        turn = 1 - (1 - turn).abs()
+    return torch.stack([ratio, turn], -1)
+
+
+def recorded_change(args: tuple, kwargs: dict[str, Any], output: Any, direction: Direction) -> Tensor | None:
+    """Record of a tap on a module: `change` as `[B, T, 2]`, but not of decoding steps.
+
+    Raises:
+        MethodError: The module does not turn `[B, T, D]` into as many numbers.
+    """
+    x_in, x_out = layer_input(args, kwargs, output), layer_output(args, kwargs, output)
+    if x_in.dim() == 3 and x_in.shape[1] == 1:
+        return None
+    if x_in.dim() != 3 or x_out.numel() != x_in.numel():
+        raise MethodError(
+            f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expected "
+            "[batch, columns, width] on both sides; use a method that reads attention alone"
+        )
+    return change(x_in, x_out.reshape(x_in.shape), direction)
+
+
+def variation(changes: Tensor, offsets: Tensor) -> Tensor:
+    """Token transition variation of one module: `ratio * softmax(turn)`, the softmax over the tokens of a sample.
+
+    Args:
+        changes: `[C, 2]` of `change`.
+        offsets: `[S + 1]` offsets of the samples.
+
+    Returns:
+        Tensor: `[C]`.
+    """
+    ratio, turn = changes.unbind(-1)
+    weight = torch.exp(turn)  # turn is at most 2
+    return ratio * weight / pool_sum(weight, offsets)
+
+
+def pool_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """`[M]`: the sum of each row's pool."""
+    pools = group_ids(offsets, len(values))
+    return values.new_zeros(len(offsets) - 1).index_add_(0, pools, values)[pools]
+
+
+def combine(ttv: Tensor, attention: Tensor, offsets: Tensor, alpha: float = 0.5) -> Tensor:
+    """Score of a cut: both parts as shares of their pool's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
+    parts = [x / (pool_sum(x, offsets) + 1e-8) for x in (ttv, attention)]
+    return 2 * alpha * parts[0] + 2 * (1 - alpha) * parts[1]
 
 
 @register("transprune")
@@ -94,7 +182,7 @@ class TransPrune(ScoreMethod):
         if "transprune.ttv" in tokens.memory:
             ttv = ttv + tokens.memory["transprune.ttv"]
         tokens.memory["transprune.ttv"] = ttv
-        return combine(ttv, visual_attention(tokens.attention_inputs()), tokens.segments, self.alpha)
+        return combine(ttv, visual_attention(tokens.attention_inputs()), tokens.offsets, self.alpha)
 
     def select(self, tokens: Tokens, scores: Tensor) -> Choice:
         choice = super().select(tokens, scores)
@@ -103,7 +191,7 @@ class TransPrune(ScoreMethod):
 
     def _new_variation(self, tokens: Tokens) -> Tensor:
         """TTV of the visual tokens in the modules that ran since the last cut, `[M]`."""
-        records, prompt = tokens.observed.get("transprune.change", []), tokens.prompt
+        records, prompt = tokens.recorded.get("transprune.change", []), tokens.prompt
         seen = tokens.memory.get("transprune.seen", 0)
         tokens.memory["transprune.seen"] = len(records)
         total = torch.zeros(len(tokens), device=tokens.hidden.device)
@@ -111,7 +199,7 @@ class TransPrune(ScoreMethod):
             changes = over_prompt(record, tokens)  # [C, 2]
             assert prompt is not None
             if self.support == "all":
-                total += variation(changes, prompt.segments)[prompt.visual]
+                total += variation(changes, prompt.offsets)[prompt.visual]
             else:
-                total += variation(changes[prompt.visual], tokens.segments)
+                total += variation(changes[prompt.visual], tokens.offsets)
         return total

@@ -3,55 +3,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from .base import Choice, Method, Stage, Tokens
-from .registry import register
-
-
-def spread(sizes: Tensor, count: int) -> Tensor:
-    """Shares `count` picks over consecutive bins as evenly as integers allow, in proportion to the bins' sizes.
-
-    Args:
-        sizes: `[n]` int64 sizes of the bins.
-        count: Picks, at most `sizes.sum()`.
-
-    Returns:
-        Tensor: `[n]` int64 that sums to `count`; no bin gets more than its size. With bins of size 1 it marks `count`
-        places with equal, centred gaps.
-    """
-    total = int(sizes.sum())
-    if total == 0:
-        return torch.zeros_like(sizes)
-    edges = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return ((2 * edges * count + total) // (2 * total)).diff()  # rounds edges * count / total
-
-
-def spread_grid(rows: Tensor, count: int) -> Tensor:
-    """Picks `count` cells of a grid whose rows and columns are as evenly covered as the count allows.
-
-    Args:
-        rows: `[n]` row number of each cell, cells in raster order.
-        count: Picks, at most `n`.
-
-    Returns:
-        Tensor: `[n]` bool.
-    """
-    lengths = torch.unique_consecutive(rows, return_counts=True)[1]
-    height, width = len(lengths), len(rows) / len(lengths)
-    # Equal gaps in both directions: used rows / height = picks per used row / width.
-    used = min(max(round(math.sqrt(count * height / width)), math.ceil(count / width)), height, max(count, 1))
-    lines = spread(torch.ones_like(lengths), used)
-    while int((lengths * lines).sum()) < count:  # rows of unequal lengths: the chosen ones may be the short ones
-        used += 1
-        lines = spread(torch.ones_like(lengths), used)
-    picks = spread(lengths * lines, count)
-    marks = [spread(torch.ones(n, dtype=torch.int64), k) for n, k in zip(lengths.tolist(), picks.tolist(), strict=True)]
-    return torch.cat(marks) > 0
+from ..core.method import Choice, Method, Stage
+from ..core.registry import register
+from ..core.spread import spread, spread_grid
+from ..core.tokens import Tokens
 
 
 @register("uniform")
@@ -69,10 +28,10 @@ class Uniform(Method):
         return (Stage(0),)
 
     def choose(self, tokens: Tokens) -> Choice:
-        crop = torch.where(tokens.row < 0, -1, tokens.crop)
-        keys = torch.stack([tokens.pool, tokens.image, tokens.frame, crop]).cpu()  # [4, M]
+        crop = torch.where(tokens.grid_row < 0, -1, tokens.crop)
+        keys = torch.stack([tokens.group, tokens.image, tokens.frame, crop]).cpu()  # [4, M]
         groups, group = torch.unique(keys, dim=1, return_inverse=True)  # sorted: pools first
-        rows = tokens.row.cpu()
+        rows = tokens.grid_row.cpu()
         sizes = torch.bincount(group, minlength=groups.shape[1])
         keep = torch.zeros(len(tokens), dtype=torch.bool)
         members = torch.sort(group, stable=True).indices.split(sizes.tolist())

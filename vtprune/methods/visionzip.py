@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.method import Choice, Method, Stage, Tap
+from ..core.options import check_choices
+from ..core.registry import register
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..vision import Vision, layer_tap, projector_tap, say_once
-from ..vision_layout import by_crop
-from .base import Choice, Method, Stage, Tap, Tokens
-from .options import check_choices
-from .registry import register
+from ..vision.crops import by_crop
+from ..vision.tower import Vision, layer_tap, projector_tap, warn_once
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
 
 
 def contextual_targets(rest: int, count: int) -> Tensor:
@@ -142,7 +143,7 @@ class VisionZip(Method):
             states.append(vision.class_states()[vision.crop[torch.cat(class_rows)]].float())
         projected = vision.project(torch.cat(states))
         if projected is None:
-            say_once(f"{self.name}: the projector takes whole images only; contextual tokens are averaged after it")
+            warn_once(f"{self.name}: the projector takes whole images only; contextual tokens are averaged after it")
             projected = torch.cat([merge(tokens.hidden[r], t, belongs, average=True) for r, t, belongs in groups])
         hidden = tokens.hidden.clone()
         hidden[torch.cat(changed)] = projected.to(hidden)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.method import Choice, Method, Stage, Tap
+from ..core.options import check_choices
+from ..core.registry import register
+from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..vision import Vision, layer_tap, projector_tap
-from ..vision_layout import by_crop
-from .base import Choice, Method, Stage, Tap, Tokens
-from .options import check_choices
-from .registry import register
+from ..vision.crops import by_crop
+from ..vision.tower import Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
-    from ..anatomy import Anatomy
+    from ..models.anatomy import Anatomy
 
 
 def remove_doubles(features: Tensor, order: Tensor, count: int, step: int = 8) -> Tensor:
@@ -65,7 +66,7 @@ class VisPruner(Method):
     patches have the largest class-token attention, mean over heads (without a class token: mean attention received).
     The rest, by descending attention, is thinned out by cosine similarity until `T` is met (`remove_doubles`).
 
-    The thinning is chaotic: one swapped neighbour changes everything after it, so features that went through half
+    The thinning is chaotic: one swapped neighbor changes everything after it, so features that went through half
     precision can give a kept set that differs in a third of its members. Everything after the model is float32 here.
 
     Differences from the release: lists of odd length work, and short ones lose what they have; crops share the exact

@@ -74,7 +74,7 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if name not in MODELS:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(MODELS)}")
+        raise ValueError(f"no built-in model {name!r}; there are {', '.join(MODELS)}")
     folder = MODELS[name]
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True

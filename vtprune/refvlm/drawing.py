@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .things import CELL, COLORS, DIGITS, GRID, SIZE, SIZES, Thing
+from .scene_objects import CELL, COLORS, DIGITS, GRID, SIZE, SIZES, SceneObject
 
 # 5 x 7 dot matrix, one string of rows per digit: no font file, the same picture with every Pillow version.
 _DOTS = (
@@ -28,7 +28,7 @@ _DOTS = (
 )
 
 
-def place(rng: random.Random, others: Sequence[Thing], color: str, shape: str) -> Thing | None:
+def place(rng: random.Random, others: Sequence[SceneObject], color: str, shape: str) -> SceneObject | None:
     """A new object at a free spot, clear of the middle lines so that its quadrant is never in doubt."""
     size = rng.choice(SIZES)
     radius = rng.randint(25, 29) if size == "small" else rng.randint(42, 48)
@@ -48,14 +48,14 @@ def place(rng: random.Random, others: Sequence[Thing], color: str, shape: str) -
             x, y = round(x / 12) * 12, round(y / 12) * 12
         clear = all(abs(x - t.x) > wide + t.half_width + 8 or abs(y - t.y) > high + t.half_height + 8 for t in others)
         if clear and min(abs(x - SIZE // 2), abs(y - SIZE // 2)) >= 16:
-            thing = Thing(shape, color, size, digit, x, y, wide, high, rgb)  # type: ignore[arg-type]
+            thing = SceneObject(shape, color, size, digit, x, y, wide, high, rgb)  # type: ignore[arg-type]
             patches = _patches(thing)
             if not any(set(patches) & set(other.patches) for other in others):  # one patch, one object
                 return dataclasses.replace(thing, patches=patches)
     return None
 
 
-def _outline(thing: Thing) -> list[tuple[float, float]]:
+def _outline(thing: SceneObject) -> list[tuple[float, float]]:
     x, y, w, h = thing.x, thing.y, thing.half_width, thing.half_height
     if thing.shape == "triangle":
         return [(x, y - h), (x + w, y + h), (x - w, y + h)]
@@ -69,7 +69,7 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
     return [(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)]
 
 
-def _fill(draw: ImageDraw.ImageDraw, thing: Thing, color: int | tuple[int, int, int]) -> None:
+def _fill(draw: ImageDraw.ImageDraw, thing: SceneObject, color: int | tuple[int, int, int]) -> None:
     box = (
         thing.x - thing.half_width,
         thing.y - thing.half_height,
@@ -84,7 +84,7 @@ def _fill(draw: ImageDraw.ImageDraw, thing: Thing, color: int | tuple[int, int, 
         draw.polygon(_outline(thing), fill=color)
 
 
-def _patches(thing: Thing) -> tuple[int, ...]:
+def _patches(thing: SceneObject) -> tuple[int, ...]:
     """Grid cells of which the object covers at least a fifth, the one at its centre of mass first."""
     mask = Image.new("L", (SIZE, SIZE))
     _fill(ImageDraw.Draw(mask), thing, 255)
@@ -119,7 +119,7 @@ def _background(seed: int) -> np.ndarray:
     return picture + rng.randint(-8, 9, (SIZE // 2, SIZE // 2, 1)).repeat(2, 0).repeat(2, 1)
 
 
-def draw_scene(seed: int, objects: Sequence[Thing]) -> Image.Image:
+def draw_scene(seed: int, objects: Sequence[SceneObject]) -> Image.Image:
     image = Image.fromarray(np.clip(_background(seed), 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     rng = random.Random(f"clutter {seed}")
@@ -135,7 +135,7 @@ def draw_scene(seed: int, objects: Sequence[Thing]) -> Image.Image:
     return image
 
 
-def _write_digit(draw: ImageDraw.ImageDraw, sign: Thing) -> None:
+def _write_digit(draw: ImageDraw.ImageDraw, sign: SceneObject) -> None:
     red, green, blue = sign.rgb
     ink = (0, 0, 0) if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else (255, 255, 255)
     dot = sign.half_width * 1.56 / 7

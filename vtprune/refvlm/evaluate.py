@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from .. import progress
-from ..intervals import wilson
+from ..study import progress
+from ..study.intervals import wilson
 from . import MODELS, easy_vqa, load, prompt, scenes
 
 

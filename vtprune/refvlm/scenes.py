@@ -19,11 +19,11 @@ from functools import cached_property
 from PIL import Image
 
 from .drawing import draw_scene, place
-from .things import CELL, COLORS, DIGITS, GRID, HORIZONTAL, NUMBERS, SHAPES, SIZE, SIZES, VERTICAL, Thing
+from .scene_objects import CELL, COLORS, DIGITS, GRID, HORIZONTAL, NUMBERS, SHAPES, SIZE, SIZES, VERTICAL, SceneObject
 
 __all__ = [
     "CELL", "COLORS", "DIGITS", "GRID", "HORIZONTAL", "KINDS", "NUMBERS", "SHAPES", "SIZE", "SIZES", "TRAIN_SEEDS",
-    "VERTICAL", "Question", "Scene", "Thing", "ask", "caption", "interleave", "scene",
+    "VERTICAL", "Question", "Scene", "SceneObject", "ask", "caption", "interleave", "scene",
 ]  # fmt: skip
 
 TRAIN_SEEDS = 1_000_000
@@ -49,7 +49,7 @@ class Scene:
     """A picture and what is in it; `image` and `questions` are made on first use."""
 
     seed: int
-    objects: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
 
     @cached_property
     def image(self) -> Image.Image:
@@ -71,7 +71,7 @@ def scene(seed: int) -> Scene:
     shared = rng.choice((1, 2, 2, 3, 3, 3)) if wanted > 2 else rng.choice((1, 2))
     by_color = rng.random() < 0.5
     color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES[:-1])
-    things: list[Thing] = []
+    things: list[SceneObject] = []
     with_sign = rng.random() < 0.75
     for index in range(wanted):
         if index < shared:
@@ -90,12 +90,12 @@ def scene(seed: int) -> Scene:
     return Scene(seed, tuple(things))
 
 
-def ask(objects: Sequence[Thing], kind: str, rng: random.Random) -> Question | None:
+def ask(objects: Sequence[SceneObject], kind: str, rng: random.Random) -> Question | None:
     """One random question of this kind about these objects, or None where no unambiguous one exists."""
     return _ASK[kind](objects, rng)
 
 
-def caption(objects: Sequence[Thing]) -> str:
+def caption(objects: Sequence[SceneObject]) -> str:
     """Every object in reading order of its centre patch: "big red star top left , ..."."""
     ordered = sorted(objects, key=lambda thing: thing.patches[0])
     return " , ".join(
@@ -103,18 +103,18 @@ def caption(objects: Sequence[Thing]) -> str:
     )
 
 
-def interleave(objects: Sequence[Thing]) -> tuple[int, ...]:
+def interleave(objects: Sequence[SceneObject]) -> tuple[int, ...]:
     """The patches of several objects, the most central ones first, without repetition."""
     longest = max((len(thing.patches) for thing in objects), default=0)
     ranked = (t.patches[rank] for rank in range(longest) for t in objects if rank < len(t.patches))
     return tuple(dict.fromkeys(ranked))
 
 
-def _only(objects: Sequence[Thing], **want: str) -> bool:
+def _only(objects: Sequence[SceneObject], **want: str) -> bool:
     return sum(all(getattr(t, key) == value for key, value in want.items()) for t in objects) == 1
 
 
-def _descriptions(objects: Sequence[Thing], hide: str = "") -> list[tuple[str, Thing]]:
+def _descriptions(objects: Sequence[SceneObject], hide: str = "") -> list[tuple[str, SceneObject]]:
     """Phrases that fit exactly one object and do not mention the attribute `hide`."""
     found = []
     for thing in objects:
@@ -127,7 +127,7 @@ def _descriptions(objects: Sequence[Thing], hide: str = "") -> list[tuple[str, T
     return found
 
 
-def _ask_color(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_color(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects, hide="color")):
         return None
     name, thing = rng.choice(options)
@@ -135,7 +135,7 @@ def _ask_color(objects: Sequence[Thing], rng: random.Random) -> Question | None:
     return Question(text, thing.color, "color", thing.patches)
 
 
-def _ask_shape(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_shape(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects, hide="shape")):
         return None
     weights = [0.5 if thing.shape == "sign" else 1.0 for _, thing in options]  # else "sign" would be a good guess
@@ -144,7 +144,7 @@ def _ask_shape(objects: Sequence[Thing], rng: random.Random) -> Question | None:
     return Question(text.format(thing.color), thing.shape, "shape", thing.patches)
 
 
-def _ask_size(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_size(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects)):
         return None
     name, thing = rng.choice(options)
@@ -152,16 +152,16 @@ def _ask_size(objects: Sequence[Thing], rng: random.Random) -> Question | None:
     return Question(text, thing.size, "size", thing.patches)
 
 
-def _ask_position(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_position(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects)):
         return None
     name, thing = rng.choice(options)
     return Question(f"where is the {name}?", f"{thing.vertical} {thing.horizontal}", "position", thing.patches)
 
 
-def _ask_count(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     # Higher counts occur in fewer scenes, so they are preferred where they occur: answers come out about even.
-    options: dict[int, list[tuple[str, list[Thing]]]] = {}
+    options: dict[int, list[tuple[str, list[SceneObject]]]] = {}
     for color in COLORS:
         match = [t for t in objects if t.color == color]
         options.setdefault(len(match), []).append((f"{color} objects", match))
@@ -175,7 +175,7 @@ def _ask_count(objects: Sequence[Thing], rng: random.Random) -> Question | None:
     return Question(f"how many {name} are there?", NUMBERS[count], "count", interleave(match or objects))
 
 
-def _ask_presence(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_presence(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     yes = rng.random() < 0.5
     form = rng.choice(("color", "shape", "both", "both"))
     colors, shapes = {t.color for t in objects}, {t.shape for t in objects}
@@ -202,7 +202,7 @@ def _ask_presence(objects: Sequence[Thing], rng: random.Random) -> Question | No
     return Question(text, "yes" if match else "no", "presence", interleave(match or objects))
 
 
-def _ask_digit(objects: Sequence[Thing], rng: random.Random) -> Question | None:
+def _ask_digit(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (signs := [t for t in objects if t.shape == "sign"]):
         return None
     sign = rng.choice(signs)

@@ -16,8 +16,9 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ... import loading, refvlm
-from ...patching import Patch, patch
+from ... import refvlm
+from ...engine.patching import Patch, patch
+from ...refvlm import loading
 from . import options
 from .pictures import square
 from .requests import PrunedTokenCounts, batches
@@ -150,7 +151,7 @@ class VTPrune(Huggingface):
         if self.patch is not None:
             last = self.patch.last
             pruning = None if last is before else last  # text-only prompts leave the account of an earlier one
-            rows = 1 if pruning is None else len(pruning.visual) // len(batch)  # beams of a sample are neighbours
+            rows = 1 if pruning is None else len(pruning.visual) // len(batch)  # beams of a sample are neighbors
             counts = [PrunedTokenCounts.of(pruning, i * rows, count) for i, count in enumerate(counts)]
         return [GenerationResult(*answer) for answer in zip(texts, counts, strict=True)], seconds
 

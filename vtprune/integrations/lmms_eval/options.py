@@ -11,7 +11,7 @@ from typing import Any
 from ... import methods
 from ...errors import BudgetError, MethodError, VTPruneError
 from ...methods import Method
-from ...methods.vflowopt import VFlowOpt
+from ...methods.vflowopt.method import VFlowOpt
 
 UNPRUNED = "none"
 

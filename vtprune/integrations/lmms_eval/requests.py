@@ -10,7 +10,7 @@ from typing import Any
 
 from lmms_eval.api.instance import Instance, TokenCounts
 
-from ...report import Pruning
+from ...report.pruning import Pruning
 
 
 @dataclass
@@ -55,7 +55,7 @@ class PrunedTokenCounts(TokenCounts):
 
 
 def batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
-    """Neighbouring requests with the same generation options, at most `size` together; tasks may share a batch."""
+    """Neighboring requests with the same generation options, at most `size` together; tasks may share a batch."""
     for _, group in itertools.groupby(requests, key=lambda request: request.args[2]):
         together = list(group)
         for start in range(0, len(together), size):

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...methods.base import Method, Tokens
-from ...visual_tokens import grid_places, run_places
+from ...core.method import Method
+from ...core.tokens import Tokens
+from ...models.visual_tokens import grid_places, run_places
 from .settings import ServingError, Settings
 
 
@@ -99,14 +100,14 @@ def lay_out(
     frame, crop, row, col = torch.cat(places)[rows].unbind(1)
     every = torch.stack([numbers, frame, crop, row, col, index, rows]).to(device)  # one copy to the device
     numbers, frame, crop, row, col, index, rows = every.unbind(0)
-    segments, wanted, originals = (
+    offsets, wanted, originals = (
         torch.tensor(x).to(device) for x in ([0, *torch.tensor(lengths).cumsum(0).tolist()], budgets, lengths)
     )
     hidden = torch.cat([feature[:, :width] for feature in features])[rows]
     known = {"num_layers": 1, **extra}
     tokens = Tokens(
         hidden=hidden,
-        segments=segments,
+        offsets=offsets,
         budgets=wanted,
         originals=originals,
         max_budget=max(budgets),
@@ -115,11 +116,11 @@ def lay_out(
         image=numbers,
         frame=frame,
         crop=crop,
-        row=row,
-        col=col,
+        grid_row=row,
+        grid_col=col,
         index=index,
         feature=rows,
-        column=rows,
+        position=rows,
         layer=0,
         stage=0,
         **known,

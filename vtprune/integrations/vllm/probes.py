@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Queries, keys and values of vLLM's layers: a layer is run on an input and stopped where it would attend.
 
-The same idea as `vtprune.observe`, for the two attention modules of vLLM, whose heads are spread over tensor-parallel
+The same idea as `vtprune.models.attention_probe`, for the two attention modules of vLLM, whose heads are spread over
+tensor-parallel
 ranks and are put together here.
 """
 
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ... import observe
-from ...methods.base import AttentionInputs, Tokens
-from ...observe import Probed
+from ...core.tokens import AttentionInputs, Tokens
+from ...models import attention_probe
+from ...models.attention_probe import QKV
 from .settings import ServingError
 
 
-class _Reached(Exception):
+class _StopProbe(Exception):
     """Raised where a layer would attend."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None) -> None:
@@ -35,7 +36,7 @@ class _StopAtAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3]
-            raise _Reached(query, key, value, (kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
+            raise _StopProbe(query, key, value, (kwargs or {}).get("scale") or query.shape[-1] ** -0.5)
         return func(*args, **(kwargs or {}))
 
 
@@ -63,19 +64,19 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
-def transformers_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> Probed:
+def transformers_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> QKV:
     """`observe.probe` where no patch has wrapped the registry of attention functions, with all heads."""
-    observe.install()
+    attention_probe.install()
     try:
-        found = observe.probe(layer, args, kwargs, rope)
+        found = attention_probe.probe(layer, args, kwargs, rope)
     finally:
-        observe.uninstall()
+        attention_probe.uninstall()
     query, key, value = (_all_heads(x, 1) for x in (found.query, found.key, found.value))
-    return Probed(query, key, value, found.scaling, found.softcap)
+    return QKV(query, key, value, found.scaling, found.softcap)
 
 
 @torch.no_grad()
-def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> Probed:
+def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> QKV:
     """Queries and keys of a layer of vLLM's vision towers; called as `observe.probe` is.
 
     Raises:
@@ -88,7 +89,7 @@ def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = T
         groups = getattr(module, "num_kv_heads", module.num_heads)
         if query.dim() == 2:
             query, key, value = query[None], key[None], value[None]
-        raise _Reached(_heads(query, module.num_heads), _heads(key, groups), _heads(value, groups), module.scale)
+        raise _StopProbe(_heads(query, module.num_heads), _heads(key, groups), _heads(value, groups), module.scale)
 
     if not rope:  # the identity in place of the rotation
         kwargs = {
@@ -100,10 +101,10 @@ def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = T
     try:
         with _stopping(layer, MMEncoderAttention, hook), _StopAtAttention():
             layer.forward(*args, **kwargs)
-    except _Reached as reached:
+    except _StopProbe as reached:
         query, key, value, scaling, softcap = reached.found
         query, key, value = (_all_heads(x, 1) for x in (query, key, value))
-        return Probed(query, key, value, float(scaling), softcap)
+        return QKV(query, key, value, float(scaling), softcap)
     raise ServingError(f"vtprune: a {type(layer).__name__} never reached its attention; use divprune")
 
 
@@ -126,7 +127,7 @@ def own_keys(decoder: nn.Module, layer: nn.Module, mrope: bool) -> Callable[...,
     def hook(module: Any, given: tuple, named: dict[str, Any]) -> None:
         query, key, value = (*given, *(named[n] for n in ("query", "key", "value")[len(given) :]))[:3]
         key, value = (x.reshape(len(x), module.num_kv_heads, -1) for x in (key, value))
-        raise _Reached(query, key, value, float(module.impl.scale), getattr(module.impl, "logits_soft_cap", None))
+        raise _StopProbe(query, key, value, float(module.impl.scale), getattr(module.impl, "logits_soft_cap", None))
 
     @torch.no_grad()
     def read(tokens: Tokens, number: int, rope: bool, queries: str) -> AttentionInputs:
@@ -134,7 +135,7 @@ def own_keys(decoder: nn.Module, layer: nn.Module, mrope: bool) -> Callable[...,
         try:
             with _stopping(layer, Attention, hook):
                 layer.forward(**{name: value for name, value in given.items() if name in wanted})
-        except _Reached as reached:
+        except _StopProbe as reached:
             query, key, value, scaling, _ = reached.found
             return _laid_out(tokens, query, _all_heads(key, 1), _all_heads(value, 1), scaling)
         raise ServingError(f"vtprune: a {type(layer).__name__} never reached its attention; use divprune")
@@ -169,7 +170,7 @@ def _positions(tokens: Tokens, rope: bool, mrope: bool) -> Tensor:
     """Places inside each image, all 0 without rotation: only their differences matter."""
     if not mrope:
         return tokens.index if rope else torch.zeros_like(tokens.index)
-    places = torch.stack([tokens.frame, tokens.row, tokens.col]).clamp_min(0)
+    places = torch.stack([tokens.frame, tokens.grid_row, tokens.grid_col]).clamp_min(0)
     return places if rope else torch.zeros_like(places)
 
 
@@ -179,11 +180,11 @@ def _laid_out(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scaling
     none = torch.zeros(0, dtype=torch.long, device=device)
     return AttentionInputs(
         queries=query[:0],
-        query_segments=torch.zeros_like(tokens.segments),
+        query_offsets=torch.zeros_like(tokens.offsets),
         query_order=none,
         keys=key,
         values=value,
-        key_segments=tokens.segments,
+        key_offsets=tokens.offsets,
         visual=torch.arange(len(key), device=device),
         scaling=scaling,
     )

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ... import anatomy
-from ...anatomy import Anatomy
+from ...core.method import Tap
 from ...methods import Method
-from ...methods.base import Tap
-from ...vision_attention import LAYER, LayerCall, vision_layers
+from ...models import anatomy
+from ...models.anatomy import Anatomy
+from ...vision.attention import LAYER, LayerCall, vision_layers
 from . import probes
 from .settings import ServingError
 

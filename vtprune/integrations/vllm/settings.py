@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ... import __version__, budget, methods
+from ... import __version__, methods
+from ...core import budget
 from ...errors import BudgetError, MethodError, VTPruneError
 from ...methods import Method
 

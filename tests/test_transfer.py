@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes between the host and a device at a cut: indices without waiting, and all answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, Image  # noqa: E402
+from support import model_of  # noqa: E402
+
+import vtprune  # noqa: E402
+from vtprune.core.transfer import DeferredChecks, to_device  # noqa: E402
+
+PAIR = [[3, Image(0), 5], [2, Image(0), 3]]
+
+
+def refusal(text: str):
+    def refuse() -> None:
+        raise vtprune.MethodError(text)
+
+    return refuse
+
+
+def test_answers_come_in_one_copy(monkeypatch):
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x.numel()) or cpu(x))
+    checks = DeferredChecks()
+    checks.add(torch.tensor(True), refusal("one"))
+    checks.add(torch.tensor([1, 2]).sum() == 3, refusal("two"))
+    keep, scores = torch.tensor([True, False, True]), torch.tensor([0.5, -torch.inf, 3.0], dtype=torch.bfloat16)
+    found = checks.raise_if_failed(keep, scores)
+    assert copies == [8]
+    assert torch.equal(found[0], keep) and torch.equal(found[1], scores)
+    assert [x.dtype for x in found] == [torch.bool, torch.bfloat16]
+
+
+def test_the_first_broken_flag_speaks_and_is_heard_once():
+    checks = DeferredChecks()
+    for number in range(3):
+        checks.add(torch.tensor(number < 1), refusal(f"flag {number}"))
+    with pytest.raises(vtprune.MethodError, match="flag 1"):
+        checks.raise_if_failed(torch.ones(3))
+    assert [x.tolist() for x in checks.raise_if_failed(torch.ones(2, 1))] == [[[1.0], [1.0]]]
+
+
+def test_only_copies_from_the_host_do_not_wait(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: asked.append(non_blocking))
+    to_device(torch.zeros(1), torch.device("cpu"))
+    to_device(torch.zeros(1, device="meta"), torch.device("cpu"))
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("method, cuts", [("iwp", 1), ("divprune", 1), ("pyramiddrop", 3)])
+def test_a_cut_reads_the_device_once(monkeypatch, method, cuts):
+    calls, settle = [], DeferredChecks.raise_if_failed
+    monkeypatch.setattr(
+        DeferredChecks, "raise_if_failed", lambda self, *rest: calls.append(len(self.flags)) or settle(self, *rest)
+    )
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(PAIR)
+    with vtprune.patch(model, ratio=0.3, method=method):
+        model(**batch)
+    assert len(calls) == cuts and min(calls) >= 1
+
+
+def test_an_error_of_the_method_gives_way_to_what_broke_it():
+    """A method that fails on broken numbers is not to blame."""
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(PAIR)
+
+    class Fails(vtprune.methods.get("random")):
+        def choose(self, tokens):
+            raise ZeroDivisionError("its own")
+
+    with vtprune.patch(model, ratio=0.5, method=Fails()):
+        with pytest.raises(ZeroDivisionError, match="its own"):
+            model(**batch)
+        batch["pixel_values"] = batch["pixel_values"].clone().fill_(torch.nan)
+        with pytest.raises(vtprune.MethodError, match="sample 0, 1 hold NaN"):
+            model(**batch)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the second reference model: pictures of several sizes, windows, and positions in three dimensions."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from tools.refvlm import data
+from tools.refvlm.learner import Learner
+from vtprune.refvlm import model, qwen
+from vtprune.refvlm.qwen import CELL, MERGE_SIZE, PATCH_SIZE
+
+TEMPORAL = 2  # a still picture is two equal frames
+
+
+def flatten_patches(images: torch.Tensor) -> torch.Tensor:
+    """Pixels as Qwen's image processor lays them out: patch by patch, the patches of one visual token together.
+
+    Args:
+        images: float32 `[B, 3, H, W]`, `H` and `W` multiples of `CELL`.
+
+    Returns:
+        float32 `[B * H/6 * W/6, 3 * 2 * 6 * 6]`.
+    """
+    count, channels, height, width = images.shape
+    rows, columns = height // CELL, width // CELL
+    # [B, C, rows, m, p, columns, m, p] -> [B, rows, columns, m, m, C, p, p]
+    cut = images.view(count, channels, rows, MERGE_SIZE, PATCH_SIZE, columns, MERGE_SIZE, PATCH_SIZE)
+    cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    both = cut.unsqueeze(6).expand(*cut.shape[:6], TEMPORAL, *cut.shape[6:])
+    return both.reshape(count * rows * columns * MERGE_SIZE**2, -1)
+
+
+def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
+    """Vision attention in one call for all pictures or windows of the same size; the stock loop takes them singly."""
+    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+    query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    out = torch.empty_like(value, dtype=torch.float)
+    with torch.autocast(query.device.type, enabled=False):
+        # [sum, heads, d] -> of every length: [n, heads, length, d]
+        parts = {
+            length: torch.cat([torch.arange(s, s + length) for s, n in _starts(lengths) if n == length]).to(out.device)
+            for length in set(lengths)
+        }
+        for length, index in parts.items():
+            q, k, v = (x[index].float().unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+            part = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+            out = out.index_copy(0, index, part.transpose(1, 2).flatten(0, 1))
+    return self.proj(out.flatten(1))
+
+
+def _starts(lengths: list[int]) -> list[tuple[int, int]]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return list(zip(starts, lengths, strict=False))
+
+
+class QwenLearner(Learner):
+    """The second reference model, with the losses of the first one where they apply (there is no class token)."""
+
+    KNOWING = 0
+    LOOK, ANSWER, RATE = 600, 400, 1.5e-3
+    # Half of the steps see the size of the scenes, the others sizes around it.
+    SIZES = (
+        *[(144, 144)] * 8,
+        *((108, 108), (108, 144), (144, 108), (132, 132)),
+        *((120, 168), (168, 120), (96, 192), (192, 96)),
+    )
+
+    def __init__(self, vlm: nn.Module):
+        super().__init__(vlm)
+        vision: Any = vlm.model.visual
+        for block in vision.blocks:
+            block.attn.forward = MethodType(attend, block.attn)
+
+    def processor(self) -> Any:
+        return qwen.processor(model.tokenizer())
+
+    def see(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images = data.pixels(batch.images)
+        count, _, height, width = images.shape
+        grid = torch.tensor([[1, height // PATCH_SIZE, width // PATCH_SIZE]], device=images.device).expand(count, -1)
+        seen = self.vlm.model.visual(flatten_patches(images), grid_thw=grid).pooler_output
+        return seen.unflatten(0, (count, -1)), seen.new_zeros(())
+
+    def positions(self, batch: data.Batch, prefix: int) -> torch.Tensor:
+        """Position ids `[3, B, prefix + TEXT]`: time, row and column."""
+        rows, columns = (side // CELL for side in batch.images.shape[1:3])
+        device = batch.tokens.device
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(device)
+        before = torch.cat((torch.zeros(1, 3), F.pad(cells, (1, 0)) + 1)).long().to(device)  # <bos> and the picture
+        after = 1 + max(rows, columns) + batch.positions
+        count = len(batch.tokens)
+        return torch.cat((before.T[:, None].expand(-1, count, -1), after.expand(3, -1, -1)), dim=2)

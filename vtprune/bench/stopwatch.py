@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One generation, taken apart: vision, prefill, each further token, memory and cache.
+
+Everything comes from a single call of `generate`, by marks before and after the image encoder and the model's forward
+calls. On a CUDA device marks are events in its stream, which cost nothing and wait for nothing; elsewhere they are
+readings of the clock, on other accelerators after waiting for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import attention_probe
+from ..models.anatomy import Anatomy
+from ..study.timing import cache_bytes
+
+
+@dataclass
+class Run:
+    """What one generation took.
+
+    Attributes:
+        vision: Seconds in the image encoder and projector; 0 if they did not run.
+        prefill: Seconds of the first forward call, without vision; deciding is part of it.
+        decision: Seconds at the cuts: reading what the method reads, choosing, compacting.
+        token: Seconds of a further forward call (median); None if there was none.
+        total: Seconds of the whole call of `generate`.
+        kv_bytes: Keys and values of all layers after the prefill.
+        peak_bytes: Most memory held at once: allocated on an accelerator, else resident in the process, weights
+            included. None where the system does not say.
+        cpu: The times above once more, in CPU seconds of all threads of the process, which other programs on a busy
+            machine do not lengthen; None on accelerators.
+    """
+
+    vision: float
+    prefill: float
+    decision: float
+    token: float | None
+    total: float
+    kv_bytes: int
+    peak_bytes: int | None
+    cpu: dict[str, float | None] | None = None
+
+
+class Stopwatch:
+    """Takes marks on a device's time line.
+
+    Args:
+        device: Where the work that is measured runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mark(self) -> Any:
+        """A point in time, for `seconds`."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        self.wait()
+        return time.perf_counter(), time.process_time()
+
+    def seconds(self, start: Any, end: Any, cpu: bool = False) -> float:
+        """From one mark to another; waits for the device. With `cpu` the CPU seconds of the process, not on CUDA."""
+        if self.device.type == "cuda":
+            end.synchronize()
+            return start.elapsed_time(end) / 1000
+        return end[cpu] - start[cpu]
+
+    def wait(self) -> None:
+        """Lets an accelerator finish what was queued."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+@dataclass
+class _Marks:
+    vision: list[tuple[Any, Any]] = field(default_factory=list)
+    forward: list[tuple[Any, Any]] = field(default_factory=list)
+    decision: list[tuple[Any, Any]] = field(default_factory=list)
+    whole: tuple[Any, Any] = (None, None)
+    vision_of_prefill: int = 0  # encodings that ran inside the first forward call
+    kv_bytes: int = 0
+
+
+@contextmanager
+def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[_Marks]:
+    """Takes marks around the encoders, the forward calls and the cuts of a model."""
+    marks = _Marks()
+    running: list[Any] = []
+    undo: list[Callable[[], None]] = []
+
+    def around(encode: Callable) -> Callable:
+        @functools.wraps(encode)  # `generate` reads its signature
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = watch.mark()
+            output = encode(*args, **kwargs)
+            marks.vision.append((start, watch.mark()))
+            marks.vision_of_prefill += bool(running) and not marks.forward
+            return output
+
+        return timed
+
+    for kind in parts.placeholders:
+        name = f"get_{kind}_features"
+        if hasattr(parts.composite, name):
+            undo.append(_replace(parts.composite, name, around(getattr(parts.composite, name))))
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        running.append(watch.mark())
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        marks.forward.append((running.pop(), watch.mark()))
+        if len(marks.forward) == 1 and getattr(output, "past_key_values", None) is not None:
+            marks.kv_bytes = cache_bytes(output.past_key_values)
+
+    # The patch cuts in a hook before a layer: one hook goes before it and one after it. While a method reads queries
+    # and keys, the layer is called a second time inside.
+    cutting: list[Any] = []
+
+    def cut_begins(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not marks.forward and not attention_probe.is_probing():
+            cutting.append(watch.mark())
+
+    def cut_ends(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not marks.forward and not attention_probe.is_probing():
+            marks.decision.append((cutting.pop(), watch.mark()))
+
+    for number in cuts:
+        layer = parts.layers[number]
+        undo.append(layer.register_forward_pre_hook(cut_begins, with_kwargs=True, prepend=True).remove)
+        undo.append(layer.register_forward_pre_hook(cut_ends, with_kwargs=True).remove)
+    undo.append(parts.model.register_forward_pre_hook(before, with_kwargs=True).remove)
+    undo.append(parts.model.register_forward_hook(after, with_kwargs=True).remove)
+    try:
+        yield marks
+    finally:
+        for step in reversed(undo):
+            step()
+
+
+def _replace(module: nn.Module, name: str, function: Callable) -> Callable[[], None]:
+    """Puts a function in the place of a method of an instance; what is returned puts things as they were."""
+    before = vars(module).get(name)
+    setattr(module, name, function)
+
+    def undo() -> None:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+    return undo
+
+
+@torch.no_grad()
+def generate(parts: Anatomy, inputs: Mapping[str, Any], new_tokens: int, cuts: Sequence[int] = ()) -> Run:
+    """Generates exactly `new_tokens` tokens, greedily, and says what it took.
+
+    Args:
+        parts: Anatomy of the model.
+        inputs: Arguments of `generate`.
+        new_tokens: How many, 1 or more.
+        cuts: The decoder layers before which the model's patch cuts.
+    """
+    device = next(parts.decoder.parameters()).device
+    watch = Stopwatch(device)
+    model: Any = parts.model
+    gc.collect()
+    watch.wait()
+    _reset_peak(device)
+    with _watched(parts, watch, cuts) as marks:
+        start = watch.mark()
+        model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
+        end = watch.mark()
+        watch.wait()
+    marks.whole = (start, end)
+    times: dict[str, Any] = _times(marks, watch)
+    cpu = _times(marks, watch, cpu=True) if device.type == "cpu" else None
+    return Run(**times, kv_bytes=marks.kv_bytes, peak_bytes=_peak(device), cpu=cpu)
+
+
+def _times(marks: _Marks, watch: Stopwatch, cpu: bool = False) -> dict[str, float | None]:
+    vision = [watch.seconds(*pair, cpu) for pair in marks.vision]
+    first, *rest = marks.forward
+    return {
+        "vision": sum(vision),
+        "prefill": watch.seconds(*first, cpu) - sum(vision[: marks.vision_of_prefill]),
+        "decision": sum(watch.seconds(*pair, cpu) for pair in marks.decision),
+        "token": statistics.median(watch.seconds(*pair, cpu) for pair in rest) if rest else None,
+        "total": watch.seconds(*marks.whole, cpu),
+    }
+
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")  # Linux: the high-water mark of resident memory starts anew
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type != "cpu":
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

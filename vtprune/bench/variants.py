@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The variants to answer a prompt that a benchmark takes turns with: unpruned, the limits, and methods at budgets."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..core.budget import Budget
+from ..errors import InputError
+from ..methods import Method, resolve
+from .peers import PLAIN
+
+ALWAYS = ("random", "pooling")
+Kind = Literal["unpruned", "limit", "method"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant to answer.
+
+    Attributes:
+        kind: "unpruned"; "limit", a prompt that had only the kept tokens; or "method".
+        label: What its row is called.
+        budget: None for the unpruned model.
+        method: For methods.
+    """
+
+    kind: Kind
+    label: str
+    budget: Budget | None = None
+    method: Method | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in a result file."""
+        return self.label if self.budget is None else f"{self.label} {self.budget}"
+
+
+def method_of(text: str) -> Method:
+    """Reads `NAME`, `NAME:option=value,option=value`, or `plain-NAME` for a published loop written plainly.
+
+    Raises:
+        InputError: The options cannot be read, or there is no such plain loop.
+        MethodError: There is no such method, or it has no such option.
+    """
+    name, _, options = text.partition(":")
+    if name.startswith("plain-"):
+        if name.removeprefix("plain-") not in PLAIN or options:
+            raise InputError(f"no plain loop {text!r}; expected {', '.join(f'plain-{known}' for known in PLAIN)}")
+        return PLAIN[name.removeprefix("plain-")]()
+    values: dict[str, Any] = {}
+    for part in filter(None, options.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise InputError(f"cannot read {part!r} in {text!r}; expected NAME:option=value,option=value")
+        try:
+            values[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[key.strip()] = value
+    cls = type(resolve(name))
+    try:
+        return resolve(cls(**values))
+    except TypeError as error:
+        raise InputError(f"{name} does not take {options!r} ({error}); see vtprune methods") from error
+
+
+def variants(methods: Iterable[str], budgets: Iterable[Budget], peers: bool = False) -> list[Variant]:
+    """All variants of one benchmark, in the order in which they take turns.
+
+    Args:
+        methods: As `method_of` reads them; `random` and `pooling` come along always.
+        budgets: Each of `ratio` or `keep`.
+        peers: The plain loops and vtprune's own methods for the same papers as well.
+    """
+    names = [*ALWAYS, *methods]
+    if peers:
+        names += [text for name in PLAIN for text in (name, f"plain-{name}")]
+    chosen = {name: method_of(name) for name in dict.fromkeys(names)}
+    found = [Variant("unpruned", "unpruned")]
+    for budget in budgets:
+        found.append(Variant("limit", "limit", budget))
+        found += [Variant("method", name, budget, method) for name, method in chosen.items()]
+    return found

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune bench`, and `python -m benchmarks.latency`, which is the same."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import images
+from ..errors import InputError
+from ..refvlm.loading import EMBEDDED
+from .arguments import count, quiet, share, words
+
+if TYPE_CHECKING:
+    from ..bench.measure import Setting
+
+ON_ACCELERATOR = ((1, 8, 32), (576, 2880, 8192))
+ON_CPU = ((1,), (576, 2880))
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser("bench", help="speed and memory with and without pruning, beside what is possible")
+    arguments(parser)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+
+    parser.add_argument(
+        "--model",
+        default="small",
+        metavar="NAME_OR_FOLDER_OR_SHAPE",
+        help="a local folder, a name on the hub, or an architecture with random weights: llava-1.5-7b, llava-next-7b, "
+        "llava-onevision-7b, qwen2.5-vl-7b, smolvlm-500m, small, tiny (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["iwp"],
+        metavar="METHOD",
+        help="NAME or NAME:option=value,... (default: %(default)s; random and pooling are always run)",
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="also the plain published loops of DivPrune, CDPruner and VisionZip",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--ratios", nargs="+", type=share, metavar="SHARE", help="shares KEPT (default: 0.1)")
+    budget.add_argument("--keep", nargs="+", type=count, metavar="N", help="counts kept instead")
+    parser.add_argument("--batch", nargs="+", type=count, metavar="N", help="samples (default: 1 8 32; on a CPU 1)")
+    parser.add_argument(
+        "--visual-tokens",
+        nargs="+",
+        type=count,
+        metavar="N",
+        help="of a sample, as near as the model can come (default: 576 2880 8192; on a CPU 576 2880)",
+    )
+    parser.add_argument("--image", metavar="FILE", help="a picture of your own instead, as it comes (not for shapes)")
+    parser.add_argument("--question", type=words, metavar="TEXT", help="asked with it")
+    parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=count, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs of each (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", default="auto", help="default: as stored; shapes: bfloat16, on a CPU float32")
+    parser.add_argument("--attention", default="sdpa", help="attention of shapes (default: %(default)s)")
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: as PyTorch decides)")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="what table and plot show: time by the clock, or CPU time of the process, which other programs on a busy "
+        "machine do not lengthen; the JSON has both (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="written after every round; the same command goes on with it")
+    parser.add_argument("--plot", metavar="FILE", help="a picture, .svg, .png or .pdf")
+    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite a result of another version")
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs the command. Everything that can be refused is refused before a model is made.
+
+    Returns:
+        dict: What was measured, see `vtprune.bench.measure.run`, with its `rows`.
+    """
+    from rich.console import Console
+
+    from ..bench import measure, plot, summary, table
+    from ..bench.variants import variants
+    from ..study import progress
+
+    _check(args)
+    chosen = variants(args.methods, _budgets(args), args.peers)
+    model, make_prompt, name = _model(args)
+    bench = measure.Bench(model, make_prompt, chosen, args.new_tokens)
+    settings = _settings(args, next(model.parameters()).device.type)
+    own = make_prompt is not None and args.image
+    header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens)
+    out = Path(args.json).expanduser() if args.json else None
+    with progress.interruptible(out):
+        data = measure.run(bench, settings, args.rounds, header, out, args.force)
+    data["rows"] = summary.rows(data)
+    if bench.device.type == "cpu":
+        data["rows_in_cpu_time"] = summary.rows(data, cpu=True)
+    progress.save(out, data)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)
+    table.show(data, console, args.clock == "cpu")
+    if args.plot:
+        plot.save(data, args.plot, args.clock == "cpu")
+    return data
+
+
+def _check(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..bench import plot
+
+    if _is_shape(args.model) and (args.image or args.question):
+        raise InputError(f"{args.model} is an architecture with random weights: it has no processor for --image")
+    if args.image and args.visual_tokens:
+        raise InputError("--image says how many visual tokens there are; leave --visual-tokens out")
+    for path in filter(None, (args.json, args.plot)):
+        place = Path(path).expanduser().absolute()
+        if place.is_dir() or not place.parent.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder, or its folder does not exist")
+    if args.plot:
+        plot.check(args.plot)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
+def _is_shape(name: str) -> bool:
+    from ..bench.shapes import SHAPES
+
+    return name in SHAPES and not Path(name).exists()
+
+
+def _budgets(args: argparse.Namespace) -> list[Any]:
+    from ..core.budget import Budget
+
+    if args.keep:
+        return [Budget(keep=count) for count in dict.fromkeys(args.keep)]
+    return [Budget(ratio=share) for share in dict.fromkeys(args.ratios or [0.1])]
+
+
+def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
+    from ..bench.measure import Setting
+
+    batches, tokens = ON_CPU if device == "cpu" else ON_ACCELERATOR
+    counts: list[int | None] = [None] if args.image else list(args.visual_tokens or tokens)
+    return [Setting(batch, count) for count in counts for batch in args.batch or batches]
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
+    """The model, what makes its prompts, and its name."""
+    from ..refvlm import loading
+
+    if not _is_shape(args.model):
+        from ..bench.prompts import of_processor
+
+        loading.is_local(args.model)
+        picture = images.picture(args.image) if args.image else None
+        quiet()
+        model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+        name = (
+            args.model if args.model == EMBEDDED or not Path(args.model).exists() else Path(args.model).resolve().name
+        )
+        return model, partial(of_processor, model, processor, picture, args.question), name
+    import torch
+
+    from ..bench import layouts, shapes
+
+    device = loading._device(args.device)
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
+    shape = shapes.get(args.model)
+    quiet()
+    model = shape.build(device, kind, args.attention)
+    return model, lambda s: layouts.prompt(model, shape.layout, s.batch, s.tokens, args.text_tokens), args.model

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune fidelity`: how much pruning changes what a model says about pictures without labels, beside its time."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import images
+from ..errors import InputError, one_line
+from ..refvlm.loading import EMBEDDED, EMBEDDED_MODELS
+from .arguments import as_dtype, check_folder, chosen_methods, count, quiet, share, words
+
+if TYPE_CHECKING:
+    from ..methods import Method
+    from ..study.charts import Chart
+    from ..study.fidelity import Prompt
+
+# What can be asked about any picture. The built-in model knows few words: of a picture of your own it is asked for all.
+GENERIC = (
+    "Describe this picture in one sentence.",
+    "What is the most important thing in this picture?",
+    "Which words or numbers can be read in this picture?",
+)
+GENERIC_EMBEDDED = ("describe the image",)
+RATIOS = (0.5, 0.25, 0.1, 0.05)
+# As in cli.py, everything heavy is imported where it is used.
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "fidelity", help="how much pruning changes what a model says about any pictures, and the time it takes"
+    )
+    parser.add_argument(
+        "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
+    )
+    parser.add_argument(
+        "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
+    )
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
+    questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, or strategy files (default: all)")
+    parser.add_argument(
+        "--ratios", nargs="+", type=share, default=list(RATIOS), metavar="SHARE", help="default: %(default)s"
+    )
+    parser.add_argument("--max-new-tokens", type=count, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--repeats", type=count, default=2, metavar="N", help="timed calls per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, which other programs on a busy machine do not lengthen (default: %(default)s)",
+    )
+    parser.add_argument("--json", default="vtprune-fidelity.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--plot", metavar="FILE", help=".svg, .png or .pdf (default: the JSON file's name, .svg)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite a result of another version or setting, or measure anew"
+    )
+    parser.set_defaults(command=_fidelity)
+
+
+def _fidelity(args: argparse.Namespace) -> None:
+    """Everything that can be refused is refused before the model is loaded."""
+    from ..refvlm import loading
+    from ..study import fidelity_view, progress
+
+    methods = chosen_methods(args.methods)
+    pairs = _pairs(args)
+    check_folder(args.json)
+    plot = _plot_file(args)
+    loading.is_local(args.model)
+    quiet()
+    model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+    if args.clock == "cpu" and model.device.type != "cpu":
+        raise InputError(f"--clock cpu counts the time of processors, but the model runs on {model.device}")
+    header = _header(args, model, pairs, methods)
+    path = Path(args.json).expanduser()
+    data = progress.load(path, header, args.force) or dict(header)
+    if "rows" not in data:
+        with progress.interruptible(path):
+            rows = _measure(args, model, processor, pairs, methods, data, path)
+        data = header | {"load": data.get("load"), "rows": rows}
+        progress.save(path, data)
+    fidelity_view.print_table(data)
+    print(f"table written to {args.json}")
+    if plot is not None:
+        _save(plot, [fidelity_view.chart(data)])
+        print(f"plot written to {plot}")
+
+
+def _measure(
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    pairs: Sequence[tuple[str, Any, str]],
+    methods: Mapping[str, Method],
+    data: dict[str, Any],
+    path: Path,
+) -> list[dict[str, Any]]:
+    """Goes through the prompts that `data` does not hold yet; it is written after each, with the largest load seen."""
+    from ..study import progress
+    from ..study.fidelity import Variant, measure_prompt, summarize
+
+    variants = [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
+    done: list[str] = data.setdefault("records", [])  # a JSON text per prompt: writing many numbers stays quick
+    with progress.bar("prompts", len(pairs), len(done)) as step:
+        for prompt in _prompts(pairs[len(done) :], model, processor):
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            settings = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "clock": clock}
+            done.append(json.dumps(measure_prompt(model, prompt, variants, turn=len(done), **settings)))
+            data["load"] = max(filter(None, (data.get("load"), progress.load_average())), default=None)
+            progress.save(path, data)
+            step(str(prompt.picture))
+    return summarize([json.loads(record) for record in done], [name for name, _, _ in pairs], variants)
+
+
+def _ratios(args: argparse.Namespace) -> list[float]:
+    return sorted(set(args.ratios), reverse=True)
+
+
+def _pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
+    """`(name of the picture, the picture or its path, question)` of every prompt; each picture is tried once."""
+    from .. import refvlm
+    from ..refvlm import evaluate
+
+    asked = [args.question] if args.question else None
+    if args.questions:
+        asked = _lines(args.questions)
+    pictures: list[tuple[str, Any]]
+    if args.images is None:
+        count = args.limit or 24
+        if args.model in EMBEDDED_MODELS and asked is None:
+            samples = enumerate(evaluate.held_out_scenes(count))
+            return [(f"scene {number}", sample.image, sample.question) for number, sample in samples]
+        pictures = [(f"scene {number}", refvlm.scenes.scene(number).image) for number in range(count)]
+    else:
+        files = images.picture_files(args.images)[: args.limit]
+        for file in files:
+            images.picture(file)  # a broken file is found now, not after hours
+        pictures = [(Path(file).name, file) for file in files]
+    asked = asked or list(GENERIC_EMBEDDED if args.model in EMBEDDED_MODELS else GENERIC)
+    return [(name, picture, question) for name, picture in pictures for question in asked]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot read {path} as questions: {one_line(error)}") from error
+    found = [line.strip() for line in text.splitlines() if line.strip()]
+    if not found:
+        raise InputError(f"{path} holds no question; expected one per line")
+    return found
+
+
+def _prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -> Iterator[Prompt]:
+    """Model inputs of one prompt after the other, so that only one picture is in memory."""
+    from ..refvlm import loading
+    from ..study.fidelity import Prompt
+
+    for name, picture, question in pairs:
+        image = images.picture(picture) if isinstance(picture, str) else picture
+        inputs = loading.prompt(processor, image, question).to(model.device)
+        yield Prompt({key: as_dtype(value, model.dtype) for key, value in inputs.items()}, name)
+
+
+def _header(
+    args: argparse.Namespace, model: Any, pairs: Sequence[tuple[str, Any, str]], methods: Mapping[str, Method]
+) -> dict[str, Any]:
+    """What was measured, and what the numbers are only comparable under."""
+    import torch
+
+    from .. import refvlm
+    from ..study import progress
+
+    own = args.images is None and args.model in EMBEDDED_MODELS and not (args.question or args.questions)
+    # Pictures, questions and the options of methods are compared by their digest when a measurement goes on.
+    digest = hashlib.sha256(repr(methods).encode())
+    for name, picture, question in pairs:
+        content = Path(picture).expanduser().read_bytes() if isinstance(picture, str) else picture.tobytes()
+        digest.update(f"{name} {question}".encode() + hashlib.sha256(content).digest())
+    device, threads = model.device, torch.get_num_threads()
+    machine = f"{os.cpu_count()} {platform.machine()} cores, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    header: dict[str, Any] = {
+        "model": args.model,
+        "pictures": len({name for name, _, _ in pairs}),
+        "of": "drawn scenes" if args.images is None else Path(args.images).name,
+        "prompts": len(pairs),
+        "questions": "the scenes' own" if own else list(dict.fromkeys(question for _, _, question in pairs)),
+        "methods": list(methods),
+        "ratios": _ratios(args),
+        "max_new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+        "clock": args.clock,
+        "inputs_sha256": digest.hexdigest(),
+    }
+    if args.model in EMBEDDED_MODELS:
+        weights = (refvlm.MODELS[EMBEDDED_MODELS[args.model]] / "model.safetensors").read_bytes()
+        header["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    dtype = str(model.dtype).removeprefix("torch.")
+    return header | {"versions": progress.versions(), "machine": f"{machine}, {dtype}"}
+
+
+def _plot_file(args: argparse.Namespace) -> Path | None:
+    """Where the plot goes; without matplotlib None, unless a plot was asked for."""
+    from ..study import charts
+
+    path = Path(args.plot or Path(args.json).with_suffix(".svg")).expanduser()
+    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise InputError(f"cannot write {path} as a plot: expected a file name that ends in .svg, .png or .pdf")
+    check_folder(str(path))
+    if charts.available():
+        return path
+    if args.plot:
+        raise InputError(f"cannot draw {path}: it needs matplotlib (pip install matplotlib)")
+    return None
+
+
+def _save(path: Path, shown: list[Chart]) -> None:
+    from ..study import charts
+
+    try:
+        charts.save(shown, path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention that visual tokens receive from the rows of the prompt."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vtprune_kernels import attention_rows
+
+from .tokens import AttentionInputs
+
+
+def visual_attention(inputs: AttentionInputs, weights: Tensor | None = None) -> Tensor:
+    """Attention that the visual tokens receive from the given rows, mean over heads and rows.
+
+    Args:
+        inputs: Queries and keys of one layer.
+        weights: `[R]` weights of the rows, by default equal.
+
+    Returns:
+        Tensor: `[M]` float32, of a softmax over all keys that a row sees.
+    """
+    received = attention_rows(
+        inputs.queries,
+        inputs.keys,
+        inputs.query_offsets,
+        inputs.key_offsets,
+        inputs.query_order,
+        inputs.scaling,
+        inputs.softcap,
+        weights=weights,
+    )
+    return received[inputs.visual]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ratio`, `keep`, `mean_ratio` and a method's schedule -> counts per group and stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from ..errors import BudgetError, MethodError
+from .method import Stage
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of the three is set.
+
+    Attributes:
+        ratio: Share of the visual tokens that survives to the last layer, in (0, 1].
+        keep: Number of visual tokens per sample that survives.
+        mean_ratio: Mean over the inputs of the decoder layers of the share that is left, in (0, 1].
+    """
+
+    ratio: float | None = None
+    keep: int | None = None
+    mean_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise BudgetError(
+                f"give exactly one of ratio, keep and mean_ratio; got {', '.join(given) if given else 'none of them'}"
+            )
+        name, value = next(iter(given.items()))
+        if name == "keep":
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise BudgetError(f"keep is {value!r}; expected a whole number of visual tokens, 1 or more")
+        elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+            raise BudgetError(
+                f"{name} is {value!r}; expected the share of visual tokens to keep, above 0 and up to 1 (0.1 keeps "
+                "10 %)"
+            )
+
+    @property
+    def asks_to_drop(self) -> bool:
+        """Whether a prompt with visual tokens must lose some; `keep` may be more than there are."""
+        return self.keep is None and (self.ratio or self.mean_ratio or 0) < 1
+
+    def __str__(self) -> str:
+        return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
+
+
+def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
+    """Raises `MethodError` unless the cuts are at ascending layers of the model with falling shares."""
+    layers = [stage.layer for stage in stages]
+    if any(not isinstance(layer, Integral) for layer in layers):
+        raise MethodError(f"{name} cuts before layers {layers}; expected whole numbers of layers")
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise MethodError(f"{name} cuts before layers {layers}; expected ascending layers from 0 on")
+    if layers[-1] >= num_layers:
+        raise MethodError(
+            f"{name} cuts before layer {layers[-1]}, but the decoder has {num_layers} layers (0 to {num_layers - 1})"
+        )
+    shares = [stage.share for stage in stages]
+    if any(not 0 < share < 1 for share in shares) or shares != sorted(shares, reverse=True):
+        raise MethodError(f"{name} has shares {shares}; expected falling shares between 0 and 1")
+
+
+def mean_share(stages: Sequence[Stage], shares: Sequence[float], num_layers: int) -> float:
+    """Mean over decoder-layer inputs of the share of visual tokens that is left."""
+    edges = [0, *(stage.layer for stage in stages), num_layers]
+    return sum(s * (b - a) for s, a, b in zip([1.0, *shares], edges, edges[1:], strict=False)) / num_layers
+
+
+def stretch(stages: Sequence[Stage], ratio: float) -> list[float]:
+    """Stretches published shares geometrically so that the last one is `ratio`."""
+    power = math.log(ratio) / math.log(stages[-1].share)
+    return [*(stage.share**power for stage in stages[:-1]), ratio]
+
+
+def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> float:
+    """The `ratio` at which the stretched schedule has mean share `mean_ratio`.
+
+    Raises:
+        BudgetError: The layers before the first cut alone cost more.
+    """
+    if mean_ratio == 1:
+        return 1.0
+    least = stages[0].layer / num_layers
+    if mean_ratio <= least:
+        raise BudgetError(
+            f"mean_ratio={mean_ratio:g} cannot be met: the first cut is before layer {stages[0].layer} of "
+            f"{num_layers}, so the "
+            f"mean over layer inputs is above {least:.3f}; ask for more, or cut earlier"
+        )
+    low, high = -745.0, 0.0  # log of the ratio
+    for _ in range(200):
+        middle = (low + high) / 2
+        if mean_share(stages, stretch(stages, math.exp(middle)), num_layers) < mean_ratio:
+            low = middle
+        else:
+            high = middle
+    found = math.exp((low + high) / 2)
+    # A method that cuts before the decoder is to get `mean_ratio` itself: half a token then rounds like `ratio` does.
+    return round(found, 12) or found
+
+
+def counts(stages: Sequence[Stage], ratio: float, total: int, last: int | None = None) -> list[int]:
+    """How many of `total` tokens are left after each stage.
+
+    Args:
+        stages: The schedule.
+        ratio: Share that survives the last stage.
+        total: Tokens of the group.
+        last: The final count where it is given as a number.
+
+    Returns:
+        list[int]: Falling, never more than `total`; the last is `max(1, round(ratio * total))` or `last`.
+    """
+    if total == 0:
+        return [0] * len(stages)
+    final = max(1, round(ratio * total)) if last is None else last
+    final = min(final, total)
+    left, out = total, []
+    for share in stretch(stages, ratio)[:-1]:
+        left = max(final, min(left, round(share * total)))
+        out.append(left)
+    return [*out, final]
+
+
+def split_keep(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Splits a sample's `keep` over its images in proportion to their sizes, by largest remainder."""
+    total = sum(sizes)
+    keep = min(keep, total)
+    quota = [keep * size / total for size in sizes]
+    out = [int(q) for q in quota]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (out[i] - quota[i], i))
+    for i in by_remainder[: keep - sum(out)]:
+        out[i] += 1
+    return out
+
+
+def plan(
+    budget: Budget, stages: Sequence[Stage], num_layers: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]]
+) -> list[list[int]]:
+    """Counts for one prefill.
+
+    Args:
+        budget: What the user asked for.
+        stages: The method's schedule.
+        num_layers: Decoder layers.
+        groups: Visual tokens in each group.
+        by_sample: For each sample, the numbers of its groups.
+
+    Returns:
+        list: For each stage, how many tokens of each group are left.
+    """
+    if budget.keep is not None:
+        last: list[int | None] = [None] * len(groups)
+        for mine in by_sample:
+            for group, number in zip(mine, split_keep(budget.keep, [groups[g] for g in mine]), strict=True):
+                last[group] = number
+        per_group = [
+            counts(stages, max(number or 0, 0.5) / max(size, 1), size, number)
+            for size, number in zip(groups, last, strict=True)
+        ]
+    else:
+        ratio = budget.ratio if budget.ratio is not None else solve_mean(stages, budget.mean_ratio or 1, num_layers)
+        per_group = [counts(stages, ratio, size) for size in groups]
+    return [[group[stage] for group in per_group] for stage in range(len(stages))]

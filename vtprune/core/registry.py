@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from ..errors import MethodError
+from .method import Method
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator that makes a method available as `vtprune.patch(model, method=name)`.
+
+    Args:
+        name: The published name in snake_case.
+
+    Raises:
+        MethodError: Another class is registered under the name, or the class is not a `Method`.
+    """
+
+    def add(cls: type[Method]) -> type[Method]:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise MethodError(f"{cls!r} is not a subclass of vtprune.methods.Method")
+        taken = _METHODS.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise MethodError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """Registered names in alphabetical order."""
+    return tuple(sorted(_METHODS))
+
+
+def get(name: str) -> type[Method]:
+    """Returns the method class registered under `name`.
+
+    Raises:
+        MethodError: Nothing is registered under it; near matches are named.
+    """
+    if name in _METHODS:
+        return _METHODS[name]
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), _METHODS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(names())}"
+    raise MethodError(f"unknown method {name!r}; {hint}")
+
+
+def resolve(method: str | Method | type[Method]) -> Method:
+    """Turns what a user passes as `method` into an instance."""
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) and issubclass(method, Method):
+        return method()
+    if isinstance(method, str):
+        return get(method)()
+    raise MethodError(f"method is {method!r}; expected a name, a Method class or an instance of one")

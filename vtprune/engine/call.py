@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of the decoder knows, from its first layer to its last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.visual_tokens import VisualTokens
+from . import kv_cache
+from .columns import Columns
+from .deepstack import DeepStackFeatures
+from .spec import PruneSpec
+
+
+@dataclass
+class BudgetGroups:
+    """The visual tokens of a call, grouped as the method's budget asks.
+
+    Attributes:
+        of_token: `[M]` group number of each visual token.
+        sizes: Tokens in each group.
+        by_sample: For each sample that has visual tokens, the numbers of its groups.
+    """
+
+    of_token: Tensor
+    sizes: list[int]
+    by_sample: list[list[int]]
+
+    @classmethod
+    def of(cls, visual: VisualTokens, by: str) -> BudgetGroups:
+        """Makes a group of every sample, or of every image of a sample."""
+        new = torch.ones(len(visual), dtype=torch.bool)
+        new[1:] = visual.sample.diff() != 0
+        if by == "image":
+            new[1:] |= visual.image.diff() != 0
+        of_token = new.cumsum(0) - 1
+        groups: dict[int, list[int]] = {}
+        for group, sample in enumerate(visual.sample[new].tolist()):
+            groups.setdefault(sample, []).append(group)
+        return cls(of_token, torch.bincount(of_token).tolist(), list(groups.values()))
+
+    def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
+        """`[M]` bool: which of the tokens `flat` are in groups of which fewer are `kept`."""
+        before, after = (torch.bincount(self.of_token[x], minlength=len(self.sizes)) for x in (flat, kept))
+        return (after < before)[self.of_token[flat]]
+
+
+@dataclass
+class Decision:
+    """What was decided at one stage.
+
+    Attributes:
+        kept: `[M']` numbers of the surviving tokens among all visual tokens of the call.
+        merged: New states of the tokens that were alive, for methods that merge; or None.
+        scores: The method's scores of the tokens that were alive; or None.
+        states: Their states, where a call is recorded (`explain`); or None.
+    """
+
+    kept: Tensor
+    merged: Tensor | None = None
+    scores: Tensor | None = None
+    states: Tensor | None = None
+
+
+@dataclass
+class Snapshot:
+    """A layer's input as it was when the layer was about to run, and how many slots its cache cached_tokens then."""
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    index: Tensor
+    valid: Tensor
+    cached_tokens: int
+
+    @classmethod
+    def take(cls, call: CallState, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Snapshot:
+        columns = call.columns
+        return cls(layer, args, kwargs, columns.index, columns.valid, kv_cache.cached_tokens(columns.cache, number))
+
+    @property
+    def hidden(self) -> Tensor:
+        """`[B, K, D]` the hidden states entering the layer."""
+        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+
+
+@dataclass
+class CallState:
+    """State of one call of the decoder.
+
+    Attributes:
+        spec: Whose method and budget apply.
+        columns: The columns that are left, and what layers are given.
+        visual: The visual columns, or None where nothing is to be cut.
+        inputs: Keyword arguments of the composite's call and of its encoders.
+        real_past: `[B, past]` bool or None: columns in the cache that are not padding.
+        memo: Decisions of an earlier call without a cache that this one continues.
+        deepstack: DeepStack features, where the decoder has them.
+        recorded: Records of the method's taps.
+        memory: The method's own, from stage to stage.
+        selection_time: Host seconds spent at the cuts.
+        copies: Of each sample and its pixels, made before the pictures were encoded.
+        snapshots: Inputs of the layers that the method asked to read, by layer.
+        decisions: What was decided at each stage so far.
+        stages: For each stage so far, its layer and the surviving columns of every sample.
+        counts: Layer of each cut to come -> tokens left in each group.
+        groups: The visual tokens grouped as the method's budget asks; set where something is to be cut.
+        live: `[M]` bool, the visual tokens that no cut has dropped so far; likewise.
+    """
+
+    spec: PruneSpec
+    columns: Columns
+    visual: VisualTokens | None
+    inputs: dict[str, Any]
+    real_past: Tensor | None = None
+    memo: list[Decision] | None = None
+    deepstack: DeepStackFeatures | None = None
+    recorded: dict[str, list] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    selection_time: float = 0.0
+    copies: int = 1
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    counts: dict[int, list[int]] = field(default_factory=dict)
+    groups: BudgetGroups = field(init=False)
+    live: Tensor = field(init=False)

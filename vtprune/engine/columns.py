@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which prompt columns the layers of a decoder hold during one call, and what the layers are given because of it.
+
+The decoder makes rotations, positions and masks for all columns and passes the same ones to every layer. `Columns`
+cuts them down to the columns that are left, layer by layer, and translates masks to the slots that a layer's cache
+holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.transfer import to_device
+from . import gather, kv_cache, masks, positions
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """How the decoder attends: what a mask made from nothing must look like.
+
+    Attributes:
+        name: Name of transformers' mask function for the attention implementation.
+        dtype: Of masks that are added to logits.
+        device: Of the masks.
+    """
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Columns:
+    """The columns of one decoder call.
+
+    Attributes:
+        batch, length: Shape `[B, T]` of the call.
+        past: Columns of the conversation before it.
+        real: `[B, T]` bool, False for padding.
+        state: Slots of a cache that earlier calls pruned, or None.
+        cache: The KV cache, once a layer has shown it.
+        index, valid: The present packed layout (see `compact`), `[B, K]` on the CPU.
+        is_cut: Whether this call has lost columns.
+        layouts: The packed layout of every layer that ran.
+    """
+
+    def __init__(
+        self,
+        real: Tensor,
+        past: int,
+        state: kv_cache.CacheState | None,
+        cache: Any,
+        form: AttentionForm,
+        renumber: bool,
+    ) -> None:
+        self.batch, self.length = real.shape
+        self.past, self.real, self.state, self.cache, self.attention_form = past, real, state, cache, form
+        self.index = torch.arange(self.length).expand(self.batch, -1)
+        self.valid = torch.ones(self.batch, self.length, dtype=torch.bool)
+        self.is_cut, self.ragged = False, False
+        self.layouts: list[tuple[Tensor, Tensor]] = []
+        self.shifts: list[positions.Shift | None] = []
+        self.renumber, self.source = renumber, self.index
+        self.shift: positions.Shift | None = None
+        self._gathered: dict[
+            Any, Any
+        ] = {}  # what was made for the present packed layout; values keep their sources valid
+        self._slots: dict[Any, tuple[Tensor, Tensor, bool]] = {}
+
+    @property
+    def is_modified(self) -> bool:
+        """Whether layers need other arguments than the decoder passes."""
+        return self.is_cut or self.state is not None
+
+    def slot_of_position(self) -> Tensor:
+        """`[B, T]` slot of each prompt column, -1 for dropped ones."""
+        return slot_of_position(self.index, self.valid, self.length)
+
+    def keep(self, stays: Tensor, rotation: Any) -> Tensor:
+        """Goes over to the columns `stays`.
+
+        Args:
+            stays: `[B, T]` bool, a subset of the present columns.
+            rotation: The decoder's `position_embeddings` for all columns; needed to renumber.
+
+        Returns:
+            Tensor: `[B, K]` for each new slot the old one.
+        """
+        slot = self.slot_of_position()
+        self.index, self.valid = gather.pack(stays, self.real)
+        self.is_cut, self.ragged = True, not bool(self.valid.all())
+        if self.renumber:
+            self.source = positions.sources(self.index, self.real)
+            self.shift = positions.shift_of(rotation, self.real, self.index)
+        else:
+            self.source = self.index
+        self._gathered.clear()
+        self._slots.clear()
+        return slot.gather(1, self.index).clamp(min=0)
+
+    def record_layer(self, number: int) -> None:
+        """Notes that layer `number` runs on the present columns."""
+        self.layouts.append((self.index, self.valid))
+        old = self.state.shift(number) if self.state is not None else None
+        both = old.plus(self.shift) if old is not None and self.shift is not None else (old or self.shift)
+        self.shifts.append(both)
+
+    # --- arguments of a layer -----------------------------------------------------------------------------------------
+
+    def arguments(self, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of layer `number`, from what the decoder passes for all columns. Hidden states are left as
+        they are."""
+        if self._nothing_to_do(number, args, kwargs):
+            return args, kwargs
+        if self.is_cut and "together" not in self._gathered:
+            self._gather_together({**kwargs, **{str(place): value for place, value in enumerate(args[1:])}})
+        new = {name: self._argument(number, name, value) for name, value in kwargs.items() if name != "hidden_states"}
+        rest = tuple(self._argument(number, "", value) for value in args[1:])
+        return (*args[:1], *rest), {**kwargs, **new}
+
+    def _nothing_to_do(self, number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a decoding step without a mask, the most frequent call by far, passes as it is."""
+        state = self.state
+        if self.is_cut or state is None or state.shift(number) is not None or state.is_ragged(number):
+            return False
+        masked = any(value is not None for name, value in kwargs.items() if "mask" in name)
+        return not masked and not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
+
+    def _argument(self, number: int, name: str, value: Any) -> Any:
+        if self._is_mask(name, value):
+            return self._mask(number, value)
+        index = self._index_for(name)
+        value = gather.map_tensors(value, lambda x: self._cut(x, index)) if self.is_cut else value
+        if name not in positions.NAMES:
+            return value
+        turned = self.state.shift(number) if self.state is not None else None
+        return value if turned is None else turned.apply(name, value)
+
+    def _index_for(self, name: str) -> Tensor:
+        """`[B, K]` columns that an argument is gathered from."""
+        index = self.index
+        if name in positions.NAMES:
+            index = self.source
+        return index
+
+    def _is_mask(self, name: str, value: Any) -> bool:
+        if "mask" in name or masks.is_block_mask(value):
+            return True
+        square = (self.length, self.past + self.length)
+        return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[2:]) == square
+
+    def _gather_together(self, arguments: dict[str, Any]) -> None:
+        """Gathers the columns of all that a layer is given, in as few launches as possible, for `_cut` to find."""
+        self._gathered["together"] = True
+        groups: dict[Any, dict[int, tuple[Tensor, int]]] = {}
+        for name, value in arguments.items():
+            if name == "hidden_states" or self._is_mask(name, value):
+                continue
+            index = self._index_for(name)
+            tensors: list[Tensor] = []
+            gather.map_tensors(value, tensors.append)
+            for x in tensors:
+                dim = gather.column_dim(x, self.batch, self.length)
+                if dim is not None and id(x) not in self._gathered:
+                    groups.setdefault(self._on(index, x.device), {})[id(x)] = (x, dim)
+        for index, group in groups.items():
+            for (x, _), cut in zip(group.values(), gather.gather_all(list(group.values()), index), strict=True):
+                self._gathered[id(x)] = (x, cut)
+
+    def _cut(self, x: Tensor, index: Tensor) -> Tensor:
+        """Gathers the surviving columns of a tensor that has all of them; other tensors pass."""
+        dim = gather.column_dim(x, self.batch, self.length)
+        if dim is None:
+            return x
+        known = self._gathered.get(id(x))
+        if known is None:
+            known = self._gathered[id(x)] = (x, gather.gather(x, self._on(index, x.device), dim))
+        return known[1]
+
+    def _on(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """`tensor` on a device, moved once."""
+        key = (id(tensor), device)
+        if key not in self._gathered:
+            self._gathered[key] = (tensor, to_device(tensor, device))
+        return self._gathered[key][1]
+
+    # --- masks and slots
+    # ------------------------------------------------------------------------------------------------
+
+    def _mask(self, number: int, mask: Any) -> Any:
+        if mask is None and not self.ragged and not (self.state is not None and self.state.is_ragged(number)):
+            return None
+        slots, valid, plain = self.slots(number)
+        if mask is None and plain:
+            return None
+        key = ("mask", id(mask), id(slots))
+        if key not in self._gathered:
+            self._gathered[key] = (mask, slots, self._translated(mask, slots, valid))
+        return self._gathered[key][2]
+
+    def _translated(self, mask: Any, slots: Tensor, valid: Tensor) -> Any:
+        if mask is None:
+            on = self.attention_form.device
+            columns = self.index.to(on) + self.past
+            return masks.causal_in_form(
+                self.attention_form.name, columns, slots.to(on), valid.to(on), self.attention_form.dtype
+            )
+        if masks.is_block_mask(mask):
+            return masks.translate_block_mask(mask, self.index if self.is_cut else None, slots, valid)
+        if mask.dim() == 2 and mask.shape[1] == self.length and self.past:
+            slots, valid = self.index, self.valid  # a mask of this call's columns only
+        rows = self._on(self.index, mask.device) if self.is_cut else None
+        return masks.translate_mask(mask, rows, self._on(slots, mask.device), self._on(valid, mask.device))
+
+    def slots(self, number: int) -> tuple[Tensor, Tensor, bool]:
+        """What layer `number` attends to: columns `[B, k]` in its slots, which are valid, and whether all that are
+        filled are."""
+        cached, queries = kv_cache.cached_tokens(self.cache, number), self.index.shape[1]
+        count, start = cached + queries, 0
+        if self.cache is not None and number < len(self.cache.layers):
+            sizes = getattr(self.cache.layers[number], "get_mask_sizes", None)
+            count, start = map(int, sizes(queries)) if sizes is not None else (count, start)
+        key = (id(self.state.base_of(number)) if self.state is not None else 0, cached, count, start)
+        if key not in self._slots:
+            filled = torch.cat([self._before(number, cached), self._new_slots(self.index, self.valid)], 1)
+            filled = filled[:, start : start + count]
+            plain = not bool((filled < 0).any())
+            # A static cache shows its empty slots too.
+            filled = nn.functional.pad(filled, (0, count - filled.shape[1]), value=-1)
+            self._slots[key] = filled.clamp(min=0), filled >= 0, plain
+        return self._slots[key]
+
+    def _before(self, number: int, cached: int) -> Tensor:
+        """`[B, cached]` columns in the slots that earlier calls filled."""
+        slots = self.state.slots(number, cached) if self.state is not None else None
+        return torch.arange(max(cached, 0)).expand(self.batch, -1) if slots is None else slots
+
+    def _new_slots(self, index: Tensor, valid: Tensor) -> Tensor:
+        return torch.where(valid, index + self.past, -1)
+
+    def state_after(self) -> kv_cache.CacheState:
+        """Slots and shifts of every layer after this call, for the cache to keep."""
+        made: dict[Any, Tensor | None] = {}
+        bases: list[Tensor | None] = []
+        for number, (index, valid) in enumerate(self.layouts):
+            old = self.state.base_of(number) if self.state is not None else None
+            cached = kv_cache.cached_tokens(self.cache, number) - index.shape[1]
+            key = (id(index), id(old), cached)
+            if key not in made:
+                whole = old is None and index.shape[1] == self.length and bool(valid.all())
+                new = self._new_slots(index, valid)
+                made[key] = None if whole else torch.cat([self._before(number, cached), new], 1)
+            bases.append(made[key])
+        return kv_cache.CacheState(bases, self.past + self.length, self.shifts)
+
+    # --- back to the caller's length
+    # --------------------------------------------------------------------------------------
+
+    def restore(self, output: Any) -> Any:
+        """Puts the hidden states of a decoder's output back among all columns; dropped ones are zero."""
+        if isinstance(output, Tensor):
+            return self._full(output, -1)
+        if isinstance(output, tuple):
+            return (self._full(output[0], -1), *output[1:])
+        output.last_hidden_state = self._full(output.last_hidden_state, -1)
+        hidden = getattr(output, "hidden_states", None)
+        if hidden is not None:
+            # Entry 0 is the input of the first layer, entry i + 1 the output of layer i.
+            full = (None if h is None else self._full(h, max(i - 1, 0)) for i, h in enumerate(hidden))
+            output.hidden_states = tuple(full)
+        return output
+
+    def _full(self, x: Tensor, layer: int) -> Tensor:
+        index, valid = self.layouts[layer]
+        if x.dim() < 3 or x.shape[1] != index.shape[1] or (index.shape[1] == self.length and bool(valid.all())):
+            return x
+        return gather.scatter(x, to_device(index, x.device), to_device(valid, x.device), self.length)
+
+
+def slot_of_position(index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Inverts a packed layout: `[B, length]` slot of each column, -1 for columns that are gone."""
+    slot = torch.full((index.shape[0], length + 1), -1)
+    slot.scatter_(1, torch.where(valid, index, length), torch.arange(index.shape[1]).expand_as(index))
+    return slot[:, :length]

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepStack: visual features that a decoder adds to its visual columns between its first layers (Qwen3-VL)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.transfer import to_device
+
+
+class RedirectingMask(Tensor):
+    """A mask that the decoder holds on to, and that stands for another one after every cut.
+
+    Every operation on it is done with `current`. It is not changed in place, because autograd keeps the masks that it
+    stood for.
+    """
+
+    current: Tensor
+
+    @staticmethod
+    def of(mask: Tensor) -> RedirectingMask:
+        live = Tensor._make_subclass(RedirectingMask, mask.clone())
+        live.current = mask
+        return live
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*_plain(args), **_plain(kwargs or {}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RedirectingMask):
+        return value.current
+    if isinstance(value, (tuple, list)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+class _LaterList(list):
+    """Features of which the decoder gets `rows`, picked when it asks and not where the cut is: a layer that is run
+    again in the backward pass (`recompute`) must not hold them in its graph."""
+
+    rows: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _picked(super().__getitem__(key), self.rows)
+
+
+class _LaterDict(dict):
+    """The same by layer."""
+
+    rows: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        return _picked(super().__getitem__(key), self.rows)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = super().get(key, default)
+        return _picked(found, self.rows) if isinstance(found, Tensor) else found
+
+
+def _picked(features: Tensor, rows: Tensor | None) -> Tensor:
+    return features if rows is None else features.index_select(0, to_device(rows, features.device))
+
+
+@dataclass
+class DeepStackFeatures:
+    """Features that the decoder adds to visual columns around its first layers.
+
+    Attributes:
+        mask: `[B, T]` or `[B, T, 1]` the mask that the decoder was given in place of its own.
+        full: Its own.
+        embeds: The list, or dict by layer, that the decoder was given: `[visual columns, D]` each, replaced at every
+            cut.
+        originals: Its own features.
+    """
+
+    mask: RedirectingMask
+    full: Tensor
+    embeds: Any
+    originals: Any
+
+    def cut(self, index: Tensor, valid: Tensor) -> None:
+        """Makes mask and features those of the packed columns `index`, `valid` (`[B, K]`, CPU)."""
+        full = self.full.cpu().flatten(1)  # [B, T]
+        rank = (full.flatten().cumsum(0) - 1).view(full.shape)
+        picked = full.gather(1, index) & valid
+        rows = rank.gather(1, index)[picked]
+        self.mask.current = picked.view(*picked.shape, *self.full.shape[2:]).to(self.full.device)
+        if isinstance(self.embeds, (_LaterList, _LaterDict)):
+            self.embeds.rows = rows
+            return
+        for key, original in _items(self.originals):
+            self.embeds[key] = _picked(original, rows)
+
+
+def _items(features: Any) -> list[tuple[Any, Any]]:
+    return list(features.items() if isinstance(features, dict) else enumerate(features))
+
+
+def intercept_deepstack(
+    kwargs: dict[str, Any], shape: tuple[int, int], later: bool = False
+) -> tuple[DeepStackFeatures, dict[str, Any]] | None:
+    """Replaces DeepStack arguments by copies that a cut may change.
+
+    Args:
+        kwargs: Arguments of the decoder.
+        shape: `(B, T)` of the call.
+        later: Whether features are picked when the decoder asks for them, and not at the cut.
+
+    Returns:
+        tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` or `[B, T, 1]` and one list,
+        or dict by layer, of tensors.
+    """
+    tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != "attention_mask"}
+    masks = {n: v for n, v in tensors.items() if v.dtype == torch.bool and v.shape in (shape, (*shape, 1))}
+    groups = {n: v for n, v in kwargs.items() if isinstance(v, (list, dict)) and v and n != "attention_mask"}
+    groups = {n: v for n, v in groups.items() if all(isinstance(t, Tensor) for _, t in _items(v))}
+    if len(masks) != 1 or len(groups) != 1:
+        return None
+    mask_name, mask = next(iter(masks.items()))
+    name, features = next(iter(groups.items()))
+    kinds = (_LaterDict, _LaterList) if later else (dict, list)
+    copy = kinds[0](features) if isinstance(features, dict) else kinds[1](features)
+    planes = DeepStackFeatures(RedirectingMask.of(mask), mask, copy, features)
+    return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}

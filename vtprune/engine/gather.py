@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep mask -> gathered tensors, and back. Pure functions; nothing here knows a model.
+
+A *packed layout* is a pair `index`, `valid`, both `[B, K]`: slot `j` of row `b` holds prompt column `index[b, j]`;
+slots that are not valid fill up rows that kept fewer columns and repeat some column's content, never to be attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune_kernels import compact
+
+
+def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Packs the kept columns of every row to the left, in order.
+
+    Padding columns are cheap to lose and needed only to make the rows equally long, so of a row's padding just as much
+    survives as the longest row asks for, the rightmost first: with right padding `generate` reads the last column.
+
+    Args:
+        keep: `[B, T]` bool, columns that stay if they are real.
+        real: `[B, T]` bool, False for padding.
+
+    Returns:
+        tuple: `index` int64 and `valid` bool, both `[B, K]`.
+    """
+    rows = []
+    for keep_row, real_row in zip(keep, real, strict=True):
+        needed = keep_row & real_row
+        needed[-1] |= keep_row[-1]
+        rows.append((needed, keep_row & ~needed))
+    width = max(int(needed.sum()) for needed, _ in rows)
+    index = torch.zeros(len(rows), width, dtype=torch.long)
+    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (needed, spare) in enumerate(rows):
+        room = width - int(needed.sum())
+        if room:
+            padding = spare.nonzero()[:, 0]
+            needed = needed.clone()
+            needed[padding[max(0, len(padding) - room) :]] = True
+        columns = needed.nonzero()[:, 0]
+        index[b, : len(columns)] = columns
+        valid[b, : len(columns)] = True
+    return index, valid
+
+
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gathers columns: dimension `dim` of `x` is the column, the one before it the batch (or 1 for all rows).
+
+    Args:
+        x: `[..., B or 1, T, ...]`, with one dimension before the batch at most.
+        index: `[B, K]` on the device of `x`.
+        dim: Place of `T`; 0 for a tensor without a batch dimension.
+
+    Returns:
+        Tensor: `[..., B, K, ...]`, differentiable in `x`; a batch dimension of 1, or none, stays so where `index` has
+        one row.
+    """
+    return gather_all([(x, dim)], index)[0]
+
+
+def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Tensor]:
+    """`gather` of several tensors, each with its `dim`, in one launch where all of them have the same batch."""
+    batch = len(index)
+    flat = [_batched(x, dim, batch) for x, dim in tensors]  # [B, T, ...] or [n B, T, ...]
+    results: list[Tensor] = [index] * len(flat)
+    for rows in sorted({len(x) for x in flat}):
+        here = [number for number, x in enumerate(flat) if len(x) == rows]
+        found = compact([flat[number] for number in here], index.repeat(rows // max(batch, 1), 1))
+        for number, result in zip(here, found, strict=True):
+            results[number] = result
+    return [_as_before(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
+
+
+def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
+    """`x` as `[rows, T, ...]`, a multiple of the batch many rows."""
+    if dim == 0:
+        return x.expand(batch, *x.shape)
+    shape = (*x.shape[: dim - 1], batch, *x.shape[dim:])
+    return x.expand(shape).flatten(0, dim - 1)
+
+
+def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
+    """What `_batched` made of `x`, undone."""
+    if dim == 0:
+        return result[0] if batch == 1 else result
+    return result.unflatten(0, (*x.shape[: dim - 1], batch))
+
+
+def scatter(x: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Puts packed columns back in their places among `length` columns; the others are zero.
+
+    Args:
+        x: `[B, K, ...]`.
+        index, valid: The packed layout, `[B, K]`, on the device of `x`.
+        length: Number of columns `T`.
+
+    Returns:
+        Tensor: `[B, T, ...]`, differentiable in `x`.
+    """
+    full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
+    target = torch.where(valid, index, length)  # slots that are not valid go to a column that is cut off again
+    batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
+    return full.index_put((batch, target), x)[:, :length]
+
+
+def column_dim(x: Tensor, batch: int, length: int) -> int | None:
+    """Where the prompt columns are in a tensor that a decoder hands to its layers, or None.
+
+    Known layouts: `[B or 1, T, ...]` (states, rotations, position ids), `[n, B or 1, T, ...]` (three or four position
+    axes, stacked states) and `[T]`.
+    """
+    if x.dim() >= 2 and x.shape[1] == length and x.shape[0] in (1, batch):
+        return 1
+    if x.dim() >= 3 and x.shape[2] == length and x.shape[1] in (1, batch):
+        return 2
+    if x.dim() == 1 and x.shape[0] == length:
+        return 0
+    return None
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """Applies `function` to every tensor inside tuples, lists and dicts; other values pass unchanged."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value

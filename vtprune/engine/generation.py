@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `generate` does with a prompt before the model sees it: assistants' proposals, and copies for beams."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.visual_tokens import VisualTokens
+
+CANDIDATES = "_get_candidate_generator"  # transformers' method that makes the generator
+
+
+class DelayedCandidates:
+    """A transformers candidate generator whose first proposal is not used.
+
+    Args:
+        inner: The generator. It is asked all the same, so that an assistant's cache holds the prompt.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.prompt_passed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Proposes tokens.
+
+        Args:
+            input_ids: `[1, T]` int, the text so far.
+            kwargs: What the generator takes beside it.
+
+        Returns:
+            tuple: `[1, T + C]` the text with its proposal, and its logits `[1, C, V]` or None.
+        """
+        proposal = self.inner.get_candidates(input_ids, **kwargs)
+        if self.prompt_passed:
+            return proposal
+        self.prompt_passed = True
+        return input_ids, None
+
+
+def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) -> Callable:
+    """Wraps a model's `CANDIDATES`.
+
+    Args:
+        make: The bound method.
+        applies: Whether the prompt `[B, T]` is one that is pruned.
+    """
+
+    def make_later(*args: Any, **kwargs: Any) -> Any:
+        inner = make(*args, **kwargs)
+        prompt = kwargs.get("input_ids")
+        # Generators that read the model's own outputs have nothing to propose before the prompt has passed.
+        if getattr(inner, "requires_model_outputs", False) or prompt is None or not applies(prompt):
+            return inner
+        return DelayedCandidates(inner)
+
+    return make_later
+
+
+EXPANSION = "_expand_inputs_for_generation"  # transformers' method that repeats a prompt
+
+
+def record_expansion(expand: Callable, note: Callable[[int], None]) -> Callable:
+    """Wraps a model's `EXPANSION` so that `note` is told how many copies of each sample it makes."""
+
+    @functools.wraps(expand)
+    def expanded(*args: Any, **kwargs: Any) -> Any:
+        copies = kwargs.get("expand_size", args[0] if args else 1)
+        note(copies if isinstance(copies, int) else 1)
+        return expand(*args, **kwargs)
+
+    return expanded
+
+
+def share_feature_rows(visual: VisualTokens, copies: int, states: Any) -> bool:
+    """Lets copies of a sample share rows of the encoder's output, in place.
+
+    Args:
+        visual: Every copy with rows of its own.
+        copies: Of each sample, one after the other.
+        states: `[B, T, D]` the decoder's input. Samples whose copies do not show the same are left as they are:
+            transformers 5.17 gives the copies of a sample with several pictures one another's.
+
+    Returns:
+        bool: Whether all samples were copies of one another as said.
+    """
+    counts = torch.tensor(visual.counts)
+    if copies < 2 or len(counts) % copies or not isinstance(states, Tensor):
+        return False
+    with torch.no_grad():
+        groups = states.reshape(-1, copies, *states.shape[1:]).float()
+        apart = (groups - groups[:, :1]).abs().flatten(1).amax(1) > 1e-2 * groups.abs().flatten(1).amax(1)
+    same = ~apart.cpu() & (counts.view(-1, copies) == counts[::copies, None]).all(1)  # [B / copies]
+    first = (counts.cumsum(0) - counts)[visual.sample - visual.sample % copies] + visual.index
+    visual.feature = torch.where(
+        same[visual.sample // copies], visual.feature[first.clamp_max(len(visual) - 1)], visual.feature
+    )
+    return bool(same.all())

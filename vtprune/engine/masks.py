@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masks over the columns that a layer holds, made from masks over all columns of the prompt.
+
+A model makes its masks for the unpruned conversation: a 4-D tensor of bools or of numbers that are added to logits, a
+2-D tensor of padding, a flex-attention `BlockMask`, or None for plain causal attention. Here each is cut down to the
+queries and KV slots that are left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.transfer import to_device
+from .gather import gather
+
+
+def is_block_mask(value: Any) -> bool:
+    """Whether `value` is a flex-attention mask; the class itself need not be imported for that."""
+    return type(value).__name__ == "BlockMask"
+
+
+def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
+    """Turns an attention mask over all prompt columns into one over the columns that a layer holds.
+
+    Args:
+        mask: `[B or 1, heads or 1, Q, KV]` bool (True attends) or float (added to logits), or `[B, KV]` (non-zero
+            attends). `Q` and `KV` count columns of the unpruned prompt.
+        rows: `[B, q]` query columns, or None when all queries are there.
+        slots: `[B, k]` column in each KV slot of the layer.
+        valid: `[B, k]` False for slots that nothing may attend to.
+
+    Returns:
+        Tensor: The same kind of mask, `[B, heads, q, k]` or `[B, k]`.
+    """
+    slots = slots.clamp(0, mask.shape[-1] - 1)
+    if mask.dim() == 2:
+        return gather(mask, slots, 1) * valid.to(mask.dtype)
+    if rows is not None:
+        mask = gather(mask.transpose(1, 2), rows, 1).transpose(1, 2)  # [B or 1, h, q, KV]
+    mask = gather(mask.movedim(3, 1), slots, 1).movedim(1, 3).contiguous()  # [B, h, q, k]
+    blocked = ~valid[:, None, None, :]
+    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+
+def causal_mask(columns: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
+    """Builds the mask that `None` stood for: every query sees the live slots up to its own column.
+
+    Args:
+        columns: `[B, q]` columns of the queries.
+        slots, valid: `[B, k]`.
+
+    Returns:
+        Tensor: `[B, 1, q, k]` bool.
+    """
+    return ((slots[:, None, :] <= columns[:, :, None]) & valid[:, None, :])[:, None]
+
+
+def causal_in_form(form: str, columns: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
+    """`causal_mask` in the form that an attention implementation takes.
+
+    Args:
+        form: Name of transformers' mask function: flash attention takes the live slots alone, eager adds numbers.
+        columns, slots, valid: As for `causal_mask`.
+        dtype: Of the numbers that eager attention adds.
+    """
+    if "flash" in form:
+        return valid
+    mask = causal_mask(columns, slots, valid)
+    if "eager" in form:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    if "flex" in form:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def pattern(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return mask[b, 0, q, kv]
+
+        return create_block_mask(pattern, mask.shape[0], None, mask.shape[2], mask.shape[3], device=str(mask.device))
+    return mask
+
+
+def translate_block_mask(mask: Any, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Any:
+    """Flex attention: the old pattern, asked at the columns behind the new rows and slots.
+
+    Args:
+        mask: `BlockMask` over all columns.
+        rows: `[B, q]` query columns, or None when all queries are there.
+        slots, valid: `[B, k]`.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    device = mask.kv_num_blocks.device
+    slots, valid = to_device(slots, device), to_device(valid, device)
+    rows = torch.arange(mask.seq_lengths[0]).expand(slots.shape[0], -1) if rows is None else rows
+    rows, pattern = to_device(rows, device), mask.mask_mod
+
+    def translated(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return pattern(b, h, rows[b, q], slots[b, kv]) & valid[b, kv]
+
+    return create_block_mask(translated, slots.shape[0], None, rows.shape[1], slots.shape[1], device=str(device))

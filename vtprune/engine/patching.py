@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`patch`, `unpatch` and `Patch`: attaching a method to a model, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..core.budget import Budget
+from ..core.method import Method, Stage
+from ..core.registry import resolve
+from ..errors import UnsupportedModelError, VTPruneError
+from ..models import anatomy as _anatomy
+from ..models import attention_probe
+from ..models.anatomy import Anatomy
+from ..report.pruning import Pruning
+from .hooks import owner_of
+from .session import Session
+from .spec import PruneSpec
+
+
+class Patch:
+    """A method at work on a model. Made by `patch`; comes off with `remove` or at the end of a `with` block.
+
+    Attributes:
+        model: As it was passed in.
+        spec: What was asked for, and of which model.
+    """
+
+    def __init__(self, model: nn.Module, spec: PruneSpec, instead_of: Patch | None = None) -> None:
+        self.model = model
+        self.spec = spec
+        self._session = Session(spec)
+        # Only now, when nothing can be refused any more; and before anything is attached: what both replace on a module
+        # could not come off in the wrong order.
+        if instead_of is not None:
+            instead_of.remove()
+        attention_probe.install()
+        self._handles = self._session.attach(self)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The parts of the model that were found."""
+        return self.spec.anatomy
+
+    @property
+    def method(self) -> Method:
+        """The method's instance."""
+        return self.spec.method
+
+    @property
+    def budget(self) -> Budget:
+        """What was asked for."""
+        return self.spec.budget
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """Where the method cuts this decoder."""
+        return self.spec.schedule
+
+    @property
+    def mean_ratio(self) -> float:
+        """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets."""
+        return self.spec.mean_ratio
+
+    @property
+    def last(self) -> Pruning | None:
+        """The most recent prefill: of the calling thread if it ran one, else of any. None before the first."""
+        return self._session.last
+
+    @contextmanager
+    def paused(self) -> Iterator[Patch]:
+        """Prefills of the calling thread are not pruned inside; caches that were pruned before go on working."""
+        self._session.thread.paused += 1
+        try:
+            yield self
+        finally:
+            self._session.thread.paused -= 1
+
+    def remove(self) -> None:
+        """Takes everything off the model. Calling it again does nothing."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        attention_probe.uninstall()
+
+    @property
+    def removed(self) -> bool:
+        """Whether the patch is off the model."""
+        return not self._handles
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        cuts = ", ".join(str(stage.layer) for stage in self.schedule)
+        state = "removed" if self.removed else f"cuts before layer {cuts} of {self.anatomy.num_layers}"
+        return f"Patch({self.method}, {self.budget}, {state})"
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise VTPruneError("a patch cannot be copied; patch the other model instead")
+
+
+def patch(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    keep: int | None = None,
+    mean_ratio: float | None = None,
+    method: str | Method | type[Method] = "iwp",
+) -> Patch:
+    """Prunes the visual tokens of every prompt that `model` sees from now on.
+
+    Args:
+        model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
+        ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all.
+        keep: A number of visual tokens per sample instead.
+        mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
+            depths cost the same.
+        method: Name, class or instance of the method.
+
+    Returns:
+        Patch: Also a context manager; it replaces an earlier patch of the same model.
+
+    Raises:
+        BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+        MethodError: No such method, or a need of it that the model cannot meet.
+        UnsupportedModelError: A part of the model was not found.
+    """
+    chosen = resolve(method)
+    budget = Budget(ratio, keep, mean_ratio)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
+    return Patch(model, PruneSpec.of(model, chosen, budget), instead_of=find_patch(model))
+
+
+def find_patch(model: nn.Module) -> Patch | None:
+    """The patch that a model carries, or None."""
+    return owner_of(_anatomy.unwrap(model))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Removes the patch of a model, if it has one."""
+    found = find_patch(model)
+    if found is not None:
+        found.remove()
+
+
+def inspect(model: nn.Module) -> Anatomy:
+    """The parts of a model that pruning would use; printable."""
+    return _anatomy.find(model)

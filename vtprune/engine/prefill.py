@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder call, stage by stage: observe, decide, compact.
+
+The decoder itself is called with the full prompt and goes on making masks and rotations for all of it. What changes is
+what its layers receive: from the first cut on every layer gets the surviving columns only, with the rotation, positions
+and masks of just these columns (`columns`). When the decoder returns, its last hidden state is put back into the
+caller's length. The same object serves later calls on a pruned cache, where nothing is cut and masks have to be
+translated.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import budget as budgets
+from ..core.transfer import DeferredChecks, to_device
+from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.visual_tokens import VisualTokens
+from ..report import explain
+from ..report.image_source import Source
+from ..report.record import PruningRecord
+from . import checkpointing, gather, kv_cache, token_view
+from .call import BudgetGroups, CallState, Decision, Snapshot
+from .columns import Columns
+from .spec import PruneSpec
+
+
+@dataclass
+class DecoderCall(CallState):
+    """One call of the decoder: cuts where a stage stands, and gives every layer the arguments of the columns left."""
+
+    required_layer_inputs: set[int] = field(default_factory=set)
+    narrow: Callable[[Tensor], Tensor] | None = None  # of the cut before the present layer
+
+    def __post_init__(self) -> None:
+        if self.visual is not None:
+            self._plan(self.visual)
+
+    def _plan(self, visual: VisualTokens) -> None:
+        spec, layers = self.spec, self.spec.anatomy.num_layers
+        self.live = torch.ones(len(visual), dtype=torch.bool)
+        self.groups = BudgetGroups.of(visual, spec.method.group)
+        plan = budgets.plan(spec.budget, spec.schedule, layers, self.groups.sizes, self.groups.by_sample)
+        if plan[-1] != self.groups.sizes:
+            self.counts = {stage.layer: count for stage, count in zip(spec.schedule, plan, strict=True)}
+            self.required_layer_inputs = set(spec.method.required_layer_inputs(layers))
+        elif spec.budget.asks_to_drop:
+            raise NothingPrunedError(
+                f"{spec.budget} of {sum(self.groups.sizes)} visual tokens (groups of {self.groups.sizes}) rounds to "
+                "all of "
+                "them, so nothing would be dropped; use a smaller ratio, or keep=, which may exceed what is there"
+            )
+
+    # --- what the hooks call ------------------------------------------------------------------------------------------
+
+    def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Cuts if a stage stands here, and gives the layer the arguments of the surviving columns."""
+        columns = self.columns
+        columns.cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), columns.cache)
+        changed, self.narrow = None, None
+        if number in self.counts:
+            started = time.perf_counter()
+            changed = self._cut(number, layer, args, kwargs)
+            self.selection_time += time.perf_counter() - started
+        elif columns.is_modified:
+            changed = columns.arguments(number, args, kwargs)
+        if number in self.required_layer_inputs:
+            self.snapshots[number] = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
+        if changed is not None and checkpointing.runs_hooks_again(layer):
+            checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
+        columns.record_layer(number)
+        return changed
+
+    def finish(self, output: Any) -> Any:
+        """Puts hidden states back into the caller's length and leaves the slots with the cache."""
+        if len(self.stages) < len(self.counts):
+            missed = sorted(set(self.counts) - {layer for layer, _ in self.stages})
+            raise NothingPrunedError(
+                f"the method cuts before layer {', '.join(map(str, missed))}, but the decoder finished without calling "
+                f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
+                "report the model"
+            )
+        if not self.columns.is_cut:
+            return output
+        if self.columns.cache is not None:
+            kv_cache.attach(self.columns.cache, self.columns.state_after())
+        return self.columns.restore(output)
+
+    def record(self) -> PruningRecord:
+        """What was kept in this call, and what it cost."""
+        visual, columns = self.visual, self.columns
+        assert visual is not None
+        where = list((visual.position + columns.past).split(visual.counts))
+        return PruningRecord(
+            visual=where,
+            kept=self.stages[-1][1] if self.stages else where,
+            stages=self.stages,
+            selection_time=self.selection_time,
+            method=self.spec.method.name or type(self.spec.method).__name__,
+            budget=str(self.spec.budget),
+            columns=columns.past + columns.length,
+            slots=[int(valid.shape[1]) for _, valid in columns.layouts],
+            cached_before=columns.past,
+            shape=self.spec.shape,
+            places=visual,
+            scores=[decision.scores for decision in self.decisions],
+            kept_flat=[decision.kept for decision in self.decisions],
+            source=Source.of(self.inputs, self.spec.anatomy, self.copies),
+            states=[decision.states for decision in self.decisions],
+        )
+
+    # --- the cut ------------------------------------------------------------------------------------------------------
+
+    def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        visual, columns = self.visual, self.columns
+        assert visual is not None
+        incoming = (args, kwargs)  # all but the hidden states still have the caller's length
+        if columns.is_modified:
+            args, kwargs = columns.arguments(number, args, kwargs)
+        here = Snapshot.take(self, number, layer, args, kwargs)
+        flat = self.live.nonzero()[:, 0]
+        decision = self._decide(number, flat, here)
+        if decision.merged is None and len(decision.kept) == len(flat):
+            self._record(number, decision)
+            return (args, kwargs) if columns.is_modified else None
+        slot, put = columns.slot_of_position(), None
+        if decision.merged is not None:
+            # In a group that loses nothing nothing is merged: alone, its sample would not have been asked.
+            some = self.groups.losing(flat, decision.kept)
+            part = flat[some]
+            rows = visual.sample[part]
+            put = rows, slot[rows, visual.position[part]], decision.merged[to_device(some, decision.merged.device)]
+        self.live = torch.zeros_like(self.live)
+        self.live[decision.kept] = True
+        stays = slot >= 0
+        stays[visual.sample, visual.position] &= self.live
+        relative = columns.keep(stays, incoming[1].get("position_embeddings"))
+        self._follow(relative)
+        self._record(number, decision)
+        self.narrow = functools.partial(_narrow, to_device(relative, here.hidden.device), put)
+        return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
+
+    def _follow(self, relative: Tensor) -> None:
+        """Cuts what runs along with the columns: records of column taps and DeepStack features."""
+        for name in self.spec.column_taps:
+            records = self.recorded.get(name, [])
+            self.recorded[name] = [gather.gather(r, to_device(relative, r.device), 1) for r in records]
+        if self.deepstack is not None:
+            self.deepstack.cut(self.columns.index, self.columns.valid)
+
+    @torch.no_grad()
+    def _decide(self, number: int, flat: Tensor, here: Snapshot) -> Decision:
+        """Asks the method which of the live visual tokens `flat` stay before layer `number`."""
+        if self.memo is not None:
+            return self.memo[len(self.stages)]
+        groups, wanted = self.groups.of_token[flat], torch.tensor(self.counts[number])
+        if torch.equal(torch.bincount(groups, minlength=len(wanted)), wanted):
+            return Decision(flat)
+        checks = DeferredChecks()
+        tokens = token_view.tokens(self, number, flat, wanted, here, checks)
+        try:
+            choice = self.spec.method.choose(tokens)
+        except Exception:
+            checks.raise_if_failed()  # where numbers are broken, that is what is wrong
+            raise
+        keep, *scores = checks.raise_if_failed(choice.keep, *([] if choice.scores is None else [choice.scores.float()]))
+        got = torch.bincount(groups[keep], minlength=len(wanted)) if keep.shape == flat.shape else None
+        if got is None or not torch.equal(got, wanted):
+            raise MethodError(
+                f"{type(self.spec.method).__name__} kept {keep.tolist() if got is None else got.tolist()} tokens of "
+                "its groups "
+                f"before layer {number}; the budget is {wanted.tolist()}"
+            )
+        states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
+        return Decision(flat[keep], choice.hidden, scores[0] if scores else None, states)
+
+    def _record(self, number: int, decision: Decision) -> None:
+        visual = self.visual
+        assert visual is not None
+        self.decisions.append(decision)
+        columns, live = (visual.position + self.columns.past).split(visual.counts), self.live.split(visual.counts)
+        self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
+
+
+def begin(
+    spec: PruneSpec, inputs: dict[str, Any] | None, args: tuple, kwargs: dict, visual: VisualTokens | None
+) -> DecoderCall | None:
+    """Looks at a call of the decoder.
+
+    Args:
+        spec: What was asked for.
+        inputs: Keyword arguments of the composite's call around it, None if the decoder was called directly.
+        args, kwargs: Arguments of the decoder.
+        visual: The visual columns to prune, or None.
+
+    Returns:
+        DecoderCall: None if the call has nothing to prune and no pruned cache: then it passes untouched.
+    """
+    cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), None)
+    state = kv_cache.state_of(cache)
+    if visual is None and state is None:
+        return None
+    states = kwargs.get("inputs_embeds")
+    states = states if states is not None else kwargs.get("input_ids", args[0] if args else None)
+    if states is None:
+        raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds")
+    batch, length = states.shape[:2]
+    if visual is not None and visual.mask.shape != (batch, length):
+        raise UnsupportedModelError(
+            f"the decoder was given {batch} x {length} columns, but the prompt has {tuple(visual.mask.shape)}: this "
+            "model "
+            "changes the length of its prompt, and vtprune cannot tell which columns are visual"
+        )
+    past = kv_cache.length(cache)
+    real, real_past = torch.ones(batch, length, dtype=torch.bool), None
+    if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
+        real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
+    columns = Columns(real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
+    return DecoderCall(spec, columns, visual, inputs or {}, real_past)
+
+
+def _real_columns(
+    inputs: dict[str, Any], kwargs: dict[str, Any], batch: int, length: int, past: int
+) -> tuple[Tensor, Tensor | None]:
+    """Which columns are not padding: `[B, T]` of this call and, where known, `[B, past]` before it. On the CPU."""
+    given = [kwargs.get("attention_mask"), inputs.get("attention_mask")]
+    flat = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
+    # Where only a prepared 4-D mask came, a column is padding if no query may see it.
+    square = [m.get("full_attention", next(iter(m.values()), None)) if isinstance(m, dict) else m for m in given]
+    for m in square:
+        if isinstance(m, Tensor) and m.dim() == 4:
+            flat.append((m if m.dtype == torch.bool else m > torch.finfo(m.dtype).min / 2)[:, 0].any(1))
+    for m in flat:
+        if m.shape[1] >= past + length:
+            known = m[:, : past + length].bool().cpu().expand(batch, -1)
+            return known[:, past:].clone(), known[:, :past]
+    return torch.ones(batch, length, dtype=torch.bool), None
+
+
+def _narrow(index: Tensor, put: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
+    """From hidden states `[B, K, D]` to those of the slots `index` `[B, K']`, merged ones put in before."""
+    if put is not None:
+        rows, slots, merged = put
+        hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
+    return gather.gather(hidden, index, 1)
+
+
+def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Least-squares fits of position curves to collected scores (Attention Debiasing, arXiv 2508.17807)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import MethodError
+
+Form = Literal["exponential", "reciprocal-cubic"]
+
+
+def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, form: Form) -> tuple[float, ...]:
+    """Coefficients of a `Curve` of the given form; see `Curve.fit` for arguments and errors."""
+    places, values = _mean_by_place(scores, shown)
+    if len(places) < 4:
+        raise MethodError(f"a curve is fitted to 4 places or more; the score vectors have {len(places)}")
+    if not bool(torch.isfinite(values).all()):
+        raise MethodError("a score vector is zero everywhere, or not finite; a curve cannot be fitted to it")
+    return (_fit_exponential(places, values),) if form == "exponential" else _fit_cubic(places, values)
+
+
+def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Places with data, and the mean normalised score there. Vectors of other lengths go to the nearest place."""
+    last = max((len(s) for s in scores), default=1) - 1
+    total, count = torch.zeros(last + 1, dtype=torch.float64), torch.zeros(last + 1, dtype=torch.float64)
+    for number, score in enumerate(scores):
+        mask = torch.ones(len(score), dtype=torch.bool) if shown is None else shown[number].cpu()
+        place = torch.arange(len(score))[mask] * last / max(len(score) - 1, 1)
+        value = score.detach().cpu().double()[mask]
+        total.index_add_(0, place.round().long(), value / value.mean())
+        count.index_add_(0, place.round().long(), torch.ones_like(value))
+    seen = count > 0
+    return torch.arange(last + 1).double()[seen] / max(last, 1), (total / count)[seen]
+
+
+def _fit_exponential(x: Tensor, y: Tensor) -> float:
+    """Least-squares `sigma` of `mu exp(sigma x)` by Gauss-Newton steps, halved where they do not help."""
+
+    def residual(sigma: float) -> tuple[Tensor, Tensor, float]:
+        e = torch.exp(sigma * x)
+        mu = (y @ e) / (e @ e)
+        return y - mu * e, torch.stack([e, mu * x * e], 1), float((y - mu * e).square().sum())
+
+    positive = y > 0
+    start = torch.stack([torch.ones_like(x), x], 1)[positive]
+    sigma = float(torch.linalg.lstsq(start, y[positive].log()[:, None]).solution[1])
+    error, slopes, loss = residual(sigma)
+    for _ in range(100):
+        step = float(torch.linalg.lstsq(slopes, error[:, None]).solution[1])
+        while residual(sigma + step)[2] > loss and abs(step) > 1e-12:
+            step /= 2
+        if abs(step) <= 1e-12:
+            break
+        sigma += step
+        error, slopes, loss = residual(sigma)
+    return sigma
+
+
+def _fit_cubic(x: Tensor, y: Tensor) -> tuple[float, ...]:
+    """Least-squares cubic, divided by its value at 0."""
+    powers = torch.stack([x**k for k in range(4)], 1)
+    cubic = torch.linalg.lstsq(powers, y[:, None]).solution[:, 0]
+    if bool((powers @ cubic <= 0).any()):
+        raise MethodError("the fitted cubic is not positive everywhere; collect more samples or fit an exponential")
+    return tuple((cubic[1:] / cubic[0]).tolist())

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention debiasing: the scores of another method, without its preference for late tokens and for padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ...core.method import Choice, Group, ScoreMethod, Stage, Tap
+from ...core.registry import register
+from ...core.tokens import Tokens
+from ...errors import MethodError
+from ..fastv import FastV
+from ..sparsevlm.method import SparseVLM
+from .padding import PaddingRule, shown
+from .position_curve import Curve, Form
+
+if TYPE_CHECKING:
+    from ...models.anatomy import Anatomy
+
+_RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bilinear")}
+
+
+@register("debiased")
+@dataclass
+class Debiased(ScoreMethod):
+    """Another method with its scores corrected: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
+    `Debiased(SparseVLM())`.
+
+    Paper: Attention Debiasing for Token Pruning, arXiv 2508.17807. Cuts where the host cuts, reads what the host reads.
+
+    `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the number of the token among the `N` original visual tokens
+    of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is known from
+    the size of the picture alone (`methods.padding.shown`). LLaVA-1.5, whose processor pads with `do_pad=True`, takes
+    no sizes in its call: tell them in `sizes`.
+
+    Differences from the release: curves go over to any number of tokens by `x`; the budget is kept where fewer tokens
+    than that show the picture, and padding fills it in order of columns (the release lowers the budget for FastV);
+    `stages="all"` corrects later cuts too, by original numbers; SparseVLM recycles by corrected scores, so that
+    padding does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576
+    tokens of one model: the defaults, that of FastV and those of GQA, are not fitted to yours; `fit` does that.
+
+    Attributes:
+        host: The method to correct.
+        curve: A curve, the name of a released one (`"sparsevlm/pope"`), the path of a saved one (`.json`), `"flat"` to
+            suppress padding alone; None for the host's default.
+        padding: Whether padding is suppressed.
+        rule: How cells at the border are judged; None as released (FastV: half of the area; PyramidDrop: 1 %;
+            SparseVLM: a shrunk mask).
+        stages: Which cuts are corrected, the `"first"` or `"all"`.
+        recycle: What SparseVLM recycles by, `"debiased"` or `"raw"` scores.
+        sizes: Height and width of every picture of the coming call, in order, `[n, 2]`; None where the call says them
+            in `image_sizes`, or nothing is padded. May be set anew before each call.
+    """
+
+    host: ScoreMethod = field(default_factory=FastV)
+    curve: Curve | str | None = None
+    padding: bool = True
+    rule: PaddingRule | None = None
+    stages: Literal["first", "all"] = "first"
+    recycle: Literal["debiased", "raw"] = "debiased"
+    sizes: Sequence[Sequence[int]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, ScoreMethod):
+            raise MethodError(
+                f"Debiased corrects scores, and {type(self.host).__name__} is not a method with scores; expected an "
+                "instance of FastV, PyramidDrop, SparseVLM or another ScoreMethod"
+            )
+        self._curve = Curve.of(self.curve, self.host.name)
+        self._rule = self.rule or _RULES.get(self.host.name, PaddingRule())
+
+    def fit(
+        self,
+        scores: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        form: Form = "exponential",
+        path: str | Path | None = None,
+    ) -> Curve:
+        """Fits the curve to scores of the host, see `vtprune.study.calibration.fit`, which collects them from a model.
+
+        The mean over samples of the scores, each divided by its mean over the tokens that are not padding, is fitted by
+        least squares (see `Curve.fit`). From then on this method uses the curve.
+
+        Args:
+            scores: For every sample `[N]` first scores of the host.
+            seen: For every sample `[N]` bool, False for padding.
+            form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
+            path: Where to save the curve as JSON, for `curve=path` later on.
+
+        Returns:
+            Curve: The fitted curve.
+
+        Raises:
+            MethodError: The scores do not suffice for the form.
+        """
+        self.curve = self._curve = Curve.fit(scores, seen, form)
+        if path is not None:
+            self._curve.save(path)
+        return self._curve
+
+    @property
+    def padding_rule(self) -> PaddingRule | None:
+        """How padding is told from the picture; None where `padding` is off."""
+        return self._rule if self.padding else None
+
+    @property
+    def positions(self) -> str:
+        """What the host does to positions."""
+        return getattr(self.host, "positions", "original")
+
+    @property
+    def group(self) -> Group:  # type: ignore[override]
+        return self.host.group
+
+    def schedule(self, num_layers: int) -> Iterable[Stage]:  # type: ignore[override]
+        return self.host.schedule(num_layers)
+
+    def required_layer_inputs(self, num_layers: int) -> Iterable[int]:
+        return self.host.required_layer_inputs(num_layers)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return self.host.taps(anatomy)
+
+    def weights(self, tokens: Tokens) -> Tensor:
+        """`[M]` factors of the host's scores, by numbers among all visual tokens that there were at first."""
+        sample = tokens.sample[tokens.offsets[:-1]]  # of each pool
+        counts = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device=sample.device)
+        counts.index_add_(0, sample, tokens.originals.to(sample.device))
+        number = counts.cumsum(0)[tokens.sample] - counts[tokens.sample] + tokens.index
+        weight = self._curve(tokens.index.float() / (counts[tokens.sample] - 1).clamp_min(1))
+        if not self.padding:
+            return weight
+        if "debiased.shown" not in tokens.memory:
+            tokens.memory["debiased.shown"] = shown(tokens, self._rule, self.sizes)
+        return weight * tokens.memory["debiased.shown"][number]
+
+    def score(self, tokens: Tokens) -> Tensor:
+        raw = self.host.score(tokens)
+        tokens.memory["debiased.raw"] = raw
+        return raw * self.weights(tokens) if tokens.stage == 0 or self.stages == "all" else raw
+
+    def select(self, tokens: Tokens, scores: Tensor) -> Choice:
+        if self.recycle == "raw" and isinstance(self.host, SparseVLM):
+            return self.host.select(tokens, scores, recycle_by=tokens.memory["debiased.raw"])
+        return self.host.select(tokens, scores)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How attention to visual tokens grows with their position, and the weights that undo it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import MethodError
+from .curve_fitting import Form, fit_coefficients
+
+_SETS = ("gqa", "mmb", "mmb_cn", "mme", "mmvet", "pope", "sqa", "textvqa", "vizwiz", "vqav2")
+_SIGMAS = {
+    "pyramiddrop": (2.294, 1.525, 1.493, 1.878, 2.377, 2.329, 1.552, 1.809, 1.448, 2.160),
+    "sparsevlm": (1.323, 1.838, 1.494, 2.187, 2.429, 2.666, 1.721, 1.810, 1.577, 2.370),
+    "himap": (1.249, 0.925, 0.851, 1.174, 0.979, 1.296, 0.982, 0.850, 1.133, 1.273),
+    "tokencarve": (0.959, 0.745, 0.640, 0.845, 0.976, 0.986, 0.678, 0.679, 0.823, 0.976),
+}
+_DEFAULTS = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
+_LAST = 575  # the released vectors have 576 entries
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Weights over the place `x` in [0, 1] of a token among the visual tokens of its sample.
+
+    `"exponential"`: `exp(-sigma x)`; `"reciprocal-cubic"`: `1 / (1 + a x + b x^2 + c x^3)`. Both are 1 at the first
+    token.
+
+    Attributes:
+        form: Which of the two.
+        coefficients: `(sigma,)` or `(a, b, c)`.
+    """
+
+    form: Form
+    coefficients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        expected = {"exponential": 1, "reciprocal-cubic": 3}.get(self.form)
+        if expected is None or len(self.coefficients) != expected:
+            raise MethodError(
+                f"a curve of form {self.form!r} with {len(self.coefficients)} coefficients; expected 'exponential' "
+                "with 1 or 'reciprocal-cubic' with 3"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Weights at `x`, of the same shape."""
+        if self.form == "exponential":
+            return torch.exp(-self.coefficients[0] * x)
+        a, b, c = self.coefficients
+        return 1 / (1 + x * (a + x * (b + x * c)))
+
+    @classmethod
+    def preset(cls, name: str) -> Curve:
+        """A released curve.
+
+        Args:
+            name: `"fastv"`, or host and benchmark: `"pyramiddrop/gqa"`, `"sparsevlm/pope"`. Hosts are pyramiddrop,
+                sparsevlm, himap and tokencarve; sigma is known to three decimals.
+
+        Raises:
+            MethodError: There is no such curve.
+        """
+        if name == "fastv":
+            return cls("reciprocal-cubic", (3.01519760e-3 * _LAST, -1.45979083e-5 * _LAST**2, 2.56911352e-8 * _LAST**3))
+        host, _, benchmark = name.partition("/")
+        if host not in _SIGMAS or benchmark not in _SETS:
+            raise MethodError(
+                f"there is no released curve {name!r}; expected 'fastv', or one of {', '.join(_SIGMAS)}, a slash, and "
+                f"one of {', '.join(_SETS)}"
+            )
+        return cls("exponential", (_SIGMAS[host][_SETS.index(benchmark)],))
+
+    @classmethod
+    def of(cls, choice: Curve | str | None, host: str) -> Curve:
+        """What a user means by a curve.
+
+        Args:
+            choice: A curve, the name of a released one, the path of a saved one (`.json`), `"flat"` for no weights at
+                all, or None for the one that was released for the host (of several, that of GQA).
+            host: Name of the method whose scores are weighted.
+
+        Raises:
+            MethodError: There is no such curve, or none for the host.
+        """
+        if isinstance(choice, Curve):
+            return choice
+        if choice == "flat":
+            return cls("exponential", (0.0,))
+        if choice is not None:
+            return cls.load(choice) if choice.endswith(".json") else cls.preset(choice)
+        if host not in _DEFAULTS:
+            raise MethodError(
+                f"no curve was released for {host or 'this method'}; pass curve=, or start with curve='flat' and use "
+                "fit on pictures of your own"
+            )
+        return cls.preset(_DEFAULTS[host])
+
+    @classmethod
+    def fit(cls, scores: Sequence[Tensor], shown: Sequence[Tensor] | None = None, form: Form = "exponential") -> Curve:
+        """Fits a curve to score vectors of a host, collected on data that is not a test set.
+
+        Each vector is divided by its mean over the tokens that show the picture; the mean over samples at each place is
+        fitted by least squares: `mu exp(sigma x)`, from the log-linear fit on, or a cubic.
+
+        Args:
+            scores: For each sample `[N]` scores before any weighting.
+            shown: For each sample `[N]` bool, False for padding; by default all True.
+            form: Form of the curve.
+
+        Raises:
+            MethodError: The vectors are too few or too short for the form, or the fit is not positive everywhere.
+        """
+        return cls(form, fit_coefficients(scores, shown, form))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the curve as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curve:
+        """Reads what `save` wrote; `MethodError` where the file is missing, or holds something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            form, coefficients = data["form"], tuple(data["coefficients"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise MethodError(f"{path} holds no curve, such as `Debiased.fit` saves: {error}") from error
+        return cls(form, coefficients)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IWP: token pruning as implicit weight pruning, in the dual form of attention."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtprune_kernels import rank1_relevance
+
+from ...core.method import Choice, Method, Stage
+from ...core.options import check_choices
+from ...core.ragged import rank_in_group
+from ...core.registry import register
+from ...core.tokens import Tokens
+from ...errors import MethodError
+from .mmr import MMR, Candidates
+from .query_free import query_free_magnitude
+
+logger = logging.getLogger("vtprune")
+
+
+@register("iwp")
+@dataclass
+class IWP(Method):
+    """Keeps the tokens whose key-value pairs change what attention computes most, and not twice the same way.
+
+    Paper: arXiv 2604.00757, sections 3 and App. A. Softmax attention is a linear map built from one rank-one update
+    `phi(k_i)^T v_i` per token. A token's relevance is the size of its update under the instruction's queries,
+    `M_i = mean_{h,t} softmax_ti |v_i|`; two tokens duplicate each other by the cosine of their updates,
+    `S_ij = mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`. Tokens are chosen by maximal marginal relevance,
+    `r_i - duplication * max(0, max_{j chosen} S_ij)`. Keys and queries are read at the layer before which is cut.
+
+    No code was published. Ours, where the paper is silent: the layer, the mean over the instruction, the normalisation
+    of each head by its softmax sum, the mean over KV heads, and the schedule of the chunks. Of the layers 2 and 3 that
+    the paper's timings allow, 3 keeps clearly more of the built-in model's answers; the weight of the duplication
+    matters little there (`benchmarks/iwp_sweep.py`).
+
+    Attributes:
+        layer: The cut is before this decoder layer; a decoder with fewer layers is cut before its last one.
+        duplication: Weight of duplication against relevance, in [0, 1]; 0 is top-k.
+        chunk: Most tokens chosen between two updates; 1 is the exact greedy choice.
+        growth: Tokens chosen in a round as a share of those already chosen.
+        pool_factor: Candidates per token to choose in a round, among which the choice is exact.
+        query: All text after the last visual token; the last token alone (also where there is no such text); or
+            `"none"`, each update's own size, for cuts that are made before the question is known.
+        relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token outweighs all.
+        reduce: How heads and query rows are joined: mean, root mean square or maximum.
+        normalise: Softmax over all keys that the query sees, or over the visual ones.
+        rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favours near positions.
+        rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
+        objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
+            the span of its closest chosen one; `relevance` is not used then.
+        reading: `"chunked"`, over the whole pool at once; `"streaming"`, block after block against what was chosen
+            before, each with its share of the budget; `"tournament"`, inside blocks first, then among the winners.
+        block: Tokens per block of the last two.
+        image_floor: Share of its fair part of the budget that every image is sure of, in [0, 1].
+    """
+
+    layer: int = 3
+    duplication: float = 0.5
+    chunk: int = 16
+    growth: float = 0.25
+    pool_factor: int = 4
+    query: Literal["instruction_mean", "last", "none"] = "instruction_mean"
+    relevance: Literal["linear", "log", "rank"] = "linear"
+    reduce: Literal["mean", "rms", "max"] = "mean"
+    normalise: Literal["visible", "visual"] = "visible"
+    rope_in_magnitude: bool = False
+    rope_in_duplication: bool = True
+    objective: Literal["linear", "log"] = "linear"
+    reading: Literal["chunked", "streaming", "tournament"] = "chunked"
+    block: int = 512
+    image_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not (0 <= self.duplication <= 1 and 0 <= self.image_floor <= 1 and self.growth >= 0):
+            raise MethodError(
+                f"iwp: duplication={self.duplication}, image_floor={self.image_floor}, growth={self.growth}; expected "
+                "the first two in [0, 1] and growth >= 0"
+            )
+        if min(self.layer, self.chunk - 1, self.pool_factor - 1, self.block - 1) < 0:
+            raise MethodError(
+                f"iwp: layer={self.layer}, chunk={self.chunk}, pool_factor={self.pool_factor}, block={self.block}; "
+                "expected layer >= 0 and the others >= 1"
+            )
+        if self.image_floor and self.reading != "chunked":
+            raise MethodError(f"iwp: image_floor goes with reading='chunked' only, found {self.reading!r}")
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(min(self.layer, num_layers - 1)),)
+
+    def candidates(self, tokens: Tokens) -> Candidates:
+        """Reads queries, keys and values of the layer, and measures every visual token's update."""
+        if self.query == "none":
+            read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # its queries are not used
+            keys, values = read.keys[read.visual], read.values[read.visual]
+            magnitude = query_free_magnitude(keys, values, tokens.offsets, read.scaling, self.reduce)
+            return Candidates(self.scale(magnitude, tokens), keys, values, read.scaling, tokens.offsets)
+        read = tokens.attention_inputs(rope=self.rope_in_magnitude, queries="last" if self.query == "last" else "text")
+        places = (read.query_offsets, read.key_offsets, read.query_order, read.visual, read.scaling)
+        settings = (self.reduce, self.normalise, read.softcap)
+        magnitude = rank1_relevance(read.queries, read.keys, read.values, *places, *settings)
+        if self.rope_in_duplication != self.rope_in_magnitude:
+            read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # only its keys are used
+        relevance = self.scale(magnitude, tokens)
+        return Candidates(relevance, read.keys[read.visual], read.values[read.visual], read.scaling, tokens.offsets)
+
+    def scale(self, magnitude: Tensor, tokens: Tokens) -> Tensor:
+        """Turns log-magnitudes `[M]` into what the objective weighs against duplication, pool by pool."""
+        if self.objective == "log":
+            return magnitude
+        if self.relevance == "rank":
+            last = (tokens.offsets.diff() - 1).clamp_min(1)[tokens.group]
+            return 1 - rank_in_group(magnitude, tokens.offsets) / last
+        ends = magnitude.new_zeros(len(tokens.offsets) - 1)
+        top = ends.scatter_reduce(0, tokens.group, magnitude, "amax", include_self=False)[tokens.group]
+        if self.relevance == "linear":
+            return torch.nan_to_num(torch.exp(magnitude - top))
+        low = ends.scatter_reduce(0, tokens.group, magnitude, "amin", include_self=False)[tokens.group]
+        return torch.nan_to_num((magnitude - low) / (top - low), nan=1.0)  # all equal: all relevant
+
+    def choose(self, tokens: Tokens) -> Choice:
+        rows = self.candidates(tokens)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("iwp: %s", self.statistics(tokens, rows))
+        chooser = MMR(self.duplication, self.chunk, self.growth, self.pool_factor, self.objective)
+        if self.reading == "streaming":
+            keep = chooser.stream(rows, tokens.budgets, self.block)
+        elif self.reading == "tournament":
+            keep = chooser.tournament(rows, tokens.budgets, self.block)
+        elif self.image_floor:
+            keep = chooser.floored(rows, tokens.budgets, tokens.image, self.image_floor)
+        else:
+            keep = chooser.whole(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
+        return Choice(keep, scores=rows.relevance)
+
+    def statistics(self, tokens: Tokens, rows: Candidates | None = None) -> dict[str, float]:
+        """Medians that tell whether the terms of the objective say anything; costs `O(M^2)` time.
+
+        A median relevance below 0.01 means that a few tokens outweigh all others (prefer `relevance="log"`); a median
+        similarity near 0 that nothing is a duplicate and the choice is top-k (prefer `rope_in_duplication=False`).
+        """
+        rows = rows or self.candidates(tokens)
+        return {"relevance": float(rows.relevance.median()), "closest_similarity": float(rows.closest().median())}

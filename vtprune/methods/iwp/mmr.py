@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maximal marginal relevance over the ragged batch: whole pools at once, or part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtprune_kernels import progressive_mmr
+from vtprune_kernels.progressive_mmr import closest_other
+
+from ...core.ragged import from_order, group_ids
+
+
+@dataclass
+class Candidates:
+    """What the choice is made from.
+
+    Attributes:
+        relevance: `[M]` float, higher is better; logarithms for the objective `"log"`.
+        keys, values: `[M, G, dk]`, `[M, G, dv]`: two rows duplicate each other by the cosine of their rank-one updates.
+        scaling: Factor on the dot product of the attention.
+        offsets: `[S + 1]` offsets of the pools.
+    """
+
+    relevance: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    offsets: Tensor
+
+    def closest(self) -> Tensor:
+        """`[M]` largest similarity of each row with another one of its pool; costs `O(M^2)` time."""
+        return closest_other(self.keys, self.values, self.offsets, self.scaling)
+
+
+@dataclass
+class MMR:
+    """Chooses rows by relevance minus duplication with those chosen before; see `vtprune_kernels.progressive_mmr`."""
+
+    duplication: float = 0.5
+    chunk: int = 16
+    growth: float = 0.25
+    pool: int = 4
+    objective: Literal["linear", "log"] = "linear"
+
+    def order(
+        self,
+        rows: Candidates,
+        budgets: Tensor,
+        carried: Tensor | None = None,
+        width: int | None = None,
+        longest: int | None = None,
+    ) -> Tensor:
+        """`[S, width]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen.
+
+        Without a `width` and the length of the `longest` pool, `max(budgets)` and the offsets are read, which waits for
+        the device that they are on.
+        """
+        return progressive_mmr(
+            rows.relevance,
+            rows.keys,
+            rows.values,
+            rows.offsets,
+            budgets,
+            self.duplication,
+            self.chunk,
+            self.growth,
+            self.pool,
+            self.objective,
+            rows.scaling,
+            carried,
+            width,
+            longest,
+        )
+
+    def whole(self, rows: Candidates, budgets: Tensor, width: int | None = None, longest: int | None = None) -> Tensor:
+        """Keep mask `[M]`, each pool at once; `width` and `longest` as for `order`."""
+        return from_order(self.order(rows, budgets, width=width, longest=longest), len(rows.relevance))
+
+    def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
+        """Keep mask `[M]`: block after block of each pool, each with its share of the budget."""
+        pool, place, length, budgets = _places(rows.offsets, budgets)
+        kept = torch.zeros_like(pool, dtype=torch.bool)
+        given = torch.zeros_like(budgets)
+        for start in range(0, int(length.max()), block):
+            inside = (place >= start) & (place < start + block)
+            due = budgets * length.clamp_max(start + block) // length.clamp_min(1)  # [S] until the end of this block
+            kept = self._pick(rows, inside, pool, due - given, kept)
+            given = due
+        return kept
+
+    def tournament(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
+        """Keep mask `[M]`: twice the share of each block first, then the budget among these."""
+        pool, place, length, budgets = _places(rows.offsets, budgets)
+        nothing = torch.zeros_like(pool, dtype=torch.bool)
+        group, size, of = _runs(pool, place // block)
+        quota = -(-2 * budgets[of] * size // length[of])
+        winners = self._pick(rows, ~nothing, group, torch.minimum(quota, size), nothing)
+        return self._pick(rows, winners, pool, budgets, nothing)
+
+    def floored(self, rows: Candidates, budgets: Tensor, labels: Tensor, floor: float) -> Tensor:
+        """Keep mask `[M]`: every run of equal `labels` `[M]` first gets `floor` times its fair part of the budget."""
+        pool, _, length, budgets = _places(rows.offsets, budgets)
+        nothing = torch.zeros_like(pool, dtype=torch.bool)
+        group, size, of = _runs(pool, labels)
+        sure = (floor * (budgets[of] * size / length[of])).floor().long()
+        kept = self._pick(rows, ~nothing, group, sure, nothing)
+        return self._pick(rows, ~nothing, pool, budgets - torch.zeros_like(budgets).scatter_add(0, of, sure), kept)
+
+    def _pick(self, rows: Candidates, among: Tensor, group: Tensor, budgets: Tensor, kept: Tensor) -> Tensor:
+        """`kept` and `budgets[g]` more rows of each `group` `[M]`, chosen `among` `[M]` against those kept."""
+        subset = (among | kept).nonzero().squeeze(1)  # [m]
+        counts = torch.bincount(group[subset], minlength=len(budgets))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        part = Candidates(rows.relevance[subset], rows.keys[subset], rows.values[subset], rows.scaling, offsets)
+        order = self.order(part, budgets, kept[subset])
+        return kept | from_order(torch.where(order >= 0, subset[order], -1), len(kept))
+
+
+def _places(offsets: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pool and place in it of every row, length of every pool, and the budgets beside them."""
+    pool = group_ids(offsets)
+    place = torch.arange(len(pool), device=pool.device) - offsets[:-1][pool]
+    return pool, place, offsets.diff(), budgets.to(offsets.device)
+
+
+def _runs(pool: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of equal pool and label: `[M]` the run of each row, `[P]` their sizes, `[P]` their pools."""
+    changed = (pool.diff() != 0) | (labels.diff() != 0)
+    run = torch.cat([changed.new_zeros(1), changed]).cumsum(0)
+    size = torch.bincount(run)
+    return run, size, torch.zeros_like(size).scatter(0, run, pool)

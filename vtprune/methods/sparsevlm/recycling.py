@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recycling of dropped tokens: the best of them are clustered, and each cluster lives on as its mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...core.ragged import rank_in_group, top_k
+
+_BLOCK = 1 << 22  # distances alive at once
+
+
+def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Clusters rows around those that are dense and far from any denser one (density peaks, Rodriguez and Laio 2014).
+
+    Distances are Euclidean, divided by the root of the width. Density is `exp(-mean d^2)` to the `clusters` nearest
+    rows (a row is its own nearest); a row's score is its density times the distance to the nearest denser row (for the
+    densest, the largest distance of all). Of equally dense rows the earlier counts as denser, so nothing is left to
+    chance.
+
+    Args:
+        x: `[m, D]`.
+        clusters: Number of clusters, at most `m`.
+
+    Returns:
+        tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows that are the centres, by falling score.
+    """
+    x = x.float()
+    blocks = torch.arange(len(x), device=x.device).split(max(1, _BLOCK // len(x)))
+
+    def distances(rows: Tensor, columns: Tensor) -> Tensor:
+        # Exact, so that equal rows have distance 0.
+        return torch.cdist(x[rows], x[columns], compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
+
+    everything = torch.arange(len(x), device=x.device)
+    whole = distances(everything, everything) if len(blocks) == 1 else None
+    nearest, largest = [], []
+    for rows in blocks:
+        distance = distances(rows, everything) if whole is None else whole  # [r, m]
+        nearest.append(distance.topk(clusters, dim=1, largest=False).values.square().mean(1))
+        largest.append(distance.max())
+    density = torch.exp(-torch.cat(nearest))
+    gaps = []
+    for rows in blocks:
+        distance = distances(rows, everything) if whole is None else whole
+        own, place = density[rows, None], rows[:, None]
+        denser = (density > own) | ((density == own) & (everything < place))
+        gaps.append(torch.where(denser, distance, torch.stack(largest).max()).min(dim=1).values)
+    gap = torch.cat(gaps)
+    centres = (gap * density).sort(descending=True, stable=True).indices[:clusters]
+    # Ties go to the earlier centre.
+    group = torch.cat([distances(rows, centres).sort(dim=1, stable=True).indices[:, 0] for rows in blocks])
+    group[centres] = torch.arange(clusters, device=x.device)
+    return group, centres
+
+
+def recycled(dropped: int) -> tuple[int, int]:
+    """How many of `dropped` tokens are recycled, and into how many clusters, as released."""
+    members = min(int(0.3 * dropped) + 1, dropped)
+    return members, min(members // 10 + 1, members)
+
+
+def with_clusters(counts: Sequence[int], total: int) -> list[int]:
+    """Tokens left of `total` after each cut, as released: those that `counts` says, by score, and clusters on top."""
+    left = [total]
+    for count in counts:
+        kept = min(count, left[-1] - 1)
+        left.append(kept + recycled(left[-1] - kept)[1])
+    return left[1:]
+
+
+def split_budget(total: int, budget: int) -> tuple[int, int]:
+    """Splits a budget into kept tokens and clusters, so that the clusters are those of the tokens dropped.
+
+    Clusters get at most half of the budget, where the released count would leave them more.
+    """
+    kept = budget
+    while kept + recycled(total - kept)[1] > budget and kept > 0:  # the sum falls by 0 or 1 with each step
+        kept -= 1
+    clusters = min(budget - kept, budget // 2)
+    return budget - clusters, clusters
+
+
+def recycle(
+    hidden: Tensor, scores: Tensor, recycle_by: Tensor, offsets: Tensor, budgets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keeps the best tokens and merges the best of the rest into clusters, together exactly the budget of each pool.
+
+    Args:
+        hidden: `[M, D]` states.
+        scores: `[M]` by which tokens are kept.
+        recycle_by: `[M]` by which the others enter the clusters.
+        offsets: `[S + 1]` offsets of the pools.
+        budgets: `[S]` counts.
+
+    Returns:
+        tuple: `[M]` bool, the kept tokens and the centres of the clusters; `[M, D]` states, where a centre has the mean
+        of its cluster.
+    """
+    edges = offsets.tolist()
+    pools = list(zip(edges[:-1], edges[1:], strict=True))
+    splits = [split_budget(end - start, b) for (start, end), b in zip(pools, budgets.tolist(), strict=True)]
+    keep = top_k(scores, offsets, torch.tensor([kept for kept, _ in splits]))
+    rest = rank_in_group(recycle_by.masked_fill(keep, -torch.inf), offsets)
+    out = hidden.clone()
+    for (start, end), (kept, clusters) in zip(pools, splits, strict=True):
+        if clusters == 0:
+            continue
+        members = max(recycled(end - start - kept)[0], clusters)
+        rows = start + rest[start:end].argsort()[:members]  # by falling score
+        group, centres = density_peaks(hidden[rows], clusters)
+        total = torch.zeros(clusters, hidden.shape[1], device=hidden.device).index_add_(0, group, hidden[rows].float())
+        out[rows[centres]] = (total / torch.bincount(group, minlength=clusters)[:, None]).to(hidden.dtype)
+        keep[rows[centres]] = True
+    return keep, out

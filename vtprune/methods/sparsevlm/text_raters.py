@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which words of the instruction have to do with the image: the raters of SparseVLM, arXiv 2410.04417."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.taps import layer_input, over_prompt
+from ...core.tokens import Tokens
+
+
+def rater_scores(visual: Tensor, text: Tensor) -> Tensor:
+    """How much the image has to do with each text token: softmax over the text of `visual text^T`, mean over the image.
+
+    Args:
+        visual: `[n, D]` input embeddings of the visual tokens.
+        text: `[t, D]` input embeddings of the text after them.
+
+    Returns:
+        Tensor: `[t]` float32, sums to 1.
+    """
+    return torch.softmax(visual.float() @ text.float().T, dim=-1).mean(0)
+
+
+def raters(scores: Tensor) -> Tensor:
+    """`[t]` bool: text tokens above the mean; all of them where none is."""
+    above = scores > scores.mean()
+    return above if bool(above.any()) else torch.ones_like(above)
+
+
+def embeddings(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    """Record of a tap on the first decoder layer: the input embeddings `[B, T, D]`, but not of decoding steps."""
+    states = layer_input(args, kwargs, output)
+    return states if states.shape[1] > 1 else None
+
+
+def find_raters(record: Tensor, tokens: Tokens) -> Tensor:
+    """Raters among the text after the image of every sample.
+
+    Args:
+        record: `[B, T, D]` from `embeddings`.
+        tokens: Tokens of the present stage, which come with a prompt.
+
+    Returns:
+        Tensor: `[R]` bool, in the order of `tokens.prompt.text`.
+
+    Raises:
+        MethodError: The tokens come without a prompt.
+    """
+    states, prompt = over_prompt(record, tokens), tokens.prompt  # [C, D]
+    assert prompt is not None
+    visual = states[prompt.visual].split(tokens.offsets.diff().tolist())
+    text = states[prompt.text].split(prompt.text_offsets.diff().tolist())
+    return torch.cat([raters(rater_scores(v, t)) for v, t in zip(visual, text, strict=True)])

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VFlowOpt: an importance map from the vision encoder drives a first cut with recycling and two cuts in the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ...core.method import Choice, Group, Method, Stage, Tap
+from ...core.options import check_choices, load_options, save_options
+from ...core.ragged import top_k
+from ...core.registry import register
+from ...core.taps import layer_input
+from ...core.tokens import Tokens
+from ...errors import MethodError
+from ...vision.tower import Vision, layer_tap, projector_tap
+from .grid_recycling import recycle_pools
+from .importance_map import importance_map
+
+if TYPE_CHECKING:
+    from ...models.anatomy import Anatomy
+
+_INPUT = "vflowopt.input"
+# Released strategies by mean retention: t, alpha, a, retention of the first cut, ratios of the cuts in the decoder.
+_RELEASED = {
+    0.5: (28.683, 0.0, 11.757, 0.72332, 0.74875, 0.487),
+    0.25: (34.760, 0.0, 15.581, 0.26510, 0.98334, 0.87733),
+    0.1: (39.265, 0.0, 17.387, 0.11662, 1.0, 0.6011),
+}
+
+
+@register("vflowopt")
+@dataclass
+class VFlowOpt(Method):
+    """An importance map from the vision encoder: one cut with recycling before the decoder, two by the same map inside.
+
+    Paper: VFlowOpt, arXiv 2508.05211 (ICCV 2025), method section; `vtprune.study.tune` searches strategies. Reads
+    queries and
+    keys of the vision layer whose output is projected. With the attention `A` of a crop, mean over heads, and `R` the
+    tokens that receive more than `t` times the mean, `I_i = mean_{k in R} A_ki + alpha softmax(entropy)_i`. Newlines
+    have importance 1. First cut: the least important tokens are marked; the marked ones of each `a x a` cell of the
+    grid are merged, weighted by importance, and take the column of the most important of them. Before layers 9/28 and
+    18/28 of the decoder the least important go. Pool: the image, or the clip.
+
+    Differences from the release: it marks a fixed number and reserves `int(N / a^2)` places for merged tokens, so that
+    the count is only near the nominal one; here as many are marked as leave the exact budget after merging, and cells
+    grow where there are more of them than tokens to keep. Newlines are never merged. Where no token reaches the
+    threshold all rows count (there nothing is averaged). As released, only a single image is recycled, no videos and
+    not several images. In a tower with a class token the mean runs over patches. Cuts in the decoder go by shares of
+    the original count, so a count can be one off where the release rounds twice.
+
+    Attributes:
+        preset: Released strategy to take the following from: 0.5, 0.25 or 0.1, the mean share of tokens that it keeps
+            in LLaVA-OneVision-7B (other budgets stretch its schedule).
+        threshold, alpha, grid: `t`, `alpha` (0 in all releases) and `a`.
+        first, later: Share that the first cut keeps, and what each cut in the decoder keeps of the tokens before it.
+        layers: Cuts in the decoder, as layers of one with `depth` layers, scaled down to the decoder at hand.
+        depth: Decoder length that `layers` refers to; None takes them as they are.
+        recycle: Merge what the first cut takes away.
+        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut (the release: only after the first);
+            by default they keep their positions. Not for models that place tokens on several axes.
+    """
+
+    _SAVED: ClassVar[tuple[str, ...]] = ("threshold", "alpha", "grid", "first", "later", "layers", "depth")
+    group: ClassVar[Group] = "image"
+    preset: float = 0.25
+    threshold: float | None = None
+    alpha: float | None = None
+    grid: float | None = None
+    first: float | None = None
+    later: tuple[float, ...] | None = None
+    layers: tuple[int, ...] = (9, 18)
+    depth: int | None = 28
+    recycle: bool = True
+    positions: Literal["original", "compact"] = "original"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.preset not in _RELEASED:
+            raise MethodError(f"preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
+        t, alpha, grid, first, *later = _RELEASED[self.preset]
+        self.threshold = t if self.threshold is None else self.threshold
+        self.alpha = alpha if self.alpha is None else self.alpha
+        self.grid = grid if self.grid is None else self.grid
+        self.first = first if self.first is None else self.first
+        self.later = tuple(later) if self.later is None else tuple(self.later)
+        if self.grid <= 0 or not all(0 < share <= 1 for share in (self.first, *self.later)):
+            raise MethodError(f"{self}: expected a grid above 0, and shares in (0, 1]")
+        if len(self.later) > len(self.layers):
+            raise MethodError(f"{self}: expected a layer for each of the {len(self.later)} later ratios")
+
+    def save(self, path: str | Path, **about: Any) -> None:
+        """Writes the strategy as JSON, with whatever else is to be remembered `about` it."""
+        save_options(self, self._SAVED, path, about)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> VFlowOpt:
+        """Reads a strategy that `save` or `vtprune tune` wrote.
+
+        Args:
+            path: The file.
+            options: Other options, `recycle` or `positions`.
+
+        Raises:
+            MethodError: The file is missing, or holds no strategy.
+        """
+        source = f"strategy of {cls.name}, such as `vtprune tune` writes"
+        return cls(**load_options(cls._SAVED, path, source), **options)
+
+    def cuts(self, num_layers: int) -> list[int]:
+        """Layers of the later cuts; in a shallow decoder several can meet, or lie before it."""
+        layers = self.layers[: len(self.later or ())]
+        return [layer if self.depth is None else num_layers * layer // self.depth for layer in layers]
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        assert self.first is not None and self.later is not None
+        stages, share = [Stage(0, self.first)], self.first
+        for layer, ratio in zip(self.cuts(num_layers), self.later, strict=True):
+            share *= ratio
+            if layer == stages[-1].layer:  # a decoder too short for both cuts
+                stages.pop()
+            stages.append(Stage(layer, share))
+        return tuple(stages)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        # Where the first cut rounds to nothing, the map is made at a later one, from what the decoder was given.
+        states = Tap(_INPUT, anatomy.layers[0], layer_input, columns=True)
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"), states)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        starts, table = tokens.memory.get("vflowopt") or self._remember(tokens)
+        scores = table[starts[tokens.sample] + tokens.index]
+        keep = top_k(scores, tokens.offsets, tokens.budgets)
+        if tokens.stage or tokens.layer or not self.recycle:
+            return Choice(keep, scores=scores)
+        assert self.grid is not None
+        return Choice(keep, recycle_pools(tokens, scores, keep, self.grid), scores)
+
+    def _remember(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The importance of all visual tokens of the prefill, kept for the cuts in the decoder."""
+        assert self.threshold is not None and self.alpha is not None
+        if tokens.layer:
+            tokens = replace(tokens, hidden=tokens.recorded[_INPUT][0])
+        table = importance_map(Vision(tokens, self.name), self.threshold, self.alpha)
+        counts = torch.bincount(tokens.sample)
+        tokens.memory["vflowopt"] = (counts.cumsum(0) - counts, table)
+        return tokens.memory["vflowopt"]

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a vision-language model, found by structure.
+
+Nothing here is a table of class names. What is looked for, in order:
+
+* the decoder: the module that owns the input embeddings and a list of layers;
+* the vision tower: the outermost sub-model outside the decoder that takes images, or, failing that, that holds the
+  convolution (or linear layer) over pixels;
+* the composite: the smallest module that holds both, and hence sees `input_ids` and calls the decoder;
+* the projector: what stands between the two and ends in the decoder's width;
+* the placeholder ids: the token ids of the config that stand for visual features in a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from . import unsupported
+
+_IMAGE_IDS = (
+    "image_token_id",
+    "image_token_index",
+    "img_context_token_id",
+    "image_pad_token_id",
+    "media_placeholder_token_id",
+    "image_patch_id",
+    "im_patch_id",
+)
+_VIDEO_IDS = ("video_token_id", "video_token_index", "video_pad_token_id", "video_patch_id")
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """The parts that pruning touches.
+
+    Attributes:
+        model: The model inside any wrapper (PEFT, `torch.compile`, data parallel).
+        composite: The module that takes `input_ids` and pixels and calls the decoder.
+        decoder: The language model without its head.
+        layers: Its layers, in order.
+        vision_tower: The image encoder.
+        projector: From vision width to decoder width, or None where none could be told apart.
+        placeholders: Kind ("image", "video") to token id.
+        names: Part to its dotted name in `model`, for printing.
+    """
+
+    model: nn.Module
+    composite: nn.Module
+    decoder: nn.Module
+    layers: nn.ModuleList
+    vision_tower: nn.Module
+    projector: nn.Module | None
+    placeholders: dict[str, int]
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def config(self) -> Any:
+        """Config of the composite, where image sizes and layouts are described."""
+        return self.composite.config
+
+    @property
+    def embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def __str__(self) -> str:
+        rows = [("model", type(self.model).__name__)]
+        for part in ("composite", "decoder", "vision_tower", "projector"):
+            module = getattr(self, part)
+            text = "none found" if module is None else f"{self.names.get(part) or '(root)'}: {type(module).__name__}"
+            rows.append((part, text))
+        rows.insert(4, ("layers", f"{self.num_layers} x {type(self.layers[0]).__name__}"))
+        rows.append(("placeholders", ", ".join(f"{kind} = {i}" for kind, i in self.placeholders.items())))
+        return "\n".join(f"{name:<13} {text}" for name, text in rows)
+
+
+def find(model: nn.Module) -> Anatomy:
+    """Finds the parts of `model`.
+
+    Args:
+        model: A transformers vision-language model, or one wrapped by PEFT, `torch.compile` or data parallelism.
+
+    Raises:
+        UnsupportedModelError: A part is missing; the message says which and what was looked for.
+    """
+    inner = unwrap(model)
+    if not hasattr(inner, "config") or not hasattr(inner, "get_input_embeddings"):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is not a transformers model: expected a PreTrainedModel with a config and input "
+            "embeddings"
+        )
+    paths = {module: name for name, module in inner.named_modules()}
+    unsupported.encoder_decoder(inner)
+    decoder, layers = _find_decoder(inner, paths)
+    unsupported.cross_attention(inner, decoder)
+    unsupported.own_generate(inner)
+    unsupported.block_states(inner, layers)
+    unsupported.own_distances(inner, layers)
+    tower = _find_vision_tower(inner, decoder, layers, paths)
+    composite = _common_ancestor(inner, paths[decoder], paths[tower])
+    unsupported.second_reader(inner, composite)
+    placeholders = _find_placeholders(inner, composite)
+    projector = _find_projector(composite, decoder, tower)
+    parts = {"composite": composite, "decoder": decoder, "vision_tower": tower, "projector": projector}
+    names = {part: paths[module] for part, module in parts.items() if module is not None}
+    return Anatomy(inner, composite, decoder, layers, tower, projector, placeholders, names)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the transformers model inside PEFT, `torch.compile` and (distributed) data parallel wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _layer_list(module: nn.Module) -> nn.ModuleList | None:
+    """The longest direct list of equal-looking blocks, the one called `layers` first."""
+    lists = [
+        (name, child) for name, child in module.named_children() if isinstance(child, nn.ModuleList) and len(child)
+    ]
+    if not lists:
+        return None
+    return max(lists, key=lambda item: (item[0] == "layers", len(item[1])))[1]
+
+
+def _find_decoder(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[nn.Module, nn.ModuleList]:
+    candidates = []
+    embeddings = model.get_input_embeddings()
+    if embeddings in paths:
+        path = paths[embeddings]
+        while path:
+            path = path.rpartition(".")[0]
+            candidates.append(model.get_submodule(path))
+    if hasattr(model, "get_decoder"):
+        candidates.append(model.get_decoder())
+    for candidate in candidates:
+        layers = _layer_list(candidate)
+        if layers is not None:
+            return candidate, layers
+        for child in candidate.children() if candidate is not model else ():
+            layers = _layer_list(child)
+            if layers is not None:
+                return child, layers
+    raise UnsupportedModelError(
+        f"no decoder found in {type(model).__name__}: expected a module that owns the input embeddings and a "
+        "ModuleList "
+        "of layers (looked at the owner of get_input_embeddings() and at get_decoder())"
+    )
+
+
+def _takes_images(module: nn.Module) -> bool:
+    modalities = getattr(module, "input_modalities", ())
+    modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities or ())
+    return "pixel" in str(getattr(module, "main_input_name", "")) or bool({"image", "video"} & set(modalities))
+
+
+def _find_vision_tower(
+    model: nn.Module, decoder: nn.Module, layers: nn.ModuleList, paths: dict[nn.Module, str]
+) -> nn.Module:
+    inside, within, above = set(decoder.modules()), set(layers.modules()), paths[decoder]
+    free = [
+        (name, module)
+        for module, name in paths.items()
+        if module not in within and name and not (above + ".").startswith(name + ".")
+    ]
+    outside = [(name, module) for name, module in free if module not in inside]
+    # Early-fusion models keep the encoder beside the layers of the decoder itself.
+    for _, module in (*outside, *free):
+        # Sub-models are PreTrainedModels with a config of their own; the first in module order is the outermost.
+        if hasattr(module, "config") and hasattr(module, "post_init") and _takes_images(module):
+            return module
+    for name, module in outside:
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels == 3:
+            return model.get_submodule(_outermost_outside(name, above))
+    for name, module in outside:
+        # Pictures cut into patches need no more than a linear layer; only its name tells.
+        if re.search("vis|image", name.rpartition(".")[2]):
+            return module
+    raise UnsupportedModelError(
+        f"no vision tower found in {type(model).__name__}: expected a sub-model outside the decoder "
+        f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; a text-only model has no visual "
+        "tokens to prune"
+    )
+
+
+def _outermost_outside(name: str, decoder_path: str) -> str:
+    """The longest-reaching ancestor of `name` that does not contain the decoder."""
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:length])
+        if not (decoder_path + ".").startswith(prefix + "."):
+            return prefix
+    return name
+
+
+def _common_ancestor(model: nn.Module, first: str, second: str) -> nn.Module:
+    shared = []
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    return model.get_submodule(".".join(shared))
+
+
+def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for kind, candidates in (("image", _IMAGE_IDS), ("video", _VIDEO_IDS)):
+        for config in (getattr(composite, "config", None), model.config):
+            value = next((v for n in candidates if isinstance(v := getattr(config, n, None), int)), None)
+            if value is not None:
+                found.setdefault(kind, value)
+    if not found:
+        raise UnsupportedModelError(
+            f"no placeholder token ids found in the config of {type(model).__name__}: expected one of "
+            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; a "
+            "model that puts pictures in front of the text by itself leaves no columns that could be told apart"
+        )
+    return found
+
+
+def _ends_in(module: nn.Module, width: int) -> bool:
+    # Serving engines put linear layers of their own in place of nn.Linear.
+    widths = [w for m in module.modules() if (w := getattr(m, "out_features", getattr(m, "output_size", None)))]
+    return width in widths[-2:]
+
+
+def _find_projector(composite: nn.Module, decoder: nn.Module, tower: nn.Module) -> nn.Module | None:
+    config: Any = getattr(decoder, "config", None)
+    width = getattr(config, "hidden_size", -1)
+    related = set(decoder.modules()) | set(tower.modules())
+    own = [m for _, m in composite.named_children() if m not in related and not set(m.modules()) & related]
+    candidates = [m for m in own if _ends_in(m, width)]
+    if not candidates:
+        # Qwen-style: the merger is the last part of the tower itself.
+        candidates = [
+            m for name, m in tower.named_children() if not isinstance(m, nn.ModuleList) and _ends_in(m, width)
+        ]
+    return candidates[-1] if candidates else None

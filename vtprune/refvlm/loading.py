@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, pictures and prompts for the command line, with errors of one line each."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+from ..errors import InputError, one_line
+
+EMBEDDED = "embedded"
+# Names of the models inside the package, and what `refvlm.load` calls them.
+EMBEDDED_MODELS = {EMBEDDED: "llava", f"{EMBEDDED}-qwen2_5_vl": "qwen2_5_vl"}
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_log = logging.getLogger("vtprune")
+
+
+def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Loads an image-text-to-text model in eval mode with its processor. Code that comes with a model is never run.
+
+    Args:
+        name: `embedded` or `embedded-qwen2_5_vl` for a model inside the package, a local folder (read offline), or a
+            name on the hub.
+        device: A torch device, or `auto` for the accelerator if there is one.
+        dtype: A torch dtype by name, or `auto` for the one that the weights are stored in.
+
+    Returns:
+        tuple: The model and its processor.
+
+    Raises:
+        InputError: The folder is missing or incomplete, the model takes no pictures, its weights are not safetensors,
+            or something in it cannot be read.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place = _device(device)
+    kind: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype, dtype)
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
+    if name in EMBEDDED_MODELS:
+        from .. import refvlm
+
+        model, processor = refvlm.load(None if kind == "auto" else kind, EMBEDDED_MODELS[name])  # type: ignore[arg-type]
+        return model.to(place), processor
+    local = config(name)[1]
+    if local:
+        refuse_pickles(name)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=kind,
+            local_files_only=local,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # whatever is wrong with the files of a model, the user gets one line
+        raise InputError(f"cannot load the model {name}: {one_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        _log.warning("%d weights of %s are missing and random (%s ...)", len(info["missing_keys"]), name, some)
+    return model.eval().to(place), processor
+
+
+def refuse_pickles(name: str) -> None:
+    """Looks at a local model folder before its weights are read.
+
+    Raises:
+        InputError: The weights are pickles, which can run code when they are read.
+    """
+    folder = Path(name).expanduser()
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"the weights in {folder} are pickles ({', '.join(pickles[:3])}), which can run code when they are read; "
+            "expected .safetensors: if you trust the files, load them with transformers and write them anew with "
+            "save_pretrained"
+        )
+
+
+def is_local(name: str) -> bool:
+    """Whether a model is read from this machine only; looks at no more than the name and the folder.
+
+    Raises:
+        InputError: It is neither a model folder nor a possible name on the hub.
+    """
+    if name in EMBEDDED_MODELS:
+        return True
+    folder = Path(name).expanduser()
+    if not folder.exists() and not _HUB_NAME.fullmatch(name):
+        raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"{name} holds no config.json; expected a folder that save_pretrained has written")
+    return folder.exists()
+
+
+def config(name: str) -> tuple[Any, bool]:
+    """The configuration of an image-text-to-text model, and whether it comes from a local folder.
+
+    Raises:
+        InputError: See `model_and_processor`.
+    """
+    if name in EMBEDDED_MODELS:
+        from transformers import AutoConfig
+
+        from .. import refvlm
+
+        return AutoConfig.from_pretrained(refvlm.MODELS[EMBEDDED_MODELS[name]], local_files_only=True), True
+    local = is_local(name)
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    try:
+        found = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:
+        where = "in this folder" if local else "neither as a folder here nor on the hub"
+        raise InputError(f"cannot find the model {name} {where}: {one_line(error)}") from error
+    if type(found) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise InputError(
+            f"{name} is a {found.model_type} model, which takes no pictures with its text; expected a vision-language "
+            "model (image-text-to-text)"
+        )
+    return found, local
+
+
+def skeleton(name: str) -> Any:
+    """The model without its weights, on the meta device: enough to look at its parts."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    found, _ = config(name)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(found, trust_remote_code=False).eval()
+
+
+def prompt(processor: Any, image: Image, question: str) -> Any:
+    """Model inputs for one picture and one question.
+
+    The chat template of the processor is used where there is one; else the prompt is the image placeholder and the
+    question on a line of its own.
+
+    Raises:
+        InputError: The processor refuses them.
+    """
+    try:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            return processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        placeholder = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
+        return processor(images=image, text=f"{placeholder}\n{question}".lstrip("\n"), return_tensors="pt")
+    except Exception as error:  # processors raise what they like
+        raise InputError(f"{type(processor).__name__} cannot make a prompt of this: {one_line(error)}") from error
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"cannot use the device {name!r}: {one_line(error)}") from error
+    return device

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paints what happened to visual tokens onto the pixels of an original picture. Pure functions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .patch_boxes import PictureError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Weights of red, green and blue in what the eye takes for brightness (ITU-R BT.601).
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+# From cold to hot; dark blue, green, yellow tell apart for colour-blind readers too.
+_HEAT = np.array([(38, 20, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
+_VEIL = 0.7  # how white a part of the picture gets that no token shows
+_PANELS = 8  # in a row
+
+
+def lay(size: tuple[int, int], boxes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The value of the token under every pixel.
+
+    Args:
+        size: Width and height of the picture.
+        boxes: `[n, 4]` left, top, right, bottom of each token in shares of the picture; parts beyond it are cut off.
+        values: `[n]`.
+
+    Returns:
+        np.ndarray: `[height, width]` float32; a pixel belongs to the box that holds its centre, NaN where none does.
+    """
+    width, height = size
+    out = np.full((height, width), np.nan, dtype=np.float32)
+    scale = np.array([width, height, width, height])
+    # The first pixel whose centre is not before an edge; rounding keeps neighbors from sharing or losing a line.
+    edges = np.ceil(np.round(boxes * scale - 0.5, 6)).clip(0, scale).astype(int)
+    for (left, top, right, bottom), value in zip(edges, values, strict=True):
+        out[top:bottom, left:right] = value
+    return out
+
+
+def dim(image: Image, boxes: np.ndarray, loss: np.ndarray, strength: float = 0.65) -> Image:
+    """The picture with dropped tokens dark and grey, and what the model never saw under a white veil.
+
+    Args:
+        image: RGB.
+        boxes: `[n, 4]`, see `lay`.
+        loss: `[n]` in [0, 1]: 0 for tokens that stayed.
+        strength: How much of colour and light a loss of 1 takes.
+    """
+    pixels = np.asarray(image, dtype=np.float32)  # [height, width, 3]
+    share = lay(image.size, boxes, loss)[..., None] * np.float32(strength)
+    grey = (pixels @ LUMA)[..., None]
+    dimmed = (pixels * (1 - share) + grey * share) * (1 - share)
+    return _picture(np.where(np.isnan(share), pixels * (1 - _VEIL) + 255 * _VEIL, dimmed))
+
+
+def heat(image: Image, boxes: np.ndarray, values: np.ndarray, opacity: float = 0.65) -> Image:
+    """The grey picture under colours, from dark blue (0) to yellow (1); tokens without a value (NaN) stay grey.
+
+    Args:
+        image: RGB.
+        boxes: `[n, 4]`, see `lay`.
+        values: `[n]` in [0, 1] or NaN.
+        opacity: Of the colours.
+    """
+    pixels = np.asarray(image, dtype=np.float32)
+    grey = (pixels @ LUMA)[..., None].repeat(3, -1)
+    value = lay(image.size, boxes, values)
+    place = np.nan_to_num(value).clip(0, 1) * (len(_HEAT) - 1)
+    low = place.astype(int).clip(0, len(_HEAT) - 2)
+    part = (place - low)[..., None]
+    colour = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
+    return _picture(np.where(np.isnan(value)[..., None], grey, grey * (1 - opacity) + colour * opacity))
+
+
+def sheet(rows: Sequence[Sequence[tuple[Image, str]]], height: int = 288) -> Image:
+    """Rows of pictures under their captions, on white; a strip that is too long is broken."""
+    from PIL import Image as images
+
+    broken = [row[i : i + _PANELS] for row in rows for i in range(0, len(row), _PANELS)]
+    tall = height if max(map(len, broken)) <= 4 else height // 2
+    lines = [side_by_side([p for p, _ in row], [c for _, c in row], height=tall) for row in broken]
+    if len(lines) == 1:
+        return lines[0]
+    out = images.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
+    top = 0
+    for line in lines:
+        out.paste(line, (0, top))
+        top += line.height
+    return out
+
+
+def png(image: Image) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _picture(pixels: np.ndarray) -> Image:
+    from PIL import Image as images
+
+    return images.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8))
+
+
+def side_by_side(pictures: Sequence[Image], captions: Sequence[str] = (), *, height: int = 384, gap: int = 12) -> Image:
+    """Pictures in a row on white, scaled to one height, each under its caption.
+
+    Args:
+        pictures: At least one.
+        captions: A line for each picture, or none at all; a line that is too long for its picture is broken.
+        height: Of the pictures, in pixels.
+        gap: White space around them, in pixels.
+
+    Returns:
+        Image: RGB.
+
+    Raises:
+        PictureError: No picture, or not as many captions as pictures.
+    """
+    from PIL import Image as images
+    from PIL import ImageDraw, ImageFont
+
+    if not pictures or (captions and len(captions) != len(pictures)):
+        raise PictureError(f"got {len(pictures)} pictures and {len(captions)} captions; expected as many of each")
+    scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    font = ImageFont.load_default(size=15)
+    texts = [_broken(text, picture.width, font) for text, picture in zip(captions, scaled, strict=False)]
+    lines = max((text.count("\n") + 1 for text in texts), default=0)
+    top = gap + 20 * lines
+    sheet = images.new("RGB", (sum(p.width for p in scaled) + gap * (len(scaled) + 1), top + height + gap), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for index, picture in enumerate(scaled):
+        sheet.paste(picture, (left, top))
+        if texts:
+            draw.multiline_text((left, gap // 2), texts[index], fill="black", font=font)
+        left += picture.width + gap
+    return sheet
+
+
+def _broken(text: str, width: int, font: Any) -> str:
+    """The text in lines of at most `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prefill remembers of its pictures, so that tokens can be laid over the originals afterwards.
+
+Nothing is copied: pixels are referred to weakly (the patch keeps the last ones alive until the next encoding), sizes
+are small tensors of the caller.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass
+class Source:
+    """How the pictures of a call came to the model.
+
+    Attributes:
+        kinds: Kinds of features in the order that `VisualTokens.kind` counts, such as "image" and "video".
+        stretched: Kinds whose grid of tokens is known to cover whole pictures (they came with `*_grid_thw`).
+        sizes: `[images, 2]` heights and widths of the originals, where an any-resolution model was told; else None.
+        per_sample: Images in each sample, where the model was told; else None.
+        pinpoints: Heights and widths an any-resolution model may choose from; empty for others.
+        side: Pixels along a square crop of the vision tower; 0 where unknown.
+        patch: Pixels along a patch of the vision tower; 0 where unknown.
+        pixels: Weak references to the pixels, by kind.
+        copies: Of the pixels, of which one stands for all.
+    """
+
+    kinds: tuple[str, ...] = ("image",)
+    stretched: frozenset[str] = frozenset()
+    sizes: Tensor | None = None
+    per_sample: list[int] | None = None
+    pinpoints: list[list[int]] = field(default_factory=list)
+    side: int = 0
+    patch: int = 0
+    pixels: dict[str, Callable[[], Tensor | None]] = field(default_factory=dict, repr=False)
+    copies: int = 1
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any], anatomy: Anatomy, copies: int = 1) -> Source:
+        """Notes what a call says about its pictures.
+
+        Args:
+            inputs: Keyword arguments of the composite's call and of its encoders.
+            anatomy: Parts of the model.
+            copies: Of everything that the call says, one after the other.
+        """
+        kinds = tuple(anatomy.placeholders)
+        config = anatomy.config
+        vision = getattr(config, "vision_config", None)
+        packs = hasattr(anatomy.composite, "pack_image_features")
+        sizes, per_sample = inputs.get("image_sizes"), inputs.get("batch_num_images")
+        given = {kind: inputs.get(name) for kind, name in _PIXELS.items()}
+        return cls(
+            kinds=kinds,
+            stretched=frozenset(kind for kind in kinds if inputs.get(f"{kind}_grid_thw") is not None),
+            sizes=torch.as_tensor(sizes)[::copies] if packs and sizes is not None else None,
+            per_sample=None if per_sample is None else [int(n) for n in per_sample][::copies],
+            pinpoints=list(getattr(config, "image_grid_pinpoints", None) or []) if packs else [],
+            side=_number(getattr(vision, "image_size", None)),
+            patch=_number(getattr(vision, "patch_size", None)),
+            pixels={kind: weakref.ref(value) for kind, value in given.items() if isinstance(value, Tensor)},
+            copies=copies,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pixels: a copy or a pickle does not carry them."""
+        return {**vars(self), "pixels": {}}
+
+    def crops(self, kind: str) -> Tensor | None:
+        """The pixels of a kind, `[..., 3, H, W]` float32 on the CPU; None if they are gone or come in another form."""
+        reference = self.pixels.get(kind)
+        found = reference() if reference is not None else None
+        if found is None or found.dim() not in (4, 5) or found.shape[-3] != 3:
+            return None
+        return found[:: self.copies].detach().float().cpu()
+
+
+def _number(value: Any) -> int:
+    """The first of a pair, or the number itself; 0 for anything else."""
+    value = value[0] if isinstance(value, (list, tuple)) and value else value
+    return value if isinstance(value, int) else 0

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a prefill: what was dropped, stage by stage, and what the method thought of each patch."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import draw
+from .patch_boxes import PictureError, View, views
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .record import PruningRecord
+
+_STAND_IN = 24  # pixels of a grey stand-in along a token
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of one call, made by `Pruning.show`. Notebooks display it.
+
+    Attributes:
+        pruning: The call.
+        views: The pictures as the model looked at them, with the rectangle of every visual token.
+        names: A caption for each picture, or none.
+        mode: "dropped", "stages" or "heat".
+        stage: The cut whose scores are shown.
+    """
+
+    pruning: PruningRecord
+    views: list[View]
+    names: tuple[str, ...] = ()
+    mode: str = "dropped"
+    stage: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        pruning: PruningRecord,
+        images: Any,
+        videos: Sequence[Any] | None,
+        fit: str | None,
+        names: Sequence[str] | None,
+    ) -> Pictures:
+        """See `Pruning.show`."""
+        if images is None and videos is None:
+            return cls(pruning, _stand_ins(pruning), tuple(names or ()))
+        pictures = [_picture(image) for image in _several(images)]
+        clips = [[_picture(frame) for frame in clip] for clip in videos or ()]
+        return cls(pruning, views(pruning.places, pruning.source, pictures, clips, fit), tuple(names or ()))
+
+    def by_stage(self) -> Pictures:
+        """One row of pictures for every cut."""
+        return replace(self, mode="stages")
+
+    def heatmap(self, stage: int | None = None) -> Pictures:
+        """The scores of a cut, by default of the first that has scores; see `Pruning.heatmap`."""
+        scored = [i for i, scores in enumerate(self.pruning.scores) if scores is not None]
+        if stage is None and scored:
+            stage = scored[0]
+        if stage is None or stage not in scored:
+            which = "any cut" if stage is None else f"cut {stage}"
+            raise PictureError(
+                f"{self.pruning.method} gave no scores at {which} of this call; cuts with scores: {scored or 'none'}"
+            )
+        return replace(self, mode="heat", stage=stage)
+
+    def panels(self) -> list[tuple[Image, str]]:
+        """Every picture with its caption."""
+        return [panel for row in self._rows() for panel in row]
+
+    @property
+    def image(self) -> Image:
+        """All panels on one sheet."""
+        return draw.sheet(self._rows())
+
+    def save(self, path: Any) -> None:
+        """Writes the sheet to a picture file; the name's ending says which format.
+
+        Raises:
+            PictureError: The file cannot be written.
+        """
+        try:
+            self.image.save(Path(path).expanduser())
+        except (OSError, ValueError) as error:
+            raise PictureError(f"cannot write a picture to {path}: {error}") from error
+
+    def _repr_png_(self) -> bytes:
+        return draw.png(self.image)
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self._repr_png_()).decode()
+        return f'<img alt="visual tokens, what was dropped is dark" src="data:image/png;base64,{data}">'
+
+    def _rows(self) -> list[list[tuple[Image, str]]]:
+        if self.mode == "heat":
+            return [self._heat()]
+        if self.mode == "stages":
+            cuts = range(len(self.pruning.kept_flat)) if self.pruning.kept_flat else [-1]
+            return [
+                self._dropped(cut, f"before layer {self.pruning.stages[cut][0]}: " if cut >= 0 else "") for cut in cuts
+            ]
+        return [self._dropped(None, "")]
+
+    def _dropped(self, only: int | None, prefix: str) -> list[tuple[Image, str]]:
+        """The state after one cut, or after all of them with darkness for how early a token went."""
+        total, kept = len(self.pruning.places), [k.numpy() for k in self.pruning.kept_flat]
+        loss = np.zeros(total, dtype=np.float32)
+        for cut in range(len(kept) - 1, -1, -1) if only is None else [only] if only >= 0 else []:
+            gone = ~np.isin(np.arange(total), kept[cut])
+            loss[gone] = 1 - 0.5 * cut / len(kept) if only is None else 1
+        out = []
+        for number, view in enumerate(self.views):
+            mine = loss[view.tokens]
+            caption = f"{prefix}{int((mine == 0).sum())} of {len(mine)} kept"
+            out.append((draw.dim(view.picture, view.boxes, mine), self._caption(number, caption)))
+        return out
+
+    def _heat(self) -> list[tuple[Image, str]]:
+        pruning, values = self.pruning, np.full(len(self.pruning.places), np.nan, dtype=np.float32)
+        alive, scores = pruning.alive(self.stage).numpy(), pruning.scores[self.stage]
+        assert scores is not None
+        sample = pruning.places.sample.numpy()[alive]
+        for one in np.unique(sample):
+            here = np.flatnonzero(sample == one)
+            order = np.argsort(np.argsort(scores.numpy()[here], kind="stable"), kind="stable")
+            values[alive[here]] = order / max(len(here) - 1, 1)
+        caption = f"scores of {pruning.method} before layer {pruning.stages[self.stage][0]}"
+        return [
+            (draw.heat(v.picture, v.boxes, values[v.tokens]), self._caption(i, caption))
+            for i, v in enumerate(self.views)
+        ]
+
+    def _caption(self, number: int, text: str) -> str:
+        pictures = list(dict.fromkeys(id(view.picture) for view in self.views))
+        which, view = pictures.index(id(self.views[number].picture)), self.views[number]
+        parts = [self.names[which] if which < len(self.names) else "", view.name]
+        said = ", ".join(part for part in parts if part)
+        return f"{said}: {text}" if said else text
+
+
+def before_and_after(image: Image, pictures: Pictures, answers: tuple[str, str]) -> Image:
+    """The picture as it is beside the picture with its dropped patches dimmed, for a prompt with one picture.
+
+    Where a model looks at the picture twice, as a whole and in tiles, there is a panel for each. With several cuts,
+    what went first is darkest.
+
+    Args:
+        image: The picture.
+        pictures: What `patch.last.show(image)` returned.
+        answers: Without and with pruning.
+    """
+    panels, captions = [image], [f"all {len(pictures.pruning.places)} visual tokens: {answers[0]}"]
+    for panel, caption in pictures.panels():
+        panels.append(panel)
+        captions.append(f"{caption}: {answers[1]}")
+    return draw.side_by_side(panels, captions)
+
+
+def _stand_ins(pruning: PruningRecord) -> list[View]:
+    """A grey picture for every grid of tokens, where the originals are not at hand."""
+    from PIL import Image as images
+
+    places = pruning.places
+    keys = np.stack([t.numpy() for t in (places.image, places.frame, places.crop)])
+    out = []
+    for key in np.unique(keys, axis=1).T:
+        here = np.flatnonzero((keys == key[:, None]).all(0) & (places.grid_row.numpy() >= 0))
+        if not len(here):
+            continue
+        row, col = places.grid_row.numpy()[here], places.grid_col.numpy()[here]
+        rows, cols = int(row.max()) + 1, int(col.max()) + 1
+        boxes = np.stack([col / cols, row / rows, (col + 1) / cols, (row + 1) / rows], 1)
+        out.append(View(images.new("RGB", (cols * _STAND_IN, rows * _STAND_IN), "#bbbbbb"), here, boxes))
+    if not out:
+        raise PictureError("the visual tokens of this call have no known places in a picture")
+    return out
+
+
+def _several(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _picture(image: Any) -> Image:
+    """An RGB picture from a PIL picture, an array, a tensor or a path."""
+    from PIL import Image as images
+
+    from ..core.images import picture
+
+    if isinstance(image, images.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, Path)):
+        return picture(str(image))
+    array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.dtype.kind == "f" and array.size and array.min() >= 0 and array.max() <= 1:
+        array = array * 255
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim not in (2, 3) or not array.size or array.min() < 0 or array.max() > 255:
+        raise PictureError(
+            f"a {type(image).__name__} of shape {array.shape} is no picture; expected [H, W, 3] or [3, H, W], bytes or "
+            "floats from 0 to 1, as it was before the processor"
+        )
+    return images.fromarray(np.rint(array).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`patch.last`: the record of a prefill as text, as pictures and token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+from .explain import TokenExplanation, explain_token
+from .overlay import Pictures
+from .record import PruningRecord
+
+
+@dataclass
+class Pruning(PruningRecord):
+    """What the most recent prefill dropped: a `PruningRecord` with its report and its pictures."""
+
+    _shown: Pictures | None = field(default=None, init=False, repr=False, compare=False)
+
+    def report(self) -> str:
+        """A few lines of text: tokens, mean ratio, FLOPs and KV bytes before and after."""
+        (before, after), (flops, flops_after), (kv, kv_after) = self.tokens, self.flops, self.kv_bytes
+        cuts = ", ".join(f"{sum(map(len, kept))} before layer {layer}" for layer, kept in self.stages) or "no cut"
+        rows = [
+            ("method", f"{self.method} ({self.budget})"),
+            ("visual tokens", f"{before} -> {after} ({_percent(after, before)}): {cuts}"),
+            ("mean ratio", f"{self.mean_ratio:.3f} over the inputs of {self.shape.layers} layers"),
+            ("visual FLOPs", f"{_count(flops)} -> {_count(flops_after)} ({_percent(flops_after, flops)})"),
+            ("KV cache", f"{_bytes(kv)} -> {_bytes(kv_after)} ({_percent(kv_after, kv)})"),
+            ("selection", f"{self.selection_time * 1e3:.2f} ms"),
+        ]
+        return "\n".join(f"{name:<14} {text}" for name, text in rows)
+
+    def __str__(self) -> str:
+        return self.report()
+
+    def explain_token(self, token: int) -> TokenExplanation:
+        """Score, rank and nearest kept token of one visual token, see `vtprune.report.explain.TokenExplanation`."""
+        return explain_token(self, token)
+
+    def show(
+        self,
+        images: Any = None,
+        videos: Sequence[Any] | None = None,
+        *,
+        stages: bool = False,
+        fit: str | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Pictures:
+        """The original pictures with dropped patches dark and grey; with several cuts, what went first is darkest.
+
+        Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model saw
+        square crops, what was cut off or padded is found by comparing with the pixels that it was given.
+
+        Args:
+            images: The pictures of the call in the order of the batch: one or several of PIL pictures, arrays
+                (`[H, W, 3]` or `[3, H, W]`, bytes, or floats from 0 to 1) or paths. None for those that were shown
+                before, or for grey stand-ins.
+            videos: For each clip the frames that the model was given.
+            stages: One row per cut instead of one picture for all.
+            fit: "stretch", "crop" or "pad", where it cannot be found out how a square crop was made.
+            names: A caption for each picture.
+
+        Raises:
+            PictureError: These are not the pictures of this call, or the places of its tokens are not known.
+        """
+        if self._shown is None or images is not None or videos is not None:
+            self._shown = Pictures.of(self, images, videos, fit=fit, names=names)
+        return self._shown.by_stage() if stages else self._shown
+
+    def save(self, path: Any, images: Any = None, videos: Sequence[Any] | None = None, **options: Any) -> None:
+        """Writes what `show` shows to a picture file; see there."""
+        self.show(images, videos, **options).save(path)
+
+    def heatmap(
+        self, images: Any = None, videos: Sequence[Any] | None = None, *, stage: int | None = None, **options: Any
+    ) -> Pictures:
+        """The pictures under the method's scores, from dark blue (lowest) to yellow, by rank among its sample's tokens.
+
+        Args:
+            images, videos, options: As for `show`.
+            stage: Number of the cut, by default the first that has scores.
+
+        Raises:
+            PictureError: As `show`; or the method chooses without scores.
+        """
+        return self.show(images, videos, **options).heatmap(stage)
+
+    def _repr_html_(self) -> str:
+        """The report, and the pictures if they were shown before."""
+        html = f"<pre>{escape(self.report())}</pre>"
+        return html if self._shown is None else html + self._shown._repr_html_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shown": None}
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f} B"

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of one prefill: data, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..models.visual_tokens import VisualTokens
+from .cost import DecoderShape, decoder_flops, kv_bytes
+from .image_source import Source
+
+
+@dataclass
+class PruningRecord:
+    """What the most recent prefill dropped.
+
+    Attributes:
+        visual: For each sample a LongTensor with the prompt columns that were visual. With a kept cache, columns count
+            from the start of the conversation.
+        kept: For each sample those that survived to the end.
+        stages: `(layer, kept columns per sample)` for every cut; layer 0 is before the decoder.
+        selection_time: Host seconds spent choosing and cutting.
+        method, budget: Names of what was asked.
+        columns: Columns of the conversation after the prefill.
+        slots: For each layer, the columns it ran on in this prefill; without an earlier cut of the same cache this is
+            the length of the layer's keys and values.
+        cached_before: Columns of the conversation before this prefill.
+        shape: Sizes of the decoder.
+        places: Where each visual token lies in its picture.
+        scores: For each stage the method's scores of the tokens that were alive, or None.
+        kept_flat: For each stage the numbers of the surviving tokens in `places`.
+        source: How the pictures came to the model.
+        states: For each stage the states `[alive, D]` that the method saw, float32; None unless the call ran inside
+            `vtprune.report.explain.recording()`.
+    """
+
+    visual: list[Tensor]
+    kept: list[Tensor]
+    stages: list[tuple[int, list[Tensor]]]
+    selection_time: float
+    method: str
+    budget: str
+    columns: int
+    slots: list[int]
+    cached_before: int
+    shape: DecoderShape
+    places: VisualTokens = field(repr=False)
+    scores: list[Tensor | None] = field(default_factory=list, repr=False)
+    kept_flat: list[Tensor] = field(default_factory=list, repr=False)
+    source: Source = field(default_factory=Source, repr=False)
+    states: list[Tensor | None] = field(default_factory=list, repr=False)
+
+    def per_layer(self, sample: int) -> list[int]:
+        """Visual tokens of one sample at the input of every layer."""
+        counts, left = [], len(self.visual[sample])
+        cuts = {layer: len(kept[sample]) for layer, kept in self.stages}
+        for layer in range(self.shape.layers):
+            left = cuts.get(layer, left)
+            counts.append(left)
+        return counts
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Visual tokens of the batch before, and after the last cut."""
+        return sum(map(len, self.visual)), sum(map(len, self.kept))
+
+    @property
+    def mean_ratio(self) -> float:
+        """Mean over the inputs of the decoder layers of the share of visual tokens that is left."""
+        before = self.tokens[0]
+        inputs = sum(sum(self.per_layer(s)) for s in range(len(self.visual)))
+        return inputs / (self.shape.layers * before) if before else 1.0
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Multiply-adds of the visual tokens in the decoder before and after, counted as the papers do."""
+        samples = range(len(self.visual))
+        full = sum(decoder_flops([len(self.visual[s])] * self.shape.layers, self.shape) for s in samples)
+        return full, sum(decoder_flops(self.per_layer(s), self.shape) for s in samples)
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes of keys and values of this prefill's columns, before and after."""
+        batch, length = len(self.visual), self.columns - self.cached_before
+        return kv_bytes([length] * self.shape.layers, batch, self.shape), kv_bytes(self.slots, batch, self.shape)
+
+    def to_dict(self) -> dict:
+        """The numbers of the report, for logs."""
+        (before, after), (flops, flops_after), (kv, kv_after) = self.tokens, self.flops, self.kv_bytes
+        return {
+            "method": self.method,
+            "budget": self.budget,
+            "visual_tokens": before,
+            "kept_tokens": after,
+            "per_sample": [[len(v), len(k)] for v, k in zip(self.visual, self.kept, strict=True)],
+            "stages": [[layer, [len(k) for k in kept]] for layer, kept in self.stages],
+            "mean_ratio": self.mean_ratio,
+            "flops": flops,
+            "flops_after": flops_after,
+            "kv_bytes": kv,
+            "kv_bytes_after": kv_after,
+            "selection_time": self.selection_time,
+        }
+
+    def alive(self, stage: int) -> Tensor:
+        """Numbers in `places` of the tokens that were alive before a stage."""
+        return self.kept_flat[stage - 1] if stage else torch.arange(len(self.places))

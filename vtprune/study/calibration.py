@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collecting a method's own scores over a user's pictures, for position curves to be fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.method import Choice, Method, ScoreMethod, Stage, Tap
+from ..core.ragged import top_k
+from ..core.tokens import Tokens
+from ..engine.patching import find_patch, patch
+from ..errors import MethodError
+from ..methods.debiased.method import Debiased
+from ..methods.debiased.padding import PaddingRule, shown
+from ..methods.debiased.position_curve import Curve, Form
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+
+@dataclass
+class Collector(Method):
+    """Cuts once, where its host cuts first, and writes down what the host would have ranked by.
+
+    Attributes:
+        host: Whose scores are collected.
+        rule: How padding is told, or None where nothing is padding.
+        sizes: Heights and widths of the pictures of the next call, where it does not say them itself.
+        scores: Filled with `[N]` scores of the visual tokens of every sample, on the CPU.
+        shown: Filled with `[N]` bool, False for padding.
+    """
+
+    host: ScoreMethod
+    rule: PaddingRule | None = None
+    sizes: Sequence[Sequence[int]] | None = None
+    scores: list[Tensor] = field(default_factory=list)
+    shown: list[Tensor] = field(default_factory=list)
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return tuple(self.host.schedule(num_layers))[:1]
+
+    def required_layer_inputs(self, num_layers: int) -> Iterable[int]:
+        return self.host.required_layer_inputs(num_layers)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return self.host.taps(anatomy)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        scores = self.host.score(tokens).float()
+        seen = torch.ones_like(scores, dtype=torch.bool) if self.rule is None else shown(tokens, self.rule, self.sizes)
+        lengths = torch.unique_consecutive(tokens.sample, return_counts=True)[1].tolist()
+        self.scores += scores.cpu().split(lengths)
+        self.shown += seen.cpu().split(lengths)
+        return Choice(top_k(scores, tokens.offsets, tokens.budgets))
+
+
+def collect(
+    host: ScoreMethod,
+    rule: PaddingRule | None,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    sizes: Iterable[Sequence[Sequence[int]] | None] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs a model over prompts with pictures and collects the first scores of a method.
+
+    Args:
+        host: The method.
+        rule: How padding is told, or None where nothing is padding.
+        model: A model without a patch; it has none afterwards.
+        batches: Keyword arguments of the model's calls, as processors make them; answers are not needed.
+        sizes: For every batch the heights and widths of its pictures, where the calls do not say them.
+
+    Returns:
+        tuple: For every sample with visual tokens `[N]` scores, and `[N]` bool, False for padding.
+
+    Raises:
+        MethodError: The model has a patch already, or no prompt held a visual token.
+    """
+    if find_patch(model) is not None:
+        raise MethodError("the model is patched: remove the patch before scores are collected from it")
+    collector = Collector(host, rule)
+    with patch(model, ratio=0.5, method=collector), torch.no_grad():
+        # Without sizes, None for every batch; with them, as many as there are batches.
+        pairs = zip(batches, repeat(None)) if sizes is None else zip(batches, sizes, strict=True)
+        for batch, collector.sizes in pairs:
+            model(**batch)
+    if not collector.scores:
+        raise MethodError("no prompt held a visual token; expected batches as the processor makes them, with pictures")
+    return collector.scores, collector.shown
+
+
+def fit(
+    method: Debiased,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    form: Form = "exponential",
+    path: str | Path | None = None,
+    sizes: Iterable[Sequence[Sequence[int]] | None] | None = None,
+) -> Curve:
+    """Fits a method's curve to its host's scores on pictures of your own; labels are not needed.
+
+    Calibrate on pictures that are not a test set. From then on the method uses the curve.
+
+    Args:
+        method: The method to calibrate.
+        model: The model that the method is for, without a patch; it is run once over every batch.
+        batches: Keyword arguments of its calls, as processors make them.
+        form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
+        path: Where to save the curve as JSON, for `curve=path` later on.
+        sizes: For every batch the heights and widths of its pictures, where the calls do not say them.
+
+    Returns:
+        Curve: The fitted curve.
+
+    Raises:
+        MethodError: The model is patched, no prompt has a picture, or the scores do not suffice for the form.
+    """
+    scores, seen = collect(method.host, method.padding_rule, model, batches, sizes)
+    return method.fit(scores, seen, form, path)

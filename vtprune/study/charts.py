@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line charts of results, drawn with matplotlib: the same data gives the same file, without a date in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import VTPruneError
+
+# Colours that can be told apart in pairs, and then markers: enough for every registered method.
+_COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
+_MARKERS = "osD^vP"
+_DRAWING = 1  # raised when charts are drawn differently: then all of them are out of date
+_STYLE = {
+    "svg.hashsalt": "vtprune",
+    "svg.fonttype": "none",  # text stays text: small files
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line.
+
+    Attributes:
+        label: Its name in the legend.
+        x, y: Points, in the order in which they are joined.
+        low, high: Ends of the bars of `y`, or None.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a line chart shows.
+
+    Attributes:
+        title, x_label, y_label: Text.
+        series: Lines.
+        frontier: Points to be joined by a broad grey line behind the others, by rising `x`.
+        log_x, log_y: Logarithmic axes; zeros are left out there.
+        mark: A point of comparison (the unpruned model): `(label, x, y)`, drawn as dashed lines; either may be None.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    frontier: Sequence[tuple[float, float]] = ()
+    log_x: bool = False
+    log_y: bool = False
+    mark: tuple[str, float | None, float | None] | None = None
+
+
+def digest(charts: Sequence[Chart]) -> str:
+    """SHA-256 of what charts show: kept in a file's metadata, it tells whether the file is of these charts."""
+    shown = json.dumps([_DRAWING, *map(dataclasses.asdict, charts)], sort_keys=True)
+    return hashlib.sha256(shown.encode()).hexdigest()
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def save(charts: Sequence[Chart], path: str | Path) -> None:
+    """Draws charts of the same series one above the other, with one legend.
+
+    Args:
+        charts: One or several.
+        path: File to write; its ending (.svg, .png, .pdf) tells the format. An SVG has their `digest` in its metadata.
+
+    Raises:
+        VTPruneError: matplotlib is not installed.
+        OSError, ValueError: The file cannot be written, or its format is unknown.
+    """
+    if not available():
+        raise VTPruneError("a chart needs matplotlib: pip install matplotlib")
+    # By name: matplotlib is no requirement, and type checkers run without it.
+    matplotlib: Any = importlib.import_module("matplotlib")
+    figures: Any = importlib.import_module("matplotlib.figure")
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(7.5, 4.2 * len(charts)), layout="constrained")
+        for index, chart in enumerate(charts):
+            _draw(figure.add_subplot(len(charts), 1, index + 1), chart)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+        svg = Path(path).suffix.lower() == ".svg"
+        about = {"Date": None, "Creator": None, "Description": f"sha256 {digest(charts)}"} if svg else None
+        figure.savefig(path, metadata=about, dpi=150)
+
+
+def _draw(axes: Any, chart: Chart) -> None:
+    if chart.log_x:
+        axes.set_xscale("log")
+        ticks = sorted({x for series in chart.series for x in series.x})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    if chart.log_y:
+        axes.set_yscale("log")
+    if chart.mark is not None:
+        label, x, y = chart.mark
+        if x is not None:
+            axes.axvline(x, color="black", linestyle=":", linewidth=1, label=label)
+        if y is not None:
+            axes.axhline(y, color="black", linestyle=":", linewidth=1, label=label if x is None else None)
+    if chart.frontier:
+        axes.plot(*zip(*chart.frontier, strict=True), color="#cccccc", linewidth=6, zorder=0, label="frontier")
+    for number, series in enumerate(chart.series):
+        _line(axes, series, number, chart.log_y)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.set_title(chart.title, loc="left")
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def _line(axes: Any, series: Series, number: int, log_y: bool) -> None:
+    shown = [i for i, y in enumerate(series.y) if y > 0 or not log_y]
+    x, y = [series.x[i] for i in shown], [series.y[i] for i in shown]
+    bars = None
+    if series.low is not None and series.high is not None:
+        # A bar that ends at 0 has no end on a logarithmic axis; matplotlib draws it to the bottom.
+        bars = [
+            [max(0.0, series.y[i] - series.low[i]) for i in shown],
+            [max(0.0, series.high[i] - series.y[i]) for i in shown],
+        ]
+    marker = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+    axes.errorbar(
+        x,
+        y,
+        yerr=bars,
+        label=series.label,
+        color=_COLOURS[number % len(_COLOURS)],
+        marker=marker,
+        markersize=4,
+        linewidth=1,
+        elinewidth=0.5,
+    )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How near a pruned model comes to the unpruned one: last hidden states and next-token distributions of prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import anatomy, attention_probe
+
+
+def last_columns(inputs: Mapping[str, Any]) -> Tensor:
+    """`[B]` column of the last prompt token of every sample, from `attention_mask`; without one, the last column."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        batch, length = inputs["input_ids"].shape
+        return torch.full((batch,), length - 1)
+    return (mask.bool().cpu() * torch.arange(mask.shape[1])).amax(1)
+
+
+@torch.no_grad()
+def next_token_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of the token that follows each prompt.
+
+    Args:
+        model: A vision-language model, patched or not.
+        inputs: Keyword arguments of its call, `[B, T]` columns.
+
+    Returns:
+        Tensor: `[B, V]` float32.
+    """
+    columns = last_columns(inputs)
+    length = inputs["input_ids"].shape[1]
+    one = bool((columns == length - 1).all()) and "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = model(**inputs, **({"logits_to_keep": 1} if one else {})).logits
+    where = torch.full_like(columns, -1) if one else columns
+    return logits[torch.arange(len(columns)), where.to(logits.device)].float()
+
+
+@torch.no_grad()
+def last_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Hidden state of each prompt's last token after the decoder's last layer and final norm.
+
+    Args:
+        model: A vision-language model, patched or not.
+        inputs: Keyword arguments of its call.
+
+    Returns:
+        Tensor: `[B, D]` float32.
+    """
+    with _decoder_states(model) as seen:
+        model(**inputs)
+    return _at(seen[-1], last_columns(inputs))
+
+
+@dataclass(frozen=True)
+class PrefillOutputs:
+    """What one prefill of a single prompt gave.
+
+    Attributes:
+        logits: `[1, V]` float32, of the next token.
+        state: `[1, D]` float32, hidden state of the last token after the final norm.
+        attention: Number of a decoder layer to `[1, R, H * dv]`: what its attention gave to the last `R` columns.
+    """
+
+    logits: Tensor
+    state: Tensor
+    attention: dict[int, Tensor]
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any], rows: int) -> PrefillOutputs:
+    """Reads everything that pruned and unpruned models are compared by from one call.
+
+    Args:
+        model: A vision-language model, patched or not.
+        inputs: Keyword arguments of its call, one prompt without padding.
+        rows: Last columns of the prompt, whose attention outputs are read; all of them text.
+
+    Returns:
+        PrefillOutputs: Layers without an attention function (linear attention, state space) are left out of
+            `attention`.
+    """
+    layers = list(anatomy.find(model).layers)
+    with _decoder_states(model) as seen, attention_probe.attention_outputs(layers, rows) as attention:
+        logits = next_token_logits(model, inputs)
+    return PrefillOutputs(logits, _at(seen[-1], last_columns(inputs)), attention)
+
+
+@contextmanager
+def _decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Last hidden states of the decoder's calls, `[B, T, D]`."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    # Registered after a patch, the hook sees states of the caller's length.
+    handle = anatomy.find(model).decoder.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _at(states: Tensor, columns: Tensor) -> Tensor:
+    return states[torch.arange(len(columns)), columns.to(states.device)].float()
+
+
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """`[B]` Kullback-Leibler divergence of softmax(`logits`) from softmax(`reference`), both `[B, V]`, in nats."""
+    p, q = (x.double().log_softmax(-1) for x in (reference, logits))
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
+def cosine(reference: Tensor, states: Tensor) -> Tensor:
+    """`[B]` cosine between rows `[B, D]`, in float32 at least; 0 where it is not a number."""
+    kind = torch.promote_types(reference.dtype, torch.float32)
+    return torch.nn.functional.cosine_similarity(reference.to(kind), states.to(kind), dim=-1).nan_to_num(0.0)
+
+
+def relative_error(reference: Tensor, other: Tensor) -> float:
+    """`|other - reference| / |reference|`, Frobenius norms over everything; 0 where both are 0."""
+    reference, difference = reference.double(), other.double() - reference.double()
+    size = float(reference.norm())
+    return float(difference.norm()) / size if size else float(difference.any())

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search for a strategy of VFlowOpt on a user's own pictures, by Bayesian optimisation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.budget import Budget
+from ..engine.patching import find_patch, inspect, patch
+from ..errors import VTPruneError
+from ..methods import resolve
+from ..methods.vflowopt.method import VFlowOpt
+from . import metrics, progress
+
+_PRESETS = (0.5, 0.25, 0.1)
+Bounds = dict[str, tuple[float, float]]
+
+
+@dataclass
+class Search:
+    """What was tried, and the best of it.
+
+    Attributes:
+        mean_ratio: Mean share of visual tokens over the decoder-layer inputs, the same in all trials.
+        num_layers: Layers of the decoder.
+        samples: Prompts that a trial was judged on.
+        seed: Start of the generators.
+        trials: For every trial its parameters and, as `value`, the sum over prompts of the cosine between the last
+            hidden states with and without pruning.
+    """
+
+    mean_ratio: float
+    num_layers: int
+    samples: int
+    seed: int
+    trials: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The trial with the largest value, of equals the first."""
+        return max(self.trials, key=lambda trial: trial["value"])
+
+    @property
+    def strategy(self) -> VFlowOpt:
+        """The best strategy, to be passed to `vtprune.patch` as the method."""
+        return strategy(self.best, self.mean_ratio, self.num_layers)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the best strategy and the trials as JSON, for `VFlowOpt.load` and for `tune(..., resume=True)`."""
+        part = Path(path).with_name(f"{Path(path).name}.part{os.getpid()}")
+        about = {"agreement": self.best["value"] / self.samples, "versions": progress.versions()}
+        try:
+            self.strategy.save(part, **about, **vars(self))
+            os.replace(part, path)  # an interrupt leaves the old file or the new one
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Search:
+        """Reads what `save` wrote.
+
+        Raises:
+            VTPruneError: The file is missing, or no search was saved there.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(**{name: data[name] for name in ("mean_ratio", "num_layers", "samples", "seed", "trials")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise VTPruneError(f"{path} holds no search that could be resumed: {error}") from error
+
+
+def bounds(mean_ratio: float) -> Bounds:
+    """Where parameters are searched: the released ranges, those of the first two cuts in proportion to the budget.
+
+    Args:
+        mean_ratio: The budget. Above 0.5 the first cut is kept below 1.
+
+    Returns:
+        Bounds: `t`, `alpha`, `a` as published, `r_v` and `r_1` for the shares that the first two cuts keep.
+    """
+    return {
+        "threshold": (0.0, 50.0),
+        "alpha": (-1.0, 1.0),
+        "grid": (3.0, 24.0),
+        "first": (mean_ratio, min(1.5 * mean_ratio, (1 + mean_ratio) / 2)),
+        "second": (0.8 / 1.5, 1.0),
+    }
+
+
+def strategy(params: Mapping[str, float], mean_ratio: float, num_layers: int) -> VFlowOpt:
+    """VFlowOpt with the given parameters; what the last cut keeps follows from the budget.
+
+    Args:
+        params: `threshold`, `alpha`, `grid`, `first` and `second`, the share that the second cut keeps of the first.
+        mean_ratio: Mean share of visual tokens over the decoder-layer inputs.
+        num_layers: Layers of the decoder.
+
+    Returns:
+        VFlowOpt: Where even keeping all at the last cut costs less than `mean_ratio`, it keeps all.
+    """
+    start, end = VFlowOpt().cuts(num_layers)
+    first, second = params["first"], params["second"]
+    spent = (start + (end - start) * second) * first
+    third = (num_layers * mean_ratio - spent) / ((num_layers - end) * first * second)
+    if third <= 0:
+        raise VTPruneError(
+            f"first={first:g} and second={second:g} cost more than mean_ratio={mean_ratio:g} in {num_layers} layers "
+            "before the last cut; expected smaller shares"
+        )
+    return VFlowOpt(
+        threshold=params["threshold"],
+        alpha=params["alpha"],
+        grid=params["grid"],
+        first=first,
+        later=(second, min(1.0, third)),
+    )
+
+
+def tune(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    mean_ratio: float,
+    *,
+    trials: int = 30,
+    seed: int = 0,
+    path: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    log: Callable[[Search], None] = lambda search: None,
+) -> Search:
+    """Searches the parameters of VFlowOpt that leave the last token's hidden state nearest to the unpruned one.
+
+    Paper: arXiv 2508.05211, the section on strategies. Maximises the sum over prompts of the cosine between the states
+    of the last prompt token after the final norm, unpruned and pruned, in float32; NaN counts 0. A Gaussian process
+    proposes the trials (the paper's 27 random ones and 300 in all are 10 and `trials` here); the first trial is the
+    released strategy that is nearest to the budget. The same seed gives the same search, also when it is interrupted
+    and resumed.
+
+    Args:
+        model: A vision-language model without a patch; it has none afterwards.
+        batches: Keyword arguments of its calls; about 30 pictures are enough, and answers are not needed.
+        mean_ratio: The cost that every trial has, in (0, 1).
+        trials: Trials in all, those of a resumed search included.
+        seed: Start of the generators.
+        path: The file that is written after every trial (`Search.save`).
+        resume: Go on from what `path` holds.
+        force: Begin anew and overwrite what `path` holds.
+        log: Called after every trial.
+
+    Returns:
+        Search: Its `strategy` is the method to use.
+
+    Raises:
+        BudgetError: `mean_ratio` is out of range.
+        VTPruneError: optuna is not installed, the model is patched, the search to resume was another one, or `path`
+            exists without `resume` or `force`.
+        StaleResultError: The search to resume was made with another version.
+    """
+    optuna = _optuna()
+    if not Budget(mean_ratio=mean_ratio).asks_to_drop or trials < 1:
+        raise VTPruneError(f"mean_ratio={mean_ratio} and trials={trials}: expected a share below 1 and 1 trial or more")
+    if find_patch(model) is not None:
+        raise VTPruneError("the model is patched: remove the patch before a strategy is searched on it")
+    if path is not None and Path(path).exists() and not resume and not force:
+        raise VTPruneError(f"{path} exists: --resume goes on with the search it holds, --force overwrites it")
+    batches = list(batches)
+    reference = [metrics.last_states(model, batch) for batch in batches]
+    search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed)
+    if search.samples == 0:
+        raise VTPruneError("there are no prompts to search a strategy on")
+    if resume:
+        search = _resumed(search, path)
+    space = bounds(mean_ratio)
+    ranges = {name: optuna.distributions.FloatDistribution(*limits) for name, limits in space.items()}
+    study = optuna.create_study(direction="maximize")
+
+    def known(params: Mapping[str, float]) -> Any:
+        fixed = {name: params[name] for name in space}
+        return optuna.create_trial(params=fixed, distributions=ranges, value=params["value"])
+
+    study.add_trials(map(known, search.trials))
+    while (number := len(search.trials)) < trials:
+        asked, params = None, _released(space, mean_ratio)
+        if number:
+            # A sampler of its own for every trial: then a resumed search does not differ from an unbroken one.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.sampler = optuna.samplers.GPSampler(seed=seed + number, deterministic_objective=True)
+                asked = study.ask(ranges)
+            params = dict(asked.params)
+        value = _value(strategy(params, mean_ratio, search.num_layers), model, batches, reference, mean_ratio)
+        search.trials.append({**params, "value": value})
+        if asked is None:
+            study.add_trial(known(search.trials[-1]))
+        else:
+            study.tell(asked, value)
+        if path is not None:
+            search.save(path)
+        log(search)
+    return search
+
+
+def _value(
+    method: VFlowOpt, model: nn.Module, batches: list[Mapping[str, Any]], reference: list[Tensor], mean_ratio: float
+) -> float:
+    with patch(model, mean_ratio=mean_ratio, method=resolve(method)):
+        pairs = zip(batches, reference, strict=True)
+        return sum(float(metrics.cosine(want, metrics.last_states(model, batch)).sum()) for batch, want in pairs)
+
+
+def _released(space: Bounds, mean_ratio: float) -> dict[str, float]:
+    """The released strategy for the nearest budget, moved into the ranges of this one."""
+    preset = min(_PRESETS, key=lambda share: abs(math.log(share / mean_ratio)))
+    known = VFlowOpt(preset=preset)
+    assert known.first is not None and known.later is not None
+    params = {
+        "threshold": known.threshold,
+        "alpha": known.alpha,
+        "grid": known.grid,
+        "first": known.first * mean_ratio / preset,
+        "second": known.later[0],
+    }
+    return {name: min(max(float(params[name] or 0), low), high) for name, (low, high) in space.items()}
+
+
+def _resumed(fresh: Search, path: str | Path | None) -> Search:
+    if path is None:
+        raise VTPruneError("resume=True needs the path of the file to resume from")
+    old = Search.load(path)
+    progress.load(path, {"versions": progress.versions()})  # refuses those of another version
+    for name in ("mean_ratio", "num_layers", "samples", "seed"):
+        if getattr(old, name) != getattr(fresh, name):
+            raise VTPruneError(
+                f"{path} holds a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "
+                "with the same, or start anew with another file"
+            )
+    return old
+
+
+def _optuna() -> Any:
+    try:
+        optuna = importlib.import_module("optuna")
+        importlib.import_module("scipy")  # the sampler imports it only when it is used
+    except ImportError as error:
+        raise VTPruneError("the search needs optuna and scipy: pip install 'vtprune[tune]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries and keys of one layer of the vision tower, and the attention that patches receive there."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vtprune_kernels import received_attention
+
+from ..core.method import Tap
+from ..errors import MethodError
+from ..models.attention_probe import QKV, probe
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+LAYER = "vision.layer"
+_CLASS_TOKENS = {"class_embedding", "cls_token", "class_token"}
+_log = logging.getLogger("vtprune")
+
+
+@functools.lru_cache(maxsize=256)
+def warn_once(message: str) -> None:
+    """Warns, the first time only."""
+    _log.warning(message)
+
+
+def vision_layers(anatomy: Anatomy) -> nn.ModuleList:
+    """The longest list of blocks in the vision tower.
+
+    Raises:
+        MethodError: The tower has none.
+    """
+    lists = [m for m in anatomy.vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise MethodError(
+            f"the vision tower {type(anatomy.vision_tower).__name__} has no list of layers whose attention could be "
+            "read; choose a method that needs none, such as 'divprune'"
+        )
+    return max(lists, key=len)
+
+
+def layer_number(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> int:
+    """Number of a vision layer, 0-based.
+
+    Args:
+        anatomy: Parts of the model.
+        which: "feature" is the layer whose output goes to the projector, "last" the last one; a number counts from the
+            end where it is negative. A layer that attends in windows gives way to the nearest one before (else after)
+            it that sees whole images.
+    """
+    total = len(vision_layers(anatomy))
+    if which == "feature":
+        feature = getattr(anatomy.config, "vision_feature_layer", None)
+        feature = feature[-1] if isinstance(feature, (list, tuple)) else feature
+        # hidden_states[0] is the embedding, so state i is the output of layer i - 1.
+        number = total - 1 if feature is None else feature + total if feature < 0 else feature - 1
+    else:
+        number = total - 1 if which == "last" else which + total if which < 0 else which
+    if not 0 <= number < total:
+        raise MethodError(f"vision layer {which!r} does not exist: the vision tower has {total} layers")
+    whole = getattr(anatomy.vision_tower, "fullatt_block_indexes", None)
+    if whole and number not in whole:
+        number = max((i for i in whole if i < number), default=min(whole))
+    return number
+
+
+class LayerCall(NamedTuple):
+    """One call of a vision layer.
+
+    Attributes:
+        layer, args, kwargs: What was called with what.
+        output: What it returned, where that is kept.
+        probe: Runs the layer up to its attention, as `observe.probe` does for the layers of transformers.
+    """
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any = None
+    probe: Callable[..., QKV] = probe
+
+
+def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_output: bool = False) -> Tap:
+    """Tap on one vision layer; its input is kept, queries and keys are computed when they are asked for.
+
+    Args:
+        anatomy: Parts of the model.
+        which: See `layer_number`.
+        keep_output: Keep what the layer returned too, for `Vision.class_states`.
+    """
+    layer = vision_layers(anatomy)[layer_number(anatomy, which)]
+    return Tap(
+        LAYER, layer, lambda args, kwargs, output: LayerCall(layer, args, kwargs, output if keep_output else None)
+    )
+
+
+@dataclass
+class Attention:
+    """Queries and keys of one call of a vision layer.
+
+    Attributes:
+        query, key: `[B, H, N, dh]`, after q/k norms and rotation.
+        scaling: Factor on the dot product.
+        offsets: `[S + 1]` offsets along `N` of images and frames that share a packed sequence, or None.
+        valid: `[B, N]` bool, False for padded patches; or None.
+        prefix: Class and register tokens in front of each crop.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    offsets: Tensor | None
+    valid: Tensor | None
+    prefix: int
+
+    def received(self, rows: Tensor | None = None) -> Tensor:
+        """`[B, N]` mean attention over heads and query rows (`rows` `[B, N]` bool picks some); 0 for padded patches."""
+        if self.valid is None:
+            return received_attention(self.query, self.key, self.scaling, rows, self.offsets)
+        query, key = (
+            t.transpose(1, 2)[self.valid].transpose(0, 1)[None] for t in (self.query, self.key)
+        )  # [1, H, V, dh]
+        offsets = nn.functional.pad(self.valid.sum(1).cumsum(0), (1, 0))
+        chosen = None if rows is None else rows[self.valid][None]
+        out = torch.zeros(self.valid.shape, device=self.query.device)
+        out[self.valid] = received_attention(query, key, self.scaling, chosen, offsets)[0]
+        return out
+
+    def of_class_token(self) -> Tensor:
+        """`[B, N]` attention of the class token (row 0), mean over heads."""
+        rows = torch.zeros(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+        rows[:, 0] = True
+        return self.received(rows)
+
+
+def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
+    """`[B, N]` which patches are not padding, from the mask that a vision layer was given; None for all of them."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):  # flex attention's BlockMask
+        from torch.nn.attention.flex_attention import create_mask
+
+        mask = create_mask(mask.mask_mod, batch, 1, length, length, device=mask.kv_indices.device)
+    seen = mask if mask.dtype == torch.bool else mask > 0 if mask.dim() == 2 else mask >= 0
+    seen = seen.reshape(len(seen), -1, length).expand(batch, -1, -1)  # [B, queries or 1, N]
+    valid = seen.any(1)
+    if not (seen == valid[:, None]).all():
+        raise MethodError("the vision layer's mask is more than padding; expected every patch to see all real patches")
+    return None if valid.all() else valid
+
+
+def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> Attention:
+    """Probes the layer of a record of `layer_tap`.
+
+    Args:
+        record: What the tap kept of one call.
+        rows: Projector rows of each crop of that call.
+        packed: Whether the tower works on one packed sequence.
+        rope: False for queries and keys before rotation.
+    """
+    signature = inspect.signature(record.layer.forward)
+    named = dict(signature.bind(*record.args, **record.kwargs).arguments)
+    hidden = named.pop(next(iter(named)))
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    offsets = named.get("cu_seqlens")
+    if offsets is not None:  # one sequence for the probe, so that no image of a packed batch is left out
+        total = int(offsets[-1])
+        named["cu_seqlens"] = offsets.new_tensor([0, total])
+        if named.get("max_seqlen") is not None:
+            named["max_seqlen"] = total
+    read = record.probe(record.layer, (hidden,), named, rope or named.get("position_embeddings") is None)
+    batch, _, length, _ = read.query.shape
+    block = math.isqrt(length // max(rows, 1))
+    prefix = 0 if packed else length - block * block * rows
+    valid = _valid_patches(named.get("attention_mask"), batch, length)
+    return Attention(read.query, read.key, read.scaling, offsets, valid, prefix)
+
+
+def has_class_token(anatomy: Anatomy) -> bool:
+    """Whether row 0 of the attention of a vision layer belongs to a class token."""
+    return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in anatomy.vision_tower.named_parameters())

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From projector rows to prompt columns, and the crops that per-crop methods share their budget over."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.tokens import Tokens
+from ..core.transfer import to_device
+from ..errors import MethodError
+
+_PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
+
+
+@dataclass
+class Arrangement:
+    """How the model lays out the rows of one projector call before they are put into the prompt.
+
+    Attributes:
+        apply: `[n, R, C]` -> `[R', C]`, linear: the model's own packing without newlines, its own pooling of video
+            frames, or none.
+        blends: Whether rows of different crops may be mixed (tiles of one picture, shrunk together).
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    blends: bool = False
+
+    def crop_numbers(self, n: int, rows: int, device: torch.device) -> Tensor:
+        """`[R']` crop of the call that each arranged row shows, the one with the largest part where several do."""
+        if not self.blends:
+            numbers = torch.arange(n, device=device).float()
+            return self.apply(numbers[:, None, None].expand(n, rows, 1))[:, 0].round().long()
+        return self.apply(torch.eye(n, device=device)[:, None].expand(n, rows, n)).argmax(1)
+
+
+def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
+    """The arrangement of each projector call.
+
+    Args:
+        tokens: Tokens of the first stage.
+        crops: Crops in each call of the projector.
+    """
+    assert tokens.anatomy is not None
+    composite, inputs = tokens.anatomy.composite, tokens.inputs
+    kinds = [kind for kind, name in _PIXELS if inputs.get(name) is not None]
+    kinds = kinds if len(kinds) == len(crops) else ["image"] * len(crops)
+    out = []
+    for kind, n in zip(kinds, crops, strict=True):
+        tiles = tiles_per_image(tokens) if kind == "image" else None
+        if tiles is not None and sum(tiles) == n:
+            out.append(Arrangement(functools.partial(_pack, tokens, tiles), blends=True))
+        elif kind == "video" and hasattr(composite, "apply_pooling"):
+            out.append(Arrangement(functools.partial(_pool, tokens)))
+        else:
+            out.append(Arrangement(lambda x: x.flatten(0, 1)))
+    return out
+
+
+def tiles_per_image(tokens: Tokens) -> list[int] | None:
+    """Crops that any-resolution packed layout expects of each image, thumbnail included; None for models without it."""
+    assert tokens.anatomy is not None
+    composite, inputs = tokens.anatomy.composite, tokens.inputs
+    homes = [sys.modules[cls.__module__] for cls in type(composite).__mro__]
+    count = next((f for home in homes if (f := getattr(home, "image_size_to_num_patches", None))), None)
+    sizes = inputs.get("image_sizes")
+    if count is None or sizes is None or not hasattr(composite, "pack_image_features"):
+        return None
+    per_sample = inputs.get("batch_num_images")  # several images in a sample: OneVision leaves them undivided
+    alone = [True] * len(sizes) if per_sample is None else [int(n) == 1 for n in per_sample for _ in range(int(n))]
+    config = tokens.anatomy.config
+    side = config.vision_config.image_size
+    return [
+        int(count(size, config.image_grid_pinpoints, side)) if single else 1
+        for size, single in zip(torch.as_tensor(sizes).cpu(), alone, strict=True)
+    ]
+
+
+def _pool(tokens: Tokens, x: Tensor) -> Tensor:
+    """The model's own pooling of video frames `[n, R, C]`."""
+    assert tokens.anatomy is not None
+    pool: Any = tokens.anatomy.composite.apply_pooling
+    return pool(x).flatten(0, 1)
+
+
+def _pack(tokens: Tokens, tiles: list[int], x: Tensor) -> Tensor:
+    """The model's own packed layout of `[n, R, C]`, newlines left out."""
+    assert tokens.anatomy is not None
+    pack: Any = tokens.anatomy.composite.pack_image_features
+    known = inspect.signature(pack).parameters
+    extra = {"vision_feature_select_strategy": "default", "vision_aspect_ratio": None}
+    extra = {k: getattr(tokens.anatomy.config, k, None) or v for k, v in extra.items() if k in known}
+    extra = {k: v for k, v in extra.items() if v is not None}
+    packed, _ = pack(list(x.split(tiles)), tokens.inputs["image_sizes"], image_newline=None, **extra)
+    return torch.cat(list(packed))
+
+
+def _fingerprints(x: Tensor) -> Tensor:
+    """`[N]` int64 hashes of the bits of rows; 64 columns tell rows of features apart."""
+    picked = torch.linspace(0, x.shape[1] - 1, min(64, x.shape[1])).long().to(x.device)
+    bits = x[:, picked].contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
+    factors = torch.randint(-(2**62), 2**62, (len(picked),), generator=torch.Generator().manual_seed(0))
+    return (bits * (2 * factors + 1).to(x.device)).sum(1)  # wraps around
+
+
+def _nth_of_kind(values: Tensor) -> Tensor:
+    """`[N]` how many equal values stand before each."""
+    order = torch.sort(values, stable=True).indices
+    place = torch.arange(len(values), device=values.device)
+    run_starts = torch.ones_like(values, dtype=torch.bool)
+    run_starts[1:] = values[order][1:] != values[order][:-1]
+    out = torch.empty_like(place)
+    out[order] = place - torch.where(run_starts, place, 0).cummax(0).values
+    return out
+
+
+def match_rows(rows: Tensor, tokens: Tokens, method: str) -> Tensor:
+    """Finds the arranged projector rows among the states that the decoder receives.
+
+    Args:
+        rows: `[R, D]` in the dtype of the decoder.
+        tokens: Tokens of the first stage.
+        method: Name for messages.
+
+    Returns:
+        Tensor: `[M]` int64 row that each token shows, -1 for tokens that were put in later (newlines). Equal rows are
+        matched in order.
+
+    Raises:
+        MethodError: A token that has a place in a picture shows no row.
+    """
+    # Beams show the same features: one column stands for all of them.
+    features, copy = torch.unique(tokens.feature, return_inverse=True)
+    everyone = torch.arange(len(tokens), device=copy.device)
+    first = torch.full_like(features, len(tokens)).scatter_reduce(0, copy, everyone, "amin")
+    hidden, placed = tokens.hidden[first], tokens.grid_row[first] >= 0
+    if rows.shape == hidden.shape and torch.equal(rows, hidden):
+        return copy
+    kinds = torch.unique(torch.cat([_fingerprints(rows), _fingerprints(hidden)]), return_inverse=True)[1]
+    have, want = kinds[: len(rows)], kinds[len(rows) :]
+    size = max(len(rows), len(hidden)) + 1
+    have, want = have * size + _nth_of_kind(have), want * size + _nth_of_kind(want)
+    have, order = torch.sort(have)
+    at = torch.searchsorted(have, want).clamp_max(max(len(have) - 1, 0))
+    index = torch.where(have[at] == want, order[at], -1)
+    lost = (index < 0) & placed
+    newline = getattr(tokens.anatomy and tokens.anatomy.composite, "image_newline", None)
+    if newline is not None:  # known by itself, too
+        lost &= (hidden != newline.to(hidden)).any(1)
+    if not lost.any() and (index >= 0).any():
+        return index[copy]
+    if rows.shape == hidden.shape and _same_direction(rows, hidden):
+        return copy
+    raise MethodError(
+        f"{method} could not trace {int(lost.sum())} of {len(hidden)} visual tokens back to the projector's output "
+        f"({len(rows)} rows): the model changes or reorders its features in an unknown way; choose a method that reads "
+        "the decoder only, such as 'divprune' or 'iwp'"
+    )
+
+
+def _same_direction(rows: Tensor, hidden: Tensor) -> bool:
+    """Whether the states are the rows in the same order, scaled."""
+    return bool((torch.cosine_similarity(rows.float(), hidden.float()) > 0.999).all())
+
+
+def share(total: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Shares a budget over crops in proportion to weights, never more than a crop holds.
+
+    What a full crop cannot take goes to the others in the same proportion, what then is left (weight 0) to the crops in
+    order. Fractions go to the largest remainders, ties to the smaller number.
+
+    Args:
+        total: Tokens to give out, at most `sum(sizes)`.
+        sizes: Tokens of each crop.
+        weights: Not negative.
+
+    Returns:
+        list[int]: Sums to `total`.
+    """
+    out = [0] * len(sizes)
+    open_, left = [i for i, w in enumerate(weights) if w > 0], total
+    while open_ and left > 0:
+        unit = left / sum(weights[i] for i in open_)
+        full = [i for i in open_ if weights[i] * unit >= sizes[i]]
+        if not full:
+            quota = {i: weights[i] * unit for i in open_}
+            for i in open_:
+                out[i] = int(quota[i])
+            left -= sum(out[i] for i in open_)
+            for i in sorted(open_, key=lambda i: (out[i] - quota[i], i))[:left]:
+                out[i] += 1
+            return out
+        for i in full:
+            out[i] = sizes[i]
+            left -= sizes[i]
+        open_ = [i for i in open_ if i not in full]
+    for i in range(len(sizes)):
+        extra = min(left, sizes[i] - out[i])
+        out[i] += extra
+        left -= extra
+    return out
+
+
+@dataclass
+class Crops:
+    """The tokens sorted by crop, as a ragged batch of its own.
+
+    Attributes:
+        rows: `[M]` the tokens, crop after crop, by column inside; those of no crop (newlines) last in their pool.
+        offsets: `[C + 1]` offsets of the crops in `rows`.
+        budgets: `[C]`, for each pool summing to the pool's budget.
+        placed: `[C]` bool, False for the groups of newlines.
+        pools: `[C]` pool of each crop.
+        max_budget: The largest of `budgets`, known without waiting for a device.
+        max_length: Tokens of the longest crop, likewise.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    budgets: Tensor
+    placed: Tensor
+    pools: Tensor
+    max_budget: int
+    max_length: int
+
+    def each(self) -> Iterator[tuple[Tensor, int, bool]]:
+        """Yields rows, budget and whether they are a crop (not newlines)."""
+        rows = self.rows.split(self.offsets.diff().tolist())
+        yield from zip(rows, self.budgets.tolist(), self.placed.tolist(), strict=True)
+
+
+def by_crop(
+    tokens: Tokens, crop: Tensor | None = None, weights: Tensor | None = None, keep_newlines: bool = False
+) -> Crops:
+    """Splits every pool's budget over its crops.
+
+    Args:
+        tokens: Tokens of one stage.
+        crop: `[M]` number of the crop that each token belongs to, -1 for none; by default what the tokens say of
+            themselves (an image's tiles are then one crop).
+        weights: `[M]` share of a token's crop (the largest of the crop counts); by default all crops of an image weigh
+            the same, as much as the largest has tokens, so that an unpadded tile keeps its full share as published.
+        keep_newlines: Tokens of no crop come first, as long as they fit into half of the pool's budget; otherwise they
+            get what the crops leave over.
+    """
+    device = tokens.hidden.device
+    if crop is None:
+        crop = torch.where((tokens.grid_row < 0) & (tokens.grid_row >= 0).any(), -1, tokens.crop)
+    crop = crop.cpu()
+    keys = torch.stack([tokens.group.cpu(), (crop < 0).long(), tokens.image.cpu(), tokens.frame.cpu(), crop])
+    groups, group, sizes = torch.unique(keys, dim=1, return_inverse=True, return_counts=True)  # sorted, pools first
+    rows = torch.sort(group, stable=True).indices
+    if weights is None:
+        images = torch.unique(groups[[0, 2]], dim=1, return_inverse=True)[1]
+        placed_sizes = torch.where(groups[1] == 0, sizes, 0)
+        weight = torch.zeros_like(sizes).scatter_reduce(0, images, placed_sizes, "amax")[images].double()
+    else:
+        weight = torch.zeros(len(sizes), dtype=torch.float64)
+        weight = weight.scatter_reduce(0, group, weights.double().cpu(), "amax", include_self=False)
+    weight = torch.where(groups[1] == 0, weight, 0.0)
+    budgets = torch.zeros_like(sizes)
+    for pool, total in enumerate(tokens.budgets.tolist()):
+        mine = (groups[0] == pool).nonzero()[:, 0]
+        newlines = mine[groups[1, mine] == 1]
+        if keep_newlines and 2 * int(sizes[newlines].sum()) <= total:
+            budgets[newlines] = sizes[newlines]
+            total -= int(sizes[newlines].sum())
+            mine = mine[groups[1, mine] == 0]
+        budgets[mine] = torch.tensor(share(total, sizes[mine].tolist(), weight[mine].tolist()), dtype=torch.int64)
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    most, longest = (int(x.max()) if len(x) else 0 for x in (budgets, sizes))
+    rows, offsets, budgets, placed, pools = (
+        to_device(t, device) for t in (rows, offsets, budgets, groups[1] == 0, groups[0])
+    )
+    return Crops(rows, offsets, budgets, placed, pools, most, longest)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods read on the vision side, and where it lands in the prompt.
+
+Two taps see everything: the projector's call (features before it) and the call of one vision layer (its attention). The
+way from there to the prompt differs between models: class tokens fall away, patches are merged, tiles are packed,
+unpadded or shrunk, windows are permuted back, newlines come in. None of it is a table of models:
+
+* patches -> projector rows: by counts. What is too much in front of a square is prefix (class and register tokens);
+  several patches per row are a square block of a crop, or consecutive patches where the tower works on one packed
+  sequence.
+* projector rows -> prompt columns: the projector's output is pushed through the model's own packing where it has one,
+  and then found again, bit by bit, among the states that the decoder receives. What cannot be found is an error, so a
+  wrong order is never used silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.method import Tap
+from ..core.tokens import Tokens
+from ..errors import MethodError
+from .attention import LAYER, Attention, has_class_token, layer_tap, read_attention, warn_once
+from .crops import arrangements, match_rows, tiles_per_image
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+_PROJECTOR = "vision.projector"
+__all__ = [
+    "Attention",
+    "Vision",
+    "crops_seen",
+    "layer_tap",
+    "over_patches",
+    "pixel_crops",
+    "projector_tap",
+    "warn_once",
+]
+
+
+def projector_tap(anatomy: Anatomy, method: str) -> Tap:
+    """Tap on the projector.
+
+    Raises:
+        MethodError: The model has no projector of its own.
+    """
+    if anatomy.projector is None:
+        raise MethodError(
+            f"{method} reads the features before the projector, and no projector was found in "
+            f"{type(anatomy.model).__name__}; 'divprune' needs none"
+        )
+    return Tap(_PROJECTOR, anatomy.projector, lambda args, kwargs, output: (args, kwargs, output))
+
+
+def _group(x: Tensor, rows: int, packed: bool) -> Tensor:
+    """`[n, P, C]` patches -> `[n, rows, P / rows, C]`: the patches of every projector row, in raster order."""
+    n, patches, width = x.shape
+    k = patches // max(rows, 1)
+    side, block = math.isqrt(patches), math.isqrt(k)
+    if k == 1 and patches == rows:
+        return x[:, :, None]
+    if packed and k * rows == patches:
+        return x.reshape(n, rows, k, width)
+    if packed or side * side != patches or block * block != k or k * rows != patches or side % block:
+        raise MethodError(
+            f"cannot tell which of {patches} vision patches make up which of {rows} projected features; expected "
+            "square blocks of a square crop, or the same number of consecutive patches each"
+        )
+    x = x.reshape(n, side // block, block, side // block, block, width)
+    return x.transpose(2, 3).reshape(n, rows, k, width)  # [n, row of blocks, column of blocks, in block, C]
+
+
+def over_patches(values: Tensor, patches: int, rows: int, packed: bool) -> Tensor:
+    """Gives the patches of every projector row the same values: `[k, C]` -> `[patches, C]`."""
+    members = _group(torch.arange(patches, device=values.device)[None, :, None], rows, packed)[0, :, :, 0]  # [rows, k]
+    out = values.new_empty(patches, values.shape[1])
+    out[members] = values
+    return out
+
+
+class _Unhooked(nn.Module):
+    """Runs a module's function without its hooks."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.forward(*args, **kwargs)
+
+
+class Vision:
+    """The vision side of one prefill, with everything lined up with the visual tokens.
+
+    Args:
+        tokens: The tokens of the first stage, at layer 0, with the records of `projector_tap` (and `layer_tap`).
+        method: Name for messages.
+
+    Attributes:
+        features: `[R, F]` what the projector saw of each of the rows it gave out; the patches of a row side by side.
+        index: `[M]` row of the arranged rows that each visual token shows, -1 for tokens that never were in the
+            projector (newlines).
+
+    Raises:
+        MethodError: Nothing was recorded, or the tokens cannot be traced back to patches.
+    """
+
+    def __init__(self, tokens: Tokens, method: str) -> None:
+        if tokens.anatomy is None or not tokens.recorded.get(_PROJECTOR):
+            raise MethodError(
+                f"{method} reads the vision tower, which did not run in this call (precomputed visual features?); pass "
+                "pixels, or choose a method that needs none, such as 'divprune'"
+            )
+        self.tokens, self.anatomy, self.method = tokens, tokens.anatomy, method
+        self._extra = [(args, kwargs) for args, kwargs, _ in tokens.recorded[_PROJECTOR]]
+        self._inputs, self._outputs, self._packed = [], [], []
+        for args, kwargs, output in tokens.recorded[_PROJECTOR]:
+            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            y = output[0] if isinstance(output, tuple) else output
+            self._packed.append(y.dim() == 2 and x.dim() == 2)
+            self._inputs.append(x[None] if x.dim() == 2 else x)
+            self._outputs.append(y.reshape(1 if x.dim() == 2 else len(x), -1, y.shape[-1]))
+        self._arrange = arrangements(tokens, [len(y) for y in self._outputs])
+        arranged = [a.apply(y).to(tokens.hidden) for a, y in zip(self._arrange, self._outputs, strict=True)]
+        self.index = match_rows(torch.cat(arranged), tokens, method)
+
+    @functools.cached_property
+    def features(self) -> Tensor:
+        pairs = zip(self._inputs, self._outputs, self._packed, strict=True)
+        return torch.cat([_group(x, y.shape[1], packed).flatten(2).flatten(0, 1) for x, y, packed in pairs])
+
+    @functools.cached_property
+    def crop(self) -> Tensor | None:
+        """`[M]` number of the crop that each token shows, counted through all calls; -1 for tokens of no crop.
+
+        None where the tower packs images into one sequence.
+        """
+        if any(self._packed):
+            return None
+        numbers, before = [], 0
+        for arrangement, y in zip(self._arrange, self._outputs, strict=True):
+            numbers.append(arrangement.crop_numbers(len(y), y.shape[1], y.device) + before)
+            before += len(y)
+        return torch.where(self.index >= 0, torch.cat(numbers).to(self.index.device)[self.index], -1)
+
+    def calls(self) -> list[tuple[Tensor, Tensor, bool]]:
+        """Input `[n, P, C]`, output `[n, R, D]` and whether the patches are packed, for every call of the projector."""
+        return list(zip(self._inputs, self._outputs, self._packed, strict=True))
+
+    def run_projector(self, call: int, x: Tensor) -> Tensor:
+        """The projector's function on `x` `[n, P, C]`, in place of the input of a call -> `[n, R, D]`.
+
+        Computed in the dtype of `x`, whatever the projector's weights are stored in.
+        """
+        args, kwargs = self._extra[call]
+        original = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        x = x[0] if original.dim() == 2 else x
+        args = tuple(x if v is original else v for v in args)
+        kwargs = {k: x if v is original else v for k, v in kwargs.items()}
+        projector = self.anatomy.projector
+        assert projector is not None
+        if x.dtype == original.dtype:
+            out = projector.forward(*args, **kwargs)  # not __call__: the taps are not to see this one
+        else:
+            state = {f"inner.{k}": v.to(x.dtype) for k, v in projector.named_parameters() if v.is_floating_point()}
+            out = torch.func.functional_call(_Unhooked(projector), state, args, kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        return out.reshape(1 if x.dim() == 2 else len(x), -1, out.shape[-1])
+
+    def project(self, rows: Tensor) -> Tensor | None:
+        """Projects rows like those of `features`.
+
+        Args:
+            rows: `[K, F]`.
+
+        Returns:
+            Tensor: `[K, D]` in the dtype of the decoder; None if the projector takes whole images only.
+        """
+        x, y, packed = self.calls()[0]
+        k, width = rows.shape[1] // x.shape[2], x.shape[2]
+        rows = rows.to(x)
+        # A crop of one block is the smallest image that a merging projector can take.
+        shaped = rows[None] if k == 1 else rows.reshape(1, -1, width) if packed else rows.reshape(-1, k, width)
+        try:
+            out = self.run_projector(0, shaped)
+        except (RuntimeError, ValueError):
+            out = y[:0]
+        if out.shape[0] * out.shape[1] != len(rows):
+            return None
+        return out.reshape(len(rows), -1).to(self.tokens.hidden)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Carries `[R, ...]` values of projector rows to the visual tokens: `[M, ...]`, NaN where there is none."""
+        flat = rows.float().reshape(len(rows), -1)
+        parts = flat.split([y.shape[0] * y.shape[1] for y in self._outputs])
+        arranged = [
+            a.apply(part.reshape(*y.shape[:2], -1))
+            for a, part, y in zip(self._arrange, parts, self._outputs, strict=True)
+        ]
+        values = torch.cat([*arranged, flat.new_full((1, flat.shape[1]), torch.nan)]).to(self.index.device)
+        return values[self.index].reshape(-1, *rows.shape[1:])  # index -1 is the row of NaN
+
+    def tokens_of_patches(self, per_patch: Callable[[Attention], Tensor], rope: bool = True) -> Tensor:
+        """Carries values of patches to the visual tokens; the mean where a token is made of several patches.
+
+        Args:
+            per_patch: From the attention of one call to `[B, N, ...]` values of its tokens, prefix included.
+            rope: False for queries and keys before rotation.
+
+        Returns:
+            Tensor: `[M, ...]` float32, NaN for tokens without patches.
+        """
+        return self.carry([per_patch(attention)[:, attention.prefix :] for attention in self.attention(rope)])
+
+    def carry(self, values: list[Tensor]) -> Tensor:
+        """The same for values at hand: for each call `[n, P, ...]`, prefix left out."""
+        rows = []
+        for value, (_, y, packed) in zip(values, self.calls(), strict=True):
+            flat = value.float().reshape(*value.shape[:2], -1)
+            rows.append(_group(flat, y.shape[1], packed).mean(2).reshape(-1, *value.shape[2:]))  # [n R, ...]
+        return self.to_tokens(torch.cat(rows))
+
+    def attention(self, rope: bool = True) -> list[Attention]:
+        """Queries and keys of the tapped layer, one entry for each call of the tower; unrotated with `rope=False`."""
+        records = self.tokens.recorded.get(LAYER, [])
+        if len(records) != len(self._outputs):
+            raise MethodError(
+                f"{self.method} saw {len(records)} calls of a vision layer and {len(self._outputs)} of the projector; "
+                "expected one each for every call of the vision tower"
+            )
+        out = [
+            read_attention(record, y.shape[1], packed, rope)
+            for record, (_, y, packed) in zip(records, self.calls(), strict=True)
+        ]
+        for attention, y in zip(out, self._outputs, strict=True):
+            if len(attention.query) != len(y):
+                raise MethodError(
+                    f"the vision layer saw {len(attention.query)} crops and the projector {len(y)}: cannot tell which "
+                    "patches make up which token"
+                )
+        return out
+
+    def class_states(self) -> Tensor:
+        """`[crops, F]` states of the class token after the tapped layer, where the projector reads that layer's output.
+
+        Raises:
+            MethodError: There is no class token, or the projector reads something else.
+        """
+        states = []
+        for call, (x, _, _) in zip(self.tokens.recorded.get(LAYER, []), self.calls(), strict=True):
+            output = call.output[0] if isinstance(call.output, tuple) else call.output
+            if not (
+                has_class_token(self.anatomy) and output.shape[1] > x.shape[1] and output[:, -x.shape[1] :].equal(x)
+            ):
+                raise MethodError(
+                    f"{self.method} was asked to keep the class token, but the projector of "
+                    f"{type(self.anatomy.model).__name__} does not read a layer that has one"
+                )
+            states.append(output[:, 0])
+        return torch.cat(states).to(self.index.device)
+
+    def importance(self, view: Callable[[Attention], Attention] = lambda attention: attention) -> Tensor:
+        """`[M]` attention of the class token; mean attention received where the tower has no class token.
+
+        Args:
+            view: Changes queries and keys before they meet.
+        """
+        if has_class_token(self.anatomy):
+            return self.tokens_of_patches(lambda a: view(a).of_class_token())
+        warn_once(
+            f"{self.method}: {type(self.anatomy.vision_tower).__name__} has no class token; tokens are ranked by the "
+            "mean attention that they receive instead"
+        )
+        return self.tokens_of_patches(lambda a: view(a).received())
+
+
+def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
+    """`Vision.crop` for methods that need nothing else of the vision side: None where it cannot be told."""
+    try:
+        return Vision(tokens, method).crop if tokens.recorded.get(_PROJECTOR) else None
+    except MethodError:
+        return None
+
+
+def pixel_crops(vision: Vision) -> list[Tensor]:
+    """Normalised pixels `[n, 3, H, W]` of the crops of each projector call; `MethodError` where they come otherwise."""
+    names = ("pixel_values", "pixel_values_videos")
+    given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
+    tiles, calls = tiles_per_image(vision.tokens), vision.calls()
+    crops = []
+    for pixels in given:
+        if pixels.dim() == 5 and tiles is not None and len(tiles) == len(pixels):
+            pixels = torch.cat([image[:n] for image, n in zip(pixels, tiles, strict=True)])
+        crops.append(pixels.flatten(0, 1) if pixels.dim() == 5 else pixels)
+    if all(c.dim() == 4 for c in crops) and [len(c) for c in crops] == [len(x) for x, _, _ in calls]:
+        return crops
+    raise MethodError(
+        f"{vision.method} reads square crops of pixels, [n, 3, H, W] or [images, tiles, 3, H, W]; got "
+        f"{[tuple(p.shape) for p in given]} for {[len(x) for x, _, _ in calls]} crops"
+    )
