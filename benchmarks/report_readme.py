@@ -26,6 +26,7 @@ from benchmarks.report_tables import percent, table, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SHOWN = 8  # methods in the table of accuracy
 MISSING = "*Not yet measured.*"
 
 
@@ -72,13 +73,13 @@ def accuracy(results: Path) -> str:
     text = (
         f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
         f"`oracle` is no method: it keeps the patches that hold the answer first. At one `mean_ratio` all cost the "
-        f"same. {versions(data)}"
+        f"same. The {SHOWN} best at the smallest ratio; docs/results.md has all. {versions(data)}"
     )
-    return f"{text}\n\n{grid(data['rows'], _cell)}"
+    return f"{text}\n\n{grid(data['rows'], _cell, SHOWN)}"
 
 
-def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
-    """Methods down, budgets across, best first by the smallest `ratio`."""
+def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], most: int | None = None) -> str:
+    """Methods down, budgets across, best first by the smallest `ratio`; the `most` best, or all."""
     budgets = sorted({(name, row[name]) for row in rows for name in ("ratio", "mean_ratio") if name in row})
     budgets.sort(key=lambda budget: (budget[0] != "ratio", -budget[1]))
     by = {(row["method"], name, row[name]): row for row in rows for name in ("ratio", "mean_ratio") if name in row}
@@ -91,7 +92,7 @@ def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> s
     def shown(row: dict[str, Any] | None) -> str:
         return "" if row is None else "not possible" if "refused" in row else cell(row)
 
-    names = sorted({row["method"] for row in rows}, key=order)
+    names = sorted({row["method"] for row in rows}, key=order)[:most]
     lines = [(f"`{name}`", *(shown(by.get((name, *budget))) for budget in budgets)) for name in names]
     return table(("method", *(f"{name} {value:g}" for name, value in budgets)), lines)
 

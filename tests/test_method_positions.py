@@ -25,6 +25,8 @@ AT_INPUT: dict[str, dict[str, Any]] = {
     "cdpruner": {},
     "divprune": {},
     "prumerge": {},
+    "resprune": {},
+    "scope": {},
     "vflowopt": {"later": ()},
     "visionzip": {},
     "vispruner": {},
@@ -97,4 +99,4 @@ def test_debiased_does_what_its_host_does() -> None:
     host = methods.PyramidDrop(positions="compact")
     assert methods.Debiased().positions == "original" and methods.Debiased(host).positions == "compact"
     with vtprune.patch(model_of("llava"), ratio=0.3, method=methods.Debiased(host)) as patch:
-        assert patch.renumbers
+        assert patch.spec.renumbers

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vtprune.integrations.vllm import choosing, hooks, prompts, readers
 from vtprune.integrations.vllm.mrope import Positions
 from vtprune.integrations.vllm.settings import QUESTION_FREE, ServingError, parse
+from vtprune.methods import Random
 
 BUDGETS = st.one_of(
     st.fixed_dictionaries({"ratio": st.floats(0.01, 1)}), st.fixed_dictionaries({"keep": st.integers(1, 40)})
@@ -140,7 +141,7 @@ def test_an_update_says_which_of_its_tokens_are_placeholders() -> None:
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3),
     BUDGETS,
-    st.sampled_from(["divprune", "uniform", "random", "pooling"]),
+    st.sampled_from(["divprune", "uniform", "random", "resprune", "pooling"]),
 )
 def test_as_many_features_stay_as_placeholders_in_their_order(
     runs: list[list[int]], budget: dict[str, Any], method: str
@@ -298,7 +299,28 @@ def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatc
         attached.clear()
 
 
-@pytest.mark.parametrize("method", ["iwp", "visionzip", "zoo_prune"])
+@pytest.mark.parametrize("method", ["iwp", "scope", "visionzip", "zoo_prune"])
 def test_a_model_that_cannot_be_read_is_refused_with_its_name_and_a_way_out(method):
     with pytest.raises(ServingError, match=rf"^vtprune: {method} on Linear: .*get_mm_mapping.*; use divprune$"):
         readers.make(torch.nn.Linear(1, 1), False, parse({"method": method, "ratio": 0.5}).method)
+
+
+def test_coverage_without_saliency_reads_no_tower():
+    plain = parse({"method": "scope", "ratio": 0.5, "options": {"alpha": 0}})
+    assert type(readers.make(torch.nn.Linear(1, 1), True, plain.method)) is readers.Reader
+
+
+def test_records_reach_the_tokens():
+    """What a reader has seen is handed to the method under the names of `Tokens`."""
+    reader = object.__new__(readers.VisionReader)
+    reader.anatomy = SimpleNamespace()
+    seen = []
+
+    class Spy(Random):
+        def choose(self, tokens):
+            seen.append(tokens)
+            return super().choose(tokens)
+
+    config = replace(parse({"method": "random", "ratio": 0.5}), method=Spy())
+    choosing.prune([torch.randn(4, 2)], [[4]], config, 2, extra=reader.extra({"vision.layer": [1]}))
+    assert seen[0].recorded == {"vision.layer": [1]} and seen[0].anatomy is reader.anatomy

@@ -45,13 +45,13 @@ class Family:
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
-READING = ("divprune", "iwp", "visionzip", "zoo_prune")  # what reads other parts of the model, and the default
+READING = ("divprune", "iwp", "scope", "visionzip", "zoo_prune")  # what reads other parts of the model, and the default
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
     "idefics3-transformers": Family(models.MODELS["idefics3"], methods=READING, engine={"model_impl": "transformers"}),
     "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "iwp", "pooling")),
     "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING),
-    "llava": Family(vision_models.llava, methods=("divprune", "iwp", "visionzip"), torchvision=True),
+    "llava": Family(vision_models.llava, methods=("divprune", "iwp", "scope", "visionzip"), torchvision=True),
     "internvl": Family(
         vision_models.internvl,
         "<IMG_CONTEXT>",
@@ -63,7 +63,7 @@ FAMILIES = {
         vision_models.qwen2_5_vl,
         QWEN,
         mrope=True,
-        methods=("divprune", "iwp", "pooling"),
+        methods=("divprune", "iwp", "pooling", "resprune"),
         torchvision=True,
         engine=NO_VIDEO,
     ),
@@ -71,7 +71,7 @@ FAMILIES = {
         vision_models.qwen3_vl,
         QWEN,
         mrope=True,
-        methods=("divprune", "iwp", "pooling"),
+        methods=("divprune", "iwp", "pooling", "resprune"),
         torchvision=True,
         engine=NO_VIDEO,
     ),

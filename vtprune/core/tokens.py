@@ -139,6 +139,12 @@ class Tokens:
         """`[M]` number of the pool that each token belongs to."""
         return group_ids(self.offsets, len(self))
 
+    @property
+    def placed_hidden(self) -> Tensor:
+        """`[M, D]` states, zeros for tokens that have no place in a picture (newlines) where others have one."""
+        placed = self.grid_row >= 0
+        return torch.where((placed | ~placed.any())[:, None], self.hidden, 0)
+
     def attention_inputs(
         self, layer: int | None = None, rope: bool = True, queries: Literal["text", "last"] = "text"
     ) -> AttentionInputs:

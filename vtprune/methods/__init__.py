@@ -14,6 +14,8 @@ from .pooling import Pooling
 from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
 from .random_subset import Random
+from .resprune import ResPrune
+from .scope import Scope
 from .sparsevlm import SparseVLM
 from .transprune import TransPrune
 from .uniform import Uniform
@@ -33,6 +35,8 @@ __all__ = [
     "PruMerge",
     "PyramidDrop",
     "Random",
+    "ResPrune",
+    "Scope",
     "SparseVLM",
     "TransPrune",
     "Uniform",

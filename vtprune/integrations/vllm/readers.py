@@ -15,7 +15,7 @@ from ...models import anatomy
 from ...models.anatomy import Anatomy
 from ...vision.attention import LAYER, LayerCall, vision_layers
 from . import probes
-from .settings import ServingError
+from .settings import ServingError, reads_tower
 
 
 class Reader:
@@ -56,7 +56,7 @@ class VisionReader(Reader):
             yield seen
 
     def extra(self, seen: dict[str, list]) -> dict[str, Any]:
-        return {"observed": seen, "anatomy": self.anatomy}
+        return {"recorded": seen, "anatomy": self.anatomy}
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def make(model: nn.Module, mrope: bool, method: Method) -> Reader:
     try:
         if method.name == "iwp":
             return DecoderReader(model, mrope)
-        if method.name in ("visionzip", "zoo_prune"):
+        if reads_tower(method):
             return VisionReader(model, method)
     except (ServingError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())

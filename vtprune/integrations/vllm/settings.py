@@ -16,11 +16,17 @@ from ...methods import Method
 
 KEY = "vtprune"
 # Methods that choose between projector and decoder, knowing the image alone. What the others miss there:
-QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "uniform", "visionzip", "zoo_prune")
+QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "resprune", "scope", "uniform", "visionzip", "zoo_prune")
+_TOWER_READERS = ("scope", "visionzip", "zoo_prune")  # scope with alpha=0 is coverage alone
 _FIELDS = ("method", "ratio", "keep", "options")
 # What iwp must be before the decoder, and what serves it best there: `IWP.query`.
 _FIXED = {"iwp": {"layer": 0, "query": "none"}}
 _DEFAULTS = {"iwp": {"rope_in_duplication": False}}
+
+
+def reads_tower(method: Method) -> bool:
+    """Whether a method reads inside the vision encoder, besides the features that come out of it."""
+    return method.name in _TOWER_READERS and getattr(method, "alpha", None) != 0
 
 
 class ServingError(VTPruneError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .settings import ServingError, Settings
+from .settings import ServingError, Settings, reads_tower
 
 # More than 0 and nothing: it turns on vLLM's interface for pruned media, by which kept tokens keep their M-RoPE
 # positions, and drops no token of a video (`int(n * (1 - rate))` is `n`).
@@ -41,16 +41,16 @@ def check_config(config: Any, settings: Settings) -> None:
             "pruning makes fewer; adapters of the language model work"
         )
     multimodal = model.multimodal_config
-    if method in ("visionzip", "zoo_prune") and config.compilation_config.compile_mm_encoder:
+    if reads_tower(settings.method) and config.compilation_config.compile_mm_encoder:
         raise ServingError(
             f"{name}: {method} reads inside the vision encoder, which compile_mm_encoder hides; use divprune"
         )
-    if method in ("visionzip", "zoo_prune") and multimodal.mm_encoder_tp_mode == "data":
+    if reads_tower(settings.method) and multimodal.mm_encoder_tp_mode == "data":
         raise ServingError(
             f"{name}: {method} reads the vision encoder, of which every rank sees other images with "
             "mm_encoder_tp_mode='data'; use divprune"
         )
-    if method in ("visionzip", "zoo_prune") and model.uses_mrope:
+    if reads_tower(settings.method) and model.uses_mrope:
         raise ServingError(
             f"{name}: {method} cannot read vision towers of the Qwen-VL kind in vLLM; use divprune or iwp"
         )

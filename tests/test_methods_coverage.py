@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`scope` and `resprune`: what they take in, on hand-made tokens and on models with and without a class token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_methods_vision import GRIDS, tokens_of
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES  # noqa: E402
+from support import ONE, model_of, pruned  # noqa: E402
+
+import vtprune  # noqa: E402
+from vtprune import methods  # noqa: E402
+from vtprune.errors import MethodError  # noqa: E402
+from vtprune.methods.resprune import centered  # noqa: E402
+from vtprune.vision.attention import has_class_token  # noqa: E402
+
+PLAIN = {"scope": methods.Scope(alpha=0), "resprune": methods.ResPrune()}
+both = pytest.mark.parametrize("name", PLAIN)
+
+
+@both
+@pytest.mark.parametrize("newlines", [False, True])
+def test_batch_equals_its_samples_and_meets_the_budget(name: str, newlines: bool) -> None:
+    method = PLAIN[name]
+    for budgets in ([5, 3, 2, 1], [24, 1, 7, 8]):
+        together, begin = method.choose(tokens_of(GRIDS, budgets, newlines)), 0
+        for grid, budget in zip(GRIDS, budgets, strict=True):
+            alone = method.choose(tokens_of([grid], [budget], newlines)).keep
+            assert int(alone.sum()) == budget
+            assert torch.equal(alone, together.keep[begin : begin + len(alone)])
+            begin += len(alone)
+
+
+@both
+def test_newlines_go_first_however_long_they_are(name: str) -> None:
+    tokens = tokens_of([(4, 6)], [24], newlines=True)
+    newline = tokens.grid_row < 0
+    tokens.hidden[newline] *= 100
+    assert torch.equal(PLAIN[name].choose(tokens).keep, ~newline)
+    tokens.grid_row[:] = -1  # nothing has a place: then all may stay
+    tokens.budgets[:] = 1
+    assert int((PLAIN[name].choose(tokens).keep & newline).sum()) == (name == "resprune")
+
+
+def test_length_counts_for_resprune_unless_rows_are_unit() -> None:
+    tokens = tokens_of([(5, 5)], [1])
+    tokens.hidden[17] *= 30
+    assert methods.ResPrune().choose(tokens).keep.nonzero().item() == 17
+    tokens.hidden[3] *= 1e4
+    assert methods.ResPrune().choose(tokens).keep.nonzero().item() == 3
+    chosen = methods.ResPrune(unit=True).choose(tokens).keep
+    tokens.hidden[3] /= 1e4
+    assert torch.equal(methods.ResPrune(unit=True).choose(tokens).keep, chosen)
+
+
+def test_center_takes_the_mean_of_each_pool_out() -> None:
+    rows, group = torch.randn(9, 4), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    rows[6] = 0  # a token without a place
+    got = centered(rows, group, 2)
+    torch.testing.assert_close(got[:4], rows[:4] - rows[:4].mean(0))
+    shown = [4, 5, 7, 8]
+    torch.testing.assert_close(got[shown], rows[shown] - rows[shown].mean(0))
+    assert (got[6] == 0).all()
+    tokens = tokens_of([(5, 5)], [1])
+    tokens.hidden[:, 0] -= 50  # a common direction longer than everything else
+    plain = tokens_of([(5, 5)], [1])
+    centre = methods.ResPrune(center=True)
+    assert torch.equal(centre.choose(tokens).keep, centre.choose(plain).keep)
+    assert not torch.equal(methods.ResPrune().choose(tokens).keep, methods.ResPrune().choose(plain).keep)
+
+
+@pytest.mark.parametrize("family, by_class", [("llava", True), ("qwen2_5_vl", False), ("internvl", True)])
+@torch.no_grad()
+def test_saliency_is_attention_among_patches(family: str, by_class: bool) -> None:
+    """Over the patches of a picture it sums to 1 for a class token, and to the number of queries without one."""
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    with pruned(model, methods.Scope(), ratio=0.3) as (patch, spy):
+        model(**batch)
+    tokens, choice = spy.choices[0]
+    assert has_class_token(tokens.anatomy) == by_class
+    assert choice.scores is not None and (choice.scores > 0).all()
+    if family == "llava":
+        assert float(choice.scores.sum()) == pytest.approx(1, abs=1e-5)
+    if family == "qwen2_5_vl":  # the mean over the patches of a token
+        assert float(choice.scores.mean()) == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_coverage_alone_reads_nothing_of_the_tower() -> None:
+    model = model_of("llava")
+    anatomy = vtprune.inspect(model)
+    assert methods.Scope(alpha=0).taps(anatomy) == () and len(tuple(methods.Scope().taps(anatomy))) == 2
+
+
+def test_exponents_are_checked() -> None:
+    for alpha in (-1, float("nan"), float("inf")):
+        with pytest.raises(MethodError, match="expected a number of at least 0"):
+            methods.Scope(alpha=alpha)
+    with pytest.raises(MethodError, match="combine"):
+        methods.Scope(combine="mean")  # type: ignore[arg-type]
