@@ -15,6 +15,16 @@ from vtprune_kernels.dpp_map.naive import dpp_map as naive_dpp
 from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_point as naive_farthest
 
 
+@pytest.fixture(autouse=True, params=["as it comes", "lazy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pools as they are chosen, and by lazy evaluation, which large pools always are."""
+    if request.param == "lazy":
+        for operation in ("dpp_map", "weighted_farthest_point"):
+            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorised")
+            for rule in ("is_small", "is_small_for_isolation"):
+                monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
+
+
 def case(lengths, width, seed):
     features = clustered(sum(lengths), width, seed=seed)
     weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -12,6 +13,16 @@ from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, offset
 from vtprune_kernels import progressive_mmr
 from vtprune_kernels.progressive_mmr import Duplication, closest_other
 from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
+
+
+@pytest.fixture(autouse=True, params=["as it comes", "lazy"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pools as they are chosen, and by lazy evaluation, which large pools always are."""
+    if request.param == "lazy":
+        for operation in ("progressive_mmr",):
+            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorised")
+            for rule in ("is_small", "is_small_for_isolation"):
+                monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
 
 
 def case(lengths, groups=2, key_size=64, value_size=48, seed=0):

@@ -9,6 +9,8 @@ from torch import Tensor
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
 from .._ragged import empty_order, finite, pools
+from .._small import is_small
+from . import gram
 from .naive import EXHAUSTED
 
 
@@ -18,8 +20,15 @@ def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tens
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
             kernel = Cosine(features[start:stop], relevance[start:stop].float())
-            order[number, :budget] = _Pool(kernel, budget).choose() + start
+            # Near the rank of the rows what is left is rounding, and each way of summing has its own.
+            small = budget < features.shape[1] // 2 and is_small(stop - start, features.shape[1], budget)
+            order[number, :budget] = (gram.choose if small else choose)(kernel, budget) + start
     return order
+
+
+def choose(kernel: Cosine, budget: int) -> Tensor:
+    """As `gram.choose`, with lazy evaluation."""
+    return _Pool(kernel, budget).choose()
 
 
 class _Pool:

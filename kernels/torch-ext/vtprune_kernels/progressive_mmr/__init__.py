@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
 from .._ragged import spans
-from .vectorised import Duplication
+from .duplication import Duplication
 from .vectorised import progressive_mmr as _vectorised
 
 

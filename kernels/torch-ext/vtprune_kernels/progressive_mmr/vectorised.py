@@ -7,37 +7,11 @@ import torch
 from torch import Tensor
 
 from .._lazy import lazy_top
-from .._ragged import empty_order, pools, unit_rows
+from .._ragged import empty_order, pools
+from .._small import is_small
+from . import gram
+from .duplication import Duplication
 from .naive import gains
-
-
-class Duplication:
-    """Similarities between rows of one pool, as matrix products over blocks of rows.
-
-    Args:
-        keys: `[n, G, dk]`, any float dtype.
-        values: `[n, G, dv]`.
-        scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, scaling: float | None = None) -> None:
-        keys = keys.float()
-        # Distances do not change under a shift; without the shared part of the keys (their bias) less is cancelled.
-        self.keys = keys - keys.mean(0)
-        self.scale = keys.shape[-1] ** -0.5 if scaling is None else scaling
-        self.half = self.keys.square().sum(-1) * (self.scale / 2)  # [n, G]
-        self.values = unit_rows(values)
-
-    def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """`[R, C]` similarity of `rows` `[R]` with `columns` `[C]`, averaged over the KV heads."""
-        key_rows, key_columns = (
-            self.keys[rows].transpose(0, 1),
-            self.keys[columns].permute(1, 2, 0),
-        )  # [G,R,dk] [G,dk,C]
-        exponent = torch.baddbmm(self.half[columns].T[:, None], key_rows, key_columns, beta=-1, alpha=self.scale)
-        exponent = (exponent - self.half[rows].T[..., None]).clamp_max_(0)  # [G, R, C]
-        cosine = self.values[rows].transpose(0, 1) @ self.values[columns].permute(1, 2, 0)  # [G, R, C]
-        return exponent.exp_().mul_(cosine).mean(0)
 
 
 class _Pool:
@@ -100,20 +74,39 @@ def progressive_mmr(
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget == 0:
             continue
+        taken = None if carried is None else carried[start:stop]
+        width = keys.shape[1] * (keys.shape[2] + values.shape[2])
+        path = gram.choose if is_small(stop - start, width, budget) else choose
+        budget = min(budget, stop - start - (0 if taken is None else int(taken.sum())))
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
-        state = _Pool(relevance[start:stop], similarity, duplication, objective)
-        if carried is not None:
-            state.take(carried[start:stop].nonzero().flatten())
-        before = len(state.chosen)
-        budget = min(budget, stop - start - before)
-        while (done := len(state.chosen) - before) < budget:
-            count = min(budget - done, chunk, max(1, int(growth * done)))
-            wanted = 1 if count == 1 else min(pool * count, stop - start - before - done)
-            candidates = lazy_top(state.bounds, state.seen, before + done, wanted, state.refresh)
-            if pool == 1:
-                best_first = torch.sort(state.bounds[candidates], descending=True, stable=True).indices
-                state.take(candidates[best_first])
-            else:
-                state.take(state.pick(candidates, count))
-        order[number, :budget] = state.chosen[before:] + start
+        rules = (duplication, chunk, growth, pool, objective)
+        order[number, :budget] = path(relevance[start:stop], similarity, budget, *rules, taken) + start
     return order
+
+
+def choose(
+    relevance: Tensor,
+    similarity: Duplication,
+    budget: int,
+    duplication: float,
+    chunk: int,
+    growth: float,
+    pool: int,
+    objective: str,
+    carried: Tensor | None,
+) -> Tensor:
+    """As `gram.choose`, with lazy evaluation."""
+    state = _Pool(relevance, similarity, duplication, objective)
+    if carried is not None:
+        state.take(carried.nonzero().flatten())
+    before, rows = len(state.chosen), len(relevance)
+    while (done := len(state.chosen) - before) < budget:
+        count = min(budget - done, chunk, max(1, int(growth * done)))
+        wanted = 1 if count == 1 else min(pool * count, rows - before - done)
+        candidates = lazy_top(state.bounds, state.seen, before + done, wanted, state.refresh)
+        if pool == 1:
+            best_first = torch.sort(state.bounds[candidates], descending=True, stable=True).indices
+            state.take(candidates[best_first])
+        else:
+            state.take(state.pick(candidates, count))
+    return state.chosen[before:]

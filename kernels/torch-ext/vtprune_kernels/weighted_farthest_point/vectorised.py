@@ -9,6 +9,8 @@ from torch import Tensor
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
 from .._ragged import empty_order, finite, pools
+from .._small import is_small, is_small_for_isolation
+from . import gram
 from .isolated import most_isolated
 
 
@@ -20,8 +22,23 @@ def weighted_farthest_point(
     for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
         if budget > 0:
             weight = None if weights is None else weights[start:stop].float()
-            order[number, :budget] = _Pool(Cosine(features[start:stop]), weight, budget).choose() + start
+            cosine = Cosine(features[start:stop])
+            path = gram.choose if _is_small(cosine, weight, budget) else choose
+            order[number, :budget] = path(cosine, weight, budget) + start
     return order
+
+
+def _is_small(cosine: Cosine, weight: Tensor | None, budget: int) -> bool:
+    rows, width = cosine.rows.shape
+    if weight is None:
+        return is_small_for_isolation(rows, width)
+    # A negative weight turns distances around: the value of a row is then not the least beside any chosen one.
+    return is_small(rows, width, budget) and not bool((weight < 0).any())
+
+
+def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
+    """As `gram.choose`, with lazy evaluation; weights of any sign."""
+    return _Pool(cosine, weight, budget).choose()
 
 
 class _Pool:

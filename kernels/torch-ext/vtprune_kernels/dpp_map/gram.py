@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy MAP of a conditional DPP in a small pool, on one matrix of the whole kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._cosine import Cosine
+from .._ragged import finite
+from .naive import EXHAUSTED
+
+
+def choose(kernel: Cosine, budget: int) -> Tensor:
+    """`[budget]` int64 rows of one pool in the order of choice.
+
+    Args:
+        kernel: Of the pool's rows, with their relevance.
+        budget: Rows to choose, at least 1.
+    """
+    variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]
+    left, least = variance.clone(), EXHAUSTED * variance
+    factors = left.new_zeros(budget, len(left))
+    transposed = factors.T
+    chosen: list[int] = []
+    for step in range(budget):
+        gain, row = torch.where(left > least, left, 0).max(0)
+        best, gained = int(row), float(gain)
+        if gained <= 0:
+            rest = variance.index_fill(0, torch.tensor(chosen, dtype=torch.int64, device=left.device), -torch.inf)
+            best_first = torch.sort(rest, descending=True, stable=True).indices
+            chosen += best_first[: budget - step].tolist()
+            break
+        factor = torch.addmv(products[best], transposed, factors[:, best], alpha=-1) / math.sqrt(gained)
+        factors[step] = factor
+        left.addcmul_(factor, factor, value=-1)
+        least[best] = torch.inf  # a chosen row is out of the race
+        chosen.append(best)
+    return torch.tensor(chosen, dtype=torch.int64, device=left.device)

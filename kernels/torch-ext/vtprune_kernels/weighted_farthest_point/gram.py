@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Farthest-point choice in a small pool, on one matrix of all distances."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._cosine import Cosine
+from .._ragged import finite
+
+
+def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
+    """`[budget]` int64 rows of one pool in the order of choice.
+
+    Args:
+        cosine: Of the pool's rows.
+        weight: `[n]` float32, none of them negative, or None.
+        budget: Rows to choose, at least 1.
+    """
+    everything = slice(None)
+    distance = 1 - cosine(everything)  # [n, n]
+    if weight is None:
+        first = _most_isolated(distance.fill_diagonal_(torch.inf))
+    else:
+        first = int(finite(weight).argmax())
+        # With a weight that is not negative the weighted distance to the nearest row is the least weighted distance.
+        distance = finite(distance.mul_(weight))
+    distance.fill_diagonal_(-torch.inf)  # a chosen row is out of the race
+    chosen, value = [first], distance[first]
+    while len(chosen) < budget:
+        chosen.append(int(value.argmax()))
+        value = torch.minimum(value, distance[chosen[-1]])
+    return torch.tensor(chosen, dtype=torch.int64, device=distance.device)
+
+
+def _most_isolated(distance: Tensor) -> int:
+    """The row whose nearest other row is farthest away, from distances `[n, n]` with an infinite diagonal."""
+    first = int(finite(distance.amin(1)).argmax())
+    partner = int(distance[first].argmin())
+    if int(distance[partner].argmin()) == first:  # one distance, rounded twice: the smaller row of the two wins
+        first = min(first, partner)
+    return first
