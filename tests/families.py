@@ -54,11 +54,14 @@ class Pixels:
         tokens: How many placeholders it takes.
         data: Tensors by the name that the model's forward gives them.
         wrap: Text ids before and after the placeholders.
+        ids: All ids in their order, where text stands between the placeholders (time stamps of frames); instead of
+            `wrap`.
     """
 
     tokens: int
     data: dict[str, torch.Tensor]
     wrap: tuple[list[int], list[int]] = ((), ())  # type: ignore[assignment]
+    ids: list[int] | None = None
 
 
 @dataclass
@@ -125,7 +128,7 @@ class Family:
                 assert maker is not None, f"{self.name} has no {type(part).__name__}"
                 pixels = maker(part.size, generator)
                 store.append(pixels)
-                row += [*pixels.wrap[0], *[token] * pixels.tokens, *pixels.wrap[1]]
+                row += pixels.ids or [*pixels.wrap[0], *[token] * pixels.tokens, *pixels.wrap[1]]
             rows.append(row)
             images.append(mine)
             videos.append(clips)
@@ -241,7 +244,7 @@ def _anyres_image(make: Callable[[], Any], size: int, generator: torch.Generator
 
 
 def _onevision_video(size: int, generator: torch.Generator) -> Pixels:
-    frames = 3  # clips of one batch are equally long here
+    frames = 3 if size < 2 else 8  # clips of one batch are equally long here
     return Pixels(frames * 4 + 1, {"pixel_values_videos": _random(generator, 1, frames, 3, 16, 16)})
 
 
@@ -253,7 +256,7 @@ def _join_onevision(samples: list[list[Pixels]], kind: str) -> dict[str, torch.T
 # ------------------------------------------------------------------------------------------------------------------
 
 _GRIDS = [(1, 8, 8), (1, 4, 12), (1, 12, 8), (1, 4, 4)]
-_CLIPS = [(2, 4, 8), (3, 4, 4)]
+_CLIPS = [(2, 4, 8), (3, 4, 4), (8, 4, 8), (5, 4, 4)]
 _QWEN_TEXT = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
 _QWEN_TOWER = {
     "depth": 3,
@@ -305,6 +308,16 @@ def _qwen_video(size: int, generator: torch.Generator) -> Pixels:
         "video_grid_thw": torch.tensor([[t, h, w]]),
     }
     return Pixels(t * h * w // 4, data, ([VISION_START], [VISION_END]))
+
+
+def _qwen3_video(size: int, generator: torch.Generator) -> Pixels:
+    """A time stamp stands before every frame."""
+    clip = _qwen_video(size, generator)
+    frames = _CLIPS[size % len(_CLIPS)][0]
+    clip.ids = []
+    for frame in range(frames):
+        clip.ids += [FIRST_TEXT + frame, VISION_START, *[VIDEO] * (clip.tokens // frames), VISION_END]
+    return clip
 
 
 # --- InternVL, SmolVLM
@@ -379,7 +392,7 @@ FAMILIES = {
         ),
         Family("qwen2_vl", _qwen2_config, _qwen_image, _qwen_video, needs_types=True),
         Family("qwen2_5_vl", _qwen2_5_config, _qwen_image, _qwen_video, needs_types=True),
-        Family("qwen3_vl", _qwen3_config, _qwen_image, needs_types=True),
+        Family("qwen3_vl", _qwen3_config, _qwen_image, _qwen3_video, needs_types=True),
         Family("internvl", _internvl_config, _internvl_image),
         Family("smolvlm", _smolvlm_config, _smolvlm_image, join=_join_smolvlm),
     )

@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family" in names:
         metafunc.parametrize("family", list(FAMILIES), scope="session")
     if "method" in names:
-        metafunc.parametrize("method", methods.names())
+        metafunc.parametrize("method", methods.for_pictures())
     if "layout" in names:
         metafunc.parametrize("layout", list(LAYOUTS))
     if "attention" in names:

@@ -141,8 +141,28 @@ def split_keep(keep: int, sizes: Sequence[int]) -> list[int]:
     return out
 
 
+def split_over_groups(keep: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens of each group are left when each sample keeps `keep`.
+
+    Args:
+        keep: Tokens of a sample.
+        groups: Visual tokens in each group.
+        by_sample: For each sample, the numbers of its groups.
+    """
+    out = [0] * len(groups)
+    for mine in by_sample:
+        for group, number in zip(mine, split_keep(keep, [groups[g] for g in mine]), strict=True):
+            out[group] = number
+    return out
+
+
 def plan(
-    budget: Budget, stages: Sequence[Stage], num_layers: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]]
+    budget: Budget,
+    stages: Sequence[Stage],
+    num_layers: int,
+    groups: Sequence[int],
+    by_sample: Sequence[Sequence[int]],
+    last: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Counts for one prefill.
 
@@ -152,17 +172,16 @@ def plan(
         num_layers: Decoder layers.
         groups: Visual tokens in each group.
         by_sample: For each sample, the numbers of its groups.
+        last: For a budget of `keep` the tokens of each group that are left in the end, where other groups than these
+            have a part of it; by default all of it is split over these groups.
 
     Returns:
         list: For each stage, how many tokens of each group are left.
     """
     if budget.keep is not None:
-        last: list[int | None] = [None] * len(groups)
-        for mine in by_sample:
-            for group, number in zip(mine, split_keep(budget.keep, [groups[g] for g in mine]), strict=True):
-                last[group] = number
+        last = split_over_groups(budget.keep, groups, by_sample) if last is None else last
         per_group = [
-            counts(stages, max(number or 0, 0.5) / max(size, 1), size, number)
+            counts(stages, max(number, 0.5) / max(size, 1), size, number)
             for size, number in zip(groups, last, strict=True)
         ]
     else:

@@ -77,12 +77,14 @@ class Method:
 
     Class attributes:
         group: What a budget applies to: the whole sample, or each image of it.
+        needs_frames: The method compares the frames of clips and has no rule for pictures, which it refuses.
         required_layer_inputs: Decoder layers, relative to the model, whose input the method
             wants to probe besides the stage's own.
     """
 
     name: ClassVar[str] = ""
     group: ClassVar[Group] = "sample"
+    needs_frames: ClassVar[bool] = False
 
     def schedule(self, num_layers: int) -> Sequence[Stage]:
         """Where the method cuts in a decoder of `num_layers` layers, in ascending order of layers."""

@@ -40,6 +40,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
+def for_pictures() -> tuple[str, ...]:
+    """Registered names of the methods that prune pictures; the others compare frames of clips."""
+    return tuple(name for name in names() if not _METHODS[name].needs_frames)
+
+
 def get(name: str) -> type[Method]:
     """Returns the method class registered under `name`.
 

@@ -13,7 +13,7 @@ from ..models.visual_tokens import VisualTokens
 from . import kv_cache
 from .columns import Columns
 from .deepstack import DeepStackFeatures
-from .spec import PruneSpec
+from .spec import MethodUse, PruneSpec
 
 
 @dataclass
@@ -21,27 +21,30 @@ class BudgetGroups:
     """The visual tokens of a call, grouped as the method's budget asks.
 
     Attributes:
-        of_token: `[M]` group number of each visual token.
+        of_token: `[M]` group number of each visual token; -1 for those of other methods.
         sizes: Tokens in each group.
-        by_sample: For each sample that has visual tokens, the numbers of its groups.
+        by_sample: For each row of the batch that has visual tokens, the numbers of its groups.
     """
 
     of_token: Tensor
     sizes: list[int]
-    by_sample: list[list[int]]
+    by_sample: dict[int, list[int]]
 
     @classmethod
-    def of(cls, visual: VisualTokens, by: str) -> BudgetGroups:
-        """Makes a group of every sample, or of every image of a sample."""
-        new = torch.ones(len(visual), dtype=torch.bool)
-        new[1:] = visual.sample.diff() != 0
+    def of(cls, visual: VisualTokens, by: str, members: Tensor) -> BudgetGroups:
+        """Makes a group of every sample, or of every image of a sample; of the tokens `members` `[m]` only."""
+        sample, image = visual.sample[members], visual.image[members]
+        new = torch.ones(len(members), dtype=torch.bool)
+        new[1:] = sample.diff() != 0
         if by == "image":
-            new[1:] |= visual.image.diff() != 0
-        of_token = new.cumsum(0) - 1
+            new[1:] |= image.diff() != 0
+        numbers = new.cumsum(0) - 1
+        of_token = torch.full((len(visual),), -1)
+        of_token[members] = numbers
         groups: dict[int, list[int]] = {}
-        for group, sample in enumerate(visual.sample[new].tolist()):
-            groups.setdefault(sample, []).append(group)
-        return cls(of_token, torch.bincount(of_token).tolist(), list(groups.values()))
+        for group, row in enumerate(sample[new].tolist()):
+            groups.setdefault(row, []).append(group)
+        return cls(of_token, torch.bincount(numbers).tolist(), groups)
 
     def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
         """`[M]` bool: which of the tokens `flat` are in groups of which fewer are `kept`."""
@@ -55,15 +58,37 @@ class Decision:
 
     Attributes:
         kept: `[M']` numbers of the surviving tokens among all visual tokens of the call.
-        merged: New states of the tokens that were alive, for methods that merge; or None.
+        merged: Numbers `[m]` of tokens that get new states, and the states `[m, D]`, for methods that merge; or None.
         scores: The method's scores of the tokens that were alive; or None.
         states: Their states, where a call is recorded (`explain`); or None.
     """
 
     kept: Tensor
-    merged: Tensor | None = None
+    merged: tuple[Tensor, Tensor] | None = None
     scores: Tensor | None = None
     states: Tensor | None = None
+
+
+@dataclass
+class MethodCall:
+    """What one method has to do in a call: all visual tokens, or those of one kind.
+
+    Attributes:
+        use: The method.
+        groups: The tokens it prunes, grouped as its budget asks.
+        counts: Layer of each of its cuts -> tokens left in each group.
+        memory: The method's own, from stage to stage.
+    """
+
+    use: MethodUse
+    groups: BudgetGroups
+    counts: dict[int, list[int]]
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def members(self) -> Tensor:
+        """`[M]` bool: which visual tokens of the call the method prunes."""
+        return self.groups.of_token >= 0
 
 
 @dataclass
@@ -101,15 +126,13 @@ class CallState:
         memo: Decisions of an earlier call without a cache that this one continues.
         deepstack: DeepStack features, where the decoder has them.
         recorded: Records of the method's taps.
-        memory: The method's own, from stage to stage.
         selection_time: Host seconds spent at the cuts.
         copies: Of each sample and its pixels, made before the pictures were encoded.
         snapshots: Inputs of the layers that the method asked to read, by layer.
         decisions: What was decided at each stage so far.
         stages: For each stage so far, its layer and the surviving columns of every sample.
-        counts: Layer of each cut to come -> tokens left in each group.
-        groups: The visual tokens grouped as the method's budget asks; set where something is to be cut.
-        live: `[M]` bool, the visual tokens that no cut has dropped so far; likewise.
+        cuts: Layer of each cut -> the methods that cut there.
+        live: `[M]` bool, the visual tokens that no cut has dropped so far; set where there are visual tokens.
     """
 
     spec: PruneSpec
@@ -120,12 +143,10 @@ class CallState:
     memo: list[Decision] | None = None
     deepstack: DeepStackFeatures | None = None
     recorded: dict[str, list] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
     selection_time: float = 0.0
     copies: int = 1
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)
-    counts: dict[int, list[int]] = field(default_factory=dict)
-    groups: BudgetGroups = field(init=False)
+    cuts: dict[int, list[MethodCall]] = field(default_factory=dict)
     live: Tensor = field(init=False)

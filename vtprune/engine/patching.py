@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from ..core.budget import Budget
 from ..core.method import Method, Stage
 from ..core.registry import resolve
-from ..errors import UnsupportedModelError, VTPruneError
+from ..errors import MethodError, UnsupportedModelError, VTPruneError
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
@@ -20,6 +20,8 @@ from ..report.pruning import Pruning
 from .hooks import owner_of
 from .session import Session
 from .spec import PruneSpec
+
+MethodLike = str | Method | type[Method]
 
 
 class Patch:
@@ -48,8 +50,13 @@ class Patch:
 
     @property
     def method(self) -> Method:
-        """The method's instance."""
+        """The method's instance; the one for pictures where there are two."""
         return self.spec.method
+
+    @property
+    def video_method(self) -> Method | None:
+        """The method for clips, where another one prunes pictures."""
+        return self.spec.uses[1].method if len(self.spec.uses) > 1 else None
 
     @property
     def budget(self) -> Budget:
@@ -101,9 +108,9 @@ class Patch:
         self.remove()
 
     def __repr__(self) -> str:
-        cuts = ", ".join(str(stage.layer) for stage in self.schedule)
+        cuts = ", ".join(map(str, sorted({stage.layer for use in self.spec.uses for stage in use.schedule})))
         state = "removed" if self.removed else f"cuts before layer {cuts} of {self.anatomy.num_layers}"
-        return f"Patch({self.method}, {self.budget}, {state})"
+        return f"Patch({', '.join(str(use.method) for use in self.spec.uses)}, {self.budget}, {state})"
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise VTPruneError("a patch cannot be copied; patch the other model instead")
@@ -115,7 +122,8 @@ def patch(
     *,
     keep: int | None = None,
     mean_ratio: float | None = None,
-    method: str | Method | type[Method] = "iwp",
+    method: MethodLike | Mapping[str, MethodLike] = "iwp",
+    video_method: MethodLike | None = None,
 ) -> Patch:
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
@@ -125,7 +133,8 @@ def patch(
         keep: A number of visual tokens per sample instead.
         mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
             depths cost the same.
-        method: Name, class or instance of the method.
+        method: Name, class or instance of the method; or one for each of "image" and "video".
+        video_method: Another method for clips, of models that take them as such; `method` prunes the pictures then.
 
     Returns:
         Patch: Also a context manager; it replaces an earlier patch of the same model.
@@ -135,11 +144,18 @@ def patch(
         MethodError: No such method, or a need of it that the model cannot meet.
         UnsupportedModelError: A part of the model was not found.
     """
-    chosen = resolve(method)
+    if isinstance(method, Mapping):
+        if video_method is not None or set(method) != {"image", "video"}:
+            raise MethodError(
+                f"method is a mapping of {sorted(map(str, method))}{' beside video_method' if video_method else ''}; "
+                "expected one method for 'image' and one for 'video', and no video_method"
+            )
+        method, video_method = method["image"], method["video"]
+    chosen, for_clips = resolve(method), None if video_method is None else resolve(video_method)
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
-    return Patch(model, PruneSpec.of(model, chosen, budget), instead_of=find_patch(model))
+    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips), instead_of=find_patch(model))
 
 
 def find_patch(model: nn.Module) -> Patch | None:

@@ -27,7 +27,7 @@ from ..report import explain
 from ..report.image_source import Source
 from ..report.record import PruningRecord
 from . import checkpointing, gather, kv_cache, token_view
-from .call import BudgetGroups, CallState, Decision, Snapshot
+from .call import BudgetGroups, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
 from .spec import PruneSpec
 
@@ -46,16 +46,22 @@ class DecoderCall(CallState):
     def _plan(self, visual: VisualTokens) -> None:
         spec, layers = self.spec, self.spec.anatomy.num_layers
         self.live = torch.ones(len(visual), dtype=torch.bool)
-        self.groups = BudgetGroups.of(visual, spec.method.group)
-        plan = budgets.plan(spec.budget, spec.schedule, layers, self.groups.sizes, self.groups.by_sample)
-        if plan[-1] != self.groups.sizes:
-            self.counts = {stage.layer: count for stage, count in zip(spec.schedule, plan, strict=True)}
-            self.required_layer_inputs = set(spec.method.required_layer_inputs(layers))
-        elif spec.budget.asks_to_drop:
+        uses = [(use, use.members(visual.kind)) for use in spec.uses]
+        groups = [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
+        for (use, mine), last in zip(groups, _last_counts(spec.budget, [g for _, g in groups]), strict=True):
+            plan = budgets.plan(spec.budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
+            if plan[-1] == mine.sizes:
+                continue
+            counts = {stage.layer: count for stage, count in zip(use.schedule, plan, strict=True)}
+            call = MethodCall(use, mine, counts)
+            for layer in counts:
+                self.cuts.setdefault(layer, []).append(call)
+            self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
+        if not self.cuts and spec.budget.asks_to_drop:
+            sizes = [size for _, mine in groups for size in mine.sizes]
             raise NothingPrunedError(
-                f"{spec.budget} of {sum(self.groups.sizes)} visual tokens (groups of {self.groups.sizes}) rounds to "
-                "all of "
-                "them, so nothing would be dropped; use a smaller ratio, or keep=, which may exceed what is there"
+                f"{spec.budget} of {sum(sizes)} visual tokens (groups of {sizes}) rounds to all of them, so nothing "
+                "would be dropped; use a smaller ratio, or keep=, which may exceed what is there"
             )
 
     # --- what the hooks call ------------------------------------------------------------------------------------------
@@ -65,7 +71,7 @@ class DecoderCall(CallState):
         columns = self.columns
         columns.cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), columns.cache)
         changed, self.narrow = None, None
-        if number in self.counts:
+        if number in self.cuts:
             started = time.perf_counter()
             changed = self._cut(number, layer, args, kwargs)
             self.selection_time += time.perf_counter() - started
@@ -80,8 +86,8 @@ class DecoderCall(CallState):
 
     def finish(self, output: Any) -> Any:
         """Puts hidden states back into the caller's length and leaves the slots with the cache."""
-        if len(self.stages) < len(self.counts):
-            missed = sorted(set(self.counts) - {layer for layer, _ in self.stages})
+        if len(self.stages) < len(self.cuts):
+            missed = sorted(set(self.cuts) - {layer for layer, _ in self.stages})
             raise NothingPrunedError(
                 f"the method cuts before layer {', '.join(map(str, missed))}, but the decoder finished without calling "
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
@@ -103,7 +109,7 @@ class DecoderCall(CallState):
             kept=self.stages[-1][1] if self.stages else where,
             stages=self.stages,
             selection_time=self.selection_time,
-            method=self.spec.method.name or type(self.spec.method).__name__,
+            method=self.spec.method_names,
             budget=str(self.spec.budget),
             columns=columns.past + columns.length,
             slots=[int(valid.shape[1]) for _, valid in columns.layouts],
@@ -132,11 +138,9 @@ class DecoderCall(CallState):
             return (args, kwargs) if columns.is_modified else None
         slot, put = columns.slot_of_position(), None
         if decision.merged is not None:
-            # In a group that loses nothing nothing is merged: alone, its sample would not have been asked.
-            some = self.groups.losing(flat, decision.kept)
-            part = flat[some]
-            rows = visual.sample[part]
-            put = rows, slot[rows, visual.position[part]], decision.merged[to_device(some, decision.merged.device)]
+            tokens, states = decision.merged
+            rows = visual.sample[tokens]
+            put = rows, slot[rows, visual.position[tokens]], states
         self.live = torch.zeros_like(self.live)
         self.live[decision.kept] = True
         stays = slot >= 0
@@ -160,13 +164,20 @@ class DecoderCall(CallState):
         """Asks the method which of the live visual tokens `flat` stay before layer `number`."""
         if self.memo is not None:
             return self.memo[len(self.stages)]
-        groups, wanted = self.groups.of_token[flat], torch.tensor(self.counts[number])
+        decisions = [self._ask(call, number, flat, here) for call in self.cuts[number]]
+        return decisions[0] if len(self.spec.uses) == 1 else _together(flat, decisions)
+
+    def _ask(self, call: MethodCall, number: int, live: Tensor, here: Snapshot) -> Decision:
+        """Asks one method which of its tokens among the live ones stay before layer `number`."""
+        method, members = call.use.method, call.members[live]
+        flat = live[members]
+        groups, wanted = call.groups.of_token[flat], torch.tensor(call.counts[number])
         if torch.equal(torch.bincount(groups, minlength=len(wanted)), wanted):
-            return Decision(flat)
+            return Decision(live)
         checks = DeferredChecks()
-        tokens = token_view.tokens(self, number, flat, wanted, here, checks)
+        tokens = token_view.tokens(self, call, number, flat, wanted, here, checks)
         try:
-            choice = self.spec.method.choose(tokens)
+            choice = method.choose(tokens)
         except Exception:
             checks.raise_if_failed()  # where numbers are broken, that is what is wrong
             raise
@@ -174,12 +185,19 @@ class DecoderCall(CallState):
         got = torch.bincount(groups[keep], minlength=len(wanted)) if keep.shape == flat.shape else None
         if got is None or not torch.equal(got, wanted):
             raise MethodError(
-                f"{type(self.spec.method).__name__} kept {keep.tolist() if got is None else got.tolist()} tokens of "
-                "its groups "
+                f"{type(method).__name__} kept {keep.tolist() if got is None else got.tolist()} tokens of its groups "
                 f"before layer {number}; the budget is {wanted.tolist()}"
             )
+        merged = None
+        if choice.hidden is not None:
+            # In a group that loses nothing nothing is merged: alone, its sample would not have been asked.
+            some = call.groups.losing(flat, flat[keep])
+            merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
-        return Decision(flat[keep], choice.hidden, scores[0] if scores else None, states)
+        stays = ~members
+        stays[members] = keep
+        among = [_among_all(members, values) for values in (*scores[:1], states) if values is not None]
+        return Decision(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
 
     def _record(self, number: int, decision: Decision) -> None:
         visual = self.visual
@@ -187,6 +205,51 @@ class DecoderCall(CallState):
         self.decisions.append(decision)
         columns, live = (visual.position + self.columns.past).split(visual.counts), self.live.split(visual.counts)
         self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
+
+
+def _last_counts(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
+    """What `keep` leaves of the groups of each method: a sample's count is shared over the groups of all of them."""
+    if budget.keep is None:
+        return [None] * len(groups)
+    sizes = [size for mine in groups for size in mine.sizes]
+    by_sample: dict[int, list[int]] = {}
+    start = 0
+    for mine in groups:
+        for row, numbers in mine.by_sample.items():
+            by_sample.setdefault(row, []).extend(number + start for number in numbers)
+        start += len(mine.sizes)
+    counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()]))
+    return [[next(counts) for _ in mine.sizes] for mine in groups]
+
+
+def _among_all(members: Tensor, values: Tensor) -> Tensor:
+    """Values `[m, ...]` of some tokens among all `[M]`; the others have NaN."""
+    if bool(members.all()):
+        return values
+    out = values.new_full((len(members), *values.shape[1:]), torch.nan)
+    out[members] = values
+    return out
+
+
+def _together(flat: Tensor, decisions: list[Decision]) -> Decision:
+    """One decision from those of methods that prune different tokens."""
+    stays = torch.stack([torch.isin(flat, decision.kept) for decision in decisions]).all(0)
+    merged = [decision.merged for decision in decisions if decision.merged is not None]
+    kinds = ("scores", "states")
+    values = {kind: [v for d in decisions if (v := getattr(d, kind)) is not None] for kind in kinds}
+    return Decision(
+        flat[stays],
+        (torch.cat([tokens for tokens, _ in merged]), torch.cat([states for _, states in merged])) if merged else None,
+        **{kind: _first_known(found) if found else None for kind, found in values.items()},
+    )
+
+
+def _first_known(values: list[Tensor]) -> Tensor:
+    """For every token the value of the first tensor that has one."""
+    out = values[0]
+    for other in values[1:]:
+        out = torch.where(out.isnan(), other, out)
+    return out
 
 
 def begin(

@@ -204,7 +204,7 @@ class Session:
                 )
             self._continued(call, kwargs)
         call.recorded = thread.records
-        if not call.counts:
+        if not call.cuts:
             return None
         later = any(map(checkpointing.runs_hooks_again, self.spec.anatomy.layers))
         found = intercept_deepstack(kwargs, (call.columns.batch, call.columns.length), later)
@@ -237,7 +237,7 @@ class Session:
             store = thread.records if thread.encoding is None else thread.encoding
             if thread.paused or (thread.inputs is None and thread.encoding is None):
                 return
-            if tap.columns and (thread.call is None or not thread.call.counts):
+            if tap.columns and (thread.call is None or not thread.call.cuts):
                 return
             with torch.no_grad():
                 value = tap.record(args, kwargs, output)
@@ -254,7 +254,7 @@ class Session:
         thread = self.thread
         previous, thread.cacheless = thread.cacheless, None
         ids = call.inputs.get("input_ids")
-        if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.counts:
+        if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.cuts:
             return
         inputs = thread.inputs or {}
         given = [inputs[n] for n in sorted(inputs) if n.startswith("pixel")]

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.budget import Budget, check_schedule, mean_share, solve_mean, stretch
@@ -20,28 +20,67 @@ from .columns import AttentionForm
 
 
 @dataclass(frozen=True)
+class MethodUse:
+    """A method and the visual tokens that it prunes.
+
+    Attributes:
+        method: The method's instance.
+        schedule: Where it cuts the decoder.
+        taps: What it records while the model runs, under names that begin with `prefix`.
+        kinds: Numbers of the kinds of visual tokens that it prunes, among the anatomy's placeholders; None for all.
+        prefix: Keeps the records of two methods apart.
+    """
+
+    method: Method
+    schedule: tuple[Stage, ...]
+    taps: tuple[Tap, ...]
+    kinds: frozenset[int] | None = None
+    prefix: str = ""
+
+    @classmethod
+    def of(
+        cls, method: Method, anatomy: Anatomy, budget: Budget, kinds: frozenset[int] | None = None, prefix: str = ""
+    ) -> MethodUse:
+        """Checks that a method and a budget fit a model; raises what `PruneSpec.of` does."""
+        layers = anatomy.num_layers
+        schedule = tuple(method.schedule(layers))
+        check_schedule(schedule, layers, type(method).__name__)
+        if budget.mean_ratio is not None:
+            solve_mean(schedule, budget.mean_ratio, layers)  # raises where it cannot be met
+        taps = tuple(replace(tap, name=prefix + tap.name) for tap in method.taps(anatomy))
+        return cls(method, schedule, taps, kinds, prefix)
+
+    @cached_property
+    def tap_names(self) -> frozenset[str]:
+        """Names of the method's records."""
+        return frozenset(tap.name for tap in self.taps)
+
+    def members(self, kind: Tensor) -> Tensor:
+        """Which visual tokens it prunes: `[m]` numbers, from the kind of each token `[M]`."""
+        if self.kinds is None:
+            return torch.arange(len(kind))
+        return torch.isin(kind, torch.tensor(sorted(self.kinds))).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
 class PruneSpec:
     """What was asked for.
 
     Attributes:
-        method: The method's instance.
-        budget: How many visual tokens it keeps.
+        uses: The method, or the one for pictures and the one for clips.
+        budget: How many visual tokens are kept.
         anatomy: The parts of the model.
-        schedule: Where the method cuts this decoder.
-        taps: What the method records while the model runs.
         renumbers: Whether kept tokens get consecutive position ids.
     """
 
-    method: Method
+    uses: tuple[MethodUse, ...]
     budget: Budget
     anatomy: Anatomy
-    schedule: tuple[Stage, ...]
-    taps: tuple[Tap, ...]
     renumbers: bool
 
     @classmethod
-    def of(cls, model: nn.Module, method: Method, budget: Budget) -> PruneSpec:
-        """Finds the parts of a model and checks that the method and the budget fit it.
+    def of(cls, model: nn.Module, method: Method, budget: Budget, video_method: Method | None = None) -> PruneSpec:
+        """Finds the parts of a model and checks that the methods and the budget fit it.
 
         Raises:
             UnsupportedModelError: A part of the model was not found.
@@ -49,13 +88,46 @@ class PruneSpec:
             BudgetError: The budget cannot be met at the layers where the method cuts.
         """
         anatomy = _anatomy.find(model)
-        layers = anatomy.num_layers
-        schedule = tuple(method.schedule(layers))
-        check_schedule(schedule, layers, type(method).__name__)
-        if budget.mean_ratio is not None:
-            solve_mean(schedule, budget.mean_ratio, layers)  # raises where it cannot be met
-        renumbers = _renumbers(method, anatomy)
-        return cls(method, budget, anatomy, schedule, tuple(method.taps(anatomy)), renumbers)
+        if video_method is None:
+            return cls((MethodUse.of(method, anatomy, budget),), budget, anatomy, _renumbers(method, anatomy))
+        kinds = list(anatomy.placeholders)
+        if "video" not in kinds:
+            raise MethodError(
+                f"video_method was given, but {type(model).__name__} has no placeholder for clips (it has "
+                f"{', '.join(kinds)}): to this model the frames of a clip are pictures, which method= prunes"
+            )
+        clips = frozenset({kinds.index("video")})
+        uses = (
+            MethodUse.of(method, anatomy, budget, frozenset(range(len(kinds))) - clips),
+            MethodUse.of(video_method, anatomy, budget, clips, prefix="video/"),
+        )
+        renumbers = {_renumbers(each, anatomy) for each in (method, video_method)}
+        if len(renumbers) > 1:
+            raise MethodError(
+                'one of the methods renumbers what it keeps (positions="compact") and the other does not; give both '
+                "the same"
+            )
+        return cls(uses, budget, anatomy, renumbers.pop())
+
+    @property
+    def method(self) -> Method:
+        """The method's instance; the one for pictures where there are two."""
+        return self.uses[0].method
+
+    @property
+    def schedule(self) -> tuple[Stage, ...]:
+        """Where it cuts this decoder."""
+        return self.uses[0].schedule
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What the methods record while the model runs."""
+        return tuple(tap for use in self.uses for tap in use.taps)
+
+    @property
+    def method_names(self) -> str:
+        """The methods' names, for reports."""
+        return ", ".join(use.method.name or type(use.method).__name__ for use in self.uses)
 
     @cached_property
     def column_taps(self) -> frozenset[str]:
@@ -67,13 +139,20 @@ class PruneSpec:
         """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets.
 
         Raises:
-            VTPruneError: The budget is `keep`.
+            VTPruneError: The budget is `keep`, or two methods cut at different depths.
         """
         if self.budget.keep is not None:
             raise VTPruneError("with keep= the mean ratio depends on the prompt; see patch.last.mean_ratio")
-        layers = self.anatomy.num_layers
-        ratio = self.budget.ratio or solve_mean(self.schedule, self.budget.mean_ratio or 1.0, layers)
-        return mean_share(self.schedule, stretch(self.schedule, ratio), layers)
+        layers, means = self.anatomy.num_layers, set()
+        for schedule in {use.schedule for use in self.uses}:
+            ratio = self.budget.ratio or solve_mean(schedule, self.budget.mean_ratio or 1.0, layers)
+            means.add(mean_share(schedule, stretch(schedule, ratio), layers))
+        if len(means) > 1:
+            raise VTPruneError(
+                "pictures and clips are cut at different depths, so the mean ratio depends on the prompt; see "
+                "patch.last.mean_ratio"
+            )
+        return means.pop()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,19 +14,26 @@ from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
 from ..models import attention_probe
-from .call import CallState, Snapshot
+from .call import CallState, MethodCall, Snapshot
 from .columns import slot_of_position
 
 _PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "feature")
 
 
 def tokens(
-    call: CallState, number: int, flat: Tensor, wanted: Tensor, here: Snapshot, checks: DeferredChecks
+    call: CallState,
+    mine: MethodCall,
+    number: int,
+    flat: Tensor,
+    wanted: Tensor,
+    here: Snapshot,
+    checks: DeferredChecks,
 ) -> Tokens:
     """Lays out the live visual tokens before layer `number`.
 
     Args:
         call: The running call.
+        mine: What the method has to do in it.
         number: The layer that the stage stands before.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         wanted: `[S]` budgets of the pools.
@@ -55,32 +62,36 @@ def tokens(
         if which != number and which not in call.snapshots:
             raise MethodError(
                 f"the input of layer {which} was not kept; name it in the `required_layer_inputs` of "
-                f"{type(spec.method).__name__}"
+                f"{type(mine.use.method).__name__}"
             )
-        return attention_inputs(call, which, call.snapshots.get(which, here), flat, rope, queries, checks)
+        return attention_inputs(call, mine, which, call.snapshots.get(which, here), flat, rope, queries, checks)
 
     def record(name: str, value: Any) -> Any:
         return (
             value[to_device(rows, value.device), to_device(slot, value.device)] if name in spec.column_taps else value
         )
 
-    sizes = torch.bincount(call.groups.of_token[flat], minlength=len(call.groups.sizes))
+    sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes))
     return Tokens(
         hidden=states,
         offsets=_offsets(sizes.tolist(), device),
         budgets=to_device(wanted, device),
         max_budget=int(wanted.max()) if len(wanted) else 0,
         max_length=int(sizes.max()) if len(sizes) else 0,
-        originals=to_device(torch.tensor(call.groups.sizes), device),
+        originals=to_device(torch.tensor(mine.groups.sizes), device),
         position=to_device(visual.position[flat], device),
         layer=number,
-        stage=len(call.stages),
+        stage=list(mine.counts).index(number),
         num_layers=spec.anatomy.num_layers,
-        recorded={name: [record(name, value) for value in values] for name, values in call.recorded.items()},
+        recorded={
+            name.removeprefix(mine.use.prefix): [record(name, value) for value in values]
+            for name, values in call.recorded.items()
+            if name in mine.use.tap_names
+        },
         inputs=call.inputs,
         anatomy=spec.anatomy,
-        memory=call.memory,
-        prompt=_prompt(call, flat).to(device),
+        memory=mine.memory,
+        prompt=_prompt(call, mine, flat).to(device),
         reader=read,
         **{name: to_device(getattr(visual, name)[flat], device) for name in _PLACES},
     )
@@ -103,24 +114,24 @@ class _Sample:
     mine: Tensor
 
 
-def _samples(call: CallState, slot: Tensor, flat: Tensor) -> Iterator[_Sample]:
+def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> Iterator[_Sample]:
     visual = call.visual
     assert visual is not None
-    for row in [row for row, count in enumerate(visual.counts) if count]:
+    for row in mine.groups.by_sample:
         here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
         text = here[(here > last) & ~visual.mask[row, here]]
-        mine = visual.position[flat[visual.sample[flat] == row]]
-        yield _Sample(row, here, text if len(text) else here[-1:], mine)
+        own = visual.position[flat[visual.sample[flat] == row]]
+        yield _Sample(row, here, text if len(text) else here[-1:], own)
 
 
-def _prompt(call: CallState, flat: Tensor) -> Prompt:
+def _prompt(call: CallState, mine: MethodCall, flat: Tensor) -> Prompt:
     """Where every token of the samples with visual tokens stands at this stage, on the CPU."""
     slot = call.columns.slot_of_position()
     batch, column, text, visual_rows = [], [], [], []
     lengths: list[int] = []
     text_lengths: list[int] = []
-    for sample in _samples(call, slot, flat):
+    for sample in _samples(call, mine, slot, flat):
         order = torch.full((call.columns.length,), -1)
         order[sample.here] = torch.arange(len(sample.here)) + sum(lengths)
         batch.append(torch.full_like(sample.here, sample.row))
@@ -141,12 +152,20 @@ def _prompt(call: CallState, flat: Tensor) -> Prompt:
 
 
 def attention_inputs(
-    call: CallState, number: int, snapshot: Snapshot, flat: Tensor, rope: bool, queries: str, checks: DeferredChecks
+    call: CallState,
+    mine: MethodCall,
+    number: int,
+    snapshot: Snapshot,
+    flat: Tensor,
+    rope: bool,
+    queries: str,
+    checks: DeferredChecks,
 ) -> AttentionInputs:
     """Probes a layer and lays out its queries, keys and values over the samples that have visual tokens.
 
     Args:
         call: The running call.
+        mine: What the method has to do in it.
         number: The layer.
         snapshot: Its input.
         flat: `[M]` numbers of the live visual tokens.
@@ -162,7 +181,7 @@ def attention_inputs(
     query, query_order, visual_rows, keys, values = [], [], [], [], []
     query_lengths: list[int] = []
     key_lengths: list[int] = []
-    for sample in _samples(call, slot, flat):
+    for sample in _samples(call, mine, slot, flat):
         asked = sample.text if queries == "text" else sample.here[-1:]
         row, here = sample.row, to_device(slot[sample.row, sample.here], device)
         key, value = probed.key[row][:, here].transpose(0, 1), probed.value[row][:, here].transpose(0, 1)  # [C, G, d]
@@ -180,7 +199,7 @@ def attention_inputs(
         query_lengths.append(len(asked))
         key_lengths.append(len(key))
     finite = torch.stack([torch.isfinite(x).all() for x in (*query, *keys)]).all()
-    rows = [sample.row for sample in _samples(call, slot, flat)]
+    rows = [sample.row for sample in _samples(call, mine, slot, flat)]
     checks.add(finite, lambda: _refuse_infinite(rows, query, keys, number))
     return AttentionInputs(
         queries=torch.cat(query),

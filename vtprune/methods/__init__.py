@@ -2,13 +2,18 @@
 """Pruning methods, and the classes that a method of your own is built from."""
 
 from ..core.method import Choice, Method, ScoreMethod, Stage, Tap
-from ..core.registry import get, names, register, resolve
+from ..core.registry import for_pictures, get, names, register, resolve
 from ..core.tokens import AttentionInputs, Prompt, Tokens
 from .cdpruner import CDPruner
 from .dart import DART
 from .debiased import Debiased
 from .divprune import DivPrune
+from .dycoke import DyCoke
+from .evs import EVS
 from .fastv import FastV
+from .fastvid import FastVID
+from .flashvid import FlashVID
+from .holitom import HoliTom
 from .iwp import IWP
 from .pooling import Pooling
 from .prumerge import PruMerge
@@ -19,12 +24,21 @@ from .scope import Scope
 from .sparsevlm import SparseVLM
 from .transprune import TransPrune
 from .uniform import Uniform
+from .vcast import VCast
 from .vflowopt import VFlowOpt
+from .vidcom2 import VidCom2
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 from .zoo_prune import ZOOPrune
 
 __all__ = [
+    "DyCoke",
+    "EVS",
+    "FastVID",
+    "FlashVID",
+    "HoliTom",
+    "VCast",
+    "VidCom2",
     "CDPruner",
     "DART",
     "Debiased",
@@ -52,6 +66,7 @@ __all__ = [
     "Stage",
     "Tap",
     "Tokens",
+    "for_pictures",
     "get",
     "names",
     "register",

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frames of clips: which tokens show the same place in different frames, and methods that choose clip by clip."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import MethodError
+from .method import Choice, Group, Method, Stage, Tap
+from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frame and place of every token of one clip; a picture is a clip of one frame. On the CPU.
+
+    Attributes:
+        frame: `[n]` int64, ascending from 0 without gaps. A frame is a row of `grid_thw`: Qwen models merge two sampled
+            frames into one.
+        place: `[n]` int64. Equal numbers in different frames are the same place of the picture.
+    """
+
+    frame: Tensor
+    place: Tensor
+
+    @classmethod
+    def of_grid(cls, frames: int, places: int) -> Clip:
+        """Frames that all have the same places, in order."""
+        return cls(torch.arange(frames).repeat_interleave(places), torch.arange(places).repeat(frames))
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Tokens of each frame."""
+        return torch.bincount(self.frame).tolist()
+
+    @property
+    def frames(self) -> int:
+        return len(self.sizes)
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """`[T, Q]` number of the token at each place of each frame, -1 where a frame has none."""
+        table = torch.full((self.frames, int(self.place.max()) + 1), -1)
+        table[self.frame, self.place] = torch.arange(len(self.frame))
+        return table
+
+    def at_same_place(self, reference: Sequence[int]) -> Tensor:
+        """The token at the same place of another frame.
+
+        Args:
+            reference: For each frame the number of the other one, -1 for none.
+
+        Returns:
+            Tensor: `[n]` number of the token; -1 where there is no such frame or it lacks the place.
+        """
+        other = torch.as_tensor(reference)[self.frame]
+        return torch.where(other < 0, -1, self.table[other.clamp_min(0), self.place])
+
+    def frame_means(self, x: Tensor) -> Tensor:
+        """`[T, D]` means over the tokens of each frame of `x` `[n, D]`."""
+        return torch.stack([part.mean(0) for part in x.split(self.sizes)])
+
+
+def similarity_to(x: Tensor, other: Tensor, missing: float) -> Tensor:
+    """Cosine `[n]` of every row of `x` `[n, D]` with the row `other` `[n]`; `missing` where `other` is negative.
+
+    A row of zeros has cosine 0 with every other.
+    """
+    other = other.to(x.device)
+    cosine = torch.cosine_similarity(x, x[other.clamp_min(0)], dim=-1, eps=1e-8)
+    return torch.where(other < 0, missing, cosine)
+
+
+def cut_segments(similarity: Tensor, least: int, threshold: float) -> list[int]:
+    """Cuts a clip into segments where neighboring frames are unlike.
+
+    Args:
+        similarity: `[T - 1]` cosine of each frame with the next.
+        least: Segments wanted at least, as far as there are frames: the smallest similarities cut (ties: earlier).
+        threshold: Every similarity below it cuts.
+
+    Returns:
+        list[int]: Frames of each segment.
+    """
+    similarity = similarity.cpu()
+    cuts = similarity < threshold
+    cuts[similarity.sort(stable=True).indices[: max(least - 1, 0)]] = True
+    edges = [0, *(cuts.nonzero()[:, 0] + 1).tolist(), len(similarity) + 1]
+    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """`[count]` numbers of the largest scores, ascending; equal scores go to the smaller number."""
+    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+@dataclass
+class ClipTokens:
+    """The visual tokens of one clip or picture and what may be kept of them.
+
+    Attributes:
+        clip: Frames and places of the tokens that have one.
+        rows: `[n]` their rows in `Tokens`, frame by frame. On the CPU.
+        budget: How many of them stay.
+        kept_besides: Rows of tokens without a place (a newline at the end of a clip) that stay: as many as the budget
+            leaves over when all others are kept.
+    """
+
+    clip: Clip
+    rows: Tensor
+    budget: int
+    kept_besides: Tensor
+
+
+def clips_of(tokens: Tokens) -> list[ClipTokens]:
+    """The clips and pictures of a batch, each of which has a budget of its own; those without tokens are left out."""
+    columns = (tokens.group, tokens.frame, tokens.crop, tokens.grid_row, tokens.grid_col)
+    group, *place = torch.stack(columns).cpu()
+    frame, crop, row, col = place
+    out = []
+    for number, budget in enumerate(tokens.budgets.tolist()):
+        members = (group == number).nonzero()[:, 0]
+        if not len(members):
+            continue
+        placed = row[members] >= 0
+        if not placed.any():  # a model that tells no places: one frame, places in the order of the prompt
+            clip = Clip.of_grid(1, len(members))
+            out.append(ClipTokens(clip, members, min(budget, len(members)), members[:0]))
+            continue
+        rows, besides = members[placed], members[~placed]
+        rows = rows[frame[rows].sort(stable=True).indices]
+        numbers = torch.unique(frame[rows], return_inverse=True)[1]
+        places = torch.unique(torch.stack([crop[rows], row[rows], col[rows]]), dim=1, return_inverse=True)[1]
+        inside = min(budget, len(rows))
+        out.append(ClipTokens(Clip(numbers, places), rows, inside, besides[: budget - inside]))
+    return out
+
+
+@dataclass
+class ClipChoice:
+    """What stays of one clip.
+
+    Attributes:
+        keep: `[budget]` numbers of the tokens, in any order.
+        states: `[budget, D]` what they become, in the order of `keep`, for methods that merge.
+        scores: `[n]` what was ranked, for reports.
+    """
+
+    keep: Tensor
+    states: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class ClipMethod(Method):
+    """A method that chooses clip by clip, before the decoder; a picture is a clip of one frame."""
+
+    group: ClassVar[Group] = "image"
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0),)
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        if self.needs_frames and "video" not in anatomy.placeholders:
+            raise MethodError(
+                f"{self.name} compares the frames of clips, and {type(anatomy.model).__name__} takes pictures only; "
+                "choose a method that prunes pictures, such as 'iwp' or 'divprune'"
+            )
+        return ()
+
+    def attention(self, tokens: Tokens) -> Tensor | None:
+        """`[M]` attention that the tokens get in the vision tower, for methods that read it."""
+        return None
+
+    def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
+        """Chooses the tokens of one clip.
+
+        Args:
+            x: `[n, D]` float32 states, frame by frame.
+            clip: Frames and places of the tokens.
+            budget: How many stay, from 1 to `n - 1`.
+            attention: `[n]` of `attention`.
+        """
+        raise NotImplementedError
+
+    def choose(self, tokens: Tokens) -> Choice:
+        device, count = tokens.hidden.device, len(tokens)
+        keep = torch.zeros(count, dtype=torch.bool, device=device)
+        scores = torch.full((count,), torch.nan, device=device)
+        hidden, attention = tokens.hidden, self.attention(tokens)
+        for part in clips_of(tokens):
+            rows = part.rows.to(device)
+            keep[part.kept_besides.to(device)] = True
+            if part.budget in (0, len(rows)):
+                keep[rows] = part.budget > 0
+                continue
+            if self.needs_frames and part.clip.frames < 2:
+                raise MethodError(
+                    f"{self.name} compares the frames of a clip, and this prompt has a picture or a clip of one frame; "
+                    f"name a method for pictures: vtprune.patch(model, method='iwp', video_method='{self.name}')"
+                )
+            chosen = self.choose_clip(
+                tokens.hidden[rows].float(), part.clip, part.budget, None if attention is None else attention[rows]
+            )
+            keep[rows[chosen.keep]] = True
+            if chosen.scores is not None:
+                scores[rows] = chosen.scores
+            if chosen.states is not None:
+                hidden = hidden.clone() if hidden is tokens.hidden else hidden
+                hidden[rows[chosen.keep]] = chosen.states.to(hidden)
+        return Choice(keep, None if hidden is tokens.hidden else hidden, scores)

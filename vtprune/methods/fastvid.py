@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FastVID: salient tokens of every frame, and density-peak centers of anchor frames that sum up their segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..core.clips import Clip, ClipChoice, ClipMethod, cut_segments, largest
+from ..core.density_peaks import density_peaks, group_means, pairwise_distances
+from ..core.frame_budget import frame_budgets
+from ..core.method import Tap
+from ..core.registry import register
+from ..core.tokens import Tokens
+from ..errors import MethodError
+from ..vision.tower import Vision, layer_tap, projector_tap
+
+if TYPE_CHECKING:
+    from ..models.anatomy import Anatomy
+
+_NEIGHBORS = 4
+
+
+def anchor_counts(length: int, context: int, stride: int) -> list[int]:
+    """Centers of each frame of a segment: equally many at every `stride`-th frame counted from the last, else 0.
+
+    Args:
+        length: Frames of the segment.
+        context: Centers that each frame would have on its own.
+        stride: Distance of anchors.
+
+    Returns:
+        list[int]: `(context * length) // anchors` at anchors.
+    """
+    anchors = set(range(length - 1, -1, -stride))
+    return [(context * length) // len(anchors) if t in anchors else 0 for t in range(length)]
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """Counts for one clip.
+
+    Attributes:
+        salient: Tokens of each frame that stay as they are.
+        centers: Merged tokens of each frame.
+        alone: Whether the centers of a frame sum up that frame only.
+    """
+
+    salient: list[int]
+    centers: list[int]
+    alone: list[bool]
+
+
+def plan(sizes: Sequence[int], segments: Sequence[int], budget: int, context_share: float, stride: int) -> FramePlan:
+    """Shares a budget over salient tokens and centers, exactly.
+
+    A frame's even part of the budget is split by `context_share`; the centers of a segment move to its anchors. What
+    division leaves over goes to the first anchors, what an anchor cannot hold and the rest of the budget to further
+    salient tokens, equally over frames.
+
+    Args:
+        sizes: Tokens of each frame.
+        segments: Frames of each segment.
+        budget: Tokens of the clip that stay.
+        context_share: Share of centers.
+        stride: Distance of anchors.
+    """
+    each = budget // len(sizes)
+    context = int(each * context_share)
+    salient = [min(each - context, n) for n in sizes]
+    centers, alone = [], []
+    for length in segments:
+        counts = anchor_counts(length, context, stride)
+        alone += [count == context for count in counts]
+        left = context * length - sum(counts)
+        for t in [t for t, count in enumerate(counts) if count][:left]:
+            counts[t] += 1
+        centers += counts
+    centers = [min(c, n - s) for c, n, s in zip(centers, sizes, salient, strict=True)]
+    room = [n - s - c for n, s, c in zip(sizes, salient, centers, strict=True)]
+    further = frame_budgets([1.0] * len(sizes), budget - sum(salient) - sum(centers), room)
+    return FramePlan([s + f for s, f in zip(salient, further, strict=True)], centers, alone)
+
+
+def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tensor:
+    """Merges tokens into the centers they are most similar to.
+
+    Args:
+        x: `[n, D]` float32.
+        centers: `[C]` rows of the centers.
+        members: `[m]` rows that are merged, the centers among them or not; each joins the center with the largest
+            cosine.
+        least: The least weight of the center. With `k` members it is `max(least, 1 / (k + 1))`, the rest goes to the
+            mean of the members.
+
+    Returns:
+        Tensor: `[C, D]`.
+    """
+    unit = normalize(x, dim=-1)
+    nearest = (unit[members] @ unit[centers].T).argmax(1)
+    means, sizes = group_means(x[members], nearest, len(centers))
+    weight = (1 / (sizes + 1)).clamp_min(least)[:, None]
+    weight = torch.where(sizes[:, None] > 0, weight, 1.0)
+    return weight * x[centers] + (1 - weight) * means
+
+
+@register("fastvid")
+@dataclass
+class FastVID(ClipMethod):
+    """Segments of like frames; in each, salient tokens stay and anchor frames hold centers that sum up the others.
+
+    Paper: FastVID (NeurIPS 2025), arXiv 2503.11187. Stage: before the decoder. Frames are cut into segments where
+    neighbors are unlike. Of a frame's even part of the budget, `1 - context_share` goes to the tokens with the most
+    attention in the vision tower, unchanged. The others of a segment are merged: every `anchor_stride`-th frame,
+    counted from the last, holds density-peak centers (DPC-kNN, 4 neighbors), and every other token of the segment joins
+    its most similar center of every anchor, `w * center + (1 - w) * mean`, `w = max(beta, 1 / (members + 1))`. A center
+    keeps its own column and position.
+
+    A picture is a segment of one frame.
+
+    Differences from the release: a frame is compared by the mean of its projected tokens and ranked by mean attention
+    received, or that of the class token, as in the release's port to Qwen2.5-VL; the one for LLaVA-OneVision reads
+    SigLIP's pooling head, which models of transformers leave out. The count is exact: what division loses goes to the
+    first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than `segments` frames work. On
+    models that place tokens on several axes a merged token has its center's place, which a mean does not have.
+
+    Attributes:
+        segments: Segments of a clip at least.
+        threshold: Frames whose cosine is below it are in different segments.
+        context_share: Share of the budget for centers.
+        anchor_stride: Distance of anchor frames.
+        beta: Least weight of a center in its mean.
+    """
+
+    segments: int = 8
+    threshold: float = 0.9
+    context_share: float = 0.4
+    anchor_stride: int = 4
+    beta: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.context_share <= 1 or not 0 <= self.beta <= 1:
+            raise MethodError(
+                f"context_share is {self.context_share!r} and beta {self.beta!r}; expected shares in [0, 1]"
+            )
+        if self.segments < 1 or self.anchor_stride < 1:
+            raise MethodError(
+                f"segments is {self.segments!r} and anchor_stride {self.anchor_stride!r}; expected 1 or more"
+            )
+
+    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))
+
+    def attention(self, tokens: Tokens) -> Tensor:
+        return Vision(tokens, self.name).importance()
+
+    def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
+        assert attention is not None
+        means = normalize(clip.frame_means(x), dim=-1)
+        segments = cut_segments((means[1:] * means[:-1]).sum(-1), self.segments, self.threshold)
+        counts = plan(clip.sizes, segments, budget, self.context_share, self.anchor_stride)
+        return self.merge(x, clip, attention, segments, counts)
+
+    def merge(self, x: Tensor, clip: Clip, attention: Tensor, segments: Sequence[int], counts: FramePlan) -> ClipChoice:
+        """Picks and merges the tokens of a clip `[n, D]` with given counts; the centers come last in the choice."""
+        frames = list(torch.arange(len(x), device=x.device).split(clip.sizes))
+        salient = [rows[largest(attention[rows], n)] for rows, n in zip(frames, counts.salient, strict=True)]
+        rest = [rows[~torch.isin(rows, taken)] for rows, taken in zip(frames, salient, strict=True)]
+        centers, states, start = [], [], 0
+        for length in segments:
+            segment = torch.cat(rest[start : start + length])
+            for t in range(start, start + length):
+                if not counts.centers[t]:
+                    continue
+                peaks = density_peaks(pairwise_distances(x[rest[t]]), counts.centers[t], _NEIGHBORS)
+                centers.append(rest[t][peaks])
+                members = rest[t] if counts.alone[t] else segment
+                states.append(summarize(x, centers[-1], members, self.beta))
+            start += length
+        kept = torch.cat(salient)
+        return ClipChoice(torch.cat([kept, *centers]), torch.cat([x[kept], *states]), attention)
