@@ -220,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of the built-in model with every pruning method.")
     parser.add_argument("--model", choices=list(refvlm.MODELS), default="llava", help="which built-in model")
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--methods", nargs="+", default=[*vtprune.methods.names(), "oracle"])
+    parser.add_argument("--methods", nargs="+", default=[*vtprune.methods.for_pictures(), "oracle"])
     parser.add_argument("--ratios", nargs="*", type=float, default=list(RATIOS))
     parser.add_argument("--mean-ratios", nargs="*", type=float, default=list(MEAN_RATIOS))
     parser.add_argument("--batch", type=int, default=32)

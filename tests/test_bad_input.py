@@ -27,7 +27,7 @@ PAIR = [[3, Image(0), 5], [2, Image(0), 3]]
 PIXELS = {"pixel_values", "image_sizes", "image_grid_thw"}
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 few_families = pytest.mark.parametrize("family", FEW)
-every_method = pytest.mark.parametrize("method", methods.names())
+every_method = pytest.mark.parametrize("method", methods.for_pictures())
 
 
 @pytest.fixture(autouse=True)

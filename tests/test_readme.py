@@ -78,7 +78,7 @@ def test_links_lead_somewhere():
 
 
 def test_it_stays_short():
-    assert len(README.splitlines()) < 150
+    assert len(README.splitlines()) < 170
 
 
 _RESULTS = {

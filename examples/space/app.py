@@ -90,7 +90,7 @@ def answer(models: Models):
             return str(error), ""
         if not question or len(question) > MAX_QUESTION:
             return f"Ask something, in at most {MAX_QUESTION} characters.", ""
-        chosen = [name for name in methods.names() if name in (chosen or ())]
+        chosen = [name for name in methods.for_pictures() if name in (chosen or ())]
         asked = [name for name in models.names if name in (asked or ())]
         if not chosen or not asked:
             return "Choose at least one method and one model.", ""
@@ -115,7 +115,7 @@ def build(models: Models) -> gr.Blocks:
                 first = questions(next(iter(SCENES)))[-1]
                 question = gr.Textbox(first, label="Question", max_length=MAX_QUESTION, elem_id="question")
                 ratio = gr.Slider(0.02, 1.0, 0.1, step=0.01, label="Share of visual tokens kept", elem_id="ratio")
-                chosen = gr.CheckboxGroup(list(methods.names()), value=["iwp"], label="Methods", elem_id="methods")
+                chosen = gr.CheckboxGroup(list(methods.for_pictures()), value=["iwp"], label="Methods", elem_id="methods")
                 names = models.names
                 asked = gr.CheckboxGroup(
                     names, value=names[:1], label="Models", visible=len(names) > 1, elem_id="models"

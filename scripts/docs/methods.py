@@ -47,13 +47,7 @@ def page(name: str) -> str:
 
 {facts}
 
-```python
-import vtprune
-
-with vtprune.patch(model, ratio=0.1, method="{name}") as patch:
-    model.generate(**inputs)
-print(patch.last.report())
-```
+{_for_clips(name) if cls.needs_frames else _for_pictures(name)}
 
 ## What it does
 
@@ -69,6 +63,28 @@ Simple scenes and a small model: a difference here is a hint, no promise for a l
 
 {tables.of_method(name)}
 """
+
+
+def _for_pictures(name: str) -> str:
+    """The method at work on whatever the session's prompt shows."""
+    return f"""```python
+import vtprune
+
+with vtprune.patch(model, ratio=0.1, method="{name}") as patch:
+    model.generate(**inputs)
+print(patch.last.report())
+```"""
+
+
+def _for_clips(name: str) -> str:
+    """The method beside one for pictures, on a model that takes clips."""
+    return f"""```python
+import vtprune
+
+qwen, _ = vtprune.refvlm.load(name="qwen2_5_vl")
+with vtprune.patch(qwen, ratio=0.5, method="iwp", video_method="{name}") as patch:
+    print(patch)  # pictures by "iwp", clips by "{name}"
+```"""
 
 
 def _words(name: str) -> str:

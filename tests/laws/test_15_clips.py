@@ -70,7 +70,8 @@ def test_every_clip_has_its_own_budget(kind: str, name: str, ratio: float) -> No
         model(**batch)
         last = patch.last
         assert torch.equal(torch.random.get_rng_state(), state)
-        for visual, kept, image in zip(last.visual, last.kept, last.places.image.split(last.places.counts), strict=True):
+        images = last.places.image.split(last.places.counts)
+        for visual, kept, image in zip(last.visual, last.kept, images, strict=True):
             stays = torch.isin(visual, kept)
             for clip in image.unique():
                 size = int((image == clip).sum())

@@ -109,7 +109,7 @@ def prompts(draw: Any, family: str) -> tuple[Part, ...]:
 def accepted(family: str) -> tuple[str, ...]:
     """Registered methods that do not refuse the family's model."""
     names = []
-    for name in methods.names():
+    for name in methods.for_pictures():
         try:
             vtprune.patch(model_of(family), ratio=0.5, method=name).remove()
         except vtprune.MethodError:

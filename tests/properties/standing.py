@@ -36,7 +36,7 @@ def batches(family: str) -> list[dict[str, torch.Tensor]]:
 def accepted(family: str) -> tuple[str, ...]:
     """Registered methods that do not refuse the family's model."""
     out = []
-    for name in methods.names():
+    for name in methods.for_pictures():
         try:
             vtprune.patch(model(family, -1), ratio=0.5, method=name).remove()
         except vtprune.MethodError:

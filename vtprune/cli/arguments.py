@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Methods by label: registered names and strategy files of `vtprune tune`; all registered ones for None."""
+    """Methods by label: registered names and strategy files of `vtprune tune`; all that prune pictures for None."""
     from .. import methods
     from ..methods.vflowopt.method import VFlowOpt
 
     chosen: dict[str, Method] = {}
-    for name in names or methods.names():
+    for name in names or methods.for_pictures():
         if name.endswith(".json"):
             chosen[Path(name).name] = VFlowOpt.load(Path(name).expanduser())
         else:

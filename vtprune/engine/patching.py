@@ -144,18 +144,25 @@ def patch(
         MethodError: No such method, or a need of it that the model cannot meet.
         UnsupportedModelError: A part of the model was not found.
     """
-    if isinstance(method, Mapping):
-        if video_method is not None or set(method) != {"image", "video"}:
-            raise MethodError(
-                f"method is a mapping of {sorted(map(str, method))}{' beside video_method' if video_method else ''}; "
-                "expected one method for 'image' and one for 'video', and no video_method"
-            )
-        method, video_method = method["image"], method["video"]
-    chosen, for_clips = resolve(method), None if video_method is None else resolve(video_method)
+    chosen, for_clips = _methods(method, video_method)
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
     return Patch(model, PruneSpec.of(model, chosen, budget, for_clips), instead_of=find_patch(model))
+
+
+def _methods(
+    method: MethodLike | Mapping[str, MethodLike], video_method: MethodLike | None
+) -> tuple[Method, Method | None]:
+    """The method, or the one for pictures, and the one for clips if that is another."""
+    if not isinstance(method, Mapping):
+        return resolve(method), None if video_method is None else resolve(video_method)
+    if video_method is not None or set(method) != {"image", "video"}:
+        raise MethodError(
+            f"method is a mapping of {sorted(map(str, method))}{' beside video_method' if video_method else ''}; "
+            "expected one method for 'image' and one for 'video', and no video_method"
+        )
+    return resolve(method["image"]), resolve(method["video"])
 
 
 def find_patch(model: nn.Module) -> Patch | None:
