@@ -144,7 +144,7 @@ def cases(
     """Yields every case; `scale` divides widths and heads, for tests of the benchmark itself."""
     groups, heads, size, width, length = 4, 28, 128 // scale, 4096 // scale, 40
     item = torch.empty(0, dtype=dtype).element_size()
-    segments, budgets = torch.tensor([0, rows]), torch.tensor([keep])
+    offsets, budgets = torch.tensor([0, rows]), torch.tensor([keep])
     size_of = f"N={rows}, K={keep}"
 
     def there(tensor: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def cases(
         k = there(features(rows, groups, size, data=data, seed=2) * 0.5)
         v = there(features(rows, groups, size, data=data, seed=3))
         yield Case(
-            "progressive_mmr", f"{size_of}, G={groups}, d={size}", data, (relevance, k, v, segments, budgets),
+            "progressive_mmr", f"{size_of}, G={groups}, d={size}", data, (relevance, k, v, offsets, budgets),
             lambda k=k, v=v: plain_mmr(relevance, k, v, keep), 4 * rows * keep * groups * size,
             2 * item * rows * groups * size + 4 * rows,
         )  # fmt: skip
@@ -165,20 +165,20 @@ def cases(
             name = "DivPrune" if weights is None else "weighted, ZOO-Prune"
             pairs = rows * rows if weights is None else rows * keep
             yield Case(
-                "weighted_farthest_point", f"{size_of}, D={width}, {name}", data, (x, weights, segments, budgets),
+                "weighted_farthest_point", f"{size_of}, D={width}, {name}", data, (x, weights, offsets, budgets),
                 lambda x=x, w=weights: plain_farthest(x, w, keep), 2 * pairs * width, item * rows * width,
             )  # fmt: skip
         yield Case(
-            "dpp_map", f"{size_of}, D={width}", data, (x, relevance + 0.1, segments, budgets),
+            "dpp_map", f"{size_of}, D={width}", data, (x, relevance + 0.1, offsets, budgets),
             lambda x=x: plain_dpp(x, relevance + 0.1, keep), 2 * rows * keep * width + rows * keep**2,
             item * rows * width,
         )  # fmt: skip
         yield Case(
-            "facility_location", f"{size_of}, D={width}, SCOPE", data, (x, relevance + 0.1, segments, budgets),
+            "facility_location", f"{size_of}, D={width}, SCOPE", data, (x, relevance + 0.1, offsets, budgets),
             lambda x=x: plain_coverage(x, relevance + 0.1, keep), rows * rows * width, item * rows * width,
         )  # fmt: skip
         yield Case(
-            "residual_pivots", f"{size_of}, D={width}", data, (x, None, segments, budgets),
+            "residual_pivots", f"{size_of}, D={width}", data, (x, None, offsets, budgets),
             lambda x=x: plain_residual(x, keep), 2 * rows * keep * width + rows * keep**2, item * rows * width,
         )  # fmt: skip
     total = rows + 35 + length

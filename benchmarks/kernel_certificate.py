@@ -128,8 +128,8 @@ def shortfall(operation: str, order: Tensor, *inputs: Any) -> float:
 
     Args:
         operation: Name of one of the choosing operations of `vtprune_kernels`.
-        order: `[K]` picks from one pool.
-        inputs: Arguments of the operation before `segments`.
+        order: `[K]` picks from one group.
+        inputs: Arguments of the operation before `offsets`.
 
     Returns:
         float: 0 for a perfect choice, infinity where a row was chosen twice.

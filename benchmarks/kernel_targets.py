@@ -52,8 +52,8 @@ def decisions(
 ) -> Iterator[Decision]:
     """The decisions at one size; `scale` divides widths and heads, for tests of the benchmark itself."""
     size, width = SIZE // scale, WIDTH // scale
-    segments, budgets = (torch.tensor(x, device=device) for x in ([0, rows], [keep]))
-    hints = {"width": keep, "longest": rows}
+    offsets, budgets = (torch.tensor(x, device=device) for x in ([0, rows], [keep]))
+    hints = {"width": keep, "max_length": rows}
     name = f"{keep} of {rows}"
 
     def there(*shape: int, seed: int) -> Tensor:
@@ -72,7 +72,7 @@ def decisions(
         return torch.exp(found - found.max())
 
     def iwp() -> Tensor:
-        return vtprune_kernels.progressive_mmr(magnitude(), k, v, segments, budgets, **hints)
+        return vtprune_kernels.progressive_mmr(magnitude(), k, v, offsets, budgets, **hints)
 
     def plain_iwp() -> Tensor:
         attention = plain_map(q.transpose(0, 1), keys.transpose(0, 1), size**-0.5, order)[..., :rows]
@@ -89,12 +89,12 @@ def decisions(
         rule = "farthest point" if weights is None else "weighted farthest point"
         yield Decision(
             f"{rule}, {name}",
-            lambda w=weights: vtprune_kernels.weighted_farthest_point(x, w, segments, budgets, **hints),
+            lambda w=weights: vtprune_kernels.weighted_farthest_point(x, w, offsets, budgets, **hints),
             lambda o, w=weights: shortfall("weighted_farthest_point", o, x, w), aims["farthest"],
             (lambda w=weights: plain_farthest(x, w, keep)) if plain else None,
         )  # fmt: skip
     yield Decision(
-        f"DPP, {name}", lambda: vtprune_kernels.dpp_map(x, relevance, segments, budgets, **hints),
+        f"DPP, {name}", lambda: vtprune_kernels.dpp_map(x, relevance, offsets, budgets, **hints),
         lambda o: shortfall("dpp_map", o, x, relevance), aims["dpp"],
         (lambda: plain_dpp(x, relevance, keep)) if plain else None,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def kernels(data: Data) -> str:
         for row in data["rows"]
     ]
     text = (
-        f"Each agrees with its specification (`naive.py`) in the same run. `plain` is the published loop in vectorised "
+        f"Each agrees with its specification (`naive.py`) in the same run. `plain` is the published loop in vectorized "
         "PyTorch; the limit follows from the bytes and operations of the definition, and the ceilings measured on "
         f"{data['device']}: more than 100 % where lazy evaluation needs fewer, or the data stays in a cache "
         f"({data['threads']} thread{'s' if data['threads'] > 1 else ''}). {versions(data)}"

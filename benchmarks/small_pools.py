@@ -3,7 +3,7 @@
 
     python -m benchmarks.small_pools
 
-The three greedy choices of the kernels have two paths with equal results. For pools of several sizes, widths and
+The three greedy choices of the kernels have two paths with equal results. For groups of several sizes, widths and
 budgets both are timed in turn, in CPU time of one thread, on clustered and on unstructured rows.
 `vtprune_kernels/_small.py` says which path runs; a test holds its rule against the result.
 """
@@ -25,12 +25,12 @@ from benchmarks.kernel_cases import features
 from vtprune_kernels import _small
 from vtprune_kernels._cosine import Cosine
 from vtprune_kernels.dpp_map import gram as dpp_gram
-from vtprune_kernels.dpp_map import vectorised as dpp_lazy
+from vtprune_kernels.dpp_map import vectorized as dpp_lazy
 from vtprune_kernels.progressive_mmr import gram as mmr_gram
-from vtprune_kernels.progressive_mmr import vectorised as mmr_lazy
+from vtprune_kernels.progressive_mmr import vectorized as mmr_lazy
 from vtprune_kernels.progressive_mmr.duplication import Duplication
 from vtprune_kernels.weighted_farthest_point import gram as farthest_gram
-from vtprune_kernels.weighted_farthest_point import vectorised as farthest_lazy
+from vtprune_kernels.weighted_farthest_point import vectorized as farthest_lazy
 
 OUT = Path(__file__).resolve().parent / "results" / "small_pools.json"
 ROWS, SHARES, DATA = (144, 256, 576, 1024), (0.05, 0.1, 0.25), ("clustered", "noise")
@@ -104,7 +104,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     from vtprune.study import progress
 
-    parser = argparse.ArgumentParser(description="Both paths of the greedy choices on pools of several sizes.")
+    parser = argparse.ArgumentParser(description="Both paths of the greedy choices on groups of several sizes.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

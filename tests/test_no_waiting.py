@@ -48,13 +48,13 @@ def test_shapes_follow_from_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["iwp", "divprune", "cdpruner", "zoo_prune"])
 def test_the_largest_budget_is_not_read(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    known, original = [], _ragged.output_width
+    known, original = [], _ragged.output_columns
 
-    def output_width(budgets: Tensor, width: int | None) -> int:
+    def output_columns(budgets: Tensor, width: int | None) -> int:
         known.append(width is not None and width == int(budgets.max()))
         return original(budgets, width)
 
-    monkeypatch.setattr(_ragged, "output_width", output_width)
+    monkeypatch.setattr(_ragged, "output_columns", output_columns)
     family = FAMILIES["llava"]
     model, batch = family.build(), family.batch([[3, Image(0), 5], [Image(1), Image(2), 7]])
     with torch.no_grad(), vtprune.patch(model, ratio=0.3, method=method):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for the kernel tests: ragged pools of odd sizes, clustered like real features."""
+"""Inputs for the kernel tests: ragged groups of odd sizes, clustered like real features."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 LENGTHS = [(1,), (5,), (123,), (577,), (5, 0, 123, 1, 31)]
 
 
-def offsets(lengths: tuple[int, ...]) -> Tensor:
-    """`[S + 1]` int64 from the lengths of the pools."""
+def offsets_of(lengths: tuple[int, ...]) -> Tensor:
+    """`[S + 1]` int64 from the lengths of the groups."""
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
@@ -41,10 +41,10 @@ def strided(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, torch.full_like(tensor, 7)], 1).flatten(0, 1)[::2]
 
 
-def assert_order(order: Tensor, expected: Tensor, segments: Tensor, counts: Tensor) -> None:
-    """Equal orders, each holding exactly its budget of different rows of its own pool."""
+def assert_order(order: Tensor, expected: Tensor, offsets: Tensor, counts: Tensor) -> None:
+    """Equal orders, each holding exactly its budget of different rows of its own group."""
     assert order.dtype == torch.int64 and order.shape == (len(counts), int(counts.max()))
-    for row, start, stop, count in zip(order, segments[:-1], segments[1:], counts.tolist(), strict=True):
+    for row, start, stop, count in zip(order, offsets[:-1], offsets[1:], counts.tolist(), strict=True):
         chosen = row[:count]
         assert len(chosen.unique()) == count
         assert ((chosen >= start) & (chosen < stop)).all()

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from kernel_tests.cases import offsets, strided
+from kernel_tests.cases import offsets_of, strided
 from vtprune_kernels import attention_rows, rank1_relevance, received_attention
 from vtprune_kernels.attention_rows.naive import attention_rows as naive_rows
 from vtprune_kernels.rank1_relevance.naive import rank1_relevance as naive_relevance
@@ -21,27 +21,27 @@ def case(heads=6, groups=2, size=60, seed=0, keys=(9, 123, 1), rows=(3, 5, 1)):
     q = torch.randn(sum(rows), heads, size, generator=generator) * 3
     k, v = (torch.randn(sum(keys), groups, size + extra, generator=generator) for extra in (0, 4))
     query_order = torch.cat([torch.arange(n - r, n) for n, r in zip(keys, rows, strict=True)])
-    starts = offsets(keys)
+    starts = offsets_of(keys)
     visual = [
         torch.arange(int(a) + min(2, n - 1), int(a) + max(n - r, 1))
         for a, n, r in zip(starts[:-1], keys, rows, strict=True)
     ]
-    return q, k, v, offsets(rows), starts, query_order, torch.cat(visual), size**-0.5
+    return q, k, v, offsets_of(rows), starts, query_order, torch.cat(visual), size**-0.5
 
 
 @pytest.mark.parametrize("heads, groups, size", [(4, 4, 64), (6, 2, 60), (8, 1, 80)])
-@pytest.mark.parametrize("reduce, normalise", list(itertools.product(("mean", "rms", "max"), ("visible", "visual"))))
+@pytest.mark.parametrize("reduce, normalize", list(itertools.product(("mean", "rms", "max"), ("visible", "visual"))))
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_relevance_equals_specification(heads, groups, size, reduce, normalise, softcap):
+def test_relevance_equals_specification(heads, groups, size, reduce, normalize, softcap):
     q, k, v, *rest = case(heads, groups, size)
-    found = rank1_relevance(q, k, v, *rest, reduce, normalise, softcap)
+    found = rank1_relevance(q, k, v, *rest, reduce, normalize, softcap)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, naive_relevance(q, k, v, *rest, reduce, normalise, softcap), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, naive_relevance(q, k, v, *rest, reduce, normalize, softcap), atol=1e-5, rtol=1e-5)
 
 
 def test_relevance_is_softmax_weight_times_value_length():
     """The definition by brute force in float64, for one sample."""
-    q, k, v, query_segments, key_segments, query_order, visual, scaling = case(keys=(40,), rows=(6,))
+    q, k, v, query_offsets, key_offsets, query_order, visual, scaling = case(keys=(40,), rows=(6,))
     magnitudes = []
     for row, place in enumerate(query_order.tolist()):
         for head in range(6):
@@ -50,7 +50,7 @@ def test_relevance_is_softmax_weight_times_value_length():
     magnitudes = torch.stack(magnitudes)
     expected = {"mean": magnitudes.mean(0), "rms": magnitudes.square().mean(0).sqrt(), "max": magnitudes.amax(0)}
     for reduce, value in expected.items():
-        found = rank1_relevance(q, k, v, query_segments, key_segments, query_order, visual, scaling, reduce)
+        found = rank1_relevance(q, k, v, query_offsets, key_offsets, query_order, visual, scaling, reduce)
         torch.testing.assert_close(found.double().exp(), value, atol=0, rtol=2e-5)
 
 
@@ -58,9 +58,9 @@ def test_relevance_survives_huge_logits_and_rows_without_keys():
     q, k, v, *rest = case(seed=1)
     found = rank1_relevance(q * 400, k * 20, v, *rest)
     assert torch.isfinite(found).all()
-    q, k, v, query_segments, key_segments, query_order, visual, scaling = case(seed=1)
+    q, k, v, query_offsets, key_offsets, query_order, visual, scaling = case(seed=1)
     query_order[:3] = 0  # these rows see no visual key
-    found = rank1_relevance(q, k, v, query_segments, key_segments, query_order, visual, scaling, normalise="visual")
+    found = rank1_relevance(q, k, v, query_offsets, key_offsets, query_order, visual, scaling, normalize="visual")
     assert (found[visual < 9] == -torch.inf).all() and torch.isfinite(found[visual >= 9]).all()
 
 
@@ -68,8 +68,8 @@ def test_relevance_survives_huge_logits_and_rows_without_keys():
 @pytest.mark.parametrize("heads, groups, size", [(4, 4, 64), (6, 2, 60), (8, 1, 80)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_rows_equal_specification(reduce, heads, groups, size, softcap):
-    q, k, _, query_segments, key_segments, query_order, _, scaling = case(heads, groups, size)
-    inputs = (q, k, query_segments, key_segments, query_order, scaling, softcap, reduce)
+    q, k, _, query_offsets, key_offsets, query_order, _, scaling = case(heads, groups, size)
+    inputs = (q, k, query_offsets, key_offsets, query_order, scaling, softcap, reduce)
     weights = torch.rand(len(q), generator=torch.Generator().manual_seed(1))
     weights[0] = 0
     for weight in (None, weights):
@@ -78,12 +78,12 @@ def test_rows_equal_specification(reduce, heads, groups, size, softcap):
 
 
 def test_rows_equal_pytorch_attention():
-    q, k, _, query_segments, key_segments, query_order, _, scaling = case(keys=(70,), rows=(4,))
+    q, k, _, query_offsets, key_offsets, query_order, _, scaling = case(keys=(70,), rows=(4,))
     eye = torch.eye(70)[None, None].expand(1, 6, 70, 70)  # values that make the output the attention itself
     mask = torch.arange(70) <= query_order[:, None]
     keys = k.permute(1, 0, 2)[None].repeat_interleave(3, 1)
     expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, eye, mask, scale=scaling)
-    inputs = (q, k, query_segments, key_segments, query_order, scaling)
+    inputs = (q, k, query_offsets, key_offsets, query_order, scaling)
     torch.testing.assert_close(attention_rows(*inputs, reduce="none"), expected[0], atol=1e-6, rtol=1e-5)
     chosen = torch.tensor([0.0, 1, 0, 1])
     by_mask = attention_rows(*inputs, weights=chosen)
@@ -98,28 +98,28 @@ def test_received_attention_equals_specification(length, heads, groups, size):
     k = torch.randn(2, groups, length, size, generator=generator)
     some = torch.rand(2, length, generator=generator) < 0.4
     some[1] = False
-    segments = torch.tensor([0, length // 3, length // 3, length])
-    for rows, parts in itertools.product((None, some, some[0]), (None, segments)):
+    offsets = torch.tensor([0, length // 3, length // 3, length])
+    for rows, parts in itertools.product((None, some, some[0]), (None, offsets)):
         found = received_attention(q, k, size**-0.5, rows, parts)
         torch.testing.assert_close(found, naive_received(q, k, size**-0.5, rows, parts), atol=1e-6, rtol=1e-5)
 
 
 def test_received_attention_in_blocks_sums_to_one(monkeypatch):
-    from vtprune_kernels.received_attention import vectorised
+    from vtprune_kernels.received_attention import vectorized
 
     q, k = torch.randn(2, 1, 2, 200, 16, generator=torch.Generator().manual_seed(0))
     whole = received_attention(q, k, 0.25)
-    monkeypatch.setattr(vectorised, "_BLOCK", 2 * 200 * 7)
+    monkeypatch.setattr(vectorized, "_BLOCK", 2 * 200 * 7)
     torch.testing.assert_close(received_attention(q, k, 0.25), whole, atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(whole.sum(), torch.tensor(1.0))
 
 
 def test_rows_in_blocks_equal_the_whole(monkeypatch):
-    from vtprune_kernels.attention_rows import vectorised as rows_module
-    from vtprune_kernels.rank1_relevance import vectorised as relevance_module
+    from vtprune_kernels.attention_rows import vectorized as rows_module
+    from vtprune_kernels.rank1_relevance import vectorized as relevance_module
 
-    q, k, v, query_segments, key_segments, query_order, visual, scaling = case(seed=3)
-    some = (query_segments, key_segments, query_order)
+    q, k, v, query_offsets, key_offsets, query_order, visual, scaling = case(seed=3)
+    some = (query_offsets, key_offsets, query_order)
     whole = [attention_rows(q, k, *some, scaling, reduce=reduce) for reduce in ("mean", "heads", "none")]
     whole += [rank1_relevance(q, k, v, *some, visual, scaling, reduce) for reduce in ("mean", "rms", "max")]
     monkeypatch.setattr(rows_module, "_BLOCK", 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets, strided
+from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets_of, strided
 from vtprune_kernels import facility_location, residual_pivots
 from vtprune_kernels.facility_location.naive import facility_location as naive_coverage
 from vtprune_kernels.residual_pivots import residual_energy
@@ -19,36 +19,36 @@ from vtprune_kernels.residual_pivots.naive import residual_pivots as naive_resid
 def case(lengths, width, seed):
     features = clustered(sum(lengths), width, seed=seed)
     weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) + 0.1
-    return features, weights, offsets(lengths)
+    return features, weights, offsets_of(lengths)
 
 
 @pytest.fixture(params=[None, 0], ids=["matrix", "no matrix"])
 def memory(request, monkeypatch):
     if request.param is not None:
-        module = importlib.import_module("vtprune_kernels.facility_location.vectorised")
+        module = importlib.import_module("vtprune_kernels.facility_location.vectorized")
         monkeypatch.setattr(module, "MATRIX_BYTES", request.param)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["one", "some", "all"])
 def test_facility_location_equals_specification(lengths, kind, memory):
-    features, weights, segments = case(lengths, 60, seed=1)
+    features, weights, offsets = case(lengths, 60, seed=1)
     counts = budgets(lengths, kind)
     for weight in (None, weights):
         for combine in ("product", "sum"):
-            order = facility_location(features, weight, segments, counts, combine=combine)
-            expected = naive_coverage(features, weight, segments, counts, combine=combine)
-            assert_order(order, expected, segments, counts)
+            order = facility_location(features, weight, offsets, counts, combine=combine)
+            expected = naive_coverage(features, weight, offsets, counts, combine=combine)
+            assert_order(order, expected, offsets, counts)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["one", "some"])
 def test_residual_pivots_equal_specification(lengths, kind):
-    features, weights, segments = case(lengths, 200, seed=2)
+    features, weights, offsets = case(lengths, 200, seed=2)
     counts = budgets(lengths, kind)
     for weight in (None, weights):
-        order = residual_pivots(features, weight, segments, counts)
-        assert_order(order, naive_residual(features, weight, segments, counts), segments, counts)
+        order = residual_pivots(features, weight, offsets, counts)
+        assert_order(order, naive_residual(features, weight, offsets, counts), offsets, counts)
 
 
 def coverage(features: Tensor, chosen: list[int]) -> float:
@@ -57,8 +57,8 @@ def coverage(features: Tensor, chosen: list[int]) -> float:
 
 
 def test_every_pick_adds_most_and_gains_never_rise():
-    features, segments = clustered(40, 16, seed=3), torch.tensor([0, 40])
-    order = facility_location(features, None, segments, torch.tensor([12]))[0].tolist()
+    features, offsets = clustered(40, 16, seed=3), torch.tensor([0, 40])
+    order = facility_location(features, None, offsets, torch.tensor([12]))[0].tolist()
     added = []
     for step, pick in enumerate(order):
         before = coverage(features, order[:step]) if step else 0.0
@@ -80,43 +80,43 @@ def test_greedy_coverage_reaches_its_share_of_the_best():
 
 
 def test_permuted_rows_give_the_permuted_choice():
-    features, weights, segments = case((90,), 120, seed=4)
+    features, weights, offsets = case((90,), 120, seed=4)
     permutation = torch.randperm(90, generator=torch.Generator().manual_seed(5))
     counts = torch.tensor([25])
     for choose in (facility_location, residual_pivots):
-        order = choose(features, weights, segments, counts)[0]
-        moved = choose(features[permutation], weights[permutation], segments, counts)[0]
+        order = choose(features, weights, offsets, counts)[0]
+        moved = choose(features[permutation], weights[permutation], offsets, counts)[0]
         assert torch.equal(permutation[moved], order)
 
 
 def test_length_matters_to_the_residual_and_not_to_coverage():
-    features, _, segments = case((90,), 120, seed=6)
+    features, _, offsets = case((90,), 120, seed=6)
     louder, counts = features.clone(), torch.tensor([10])
     louder[70] *= 8
     assert torch.equal(
-        facility_location(louder, None, segments, counts), facility_location(features, None, segments, counts)
+        facility_location(louder, None, offsets, counts), facility_location(features, None, offsets, counts)
     )
-    before = residual_pivots(features, None, segments, counts)[0, 0]
-    assert before != 70 and residual_pivots(louder, None, segments, counts)[0, 0] == 70
+    before = residual_pivots(features, None, offsets, counts)[0, 0]
+    assert before != 70 and residual_pivots(louder, None, offsets, counts)[0, 0] == 70
 
 
 def test_residual_choice_ignores_rotation_and_scale():
-    features, weights, segments = case((90,), 64, seed=7)
+    features, weights, offsets = case((90,), 64, seed=7)
     rotation = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(8)))[0]
     counts = torch.tensor([30])
-    order = residual_pivots(features, weights, segments, counts)
-    assert torch.equal(residual_pivots(features @ rotation, weights, segments, counts), order)
+    order = residual_pivots(features, weights, offsets, counts)
+    assert torch.equal(residual_pivots(features @ rotation, weights, offsets, counts), order)
     for factor in (2.0**-12, 2.0**40):
-        assert torch.equal(residual_pivots(features * factor, weights, segments, counts), order)
+        assert torch.equal(residual_pivots(features * factor, weights, offsets, counts), order)
 
 
 def test_a_copy_of_a_chosen_row_comes_after_all_others():
-    features, _, segments = case((20,), 64, seed=9)
+    features, _, offsets = case((20,), 64, seed=9)
     rows = torch.cat([features, features[[3, 11]] * 0.5])
-    segments, counts = torch.tensor([0, 22]), torch.tensor([22])
-    order = residual_pivots(rows, None, segments, counts)[0].tolist()
+    offsets, counts = torch.tensor([0, 22]), torch.tensor([22])
+    order = residual_pivots(rows, None, offsets, counts)[0].tolist()
     assert set(order[20:]) == {20, 21}
-    order = facility_location(rows, None, segments, counts)[0].tolist()
+    order = facility_location(rows, None, offsets, counts)[0].tolist()
     for original, copy in ((3, 20), (11, 21)):
         assert order.index(original) < order.index(copy)
 
@@ -131,52 +131,52 @@ def test_beyond_the_rank_rows_come_by_energy():
 
 
 def test_ties_go_to_the_smaller_row(memory):
-    rows, segments, counts = exact_rows(20, 32, seed=5).repeat(3, 1), torch.tensor([0, 60]), torch.tensor([40])
+    rows, offsets, counts = exact_rows(20, 32, seed=5).repeat(3, 1), torch.tensor([0, 60]), torch.tensor([40])
     halves = torch.tensor([1.0, 0.5, 0.5]).repeat(20)
     for weights in (None, torch.ones(60), halves, torch.zeros(60)):
-        order = facility_location(rows, weights, segments, counts)
-        assert_order(order, naive_coverage(rows, weights, segments, counts), segments, counts)
-    assert residual_pivots(rows, None, segments, torch.tensor([1])).tolist() == [[0]]
-    assert residual_pivots(rows, halves, segments, torch.tensor([1])).tolist() == [[0]]
+        order = facility_location(rows, weights, offsets, counts)
+        assert_order(order, naive_coverage(rows, weights, offsets, counts), offsets, counts)
+    assert residual_pivots(rows, None, offsets, torch.tensor([1])).tolist() == [[0]]
+    assert residual_pivots(rows, halves, offsets, torch.tensor([1])).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("weights", [torch.zeros(30), torch.linspace(-1, 1, 30), torch.full((30,), torch.nan)])
 def test_unusual_weights_still_give_the_budget(weights):
-    features, _, segments = case((30,), 24, seed=6)
+    features, _, offsets = case((30,), 24, seed=6)
     for choose, naive in ((facility_location, naive_coverage), (residual_pivots, naive_residual)):
-        everything = choose(features, weights, segments, torch.tensor([30]))
+        everything = choose(features, weights, offsets, torch.tensor([30]))
         assert everything[0].sort().values.tolist() == list(range(30))
         counts = torch.tensor([12])
-        assert torch.equal(choose(features, weights, segments, counts), naive(features, weights, segments, counts))
+        assert torch.equal(choose(features, weights, offsets, counts), naive(features, weights, offsets, counts))
 
 
 def test_rows_of_zeros_and_broken_numbers_come_last():
-    features, weights, segments = case((30,), 40, seed=7)
+    features, weights, offsets = case((30,), 40, seed=7)
     features[3:8] = 0
     features[9] = torch.nan
     features[12, 2] = torch.inf
     for choose in (facility_location, naive_coverage, residual_pivots, naive_residual):
         for weight in (None, weights):
-            order = choose(features, weight, segments, torch.tensor([30]))[0].tolist()
+            order = choose(features, weight, offsets, torch.tensor([30]))[0].tolist()
             assert sorted(order) == list(range(30))
             assert set(order[-7:]) == {3, 4, 5, 6, 7, 9, 12}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_strides(dtype):
-    features, weights, segments = case((77, 20), 96, seed=8)
+    features, weights, offsets = case((77, 20), 96, seed=8)
     features, counts = features.to(dtype), torch.tensor([25, 4])
     for choose, naive in ((facility_location, naive_coverage), (residual_pivots, naive_residual)):
         for weight in (None, weights):
-            order = choose(strided(features), None if weight is None else strided(weight), segments, counts)
-            assert_order(order, naive(features.float(), weight, segments, counts), segments, counts)
+            order = choose(strided(features), None if weight is None else strided(weight), offsets, counts)
+            assert_order(order, naive(features.float(), weight, offsets, counts), offsets, counts)
 
 
 def test_energy_left_is_what_the_projection_leaves():
-    features, _, segments = case((70, 30, 0), 40, seed=9)
+    features, _, offsets = case((70, 30, 0), 40, seed=9)
     counts = torch.tensor([50, 12, 0])
-    order = residual_pivots(features, None, segments, counts)
-    left = residual_energy(features, order, segments)
+    order = residual_pivots(features, None, offsets, counts)
+    left = residual_energy(features, order, offsets)
     assert (left.diff(dim=1) <= 1e-6).all() and (left >= 0).all()
     for number, (start, stop, count) in enumerate([(0, 70, 40), (70, 100, 12)]):
         rows = features[start:stop].double()

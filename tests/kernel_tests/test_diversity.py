@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets, strided
+from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets_of, strided
 from vtprune_kernels import dpp_map, weighted_farthest_point
 from vtprune_kernels._cosine import Cosine
 from vtprune_kernels.dpp_map.naive import dpp_map as naive_dpp
@@ -17,10 +17,10 @@ from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_poin
 
 @pytest.fixture(autouse=True, params=["as it comes", "lazy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pools as they are chosen, and by lazy evaluation, which large pools always are."""
+    """Small groups as they are chosen, and by lazy evaluation, which large groups always are."""
     if request.param == "lazy":
         for operation in ("dpp_map", "weighted_farthest_point"):
-            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorised")
+            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
             for rule in ("is_small", "is_small_for_isolation"):
                 monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
 
@@ -28,39 +28,39 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 def case(lengths, width, seed):
     features = clustered(sum(lengths), width, seed=seed)
     weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed))
-    return features, weights, offsets(lengths)
+    return features, weights, offsets_of(lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["one", "some", "all"])
 @pytest.mark.parametrize("width", [60, 80])
 def test_farthest_point_equals_specification(lengths, kind, width):
-    features, weights, segments = case(lengths, width, seed=1)
+    features, weights, offsets = case(lengths, width, seed=1)
     counts = budgets(lengths, kind)
     for weight in (None, weights):
-        order = weighted_farthest_point(features, weight, segments, counts)
-        assert_order(order, naive_farthest(features, weight, segments, counts), segments, counts)
+        order = weighted_farthest_point(features, weight, offsets, counts)
+        assert_order(order, naive_farthest(features, weight, offsets, counts), offsets, counts)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["one", "some"])
 @pytest.mark.parametrize("width", [160, 200])
 def test_dpp_equals_specification(lengths, kind, width):
-    features, relevance, segments = case(lengths, width, seed=2)
+    features, relevance, offsets = case(lengths, width, seed=2)
     counts = budgets(lengths, kind)
-    order = dpp_map(features, relevance + 0.1, segments, counts)
-    assert_order(order, naive_dpp(features, relevance + 0.1, segments, counts), segments, counts)
+    order = dpp_map(features, relevance + 0.1, offsets, counts)
+    assert_order(order, naive_dpp(features, relevance + 0.1, offsets, counts), offsets, counts)
 
 
 def test_dpp_maximises_the_determinant_greedily():
-    features, relevance, segments = case((40,), 32, seed=3)
+    features, relevance, offsets = case((40,), 32, seed=3)
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     kernel = relevance[:, None].double() * (unit @ unit.T) * relevance.double()
     chosen: list[int] = []
     for _ in range(12):
         rest = [row for row in range(40) if row not in chosen]
         chosen.append(max(rest, key=lambda row: torch.linalg.det(kernel[chosen + [row]][:, chosen + [row]])))
-    assert dpp_map(features, relevance, segments, torch.tensor([12]))[0].tolist() == chosen
+    assert dpp_map(features, relevance, offsets, torch.tensor([12]))[0].tolist() == chosen
 
 
 def test_dpp_beyond_the_rank_falls_back_to_relevance():
@@ -75,11 +75,11 @@ def test_dpp_beyond_the_rank_falls_back_to_relevance():
 
 
 def test_ties_go_to_the_smaller_row():
-    rows, segments, counts = exact_rows(20, 32, seed=5).repeat(3, 1), torch.tensor([0, 60]), torch.tensor([40])
+    rows, offsets, counts = exact_rows(20, 32, seed=5).repeat(3, 1), torch.tensor([0, 60]), torch.tensor([40])
     halves = torch.tensor([1.0, 0.5, 0.5]).repeat(20)
     for weights in (None, torch.ones(60), halves):
-        order = weighted_farthest_point(rows, weights, segments, counts)
-        assert_order(order, naive_farthest(rows, weights, segments, counts), segments, counts)
+        order = weighted_farthest_point(rows, weights, offsets, counts)
+        assert_order(order, naive_farthest(rows, weights, offsets, counts), offsets, counts)
     generic = clustered(20, 7, seed=9)  # lengths with rounding: every row is still exactly as good as any other
     for relevance in (torch.ones(20), torch.full((20,), 0.3)):
         assert dpp_map(generic, relevance, torch.tensor([0, 20]), torch.tensor([1])).tolist() == [[0]]
@@ -88,9 +88,9 @@ def test_ties_go_to_the_smaller_row():
 def test_dpp_orders_duplicates_by_relevance_and_not_by_rounding():
     rows = clustered(8, 37, seed=10).repeat(4, 1)
     relevance = torch.rand(32, generator=torch.Generator().manual_seed(11)) + 0.1
-    segments, counts = torch.tensor([0, 32]), torch.tensor([32])
+    offsets, counts = torch.tensor([0, 32]), torch.tensor([32])
     for choose in (dpp_map, naive_dpp):
-        order = choose(rows, relevance, segments, counts)[0]
+        order = choose(rows, relevance, offsets, counts)[0]
         assert (order[:8] % 8).unique().numel() == 8
         assert relevance[order[8:]].tolist() == sorted(relevance[order[8:]].tolist(), reverse=True)
 
@@ -101,9 +101,9 @@ def test_rows_that_are_each_others_nearest_tie(others):
     for seed in range(20):
         rows = clustered(others, 37, seed=seed, clusters=1, noise=0.01)
         pair = torch.randn(2, 37, generator=torch.Generator().manual_seed(seed)) - 3 * rows.sum(0) / max(1, others)
-        rows, segments, counts = torch.cat([rows, pair]), torch.tensor([0, others + 2]), torch.tensor([1])
-        expected = naive_farthest(rows, None, segments, counts)
-        assert weighted_farthest_point(rows, None, segments, counts).tolist() == expected.tolist() == [[others]]
+        rows, offsets, counts = torch.cat([rows, pair]), torch.tensor([0, others + 2]), torch.tensor([1])
+        expected = naive_farthest(rows, None, offsets, counts)
+        assert weighted_farthest_point(rows, None, offsets, counts).tolist() == expected.tolist() == [[others]]
 
 
 def nonsense(cosine):
@@ -120,56 +120,56 @@ def test_first_pick_does_not_depend_on_the_guesses(rows, screen, monkeypatch):
     """Whatever low precision says about who is near whom, the answer is that of float32."""
     module = importlib.import_module("vtprune_kernels.weighted_farthest_point.isolated")
     monkeypatch.setattr(module, "screen_of", screen)
-    segments, counts = torch.tensor([0, rows]), torch.tensor([3])
+    offsets, counts = torch.tensor([0, rows]), torch.tensor([3])
     noise = torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
     holes = noise.clone()
     holes[rows // 2 :: 40] = 0
     for features in (noise, holes, clustered(rows, 48, seed=rows), exact_rows(rows, 32, seed=rows), noise.bfloat16()):
-        order = weighted_farthest_point(features, None, segments, counts)
-        assert torch.equal(order, naive_farthest(features, None, segments, counts))
+        order = weighted_farthest_point(features, None, offsets, counts)
+        assert torch.equal(order, naive_farthest(features, None, offsets, counts))
 
 
 def test_first_picks_follow_the_published_rules():
     angles = torch.tensor([0.0, 0.1, 1.5, 1.55, 3.0])  # the last one is farthest from its nearest neighbour
     rows = torch.stack([angles.cos(), angles.sin()], 1)
-    segments, counts = torch.tensor([0, 5]), torch.tensor([3])
-    assert weighted_farthest_point(rows, None, segments, counts)[0].tolist() == [4, 0, 2]
+    offsets, counts = torch.tensor([0, 5]), torch.tensor([3])
+    assert weighted_farthest_point(rows, None, offsets, counts)[0].tolist() == [4, 0, 2]
     weights = torch.tensor([0.1, 0.1, 1.0, 0.1, 0.01])
-    assert weighted_farthest_point(rows, weights, segments, counts)[0].tolist() == [2, 0, 4]
+    assert weighted_farthest_point(rows, weights, offsets, counts)[0].tolist() == [2, 0, 4]
 
 
 @pytest.mark.parametrize("weights", [torch.zeros(30), torch.linspace(-1, 1, 30), torch.full((30,), torch.nan)])
 def test_unusual_weights_still_give_the_budget(weights):
-    features, _, segments = case((30,), 24, seed=6)
-    order = weighted_farthest_point(features, weights, segments, torch.tensor([30]))
+    features, _, offsets = case((30,), 24, seed=6)
+    order = weighted_farthest_point(features, weights, offsets, torch.tensor([30]))
     assert order[0].sort().values.tolist() == list(range(30))
     counts = torch.tensor([12])
-    order = weighted_farthest_point(features, weights, segments, counts)
-    assert torch.equal(order, naive_farthest(features, weights, segments, counts))
+    order = weighted_farthest_point(features, weights, offsets, counts)
+    assert torch.equal(order, naive_farthest(features, weights, offsets, counts))
 
 
 def test_rows_of_zeros_and_broken_numbers_still_give_the_budget():
-    features, weights, segments = case((30,), 24, seed=7)
+    features, weights, offsets = case((30,), 24, seed=7)
     features[3:8] = 0
     features[9] = torch.nan
     for order in (
-        weighted_farthest_point(features, None, segments, torch.tensor([30])),
-        weighted_farthest_point(features, weights, segments, torch.tensor([30])),
-        dpp_map(features, weights, segments, torch.tensor([30])),
+        weighted_farthest_point(features, None, offsets, torch.tensor([30])),
+        weighted_farthest_point(features, weights, offsets, torch.tensor([30])),
+        dpp_map(features, weights, offsets, torch.tensor([30])),
     ):
         assert order[0].sort().values.tolist() == list(range(30))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_strides(dtype):
-    features, weights, segments = case((77, 20), 96, seed=8)
+    features, weights, offsets = case((77, 20), 96, seed=8)
     features, counts = features.to(dtype), torch.tensor([25, 4])
     whole = features.float()
     for weight in (None, weights):
-        order = weighted_farthest_point(strided(features), weight, segments, counts)
-        assert_order(order, naive_farthest(whole, weight, segments, counts), segments, counts)
-    order = dpp_map(strided(features), strided(weights), segments, counts)
-    assert_order(order, naive_dpp(whole, weights, segments, counts), segments, counts)
+        order = weighted_farthest_point(strided(features), weight, offsets, counts)
+        assert_order(order, naive_farthest(whole, weight, offsets, counts), offsets, counts)
+    order = dpp_map(strided(features), strided(weights), offsets, counts)
+    assert_order(order, naive_dpp(whole, weights, offsets, counts), offsets, counts)
 
 
 def test_rows_that_are_given_in_half_precision_are_guessed_with_as_they_are():

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 
-from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, offsets, strided
+from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, offsets_of, strided
 from vtprune_kernels import progressive_mmr
 from vtprune_kernels.progressive_mmr import Duplication, closest_other
 from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
@@ -17,10 +17,10 @@ from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
 
 @pytest.fixture(autouse=True, params=["as it comes", "lazy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small pools as they are chosen, and by lazy evaluation, which large pools always are."""
+    """Small groups as they are chosen, and by lazy evaluation, which large groups always are."""
     if request.param == "lazy":
         for operation in ("progressive_mmr",):
-            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorised")
+            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
             for rule in ("is_small", "is_small_for_isolation"):
                 monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
 
@@ -30,7 +30,7 @@ def case(lengths, groups=2, key_size=64, value_size=48, seed=0):
     relevance = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
     keys = clustered(rows, groups, key_size, seed=seed + 1) * 0.7
     values = clustered(rows, groups, value_size, seed=seed + 2)
-    return relevance, keys, values, offsets(lengths)
+    return relevance, keys, values, offsets_of(lengths)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -40,9 +40,9 @@ def test_fast_path_equals_specification(lengths, kind):
     for seed, (groups, size) in enumerate([(1, 60), (2, 64), (4, 80)]):
         if sum(lengths) > 200 and kind == "all":
             counts = counts.clamp_max(90)
-        relevance, keys, values, segments = case(lengths, groups, size, size, seed=10 * seed)
-        order = progressive_mmr(relevance, keys, values, segments, counts)
-        assert_order(order, naive(relevance, keys, values, segments, counts), segments, counts)
+        relevance, keys, values, offsets = case(lengths, groups, size, size, seed=10 * seed)
+        order = progressive_mmr(relevance, keys, values, offsets, counts)
+        assert_order(order, naive(relevance, keys, values, offsets, counts), offsets, counts)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +50,11 @@ def test_fast_path_equals_specification(lengths, kind):
 )
 def test_every_schedule_and_objective_equals_specification(options):
     chunk, pool, growth, objective = options
-    relevance, keys, values, segments = case((61, 17), seed=5)
+    relevance, keys, values, offsets = case((61, 17), seed=5)
     relevance = relevance.log() if objective == "log" else relevance
     counts, settings = torch.tensor([30, 17]), (0.6, chunk, growth, pool, objective)
-    expected = naive(relevance, keys, values, segments, counts, *settings)
-    assert_order(progressive_mmr(relevance, keys, values, segments, counts, *settings), expected, segments, counts)
+    expected = naive(relevance, keys, values, offsets, counts, *settings)
+    assert_order(progressive_mmr(relevance, keys, values, offsets, counts, *settings), expected, offsets, counts)
 
 
 @pytest.mark.parametrize("objective", ["linear", "log"])
@@ -87,24 +87,24 @@ def brute_force(relevance, similarity, count, duplication):
 
 @pytest.mark.parametrize("pool", [1, 4])
 def test_chunk_of_one_is_the_exact_greedy_choice(pool):
-    relevance, keys, values, segments = case((200,), seed=8)
+    relevance, keys, values, offsets = case((200,), seed=8)
     unit = values.double() / values.double().norm(dim=-1, keepdim=True)
     distance = (keys.double()[:, None] - keys.double()[None]).square().sum(-1)
     cosine = torch.einsum("igd,jgd->ijg", unit, unit)
     similarity = (cosine * torch.exp(-distance / (2 * 64**0.5))).mean(-1)
     for duplication in (0.0, 0.3, 1.0):
-        order = progressive_mmr(relevance, keys, values, segments, torch.tensor([50]), duplication, chunk=1, pool=pool)
+        order = progressive_mmr(relevance, keys, values, offsets, torch.tensor([50]), duplication, chunk=1, pool=pool)
         assert order[0].tolist() == brute_force(relevance.double(), similarity, 50, duplication)
 
 
 def test_ties_go_to_the_smaller_row():
     rows = torch.eye(16)[:12].repeat(4, 1)[:, None]  # every row four times
     relevance = torch.tensor([0.5, 0.25]).repeat(24)
-    counts, segments = torch.tensor([20]), torch.tensor([0, 48])
-    order = progressive_mmr(relevance, rows, rows, segments, counts)
-    assert_order(order, naive(relevance, rows, rows, segments, counts), segments, counts)
+    counts, offsets = torch.tensor([20]), torch.tensor([0, 48])
+    order = progressive_mmr(relevance, rows, rows, offsets, counts)
+    assert_order(order, naive(relevance, rows, rows, offsets, counts), offsets, counts)
     assert order[0, :6].tolist() == [0, 2, 4, 6, 8, 10]
-    flat = progressive_mmr(torch.zeros(48), rows, rows, segments, torch.tensor([48]), duplication=0.0)
+    flat = progressive_mmr(torch.zeros(48), rows, rows, offsets, torch.tensor([48]), duplication=0.0)
     assert flat[0].tolist() == list(range(48))
 
 
@@ -117,51 +117,51 @@ def test_duplicates_wait_until_the_rest_is_worth_less():
 
 
 def test_without_duplication_it_is_top_k():
-    relevance, keys, values, segments = case((123,), seed=6)
-    order = progressive_mmr(relevance, keys, values, segments, torch.tensor([40]), duplication=0.0)
+    relevance, keys, values, offsets = case((123,), seed=6)
+    order = progressive_mmr(relevance, keys, values, offsets, torch.tensor([40]), duplication=0.0)
     assert set(order[0].tolist()) == set(relevance.topk(40).indices.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_strides(dtype):
-    relevance, keys, values, segments = case((90, 33), seed=7)
+    relevance, keys, values, offsets = case((90, 33), seed=7)
     counts = torch.tensor([20, 5])
     keys, values = keys.to(dtype), values.to(dtype)
-    expected = naive(relevance, keys.float(), values.float(), segments, counts)
-    assert_order(progressive_mmr(relevance, keys, values, segments, counts), expected, segments, counts)
-    order = progressive_mmr(strided(relevance), strided(keys), strided(values), segments, counts)
+    expected = naive(relevance, keys.float(), values.float(), offsets, counts)
+    assert_order(progressive_mmr(relevance, keys, values, offsets, counts), expected, offsets, counts)
+    order = progressive_mmr(strided(relevance), strided(keys), strided(values), offsets, counts)
     assert torch.equal(order, expected)
 
 
 def test_broken_numbers_still_give_the_budget():
-    relevance, keys, values, segments = case((50,), seed=9)
+    relevance, keys, values, offsets = case((50,), seed=9)
     relevance[:40] = torch.nan
     relevance[40:45] = -torch.inf
-    order = progressive_mmr(relevance, keys, values, segments, torch.tensor([30]))
+    order = progressive_mmr(relevance, keys, values, offsets, torch.tensor([30]))
     assert order[0].unique().numel() == 30
     assert set(range(45, 50)) <= set(order[0].tolist())
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
 def test_carried_rows_count_as_chosen_and_are_not_returned(chunk):
-    relevance, keys, values, segments = case((80, 1, 40), seed=12)
-    carried = torch.rand(121, generator=torch.Generator().manual_seed(12)) < 0.2
-    carried[80] = True
-    counts = torch.tensor([20, 0, 40 - int(carried[81:].sum())])
-    settings = {"chunk": chunk, "carried": carried, "scaling": 0.05}
-    order = progressive_mmr(relevance, keys, values, segments, counts, **settings)
-    assert_order(order, naive(relevance, keys, values, segments, counts, **settings), segments, counts)
-    assert not carried[order[order >= 0]].any()
-    whole = progressive_mmr(relevance, keys, values, segments, torch.tensor([30, 0, 30]), chunk=1)
+    relevance, keys, values, offsets = case((80, 1, 40), seed=12)
+    preselected = torch.rand(121, generator=torch.Generator().manual_seed(12)) < 0.2
+    preselected[80] = True
+    counts = torch.tensor([20, 0, 40 - int(preselected[81:].sum())])
+    settings = {"chunk": chunk, "preselected": preselected, "scaling": 0.05}
+    order = progressive_mmr(relevance, keys, values, offsets, counts, **settings)
+    assert_order(order, naive(relevance, keys, values, offsets, counts, **settings), offsets, counts)
+    assert not preselected[order[order >= 0]].any()
+    whole = progressive_mmr(relevance, keys, values, offsets, torch.tensor([30, 0, 30]), chunk=1)
     first = torch.zeros(121, dtype=torch.bool)
     first[torch.cat([whole[0, :10], whole[2, :10]])] = True
-    rest = progressive_mmr(relevance, keys, values, segments, torch.tensor([20, 0, 20]), chunk=1, carried=first)
+    rest = progressive_mmr(relevance, keys, values, offsets, torch.tensor([20, 0, 20]), chunk=1, preselected=first)
     assert torch.equal(rest[[0, 2]], whole[[0, 2], 10:])  # going on equals never having stopped
 
 
 def test_closest_other_is_the_largest_off_diagonal_similarity():
-    _, keys, values, segments = case((300, 1, 20), seed=13)
-    found = closest_other(keys, values, segments)
+    _, keys, values, offsets = case((300, 1, 20), seed=13)
+    found = closest_other(keys, values, offsets)
     for start, stop in ((0, 300), (301, 321)):
         everything = torch.arange(stop - start)
         full = Duplication(keys[start:stop], values[start:stop])(everything, everything)
@@ -170,7 +170,7 @@ def test_closest_other_is_the_largest_off_diagonal_similarity():
 
 
 def test_large_shared_bias_does_not_blur_the_distances():
-    relevance, keys, values, segments = case((100,), seed=11)
+    relevance, keys, values, offsets = case((100,), seed=11)
     counts = torch.tensor([30])
-    expected = naive(relevance.double(), keys, values, segments, counts)
-    assert torch.equal(progressive_mmr(relevance, keys + 60, values, segments, counts), expected)
+    expected = naive(relevance.double(), keys, values, offsets, counts)
+    assert torch.equal(progressive_mmr(relevance, keys + 60, values, offsets, counts), expected)

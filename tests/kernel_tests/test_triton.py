@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel_tests.cases import assert_order, clustered, exact_rows, offsets, strided
+from kernel_tests.cases import assert_order, clustered, exact_rows, offsets_of, strided
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -61,7 +61,7 @@ def poison(monkeypatch):
 
 @pytest.fixture(params=[None, 14_000, 0], ids=["matrix", "matrix in parts", "no matrix"])
 def memory(request, monkeypatch):
-    """What a matrix of all pairs may take: enough for all pools of a test, for some of them at once, for none."""
+    """What a matrix of all pairs may take: enough for all groups of a test, for some of them at once, for none."""
     if request.param is not None:
         monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", request.param)
         window = importlib.import_module("vtprune_kernels._triton_window")  # of few rows, which are searched in parts
@@ -74,7 +74,7 @@ def mmr_case(lengths, groups, size, dtype, seed=0):
     relevance = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
     keys = (clustered(rows, groups, size, seed=seed + 1) * 0.7).to(dtype)
     values = clustered(rows, groups, size - 4, seed=seed + 2).to(dtype)
-    return relevance, keys, values, offsets(lengths)
+    return relevance, keys, values, offsets_of(lengths)
 
 
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [2, 0, 13, 1, 9])], ids=str)
@@ -83,29 +83,31 @@ def mmr_case(lengths, groups, size, dtype, seed=0):
 )
 def test_progressive_mmr(lengths, counts, options, memory):
     run, naive = pair("progressive_mmr")
-    relevance, keys, values, segments = mmr_case(lengths, 2, 20, torch.float32)
+    relevance, keys, values, offsets = mmr_case(lengths, 2, 20, torch.float32)
     budgets = torch.tensor(counts)
-    expected = naive(relevance, keys, values, segments, budgets, **options)
-    assert_order(run(relevance, keys, values, segments, budgets, **options), expected, segments, budgets)
+    expected = naive(relevance, keys, values, offsets, budgets, **options)
+    assert_order(run(relevance, keys, values, offsets, budgets, **options), expected, offsets, budgets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_progressive_mmr_with_carried_rows_and_strides(dtype, memory):
     run, naive = pair("progressive_mmr")
-    relevance, keys, values, segments = mmr_case((23, 12), 3, 17, dtype, seed=4)
+    relevance, keys, values, offsets = mmr_case((23, 12), 3, 17, dtype, seed=4)
     budgets = torch.tensor([9, 4])
-    carried = torch.rand(35, generator=torch.Generator().manual_seed(1)) < 0.2
-    expected = naive(relevance, keys, values, segments, budgets, carried=carried, growth=1.0)
-    order = run(strided(relevance), strided(keys), strided(values), segments, budgets, carried=carried, growth=1.0)
-    assert_order(order, expected, segments, budgets)
+    preselected = torch.rand(35, generator=torch.Generator().manual_seed(1)) < 0.2
+    expected = naive(relevance, keys, values, offsets, budgets, preselected=preselected, growth=1.0)
+    order = run(
+        strided(relevance), strided(keys), strided(values), offsets, budgets, preselected=preselected, growth=1.0
+    )
+    assert_order(order, expected, offsets, budgets)
 
 
 def test_progressive_mmr_breaks_ties_by_row(memory):
     run, naive = pair("progressive_mmr")
-    rows, segments, budgets = torch.eye(16)[:5].repeat(3, 1)[:, None], torch.tensor([0, 15]), torch.tensor([9])
+    rows, offsets, budgets = torch.eye(16)[:5].repeat(3, 1)[:, None], torch.tensor([0, 15]), torch.tensor([9])
     for relevance in (torch.tensor([0.5, 0.25, -0.0]).repeat(5), torch.tensor([0.0, -0.0]).repeat(8)[:15]):
-        expected = naive(relevance, rows, rows, segments, budgets, growth=1.0)
-        assert_order(run(relevance, rows, rows, segments, budgets, growth=1.0), expected, segments, budgets)
+        expected = naive(relevance, rows, rows, offsets, budgets, growth=1.0)
+        assert_order(run(relevance, rows, rows, offsets, budgets, growth=1.0), expected, offsets, budgets)
 
 
 def attention_case(dtype, heads, groups, size, keys=(9, 70, 1), rows=(3, 5, 1)):
@@ -113,19 +115,19 @@ def attention_case(dtype, heads, groups, size, keys=(9, 70, 1), rows=(3, 5, 1)):
     q = (torch.randn(sum(rows), heads, size, generator=g) * 2).to(dtype)
     k, v = (torch.randn(sum(keys), groups, size + extra, generator=g).to(dtype) for extra in (0, 3))
     order = torch.cat([torch.arange(n - r, n) for n, r in zip(keys, rows, strict=True)])
-    starts = offsets(keys)
+    starts = offsets_of(keys)
     visual = torch.cat([torch.arange(2, 6), torch.arange(11, 74), torch.tensor([79])])
-    return q, k, v, offsets(rows), starts, order, visual, size**-0.5
+    return q, k, v, offsets_of(rows), starts, order, visual, size**-0.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, groups, size", [(4, 4, 16), (6, 2, 60), (3, 1, 80), (2, 1, 130)])
 def test_attention_rows(dtype, heads, groups, size):
     run, naive = pair("attention_rows")
-    q, k, _, query_segments, key_segments, order, _, scaling = attention_case(dtype, heads, groups, size)
+    q, k, _, query_offsets, key_offsets, order, _, scaling = attention_case(dtype, heads, groups, size)
     weights = torch.tensor([0.0, 1, 0.5, 1, 0, 2, 1, 1, 0])
     for settings in ((None, "mean"), (5.0, "mean", weights), (None, "heads"), (5.0, "none")):
-        inputs = (query_segments, key_segments, order, scaling, *settings)
+        inputs = (query_offsets, key_offsets, order, scaling, *settings)
         found = run(strided(q), strided(k), *inputs)
         torch.testing.assert_close(found, naive(q, k, *inputs), atol=TOLERANCE[dtype], rtol=1e-4)
 
@@ -142,12 +144,12 @@ def test_rank1_relevance(dtype, heads, groups, size):
 
 def test_rank1_relevance_of_keys_that_no_row_sees():
     run, naive = pair("rank1_relevance")
-    q, k, v, query_segments, key_segments, order, visual, scaling = attention_case(torch.float32, 2, 1, 16)
+    q, k, v, query_offsets, key_offsets, order, visual, scaling = attention_case(torch.float32, 2, 1, 16)
     order[:3] = 0
-    inputs = (q * 300, k, v, query_segments, key_segments, order, visual, scaling)
-    for normalise in ("visible", "visual"):
+    inputs = (q * 300, k, v, query_offsets, key_offsets, order, visual, scaling)
+    for normalize in ("visible", "visual"):
         torch.testing.assert_close(
-            run(*inputs, "mean", normalise), naive(*inputs, "mean", normalise), atol=1e-3, rtol=1e-5
+            run(*inputs, "mean", normalize), naive(*inputs, "mean", normalize), atol=1e-3, rtol=1e-5
         )
 
 
@@ -158,9 +160,9 @@ def test_received_attention(dtype):
     q, k = torch.randn(2, 4, 37, 20, generator=g).to(dtype), torch.randn(2, 2, 37, 20, generator=g).to(dtype)
     some = torch.rand(2, 37, generator=g) < 0.4
     some[1, 12:] = False
-    for rows, segments in ((None, None), (some, torch.tensor([0, 12, 12, 37])), (some[0], None)):
-        found = run(q, k, 0.3, rows, segments)
-        torch.testing.assert_close(found, naive(q, k, 0.3, rows, segments), atol=TOLERANCE[dtype], rtol=1e-4)
+    for rows, offsets in ((None, None), (some, torch.tensor([0, 12, 12, 37])), (some[0], None)):
+        found = run(q, k, 0.3, rows, offsets)
+        torch.testing.assert_close(found, naive(q, k, 0.3, rows, offsets), atol=TOLERANCE[dtype], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,14 +180,14 @@ def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
     rows = sum(lengths)
     features = clustered(rows, 60, seed=1).to(dtype)
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
-    segments, budgets = offsets(lengths), torch.tensor(counts)
+    offsets, budgets = offsets_of(lengths), torch.tensor(counts)
     run, naive = pair("weighted_farthest_point")
     for weight in (None, weights):
-        order = run(strided(features), weight, segments, budgets)
-        assert_order(order, naive(features, weight, segments, budgets), segments, budgets)
+        order = run(strided(features), weight, offsets, budgets)
+        assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
     run, naive = pair("dpp_map")
-    order = run(strided(features), strided(weights), segments, budgets)
-    assert_order(order, naive(features, weights, segments, budgets), segments, budgets)
+    order = run(strided(features), strided(weights), offsets, budgets)
+    assert_order(order, naive(features, weights, offsets, budgets), offsets, budgets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,34 +196,34 @@ def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
     rows = sum(lengths)
     features = clustered(rows, 60, seed=1).to(dtype)
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
-    segments, budgets = offsets(lengths), torch.tensor(counts)
+    offsets, budgets = offsets_of(lengths), torch.tensor(counts)
     run, naive = pair("facility_location")
     for options in ({}, {"combine": "sum"}):
-        order = run(strided(features), strided(weights), segments, budgets, **options)
-        assert_order(order, naive(features, weights, segments, budgets, **options), segments, budgets)
-    order = run(strided(features), None, segments, budgets)
-    assert_order(order, naive(features, None, segments, budgets), segments, budgets)
+        order = run(strided(features), strided(weights), offsets, budgets, **options)
+        assert_order(order, naive(features, weights, offsets, budgets, **options), offsets, budgets)
+    order = run(strided(features), None, offsets, budgets)
+    assert_order(order, naive(features, None, offsets, budgets), offsets, budgets)
     run, naive = pair("residual_pivots")
     for weight in (None, weights):
-        order = run(strided(features), weight, segments, budgets)
-        assert_order(order, naive(features, weight, segments, budgets), segments, budgets)
+        order = run(strided(features), weight, offsets, budgets)
+        assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
 
 
 def test_choices_survive_ties_zeros_and_broken_numbers(memory):
-    rows, segments, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
+    rows, offsets, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
     run, naive = pair("weighted_farthest_point")
     for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6)):
-        assert_order(run(rows, weights, segments, budgets), naive(rows, weights, segments, budgets), segments, budgets)
+        assert_order(run(rows, weights, offsets, budgets), naive(rows, weights, offsets, budgets), offsets, budgets)
     run, naive = pair("facility_location")
     for weights in (None, torch.tensor([1.0, 0.5, 0.5]).repeat(6), torch.zeros(18)):
-        assert_order(run(rows, weights, segments, budgets), naive(rows, weights, segments, budgets), segments, budgets)
+        assert_order(run(rows, weights, offsets, budgets), naive(rows, weights, offsets, budgets), offsets, budgets)
     run, naive = pair("weighted_farthest_point")
     rows[3:5], rows[7] = 0, torch.nan
     weights, everything = torch.rand(18, generator=torch.Generator().manual_seed(1)), torch.tensor([18])
-    orders = [run(rows, weight, segments, everything) for weight in (None, weights, weights * torch.nan)]
+    orders = [run(rows, weight, offsets, everything) for weight in (None, weights, weights * torch.nan)]
     for operation in ("dpp_map", "facility_location", "residual_pivots"):
         run, naive = pair(operation)
-        orders.append(run(rows, weights, segments, everything))
+        orders.append(run(rows, weights, offsets, everything))
     for order in orders:
         assert order[0].sort().values.tolist() == list(range(18))
     run, naive = pair("dpp_map")
@@ -229,11 +231,11 @@ def test_choices_survive_ties_zeros_and_broken_numbers(memory):
     assert run(rows, relevance, torch.tensor([0, 24]), torch.tensor([24]))[0].tolist() == list(range(24))
 
 
-@pytest.mark.parametrize("dtype, longest", [(torch.float32, None), (torch.bfloat16, 160)], ids=str)
+@pytest.mark.parametrize("dtype, max_length", [(torch.float32, None), (torch.bfloat16, 160)], ids=str)
 @pytest.mark.parametrize("memory", [None, 0], ids=["matrix", "no matrix"], indirect=True)
-def test_choices_over_several_tiles_and_blocks_of_picks(dtype, longest, memory):
+def test_choices_over_several_tiles_and_blocks_of_picks(dtype, max_length, memory):
     lengths, counts = (140, 3, 70), torch.tensor([36, 0, 9])
-    features, segments = clustered(213, 64, seed=1).to(dtype), offsets(lengths)
+    features, offsets = clustered(213, 64, seed=1).to(dtype), offsets_of(lengths)
     weights = torch.rand(213, generator=torch.Generator().manual_seed(2)) + 0.1
     keys, values = (clustered(213, 2, 20, seed=seed).to(dtype) for seed in (3, 4))
     for operation, *inputs in (
@@ -244,17 +246,17 @@ def test_choices_over_several_tiles_and_blocks_of_picks(dtype, longest, memory):
         ("progressive_mmr", weights, keys, values),
     ):
         run, naive = pair(operation)
-        order = run(*inputs, segments, counts, longest=longest)
-        assert_order(order, naive(*inputs, segments, counts), segments, counts)
+        order = run(*inputs, offsets, counts, max_length=max_length)
+        assert_order(order, naive(*inputs, offsets, counts), offsets, counts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cosines_of_all_pairs_and_the_nearest_other_row(dtype):
     module = importlib.import_module("vtprune_kernels._triton_pairs")
-    features, segments = clustered(150, 40, seed=1).to(dtype), offsets((3, 141, 6))
+    features, offsets = clustered(150, 40, seed=1).to(dtype), offsets_of((3, 141, 6))
     factor = 1 / features.float().norm(dim=1)
     matrix, nearest = torch.full((2, 141, 141), torch.nan), torch.full((150,), torch.inf)
-    there = [tensor.to(DEVICE) for tensor in (features, factor, segments, matrix, nearest)]
+    there = [tensor.to(DEVICE) for tensor in (features, factor, offsets, matrix, nearest)]
     module.pairs(*there[:3], 141, 1, 2, *there[3:])
     matrix, nearest = there[3].cpu(), there[4].cpu()
     for number, (start, stop) in enumerate([(3, 144), (144, 150)]):
@@ -274,10 +276,10 @@ def test_similarities_of_all_pairs(dtype, bias):
     similarity = importlib.import_module("vtprune_kernels.progressive_mmr.naive").similarity
     keys = ((clustered(150, 2, 20, seed=1) * 0.7) + bias).to(dtype)
     values = clustered(150, 2, 200, seed=2).to(dtype)
-    segments, matrix = offsets((3, 141, 6)), torch.full((2, 141, 141), torch.nan)
+    offsets, matrix = offsets_of((3, 141, 6)), torch.full((2, 141, 141), torch.nan)
     matrix = matrix.to(DEVICE)
     updates = module.Updates(keys.to(DEVICE), values.to(DEVICE), None)
-    updates.matrix(segments.to(DEVICE), 1, matrix)
+    updates.matrix(offsets.to(DEVICE), 1, matrix)
     for number, (start, stop) in enumerate([(3, 144), (144, 150)]):
         found = matrix[number].cpu()
         expected = torch.stack([similarity(keys[start:stop], values[start:stop], one) for one in range(stop - start)])
@@ -334,15 +336,15 @@ def test_progressive_mmr_chooses_among_the_candidates_only(memory):
     ]
     relevance = torch.tensor([5.0, 4.0, *[1.0] * 5, 0.9, 0.9, *[1.0] * 6])
     inputs = (relevance, rows, rows, torch.tensor([0, 15]), torch.tensor([5]))
-    for longest in (None, 40):
-        order = run(*inputs, duplication=1.0, growth=1.5, longest=longest)
+    for max_length in (None, 40):
+        order = run(*inputs, duplication=1.0, growth=1.5, max_length=max_length)
         assert order.tolist() == [[0, 1, 2, 7, 3]]  # not row 8, which is worth more than another copy of row 2
     assert naive(*inputs, duplication=1.0, growth=1.5).tolist() == [[0, 1, 2, 7, 3]]
 
 
 @pytest.mark.parametrize("width", [9, 12])
 def test_a_given_width_pads_the_result(width, memory):
-    features, segments, budgets = clustered(20, 16, seed=3), torch.tensor([0, 12, 20]), torch.tensor([9, 2])
+    features, offsets, budgets = clustered(20, 16, seed=3), torch.tensor([0, 12, 20]), torch.tensor([9, 2])
     for operation, second in (
         ("weighted_farthest_point", None),
         ("dpp_map", torch.ones(20)),
@@ -350,11 +352,13 @@ def test_a_given_width_pads_the_result(width, memory):
         ("residual_pivots", None),
     ):
         run, naive = pair(operation)
-        order = run(features, second, segments, budgets, width=width)
-        assert order.shape == (2, width) and torch.equal(order, naive(features, second, segments, budgets, width=width))
+        order = run(features, second, offsets, budgets, max_budget=width)
+        assert order.shape == (2, width) and torch.equal(
+            order, naive(features, second, offsets, budgets, max_budget=width)
+        )
     run, naive = pair("progressive_mmr")
-    inputs = (torch.rand(20), features[:, None], features[:, None], segments, budgets)
-    assert torch.equal(run(*inputs, width=width), naive(*inputs, width=width))
+    inputs = (torch.rand(20), features[:, None], features[:, None], offsets, budgets)
+    assert torch.equal(run(*inputs, max_budget=width), naive(*inputs, max_budget=width))
 
 
 def test_compact():

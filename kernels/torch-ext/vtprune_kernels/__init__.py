@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels for choosing visual tokens: tensors in, row numbers out. They know nothing of models.
 
-Every operation is a folder: `naive.py` is its specification, `vectorised.py` the PyTorch path.
+Every operation is a folder: `naive.py` is its specification, `vectorized.py` the PyTorch path.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cosines between rows, block by block, without a normalised copy of the rows."""
+"""Cosines between rows, block by block, without a normalized copy of the rows."""
 
 from __future__ import annotations
 

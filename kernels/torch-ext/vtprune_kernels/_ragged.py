@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ragged batch: flat rows, `segments` `[S + 1]` with the offsets of the pools, `budgets` `[S]`."""
+"""The ragged batch: flat rows, `offsets` `[S + 1]` with the offsets of the groups, `budgets` `[S]`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 LOWEST = torch.finfo(torch.float32).min
 
 
-def pools(segments: Tensor, budgets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yields `(start, stop, count)` of every pool; a budget above the pool's length means the whole pool."""
-    offsets = segments.tolist()
-    for start, stop, budget in zip(offsets[:-1], offsets[1:], budgets.tolist(), strict=True):
+def groups(offsets: Tensor, budgets: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Yields `(start, stop, count)` of every group; a budget above the group's length means the whole group."""
+    bounds = offsets.tolist()
+    for start, stop, budget in zip(bounds[:-1], bounds[1:], budgets.tolist(), strict=True):
         yield start, stop, max(0, min(int(budget), stop - start))
 
 
-def spans(segments: Tensor) -> Iterator[tuple[int, int]]:
-    """Yields `(start, stop)` of every pool."""
-    offsets = segments.tolist()
-    yield from zip(offsets[:-1], offsets[1:], strict=True)
+def spans(offsets: Tensor) -> Iterator[tuple[int, int]]:
+    """Yields `(start, stop)` of every group."""
+    bounds = offsets.tolist()
+    yield from zip(bounds[:-1], bounds[1:], strict=True)
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
@@ -29,40 +29,40 @@ def on(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
-def segment_maximum(values: Tensor, segments: Tensor) -> Tensor:
-    """`[M]` the largest of `values` `[M]` in the pool of each row."""
-    owner = torch.searchsorted(segments[1:], torch.arange(len(values), device=segments.device), right=True)
+def segment_maximum(values: Tensor, offsets: Tensor) -> Tensor:
+    """`[M]` the largest of `values` `[M]` in the group of each row."""
+    owner = torch.searchsorted(offsets[1:], torch.arange(len(values), device=offsets.device), right=True)
     owner = owner.to(values.device)
-    largest = values.new_full((len(segments),), -torch.inf)
+    largest = values.new_full((len(offsets),), -torch.inf)
     return largest.scatter_reduce(0, owner, values, "amax")[owner]
 
 
-def output_width(budgets: Tensor, width: int | None) -> int:
-    """Columns of a result; budgets on a device are read once where no width is given, and that waits for it."""
-    if width is not None:
-        return width
+def output_columns(budgets: Tensor, max_budget: int | None) -> int:
+    """Columns of a result; budgets on a device are read once where no max_budget is given, and that waits for it."""
+    if max_budget is not None:
+        return max_budget
     return max(0, int(budgets.max())) if len(budgets) else 0
 
 
-def longest_pool(segments: Tensor, total: int, longest: int | None) -> int:
-    """Rows of the longest pool; offsets on a device are read once where it is not given, and that waits for it."""
-    if longest is not None:
-        return min(longest, total)
-    return total if len(segments) < 3 else int(segments.diff().max())
+def longest_group(offsets: Tensor, total: int, max_length: int | None) -> int:
+    """Rows of the longest group; offsets on a device are read once where it is not given, and that waits for it."""
+    if max_length is not None:
+        return min(max_length, total)
+    return total if len(offsets) < 3 else int(offsets.diff().max())
 
 
 def plan(
-    segments: Tensor, budgets: Tensor, total: int, device: torch.device, width: int | None, longest: int | None
+    offsets: Tensor, budgets: Tensor, total: int, device: torch.device, max_budget: int | None, max_length: int | None
 ) -> tuple[Tensor, Tensor, int, int]:
-    """What a choice of `total` rows on a GPU starts from: offsets, rows to choose of each pool, `width`, `longest`."""
-    longest, width = longest_pool(segments, total, longest), output_width(budgets, width)
-    segments = on(segments, device)
-    return segments, torch.minimum(on(budgets, device), segments.diff()), width, longest
+    """What a choice of `total` rows on a GPU starts from: offsets, rows to choose of each group, `max_budget`, `max_length`."""
+    max_length, max_budget = longest_group(offsets, total, max_length), output_columns(budgets, max_budget)
+    offsets = on(offsets, device)
+    return offsets, torch.minimum(on(budgets, device), offsets.diff()), max_budget, max_length
 
 
-def empty_order(budgets: Tensor, device: torch.device, width: int | None = None) -> Tensor:
-    """`[S, width]` int64, filled with the padding -1."""
-    return torch.full((len(budgets), output_width(budgets, width)), -1, dtype=torch.int64, device=device)
+def empty_order(budgets: Tensor, device: torch.device, max_budget: int | None = None) -> Tensor:
+    """`[S, max_budget]` int64, filled with the padding -1."""
+    return torch.full((len(budgets), output_columns(budgets, max_budget)), -1, dtype=torch.int64, device=device)
 
 
 def finite(scores: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pools are small enough that all pairs at once cost less than lazy evaluation, on a CPU."""
+"""Which groups are small enough that all pairs at once cost less than lazy evaluation, on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def is_small(rows: int, width: int, picks: int) -> bool:
     """Whether the products of all pairs of rows cost no more than `picks` picks by lazy evaluation.
 
     Args:
-        rows: Rows of the pool.
+        rows: Rows of the group.
         width: Multiplications for a pair of rows.
         picks: Rows to choose.
     """

@@ -19,21 +19,21 @@ def power_of_two(number: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(max(1, number)))
 
 
-def blocks(segments: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
-    """Splits the pools into blocks of `size` rows, without asking the device how long they are.
+def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
+    """Splits the groups into blocks of `size` rows, without asking the device how long they are.
 
     Returns:
-        tuple[Tensor, Tensor]: `[P]` pool of each block, the number of pools for surplus ones, and `[P]` its first row.
+        tuple[Tensor, Tensor]: `[P]` group of each block, the number of groups for surplus ones, and `[P]` its first row.
     """
-    if len(segments) == 2:  # the usual case, in few launches
-        first = segments[0] + torch.arange(0, total, size, device=segments.device)
+    if len(offsets) == 2:  # the usual case, in few launches
+        first = offsets[0] + torch.arange(0, total, size, device=offsets.device)
         return torch.zeros_like(first), first
-    count = -(-segments.diff() // size)
+    count = -(-offsets.diff() // size)
     ends = count.cumsum(0)
-    number = torch.arange(-(-total // size) + len(count), device=segments.device)
+    number = torch.arange(-(-total // size) + len(count), device=offsets.device)
     owner = torch.searchsorted(ends, number, right=True)
     known = owner.clamp_max(len(count) - 1)
-    return owner, segments[known] + (number - (ends - count)[known]) * size
+    return owner, offsets[known] + (number - (ends - count)[known]) * size
 
 
 @triton.jit

@@ -25,8 +25,8 @@ class Rows(NamedTuple):
 
     queries: Tensor
     keys: Tensor
-    query_segments: Tensor
-    key_segments: Tensor
+    query_offsets: Tensor
+    key_offsets: Tensor
     order: Tensor
     scaling: float
     softcap: float
@@ -47,8 +47,8 @@ class Rows(NamedTuple):
 def rows_of(
     queries: Tensor,
     keys: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     order: Tensor,
     scaling: float,
     softcap: float | None,
@@ -56,7 +56,7 @@ def rows_of(
     """Brings offsets to the device of the keys and the two operands to one dtype."""
     dtype = torch.promote_types(queries.dtype, keys.dtype)
     device = keys.device
-    starts, key_starts = on(query_segments, device), on(key_segments, device)
+    starts, key_starts = on(query_offsets, device), on(key_offsets, device)
     return Rows(queries.to(dtype), keys.to(dtype), starts, key_starts, on(order, device), scaling, softcap or 0.0)
 
 
@@ -88,8 +88,8 @@ def _logits(
 
 
 @triton.jit
-def _normalise(
-    queries, keys, order, owner, first, query_segments, key_segments, chosen, result, samples, heads, scaling, softcap,
+def _normalize(
+    queries, keys, order, owner, first, query_offsets, key_offsets, chosen, result, samples, heads, scaling, softcap,
     query_row, query_head, query_column, key_row, key_group, key_column,
     CHOSEN: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr,
@@ -99,8 +99,8 @@ def _normalise(
     if sample >= samples:
         return
     pairs = tl.load(first + tl.program_id(0)) + tl.arange(0, Q)
-    inside = pairs < tl.load(query_segments + sample + 1) * PER_GROUP
-    start, stop = tl.load(key_segments + sample), tl.load(key_segments + sample + 1)
+    inside = pairs < tl.load(query_offsets + sample + 1) * PER_GROUP
+    start, stop = tl.load(key_offsets + sample), tl.load(key_offsets + sample + 1)
     top = tl.full([Q], -float("inf"), tl.float32)
     total = tl.zeros([Q], tl.float32)
     for key in range(start, stop, K):
@@ -123,7 +123,7 @@ def _normalise(
 
 @triton.jit
 def _reduce(
-    queries, keys, values, order, owner, first, query_segments, key_segments, column_segments, columns, normaliser,
+    queries, keys, values, order, owner, first, query_offsets, key_offsets, column_offsets, columns, normalizer,
     weights, result, samples, heads, total_columns, scaling, softcap, power,
     query_row, query_head, query_column, key_row, key_group, key_column, value_row, value_group, value_column,
     KIND: tl.constexpr, VALUE: tl.constexpr, VALUE_BLOCK: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr,
@@ -138,8 +138,8 @@ def _reduce(
     if sample >= samples:
         return
     column = tl.load(first + tl.program_id(0)) + tl.arange(0, K)
-    inside = column < tl.load(column_segments + sample + 1)
-    start = tl.load(key_segments + sample)
+    inside = column < tl.load(column_offsets + sample + 1)
+    start = tl.load(key_offsets + sample)
     rows = tl.load(columns + column, mask=inside, other=0)
     top = tl.full([K], -float("inf"), tl.float32)
     total = tl.zeros([K], tl.float32)
@@ -150,7 +150,7 @@ def _reduce(
         mask = inside[:, None] & (part < VALUE)[None, :]
         v = tl.load(values + at[:, None] + part[None, :] * value_column, mask=mask, other=0.0).to(tl.float32)
         length = tl.log(tl.sqrt(tl.sum(v * v, 1)) + 1e-12)
-    begin, end = tl.load(query_segments + sample) * PER_GROUP, tl.load(query_segments + sample + 1) * PER_GROUP
+    begin, end = tl.load(query_offsets + sample) * PER_GROUP, tl.load(query_offsets + sample + 1) * PER_GROUP
     for pair in range(begin, end, Q):
         pairs = pair + tl.arange(0, Q)
         known = pairs < end
@@ -159,7 +159,7 @@ def _reduce(
             query_row, query_head, query_column, key_row, key_group, key_column, PER_GROUP, SIZE, SIZE_BLOCK, CAP,
         )  # fmt: skip
         place = (pairs // PER_GROUP) * heads + group * PER_GROUP + pairs % PER_GROUP
-        z = tl.load(normaliser + place, mask=known, other=-float("inf"))
+        z = tl.load(normalizer + place, mask=known, other=-float("inf"))
         logits = tl.where((z > -float("inf"))[:, None], logits - z[:, None], -float("inf"))
         if KIND == "attention":
             weight = tl.load(weights + pairs // PER_GROUP, mask=known, other=0.0)
@@ -181,8 +181,8 @@ def _reduce(
 
 @triton.jit
 def _write(
-    queries, keys, order, owner, first, query_segments, key_segments, normaliser, result, samples, heads, all_rows,
-    longest, scaling, softcap, query_row, query_head, query_column, key_row, key_group, key_column,
+    queries, keys, order, owner, first, query_offsets, key_offsets, normalizer, result, samples, heads, all_rows,
+    max_length, scaling, softcap, query_row, query_head, query_column, key_row, key_group, key_column,
     PER_GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr, Q: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +191,8 @@ def _write(
     if sample >= samples:
         return
     pairs = tl.load(first + tl.program_id(0)) + tl.arange(0, Q)
-    inside = pairs < tl.load(query_segments + sample + 1) * PER_GROUP
-    start, stop = tl.load(key_segments + sample), tl.load(key_segments + sample + 1)
+    inside = pairs < tl.load(query_offsets + sample + 1) * PER_GROUP
+    start, stop = tl.load(key_offsets + sample), tl.load(key_offsets + sample + 1)
     rows = start + tl.program_id(2) * K + tl.arange(0, K)
     seen = rows < stop
     logits = _logits(
@@ -200,22 +200,22 @@ def _write(
         query_row, query_head, query_column, key_row, key_group, key_column, PER_GROUP, SIZE, SIZE_BLOCK, CAP,
     )  # fmt: skip
     at, head = pairs // PER_GROUP, group * PER_GROUP + pairs % PER_GROUP
-    z = tl.load(normaliser + at * heads + head, mask=inside, other=0.0)
-    place = (head.to(tl.int64) * all_rows + at) * longest
+    z = tl.load(normalizer + at * heads + head, mask=inside, other=0.0)
+    place = (head.to(tl.int64) * all_rows + at) * max_length
     mask = inside[:, None] & seen[None, :]
     tl.store(result + place[:, None] + (rows - start)[None, :], tl.exp(logits - z[:, None]), mask=mask)
 
 
-def normalisers(rows: Rows, chosen: Tensor | None = None) -> Tensor:
+def normalizers(rows: Rows, chosen: Tensor | None = None) -> Tensor:
     """`[R, H]` log-sum-exp of the logits over the visible keys, or over those of them that are `chosen` `[C]` uint8."""
     (count, heads, _), groups = rows.queries.shape, rows.keys.shape[1]
     tile = rows.tile
-    pairs = rows.query_segments * (heads // groups)
+    pairs = rows.query_offsets * (heads // groups)
     owner, first = blocks(pairs, count * (heads // groups), int(tile["Q"]))
     result = torch.full((count, heads), NEVER, device=rows.keys.device)
-    _normalise[(len(owner), groups)](
-        rows.queries, rows.keys, rows.order, owner, first, rows.query_segments, rows.key_segments,
-        rows.order if chosen is None else chosen, result, len(rows.key_segments) - 1, heads, rows.scaling, rows.softcap,
+    _normalize[(len(owner), groups)](
+        rows.queries, rows.keys, rows.order, owner, first, rows.query_offsets, rows.key_offsets,
+        rows.order if chosen is None else chosen, result, len(rows.key_offsets) - 1, heads, rows.scaling, rows.softcap,
         *rows.strides, CHOSEN=chosen is not None, **tile,
     )  # fmt: skip
     return result
@@ -223,9 +223,9 @@ def normalisers(rows: Rows, chosen: Tensor | None = None) -> Tensor:
 
 def reduce_columns(
     rows: Rows,
-    normaliser: Tensor,
+    normalizer: Tensor,
     columns: Tensor,
-    column_segments: Tensor,
+    column_offsets: Tensor,
     kind: str,
     values: Tensor | None = None,
     weights: Tensor | None = None,
@@ -234,25 +234,25 @@ def reduce_columns(
     """`[G, M]` one number per KV group and column: see `_reduce`."""
     tile, groups = rows.tile, rows.keys.shape[1]
     values = rows.keys if values is None else values
-    owner, first = blocks(column_segments, len(columns), int(tile["K"]))
+    owner, first = blocks(column_offsets, len(columns), int(tile["K"]))
     result = torch.zeros(groups, len(columns), device=rows.keys.device)
     _reduce[(len(owner), groups)](
-        rows.queries, rows.keys, values, rows.order, owner, first, rows.query_segments, rows.key_segments,
-        column_segments, columns, normaliser, normaliser if weights is None else weights, result,
-        len(rows.key_segments) - 1, rows.queries.shape[1], len(columns), rows.scaling, rows.softcap, power,
+        rows.queries, rows.keys, values, rows.order, owner, first, rows.query_offsets, rows.key_offsets,
+        column_offsets, columns, normalizer, normalizer if weights is None else weights, result,
+        len(rows.key_offsets) - 1, rows.queries.shape[1], len(columns), rows.scaling, rows.softcap, power,
         *rows.strides, *values.stride(), KIND=kind, VALUE=values.shape[-1], VALUE_BLOCK=power_of_two(values.shape[-1]),
         **tile,
     )  # fmt: skip
     return result
 
 
-def write_rows(rows: Rows, normaliser: Tensor, longest: int) -> Tensor:
-    """`[H, R, longest]` attention, zero beyond a sample's keys."""
+def write_rows(rows: Rows, normalizer: Tensor, max_length: int) -> Tensor:
+    """`[H, R, max_length]` attention, zero beyond a sample's keys."""
     (count, heads, _), groups, tile = rows.queries.shape, rows.keys.shape[1], rows.tile
-    owner, first = blocks(rows.query_segments * (heads // groups), count * (heads // groups), int(tile["Q"]))
-    result = torch.zeros(heads, count, longest, device=rows.keys.device)
-    _write[(len(owner), groups, -(-longest // int(tile["K"])))](
-        rows.queries, rows.keys, rows.order, owner, first, rows.query_segments, rows.key_segments, normaliser, result,
-        len(rows.key_segments) - 1, heads, count, longest, rows.scaling, rows.softcap, *rows.strides, **tile,
+    owner, first = blocks(rows.query_offsets * (heads // groups), count * (heads // groups), int(tile["Q"]))
+    result = torch.zeros(heads, count, max_length, device=rows.keys.device)
+    _write[(len(owner), groups, -(-max_length // int(tile["K"])))](
+        rows.queries, rows.keys, rows.order, owner, first, rows.query_offsets, rows.key_offsets, normalizer, result,
+        len(rows.key_offsets) - 1, heads, count, max_length, rows.scaling, rows.softcap, *rows.strides, **tile,
     )  # fmt: skip
     return result

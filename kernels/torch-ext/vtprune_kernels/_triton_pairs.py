@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the rows of a pool with each other, in tiles on the matrix cores of a GPU.
+"""Products of the rows of a group with each other, in tiles on the matrix cores of a GPU.
 
-A sequential rule asks for the products of one row at a time. Where the matrix of all pairs of a pool fits into
-`MATRIX_BYTES`, it is made at once, and one program makes all picks of the pool from it: reading one line of the
+A sequential rule asks for the products of one row at a time. Where the matrix of all pairs of a group fits into
+`MATRIX_BYTES`, it is made at once, and one program makes all picks of the group from it: reading one line of the
 matrix costs a few kilobytes from the cache, not all features, and no pick costs a launch.
 """
 
@@ -20,17 +20,17 @@ MATRIX_BYTES = 60_000_000  # of the 64 MB that an operation may take beside its 
 
 @triton.jit(do_not_specialize=["first"])
 def _pairs(
-    features, row_stride, column_stride, factor, matrix, nearest, segments, first, side,
+    features, row_stride, column_stride, factor, matrix, nearest, offsets, first, side,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STORE: tl.constexpr, NEAREST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the scaled products of a pool's rows, and its mirror image.
+    """One tile of the scaled products of a group's rows, and its mirror image.
 
     With `STORE` both are written; with `NEAREST` the distance of each row to its nearest other row is lowered.
     """
     tiles = tl.num_programs(0)
     upper, lower = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tiles, tiles, 8)
-    pool = first + tl.program_id(2)
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    group = first + tl.program_id(2)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     if (lower < upper) | (start + lower * TILE >= stop):
         return
     mine, theirs = upper * TILE + tl.arange(0, TILE), lower * TILE + tl.arange(0, TILE)
@@ -65,43 +65,43 @@ def _pairs(
             tl.atomic_min(nearest + start + theirs, tl.min(distance, 0).to(tl.int32, bitcast=True), mask=known)
 
 
-def side_of(longest: int) -> int:
+def side_of(max_length: int) -> int:
     """Side of a matrix of all pairs: a multiple of 16, so that its lines are aligned and read in long words."""
-    return -(-longest // 16) * 16
+    return -(-max_length // 16) * 16
 
 
-def pools_at_once(longest: int, pools: int, more: int = 0) -> int:
-    """How many pools' matrices of all pairs fit beside each other, with `more` rows each: 0 where not even one does."""
-    return min(pools, MATRIX_BYTES // (4 * side_of(longest) * (side_of(longest) + more)))
+def groups_at_once(max_length: int, groups: int, more: int = 0) -> int:
+    """How many groups' matrices of all pairs fit beside each other, with `more` rows each: 0 where not even one does."""
+    return min(groups, MATRIX_BYTES // (4 * side_of(max_length) * (side_of(max_length) + more)))
 
 
 def pairs(
     features: Tensor,
     factor: Tensor,
-    segments: Tensor,
-    longest: int,
+    offsets: Tensor,
+    max_length: int,
     first: int,
-    pools: int,
+    groups: int,
     matrix: Tensor | None,
     nearest: Tensor | None,
 ) -> None:
-    """Makes the products `factor_i factor_j <x_i, x_j>` of all pairs of rows that share a pool.
+    """Makes the products `factor_i factor_j <x_i, x_j>` of all pairs of rows that share a group.
 
     Args:
         features: `[M, D]` float; products of half-precision rows are summed in float32.
         factor: `[M]` float32; where it is 0, products are 0 whatever the row holds.
-        segments: `[S + 1]` int64 offsets of the pools, on the device.
-        longest: Rows of the longest pool, or more.
-        first, pools: The first pool and the number of those that are meant.
-        matrix: `[pools, side, side]` float32 that takes the products; beyond a pool's rows it is not written.
+        offsets: `[S + 1]` int64 offsets of the groups, on the device.
+        max_length: Rows of the longest group, or more.
+        first, groups: The first group and the number of those that are meant.
+        matrix: `[groups, side, side]` float32 that takes the products; beyond a group's rows it is not written.
         nearest: `[M]` float32, infinite at first, that takes `1 - product` with the nearest other row, 0 at least.
     """
     half = features.element_size() == 2
     tile, block = (128, 64) if half else (64, 32)
-    tiles = triton.cdiv(longest, tile)
-    _pairs[(tiles, tiles, pools)](
+    tiles = triton.cdiv(max_length, tile)
+    _pairs[(tiles, tiles, groups)](
         features, *features.stride(), factor, factor if matrix is None else matrix,
-        factor if nearest is None else nearest.view(torch.int32), segments, first,
+        factor if nearest is None else nearest.view(torch.int32), offsets, first,
         0 if matrix is None else matrix.shape[1], WIDTH=features.shape[1],
         BLOCK=block, TILE=tile, STORE=matrix is not None, NEAREST=nearest is not None, num_warps=8 if half else 4,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def factors(length: Tensor, eps: float = 1e-6) -> Tensor:
     return torch.where(torch.isfinite(length), 1 / length.clamp_min(eps), 0.0)
 
 
-def decode(best: Tensor, segments: Tensor, limit: Tensor) -> Tensor:
-    """`[S, width]` row numbers from the keys of `rank_key`, -1 beyond each pool's `limit`."""
-    rows = segments[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
+def decode(best: Tensor, offsets: Tensor, limit: Tensor) -> Tensor:
+    """`[S, max_budget]` row numbers from the keys of `rank_key`, -1 beyond each group's `limit`."""
+    rows = offsets[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
     return torch.where(torch.arange(best.shape[1], device=best.device) < limit[:, None], rows, -1)

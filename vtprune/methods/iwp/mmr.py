@@ -51,13 +51,13 @@ class MMR:
         self,
         rows: Candidates,
         budgets: Tensor,
-        carried: Tensor | None = None,
-        width: int | None = None,
-        longest: int | None = None,
+        preselected: Tensor | None = None,
+        max_budget: int | None = None,
+        max_length: int | None = None,
     ) -> Tensor:
-        """`[S, width]` rows in the order of choice, padded with -1; those `carried` `[M]` count as chosen.
+        """`[S, max_budget]` rows in the order of choice, padded with -1; those `preselected` `[M]` count as chosen.
 
-        Without a `width` and the length of the `longest` pool, `max(budgets)` and the offsets are read, which waits for
+        Without a `max_budget` and the length of the `max_length` pool, `max(budgets)` and the offsets are read, which waits for
         the device that they are on.
         """
         return progressive_mmr(
@@ -72,14 +72,16 @@ class MMR:
             self.pool,
             self.objective,
             rows.scaling,
-            carried,
-            width,
-            longest,
+            preselected,
+            max_budget,
+            max_length,
         )
 
-    def whole(self, rows: Candidates, budgets: Tensor, width: int | None = None, longest: int | None = None) -> Tensor:
-        """Keep mask `[M]`, each pool at once; `width` and `longest` as for `order`."""
-        return from_order(self.order(rows, budgets, width=width, longest=longest), len(rows.relevance))
+    def whole(
+        self, rows: Candidates, budgets: Tensor, max_budget: int | None = None, max_length: int | None = None
+    ) -> Tensor:
+        """Keep mask `[M]`, each pool at once; `max_budget` and `max_length` as for `order`."""
+        return from_order(self.order(rows, budgets, max_budget=max_budget, max_length=max_length), len(rows.relevance))
 
     def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
         """Keep mask `[M]`: block after block of each pool, each with its share of the budget."""

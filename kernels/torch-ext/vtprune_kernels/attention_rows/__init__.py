@@ -8,35 +8,35 @@ from typing import Literal
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import attention_rows as _vectorised
+from .vectorized import attention_rows as _vectorized
 
 
 def attention_rows(
     queries: Tensor,
     keys: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     scaling: float,
     softcap: float | None = None,
     reduce: Literal["mean", "heads", "none"] = "mean",
     weights: Tensor | None = None,
-    longest: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Causal softmax attention in float32 of the given rows over all keys of their sample.
 
     Args:
         queries: `[R, H, dh]`, rows of all samples.
         keys: `[C, G, dh]`, keys of all samples, not repeated for grouped heads.
-        query_segments: `[S + 1]` offsets of the samples' rows.
-        key_segments: `[S + 1]` offsets of the samples' keys.
+        query_offsets: `[S + 1]` offsets of the samples' rows.
+        key_offsets: `[S + 1]` offsets of the samples' keys.
         query_order: `[R]` place of each row among its sample's keys: it sees keys `0..query_order`.
         scaling: Factor on the dot product.
         softcap: Tanh cap on the logits.
         reduce: `"mean"` over heads and rows of the sample; `"heads"` over heads only; `"none"`.
         weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask chooses rows); they are divided by their
             sum per sample. Used by `"mean"` only.
-        longest: `L` below, or more; by default it is read from `key_segments`, which waits for the device if they are
+        max_length: `L` below, or more; by default it is read from `key_offsets`, which waits for the device if they are
             on one.
 
     Returns:
@@ -45,9 +45,9 @@ def attention_rows(
     """
     if reduce not in ("mean", "heads", "none"):
         raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'heads' or 'none'")
-    run = triton_source("attention_rows") if on_gpu(keys) else _vectorised
-    settings = (scaling, softcap, reduce, weights, longest)
-    return run(queries, keys, query_segments, key_segments, query_order, *settings)
+    run = triton_source("attention_rows") if on_gpu(keys) else _vectorized
+    settings = (scaling, softcap, reduce, weights, max_length)
+    return run(queries, keys, query_offsets, key_offsets, query_order, *settings)
 
 
 __all__ = ["attention_rows"]

@@ -12,23 +12,23 @@ from .._ragged import spans
 def attention_rows(
     queries: Tensor,
     keys: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     scaling: float,
     softcap: float | None = None,
     reduce: str = "mean",
     weights: Tensor | None = None,
-    longest: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.attention_rows`."""
     heads = queries.shape[1]
     heads_per_group = heads // keys.shape[1]
-    if longest is None:
-        longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
-    rows = torch.zeros(heads, len(queries), longest, device=keys.device)
+    if max_length is None:
+        max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
+    rows = torch.zeros(heads, len(queries), max_length, device=keys.device)
     mean = torch.zeros(len(keys), device=keys.device)
-    for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):
+    for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         weight = torch.ones(last - first) if weights is None else weights[first:last].float()
         for row in range(first, last):
             for head in range(heads):

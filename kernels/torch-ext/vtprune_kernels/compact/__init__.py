@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import compact as _vectorised
+from .vectorized import compact as _vectorized
 
 
 def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
@@ -25,7 +25,7 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """
     # A kernel leaves no trace for autograd; who asks for gradients gets PyTorch's own gather.
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    run = triton_source("compact") if on_gpu(index) and not learning else _vectorised
+    run = triton_source("compact") if on_gpu(index) and not learning else _vectorized
     return run(tensors, index)
 
 

@@ -6,16 +6,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import dpp_map as _vectorised
+from .vectorized import dpp_map as _vectorized
 
 
 def dpp_map(
     features: Tensor,
     relevance: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Chooses rows that greedily maximise the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
 
@@ -25,19 +25,19 @@ def dpp_map(
     Args:
         features: `[M, D]` float; only directions count.
         relevance: `[M]` float weights of the rows.
-        segments: `[S + 1]` int64 offsets of the pools.
-        budgets: `[S]` int64 rows to choose from each pool.
-        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+        offsets: `[S + 1]` int64 offsets of the groups.
+        budgets: `[S]` int64 rows to choose from each group.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
-        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 
     Returns:
-        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if on_gpu(features):
-        return triton_source("dpp_map")(features, relevance, segments, budgets, width, longest)
-    return _vectorised(features, relevance, segments, budgets, width)
+        return triton_source("dpp_map")(features, relevance, offsets, budgets, max_budget, max_length)
+    return _vectorized(features, relevance, offsets, budgets, max_budget)
 
 
 __all__ = ["dpp_map"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy MAP of a conditional DPP in a small pool, on one matrix of the whole kernel."""
+"""Greedy MAP of a conditional DPP in a small group, on one matrix of the whole kernel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .naive import EXHAUSTED
 
 
 def choose(kernel: Cosine, budget: int) -> Tensor:
-    """`[budget]` int64 rows of one pool in the order of choice.
+    """`[budget]` int64 rows of one group in the order of choice.
 
     Args:
-        kernel: Of the pool's rows, with their relevance.
+        kernel: Of the group's rows, with their relevance.
         budget: Rows to choose, at least 1.
     """
     variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]

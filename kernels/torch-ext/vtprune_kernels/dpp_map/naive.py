@@ -6,15 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ragged import empty_order, finite, pools, self_cosine, unit_rows
+from .._ragged import empty_order, finite, groups, self_cosine, unit_rows
 
 EXHAUSTED = 1e-6  # share of a row's own variance below which the chosen rows explain it, up to rounding
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
+def dpp_map(
+    features: Tensor, relevance: Tensor, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
+) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         unit, rel = unit_rows(features[start:stop]), torch.nan_to_num(relevance[start:stop].float(), 0, 0, 0)
         kernel = rel[:, None] * (unit @ unit.T) * rel  # [n, n]
         variance = finite(self_cosine(features[start:stop].float().norm(dim=1)) * rel.square())

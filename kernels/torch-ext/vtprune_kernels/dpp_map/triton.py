@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy MAP of a conditional DPP on a GPU.
 
-Where the kernel matrix of a pool fits into the memory allowed, it is made first. Then one program per pool makes
+Where the kernel matrix of a group fits into the memory allowed, it is made first. Then one program per group makes
 `_STEPS` picks from it, reading few rows of the Cholesky factor for each, and a launch over the whole matrix takes these
-rows out of it before the next picks. Longer pools take one launch a pick, which adds one row to the factor: gains are
+rows out of it before the next picks. Longer groups take one launch a pick, which adds one row to the factor: gains are
 read from one buffer and written to another, so that no block sees another's new value; the next pick is a maximum of
 integers, the same in every order of execution.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ragged import finite, plan, self_cosine
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
-from .._triton_pairs import pairs, pools_at_once, side_of
+from .._triton_pairs import groups_at_once, pairs, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .._triton_window import Window
 from .naive import EXHAUSTED
@@ -44,24 +44,24 @@ def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.conste
     return row
 
 
-@triton.jit(do_not_specialize=["width", "first", "begin"])
+@triton.jit(do_not_specialize=["max_budget", "first", "begin"])
 def _choose(
-    matrix, variance, left, cholesky, segments, limit, order, width, first, begin, side, exhausted,
+    matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, exhausted,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Picks `begin` to `begin + STEPS` of one pool; the matrix is what earlier picks leave unexplained."""
-    pool = first + tl.program_id(0)
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    """Picks `begin` to `begin + STEPS` of one group; the matrix is what earlier picks leave unexplained."""
+    group = first + tl.program_id(0)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     place = tl.arange(0, BLOCK)
     inside, line = place < stop - start, place < side
     matrix += tl.program_id(0).to(tl.int64) * side * side
     cholesky += tl.program_id(0) * STEPS * side
     own = tl.load(variance + start + place, mask=inside, other=0.0)
     gain = tl.load(left + start + place, mask=inside, other=-float("inf"))
-    for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + pool))):
+    for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + group))):
         best = tl.max(_gain_key(gain, own, place, exhausted), 0)
         one = key_row(best)
-        tl.store(order + pool * width + step, start + one)
+        tl.store(order + group * max_budget + step, start + one)
         row = tl.load(matrix + one * side + place, mask=line, other=0.0)
         row = _explained(row, cholesky, side, one, place, line, step - begin, 4)
         # A key below zero is a row that the chosen ones explain: there is nothing to divide by, and nothing to add.
@@ -75,13 +75,13 @@ def _choose(
 
 @triton.jit(do_not_specialize=["first", "begin"])
 def _take_out(
-    matrix, cholesky, segments, limit, first, begin, side, STEPS: tl.constexpr, TILE: tl.constexpr
+    matrix, cholesky, offsets, limit, first, begin, side, STEPS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """Takes the products of `STEPS` rows of the factor out of a tile of the matrix."""
-    pool = first + tl.program_id(2)
-    if begin + STEPS >= tl.load(limit + pool):
+    group = first + tl.program_id(2)
+    if begin + STEPS >= tl.load(limit + group):
         return
-    length = tl.load(segments + pool + 1) - tl.load(segments + pool)
+    length = tl.load(offsets + group + 1) - tl.load(offsets + group)
     mine, theirs = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside, known, step = mine < length, theirs < length, tl.arange(0, STEPS)
     cholesky += tl.program_id(2) * STEPS * side
@@ -92,34 +92,34 @@ def _take_out(
     tl.store(at, tl.load(at, mask=both, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=both)
 
 
-@triton.jit(do_not_specialize=["side", "width", "step"])
+@triton.jit(do_not_specialize=["side", "max_budget", "step"])
 def _pick(
-    features, row_stride, column_stride, factor, variance, left, left_new, cholesky, total, owner, first, segments,
-    limit, best, slots, missed, taken, lines, side, longest, width, step, pools, exhausted, START: tl.constexpr,
+    features, row_stride, column_stride, factor, variance, left, left_new, cholesky, total, owner, first, offsets,
+    limit, best, slots, missed, taken, lines, side, max_length, max_budget, step, groups, exhausted, START: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row `step - 1` of the factor, and the key of pick `step`."""
-    pool = tl.load(owner + tl.program_id(0))
-    if pool >= pools:
+    group = tl.load(owner + tl.program_id(0))
+    if group >= groups:
         return
-    if step >= tl.load(limit + pool):
+    if step >= tl.load(limit + group):
         return
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
     inside = rows < stop
     own = tl.load(variance + rows, mask=inside, other=0.0)
     gain = tl.load(left + rows, mask=inside, other=-float("inf"))
     if not START:
-        key = tl.load(best + pool * width + step - 1)
+        key = tl.load(best + group * max_budget + step - 1)
         one = start + key_row(key)
         slot = tl.load(slots + one)
         begin = tl.zeros([], tl.int32)
         if slot >= 0:
-            line = lines + (pool.to(tl.int64) * side + slot) * longest
+            line = lines + (group.to(tl.int64) * side + slot) * max_length
             row = tl.load(line + rows - start, mask=inside, other=0.0)
-            begin += tl.load(taken + pool)
+            begin += tl.load(taken + group)
         else:
-            tl.store(missed + pool, 1)
+            tl.store(missed + group, 1)
             scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
             row = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
             row = tl.where(scale == 0, 0.0, row * scale)
@@ -129,71 +129,75 @@ def _pick(
         tl.store(cholesky + (tl.zeros([], tl.int64) + step - 1) * total + rows, row, mask=inside)
         gain = tl.where(rows == one, -float("inf"), gain - row * row)
         tl.store(left_new + rows, gain, mask=inside)
-    tl.atomic_max(best + pool * width + step, tl.max(_gain_key(gain, own, rows - start, exhausted), 0))
+    tl.atomic_max(best + group * max_budget + step, tl.max(_gain_key(gain, own, rows - start, exhausted), 0))
 
 
 def dpp_map(
     features: Tensor,
     relevance: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    device, pools = features.device, len(budgets)
-    segments, limit, width, longest = plan(segments, budgets, len(features), device, width, longest)
-    if width == 0 or longest == 0:
-        return torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    device, groups = features.device, len(budgets)
+    offsets, limit, max_budget, max_length = plan(offsets, budgets, len(features), device, max_budget, max_length)
+    if max_budget == 0 or max_length == 0:
+        return torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
     length = lengths(features)
     relevance = torch.nan_to_num(relevance.float(), nan=0.0, posinf=0.0, neginf=0.0)
     factor, variance = factors(length) * relevance, finite(self_cosine(length) * relevance.square())
-    if pools_at_once(longest, pools, _STEPS):
-        return _whole(features, factor, variance, segments, limit, width, longest)
-    return _stream(Window(features, factor, segments, limit, longest), variance, width)
+    if groups_at_once(max_length, groups, _STEPS):
+        return _whole(features, factor, variance, offsets, limit, max_budget, max_length)
+    return _stream(Window(features, factor, offsets, limit, max_length), variance, max_budget)
 
 
 def _whole(
-    features: Tensor, factor: Tensor, variance: Tensor, segments: Tensor, limit: Tensor, width: int, longest: int
+    features: Tensor, factor: Tensor, variance: Tensor, offsets: Tensor, limit: Tensor, max_budget: int, max_length: int
 ) -> Tensor:
     """The choice from matrices of all pairs."""
-    pools, device = len(limit), features.device
-    together, side, tiles = pools_at_once(longest, pools, _STEPS), side_of(longest), triton.cdiv(longest, _TILE)
-    order = torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    groups, device = len(limit), features.device
+    together, side, tiles = (
+        groups_at_once(max_length, groups, _STEPS),
+        side_of(max_length),
+        triton.cdiv(max_length, _TILE),
+    )
+    order = torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
     matrix = torch.empty(together, side, side, device=device)
     cholesky, left = torch.empty(together, _STEPS, side, device=device), variance.clone()
-    for first in range(0, pools, together):
-        count = min(together, pools - first)
-        pairs(features, factor, segments, longest, first, count, matrix, None)
-        for begin in range(0, width, _STEPS):
+    for first in range(0, groups, together):
+        count = min(together, groups - first)
+        pairs(features, factor, offsets, max_length, first, count, matrix, None)
+        for begin in range(0, max_budget, _STEPS):
             _choose[(count,)](
-                matrix, variance, left, cholesky, segments, limit, order, width, first, begin, side, EXHAUSTED,
+                matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, EXHAUSTED,
                 STEPS=_STEPS, BLOCK=power_of_two(side), num_warps=8,
             )  # fmt: skip
-            if begin + _STEPS < width:
+            if begin + _STEPS < max_budget:
                 _take_out[(tiles, tiles, count)](
-                    matrix, cholesky, segments, limit, first, begin, side, STEPS=_STEPS, TILE=_TILE
+                    matrix, cholesky, offsets, limit, first, begin, side, STEPS=_STEPS, TILE=_TILE
                 )
     return order
 
 
-def _stream(window: Window, variance: Tensor, width: int) -> Tensor:
-    """The choice for pools that are too long for a matrix of all pairs."""
-    features, segments, limit = window.features, window.segments, window.limit
-    total, pools, device = len(features), len(limit), features.device
-    best = torch.full((pools, width), NOTHING, dtype=torch.int64, device=device)
+def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
+    """The choice for groups that are too long for a matrix of all pairs."""
+    features, offsets, limit = window.features, window.offsets, window.limit
+    total, groups, device = len(features), len(limit), features.device
+    best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)
     left, left_new = variance.clone(), variance.clone()
-    cholesky = torch.zeros(width, total, device=device)
-    owner, first = blocks(segments, total, ROWS)
-    for step in range(width):
+    cholesky = torch.zeros(max_budget, total, device=device)
+    owner, first = blocks(offsets, total, ROWS)
+    for step in range(max_budget):
         if step:
             window.renew(left, step, cholesky)
         _pick[(len(owner),)](
             features, *features.stride(), window.factor, variance, left, left_new, cholesky, total, owner, first,
-            segments, limit, best, window.slots, window.missed, window.taken, window.lines, window.side, window.longest,
-            width, step, pools, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
+            offsets, limit, best, window.slots, window.missed, window.taken, window.lines, window.side, window.max_length,
+            max_budget, step, groups, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
             BLOCK=column_block(features.shape[1]), ROWS=ROWS,
         )  # fmt: skip
         if step:
             left, left_new = left_new, left
-    return decode(best, segments, limit)
+    return decode(best, offsets, limit)

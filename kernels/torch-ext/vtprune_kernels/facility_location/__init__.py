@@ -8,19 +8,19 @@ from typing import Literal
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import facility_location as _vectorised
+from .vectorized import facility_location as _vectorized
 
 
 def facility_location(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
-    """Chooses rows that cover their pool: every row should have a chosen row that points in its direction.
+    """Chooses rows that cover their group: every row should have a chosen row that points in its direction.
 
     With `m_j` the largest cosine of row j to a chosen row, 0 at first, the gain of row i is
     `sum_j max(0, cos_ij - m_j)`. Every pick has the largest `gain_i * weight_i`, or the largest `gain_i + weight_i`.
@@ -31,20 +31,20 @@ def facility_location(
     Args:
         features: `[M, D]` float; only directions count. A row that is zero or not finite covers nothing.
         weights: `[M]` float or None; negative numbers and those that are not finite count as 0.
-        segments: `[S + 1]` int64 offsets of the pools.
-        budgets: `[S]` int64 rows to choose from each pool.
-        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+        offsets: `[S + 1]` int64 offsets of the groups.
+        budgets: `[S]` int64 rows to choose from each group.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
-        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
         combine: Whether gain and weight are multiplied or added.
 
     Returns:
-        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if on_gpu(features):
-        return triton_source("facility_location")(features, weights, segments, budgets, width, longest, combine)
-    return _vectorised(features, weights, segments, budgets, width, longest, combine)
+        return triton_source("facility_location")(features, weights, offsets, budgets, max_budget, max_length, combine)
+    return _vectorized(features, weights, offsets, budgets, max_budget, max_length, combine)
 
 
 __all__ = ["facility_location"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from .._ragged import empty_order, pools, self_cosine, unit_rows
+from .._ragged import empty_order, groups, self_cosine, unit_rows
 
 GRID = 65536  # steps of a cosine of 1: sums of steps are exact, so that rows worth the same tie in any order of adding
 
@@ -46,15 +46,15 @@ def values(gain: Tensor, weight: Tensor | None, combine: Literal["product", "sum
 def facility_location(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         unit, own = unit_rows(features[start:stop]), self_cosine(features[start:stop].float().norm(dim=1))
         cosines = steps(symmetric(unit @ unit.T, own))  # [n, n]
         weight = None if weights is None else usable(weights[start:stop])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy facility location on a GPU.
 
-Where the cosines of all pairs of a pool fit into the memory allowed, they are made first, and every pick is one launch
+Where the cosines of all pairs of a group fit into the memory allowed, they are made first, and every pick is one launch
 over the whole matrix: blocks of rows take the last pick into the coverage and compute their gains anew. For longer
-pools the gains are changed, not computed anew: a pick raises the coverage of some columns only, and three launches make
+groups the gains are changed, not computed anew: a pick raises the coverage of some columns only, and three launches make
 the products of the pick, list these columns, and take from each gain what it loses there. Cosines are whole numbers of
 steps, so that no sum is rounded. No pick depends on the order in which blocks finish, and the device alone decides how
 many columns there are.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._ragged import on, plan, self_cosine
 from .._triton import NOTHING, WIDEN, blocks, key_row, power_of_two, rank_key
-from .._triton_pairs import pairs, pools_at_once, side_of
+from .._triton_pairs import groups_at_once, pairs, side_of
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .naive import GRID, usable
 
@@ -53,16 +53,16 @@ def _offer(gain, grid, weights, rows, inside, place, chosen, best, last, WEIGHTE
     tl.atomic_max(best, tl.max(tl.where(free, rank_key(value, place), -0x7FFFFFFFFFFFFFFF), 0))
 
 
-@triton.jit(do_not_specialize=["first", "width", "step"])
+@triton.jit(do_not_specialize=["first", "max_budget", "step"])
 def _pick(
-    matrix, own, weights, covered, covered_new, chosen, segments, limit, best, side, width, first, step, grid,
+    matrix, own, weights, covered, covered_new, chosen, offsets, limit, best, side, max_budget, first, step, grid,
     WEIGHTED: tl.constexpr, ADD: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Takes pick `step - 1` into the coverage, and offers the gains of a block of rows for pick `step`."""
-    pool = first + tl.program_id(1)
-    if step >= tl.load(limit + pool):
+    group = first + tl.program_id(1)
+    if step >= tl.load(limit + group):
         return
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     length = stop - start
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) * ROWS >= length:
@@ -71,7 +71,7 @@ def _pick(
     matrix += tl.program_id(1).to(tl.int64) * side * side
     one = tl.full([], -1, tl.int32)
     if not START:
-        one = key_row(tl.load(best + pool * width + step - 1))
+        one = key_row(tl.load(best + group * max_budget + step - 1))
     self = tl.load(own + start + place, mask=inside, other=0.0) * grid
     gain = tl.zeros([ROWS], tl.float64)
     for begin in range(0, length, TILE):
@@ -87,25 +87,25 @@ def _pick(
         cosine = _steps(tl.load(at, mask=inside[:, None] & known[None, :], other=0.0), grid)
         cosine = tl.where(place[:, None] == column[None, :], self[:, None], cosine)
         gain += _gain(cosine, cover, known)
-    key = best + pool * width + step
+    key = best + group * max_budget + step
     _offer(gain, grid, weights, start + place, inside, place, chosen, key, start + one, WEIGHTED, ADD)
 
 
-@triton.jit(do_not_specialize=["width", "step"])
+@triton.jit(do_not_specialize=["max_budget", "step"])
 def _cover(
-    features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, segments, limit, best, width,
-    step, pools, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, offsets, limit, best, max_budget,
+    step, groups, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The coverage of a block of rows with pick `step - 1`."""
-    pool = tl.load(owner + tl.program_id(0))
-    if pool >= pools:
+    group = tl.load(owner + tl.program_id(0))
+    if group >= groups:
         return
-    if step >= tl.load(limit + pool):
+    if step >= tl.load(limit + group):
         return
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
     inside = rows < stop
-    one = start + key_row(tl.load(best + pool * width + step - 1))
+    one = start + key_row(tl.load(best + group * max_budget + step - 1))
     scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
     total = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
     cosine = tl.where(scale == 0, 0.0, total * scale)
@@ -114,12 +114,12 @@ def _cover(
 
 
 @triton.jit(do_not_specialize=["step"])
-def _raised(covered, covered_new, columns, count, segments, limit, step, SCAN: tl.constexpr):
-    """Lists the rows of a pool whose coverage has risen."""
-    pool = tl.program_id(0)
-    if step >= tl.load(limit + pool):
+def _raised(covered, covered_new, columns, count, offsets, limit, step, SCAN: tl.constexpr):
+    """Lists the rows of a group whose coverage has risen."""
+    group = tl.program_id(0)
+    if step >= tl.load(limit + group):
         return
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     number = tl.full([], 0, tl.int32)
     for first in range(start, stop, SCAN):
         place = first + tl.arange(0, SCAN)
@@ -127,25 +127,25 @@ def _raised(covered, covered_new, columns, count, segments, limit, step, SCAN: t
         more = tl.load(covered_new + place, mask=inside, other=0.0) > tl.load(covered + place, mask=inside, other=0.0)
         tl.store(columns + start + number + tl.cumsum(more.to(tl.int32), 0) - 1, place, mask=more)
         number += tl.sum(more.to(tl.int32), 0)
-    tl.store(count + pool, number)
+    tl.store(count + group, number)
 
 
-@triton.jit(do_not_specialize=["width", "step"])
+@triton.jit(do_not_specialize=["max_budget", "step"])
 def _change(
     features, row_stride, column_stride, factor, own, weights, covered, covered_new, columns, count, gains, chosen,
-    owner, first, segments, limit, best, width, step, pools, grid, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
+    owner, first, offsets, limit, best, max_budget, step, groups, grid, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
     START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Changes the gains of a tile of rows by the columns listed, and offers them for pick `step`.
 
-    With `START` the columns are all rows of the pool, and the gains those of an empty choice.
+    With `START` the columns are all rows of the group, and the gains those of an empty choice.
     """
-    pool = tl.load(owner + tl.program_id(0))
-    if pool >= pools:
+    group = tl.load(owner + tl.program_id(0))
+    if group >= groups:
         return
-    if step >= tl.load(limit + pool):
+    if step >= tl.load(limit + group):
         return
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     mine = tl.load(first + tl.program_id(0)) + tl.arange(0, TILE)
     inside, at = mine < stop, mine.to(tl.int64) * row_stride
     scale = tl.load(factor + mine, mask=inside, other=0.0)
@@ -154,9 +154,9 @@ def _change(
     total = tl.zeros([TILE], tl.float64)
     length = stop - start
     if not START:
-        last = start + key_row(tl.load(best + pool * width + step - 1))
+        last = start + key_row(tl.load(best + group * max_budget + step - 1))
         total = tl.load(gains + mine, mask=inside, other=0.0)
-        length = tl.load(count + pool).to(tl.int64)
+        length = tl.load(count + group).to(tl.int64)
     for begin in range(0, length, TILE):
         place = begin + tl.arange(0, TILE)
         known = place < length
@@ -184,81 +184,81 @@ def _change(
             total -= _gain(cosine, tl.load(covered + theirs, mask=known, other=0.0), known)
         total += _gain(cosine, new, known)
     tl.store(gains + mine, total, mask=inside)
-    key = best + pool * width + step
+    key = best + group * max_budget + step
     _offer(total, grid, weights, mine, inside, mine - start, chosen, key, last, WEIGHTED, ADD)
 
 
 def facility_location(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""
-    device, pools = features.device, len(budgets)
-    segments, limit, width, longest = plan(segments, budgets, len(features), device, width, longest)
-    if width == 0 or longest == 0:
-        return torch.full((pools, width), -1, dtype=torch.int64, device=device)
+    device, groups = features.device, len(budgets)
+    offsets, limit, max_budget, max_length = plan(offsets, budgets, len(features), device, max_budget, max_length)
+    if max_budget == 0 or max_length == 0:
+        return torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
     length = lengths(features)
     factor, own = factors(length), self_cosine(length)
     weights = None if weights is None else usable(on(weights, device)).contiguous()
-    best = torch.full((pools, width), NOTHING, dtype=torch.int64, device=device)
-    inputs = (features, factor, own, weights, segments, limit, best, longest, combine == "sum")
-    if pools_at_once(longest, pools):
+    best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)
+    inputs = (features, factor, own, weights, offsets, limit, best, max_length, combine == "sum")
+    if groups_at_once(max_length, groups):
         _whole(*inputs)
     else:
         _stream(*inputs)
-    return decode(best, segments, limit)
+    return decode(best, offsets, limit)
 
 
 def _whole(
-    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor,
-    best: Tensor, longest: int, add: bool,
+    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
+    best: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
     """The choice from matrices of all pairs."""
-    pools, width, side, device = *best.shape, side_of(longest), features.device
-    together = pools_at_once(longest, pools)
+    groups, max_budget, side, device = *best.shape, side_of(max_length), features.device
+    together = groups_at_once(max_length, groups)
     matrix = torch.empty(together, side, side, device=device)
     covered, covered_new = torch.zeros(2, len(features), device=device).unbind()
     chosen = torch.zeros(len(features), dtype=torch.int8, device=device)
-    for first in range(0, pools, together):
-        count = min(together, pools - first)
-        pairs(features, factor, segments, longest, first, count, matrix, None)
-        for step in range(width):
-            _pick[(triton.cdiv(longest, ROWS), count)](
-                matrix, own, own if weights is None else weights, covered, covered_new, chosen, segments, limit, best,
-                side, width, first, step, GRID, WEIGHTED=weights is not None, ADD=add, START=step == 0, ROWS=ROWS,
-                TILE=min(256, power_of_two(longest)),
+    for first in range(0, groups, together):
+        count = min(together, groups - first)
+        pairs(features, factor, offsets, max_length, first, count, matrix, None)
+        for step in range(max_budget):
+            _pick[(triton.cdiv(max_length, ROWS), count)](
+                matrix, own, own if weights is None else weights, covered, covered_new, chosen, offsets, limit, best,
+                side, max_budget, first, step, GRID, WEIGHTED=weights is not None, ADD=add, START=step == 0, ROWS=ROWS,
+                TILE=min(256, power_of_two(max_length)),
             )  # fmt: skip
             if step:
                 covered, covered_new = covered_new, covered
 
 
 def _stream(
-    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, segments: Tensor, limit: Tensor,
-    best: Tensor, longest: int, add: bool,
+    features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
+    best: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
-    """The choice for pools that are too long for a matrix of all pairs."""
-    (pools, width), total, device = best.shape, len(features), features.device
+    """The choice for groups that are too long for a matrix of all pairs."""
+    (groups, max_budget), total, device = best.shape, len(features), features.device
     covered, covered_new = torch.zeros(2, total, device=device).unbind()
     columns = torch.empty(total, dtype=torch.int64, device=device)
-    count = torch.zeros(pools, dtype=torch.int32, device=device)
+    count = torch.zeros(groups, dtype=torch.int32, device=device)
     gains = torch.empty(total, dtype=torch.float64, device=device)
     chosen = torch.zeros(total, dtype=torch.int8, device=device)
-    few, tiles = blocks(segments, total, ROWS), blocks(segments, total, _TILE)
-    for step in range(width):
+    few, tiles = blocks(offsets, total, ROWS), blocks(offsets, total, _TILE)
+    for step in range(max_budget):
         if step:
             _cover[(len(few[0]),)](
-                features, *features.stride(), factor, own, covered, covered_new, *few, segments, limit, best, width,
-                step, pools, GRID, WIDTH=features.shape[1], BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+                features, *features.stride(), factor, own, covered, covered_new, *few, offsets, limit, best, max_budget,
+                step, groups, GRID, WIDTH=features.shape[1], BLOCK=column_block(features.shape[1]), ROWS=ROWS,
             )  # fmt: skip
-            _raised[(pools,)](covered, covered_new, columns, count, segments, limit, step, SCAN=_SCAN, num_warps=16)
+            _raised[(groups,)](covered, covered_new, columns, count, offsets, limit, step, SCAN=_SCAN, num_warps=16)
         _change[(len(tiles[0]),)](
             features, *features.stride(), factor, own, own if weights is None else weights, covered, covered_new,
-            columns, count, gains, chosen, *tiles, segments, limit, best, width, step, pools, GRID,
+            columns, count, gains, chosen, *tiles, offsets, limit, best, max_budget, step, groups, GRID,
             WEIGHTED=weights is not None, ADD=add, START=step == 0, WIDTH=features.shape[1],
             BLOCK=64 if features.element_size() == 2 else 32, TILE=_TILE,
         )  # fmt: skip

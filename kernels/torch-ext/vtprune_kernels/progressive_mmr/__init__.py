@@ -11,14 +11,14 @@ from torch import Tensor
 from .._dispatch import on_gpu, triton_source
 from .._ragged import spans
 from .duplication import Duplication
-from .vectorised import progressive_mmr as _vectorised
+from .vectorized import progressive_mmr as _vectorized
 
 
 def progressive_mmr(
     relevance: Tensor,
     keys: Tensor,
     values: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
     duplication: float = 0.5,
     chunk: int = 16,
@@ -26,9 +26,9 @@ def progressive_mmr(
     pool: int = 4,
     objective: Literal["linear", "log"] = "linear",
     scaling: float | None = None,
-    carried: Tensor | None = None,
-    width: int | None = None,
-    longest: int | None = None,
+    preselected: Tensor | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Chooses rows by relevance minus duplication with the rows already chosen.
 
@@ -43,8 +43,8 @@ def progressive_mmr(
         relevance: `[M]` float, higher is better; for `objective="log"` the logarithm of the magnitudes.
         keys: `[M, G, dk]` keys per KV head.
         values: `[M, G, dv]` values per KV head.
-        segments: `[S + 1]` int64 offsets of the pools in the rows.
-        budgets: `[S]` int64 rows to choose from each pool.
+        offsets: `[S + 1]` int64 offsets of the groups in the rows.
+        budgets: `[S]` int64 rows to choose from each group.
         duplication: Weight of the largest similarity with a chosen row, in `[0, 1]`.
         chunk: Most rows chosen between two updates.
         growth: Rows chosen in a round as a share of those already chosen.
@@ -52,39 +52,39 @@ def progressive_mmr(
         objective: `"linear"`: `r - duplication * max(0, S_max)`;
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
-        carried: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
-        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+        preselected: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
-        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 
     Returns:
-        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if objective not in ("linear", "log"):
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
     if chunk < 1 or pool < 1 or growth < 0:
         raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
-    settings = (duplication, chunk, growth, pool, objective, scaling, carried, width)
+    settings = (duplication, chunk, growth, pool, objective, scaling, preselected, max_budget)
     if on_gpu(keys):
-        return triton_source("progressive_mmr")(relevance, keys, values, segments, budgets, *settings, longest)
-    return _vectorised(relevance, keys, values, segments, budgets, *settings)
+        return triton_source("progressive_mmr")(relevance, keys, values, offsets, budgets, *settings, max_length)
+    return _vectorized(relevance, keys, values, offsets, budgets, *settings)
 
 
-def closest_other(keys: Tensor, values: Tensor, segments: Tensor, scaling: float | None = None) -> Tensor:
-    """Largest similarity of each row with another row of its pool, in blocks; a diagnostic that costs `O(N^2)` time.
+def closest_other(keys: Tensor, values: Tensor, offsets: Tensor, scaling: float | None = None) -> Tensor:
+    """Largest similarity of each row with another row of its group, in blocks; a diagnostic that costs `O(N^2)` time.
 
     Args:
         keys: `[M, G, dk]`.
         values: `[M, G, dv]`.
-        segments: `[S + 1]` int64 offsets of the pools.
+        offsets: `[S + 1]` int64 offsets of the groups.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
 
     Returns:
-        Tensor: `[M]` float32, minus infinity in pools of one row.
+        Tensor: `[M]` float32, minus infinity in groups of one row.
     """
     closest = torch.full((len(keys),), -torch.inf, device=keys.device)
-    for start, stop in spans(segments):
+    for start, stop in spans(offsets):
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
         everything = torch.arange(stop - start, device=keys.device)
         for rows in everything.split(256):

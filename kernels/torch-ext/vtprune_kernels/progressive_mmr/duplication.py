@@ -10,7 +10,7 @@ from .._ragged import unit_rows
 
 
 class Duplication:
-    """Similarities between rows of one pool, as matrix products over blocks of rows.
+    """Similarities between rows of one group, as matrix products over blocks of rows.
 
     Args:
         keys: `[n, G, dk]`, any float dtype.

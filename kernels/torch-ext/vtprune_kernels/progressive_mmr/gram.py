@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked maximal marginal relevance of a small pool, on one matrix of all similarities."""
+"""Progressive chunked maximal marginal relevance of a small group, on one matrix of all similarities."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def choose(
     growth: float,
     pool: int,
     objective: str,
-    carried: Tensor | None,
+    preselected: Tensor | None,
 ) -> Tensor:
-    """Rows of one pool in the order of choice, `[budget]` int64.
+    """Rows of one group in the order of choice, `[budget]` int64.
 
     A row's value falls with its largest similarity to a chosen row. So it is the least of its values beside each of
     them alone, and one matrix `[n, n]` of these values is all that the picks need.
 
     Args:
         relevance: `[n]`.
-        similarity: Of the pool's rows.
-        budget: Rows to choose, at most those that are not carried.
+        similarity: Of the group's rows.
+        budget: Rows to choose, at most those that are not preselected.
         duplication, chunk, growth, pool, objective: As for `progressive_mmr`.
-        carried: `[n]` bool, rows chosen before, or None.
+        preselected: `[n]` bool, rows chosen before, or None.
     """
     relevance = relevance.float()
     value = gains(relevance, torch.zeros_like(relevance), duplication, objective)
     beside = gains(relevance, similarity.all_pairs(), duplication, objective)  # [n, n]
     beside.fill_diagonal_(-torch.inf)  # a chosen row is out of the race
-    if carried is not None:
-        value = torch.minimum(value, beside[carried].amin(0)) if bool(carried.any()) else value
+    if preselected is not None:
+        value = torch.minimum(value, beside[preselected].amin(0)) if bool(preselected.any()) else value
     chosen: list[int] = []
     while len(chosen) < budget:
         count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ragged import empty_order, finite, pools, unit_rows
+from .._ragged import empty_order, finite, groups, unit_rows
 
 
 def similarity(keys: Tensor, values: Tensor, one: int, scaling: float | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def progressive_mmr(
     relevance: Tensor,
     keys: Tensor,
     values: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
     duplication: float = 0.5,
     chunk: int = 16,
@@ -37,16 +37,16 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    carried: Tensor | None = None,
-    width: int | None = None,
+    preselected: Tensor | None = None,
+    max_budget: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    order = empty_order(budgets, relevance.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, relevance.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         score, k, v = relevance[start:stop].float(), keys[start:stop], values[start:stop]
         free = torch.ones(stop - start, dtype=torch.bool, device=relevance.device)
         closest = torch.zeros(stop - start, device=relevance.device)
-        for row in [] if carried is None else carried[start:stop].nonzero().flatten().tolist():
+        for row in [] if preselected is None else preselected[start:stop].nonzero().flatten().tolist():
             closest = torch.maximum(closest, similarity(k, v, row, scaling))
             free[row] = False
         budget = min(budget, int(free.sum()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progressive chunked maximal marginal relevance on a GPU.
 
-Where the similarities of all pairs of a pool fit into the memory allowed, they are made first, and one program per pool
-makes all rounds; `triton_rounds` chooses from longer pools. A chosen row has infinite similarity.
+Where the similarities of all pairs of a group fit into the memory allowed, they are made first, and one program per group
+makes all rounds; `triton_rounds` chooses from longer groups. A chosen row has infinite similarity.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._ragged import plan
 from .._triton import key_row, power_of_two, rank_key
-from .._triton_pairs import pools_at_once, side_of
+from .._triton_pairs import groups_at_once, side_of
 from .triton_rounds import Rounds, gain
 from .triton_similarity import Updates
 
@@ -41,21 +41,21 @@ def _largest(key, wanted):
     return result
 
 
-@triton.jit(do_not_specialize=["width", "first"])
+@triton.jit(do_not_specialize=["max_budget", "first"])
 def _choose(
-    matrix, relevance, relevance_stride, near, segments, limit, order, width, first, side, duplication,
+    matrix, relevance, relevance_stride, near, offsets, limit, order, max_budget, first, side, duplication,
     CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All rounds of one pool."""
-    pool, place = first + tl.program_id(0), tl.arange(0, BLOCK)
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    """All rounds of one group."""
+    group, place = first + tl.program_id(0), tl.arange(0, BLOCK)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     inside = place < stop - start
     matrix += tl.program_id(0).to(tl.int64) * side * side
     nothing = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
     score = tl.load(relevance + (start + place) * relevance_stride, mask=inside, other=0.0).to(tl.float32)
     closest = tl.load(near + start + place, mask=inside, other=float("inf"))
     free = tl.sum((closest < float("inf")).to(tl.int32), 0)
-    budget = tl.load(limit + pool).to(tl.int32)
+    budget = tl.load(limit + group).to(tl.int32)
     done = tl.full([], 0, tl.int32)
     while done < budget:
         share = (GROWTH * done.to(tl.float64)).to(tl.int32)
@@ -71,7 +71,7 @@ def _choose(
                 if step > 0:
                     key = rank_key(gain(score, closest, duplication, LOG), place)
             one = key_row(tl.max(tl.where(among & (closest < float("inf")), key, nothing), 0))
-            tl.store(order + pool * width + done + step, start + one)
+            tl.store(order + group * max_budget + done + step, start + one)
             similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
             closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
         done += count
@@ -81,7 +81,7 @@ def progressive_mmr(
     relevance: Tensor,
     keys: Tensor,
     values: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
     duplication: float = 0.5,
     chunk: int = 16,
@@ -89,34 +89,34 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    carried: Tensor | None = None,
-    width: int | None = None,
-    longest: int | None = None,
+    preselected: Tensor | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    device, pools = keys.device, len(budgets)
-    segments, limit, width, longest = plan(segments, budgets, len(keys), device, width, longest)
-    if width == 0 or longest == 0:
-        return torch.full((pools, width), -1, dtype=torch.int64, device=device)
-    if carried is not None:
-        carried = carried.to(torch.uint8)
-        kept = torch.cat([carried.new_zeros(1, dtype=torch.int64), carried.cumsum(0)])[segments].diff()
-        limit = torch.minimum(limit, segments.diff() - kept)
+    device, groups = keys.device, len(budgets)
+    offsets, limit, max_budget, max_length = plan(offsets, budgets, len(keys), device, max_budget, max_length)
+    if max_budget == 0 or max_length == 0:
+        return torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
+    if preselected is not None:
+        preselected = preselected.to(torch.uint8)
+        kept = torch.cat([preselected.new_zeros(1, dtype=torch.int64), preselected.cumsum(0)])[offsets].diff()
+        limit = torch.minimum(limit, offsets.diff() - kept)
     log = objective == "log"
     updates = Updates(keys, values, scaling)
-    rounds = Rounds(updates, relevance, segments, limit, width, longest, duplication, log)
-    if carried is not None:
-        rounds.carry(carried)
-    together = pools_at_once(longest, pools)
+    rounds = Rounds(updates, relevance, offsets, limit, max_budget, max_length, duplication, log)
+    if preselected is not None:
+        rounds.carry(preselected)
+    together = groups_at_once(max_length, groups)
     if not together:
         return rounds.choose(chunk, growth, pool)
-    side = side_of(longest)
+    side = side_of(max_length)
     matrix = torch.empty(together, side, side, device=device)
-    for first in range(0, pools, together):
-        count = min(together, pools - first)
-        updates.matrix(segments, first, matrix[:count])
+    for first in range(0, groups, together):
+        count = min(together, groups - first)
+        updates.matrix(offsets, first, matrix[:count])
         _choose[(count,)](
-            matrix, relevance, relevance.stride(0), rounds.near, segments, limit, rounds.order, width, first, side,
+            matrix, relevance, relevance.stride(0), rounds.near, offsets, limit, rounds.order, max_budget, first, side,
             duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return rounds.order

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked MMR on a GPU for pools that are too long for a matrix of all pairs: a few launches a round.
+"""Progressive chunked MMR on a GPU for groups that are too long for a matrix of all pairs: a few launches a round.
 
 A round ranks all rows, compares the candidates with each other, chooses among them, and brings the largest similarities
 up to date, a block of rows with all that the round has chosen. A chosen row has infinite similarity.
@@ -27,33 +27,35 @@ def gain(relevance, near, duplication, LOG: tl.constexpr):
     return relevance - duplication * near
 
 
-@triton.jit(do_not_specialize=["width", "done", "count", "longest"])
+@triton.jit(do_not_specialize=["max_budget", "done", "count", "max_length"])
 def _update(
     keys, values, shift, halves, inverses, scaling, key_row_stride, key_group, key_column, value_row, value_group,
-    value_column, near, relevance, relevance_stride, ranks, segments, limit, order, width, done, count, longest,
-    duplication, CARRIED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, PICKS: tl.constexpr,
+    value_column, near, relevance, relevance_stride, ranks, offsets, limit, order, max_budget, done, count, max_length,
+    duplication, PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, PICKS: tl.constexpr,
     SHIFT: tl.constexpr, GROUPS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Largest similarity of a block of rows with what the last round chose, and with `RANK` their rank keys.
 
-    With `CARRIED`, `order` marks the rows that were chosen before, and those are what the block is compared with.
+    With `PRESELECTED`, `order` marks the rows that were chosen before, and those are what the block is compared with.
     """
-    pool, place = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start, stop = tl.load(segments + pool), tl.load(segments + pool + 1)
+    group, place = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     if start + tl.program_id(0) * ROWS >= stop:
         return
     rows = start + place
     inside = rows < stop
     closest = tl.load(near + rows, mask=inside, other=0.0)
-    number = (stop - start).to(tl.int32) if CARRIED else tl.minimum(count, tl.load(limit + pool) - done).to(tl.int32)
+    number = (
+        (stop - start).to(tl.int32) if PRESELECTED else tl.minimum(count, tl.load(limit + group) - done).to(tl.int32)
+    )
     for begin in range(0, number, PICKS):
         slot = begin + tl.arange(0, PICKS)
         known = slot < number
-        if CARRIED:
+        if PRESELECTED:
             picks = start + slot
             known = tl.load(order + picks, mask=known, other=0) != 0
         else:
-            picks = tl.load(order + pool * width + done + slot, mask=known, other=0)
+            picks = tl.load(order + group * max_budget + done + slot, mask=known, other=0)
         if tl.max(known.to(tl.int32), 0) > 0:
             similar = tile(
                 keys, values, shift, halves, inverses, scaling, key_row_stride, key_group, key_column, value_row,
@@ -66,26 +68,26 @@ def _update(
         score = tl.load(relevance + rows * relevance_stride, mask=inside, other=0.0).to(tl.float32)
         key = rank_key(gain(score, closest, duplication, LOG), place)
         key = tl.where(closest < float("inf"), key, -0x7FFFFFFFFFFFFFFF)
-        tl.store(ranks + pool.to(tl.int64) * longest + place, key, mask=inside)
+        tl.store(ranks + group.to(tl.int64) * max_length + place, key, mask=inside)
 
 
-@triton.jit(do_not_specialize=["width", "done", "count", "side"])
+@triton.jit(do_not_specialize=["max_budget", "done", "count", "side"])
 def _pick(
-    relevance, relevance_stride, near, best, similarity, segments, limit, order, width, done, count, side, duplication,
+    relevance, relevance_stride, near, best, similarity, offsets, limit, order, max_budget, done, count, side, duplication,
     LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The choice of one pool's round among its candidates, whose keys are given best first."""
-    pool, slot = tl.program_id(0), tl.arange(0, BLOCK)
-    start = tl.load(segments + pool)
-    number = tl.minimum(count, tl.load(limit + pool) - done)
-    key = tl.load(best + pool * side + slot, mask=slot < side, other=-0x7FFFFFFFFFFFFFFF)
+    """The choice of one group's round among its candidates, whose keys are given best first."""
+    group, slot = tl.program_id(0), tl.arange(0, BLOCK)
+    start = tl.load(offsets + group)
+    number = tl.minimum(count, tl.load(limit + group) - done)
+    key = tl.load(best + group * side + slot, mask=slot < side, other=-0x7FFFFFFFFFFFFFFF)
     valid = (slot < PER_PICK * number) & (key != -0x7FFFFFFFFFFFFFFF)
     rows = start + key_row(key)
-    result = order + pool * width + done
+    result = order + group * max_budget + done
     if GREEDY:
         closest = tl.load(near + rows, mask=valid, other=0.0)
         score = tl.load(relevance + rows * relevance_stride, mask=valid, other=0.0).to(tl.float32)
-        similarity += pool.to(tl.int64) * side * side
+        similarity += group.to(tl.int64) * side * side
         for step in range(number):
             value = rank_key(gain(score, closest, duplication, LOG), rows - start)
             one = start + key_row(tl.max(tl.where(valid, value, -0x7FFFFFFFFFFFFFFF), 0))
@@ -98,72 +100,72 @@ def _pick(
 
 
 class Rounds:
-    """State of the choice over all pools.
+    """State of the choice over all groups.
 
     Args:
         updates: What rows are compared by.
         relevance: `[M]`.
-        segments, limit: `[S + 1]` offsets, `[S]` rows to choose of each pool.
-        width: Most rows that are chosen of a pool.
-        longest: Rows of the longest pool, or more.
+        offsets, limit: `[S + 1]` offsets, `[S]` rows to choose of each group.
+        max_budget: Most rows that are chosen of a group.
+        max_length: Rows of the longest group, or more.
         duplication, log: The objective.
 
     Attributes:
         near: `[M]` largest similarity with a chosen row, 0 at least; infinite for chosen rows.
-        order: `[S, width]` int64 choice, -1 where nothing is chosen.
+        order: `[S, max_budget]` int64 choice, -1 where nothing is chosen.
     """
 
     def __init__(
         self,
         updates: Updates,
         relevance: Tensor,
-        segments: Tensor,
+        offsets: Tensor,
         limit: Tensor,
-        width: int,
-        longest: int,
+        max_budget: int,
+        max_length: int,
         duplication: float,
         log: bool,
     ) -> None:
-        self.updates, self.relevance, self.segments, self.limit = updates, relevance, segments, limit
-        self.longest, self.duplication, self.log = longest, duplication, log
+        self.updates, self.relevance, self.offsets, self.limit = updates, relevance, offsets, limit
+        self.max_length, self.duplication, self.log = max_length, duplication, log
         self.near = torch.zeros(len(relevance), device=relevance.device)
-        self.order = torch.full((len(limit), width), -1, dtype=torch.int64, device=relevance.device)
+        self.order = torch.full((len(limit), max_budget), -1, dtype=torch.int64, device=relevance.device)
 
-    def carry(self, carried: Tensor) -> None:
-        """Counts the rows that are marked in `carried` `[M]` uint8 as chosen."""
-        self._update(0, 0, carried, None)
+    def carry(self, preselected: Tensor) -> None:
+        """Counts the rows that are marked in `preselected` `[M]` uint8 as chosen."""
+        self._update(0, 0, preselected, None)
 
-    def _update(self, done: int, count: int, carried: Tensor | None, ranks: Tensor | None) -> None:
+    def _update(self, done: int, count: int, preselected: Tensor | None, ranks: Tensor | None) -> None:
         rows = self.updates.tile
-        _update[(triton.cdiv(self.longest, rows), len(self.limit))](
+        _update[(triton.cdiv(self.max_length, rows), len(self.limit))](
             *self.updates.tensors, self.near, self.relevance, self.relevance.stride(0),
-            self.order if ranks is None else ranks, self.segments, self.limit,
-            self.order if carried is None else carried, self.order.shape[1], done, count, self.longest,
-            self.duplication, CARRIED=carried is not None, RANK=ranks is not None, LOG=self.log, ROWS=rows,
+            self.order if ranks is None else ranks, self.offsets, self.limit,
+            self.order if preselected is None else preselected, self.order.shape[1], done, count, self.max_length,
+            self.duplication, PRESELECTED=preselected is not None, RANK=ranks is not None, LOG=self.log, ROWS=rows,
             PICKS=_PICKS, num_warps=8, num_stages=1, **self.updates.sizes,
         )  # fmt: skip
 
     def choose(self, chunk: int, growth: float, pool: int) -> Tensor:
-        """`[S, width]` rows in the order of choice."""
-        (pools, width), done = self.order.shape, 0
-        ranks = torch.full((pools, self.longest), NOTHING, dtype=torch.int64, device=self.near.device)
+        """`[S, max_budget]` rows in the order of choice."""
+        (groups, max_budget), done = self.order.shape, 0
+        ranks = torch.full((groups, self.max_length), NOTHING, dtype=torch.int64, device=self.near.device)
         self._update(0, 0, None, ranks)
-        while done < width:
-            count = min(width - done, chunk, max(1, int(growth * done)))
+        while done < max_budget:
+            count = min(max_budget - done, chunk, max(1, int(growth * done)))
             per_pick = pool if count > 1 else 1
-            side = min(per_pick * count, self.longest)
+            side = min(per_pick * count, self.max_length)
             best = ranks.amax(1, keepdim=True) if side == 1 else ranks.topk(side).values  # [S, side]
             similarity = self.near
             if greedy := per_pick > 1:
-                rows = self.segments[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
-                similarity = torch.empty(pools, side, side, device=self.near.device)
-                self.updates.matrix(self.segments, 0, similarity, torch.where(best == NOTHING, -1, rows))
-            _pick[(pools,)](
-                self.relevance, self.relevance.stride(0), self.near, best, similarity, self.segments, self.limit,
-                self.order, width, done, count, side, self.duplication, LOG=self.log, GREEDY=greedy, PER_PICK=per_pick,
+                rows = self.offsets[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
+                similarity = torch.empty(groups, side, side, device=self.near.device)
+                self.updates.matrix(self.offsets, 0, similarity, torch.where(best == NOTHING, -1, rows))
+            _pick[(groups,)](
+                self.relevance, self.relevance.stride(0), self.near, best, similarity, self.offsets, self.limit,
+                self.order, max_budget, done, count, side, self.duplication, LOG=self.log, GREEDY=greedy, PER_PICK=per_pick,
                 BLOCK=power_of_two(side),
             )  # fmt: skip
-            if done + count < width:
+            if done + count < max_budget:
                 self._update(done, count, None, ranks)
             done += count
         return self.order

@@ -17,46 +17,46 @@ from .._triton import WIDEN, power_of_two
 
 @triton.jit
 def _measure(
-    keys, values, shift, halves, inverses, total, scaling, key_row, key_group, key_column, value_row, value_group,
-    value_column, SHIFT: tl.constexpr, GROUPS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
+    keys, values, shift, halves, inverses, total, scaling, key_row, key_head, key_column, value_row, value_head,
+    value_column, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """`scaling |k|^2 / 2` and `1 / |v|` of a block of rows, 0 where a value is zero or not finite."""
-    group = tl.program_id(1)
+    kv_head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, at = rows < total, rows.to(tl.int64)
     square = tl.zeros([ROWS], tl.float32)
     for part in range(0, DK, PART):
         k = part + tl.arange(0, PART)
         mask = inside[:, None] & (k < DK)[None, :]
-        place = keys + (at * key_row + group * key_group)[:, None] + k[None, :] * key_column
+        place = keys + (at * key_row + kv_head * key_head)[:, None] + k[None, :] * key_column
         key = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         if SHIFT:
-            key = tl.where(mask, key - tl.load(shift + group * DK + k, mask=k < DK, other=0.0)[None, :], 0.0)
+            key = tl.where(mask, key - tl.load(shift + kv_head * DK + k, mask=k < DK, other=0.0)[None, :], 0.0)
         square += tl.sum(key * key, 1)
-    tl.store(halves + at * GROUPS + group, square * (0.5 * scaling), mask=inside)
+    tl.store(halves + at * KV_HEADS + kv_head, square * (0.5 * scaling), mask=inside)
     square = tl.zeros([ROWS], tl.float32)
     for part in range(0, DV, PART):
         v = part + tl.arange(0, PART)
-        place = values + (at * value_row + group * value_group)[:, None] + v[None, :] * value_column
+        place = values + (at * value_row + kv_head * value_head)[:, None] + v[None, :] * value_column
         value = tl.load(place, mask=inside[:, None] & (v < DV)[None, :], other=0.0).to(tl.float32)
         square += tl.sum(value * value, 1)
     length = tl.sqrt(square)
     finite = length < float("inf")
-    tl.store(inverses + at * GROUPS + group, tl.where(finite, 1 / tl.maximum(length, 1e-6), 0.0), mask=inside)
+    tl.store(inverses + at * KV_HEADS + kv_head, tl.where(finite, 1 / tl.maximum(length, 1e-6), 0.0), mask=inside)
 
 
 @triton.jit
 def tile(
-    keys, values, shift, halves, inverses, scaling, key_row, key_group, key_column, value_row, value_group,
-    value_column, mine, inside, theirs, known, SHIFT: tl.constexpr, GROUPS: tl.constexpr, DK: tl.constexpr,
+    keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
+    value_column, mine, inside, theirs, known, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """`[A, B]` similarity of the rows `mine` `[A]` with `theirs` `[B]`, mean over the KV heads."""
     mine, theirs = mine.to(tl.int64), theirs.to(tl.int64)
     total = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
-    for group in range(GROUPS):
-        at, there = mine * key_row + group * key_group, theirs * key_row + group * key_group
+    for kv_head in range(KV_HEADS):
+        at, there = mine * key_row + kv_head * key_head, theirs * key_row + kv_head * key_head
         product = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
         for part in range(0, DK, PART):
             k = part + tl.arange(0, PART)
@@ -64,15 +64,15 @@ def tile(
             a = tl.load(keys + at[:, None] + k[None, :] * key_column, mask=mask, other=0.0)
             b = tl.load(keys + there[None, :] + k[:, None] * key_column, mask=their_mask, other=0.0)
             if SHIFT:
-                bias = tl.load(shift + group * DK + k, mask=k < DK, other=0.0)
+                bias = tl.load(shift + kv_head * DK + k, mask=k < DK, other=0.0)
                 a, b = tl.where(mask, a - bias[None, :], 0.0), tl.where(their_mask, b - bias[:, None], 0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b, product, input_precision="ieee")
         exponent = scaling * product
-        exponent -= tl.load(halves + mine * GROUPS + group, mask=inside, other=0.0)[:, None]
-        exponent -= tl.load(halves + theirs * GROUPS + group, mask=known, other=0.0)[None, :]
-        at, there = mine * value_row + group * value_group, theirs * value_row + group * value_group
+        exponent -= tl.load(halves + mine * KV_HEADS + kv_head, mask=inside, other=0.0)[:, None]
+        exponent -= tl.load(halves + theirs * KV_HEADS + kv_head, mask=known, other=0.0)[None, :]
+        at, there = mine * value_row + kv_head * value_head, theirs * value_row + kv_head * value_head
         product = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
         for part in range(0, DV, PART):
             v = part + tl.arange(0, PART)
@@ -82,21 +82,21 @@ def tile(
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             product = tl.dot(a, b, product, input_precision="ieee")
-        scale = tl.load(inverses + mine * GROUPS + group, mask=inside, other=0.0)[:, None]
-        scale = scale * tl.load(inverses + theirs * GROUPS + group, mask=known, other=0.0)[None, :]
+        scale = tl.load(inverses + mine * KV_HEADS + kv_head, mask=inside, other=0.0)[:, None]
+        scale = scale * tl.load(inverses + theirs * KV_HEADS + kv_head, mask=known, other=0.0)[None, :]
         total += tl.exp(tl.minimum(exponent, 0.0)) * tl.where(scale == 0, 0.0, product * scale)
-    return total / GROUPS
+    return total / KV_HEADS
 
 
 @triton.jit(do_not_specialize=["first", "side"])
 def _matrix(
-    keys, values, shift, halves, inverses, scaling, key_row, key_group, key_column, value_row, value_group,
-    value_column, rows, segments, first, side, result, CHOSEN: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
-    GROUPS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
+    keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
+    value_column, rows, offsets, first, side, result, CHOSEN: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
+    KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the similarities of a pool's rows, or of those `CHOSEN` in `rows`, and its mirror image."""
+    """One tile of the similarities of a group's rows, or of those `CHOSEN` in `rows`, and its mirror image."""
     upper, lower, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, stop = tl.load(segments + first + slot), tl.load(segments + first + slot + 1)
+    start, stop = tl.load(offsets + first + slot), tl.load(offsets + first + slot + 1)
     if (lower < upper) | ((start + lower * TILE >= stop) & (not CHOSEN)):
         return
     at, there = upper * TILE + tl.arange(0, TILE), lower * TILE + tl.arange(0, TILE)
@@ -108,8 +108,8 @@ def _matrix(
         mine, theirs = start + at, start + there
         inside, known = mine < stop, theirs < stop
     total = tile(
-        keys, values, shift, halves, inverses, scaling, key_row, key_group, key_column, value_row, value_group,
-        value_column, mine, inside, theirs, known, SHIFT, GROUPS, DK, DV, PART,
+        keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
+        value_column, mine, inside, theirs, known, SHIFT, KV_HEADS, DK, DV, PART,
     )  # fmt: skip
     result += slot.to(tl.int64) * side * side
     tl.store(result + at[:, None] * side + there[None, :], total, mask=inside[:, None] & known[None, :])
@@ -133,29 +133,29 @@ class Updates:
     """
 
     def __init__(self, keys: Tensor, values: Tensor, scaling: float | None) -> None:
-        (total, groups, dk), dv = keys.shape, values.shape[-1]
+        (total, kv_heads, dk), dv = keys.shape, values.shape[-1]
         scaling = dk**-0.5 if scaling is None else scaling
         exact = keys.element_size() > 2
         part = min(64 if exact else 128, power_of_two(max(dk, dv)))
-        halves, inverses = torch.empty(2, total, groups, device=keys.device).unbind()
-        self.sizes = {"SHIFT": exact, "GROUPS": groups, "DK": dk, "DV": dv, "PART": part}
+        halves, inverses = torch.empty(2, total, kv_heads, device=keys.device).unbind()
+        self.sizes = {"SHIFT": exact, "KV_HEADS": kv_heads, "DK": dk, "DV": dv, "PART": part}
         shift = keys.mean(0) if exact else halves
         self.tensors = (keys, values, shift, halves, inverses, scaling, *keys.stride(), *values.stride())
         self.tile = 32 if exact else 64
-        _measure[(triton.cdiv(total, 16), groups)](*self.tensors[:5], total, *self.tensors[5:], ROWS=16, **self.sizes)
+        _measure[(triton.cdiv(total, 16), kv_heads)](*self.tensors[:5], total, *self.tensors[5:], ROWS=16, **self.sizes)
 
-    def matrix(self, segments: Tensor, first: int, result: Tensor, rows: Tensor | None = None) -> None:
-        """Writes similarities of all pairs of rows that share a pool.
+    def matrix(self, offsets: Tensor, first: int, result: Tensor, rows: Tensor | None = None) -> None:
+        """Writes similarities of all pairs of rows that share a group.
 
         Args:
-            segments: `[S + 1]` offsets of the pools.
-            first: The first pool meant.
-            result: `[P, side, side]` float32, for pools `first` to `first + P`; `side` is no less than their rows.
-            rows: `[P, side]` int64 rows to take instead of all of the pool, -1 for none.
+            offsets: `[S + 1]` offsets of the groups.
+            first: The first group meant.
+            result: `[P, side, side]` float32, for groups `first` to `first + P`; `side` is no less than their rows.
+            rows: `[P, side]` int64 rows to take instead of all of the group, -1 for none.
         """
-        pools, side, _ = result.shape
+        groups, side, _ = result.shape
         tiles = triton.cdiv(side, self.tile)
-        _matrix[(tiles, tiles, pools)](
-            *self.tensors, segments if rows is None else rows, segments, first, side, result, CHOSEN=rows is not None,
+        _matrix[(tiles, tiles, groups)](
+            *self.tensors, offsets if rows is None else rows, offsets, first, side, result, CHOSEN=rows is not None,
             TILE=self.tile, num_warps=8, num_stages=1, **self.sizes,
         )  # fmt: skip

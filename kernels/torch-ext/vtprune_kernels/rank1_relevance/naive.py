@@ -15,19 +15,19 @@ def rank1_relevance(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     visual: Tensor,
     scaling: float,
     reduce: str = "mean",
-    normalise: str = "visible",
+    normalize: str = "visible",
     softcap: float | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.rank1_relevance`."""
     heads_per_group = queries.shape[1] // keys.shape[1]
     result = torch.full((len(visual),), -torch.inf, device=keys.device)
-    samples = zip(spans(query_segments), spans(key_segments), strict=True)
+    samples = zip(spans(query_offsets), spans(key_offsets), strict=True)
     for (first_row, last_row), (start, stop) in samples:
         mine = (visual >= start) & (visual < stop)
         places = visual[mine] - start
@@ -39,9 +39,9 @@ def rank1_relevance(
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
                 logits[int(query_order[row]) + 1 :] = -torch.inf
-                normaliser = torch.logsumexp(logits if normalise == "visible" else logits[places], 0)
+                normalizer = torch.logsumexp(logits if normalize == "visible" else logits[places], 0)
                 length = torch.log(values[visual[mine], group].float().norm(dim=-1) + 1e-12)
-                attention = torch.where(logits[places] > -torch.inf, logits[places] - normaliser, -torch.inf)
+                attention = torch.where(logits[places] > -torch.inf, logits[places] - normalizer, -torch.inf)
                 log_magnitudes.append(attention + length)
         if log_magnitudes:
             stack = torch.stack(log_magnitudes)  # [rows * H, visual of the sample]

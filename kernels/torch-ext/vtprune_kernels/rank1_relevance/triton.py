@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-magnitude of the rank-one updates on a GPU: one pass for the normalisers, one over the visual keys."""
+"""Log-magnitude of the rank-one updates on a GPU: one pass for the normalizers, one over the visual keys."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import torch
 from torch import Tensor
 
 from .._ragged import on
-from .._triton_attention import NEVER, normalisers, reduce_columns, rows_of
+from .._triton_attention import NEVER, normalizers, reduce_columns, rows_of
 
 
 def rank1_relevance(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     visual: Tensor,
     scaling: float,
     reduce: str = "mean",
-    normalise: str = "visible",
+    normalize: str = "visible",
     softcap: float | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.rank1_relevance`; `visual` has to ascend."""
     if len(queries) == 0 or len(visual) == 0:
         return torch.full((len(visual),), NEVER, device=keys.device)
-    rows = rows_of(queries, keys, query_segments, key_segments, query_order, scaling, softcap)
+    rows = rows_of(queries, keys, query_offsets, key_offsets, query_order, scaling, softcap)
     visual = on(visual, keys.device)
     chosen = None
-    if normalise == "visual":
+    if normalize == "visual":
         chosen = torch.zeros(len(keys), dtype=torch.uint8, device=keys.device).index_fill_(0, visual, 1)
-    segments = torch.searchsorted(visual, rows.key_segments)
-    z = normalisers(rows, chosen)
+    offsets = torch.searchsorted(visual, rows.key_offsets)
+    z = normalizers(rows, chosen)
     if reduce == "max":
-        return reduce_columns(rows, z, visual, segments, "max", values).amax(0)
+        return reduce_columns(rows, z, visual, offsets, "max", values).amax(0)
     power = 2.0 if reduce == "rms" else 1.0
-    total = torch.logsumexp(reduce_columns(rows, z, visual, segments, "sum", values, power=power), 0)
-    count = rows.query_segments.diff() * queries.shape[1]
-    sample = torch.searchsorted(rows.key_segments, visual, right=True) - 1
+    total = torch.logsumexp(reduce_columns(rows, z, visual, offsets, "sum", values, power=power), 0)
+    count = rows.query_offsets.diff() * queries.shape[1]
+    sample = torch.searchsorted(rows.key_offsets, visual, right=True) - 1
     return torch.nan_to_num((total - torch.log(count[sample].float())) / power, nan=NEVER, neginf=NEVER)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import received_attention as _vectorised
+from .vectorized import received_attention as _vectorized
 
 
 def received_attention(
-    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
     """Column means of the softmax attention of a whole bidirectional layer, over heads and query rows.
 
@@ -19,13 +19,13 @@ def received_attention(
         keys: `[B, G, N, dh]`, `G` dividing `H`.
         scaling: Factor on the dot product.
         rows: Bool `[N]` or `[B, N]`: only these query rows are averaged (the CLS row alone, say).
-        segments: `[S + 1]` offsets along `N`: tokens attend inside their own segment only (packed images).
+        offsets: `[S + 1]` offsets along `N`: tokens attend inside their own segment only (packed images).
 
     Returns:
         Tensor: `[B, N]` float32; per sample and segment it sums to 1, or is 0 where no row is averaged.
     """
-    run = triton_source("received_attention") if on_gpu(keys) else _vectorised
-    return run(queries, keys, scaling, rows, segments)
+    run = triton_source("received_attention") if on_gpu(keys) else _vectorized
+    return run(queries, keys, scaling, rows, offsets)
 
 
 __all__ = ["received_attention"]

@@ -10,16 +10,16 @@ from .._ragged import spans
 
 
 def received_attention(
-    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
     """See `vtprune_kernels.received_attention`."""
     batch, heads, length, _ = queries.shape
     heads_per_group = heads // keys.shape[1]
     asking = torch.ones(batch, length, dtype=torch.bool) if rows is None else rows.expand(batch, length)
-    segments = torch.tensor([0, length]) if segments is None else segments
+    offsets = torch.tensor([0, length]) if offsets is None else offsets
     result = torch.zeros(batch, length, device=keys.device)
     for sample in range(batch):
-        for start, stop in spans(segments):
+        for start, stop in spans(offsets):
             chosen = asking[sample, start:stop]
             if not chosen.any():
                 continue

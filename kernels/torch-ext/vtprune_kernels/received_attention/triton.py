@@ -10,15 +10,15 @@ from ..attention_rows.triton import attention_rows
 
 
 def received_attention(
-    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
     """See `vtprune_kernels.received_attention`."""
     batch, heads, length, _ = queries.shape
     device = keys.device
-    if segments is None:
-        segments = torch.arange(2, device=device) * length
-    starts = torch.arange(batch, device=segments.device)[:, None] * length
-    offsets = torch.cat([(starts + segments[:-1]).flatten(), segments.new_full((1,), batch * length)])  # [B S + 1]
+    if offsets is None:
+        offsets = torch.arange(2, device=device) * length
+    starts = torch.arange(batch, device=offsets.device)[:, None] * length
+    offsets = torch.cat([(starts + offsets[:-1]).flatten(), offsets.new_full((1,), batch * length)])  # [B S + 1]
     weights = None if rows is None else rows.expand(batch, length).reshape(-1)
     q, k = (x.transpose(1, 2).flatten(0, 1) for x in (queries, keys))  # [B N, H, dh]
     order = torch.full((batch * length,), length, device=device)

@@ -7,16 +7,16 @@ from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
 from .energy import residual_energy
-from .vectorised import residual_pivots as _vectorised
+from .vectorized import residual_pivots as _vectorized
 
 
 def residual_pivots(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Chooses rows one by one, each with the largest `weight * |residual|^2`.
 
@@ -28,19 +28,19 @@ def residual_pivots(
     Args:
         features: `[M, D]` float. Rows that are zero or not finite come last.
         weights: `[M]` float or None; negative numbers and those that are not finite count as 0.
-        segments: `[S + 1]` int64 offsets of the pools.
-        budgets: `[S]` int64 rows to choose from each pool.
-        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+        offsets: `[S + 1]` int64 offsets of the groups.
+        budgets: `[S]` int64 rows to choose from each group.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
-        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 
     Returns:
-        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if on_gpu(features):
-        return triton_source("residual_pivots")(features, weights, segments, budgets, width, longest)
-    return _vectorised(features, weights, segments, budgets, width, longest)
+        return triton_source("residual_pivots")(features, weights, offsets, budgets, max_budget, max_length)
+    return _vectorized(features, weights, offsets, budgets, max_budget, max_length)
 
 
 __all__ = ["residual_energy", "residual_pivots"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a pool's energy the first rows of an order leave unexplained."""
+"""How much of a group's energy the first rows of an order leave unexplained."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from .._ragged import spans
 from ..dpp_map.naive import EXHAUSTED
 
 
-def residual_energy(features: Tensor, order: Tensor, segments: Tensor) -> Tensor:
-    """Share of the energy of each pool that is left after each pick, `1 - |P_k X|^2 / |X|^2`.
+def residual_energy(features: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Share of the energy of each group that is left after each pick, `1 - |P_k X|^2 / |X|^2`.
 
     `P_k` projects onto the span of the first k picks. Only the order that `residual_pivots` chooses lets the share fall
     about as fast as it can; that of any other order is as good.
 
     Args:
         features: `[M, D]` float; rows that are not finite count as zero.
-        order: `[S, K]` int64 rows of each pool, padded with -1. On a device, the call waits for it.
-        segments: `[S + 1]` int64 offsets of the pools.
+        order: `[S, K]` int64 rows of each group, padded with -1. On a device, the call waits for it.
+        offsets: `[S + 1]` int64 offsets of the groups.
 
     Returns:
-        Tensor: `[S, K]` float32, falling along a row, 0 where a pool has no energy; padding repeats the last value.
+        Tensor: `[S, K]` float32, falling along a row, 0 where a group has no energy; padding repeats the last value.
     """
     left = torch.zeros(order.shape, device=features.device)
-    for number, (start, stop) in enumerate(spans(segments)):
+    for number, (start, stop) in enumerate(spans(offsets)):
         rows = features[start:stop].float()
         rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
         total = rows.square().sum()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ragged import empty_order, pools
+from .._ragged import empty_order, groups
 from ..dpp_map.naive import EXHAUSTED
 from ..facility_location.naive import usable
 
@@ -14,14 +14,14 @@ from ..facility_location.naive import usable
 def residual_pivots(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         rows = features[start:stop].double()
         rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
         weight = torch.ones(stop - start) if weights is None else usable(weights[start:stop])

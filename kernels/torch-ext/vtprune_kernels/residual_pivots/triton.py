@@ -8,18 +8,18 @@ from torch import Tensor
 from .._ragged import on
 from .._triton_rows import lengths
 from ..dpp_map.triton import dpp_map
-from .vectorised import relevance
+from .vectorized import relevance
 
 
 def residual_pivots(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
-    segments = on(segments, features.device)
-    factor = relevance(features, lengths(features), weights, segments)
-    return dpp_map(features, factor, segments, budgets, width, longest)
+    offsets = on(offsets, features.device)
+    factor = relevance(features, lengths(features), weights, offsets)
+    return dpp_map(features, factor, offsets, budgets, max_budget, max_length)

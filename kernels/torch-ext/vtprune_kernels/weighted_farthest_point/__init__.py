@@ -6,16 +6,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._dispatch import on_gpu, triton_source
-from .vectorised import weighted_farthest_point as _vectorised
+from .vectorized import weighted_farthest_point as _vectorized
 
 
 def weighted_farthest_point(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Chooses rows that are far from all rows chosen before, by `1 - cos`.
 
@@ -26,19 +26,19 @@ def weighted_farthest_point(
     Args:
         features: `[M, D]` float.
         weights: `[M]` float, not negative for full speed, or None.
-        segments: `[S + 1]` int64 offsets of the pools.
-        budgets: `[S]` int64 rows to choose from each pool.
-        width: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
+        offsets: `[S + 1]` int64 offsets of the groups.
+        budgets: `[S]` int64 rows to choose from each group.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
             device if they are on one.
-        longest: Rows of the longest pool, or more; by default it is read from `segments` in the same way. Only a GPU
+        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 
     Returns:
-        Tensor: `[S, width]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
     """
     if on_gpu(features):
-        return triton_source("weighted_farthest_point")(features, weights, segments, budgets, width, longest)
-    return _vectorised(features, weights, segments, budgets, width)
+        return triton_source("weighted_farthest_point")(features, weights, offsets, budgets, max_budget, max_length)
+    return _vectorized(features, weights, offsets, budgets, max_budget)
 
 
 __all__ = ["weighted_farthest_point"]

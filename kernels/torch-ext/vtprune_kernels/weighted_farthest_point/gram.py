@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice in a small pool, on one matrix of all distances."""
+"""Farthest-point choice in a small group, on one matrix of all distances."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .._ragged import finite
 
 
 def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
-    """`[budget]` int64 rows of one pool in the order of choice.
+    """`[budget]` int64 rows of one group in the order of choice.
 
     Args:
-        cosine: Of the pool's rows.
+        cosine: Of the group's rows.
         weight: `[n]` float32, none of them negative, or None.
         budget: Rows to choose, at least 1.
     """

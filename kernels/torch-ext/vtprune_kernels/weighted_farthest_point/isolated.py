@@ -10,7 +10,7 @@ from .._cosine import Cosine
 from .._lazy import lazy_top
 
 _NEARBY, _BATCH, _SCOUTS, _FEW = 64, 256, 16, 8
-_STEP = 999983  # a prime: stepping by it spreads the columns over the whole pool
+_STEP = 999983  # a prime: stepping by it spreads the columns over the whole group
 _COPY = 40 * 2**20  # bytes that a rounded copy may take
 
 

@@ -6,15 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ragged import empty_order, finite, pools, unit_rows
+from .._ragged import empty_order, finite, groups, unit_rows
 
 
 def weighted_farthest_point(
-    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+    features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget == 0:
             continue
         unit = unit_rows(features[start:stop])

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, pools
+from .._ragged import empty_order, groups
 from .naive import gains, steps, symmetric, usable, values
 
 MATRIX_BYTES = (
-    36_000_000  # a pool of up to 3,000 rows keeps the cosines of all pairs, which the first gains need anyway
+    36_000_000  # a group of up to 3,000 rows keeps the cosines of all pairs, which the first gains need anyway
 )
 _BLOCK = 256  # rows that are compared with all rows at once
 
@@ -22,23 +22,23 @@ _BLOCK = 256  # rows that are compared with all rows at once
 def facility_location(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget > 0:
             weight = None if weights is None else usable(weights[start:stop])
-            order[number, :budget] = _Pool(Cosine(features[start:stop]), weight, budget, combine).choose() + start
+            order[number, :budget] = _Group(Cosine(features[start:stop]), weight, budget, combine).choose() + start
     return order
 
 
-class _Pool:
-    """State of one pool: how well each row is covered, and what each row would add when it was last looked at."""
+class _Group:
+    """State of one group: how well each row is covered, and what each row would add when it was last looked at."""
 
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int, combine: Literal["product", "sum"]) -> None:
         self.cosine, self.weight, self.combine = cosine, weight, combine

@@ -8,16 +8,18 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, finite, pools
+from .._ragged import empty_order, finite, groups
 from .._small import is_small
 from . import gram
 from .naive import EXHAUSTED
 
 
-def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tensor, width: int | None = None) -> Tensor:
+def dpp_map(
+    features: Tensor, relevance: Tensor, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
+) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget > 0:
             kernel = Cosine(features[start:stop], relevance[start:stop].float())
             # Near the rank of the rows what is left is rounding, and each way of summing has its own.
@@ -28,11 +30,11 @@ def dpp_map(features: Tensor, relevance: Tensor, segments: Tensor, budgets: Tens
 
 def choose(kernel: Cosine, budget: int) -> Tensor:
     """As `gram.choose`, with lazy evaluation."""
-    return _Pool(kernel, budget).choose()
+    return _Group(kernel, budget).choose()
 
 
-class _Pool:
-    """The factor `C` `[K, n]` of one pool (`kernel[chosen] = L C`), each column known up to `seen` rows."""
+class _Group:
+    """The factor `C` `[K, n]` of one group (`kernel[chosen] = L C`), each column known up to `seen` rows."""
 
     def __init__(self, kernel: Cosine, budget: int) -> None:
         self.kernel = kernel

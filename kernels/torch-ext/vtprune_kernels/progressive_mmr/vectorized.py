@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from .._lazy import lazy_top
-from .._ragged import empty_order, pools
+from .._ragged import empty_order, groups
 from .._small import is_small
 from . import gram
 from .duplication import Duplication
 from .naive import gains
 
 
-class _Pool:
-    """State of one pool: the largest similarity of each row with the chosen ones, kept up only as far as needed."""
+class _Group:
+    """State of one group: the largest similarity of each row with the chosen ones, kept up only as far as needed."""
 
     def __init__(self, relevance: Tensor, similarity: Duplication, duplication: float, objective: str) -> None:
         self.relevance, self.duplication, self.objective = relevance.float(), duplication, objective
@@ -58,7 +58,7 @@ def progressive_mmr(
     relevance: Tensor,
     keys: Tensor,
     values: Tensor,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
     duplication: float = 0.5,
     chunk: int = 16,
@@ -66,17 +66,17 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    carried: Tensor | None = None,
-    width: int | None = None,
+    preselected: Tensor | None = None,
+    max_budget: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    order = empty_order(budgets, relevance.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, relevance.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget == 0:
             continue
-        taken = None if carried is None else carried[start:stop]
-        width = keys.shape[1] * (keys.shape[2] + values.shape[2])
-        path = gram.choose if is_small(stop - start, width, budget) else choose
+        taken = None if preselected is None else preselected[start:stop]
+        max_budget = keys.shape[1] * (keys.shape[2] + values.shape[2])
+        path = gram.choose if is_small(stop - start, max_budget, budget) else choose
         budget = min(budget, stop - start - (0 if taken is None else int(taken.sum())))
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
         rules = (duplication, chunk, growth, pool, objective)
@@ -93,12 +93,12 @@ def choose(
     growth: float,
     pool: int,
     objective: str,
-    carried: Tensor | None,
+    preselected: Tensor | None,
 ) -> Tensor:
     """As `gram.choose`, with lazy evaluation."""
-    state = _Pool(relevance, similarity, duplication, objective)
-    if carried is not None:
-        state.take(carried.nonzero().flatten())
+    state = _Group(relevance, similarity, duplication, objective)
+    if preselected is not None:
+        state.take(preselected.nonzero().flatten())
     before, rows = len(state.chosen), len(relevance)
     while (done := len(state.chosen) - before) < budget:
         count = min(budget - done, chunk, max(1, int(growth * done)))

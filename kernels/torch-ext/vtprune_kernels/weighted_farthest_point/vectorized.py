@@ -8,18 +8,18 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, finite, pools
+from .._ragged import empty_order, finite, groups
 from .._small import is_small, is_small_for_isolation
 from . import gram
 from .isolated import most_isolated
 
 
 def weighted_farthest_point(
-    features: Tensor, weights: Tensor | None, segments: Tensor, budgets: Tensor, width: int | None = None
+    features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    order = empty_order(budgets, features.device, width)
-    for number, (start, stop, budget) in enumerate(pools(segments, budgets)):
+    order = empty_order(budgets, features.device, max_budget)
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget > 0:
             weight = None if weights is None else weights[start:stop].float()
             cosine = Cosine(features[start:stop])
@@ -29,20 +29,20 @@ def weighted_farthest_point(
 
 
 def _is_small(cosine: Cosine, weight: Tensor | None, budget: int) -> bool:
-    rows, width = cosine.rows.shape
+    rows, max_budget = cosine.rows.shape
     if weight is None:
-        return is_small_for_isolation(rows, width)
+        return is_small_for_isolation(rows, max_budget)
     # A negative weight turns distances around: the value of a row is then not the least beside any chosen one.
-    return is_small(rows, width, budget) and not bool((weight < 0).any())
+    return is_small(rows, max_budget, budget) and not bool((weight < 0).any())
 
 
 def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
     """As `gram.choose`, with lazy evaluation; weights of any sign."""
-    return _Pool(cosine, weight, budget).choose()
+    return _Group(cosine, weight, budget).choose()
 
 
-class _Pool:
-    """State of one pool: each row's distance to the nearest chosen one, kept up only as far as needed."""
+class _Group:
+    """State of one group: each row's distance to the nearest chosen one, kept up only as far as needed."""
 
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int) -> None:
         self.cosine, self.weight = cosine, weight

@@ -17,20 +17,20 @@ def rank1_relevance(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     visual: Tensor,
     scaling: float,
     reduce: str = "mean",
-    normalise: str = "visible",
+    normalize: str = "visible",
     softcap: float | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.rank1_relevance`."""
     groups, per_group = keys.shape[1], queries.shape[1] // keys.shape[1]
     power = 2.0 if reduce == "rms" else 1.0
     result = torch.full((len(visual),), -torch.inf, device=keys.device)
-    for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):
+    for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         mine = torch.nonzero((visual >= start) & (visual < stop)).squeeze(1)
         if first == last or len(mine) == 0:
             continue
@@ -49,9 +49,9 @@ def rank1_relevance(
             if bool(hidden.any()):
                 logits.masked_fill_(hidden.repeat_interleave(per_group, 0), -torch.inf)
             seen = logits[..., places]  # [G, r H/G, m]
-            normaliser = torch.logsumexp(logits if normalise == "visible" else seen, -1, keepdim=True)
-            # A row that sees none of the keys it is normalised over has nothing to say.
-            attention = seen - normaliser.masked_fill_(normaliser == -torch.inf, 0)
+            normalizer = torch.logsumexp(logits if normalize == "visible" else seen, -1, keepdim=True)
+            # A row that sees none of the keys it is normalized over has nothing to say.
+            attention = seen - normalizer.masked_fill_(normalizer == -torch.inf, 0)
             if reduce == "max":
                 total = torch.maximum(total, attention.amax(1))
             else:

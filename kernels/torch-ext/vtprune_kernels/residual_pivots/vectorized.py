@@ -12,32 +12,32 @@ import torch
 from torch import Tensor
 
 from .._ragged import segment_maximum
-from ..dpp_map.vectorised import dpp_map
+from ..dpp_map.vectorized import dpp_map
 from ..facility_location.naive import usable
 
 
-def relevance(features: Tensor, length: Tensor, weights: Tensor | None, segments: Tensor) -> Tensor:
+def relevance(features: Tensor, length: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
     """`[M]` factors that turn cosines into products of weighted rows, 1 at most without weights.
 
     Args:
         features: `[M, D]`.
         length: `[M]` float32 lengths of the rows.
         weights: `[M]` or None.
-        segments: `[S + 1]` offsets; each pool is scaled by its longest row, so that squares stay in range.
+        offsets: `[S + 1]` offsets; each group is scaled by its max_length row, so that squares stay in range.
     """
     length = torch.nan_to_num(length, nan=0.0, posinf=0.0)
-    scaled = length / segment_maximum(length, segments).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = length / segment_maximum(length, offsets).clamp_min(torch.finfo(torch.float32).tiny)
     return scaled if weights is None else scaled * usable(weights).sqrt()
 
 
 def residual_pivots(
     features: Tensor,
     weights: Tensor | None,
-    segments: Tensor,
+    offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
     length = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
-    return dpp_map(features, relevance(features, length, weights, segments), segments, budgets, width)
+    return dpp_map(features, relevance(features, length, weights, offsets), offsets, budgets, max_budget)

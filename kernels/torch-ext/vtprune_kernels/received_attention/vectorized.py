@@ -12,14 +12,14 @@ _BLOCK = 1 << 22  # attention values alive at once
 
 
 def received_attention(
-    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, segments: Tensor | None = None
+    queries: Tensor, keys: Tensor, scaling: float, rows: Tensor | None = None, offsets: Tensor | None = None
 ) -> Tensor:
     """See `vtprune_kernels.received_attention`."""
     batch, heads, length, _ = queries.shape
     groups = keys.shape[1]
     asking = None if rows is None else rows.expand(batch, length)
     result = torch.zeros(batch, length, device=keys.device)
-    for start, stop in [(0, length)] if segments is None else spans(segments):
+    for start, stop in [(0, length)] if offsets is None else spans(offsets):
         step = max(1, _BLOCK // (heads * max(1, stop - start)))
         for sample in range(batch):
             q = queries[sample, :, start:stop]  # [H, n, dh]

@@ -14,22 +14,24 @@ _BLOCK = 1 << 22  # attention values alive at once
 def attention_rows(
     queries: Tensor,
     keys: Tensor,
-    query_segments: Tensor,
-    key_segments: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
     query_order: Tensor,
     scaling: float,
     softcap: float | None = None,
     reduce: str = "mean",
     weights: Tensor | None = None,
-    longest: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.attention_rows`."""
     heads, groups = queries.shape[1], keys.shape[1]
-    if longest is None:
-        longest = int(key_segments.diff().max()) if len(key_segments) > 1 else 0
-    shape = {"mean": (len(keys),), "heads": (len(queries), longest), "none": (heads, len(queries), longest)}[reduce]
+    if max_length is None:
+        max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
+    shape = {"mean": (len(keys),), "heads": (len(queries), max_length), "none": (heads, len(queries), max_length)}[
+        reduce
+    ]
     result = torch.zeros(shape, device=keys.device)
-    for (first, last), (start, stop) in zip(spans(query_segments), spans(key_segments), strict=True):
+    for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         length = stop - start
         if first == last or length == 0:
             continue
