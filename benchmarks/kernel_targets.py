@@ -53,7 +53,7 @@ def decisions(
     """The decisions at one size; `scale` divides widths and heads, for tests of the benchmark itself."""
     size, width = SIZE // scale, WIDTH // scale
     offsets, budgets = (torch.tensor(x, device=device) for x in ([0, rows], [keep]))
-    hints = {"width": keep, "max_length": rows}
+    hints = {"max_budget": keep, "max_length": rows}
     name = f"{keep} of {rows}"
 
     def there(*shape: int, seed: int) -> Tensor:

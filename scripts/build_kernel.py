@@ -3,8 +3,8 @@
 
     python scripts/build_kernel.py [--out build/kernel]
 
-The sources are Python and Triton: all that Hugging Face's kernel-builder does for such a kernel is to copy them, and this
-does the same where the builder is not installed. `get_local_kernel` of the package `kernels` loads the result.
+The sources are Python and Triton. Hugging Face's kernel-builder only copies such kernels, and this script does the same
+where the builder is not installed. `get_local_kernel` of the package `kernels` loads the result.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def test_shapes_follow_from_shapes(name: str) -> None:
 def test_the_largest_budget_is_not_read(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known, original = [], _ragged.output_columns
 
-    def output_columns(budgets: Tensor, width: int | None) -> int:
-        known.append(width is not None and width == int(budgets.max()))
-        return original(budgets, width)
+    def output_columns(budgets: Tensor, max_budget: int | None) -> int:
+        known.append(max_budget is not None and max_budget == int(budgets.max()))
+        return original(budgets, max_budget)
 
     monkeypatch.setattr(_ragged, "output_columns", output_columns)
     family = FAMILIES["llava"]

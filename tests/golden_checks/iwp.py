@@ -54,7 +54,7 @@ def check_group(case: dict[str, np.ndarray]) -> None:
     close(magnitude(), "magnitude")
     close(magnitude(reduce="rms"), "magnitude_rms")
     close(magnitude(reduce="max"), "magnitude_max")
-    close(magnitude(normalise="visual"), "magnitude_visual_only")
+    close(magnitude(normalize="visual"), "magnitude_visual_only")
     close(magnitude(query="last"), "magnitude_last_query")
     close(IWP().candidates(batch).relevance, "relevance")
     close(IWP(relevance="log").candidates(batch).relevance, "relevance_log", atol=1e-6)

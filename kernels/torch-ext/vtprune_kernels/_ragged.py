@@ -54,7 +54,7 @@ def longest_group(offsets: Tensor, total: int, max_length: int | None) -> int:
 def plan(
     offsets: Tensor, budgets: Tensor, total: int, device: torch.device, max_budget: int | None, max_length: int | None
 ) -> tuple[Tensor, Tensor, int, int]:
-    """What a choice of `total` rows on a GPU starts from: offsets, rows to choose of each group, `max_budget`, `max_length`."""
+    """Offsets, rows to choose of each group, `max_budget` and `max_length`, as GPU kernels need them."""
     max_length, max_budget = longest_group(offsets, total, max_length), output_columns(budgets, max_budget)
     offsets = on(offsets, device)
     return offsets, torch.minimum(on(budgets, device), offsets.diff()), max_budget, max_length

@@ -23,7 +23,7 @@ def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
     """Splits the groups into blocks of `size` rows, without asking the device how long they are.
 
     Returns:
-        tuple[Tensor, Tensor]: `[P]` group of each block, the number of groups for surplus ones, and `[P]` its first row.
+        tuple[Tensor, Tensor]: `[P]` group of each block (the number of groups for surplus ones), `[P]` its first row.
     """
     if len(offsets) == 2:  # the usual case, in few launches
         first = offsets[0] + torch.arange(0, total, size, device=offsets.device)

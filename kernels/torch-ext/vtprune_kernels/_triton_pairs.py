@@ -71,7 +71,7 @@ def side_of(max_length: int) -> int:
 
 
 def groups_at_once(max_length: int, groups: int, more: int = 0) -> int:
-    """How many groups' matrices of all pairs fit beside each other, with `more` rows each: 0 where not even one does."""
+    """Number of groups whose matrices of all pairs, with `more` rows each, fit into memory together; 0 if none does."""
     return min(groups, MATRIX_BYTES // (4 * side_of(max_length) * (side_of(max_length) + more)))
 
 

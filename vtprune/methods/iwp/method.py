@@ -50,7 +50,7 @@ class IWP(Method):
             `"none"`, each update's own size, for cuts that are made before the question is known.
         relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token outweighs all.
         reduce: How heads and query rows are joined: mean, root mean square or maximum.
-        normalise: Softmax over all keys that the query sees, or over the visual ones.
+        normalize: Softmax over all keys that the query sees, or over the visual ones.
         rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favours near positions.
         rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
         objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
@@ -69,7 +69,7 @@ class IWP(Method):
     query: Literal["instruction_mean", "last", "none"] = "instruction_mean"
     relevance: Literal["linear", "log", "rank"] = "linear"
     reduce: Literal["mean", "rms", "max"] = "mean"
-    normalise: Literal["visible", "visual"] = "visible"
+    normalize: Literal["visible", "visual"] = "visible"
     rope_in_magnitude: bool = False
     rope_in_duplication: bool = True
     objective: Literal["linear", "log"] = "linear"
@@ -104,7 +104,7 @@ class IWP(Method):
             return Candidates(self.scale(magnitude, tokens), keys, values, read.scaling, tokens.offsets)
         read = tokens.attention_inputs(rope=self.rope_in_magnitude, queries="last" if self.query == "last" else "text")
         places = (read.query_offsets, read.key_offsets, read.query_order, read.visual, read.scaling)
-        settings = (self.reduce, self.normalise, read.softcap)
+        settings = (self.reduce, self.normalize, read.softcap)
         magnitude = rank1_relevance(read.queries, read.keys, read.values, *places, *settings)
         if self.rope_in_duplication != self.rope_in_magnitude:
             read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # only its keys are used

@@ -57,8 +57,8 @@ class MMR:
     ) -> Tensor:
         """`[S, max_budget]` rows in the order of choice, padded with -1; those `preselected` `[M]` count as chosen.
 
-        Without a `max_budget` and the length of the `max_length` pool, `max(budgets)` and the offsets are read, which waits for
-        the device that they are on.
+        Without `max_budget` and `max_length` (rows of the longest group), they are read from `budgets` and the offsets,
+        which waits for the device that these are on.
         """
         return progressive_mmr(
             rows.relevance,

@@ -95,8 +95,8 @@ def _take_out(
 @triton.jit(do_not_specialize=["side", "max_budget", "step"])
 def _pick(
     features, row_stride, column_stride, factor, variance, left, left_new, cholesky, total, owner, first, offsets,
-    limit, best, slots, missed, taken, lines, side, max_length, max_budget, step, groups, exhausted, START: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    limit, best, slots, missed, taken, lines, side, max_length, max_budget, step, groups, exhausted,
+    START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Row `step - 1` of the factor, and the key of pick `step`."""
     group = tl.load(owner + tl.program_id(0))
@@ -194,8 +194,8 @@ def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
             window.renew(left, step, cholesky)
         _pick[(len(owner),)](
             features, *features.stride(), window.factor, variance, left, left_new, cholesky, total, owner, first,
-            offsets, limit, best, window.slots, window.missed, window.taken, window.lines, window.side, window.max_length,
-            max_budget, step, groups, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
+            offsets, limit, best, window.slots, window.missed, window.taken, window.lines, window.side,
+            window.max_length, max_budget, step, groups, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
             BLOCK=column_block(features.shape[1]), ROWS=ROWS,
         )  # fmt: skip
         if step:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy facility location on a GPU.
 
-Where the cosines of all pairs of a group fit into the memory allowed, they are made first, and every pick is one launch
-over the whole matrix: blocks of rows take the last pick into the coverage and compute their gains anew. For longer
-groups the gains are changed, not computed anew: a pick raises the coverage of some columns only, and three launches make
-the products of the pick, list these columns, and take from each gain what it loses there. Cosines are whole numbers of
+Where the cosines of all pairs of a group fit into the memory allowed, they are computed first, and every pick is one
+launch over the whole matrix: blocks of rows add the last pick to the coverage and compute their gains anew. For longer
+groups the gains are updated instead: a pick raises the coverage of some columns only, and three launches compute the
+products of the pick, list these columns, and subtract from each gain what it loses there. Cosines are whole numbers of
 steps, so that no sum is rounded. No pick depends on the order in which blocks finish, and the device alone decides how
 many columns there are.
 """
@@ -93,8 +93,8 @@ def _pick(
 
 @triton.jit(do_not_specialize=["max_budget", "step"])
 def _cover(
-    features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, offsets, limit, best, max_budget,
-    step, groups, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, offsets, limit, best,
+    max_budget, step, groups, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The coverage of a block of rows with pick `step - 1`."""
     group = tl.load(owner + tl.program_id(0))

@@ -52,9 +52,9 @@ def progressive_mmr(
         objective: `"linear"`: `r - duplication * max(0, S_max)`;
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
-        preselected: `[M]` bool, rows chosen before: they count as chosen and are not returned. Budgets do not include them.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
-            device if they are on one.
+        preselected: `[M]` bool, rows chosen before, which are not returned and not part of the budgets.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
+            their device.
         max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progressive chunked maximal marginal relevance on a GPU.
 
-Where the similarities of all pairs of a group fit into the memory allowed, they are made first, and one program per group
-makes all rounds; `triton_rounds` chooses from longer groups. A chosen row has infinite similarity.
+Where the similarities of all pairs of a group fit into the memory allowed, they are computed first, and one program per
+group makes all rounds; `triton_rounds` chooses from longer groups. A chosen row has infinite similarity.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ def gain(relevance, near, duplication, LOG: tl.constexpr):
 
 @triton.jit(do_not_specialize=["max_budget", "done", "count", "max_length"])
 def _update(
-    keys, values, shift, halves, inverses, scaling, key_row_stride, key_group, key_column, value_row, value_group,
+    keys, values, shift, halves, inverses, scaling, key_row_stride, key_head, key_column, value_row, value_head,
     value_column, near, relevance, relevance_stride, ranks, offsets, limit, order, max_budget, done, count, max_length,
-    duplication, PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr, PICKS: tl.constexpr,
-    SHIFT: tl.constexpr, GROUPS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
+    duplication, PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
+    PICKS: tl.constexpr, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+PART: tl.constexpr, ):  # fmt: skip
     """Largest similarity of a block of rows with what the last round chose, and with `RANK` their rank keys.
 
     With `PRESELECTED`, `order` marks the rows that were chosen before, and those are what the block is compared with.
@@ -58,8 +58,8 @@ def _update(
             picks = tl.load(order + group * max_budget + done + slot, mask=known, other=0)
         if tl.max(known.to(tl.int32), 0) > 0:
             similar = tile(
-                keys, values, shift, halves, inverses, scaling, key_row_stride, key_group, key_column, value_row,
-                value_group, value_column, rows, inside, picks, known, SHIFT, GROUPS, DK, DV, PART,
+                keys, values, shift, halves, inverses, scaling, key_row_stride, key_head, key_column, value_row,
+                value_head, value_column, rows, inside, picks, known, SHIFT, KV_HEADS, DK, DV, PART,
             )  # fmt: skip
             similar = tl.where((rows[:, None] == picks[None, :]) & known[None, :], float("inf"), similar)
             closest = tl.maximum(closest, tl.max(tl.where(known[None, :], similar, 0.0), 1))
@@ -73,8 +73,8 @@ def _update(
 
 @triton.jit(do_not_specialize=["max_budget", "done", "count", "side"])
 def _pick(
-    relevance, relevance_stride, near, best, similarity, offsets, limit, order, max_budget, done, count, side, duplication,
-    LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK: tl.constexpr,
+    relevance, relevance_stride, near, best, similarity, offsets, limit, order, max_budget, done, count, side,
+    duplication, LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The choice of one group's round among its candidates, whose keys are given best first."""
     group, slot = tl.program_id(0), tl.arange(0, BLOCK)
@@ -162,8 +162,8 @@ class Rounds:
                 self.updates.matrix(self.offsets, 0, similarity, torch.where(best == NOTHING, -1, rows))
             _pick[(groups,)](
                 self.relevance, self.relevance.stride(0), self.near, best, similarity, self.offsets, self.limit,
-                self.order, max_budget, done, count, side, self.duplication, LOG=self.log, GREEDY=greedy, PER_PICK=per_pick,
-                BLOCK=power_of_two(side),
+                self.order, max_budget, done, count, side, self.duplication, LOG=self.log, GREEDY=greedy,
+                PER_PICK=per_pick, BLOCK=power_of_two(side),
             )  # fmt: skip
             if done + count < max_budget:
                 self._update(done, count, None, ranks)

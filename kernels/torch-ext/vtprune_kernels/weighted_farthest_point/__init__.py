@@ -28,8 +28,8 @@ def weighted_farthest_point(
         weights: `[M]` float, not negative for full speed, or None.
         offsets: `[S + 1]` int64 offsets of the groups.
         budgets: `[S]` int64 rows to choose from each group.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for the
-            device if they are on one.
+        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
+            their device.
         max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
             needs it.
 

@@ -117,8 +117,8 @@ def weighted_farthest_point(
         count = min(together, groups - first)
         pairs(features, factor, offsets, max_length, first, count, matrix, nearest)
         _choose[(count,)](
-            matrix, value, value.stride(0), offsets, limit, order, max_budget, first, side, WEIGHTED=weights is not None,
-            BLOCK=power_of_two(side), num_warps=8,
+            matrix, value, value.stride(0), offsets, limit, order, max_budget, first, side,
+            WEIGHTED=weights is not None, BLOCK=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return order
 
@@ -136,8 +136,8 @@ def _stream(window: Window, value: Tensor, weighted: bool, max_budget: int) -> T
             window.renew(values, step)
         _pick[(len(owner),)](
             features, *features.stride(), window.factor, value, value.stride(0), nearest, values, owner, first,
-            offsets, limit, best, window.slots, window.missed, window.lines, window.side, window.max_length, max_budget, step,
-            groups, WEIGHTED=weighted, START=step == 0, WIDTH=features.shape[1], BLOCK=column_block(features.shape[1]),
-            ROWS=ROWS,
+            offsets, limit, best, window.slots, window.missed, window.lines, window.side, window.max_length, max_budget,
+            step, groups, WEIGHTED=weighted, START=step == 0, WIDTH=features.shape[1],
+            BLOCK=column_block(features.shape[1]), ROWS=ROWS,
         )  # fmt: skip
     return decode(best, offsets, limit)
