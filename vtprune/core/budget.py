@@ -51,6 +51,12 @@ class Budget:
         return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
 
 
+def check_window(window: object) -> None:
+    """Raises `BudgetError` unless `window` is a number of visual tokens."""
+    if not isinstance(window, Integral) or isinstance(window, bool) or window < 1:
+        raise BudgetError(f"window is {window!r}; expected a whole number of visual tokens, 1 or more")
+
+
 def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
     """Raises `MethodError` unless the cuts are at ascending layers of the model with falling shares."""
     layers = [stage.layer for stage in stages]

@@ -38,12 +38,14 @@ class CacheState:
             None for a layer that was never cut. Slots from `P` on hold consecutive columns.
         length: Columns of the conversation when `base` was written.
         shifts: For each layer how far positions are turned back, for methods that renumber.
+        held: `[B, V, 2]` column and frame number of the visual tokens in the cache, -1 for none; for streams only.
     """
 
     def __init__(self, base: list[Tensor | None], length: int, shifts: Sequence[Shift | None] = ()) -> None:
         self.base = base
         self.length = length
         self.shifts = list(shifts)
+        self.held: Tensor | None = None
         self.ragged = [bool((b < 0).any()) if b is not None else False for b in base]
 
     def base_of(self, layer: int) -> Tensor | None:
@@ -84,6 +86,7 @@ class CacheState:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         done: dict[int, Any] = {}  # layers of one stage share their tensors, and shall go on sharing them
+        self.held = None if self.held is None else function(self.held)
         self.base = [b if b is None else done.setdefault(id(b), function(b)) for b in self.base]
         self.shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
 
@@ -194,7 +197,10 @@ def crop(self: Cache, tokens_to_remove: int) -> None:
             )
         layer.crop(left - cached_tokens(self, i))
         base.append(None if slots is None else slots[:, :left])
-    attach(self, CacheState(base, end, state.shifts))
+    left_over = CacheState(base, end, state.shifts)
+    if state.held is not None:
+        left_over.held = state.held.masked_fill(state.held[..., :1] >= end, -1)
+    attach(self, left_over)
 
 
 def reorder_cache(self: Cache, beam_idx: Tensor) -> None:

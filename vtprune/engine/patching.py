@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.budget import Budget
+from ..core.budget import Budget, check_window
 from ..core.method import Method, Stage
 from ..core.registry import resolve
 from ..errors import MethodError, UnsupportedModelError, VTPruneError
@@ -124,6 +124,7 @@ def patch(
     mean_ratio: float | None = None,
     method: MethodLike | Mapping[str, MethodLike] = "iwp",
     video_method: MethodLike | None = None,
+    window: int | None = None,
 ) -> Patch:
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
@@ -135,6 +136,9 @@ def patch(
             depths cost the same.
         method: Name, class or instance of the method; or one for each of "image" and "video".
         video_method: Another method for clips, of models that take them as such; `method` prunes the pictures then.
+        window: Visual tokens of a sample that a KV cache may hold between calls, for frames that are appended for as
+            long as one likes: after each prefill the oldest frames leave the cache until it holds no more. Without a
+            budget nothing else is pruned.
 
     Returns:
         Patch: Also a context manager; it replaces an earlier patch of the same model.
@@ -145,10 +149,13 @@ def patch(
         UnsupportedModelError: A part of the model was not found.
     """
     chosen, for_clips = _methods(method, video_method)
+    if window is not None:
+        check_window(window)
+        ratio = 1.0 if (ratio, keep, mean_ratio) == (None, None, None) else ratio
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
-    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips), instead_of=find_patch(model))
+    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips, window), instead_of=find_patch(model))
 
 
 def _methods(

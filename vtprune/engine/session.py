@@ -22,7 +22,7 @@ from ..errors import NothingPrunedError
 from ..models import encoder_outputs, unsupported, visual_tokens
 from ..models.encoder_outputs import Encoded
 from ..report.pruning import Pruning
-from . import checkpointing, generation, prefill
+from . import checkpointing, generation, prefill, window
 from .deepstack import intercept_deepstack
 from .hooks import Hook, Override, is_compiled
 from .spec import PruneSpec
@@ -219,7 +219,10 @@ class Session:
             return None
         output = call.finish(output)
         if call.visual is not None:
-            self.thread.last = self._last = Pruning(**vars(call.record()))
+            record = call.record()
+            if self.spec.window is not None:
+                record.evicted = window.evict(call, self.spec.window)
+            self.thread.last = self._last = Pruning(**vars(record))
         return output
 
     def _layer_hook(self, number: int) -> Callable:

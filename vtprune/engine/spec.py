@@ -71,15 +71,24 @@ class PruneSpec:
         budget: How many visual tokens are kept.
         anatomy: The parts of the model.
         renumbers: Whether kept tokens get consecutive position ids.
+        window: Visual tokens of a sample that a cache may hold after a prefill; None for any number.
     """
 
     uses: tuple[MethodUse, ...]
     budget: Budget
     anatomy: Anatomy
     renumbers: bool
+    window: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, method: Method, budget: Budget, video_method: Method | None = None) -> PruneSpec:
+    def of(
+        cls,
+        model: nn.Module,
+        method: Method,
+        budget: Budget,
+        video_method: Method | None = None,
+        window: int | None = None,
+    ) -> PruneSpec:
         """Finds the parts of a model and checks that the methods and the budget fit it.
 
         Raises:
@@ -89,7 +98,8 @@ class PruneSpec:
         """
         anatomy = _anatomy.find(model)
         if video_method is None:
-            return cls((MethodUse.of(method, anatomy, budget),), budget, anatomy, _renumbers(method, anatomy))
+            use = MethodUse.of(method, anatomy, budget)
+            return cls((use,), budget, anatomy, _renumbers(method, anatomy, window), window)
         kinds = list(anatomy.placeholders)
         if "video" not in kinds:
             raise MethodError(
@@ -101,13 +111,13 @@ class PruneSpec:
             MethodUse.of(method, anatomy, budget, frozenset(range(len(kinds))) - clips),
             MethodUse.of(video_method, anatomy, budget, clips, prefix="video/"),
         )
-        renumbers = {_renumbers(each, anatomy) for each in (method, video_method)}
+        renumbers = {_renumbers(each, anatomy, window) for each in (method, video_method)}
         if len(renumbers) > 1:
             raise MethodError(
                 'one of the methods renumbers what it keeps (positions="compact") and the other does not; give both '
                 "the same"
             )
-        return cls(uses, budget, anatomy, renumbers.pop())
+        return cls(uses, budget, anatomy, renumbers.pop(), window)
 
     @property
     def method(self) -> Method:
@@ -173,7 +183,7 @@ class PruneSpec:
         return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
 
 
-def _renumbers(method: Method, anatomy: Anatomy) -> bool:
+def _renumbers(method: Method, anatomy: Anatomy, window: int | None) -> bool:
     """Whether the method wants survivors renumbered; raises where the model's positions have several axes."""
     policy = getattr(method, "positions", "original")
     if policy not in ("original", "compact"):
@@ -183,5 +193,10 @@ def _renumbers(method: Method, anatomy: Anatomy) -> bool:
         raise MethodError(
             'positions="compact" numbers tokens on one axis, but this model places them by time, height and '
             'width; use positions="original"'
+        )
+    if policy == "compact" and window is not None:
+        raise MethodError(
+            'positions="compact" numbers what is left after a cut, and with window= more leaves later; use '
+            'positions="original"'
         )
     return policy == "compact"

@@ -35,6 +35,8 @@ class PruningRecord:
         source: How the pictures came to the model.
         states: For each stage the states `[alive, D]` that the method saw, float32; None unless the call ran inside
             `vtprune.report.explain.recording()`.
+        evicted: With `window=`, for each sample the columns of earlier or these frames that left the cache after the
+            prefill; else empty.
     """
 
     visual: list[Tensor]
@@ -52,6 +54,7 @@ class PruningRecord:
     kept_flat: list[Tensor] = field(default_factory=list, repr=False)
     source: Source = field(default_factory=Source, repr=False)
     states: list[Tensor | None] = field(default_factory=list, repr=False)
+    evicted: list[Tensor] = field(default_factory=list, repr=False)
 
     def per_layer(self, sample: int) -> list[int]:
         """Visual tokens of one sample at the input of every layer."""
