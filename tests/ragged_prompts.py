@@ -108,7 +108,7 @@ def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: 
         },
         prompt=Prompt(
             batch=torch.cat([torch.full((s.length,), b) for b, s in enumerate(samples)]),
-            column=torch.cat([torch.arange(s.length) + start for s, start in zip(samples, starts, strict=True)]),
+            slot=torch.cat([torch.arange(s.length) + start for s, start in zip(samples, starts, strict=True)]),
             offsets=base,
             visual=torch.cat([v + b for v, b in zip(visual, base[:-1], strict=True)]),
             text=torch.cat([t + b for t, b in zip(text, base[:-1], strict=True)]),

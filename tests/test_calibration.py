@@ -97,8 +97,12 @@ def test_padding_is_left_out_of_the_fit(model_and_batches: Any) -> None:
         == shown[1].view(12, 12).all(0).tolist()
         == [3 <= i < 9 for i in range(12)]
     )
-    assert methods.Debiased().fit(*model_and_batches, sizes=sizes) == Curve.fit(scores, shown) != Curve.fit(scores)
-    assert methods.Debiased(padding=False).fit(*model_and_batches, sizes=sizes) == Curve.fit(scores)
+    assert (
+        calibration.fit(methods.Debiased(), *model_and_batches, sizes=sizes)
+        == Curve.fit(scores, shown)
+        != Curve.fit(scores)
+    )
+    assert calibration.fit(methods.Debiased(padding=False), *model_and_batches, sizes=sizes) == Curve.fit(scores)
     with pytest.raises(vtprune.MethodError, match="sizes of 1 pictures and 2 pictures"):
         collect(methods.FastV(), PaddingRule(), *model_and_batches, [sizes[0]] * 3)
 

@@ -164,7 +164,7 @@ def test_why_tells_score_rank_and_the_nearest_kept_token(embedded, method):
     for token in range(0, 144, 7):
         why = last.explain_token(token)
         stage = [layer for layer, _ in last.stages].index(why.layer)
-        assert why.kept == (token in last.kept_flat[-1]) and why.among == len(alive[stage])
+        assert why.kept == (token in last.kept_flat[-1]) and why.rank_of == len(alive[stage])
         place = alive[stage].tolist().index(token)
         scores = last.scores[stage]
         assert why.score == float(scores[place])

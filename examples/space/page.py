@@ -132,7 +132,7 @@ def _why(answer: Answer, token: int) -> tuple[TokenExplanation, str]:
     fate = "kept" if why.kept else f"dropped before layer {why.layer}"
     words = [f"Patch {name(token)}: {fate}."]
     if why.score is not None:
-        words.append(f"Score {why.score:.4g}, rank {why.rank} of {why.among}.")
+        words.append(f"Score {why.score:.4g}, rank {why.rank} of {why.rank_of}.")
     if why.duplicate is not None:
         words.append(f"Most alike of the kept: {name(why.duplicate)} (cosine {why.similarity:.2f}).")
     return why, escape(" ".join(words))
