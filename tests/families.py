@@ -109,9 +109,17 @@ class Family:
         return model.to(dtype)
 
     def batch(
-        self, prompts: Sequence[Prompt], padding: str = "left", seed: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        prompts: Sequence[Prompt],
+        padding: str = "left",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        equal: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Inputs for `prompts`. The content of a prompt does not depend on what else is in the batch."""
+        """Inputs for `prompts`. The content of a prompt does not depend on what else is in the batch.
+
+        With `equal`, all pictures of one size show the same.
+        """
         rows: list[list[int]] = []
         images: list[list[Pixels]] = []
         videos: list[list[Pixels]] = []
@@ -126,7 +134,7 @@ class Family:
                     (self.image, mine, IMAGE) if isinstance(part, Image) else (self.video, clips, VIDEO)
                 )
                 assert maker is not None, f"{self.name} has no {type(part).__name__}"
-                pixels = maker(part.size, generator)
+                pixels = maker(part.size, torch.Generator().manual_seed(seed) if equal else generator)
                 store.append(pixels)
                 row += pixels.ids or [*pixels.wrap[0], *[token] * pixels.tokens, *pixels.wrap[1]]
             rows.append(row)

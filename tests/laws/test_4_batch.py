@@ -44,3 +44,20 @@ def test_padding_is_not_carried_along(family: str) -> None:
         model(**batch)
         wrap = len(FAMILIES[family].image(0, torch.Generator()).wrap[0])
         assert patch.last.slots[-1] == max(1 + 3 + 2 * wrap + 2 + 5, 10)
+
+
+EQUAL = [[3, Image(0), 4, Image(0), 5], [9], [2, Image(0), 7, Image(0), 3]]  # every picture shows the same
+
+
+@pytest.mark.parametrize("keep", [5, 11])
+def test_equal_pictures(family: str, method: str, keep: int) -> None:
+    """Of two equal tokens the same one stays in a batch and alone, although sums round differently."""
+    model, make = model_of(family), FAMILIES[family]
+    batch = make.batch(EQUAL, equal=True)
+    with pruned(model, method, keep=keep) as (patch, _):
+        model(**batch)
+        last = patch.last
+        for row in (0, 2):
+            model(**make.batch([EQUAL[row]], equal=True))
+            offset = int(batch["attention_mask"][row].nonzero()[0])
+            assert patch.last.kept[0].tolist() == (last.kept[row] - offset).tolist()

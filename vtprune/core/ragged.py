@@ -6,6 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Relative difference up to which two neighboring scores tie. Equal tokens (two copies of a picture, flat background)
+# have equal scores, but float32 sums over prompts of other lengths round differently, by about 1e-7.
+TIE = 4e-7
+
 
 def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
     """Returns `[M]`: the pool number of every row.
@@ -18,22 +22,49 @@ def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=total)
 
 
-def rank_in_group(scores: Tensor, offsets: Tensor) -> Tensor:
-    """Rank of every row inside its pool: 0 for the largest score, equal scores in order of the row number.
+def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Tensor:
+    """Rank of every row inside its group: 0 for the largest score, ties in order of the row number.
+
+    Scores that differ by no more than rounding tie, see `TIE`.
 
     Args:
         scores: `[M]`, any float dtype.
         offsets: `[S + 1]` offsets.
+        tolerance: Relative difference up to which neighboring scores tie.
 
     Returns:
         Tensor: `[M]` int64.
     """
-    pools = group_ids(offsets, len(scores))
-    by_score = torch.sort(scores, descending=True, stable=True).indices
-    order = by_score[torch.sort(pools[by_score], stable=True).indices]  # [M] grouped by pool, best first
+    groups = group_ids(offsets, len(scores))
+    order, tie = _ties(scores, groups, tolerance)
+    order = order[torch.sort(tie * len(scores) + order).indices]  # rows of a tie in order of their numbers
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - offsets[:-1][pools]
+    rank[order] = torch.arange(len(order), device=order.device) - offsets[:-1][groups]
     return rank
+
+
+def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float = TIE) -> Tensor:
+    """`[M]` scores in which rows of a group that differ by no more than rounding have the same value, the largest.
+
+    Greedy choices take it before their first pick: which of two equal tokens is picked then does not depend on how
+    sums were rounded, so a sample in a batch keeps what it keeps alone.
+    """
+    groups = torch.zeros_like(scores, dtype=torch.long) if offsets is None else group_ids(offsets, len(scores))
+    order, tie = _ties(scores, groups, tolerance)
+    values = scores[order]
+    first = torch.searchsorted(tie, tie)  # the first row of each tie holds the largest score
+    return torch.empty_like(scores).index_copy_(0, order, values[first])
+
+
+def _ties(scores: Tensor, groups: Tensor, tolerance: float = TIE) -> tuple[Tensor, Tensor]:
+    """`[M]` rows by group and falling score, and `[M]` the number of the tie that each belongs to, ascending."""
+    by_score = torch.sort(scores, descending=True, stable=True).indices
+    order = by_score[torch.sort(groups[by_score], stable=True).indices]
+    values, group = scores[order], groups[order]
+    apart = values[:-1] - values[1:] > tolerance * values[:-1].abs()
+    tie = torch.zeros_like(order)
+    torch.cumsum(apart | (group[:-1] != group[1:]), 0, out=tie[1:])
+    return order, tie
 
 
 def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:

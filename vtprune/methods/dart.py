@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.ragged import group_ids
+from ..core.ragged import group_ids, settle_ties, top_k
 from ..core.registry import register
 from ..core.taps import layer_output, over_prompt
 from ..core.tokens import Tokens
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 from torch.nn.utils.rnn import pad_sequence
-
-from ..core.ragged import top_k
 
 
 def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offsets: Tensor, quota: Tensor) -> Tensor:
@@ -47,7 +45,11 @@ def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offs
     similarity = axes @ dense.mT  # [S, P, N]
     for p in range(axes.shape[1]):
         share = torch.where(p < number, quota // number + (p < quota % number), 0)
-        order = similarity[:, p].masked_fill(taken, torch.inf).sort(dim=1, stable=True).indices
+        # Of cosines near 1 only the last bits tell duplicates apart: what ties them is smaller than `ragged.TIE`.
+        distance = (-similarity[:, p]).masked_fill(taken, -torch.inf)  # [S, N]
+        edges = torch.arange(0, distance.numel() + 1, distance.shape[1], device=distance.device)
+        distance = settle_ties(distance.flatten(), edges, tolerance=4e-7).view_as(distance)
+        order = distance.sort(dim=1, descending=True, stable=True).indices
         taken |= order.argsort(dim=1) < share[:, None]
     return torch.cat([row[:n] for row, n in zip(taken, lengths, strict=True)])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import check_choices
+from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..errors import MethodError
@@ -152,7 +153,7 @@ class PruMerge(Method):
 
     def _pick(self, scores: Tensor, count: int) -> Tensor:
         """`[count]` patches of one crop: the best, then (plus) evenly spaced ones of the rest."""
-        order = scores.sort(descending=True, stable=True).indices
+        order = settle_ties(scores).sort(descending=True, stable=True).indices
         best = max(1, round(self.important * count)) if self.plus else count
         rest = order[best:].sort().values
         places = (2 * torch.arange(count - best, device=rest.device) + 1) * len(rest) // (2 * max(count - best, 1))

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import check_choices
+from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..errors import MethodError
@@ -119,7 +120,9 @@ class VisionZip(Method):
                 continue
             count = round(self.contextual * budget)
             with_class = self.keep_class_token and budget - count > 1
-            dominant = scores[rows].sort(descending=True, stable=True).indices[: budget - count - with_class]
+            dominant = (
+                settle_ties(scores[rows]).sort(descending=True, stable=True).indices[: budget - count - with_class]
+            )
             keep[rows[dominant]] = True
             rest = rows[~keep[rows]]
             if count:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import check_choices
+from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..errors import MethodError
@@ -52,7 +53,7 @@ def remove_doubles(features: Tensor, order: Tensor, count: int, step: int = 8) -
 
 def select(features: Tensor, scores: Tensor, budget: int, important: int, step: int = 8) -> tuple[Tensor, Tensor]:
     """Important rows by descending score `[important]`, and diverse ones `[budget - important]` of the rest."""
-    order = scores.sort(descending=True, stable=True).indices
+    order = settle_ties(scores).sort(descending=True, stable=True).indices
     return order[:important], remove_doubles(features, order[important:], budget - important, step)
 
 

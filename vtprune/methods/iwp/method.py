@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from vtprune_kernels import rank1_relevance
 
 from ...core.method import Choice, Method, Stage
 from ...core.options import check_choices
-from ...core.ragged import rank_in_group
+from ...core.ragged import rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
 from ...errors import MethodError
@@ -101,7 +101,8 @@ class IWP(Method):
             read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # its queries are not used
             keys, values = read.keys[read.visual], read.values[read.visual]
             magnitude = query_free_magnitude(keys, values, tokens.offsets, read.scaling, self.reduce)
-            return Candidates(self.scale(magnitude, tokens), keys, values, read.scaling, tokens.offsets)
+            relevance = self.scale(magnitude, tokens)
+            return Candidates(relevance, keys, values, read.scaling, tokens.offsets)
         read = tokens.attention_inputs(rope=self.rope_in_magnitude, queries="last" if self.query == "last" else "text")
         places = (read.query_offsets, read.key_offsets, read.query_order, read.visual, read.scaling)
         settings = (self.reduce, self.normalize, read.softcap)
@@ -117,7 +118,7 @@ class IWP(Method):
             return magnitude
         if self.relevance == "rank":
             last = (tokens.offsets.diff() - 1).clamp_min(1)[tokens.group]
-            return 1 - rank_in_group(magnitude, tokens.offsets) / last
+            return 1 - rank_in_group(magnitude, tokens.offsets, tolerance=0) / last  # ranks of logarithms, as published
         ends = magnitude.new_zeros(len(tokens.offsets) - 1)
         top = ends.scatter_reduce(0, tokens.group, magnitude, "amax", include_self=False)[tokens.group]
         if self.relevance == "linear":
@@ -127,6 +128,7 @@ class IWP(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         rows = self.candidates(tokens)
+        rows = replace(rows, relevance=settle_ties(rows.relevance, tokens.offsets))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("iwp: %s", self.statistics(tokens, rows))
         chooser = MMR(self.duplication, self.chunk, self.growth, self.pool_factor, self.objective)
