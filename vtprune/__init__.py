@@ -9,6 +9,7 @@ print(patch.last.report())
 """
 
 from . import methods
+from .core.energy import Auto
 from .engine.patching import Patch, inspect, patch, unpatch
 from .errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from .models.anatomy import Anatomy
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Anatomy",
+    "Auto",
     "BudgetError",
     "MethodError",
     "NothingPrunedError",

@@ -70,8 +70,8 @@ def left(budget: Budget, tokens: int) -> int:
     """How many of `tokens` visual tokens a `ratio` or `keep` leaves."""
     if budget.keep is not None:
         return min(budget.keep, tokens)
-    assert budget.ratio is not None
-    return min(tokens, max(1, round(budget.ratio * tokens)))
+    assert budget.share is not None
+    return min(tokens, max(1, round(budget.share * tokens)))
 
 
 def flops_share(slots: Sequence[int], length: int, shape: DecoderShape) -> float:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 from ..errors import BudgetError, MethodError
+from .energy import Auto
 from .method import Stage
 
 
@@ -17,12 +19,13 @@ class Budget:
     """Exactly one of the three is set.
 
     Attributes:
-        ratio: Share of the visual tokens that survives to the last layer, in (0, 1].
+        ratio: Share of the visual tokens that survives to the last layer, in (0, 1]; or an `Auto`, which chooses one
+            for each picture. `"auto"` becomes `Auto()`.
         keep: Number of visual tokens per sample that survives.
         mean_ratio: Mean over the inputs of the decoder layers of the share that is left, in (0, 1].
     """
 
-    ratio: float | None = None
+    ratio: float | Auto | Literal["auto"] | None = None
     keep: int | None = None
     mean_ratio: float | None = None
 
@@ -33,7 +36,11 @@ class Budget:
                 f"give exactly one of ratio, keep and mean_ratio; got {', '.join(given) if given else 'none of them'}"
             )
         name, value = next(iter(given.items()))
-        if name == "keep":
+        if name == "ratio" and value == "auto":
+            object.__setattr__(self, "ratio", Auto())
+        elif name == "ratio" and isinstance(value, Auto):
+            pass
+        elif name == "keep":
             if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise BudgetError(f"keep is {value!r}; expected a whole number of visual tokens, 1 or more")
         elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
@@ -43,11 +50,23 @@ class Budget:
             )
 
     @property
+    def auto(self) -> Auto | None:
+        """How a ratio is chosen for each picture, where it is not given."""
+        return self.ratio if isinstance(self.ratio, Auto) else None
+
+    @property
+    def share(self) -> float | None:
+        """`ratio`, where it is a number."""
+        return self.ratio if isinstance(self.ratio, (int, float)) else None
+
+    @property
     def asks_to_drop(self) -> bool:
-        """Whether a prompt with visual tokens must lose some; `keep` may be more than there are."""
-        return self.keep is None and (self.ratio or self.mean_ratio or 0) < 1
+        """Whether a prompt with visual tokens is expected to lose some; `keep` may be more than there are."""
+        return self.auto is not None or (self.keep is None and (self.share or self.mean_ratio or 0) < 1)
 
     def __str__(self) -> str:
+        if self.auto is not None:
+            return f"ratio={self.auto}"
         return next(f"{name}={value:g}" for name, value in vars(self).items() if value is not None)
 
 
@@ -178,19 +197,21 @@ def plan(
         num_layers: Decoder layers.
         groups: Visual tokens in each group.
         by_sample: For each sample, the numbers of its groups.
-        last: For a budget of `keep` the tokens of each group that are left in the end, where other groups than these
-            have a part of it; by default all of it is split over these groups.
+        last: The tokens of each group that are left in the end, where they are known: for an automatic ratio, and for a
+            budget of `keep` of which other groups than these have a part. By default all of `keep` is split over these
+            groups.
 
     Returns:
         list: For each stage, how many tokens of each group are left.
     """
-    if budget.keep is not None:
-        last = split_over_groups(budget.keep, groups, by_sample) if last is None else last
+    if last is None and budget.keep is not None:
+        last = split_over_groups(budget.keep, groups, by_sample)
+    if last is not None:
         per_group = [
             counts(stages, max(number, 0.5) / max(size, 1), size, number)
             for size, number in zip(groups, last, strict=True)
         ]
     else:
-        ratio = budget.ratio if budget.ratio is not None else solve_mean(stages, budget.mean_ratio or 1, num_layers)
+        ratio = budget.share or solve_mean(stages, budget.mean_ratio or 1, num_layers)
         per_group = [counts(stages, ratio, size) for size in groups]
     return [[group[stage] for group in per_group] for stage in range(len(stages))]

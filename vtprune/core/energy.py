@@ -3,13 +3,78 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vtprune_kernels import residual_pivots
 from vtprune_kernels.residual_pivots import residual_energy
+
+from ..errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A count for each picture of its own: as many tokens as explain a share of the energy of all of them.
+
+    The residual energy of a picture's projected features falls as tokens are picked by residual selection
+    (`methods.ResPrune`); the count is the first at which at most `1 - energy` of it is left. Any method can spend it.
+
+    Attributes:
+        energy: Share to be explained, above 0 and below 1. `vtprune.study.auto.calibrate` finds the one that keeps a
+            given mean share of the tokens of your pictures.
+        min, max: Bounds of the share of a picture's tokens that is kept, in [0, 1]. The time of the choice grows with
+            `max`.
+    """
+
+    energy: float = 0.9
+    min: float = 0.02
+    max: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, low_ok, high_ok in (("energy", False, False), ("min", True, True), ("max", False, True)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
+                raise BudgetError(f"Auto.{name} is {value!r}; expected a share between 0 and 1")
+            if (value == 0 and not low_ok) or (value == 1 and not high_ok):
+                raise BudgetError(f"Auto.{name} is {value!r}; expected a share that is not {value:g} itself")
+        if self.min > self.max:
+            raise BudgetError(f"Auto has min={self.min:g} and max={self.max:g}; expected min <= max")
+
+    def __str__(self) -> str:
+        return f"auto (energy {self.energy:g}, {self.min:g} to {self.max:g})"
+
+    def counts(self, features: Tensor, offsets: Tensor) -> list[int]:
+        """Tokens to keep of each picture.
+
+        Args:
+            features: `[M, D]` projected features; rows of zeros for tokens without a place.
+            offsets: `[S + 1]` int64 offsets of the pictures.
+        """
+        return count_for_energy(features, offsets, self.energy, self.min, self.max).tolist()
+
+    def save(self, path: str | Path, **about: object) -> None:
+        """Writes the three numbers as JSON, with whatever else is to be remembered `about` them."""
+        data = {"ratio": "auto", "energy": self.energy, "min": self.min, "max": self.max, **about}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Auto:
+        """Reads a file of `save`.
+
+        Raises:
+            BudgetError: The file is missing, or holds something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(*(data[name] for name in ("energy", "min", "max")))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BudgetError(f"{path} holds no automatic ratio: {error}; expected energy, min and max") from error
 
 
 def bounds(total: int, least: float, most: float) -> tuple[int, int]:

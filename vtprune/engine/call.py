@@ -123,6 +123,7 @@ class CallState:
         visual: The visual columns, or None where nothing is to be cut.
         inputs: Keyword arguments of the composite's call and of its encoders.
         real_past: `[B, past]` bool or None: columns in the cache that are not padding.
+        embeds: `[B, T, D]` embeddings that the decoder was given, or None.
         memo: Decisions of an earlier call without a cache that this one continues.
         deepstack: DeepStack features, where the decoder has them.
         recorded: Records of the method's taps.
@@ -140,6 +141,7 @@ class CallState:
     visual: VisualTokens | None
     inputs: dict[str, Any]
     real_past: Tensor | None = None
+    embeds: Tensor | None = None
     memo: list[Decision] | None = None
     deepstack: DeepStackFeatures | None = None
     recorded: dict[str, list] = field(default_factory=dict)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..core.budget import Budget, check_window
+from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.registry import resolve
 from ..errors import MethodError, UnsupportedModelError, VTPruneError
@@ -118,7 +119,7 @@ class Patch:
 
 def patch(
     model: nn.Module,
-    ratio: float | None = None,
+    ratio: float | Auto | Literal["auto"] | None = None,
     *,
     keep: int | None = None,
     mean_ratio: float | None = None,
@@ -130,7 +131,8 @@ def patch(
 
     Args:
         model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
-        ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all.
+        ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
+            `vtprune.Auto` chooses one for each picture, from how much of its tokens' energy few of them explain.
         keep: A number of visual tokens per sample instead.
         mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
             depths cost the same.

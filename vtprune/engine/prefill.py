@@ -48,7 +48,7 @@ class DecoderCall(CallState):
         self.live = torch.ones(len(visual), dtype=torch.bool)
         uses = [(use, use.members(visual.kind)) for use in spec.uses]
         groups = [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
-        for (use, mine), last in zip(groups, _last_counts(spec.budget, [g for _, g in groups]), strict=True):
+        for (use, mine), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
             plan = budgets.plan(spec.budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
             if plan[-1] == mine.sizes:
                 continue
@@ -57,12 +57,41 @@ class DecoderCall(CallState):
             for layer in counts:
                 self.cuts.setdefault(layer, []).append(call)
             self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
-        if not self.cuts and spec.budget.asks_to_drop:
+        if not self.cuts and spec.budget.asks_to_drop and spec.budget.auto is None:
             sizes = [size for _, mine in groups for size in mine.sizes]
             raise NothingPrunedError(
                 f"{spec.budget} of {sum(sizes)} visual tokens (groups of {sizes}) rounds to all of them, so nothing "
                 "would be dropped; use a smaller ratio, or keep=, which may exceed what is there"
             )
+
+    def _last_counts(self, visual: VisualTokens, groups: list[BudgetGroups]) -> list[list[int] | None]:
+        """What is left of the groups of each method in the end, where the budget is not a share of every group."""
+        auto = self.spec.budget.auto
+        if auto is None:
+            return _split_keep(self.spec.budget, groups)
+        pictures = BudgetGroups.of(visual, "image", torch.arange(len(visual)))
+        offsets = torch.tensor([0, *pictures.sizes]).cumsum(0)
+        counts = torch.tensor(auto.counts(self._features(visual), offsets))
+        last: list[list[int] | None] = []
+        for mine in groups:
+            group = mine.of_token[offsets[:-1]]
+            of_others = group < 0
+            total = torch.zeros(len(mine.sizes) + 1, dtype=torch.int64)
+            total.index_add_(0, torch.where(of_others, len(mine.sizes), group), counts)
+            last.append(total[:-1].tolist())
+        return last
+
+    @torch.no_grad()
+    def _features(self, visual: VisualTokens) -> Tensor:
+        """`[M, D]` what the decoder receives of the visual tokens; zeros where one has no place, but others do."""
+        if self.embeds is None:
+            raise UnsupportedModelError(
+                'ratio="auto" reads the features that the decoder receives, and this call gave it none '
+                "(inputs_embeds); give a number"
+            )
+        sample, position = (to_device(t, self.embeds.device) for t in (visual.sample, visual.position))
+        features, placed = self.embeds[sample, position], visual.grid_row >= 0
+        return features * to_device(placed, features.device)[:, None] if bool(placed.any()) else features
 
     # --- what the hooks call ------------------------------------------------------------------------------------------
 
@@ -207,7 +236,7 @@ class DecoderCall(CallState):
         self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
 
 
-def _last_counts(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
+def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
     """What `keep` leaves of the groups of each method: a sample's count is shared over the groups of all of them."""
     if budget.keep is None:
         return [None] * len(groups)
@@ -286,7 +315,7 @@ def begin(
     if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
     columns = Columns(real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
-    return DecoderCall(spec, columns, visual, inputs or {}, real_past)
+    return DecoderCall(spec, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds"))
 
 
 def _real_columns(

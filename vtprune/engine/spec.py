@@ -149,13 +149,15 @@ class PruneSpec:
         """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets.
 
         Raises:
-            VTPruneError: The budget is `keep`, or two methods cut at different depths.
+            VTPruneError: The budget is `keep` or an automatic ratio, or two methods cut at different depths.
         """
+        if self.budget.auto is not None:
+            raise VTPruneError('with ratio="auto" the mean ratio depends on the picture; see patch.last.mean_ratio')
         if self.budget.keep is not None:
             raise VTPruneError("with keep= the mean ratio depends on the prompt; see patch.last.mean_ratio")
         layers, means = self.anatomy.num_layers, set()
         for schedule in {use.schedule for use in self.uses}:
-            ratio = self.budget.ratio or solve_mean(schedule, self.budget.mean_ratio or 1.0, layers)
+            ratio = self.budget.share or solve_mean(schedule, self.budget.mean_ratio or 1.0, layers)
             means.add(mean_share(schedule, stretch(schedule, ratio), layers))
         if len(means) > 1:
             raise VTPruneError(

@@ -56,7 +56,7 @@ class Settings:
         total = sum(runs)
         if total == 0:
             return [0] * len(runs)
-        wanted = self.budget.keep if self.budget.keep is not None else max(1, round((self.budget.ratio or 1) * total))
+        wanted = self.budget.keep if self.budget.keep is not None else max(1, round((self.budget.share or 1) * total))
         return budget.split_keep(wanted, runs)
 
     def __str__(self) -> str:
@@ -85,12 +85,16 @@ def parse(config: Any) -> Settings:
         raise ServingError(f"vtprune: options is {options!r}; expected an object with options of the method")
     try:
         allowed = budget.Budget(**{name: config.get(name) for name in ("ratio", "keep")})
+        if allowed.auto is not None:
+            raise BudgetError(
+                "ratio='auto' counts by features, and vLLM needs the count before the model runs; give a number"
+            )
         method = _method(config.get("method", "divprune"), options)
     except (BudgetError, MethodError) as error:
         raise ServingError(
             f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")
         ) from None
-    text = json.dumps([__version__, method.name, repr(method), allowed.ratio, allowed.keep])
+    text = json.dumps([__version__, method.name, repr(method), allowed.share, allowed.keep])
     return Settings(method, allowed, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
