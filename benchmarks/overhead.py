@@ -215,11 +215,11 @@ def measure(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
             first = patch.schedule[0].layer
 
             def unpruned() -> Any:
-                with patch.paused():  # noqa: B023
+                with patch.paused():
                     return where.prefill()
 
             def limit() -> Any:
-                with patch.paused():  # noqa: B023
+                with patch.paused():
                     return where.limit(first)  # noqa: B023
 
             chosen: list[float] = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, Image
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import vtprune
 from vtprune import methods
@@ -168,6 +169,31 @@ def test_relevance_is_scaled_by_sample_or_as_released_by_batch() -> None:
     assert min(lowest) < 1e-4 < max(lowest)
     other = cdpruner_scores([[3, Image(0), 6]])[0]  # another question about the same picture
     assert not torch.allclose(other, cdpruner_scores(prompts)[0])
+
+
+def test_relevance_without_clip_is_the_cosine_with_the_text_and_none_leaves_the_text_out() -> None:
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5]])
+    seen = {}
+    with torch.no_grad(), vtprune.patch(model, ratio=0.4, method="cdpruner") as patch:
+        hook = patch.anatomy.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True, prepend=True
+        )
+        model(**batch)
+        hook.remove()
+    embeds, visual = normalize(seen["inputs_embeds"][0], dim=-1), patch.last.visual[0]
+    cosine = (embeds[visual] @ embeds[int(visual[-1]) + 1 :].T).mean(1)
+    scores = patch.last.scores[0]
+    assert torch.equal(scores.argsort(), cosine.argsort())  # the most alike has the largest, not the smallest
+    kept = {}
+    for options in ({"relevance": "none"}, {"theta": 0}, {"theta": "released"}, {}, {"theta": 0.5}):
+        with torch.no_grad(), vtprune.patch(model, ratio=0.4, method=methods.CDPruner(**options)) as patch:
+            model(**batch)
+        kept[str(options)] = patch.last.kept[0].tolist()
+    none, zero, released, auto, half = kept.values()
+    assert none == zero and auto == half and len({str(x) for x in (none, released, half)}) == 3
+    for theta in (1, -0.1, "half"):
+        with pytest.raises(vtprune.MethodError, match="theta"):
+            methods.CDPruner(theta=theta)
 
 
 class Words:

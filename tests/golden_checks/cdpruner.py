@@ -19,7 +19,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         shape = case["relevance"].shape  # [N] or [crops, N]
         features = torch.from_numpy(case["features"]).reshape(-1, case["features"].shape[-1])
         images = torch.from_numpy(case["image_embeds"])
-        found = similarity(images, torch.from_numpy(case["text_embeds"])).flatten()
+        found = -similarity(images, torch.from_numpy(case["text_embeds"])).flatten()  # in CLIP's space
         found = scale(
             found, torch.zeros(len(found), dtype=torch.int64), 1
         )  # the crops of a call share minimum and maximum

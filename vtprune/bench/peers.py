@@ -16,7 +16,7 @@ from torch.nn.functional import normalize, one_hot
 from ..core.method import Choice, Method
 from ..core.tokens import Tokens
 from ..errors import MethodError
-from ..methods.cdpruner import CDPruner, scale
+from ..methods.cdpruner import CDPruner
 from ..methods.divprune import DivPrune
 from ..methods.visionzip import VisionZip
 from ..vision.crops import by_crop
@@ -110,7 +110,7 @@ class PlainCDPruner(CDPruner):
     """CDPruner with the plain loop, crop by crop; the relevance is the same."""
 
     def choose(self, tokens: Tokens) -> Choice:
-        relevance = scale(self.relevance(tokens), tokens.group, len(tokens.offsets) - 1)
+        relevance = self.in_kernel(self.text_relevance(tokens))
         keep = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.hidden.device)
         for rows, count, _ in by_crop(tokens, crops_seen(tokens, self.name)).each():
             if count:

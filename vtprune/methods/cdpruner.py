@@ -30,7 +30,7 @@ _SEGMENT = 77  # tokens that CLIP's text tower reads at once
 
 
 def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Mean over the text rows of the NEGATIVE cosine, as released (dense CLIP patches are anti-correlated with text).
+    """Mean over the text rows of the cosine.
 
     Args:
         image_embeds: `[..., C]`.
@@ -39,7 +39,7 @@ def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     Returns:
         Tensor: `[...]` float32.
     """
-    return -(normalize(image_embeds.float(), dim=-1) @ normalize(text_embeds.float(), dim=-1).mean(0))
+    return normalize(image_embeds.float(), dim=-1) @ normalize(text_embeds.float(), dim=-1).mean(0)
 
 
 def clip_patches(clip: Any, features: Tensor) -> Tensor:
@@ -91,16 +91,22 @@ class CDPruner(Method):
     instruction and the projected features `z`, the kernel is `L_ij = r_i cos(z_i, z_j) r_j`; tokens are picked one by
     one, each adding most to the determinant. `r` is min-max scaled over the crops of a sample.
 
-    Relevance: with `clip` as published, the negative cosine of CLIP-space patches (features before the projector
-    through CLIP's last norm and projection) and CLIP embeddings of the question, in offsets of 77 tokens. No model of
-    transformers carries CLIP's text tower; without `clip` the visual embeddings are compared with the decoder's
-    embeddings of the text after the image, the paper's way for models without CLIP, with the same sign.
+    Relevance: with `clip` as published, the NEGATIVE cosine of CLIP-space patches (features before the projector
+    through CLIP's last norm and projection), which are anti-correlated with text, and CLIP embeddings of the question,
+    in segments of 77 tokens. No model of transformers carries CLIP's text tower; without `clip` the visual embeddings
+    are compared with the decoder's embeddings of the text after the image, the paper's way for models without CLIP.
+    They are not anti-correlated: there it is the cosine itself, and it enters the kernel as `exp(theta / (2 - 2 theta)
+    r_i)`, the bounded form with a weight of relevance `theta` that the release has beside the other, because a
+    relevance of 0 bars a token whatever else it shows (`benchmarks/cdpruner_relevance.py`).
 
     Differences from the release: min and max are taken per sample, unless `scale_over="batch"`; crops share the exact
     budget evenly, and LLaVA-NeXT keeps its unpadded layout (there every crop is full), newlines going first; with
     `clip` the question is all text after the image, chat template included.
 
     Attributes:
+        relevance: `"none"` leaves the text out: the plain determinantal point process, as with `theta=0`.
+        theta: Weight of relevance against diversity in [0, 1); `"released"` is `r_i` itself in the kernel, and `"auto"`
+            that with `clip` and 0.5 without.
         scale_over: "sample", or "batch" as released.
         clip: A `CLIPModel` whose vision tower is the one of the model.
         clip_tokenizer: Its tokenizer.
@@ -109,6 +115,8 @@ class CDPruner(Method):
             cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
+    relevance: Literal["text", "none"] = "text"
+    theta: float | Literal["auto", "released"] = "auto"
     scale_over: Literal["sample", "batch"] = "sample"
     clip: Any = None
     clip_tokenizer: Any = None
@@ -120,33 +128,56 @@ class CDPruner(Method):
         given = [v is not None for v in (self.clip, self.clip_tokenizer, self.tokenizer)]
         if any(given) and not all(given):
             raise MethodError("clip, clip_tokenizer and tokenizer go together: give all three or none")
+        if self.theta not in ("auto", "released") and not (
+            isinstance(self.theta, (int, float)) and 0 <= self.theta < 1
+        ):
+            raise MethodError(f'CDPruner.theta is {self.theta!r}; expected "auto", "released" or a number in [0, 1)')
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.1112),)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         text = Tap(_TEXT, anatomy.embeddings, lambda args, kwargs, output: (*args, *kwargs.values(), output))
+        if self.relevance == "none" and anatomy.projector is None:
+            return ()
         if anatomy.projector is None and self.clip is None:
             return (text,)
-        return (text, projector_tap(anatomy, self.name))
+        projector = projector_tap(anatomy, self.name)
+        return (projector,) if self.relevance == "none" else (text, projector)
 
     def choose(self, tokens: Tokens) -> Choice:
-        relevance = self.relevance(tokens)
-        if not bool(torch.isfinite(relevance).all()):
-            bad = ", ".join(map(str, tokens.sample[~torch.isfinite(relevance)].unique().tolist()))
-            raise MethodError(f"the embedded text of sample {bad} holds NaN or Inf: relevance would be meaningless")
-        group = tokens.group if self.scale_over == "sample" else torch.zeros_like(tokens.group)
-        relevance = scale(relevance, group, len(tokens.offsets) - 1)
+        relevance = self.text_relevance(tokens) if self.relevance == "text" else None
+        weights = tokens.hidden.new_ones(len(tokens), dtype=torch.float32) if relevance is None else relevance
         crops = by_crop(tokens, crops_seen(tokens, self.name))
         rows = crops.rows
-        order = dpp_map(
-            tokens.hidden[rows], relevance[rows], crops.offsets, crops.budgets, crops.max_budget, crops.max_length
-        )
+        features, inside = tokens.hidden[rows], self.in_kernel(weights)[rows]
+        order = dpp_map(features, inside, crops.offsets, crops.budgets, crops.max_budget, crops.max_length)
         keep = from_order(torch.where(order >= 0, rows[order], -1), len(tokens))
         return Choice(keep, scores=relevance)
 
-    def relevance(self, tokens: Tokens) -> Tensor:
-        """`[M]` relevance of every visual token to the text after the image of its sample, before scaling."""
+    def in_kernel(self, relevance: Tensor) -> Tensor:
+        """What scaled relevance `[M]` is on both sides of the cosine in the kernel."""
+        theta = self.theta
+        if theta == "auto":
+            theta = "released" if self.clip is not None else 0.5
+        return relevance if isinstance(theta, str) else torch.exp(theta / (2 - 2 * theta) * relevance)
+
+    def text_relevance(self, tokens: Tokens) -> Tensor:
+        """`[M]` relevance of every visual token to the text after the image of its sample, scaled.
+
+        Raises:
+            MethodError: The embedded text holds NaN or Inf.
+        """
+        cosine = self.cosine(tokens)
+        if not bool(torch.isfinite(cosine).all()):
+            bad = ", ".join(map(str, tokens.sample[~torch.isfinite(cosine)].unique().tolist()))
+            raise MethodError(f"the embedded text of sample {bad} holds NaN or Inf: relevance would be meaningless")
+        group = tokens.group if self.scale_over == "sample" else torch.zeros_like(tokens.group)
+        # Negation belongs to the space of CLIP alone.
+        return scale(cosine if self.clip is None else -cosine, group, len(tokens.offsets) - 1)
+
+    def cosine(self, tokens: Tokens) -> Tensor:
+        """`[M]` mean cosine of every visual token with the text after the image of its sample."""
         ids, embeds = self._text(tokens)
         prompt = tokens.prompt
         assert prompt is not None

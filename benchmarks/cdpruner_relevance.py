@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How CDPruner without CLIP should weigh the text: writes `benchmarks/results/cdpruner_relevance.json`.
+
+    python -m benchmarks.cdpruner_relevance
+
+Right answers of both built-in models with the sign and the weight of relevance changed, on held-out scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtprune
+from vtprune import refvlm
+from vtprune.core.tokens import Tokens
+from vtprune.methods import CDPruner
+from vtprune.refvlm import evaluate
+from vtprune.study import progress
+
+OUT = Path(__file__).resolve().parent / "results" / "cdpruner_relevance.json"
+RATIOS = (0.25, 0.1, 0.05)
+
+
+@dataclass
+class Negated(CDPruner):
+    """The sign that belongs to CLIP's space, on the decoder's embeddings."""
+
+    def cosine(self, tokens: Tokens) -> Tensor:
+        return -super().cosine(tokens)
+
+
+VARIANTS = {
+    "negated, released weight": Negated(theta="released"),
+    "cosine, released weight": CDPruner(theta="released"),
+    "negated, theta 0.5": Negated(theta=0.5),
+    "cosine, theta 0.5": CDPruner(),
+    "no text": CDPruner(relevance="none"),
+}
+
+
+def measure(name: str, questions: int) -> list[dict[str, Any]]:
+    """A row for every variant and ratio."""
+    model, processor = refvlm.load(name=name)
+    samples = list(evaluate.held_out_scenes(questions))
+    rows = []
+    for variant, method in VARIANTS.items():
+        for ratio in RATIOS:
+            with vtprune.patch(model, ratio=ratio, method=method):
+                answers = evaluate.answer(model, processor, samples)
+            right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
+            rows.append({"model": name, "variant": variant, "ratio": ratio, "right": right, "total": len(samples)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sign and weight of CDPruner's relevance without CLIP.")
+    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for name in refvlm.MODELS for row in measure(name, args.questions)]
+    progress.save(args.out, {"versions": progress.versions(), "rows": rows})
+    for row in rows:
+        print(f"{row['model']:12} {row['variant']:26} {row['ratio']:5} {row['right'] / row['total']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
