@@ -9,11 +9,13 @@ print(patch.last.report())
 """
 
 from . import methods
+from .core.certificate import Certificate
 from .core.energy import Auto
 from .engine.patching import Patch, inspect, patch, unpatch
-from .errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
+from .errors import BudgetError, CertificateError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from .models.anatomy import Anatomy
 from .report.pruning import Pruning
+from .study.certify import certify
 
 __version__ = "0.1.0"
 
@@ -21,12 +23,15 @@ __all__ = [
     "Anatomy",
     "Auto",
     "BudgetError",
+    "Certificate",
+    "CertificateError",
     "MethodError",
     "NothingPrunedError",
     "Patch",
     "Pruning",
     "UnsupportedModelError",
     "VTPruneError",
+    "certify",
     "inspect",
     "methods",
     "patch",

@@ -30,3 +30,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """What an exception says, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class CertificateError(VTPruneError):
+    """A certificate that cannot be made, read, or used with this model or method."""

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from torch import nn
 
 from ..core.budget import Budget, check_window
+from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.registry import resolve
-from ..errors import MethodError, UnsupportedModelError, VTPruneError
+from ..errors import CertificateError, MethodError, UnsupportedModelError, VTPruneError
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
@@ -119,11 +120,11 @@ class Patch:
 
 def patch(
     model: nn.Module,
-    ratio: float | Auto | Literal["auto"] | None = None,
+    ratio: float | Auto | Certificate | Literal["auto"] | None = None,
     *,
     keep: int | None = None,
     mean_ratio: float | None = None,
-    method: MethodLike | Mapping[str, MethodLike] = "iwp",
+    method: MethodLike | Mapping[str, MethodLike] | None = None,
     video_method: MethodLike | None = None,
     window: int | None = None,
 ) -> Patch:
@@ -132,11 +133,13 @@ def patch(
     Args:
         model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
         ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
-            `vtprune.Auto` chooses one for each picture, from how much of its tokens' energy few of them explain.
+            `vtprune.Auto` chooses one for each picture, from how much of its tokens' energy few of them explain. A
+            `vtprune.Certificate` brings the ratio that was certified for this model and its method.
         keep: A number of visual tokens per sample instead.
         mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
             depths cost the same.
-        method: Name, class or instance of the method; or one for each of "image" and "video".
+        method: Name, class or instance of the method, `iwp` by default or the certificate's; or one for each of "image"
+            and "video".
         video_method: Another method for clips, of models that take them as such; `method` prunes the pictures then.
         window: Visual tokens of a sample that a KV cache may hold between calls, for frames that are appended for as
             long as one likes: after each prefill the oldest frames leave the cache until it holds no more. Without a
@@ -147,9 +150,13 @@ def patch(
 
     Raises:
         BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+        CertificateError: The certificate is for another model or method.
         MethodError: No such method, or a need of it that the model cannot meet.
         UnsupportedModelError: A part of the model was not found.
     """
+    certificate, ratio = (ratio, ratio.budget) if isinstance(ratio, Certificate) else (None, ratio)
+    if method is None:
+        method = "iwp" if certificate is None else certificate.make_method()
     chosen, for_clips = _methods(method, video_method)
     if window is not None:
         check_window(window)
@@ -157,6 +164,11 @@ def patch(
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
+    if certificate is not None:
+        if for_clips is not None:
+            raise CertificateError("the certificate is for one method; found another one for clips beside it")
+        certificate.check_method(chosen)
+        certificate.check_model(model)
     return Patch(model, PruneSpec.of(model, chosen, budget, for_clips, window), instead_of=find_patch(model))
 
 

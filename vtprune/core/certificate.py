@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ratio that was certified for one model and one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import CertificateError
+from ..models.identity import config_hash, weights_hash
+from .energy import Auto
+from .method import Method
+from .registry import get
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `vtprune certify` found: with probability `confidence`, the share of changed answers is at most `risk`.
+
+    It holds for greedy answers of one model, in one dtype, to pictures and questions like those it was made with.
+
+    Attributes:
+        ratio: The smallest certified ratio; 1.0 where nothing less could be certified.
+        auto: `energy`, `min` and `max` instead, where automatic ratios were certified; or None.
+        method: Registered name of the method.
+        options: Its options; None where they cannot be written as JSON.
+        method_repr: The method with all its options, as Python prints it.
+        model: Class of the model.
+        config_hash, weights_hash: See `models.identity`.
+        risk, confidence: What was asked for.
+        pictures: Number of pictures; several questions about one count as one observation, their mean.
+        questions: Number of questions.
+        changed: Mean over pictures of the share of changed answers at the certified ratio.
+        tried: Every candidate in order: `candidate`, `changed` and `p_value`.
+        about: Versions, length limit of the answers, dtype, attention.
+    """
+
+    ratio: float
+    method: str
+    method_repr: str
+    model: str
+    config_hash: str
+    weights_hash: str
+    risk: float
+    confidence: float
+    pictures: int
+    questions: int
+    changed: float
+    auto: dict[str, float] | None = None
+    options: dict[str, Any] | None = None
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, method: Method, budget: float | Auto, **numbers: Any) -> Certificate:
+        """A certificate of a budget for a model and a method."""
+        automatic = dataclasses.asdict(budget) if isinstance(budget, Auto) else None
+        return cls(
+            ratio=budget.max if isinstance(budget, Auto) else budget,
+            auto=automatic,
+            method=method.name,
+            options=_options(method),
+            method_repr=repr(method),
+            model=type(model).__name__,
+            config_hash=config_hash(model.config),
+            weights_hash=weights_hash(model),
+            **numbers,
+        )
+
+    @property
+    def budget(self) -> float | Auto:
+        """What to pass as `ratio`."""
+        return self.ratio if self.auto is None else Auto(**self.auto)
+
+    def make_method(self) -> Method:
+        """The method it was made with.
+
+        Raises:
+            CertificateError: Its options are not in the certificate.
+        """
+        if self.options is None:
+            raise CertificateError(
+                f"the certificate is for {self.method_repr}, whose options a file cannot hold; pass the method itself"
+            )
+        return get(self.method)(**self.options)
+
+    def check_method(self, method: Method) -> None:
+        """Raises `CertificateError` unless it is the method, options included, that the certificate is for."""
+        if repr(method) != self.method_repr:
+            raise CertificateError(f"the certificate is for the method {self.method_repr}; found {method!r}")
+
+    def check_config(self, config: object) -> None:
+        """Raises `CertificateError` unless a configuration is that of the certificate's model."""
+        found = config_hash(config)
+        if found != self.config_hash:
+            raise CertificateError(
+                f"the certificate is for a {self.model} of another configuration (hash {self.config_hash}, found "
+                f"{found}); certify this model"
+            )
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises `CertificateError` unless it is the model, weights and dtype included, of the certificate."""
+        if type(model).__name__ != self.model:
+            raise CertificateError(f"the certificate is for a {self.model}; found a {type(model).__name__}")
+        self.check_config(model.config)
+        found = weights_hash(model)
+        if found != self.weights_hash:
+            raise CertificateError(
+                f"the certificate is for a {self.model} with other weights or another dtype (hash "
+                f"{self.weights_hash}, found {found}); certify this model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the certificate as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Reads a file of `save`.
+
+        Raises:
+            CertificateError: The file is missing, or holds something else.
+        """
+        try:
+            found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            if not 0 < found.ratio <= 1:
+                raise ValueError(f"its ratio is {found.ratio!r}")
+        except (OSError, ValueError, TypeError) as error:
+            raise CertificateError(f"{path} holds no certificate of vtprune certify: {error}") from error
+        return found
+
+
+def _options(method: Method) -> dict[str, Any] | None:
+    """The options of a method that a JSON file can hold; None where one cannot be, or would come back as another."""
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
+    try:
+        back = json.loads(json.dumps(options))
+        return back if repr(get(method.name)(**back)) == repr(method) else None
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model something was measured on, in a form that can be compared later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+_SAMPLED = 1024  # numbers of each parameter
+
+
+def config_hash(config: object) -> str:
+    """Hash of a model's configuration, without the names and versions that differ between machines.
+
+    Args:
+        config: A configuration of transformers.
+    """
+    data = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
+    return hashlib.sha256(json.dumps(_stable(data), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _stable(data: object) -> object:
+    volatile = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
+    if isinstance(data, dict):
+        return {str(k): _stable(v) for k, v in data.items() if k not in volatile and not str(k).startswith("_")}
+    return [_stable(v) for v in data] if isinstance(data, (list, tuple)) else data
+
+
+@torch.no_grad()
+def weights_hash(model: nn.Module) -> str:
+    """Hash of a model's parameters: names, shapes, dtypes and up to 1,024 evenly spaced numbers of each.
+
+    Other weights, another dtype, quantization and adapters give another hash. A change of a few numbers may not.
+
+    Args:
+        model: The model, patched or not.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            step = max(1, flat.numel() // _SAMPLED)
+            found.update(flat[::step][:_SAMPLED].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
