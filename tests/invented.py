@@ -182,6 +182,8 @@ class MarulkSpeaks(Marulk, GenerationMixin):
     def forward(
         self, input_ids: Tensor, photo: Tensor | None = None, attention_mask: Tensor | None = None, **rest: Any
     ) -> CausalLMOutputWithPast:
+        if "cache" in rest:  # the name from transformers 5.24 on
+            rest["past_key_values"] = rest.pop("cache")
         rest = {name: value for name, value in rest.items() if name in ("position_ids", "past_key_values", "use_cache")}
         out = self.whole(input_ids, photo=photo, attention_mask=attention_mask, **rest)
         return CausalLMOutputWithPast(logits=self.mouth(out.last_hidden_state), past_key_values=out.past_key_values)

@@ -63,7 +63,7 @@ def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | N
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             hidden = args[0] if args else kwargs["hidden_states"]
             batch, queries = hidden.shape[:2]
-            cache = kwargs.get("past_key_values")
+            cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), None)
             past = int(cache.get_seq_length(number)) if cache is not None else 0
             total = past + queries
             for drop in drops:

@@ -166,7 +166,7 @@ def test_compact_positions(family: str, layout: str) -> None:
         def renumber(number: int, batch: dict = batch, drops: list = drops):
             def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
                 hidden = args[0]
-                past = kwargs["past_key_values"].get_seq_length(number)
+                past = next(v for v in kwargs.values() if hasattr(v, "get_mask_sizes")).get_seq_length(number)
                 rows, total = hidden.shape[0], past + hidden.shape[1]
                 real = torch.ones(rows, total, dtype=torch.bool)
                 real[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"].bool()[:, :total]

@@ -52,7 +52,7 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             states = args[0] if args else kwargs["hidden_states"]
             batch, queries = states.shape[:2]
-            cache = kwargs.get("past_key_values")
+            cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), None)
             past = int(cache.get_seq_length(number)) if cache is not None and number < len(cache.layers) else 0
             total = past + queries
             gone = torch.zeros(batch, total, dtype=torch.bool)

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
+from ..models.transformers_names import cache_of, encoder_method
 from ..study.timing import cache_bytes
 
 
@@ -115,7 +116,7 @@ def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[
         return timed
 
     for kind in parts.placeholders:
-        name = f"get_{kind}_features"
+        name = encoder_method(kind)
         if hasattr(parts.composite, name):
             undo.append(_replace(parts.composite, name, around(getattr(parts.composite, name))))
 
@@ -124,8 +125,8 @@ def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         marks.forward.append((running.pop(), watch.mark()))
-        if len(marks.forward) == 1 and getattr(output, "past_key_values", None) is not None:
-            marks.kv_bytes = cache_bytes(output.past_key_values)
+        if len(marks.forward) == 1 and cache_of(output) is not None:
+            marks.kv_bytes = cache_bytes(cache_of(output))
 
     # The patch cuts in a hook before a layer: one hook goes before it and one after it. While a method reads queries
     # and keys, the layer is called a second time inside.

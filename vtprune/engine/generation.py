@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..models.visual_tokens import VisualTokens
 
-CANDIDATES = "_get_candidate_generator"  # transformers' method that makes the generator
-
 
 class DelayedCandidates:
     """A transformers candidate generator whose first proposal is not used.
@@ -47,7 +45,7 @@ class DelayedCandidates:
 
 
 def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) -> Callable:
-    """Wraps a model's `CANDIDATES`.
+    """Wraps a model's `MAKE_CANDIDATES`.
 
     Args:
         make: The bound method.
@@ -65,11 +63,8 @@ def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) ->
     return make_later
 
 
-EXPANSION = "_expand_inputs_for_generation"  # transformers' method that repeats a prompt
-
-
 def record_expansion(expand: Callable, note: Callable[[int], None]) -> Callable:
-    """Wraps a model's `EXPANSION` so that `note` is told how many copies of each sample it makes."""
+    """Wraps a model's `EXPAND_PROMPT` so that `note` is told how many copies of each sample it makes."""
 
     @functools.wraps(expand)
     def expanded(*args: Any, **kwargs: Any) -> Any:

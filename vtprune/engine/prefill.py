@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core import budget as budgets
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
 from ..report import explain
 from ..report.image_source import Source
@@ -98,7 +99,7 @@ class DecoderCall(CallState):
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cuts if a stage stands here, and gives the layer the arguments of the surviving columns."""
         columns = self.columns
-        columns.cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), columns.cache)
+        columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
         changed, self.narrow = None, None
         if number in self.cuts:
             started = time.perf_counter()
@@ -295,7 +296,7 @@ def begin(
     Returns:
         DecoderCall: None if the call has nothing to prune and no pruned cache: then it passes untouched.
     """
-    cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), None)
+    cache = cache_of(kwargs)
     state = kv_cache.state_of(cache)
     if visual is None and state is None:
         return None

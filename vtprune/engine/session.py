@@ -21,6 +21,7 @@ from ..core.method import Tap
 from ..errors import NothingPrunedError
 from ..models import encoder_outputs, unsupported, visual_tokens
 from ..models.encoder_outputs import Encoded
+from ..models.transformers_names import ENCODER_OUTPUTS, EXPAND_PROMPT, MAKE_CANDIDATES, encoder_method
 from ..report.pruning import Pruning
 from . import checkpointing, generation, prefill, window
 from .deepstack import intercept_deepstack
@@ -79,16 +80,16 @@ class Session:
         handles: list[Any] = []
         add = handles.append
         for kind in parts.placeholders:
-            name = f"get_{kind}_features"
+            name = encoder_method(kind)
             if hasattr(parts.composite, name):
                 add(Override(parts.composite, name, self._encoder(kind, getattr(parts.composite, name))))
 
-        if hasattr(parts.model, generation.CANDIDATES):
-            make = generation.delay_first_candidates(getattr(parts.model, generation.CANDIDATES), self._prunes)
-            add(Override(parts.model, generation.CANDIDATES, make))
-        if hasattr(parts.model, generation.EXPANSION):
-            expand = generation.record_expansion(getattr(parts.model, generation.EXPANSION), self._note_copies)
-            add(Override(parts.model, generation.EXPANSION, expand))
+        if hasattr(parts.model, MAKE_CANDIDATES):
+            make = generation.delay_first_candidates(getattr(parts.model, MAKE_CANDIDATES), self._prunes)
+            add(Override(parts.model, MAKE_CANDIDATES, make))
+        if hasattr(parts.model, EXPAND_PROMPT):
+            expand = generation.record_expansion(getattr(parts.model, EXPAND_PROMPT), self._note_copies)
+            add(Override(parts.model, EXPAND_PROMPT, expand))
 
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(Hook(owner, function), with_kwargs=True))
@@ -261,7 +262,7 @@ class Session:
             return
         inputs = thread.inputs or {}
         given = [inputs[n] for n in sorted(inputs) if n.startswith("pixel")]
-        given += list((inputs.get("mm_encoder_outputs") or {}).values())
+        given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
         sources = [weakref.ref(source) for source in given if source is not None]
         if previous is not None:
             old_ids, old_sources, decisions = previous

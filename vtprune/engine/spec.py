@@ -8,13 +8,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ..core.budget import Budget, check_schedule, mean_share, solve_mean, stretch
 from ..core.method import Method, Stage, Tap
 from ..errors import MethodError, VTPruneError
 from ..models import anatomy as _anatomy
 from ..models.anatomy import Anatomy
+from ..models.transformers_names import mask_function_name, rope_parameters
 from ..report.cost import DecoderShape
 from .columns import AttentionForm
 
@@ -175,8 +175,7 @@ class PruneSpec:
     @property
     def attention_form(self) -> AttentionForm:
         """Which form of mask the decoder's attention takes; may change while the model is patched."""
-        name = str(getattr(self.anatomy.decoder.config, "_attn_implementation", None) or "eager")
-        name = getattr(ALL_MASK_ATTENTION_FUNCTIONS.get(name), "__name__", name)
+        name = mask_function_name(self.anatomy.decoder.config)
         return AttentionForm(name, self.dtype, next(self.anatomy.decoder.parameters()).device)
 
     @property
@@ -190,7 +189,7 @@ def _renumbers(method: Method, anatomy: Anatomy, window: int | None) -> bool:
     policy = getattr(method, "positions", "original")
     if policy not in ("original", "compact"):
         raise MethodError(f'{type(method).__name__}.positions is {policy!r}; expected "original" or "compact"')
-    rope = getattr(anatomy.decoder.config, "rope_parameters", None) or {}
+    rope = rope_parameters(anatomy.decoder.config)
     if policy == "compact" and "mrope_section" in str(rope):
         raise MethodError(
             'positions="compact" numbers tokens on one axis, but this model places them by time, height and '

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
+from .transformers_names import attention_functions
 
 _lock = threading.Lock()
 _users = 0
@@ -66,7 +67,7 @@ def is_probing() -> bool:
 def install() -> None:
     """Wraps the registry of attention functions, for the first of several users."""
     global _users
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
+    registry = attention_functions()
 
     with _lock:
         _users += 1
@@ -90,7 +91,7 @@ def install() -> None:
 def uninstall() -> None:
     """Gives the registry back, after the last user."""
     global _users
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
+    registry = attention_functions()
 
     with _lock:
         _users -= 1

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NothingPrunedError
+from .transformers_names import ENCODER_OUTPUTS
 
 
 @dataclass
@@ -142,7 +143,7 @@ def supplied(
     Returns:
         dict: For each kind that comes with features, what is known of them.
     """
-    given = inputs.get("mm_encoder_outputs")
+    given = inputs.get(ENCODER_OUTPUTS)
     given = given if isinstance(given, dict) else {}
     found = {}
     for kind in kinds:

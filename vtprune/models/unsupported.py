@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NothingPrunedError, UnsupportedModelError
+from .transformers_names import ENCODER_OUTPUTS, takes_cache
 
 _CROSS = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
 
@@ -78,7 +79,7 @@ def second_reader(model: nn.Module, composite: nn.Module) -> None:
     for name, module in model.named_modules():
         if module in inside or composite in set(module.modules()) or not hasattr(module, "get_input_embeddings"):
             continue
-        if "past_key_values" in inspect.signature(module.forward).parameters:
+        if takes_cache(module.forward):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has a second decoder ({name}: {type(module).__name__}) that reads the KV "
                 "cache of its language model and would count columns in it that are gone; models with one decoder work"
@@ -111,7 +112,7 @@ def features_ignored(composite: nn.Module, unknown: dict[str, Any]) -> None:
         composite: The module that was called.
         unknown: What its forward takes in `**kwargs`.
     """
-    given = unknown.get("mm_encoder_outputs")
+    given = unknown.get(ENCODER_OUTPUTS)
     if isinstance(given, dict) and any(value is not None for value in given.values()):
         import transformers
 

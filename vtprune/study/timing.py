@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..models.transformers_names import cache_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,7 +68,7 @@ def measure_side_by_side(
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = out[0, inputs["input_ids"].shape[1] :]
             answers.append(processor.decode(new, skip_special_tokens=True).strip())
-            sizes.append(cache_bytes(_first_token(model, inputs).past_key_values))
+            sizes.append(cache_bytes(cache_of(_first_token(model, inputs))))
     times: tuple[list[float], list[float]] = ([], [])
     selection = []
     for _ in range(repeats):

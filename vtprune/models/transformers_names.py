@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything of transformers that vtprune reaches for by name, and lookups by kind where a name has changed before.
+
+When a new transformers renames one of these, this module changes and nothing else does. `missing` says in plain words
+which names the installed transformers lacks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+# Methods of `GenerationMixin`.
+MAKE_CANDIDATES = "_get_candidate_generator"  # makes the generator of assisted generation
+EXPAND_PROMPT = "_expand_inputs_for_generation"  # repeats a prompt for beams and returned sequences
+# Arguments of a composite's forward.
+ENCODER_OUTPUTS = "mm_encoder_outputs"  # features that were encoded before the call, by kind
+# Arguments by which decoders take a KV cache, newest first.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def encoder_method(kind: str) -> str:
+    """Name of the composite's method that encodes features of a kind, such as "image" or "video"."""
+    return f"get_{kind}_features"
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a KV cache: known by what it can do, not by the argument it comes in."""
+    return hasattr(value, "get_mask_sizes") and hasattr(value, "get_seq_length")
+
+
+def cache_of(values: Mapping[str, Any] | Iterable[Any]) -> Any:
+    """The KV cache among arguments or the fields of an output, or None."""
+    found = values.values() if isinstance(values, Mapping) else values
+    return next((value for value in found if is_cache(value)), None)
+
+
+def takes_cache(function: Callable) -> bool:
+    """Whether a forward takes a KV cache."""
+    return not set(CACHE_ARGUMENTS).isdisjoint(inspect.signature(function).parameters)
+
+
+def attention_functions() -> Any:
+    """The registry of attention functions, by name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def attention_name(config: Any) -> str:
+    """The attention implementation that a config chose."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def mask_function_name(config: Any) -> str:
+    """Name of the function that makes masks for the attention implementation of a config."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = attention_name(config)
+    return str(getattr(ALL_MASK_ATTENTION_FUNCTIONS.get(name), "__name__", name))
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Parameters of the rotary embedding, empty where a config has none."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def missing() -> list[str]:
+    """Names that the installed transformers lacks, each with what vtprune needs it for."""
+    import transformers
+    from transformers import cache_utils, generation, masking_utils, modeling_utils
+
+    wanted: list[tuple[Any, str, str]] = [
+        (modeling_utils, "ALL_ATTENTION_FUNCTIONS", "queries, keys and values are read at the attention function"),
+        (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", "masks are made in the form that the attention takes"),
+        (generation.GenerationMixin, MAKE_CANDIDATES, "assisted generation proposes nothing before the prompt"),
+        (generation.GenerationMixin, EXPAND_PROMPT, "beams of one sample share one picture"),
+        (cache_utils.DynamicCache, "get_mask_sizes", "caches are known by it, and pruned ones answer it"),
+        (cache_utils.DynamicCache, "get_seq_length", "a pruned cache reports the conversation's length"),
+        (cache_utils.DynamicCache(), "layers", "keys and values of each layer"),
+        (transformers, "AutoModelForImageTextToText", "models are loaded by it"),
+    ]
+    return [
+        f"transformers {transformers.__version__} has no {getattr(owner, '__name__', type(owner).__name__)}.{name}: "
+        f"{use}; update vtprune.models.transformers_names"
+        for owner, name, use in wanted
+        if not hasattr(owner, name)
+    ]
