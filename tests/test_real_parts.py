@@ -91,3 +91,51 @@ def test_an_interrupted_run_goes_on(model, monkeypatch, tmp_path):
     found = vtprune.study.progress.load(out, {})["64"]
     assert set(found) == {"unpruned", "fact always kept 0.1", "only the fact dropped", "random 0.3"}
     assert all(row["total"] == 3 and row["right"] == row["outcomes"].count("1") for row in found.values())
+
+
+@torch.no_grad()
+def test_the_tower_computes_what_its_onnx_graph_computes():
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: make real")
+    from onnx.reference import ReferenceEvaluator
+
+    graph = onnx.load(str(parts.file(parts.ONNX)))
+    last = [node for node in graph.graph.node if node.name.startswith("/backbone/layernorm")][-1]
+    nodes = list(graph.graph.node)
+    nodes = nodes[: nodes.index(last) + 1]  # without the saliency decoder
+    graph.graph.ClearField("node")
+    graph.graph.node.extend(nodes)
+    graph.graph.ClearField("output")
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(last.output[0], onnx.TensorProto.FLOAT, None))
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    wanted = ReferenceEvaluator(graph).run(None, {"input_image": pixels.numpy()})[0]
+    torch.testing.assert_close(parts.tower()(pixels).last_hidden_state, torch.from_numpy(wanted), rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_fitted_projector_says_colors():
+    """Visual tokens of the photographs that it was fitted on carry the words of their colors."""
+    pytest.importorskip("onnx", reason="onnx is not installed: make real")
+    from benchmarks.real import photo_vlm
+
+    grid = 16
+    images = [photo_vlm.square(one.image, grid) for one in parts.photographs()[:4]]
+    model = photo_vlm.load(images, grid)
+    words = [word for image in images for word in photo_vlm.color_words(image, grid)]
+    ids = [parts.tokenizer()(f" {word}")["input_ids"][0] for word in words]
+    wanted = model.get_input_embeddings().weight[ids]
+    encoded = model.model.vision_tower(photo_vlm.pixels(images)).last_hidden_state
+    seen = model.model.multi_modal_projector(encoded[:, 1:]).flatten(0, 1)
+    left = (seen - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert left < 0.5, f"{float(left):.2f} of the variance is not explained"
+
+
+def test_bias_tells_content_from_place():
+    import numpy as np
+
+    from benchmarks import position_bias
+
+    upright = np.zeros(position_bias.GRID**2, dtype=bool)
+    upright[:100] = True
+    by_place, by_content = (position_bias.compared(upright, turned) for turned in (upright, upright[::-1]))
+    assert (by_place["place"], by_place["content"]) == (1.0, 0.0) and by_place["bias"] < -0.4
+    assert (by_content["place"], by_content["content"]) == (0.0, 1.0) and abs(by_content["bias"]) < 1e-9

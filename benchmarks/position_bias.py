@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do methods keep what a photograph shows, or where it shows it? Writes `benchmarks/results/position-bias.json`.
+
+    make real
+    .venv-real/bin/python -m benchmarks.position_bias
+
+Every photograph of scikit-image is seen by the model of `benchmarks.real.photo_vlm`, upright and upside down (turned by
+180 degrees). A method that goes by content keeps the same patches of both, at opposite places; one that goes by position
+keeps the same places. For each method:
+
+* `content`: share of the patches kept of the turned picture that were kept of the upright one, too;
+* `place`: share of the places kept of the turned picture that were kept of the upright one, too;
+* `row_upright`, `row_turned`: mean row of what was kept, 0 at the top and 1 at the bottom; 0.5 for an even choice;
+* `bias`: the mean of the two rows less 0.5. What content contributes has opposite signs in the two and falls out.
+
+By chance both shares are the ratio. Intervals are bootstrapped over the photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import vtprune
+from benchmarks.real import parts, photo_vlm
+from vtprune.study import progress
+from vtprune.study.intervals import bootstrap
+
+OUT = Path(__file__).resolve().parent / "results" / "position-bias.json"
+GRID = 24  # 576 visual tokens
+RATIO = 0.25
+QUESTION = "What is in the picture?"
+
+
+@lru_cache(maxsize=1)
+def photographs() -> list[tuple[str, Image.Image]]:
+    """Name and middle square of every photograph."""
+    return [(one.name, photo_vlm.square(one.image, GRID)) for one in parts.photographs()]
+
+
+@lru_cache(maxsize=1)
+def model() -> Any:
+    """The model of real parts, its projector fitted on all photographs, upright and turned alike."""
+    images = [image for _, image in photographs()]
+    return photo_vlm.load([*images, *(image.rotate(180) for image in images)], GRID)
+
+
+@torch.no_grad()
+def kept(method: str, image: Image.Image, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which visual tokens a method keeps of a photograph, and of it turned: two bool `[GRID * GRID]`."""
+    inputs = photo_vlm.inputs([image, image.rotate(180)], GRID, QUESTION)
+    with vtprune.patch(model(), ratio=ratio, method=method) as patch:
+        model()(**inputs, use_cache=False, logits_to_keep=1)
+        last = patch.last
+    upright, turned = (torch.isin(v, k).numpy() for v, k in zip(last.visual, last.kept, strict=True))
+    return upright, turned
+
+
+def compared(upright: np.ndarray, turned: np.ndarray) -> dict[str, float]:
+    """What two choices have in common, see the head of this file."""
+    rows = np.arange(GRID * GRID) // GRID / (GRID - 1)
+    top, bottom = rows[upright].mean(), rows[turned].mean()
+    return {
+        "content": float((turned & upright[::-1]).sum() / turned.sum()),
+        "place": float((turned & upright).sum() / turned.sum()),
+        "row_upright": float(top),
+        "row_turned": float(bottom),
+        "bias": float((top + bottom) / 2 - 0.5),
+    }
+
+
+def run(method: str, ratio: float) -> dict[str, Any]:
+    """The row of a method: means over photographs with their intervals, or why it refuses."""
+    try:
+        found = [compared(*kept(method, image, ratio)) for _, image in photographs()]
+    except (vtprune.MethodError, vtprune.BudgetError) as error:
+        return {"refused": str(error)}
+    row: dict[str, Any] = {}
+    for name in found[0]:
+        values = [one[name] for one in found]
+        interval = [round(float(bound), 3) for bound in bootstrap(values)]
+        row[name] = {"mean": round(float(np.mean(values)), 3), "interval": interval}
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.position_bias", description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", default=[n for n in vtprune.methods.names() if n != "debiased"])
+    parser.add_argument("--ratio", type=float, default=RATIO)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    header = {
+        "decoder_sha256": parts.SHA256[parts.GGUF],
+        "tower_sha256": parts.SHA256[parts.ONNX],
+        "photographs": {one.name: one.license for one in parts.photographs()},
+        "grid": GRID,
+        "ratio": args.ratio,
+        "versions": progress.versions(),
+    }
+    with progress.script(args.out):
+        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
+        rows = data.setdefault("methods", {})
+        todo = [name for name in args.methods if name not in rows]
+        for name, row in progress.work(todo, lambda name: run(name, args.ratio), "methods"):
+            rows[name] = row
+            progress.save(args.out, data)
+    for name, row in rows.items():
+        if "refused" in row:
+            print(f"{name:12} refused: {row['refused'][:90]}")
+        else:
+            shown = "  ".join(f"{key} {value['mean']:.2f} {value['interval']}" for key, value in row.items())
+            print(f"{name:12} {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of every method on a real decoder, SmolLM2: writes `benchmarks/results/real-speed.json`.
+
+    make real
+    .venv-real/bin/python -m benchmarks.real_speed
+
+Time to the first token, time per token and KV bytes with 256, 1,024 and 2,304 visual places, beside the unpruned decoder
+and beside the limit: a prompt that had only the kept tokens from the start. All variants take turns, round after round,
+on one thread, and what is compared is CPU time, which other programs on the machine do not lengthen. The visual places
+hold the words of a text (see `benchmarks.real`), so there is no vision tower, and its time is none.
+
+Methods that need a vision tower's attention are refused, with their reason in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtprune
+from benchmarks.real import needles, parts, text_vlm
+from vtprune.bench import measure, summary
+from vtprune.bench.variants import variants
+from vtprune.core.budget import Budget
+from vtprune.study import progress
+
+OUT = Path(__file__).resolve().parent / "results" / "real-speed.json"
+PLACES = (256, 1024, 2304)
+RATIO = 0.1
+
+
+def prompt(setting: measure.Setting) -> dict[str, torch.Tensor]:
+    """A text of `setting.tokens` visual places with a question, the same in every sample."""
+    assert setting.tokens is not None
+    one = needles.needle(7, 40, setting.tokens)
+    return text_vlm.inputs("<|im_start|>Text:", [one.words] * setting.batch, [one.question] * setting.batch)
+
+
+def methods() -> list[str]:
+    """Every registered method; `debiased` needs a curve that was fitted before."""
+    return [name for name in vtprune.methods.names() if name != "debiased"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual places of the text")
+    parser.add_argument("--methods", nargs="+", default=methods())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite a result of another version")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    chosen = variants(args.methods, [Budget(ratio=RATIO)])
+    bench = measure.Bench(text_vlm.load(torch.bfloat16), prompt, chosen, new_tokens=8)
+    settings = [measure.Setting(1, places) for places in args.places]
+    header = measure.header(bench, "SmolLM2-135M-Instruct Q4_1, dequantized", None)
+    header["decoder_sha256"] = parts.SHA256[parts.GGUF]
+    with progress.script(args.out):
+        data: dict[str, Any] = measure.run(bench, settings, args.rounds, header, args.out, args.force)
+    data["rows_in_cpu_time"] = summary.rows(data, cpu=True)
+    progress.save(args.out, data)
+    for row in data["rows_in_cpu_time"]:
+        if "refused" in row:
+            print(f"{row['tokens']:5} {row['variant']:26} refused: {row['refused'][:80]}")
+            continue
+        first, token = row["prefill"]["median"], row["token"]["median"]
+        print(
+            f"{row['tokens']:5} {row['variant']:26} first token {1e3 * first:7.0f} ms, {row['speedup']:.2f}x, "
+            f"per token {1e3 * token:5.1f} ms, KV {row['kv_bytes'] / 2**20:6.1f} MiB, "
+            f"over the limit {row.get('over_limit', 0.0):+.0%} {row.get('verdict', '')}"
+        )
+
+
+if __name__ == "__main__":
+    main()
