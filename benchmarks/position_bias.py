@@ -5,8 +5,8 @@
     .venv-real/bin/python -m benchmarks.position_bias
 
 Every photograph of scikit-image is seen by the model of `benchmarks.real.photo_vlm`, upright and upside down (turned by
-180 degrees). A method that goes by content keeps the same patches of both, at opposite places; one that goes by position
-keeps the same places. For each method:
+180 degrees). A method that goes by content keeps the same patches of both, at opposite places; one that goes by
+position keeps the same places. For each method:
 
 * `content`: share of the patches kept of the turned picture that were kept of the upright one, too;
 * `place`: share of the places kept of the turned picture that were kept of the upright one, too;

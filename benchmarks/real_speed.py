@@ -4,10 +4,10 @@
     make real
     .venv-real/bin/python -m benchmarks.real_speed
 
-Time to the first token, time per token and KV bytes with 256, 1,024 and 2,304 visual places, beside the unpruned decoder
-and beside the limit: a prompt that had only the kept tokens from the start. All variants take turns, round after round,
-on one thread, and what is compared is CPU time, which other programs on the machine do not lengthen. The visual places
-hold the words of a text (see `benchmarks.real`), so there is no vision tower, and its time is none.
+Time to the first token, time per token and KV bytes with 256, 1,024 and 2,304 visual places, beside the unpruned
+decoder and beside the limit: a prompt that had only the kept tokens from the start. All variants take turns, round
+after round, on one thread, and what is compared is CPU time, which other programs on the machine do not lengthen.
+The visual places hold the words of a text (see `benchmarks.real`), so there is no vision tower, and its time is none.
 
 Methods that need a vision tower's attention are refused, with their reason in the result.
 """

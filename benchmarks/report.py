@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_charts, report_measured, report_readme, report_sections, serving_table
+from benchmarks import report_charts, report_measured, report_readme, report_real, report_sections, serving_table
 from vtprune.study import charts
 from vtprune.study.charts import Chart
 
@@ -72,6 +72,9 @@ SECTIONS = (
         "vtprune bench --model MODEL --device cpu --visual-tokens 8192 --batch 8 --rounds 1 --new-tokens 2 "
         "--methods random --ratios 0.1 --json FILE",
     ),
+    Section("needle.json", "Needles in a text", report_real.needle, "python -m benchmarks.needle"),
+    Section("position-bias.json", "Position bias", report_real.position_bias, "python -m benchmarks.position_bias"),
+    Section("real-speed.json", "Speed of a real decoder", report_real.speed, "python -m benchmarks.real_speed"),
     Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sections of docs/results.md that rest on real parts: needles in a text, position bias, speed of a real decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.report_tables import percent, seconds, span, table, versions
+
+Data = dict[str, Any]
+
+
+def needle(data: Data) -> str:
+    """A table for each number of visual places: a row a method, a column a mean cost."""
+    parts = [
+        f"{data['decoder']}. A text in visual places with one fact in it and a question about the fact; right "
+        "answers (95 % interval) at equal mean cost, the share of visual tokens averaged over the "
+        "inputs of the decoder layers, "
+        "and in brackets the share of the fact's tokens that is left after the last cut. It is text, not patches: no "
+        "word can be guessed from its neighbors, and cuts before anything was read are judged harshly. "
+        f"{versions(data)}"
+    ]
+    for places in sorted((name for name in data if name.isdigit()), key=int):
+        rows = data[places]
+        costs = sorted({row["mean_ratio"] for row in map(_asked, rows.items()) if "mean_ratio" in row}, reverse=True)
+        methods = sorted({row["method"] for row in map(_asked, rows.items()) if "mean_ratio" in row})
+        lines, refused = [], {}
+        for method in methods:
+            cells = []
+            for cost in costs:
+                row = rows.get(f"{method} {cost}", {})
+                if "refused" in row:
+                    refused.setdefault(method, row["refused"])
+                cells.append(_needle_cell(row))
+            if any(cell not in ("", "refused") for cell in cells):
+                lines.append((f"`{method}`", *cells))
+        controls = [
+            (rows[name]["method"] + (f" (ratio {rows[name]['ratio']})" if "ratio" in rows[name] else ""), rows[name])
+            for name in rows
+            if "mean_ratio" not in _asked((name, rows[name]))
+        ]
+        shown = "; ".join(f"{name} {row['right']} of {row['total']}" for name, row in controls if "right" in row)
+        trials = next((row["total"] for _, row in controls if "total" in row), 0)
+        title = f"### {int(places):,} visual places, {trials} of {data['trials']} trials"
+        parts.append(f"{title}\n\n{shown[:1].upper()}{shown[1:]}.")
+        parts.append(table(("method", *(f"mean cost {cost:g}" for cost in costs)), lines))
+        never = {name: why for name, why in refused.items() if f"`{name}`" not in {line[0] for line in lines}}
+        parts.append("\n".join(f"* `{name}` cannot be tried: {why}" for name, why in sorted(never.items())))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _asked(item: tuple[str, Data]) -> Data:
+    """A row with the cost that was asked for, which its name ends with."""
+    name, row = item
+    tail = name.removeprefix(row["method"]).strip()
+    return {**row, "mean_ratio": float(tail)} if tail and "ratio" not in row else {"method": row["method"]}
+
+
+def _needle_cell(row: Data) -> str:
+    if "refused" in row:
+        return "refused"
+    if not row.get("total"):
+        return ""
+    kept = "" if row.get("fact_kept") is None else f" [{100 * row['fact_kept']:.0f} %]"
+    return f"{percent(row)}{span(row['interval'], '.0f', 100)}{kept}"
+
+
+def position_bias(data: Data) -> str:
+    """One row a method."""
+    terms = sorted({terms for terms in data["photographs"].values()})
+    chance = f"{100 * data['ratio']:.0f} %"
+    head = (
+        f"{len(data['photographs'])} photographs of scikit-image ({', '.join(terms)}), {data['grid'] ** 2} visual "
+        f"tokens, of which {chance} stay: a DINOv2-small tower, SmolLM2 and a projector fitted by ridge regression, "
+        "never trained to answer. Each picture upright and upside down. `follows the content`: share of the patches "
+        "kept of the turned picture that were kept of the upright one; `stays in place`: share of "
+        "the places; by chance both are "
+        f"{chance}. `bias`: mean row of what is kept over both, 0 for none, 0.5 for the bottom row only. Means over "
+        f"photographs (95 % interval). {versions(data)}"
+    )
+    lines, notes = [], []
+    for name, row in sorted(data["methods"].items()):
+        if "refused" in row:
+            notes.append(f"* `{name}` cannot be tried: {row['refused']}")
+            continue
+        shares = (
+            f"{100 * row[key]['mean']:.0f} %{span(row[key]['interval'], '.0f', 100)}" for key in ("content", "place")
+        )
+        bias = f"{row['bias']['mean']:+.2f}{span(row['bias']['interval'], '+.2f')}"
+        lines.append((f"`{name}`", *shares, bias))
+    parts = [head, table(("method", "follows the content", "stays in place", "bias"), lines), "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def speed(data: Data) -> str:
+    """A table for each number of visual places."""
+    parts = [
+        f"{data['model']}, {data['dtype']}, {data['attention']} attention, one thread; medians of runs in turn, CPU "
+        "time of the process, which other programs do not lengthen. `limit`: a prompt that had only "
+        "the kept tokens from the "
+        f"start. There is no vision tower. {versions(data)}"
+    ]
+    for places in sorted({row["tokens"] for row in data["rows_in_cpu_time"]}):
+        mine = [row for row in data["rows_in_cpu_time"] if row["tokens"] == places]
+        lines = [
+            (
+                row["variant"]
+                if row["variant"].startswith(("unpruned", "limit"))
+                else f"`{row['variant'].split()[0]}`",
+                seconds(row["prefill"]["median"]),
+                f"{row['speedup']:.2f}",
+                f"{row['over_limit']:+.0%}" if "over_limit" in row else "",
+                seconds(row["token"]["median"]) if row["token"] else "",
+                f"{row['kv_bytes'] / 2**20:.1f} MiB",
+            )
+            for row in mine
+            if "refused" not in row
+        ]
+        heading = ("variant", "first token", "times as fast", "over the limit", "a token", "KV cache")
+        parts.append(f"### {places:,} visual places\n\n" + table(heading, lines))
+    refused = {row["variant"].split()[0]: row["refused"] for row in data["rows_in_cpu_time"] if "refused" in row}
+    parts.append("\n".join(f"* `{name}` cannot be tried: {why}" for name, why in sorted(refused.items())))
+    return "\n\n".join(part for part in parts if part)
