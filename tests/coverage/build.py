@@ -207,6 +207,8 @@ def _mapping(value: dict[str, Any], part: _Part, ids: Ids) -> dict[str, Any]:
     if "mrope_section" in value:
         share = value.get("partial_rotary_factor", part.config.get("partial_rotary_factor")) or 1
         size = HEAD_DIM if isinstance(part.config.get("head_dim"), int) else WIDTH // HEADS
+        if isinstance(part.config.get("qk_rope_head_dim"), int):  # latent attention rotates a part of its own
+            size = _EXACT["qk_rope_head_dim"]
         value = value | {"mrope_section": _sections(value["mrope_section"], int(size * share) // 2)}
     return {k: _setting(k, v, part, ids) if isinstance(v, dict) else v for k, v in value.items()}
 
@@ -232,6 +234,8 @@ def _number(name: str, value: int, part: _Part) -> int:
         return min(value, EXPERTS)
     if _PER_TOKEN.match(name):
         return min(value, 2)
+    if name == "codebook_dim" and value == part.config.get("hidden_size"):
+        return WIDTH
     if name in ("num_kv_shared_layers", "first_k_dense_replace"):
         return min(value, 1)
     if name == "image_size":

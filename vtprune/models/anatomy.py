@@ -103,6 +103,7 @@ def find(model: nn.Module) -> Anatomy:
     unsupported.cross_attention(inner, decoder)
     unsupported.own_generate(inner)
     unsupported.block_states(inner, layers)
+    unsupported.shared_selection(inner, layers)
     unsupported.own_distances(inner, layers)
     tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
