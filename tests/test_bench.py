@@ -227,11 +227,15 @@ def test_ways_are_read() -> None:
             variants.method_of(text)
 
 
-def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any) -> None:
+def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise vtprune.MethodError("not on this model")
+
     bench = bench_of(tiny, ["uniform"], new_tokens=1)
-    bench.variants = variants.variants([], [Budget(ratio=0.999)])
+    bench.variants = variants.variants([], [Budget(ratio=0.5)])
+    monkeypatch.setattr(vtprune.methods.Random, "choose", refuse)
     runs = bench.round(bench.prepare(measure.Setting(1, 144)))
-    assert "rounds to all" in runs["random ratio=0.999"]["refused"]
+    assert runs["random ratio=0.5"]["refused"] == "not on this model"
     assert runs["unpruned"]["token"] is None  # there was no further token
     assert find_patch(tiny) is None
 

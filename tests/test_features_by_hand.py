@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def no_grad():
         yield
 
 
-def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor:
     """The prompt's embeddings with features in place of the placeholders, `[B, T, D]`."""
     config = model.config
     extra = {
@@ -39,25 +40,53 @@ def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     where = (inputs["input_ids"] == IMAGE)[..., None]
-    return embeds.masked_scatter(where, features.reshape(-1, features.shape[-1]).to(embeds))
+    return embeds.masked_scatter(where, features.reshape(-1, features.shape[-1]).to(embeds) * scale)
 
 
 @pytest.mark.parametrize("family", FEW)
-def test_merged_by_hand_is_an_error(family: str) -> None:
+@pytest.mark.parametrize("scale", [1.0, 1.001])
+def test_merged_by_hand(family: str, scale: float) -> None:
+    """What the model's own encoder returned is found again; what was changed since is refused, also under a cast."""
     model, inputs = model_of(family), FAMILIES[family].batch(ONE)
-    decoder = vtprune.inspect(model).decoder
+    decoder, ids = vtprune.inspect(model).decoder, inputs["input_ids"]
     with pruned(model, "random") as (patch, _):
-        embeds = merged(model, inputs)
-        with pytest.raises(vtprune.NothingPrunedError, match="by hand"):
+        embeds = merged(model, inputs, scale)
+        if scale != 1:
+            for call in (decoder, model):
+                with pytest.raises(vtprune.NothingPrunedError, match=r"patch\.visual"):
+                    call(inputs_embeds=embeds)
+            with patch.visual(ids):
+                decoder(inputs_embeds=embeds)
+        else:
+            decoder(inputs_embeds=embeds.to(torch.bfloat16).to(embeds))
+        assert patch.last.visual[0].tolist() == (ids[0] == IMAGE).nonzero()[:, 0].tolist()
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])
+        with patch.visual(ids == IMAGE):
             decoder(inputs_embeds=embeds)
-        with pytest.raises(vtprune.NothingPrunedError, match="paused"):
-            model(inputs_embeds=embeds)
+        last = patch.last
         with patch.paused():
             decoder(inputs_embeds=embeds)
-        assert patch.last is None
+        with pytest.raises(vtprune.VTPruneError, match="this very call"), patch.visual(ids[:, 1:]):
+            decoder(inputs_embeds=embeds)
+        assert patch.last is last
     with pruned(model, "random", ratio=1.0):
-        embeds = merged(model, inputs)
-        decoder(inputs_embeds=embeds)
+        decoder(inputs_embeds=merged(model, inputs))
+
+
+def test_encoded_in_another_thread() -> None:
+    model, inputs = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    with pruned(model, "random") as (patch, _):
+        made: list[torch.Tensor] = []
+
+        def encode() -> None:
+            with torch.no_grad():
+                made.append(merged(model, inputs))
+
+        thread = threading.Thread(target=encode)
+        thread.start()
+        thread.join()
+        model(inputs_embeds=made[0])
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])
 
 
 @pytest.mark.parametrize("family", FEW)

@@ -25,11 +25,13 @@ def test_text_passes_untouched(family: str, method: str) -> None:
 
 
 def test_nothing_dropped(family: str, method: str) -> None:
-    """A ratio so near to one that rounding keeps every token."""
+    """A picture so small for its ratio that rounding keeps every token is answered, and the report says so."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
-    patch = patched(model, method, ratio=0.999)
-    with patch, pytest.raises(vtprune.NothingPrunedError, match="ratio=0.999"):
-        model(**batch)
+    logits = model(**batch).logits
+    with patched(model, method, ratio=0.999) as patch:
+        assert torch.equal(model(**batch).logits, logits)
+        assert [k.tolist() for k in patch.last.kept] == [v.tolist() for v in patch.last.visual]
+        assert "no cut" in patch.last.report() and "ratio=0.999" in patch.last.report()
 
 
 def test_features_without_placeholders(family: str) -> None:

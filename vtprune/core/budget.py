@@ -60,9 +60,9 @@ class Budget:
         return self.ratio if isinstance(self.ratio, (int, float)) else None
 
     @property
-    def asks_to_drop(self) -> bool:
-        """Whether a prompt with visual tokens is expected to lose some; `keep` may be more than there are."""
-        return self.auto is not None or (self.keep is None and (self.share or self.mean_ratio or 0) < 1)
+    def may_drop(self) -> bool:
+        """Whether a prompt with visual tokens may lose some."""
+        return self.auto is not None or self.keep is not None or (self.share or self.mean_ratio or 0) < 1
 
     def __str__(self) -> str:
         if self.auto is not None:

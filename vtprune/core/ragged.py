@@ -98,3 +98,20 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         draws.append(torch.rand(length, generator=generator))
     return torch.cat(draws).to(offsets.device) if draws else torch.zeros(0, device=offsets.device)
+
+
+def scatter(x: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+    """Puts packed columns back in their places among `length` columns; the others are zero.
+
+    Args:
+        x: `[B, K, ...]`.
+        index, valid: The packed layout, `[B, K]`, on the device of `x`.
+        length: Number of columns `T`.
+
+    Returns:
+        Tensor: `[B, T, ...]`, differentiable in `x`.
+    """
+    full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
+    target = torch.where(valid, index, length)  # slots that are not valid go to a column that is cut off again
+    batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
+    return full.index_put((batch, target), x)[:, :length]

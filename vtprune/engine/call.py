@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.budget import Budget
 from ..models.visual_tokens import VisualTokens
 from . import kv_cache
 from .columns import Columns
@@ -45,6 +46,11 @@ class BudgetGroups:
         for group, row in enumerate(sample[new].tolist()):
             groups.setdefault(row, []).append(group)
         return cls(of_token, torch.bincount(numbers).tolist(), groups)
+
+    def count(self, tokens: Tensor) -> list[int]:
+        """How many of some tokens `[m]` are in each group."""
+        numbers = self.of_token[tokens]
+        return torch.bincount(numbers[numbers >= 0], minlength=len(self.sizes)).tolist()
 
     def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
         """`[M]` bool: which of the tokens `flat` are in groups of which fewer are `kept`."""
@@ -113,12 +119,31 @@ class Snapshot:
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
+@dataclass(frozen=True)
+class CallOptions:
+    """What a call asks for beside its inputs.
+
+    Attributes:
+        budget: How many visual tokens stay.
+        question_end: Where the caller says that an answer begins, see `Patch.question`.
+        arguments: Keyword arguments of the outermost model, labels among them.
+        own_budget: Whether the caller gave this call a budget of its own, see `Patch.using`.
+    """
+
+    budget: Budget
+    question_end: Any = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    own_budget: bool = False
+
+
 @dataclass
 class CallState:
     """State of one call of the decoder.
 
     Attributes:
-        spec: Whose method and budget apply.
+        spec: Whose method applies.
+        options: Budget, question, and what the caller reads.
+        caches: The caches that the patch knows.
         columns: The columns that are left, and what layers are given.
         visual: The visual columns, or None where nothing is to be cut.
         inputs: Keyword arguments of the composite's call and of its encoders.
@@ -132,11 +157,16 @@ class CallState:
         snapshots: Inputs of the layers that the method asked to read, by layer.
         decisions: What was decided at each stage so far.
         stages: For each stage so far, its layer and the surviving columns of every sample.
+        required: `[M]` bool, visual tokens that the caller reads and that stay for it; None for none.
+        answer_starts: Of each row, the column at which an answer begins; None where nothing tells.
+        differentiable: Whether hidden states that are returned may be asked for gradients.
         cuts: Layer of each cut -> the methods that cut there.
         live: `[M]` bool, the visual tokens that no cut has dropped so far; set where there are visual tokens.
     """
 
     spec: PruneSpec
+    options: CallOptions
+    caches: kv_cache.Caches
     columns: Columns
     visual: VisualTokens | None
     inputs: dict[str, Any]
@@ -150,5 +180,8 @@ class CallState:
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    required: Tensor | None = None
+    answer_starts: list[int] | None = None
+    differentiable: bool = False
     cuts: dict[int, list[MethodCall]] = field(default_factory=dict)
     live: Tensor = field(init=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.transfer import to_device
+from ..errors import UnsupportedModelError
 from . import gather, kv_cache, masks, positions
 
 
@@ -63,6 +64,7 @@ class Columns:
         self.is_cut, self.ragged = False, False
         self.layouts: list[tuple[Tensor, Tensor]] = []
         self.shifts: list[positions.Shift | None] = []
+        self.inputs: dict[int, Tensor] = {}  # of layers, in the caller's length, where the caller may want gradients
         self.renumber, self.source = renumber, self.index
         self.shift: positions.Shift | None = None
         self._gathered: dict[
@@ -254,30 +256,95 @@ class Columns:
                 new = self._new_slots(index, valid)
                 made[key] = None if whole else torch.cat([self._before(number, cached), new], 1)
             bases.append(made[key])
-        return kv_cache.CacheState(bases, self.past + self.length, self.shifts)
+        state = kv_cache.CacheState(bases, self.past + self.length, self.shifts)
+        state.mark = kv_cache.mark_of(self.cache)
+        return state
 
     # --- back to the caller's length
     # --------------------------------------------------------------------------------------
 
     def restore(self, output: Any) -> Any:
-        """Puts the hidden states of a decoder's output back among all columns; dropped ones are zero."""
+        """Puts a decoder's output back among all columns; dropped ones are zero.
+
+        Hidden states become `[B, T, D]`, attention maps `[B, H, T, past + T]`, router logits `[B * T, E]`.
+        """
         if isinstance(output, Tensor):
             return self._full(output, -1)
         if isinstance(output, tuple):
-            return (self._full(output[0], -1), *output[1:])
-        output.last_hidden_state = self._full(output.last_hidden_state, -1)
-        hidden = getattr(output, "hidden_states", None)
-        if hidden is not None:
-            # Entry 0 is the input of the first layer, entry i + 1 the output of layer i.
-            full = (None if h is None else self._full(h, max(i - 1, 0)) for i, h in enumerate(hidden))
-            output.hidden_states = tuple(full)
+            return (self._full(output[0], -1), *map(self._restored_group, output[1:]))
+        last = output.last_hidden_state
+        output.last_hidden_state = self._full(last, -1)
+        for name in ("hidden_states", "attentions", "router_logits"):
+            group = getattr(output, name, None)
+            if isinstance(group, (tuple, list)):
+                full = self._restored_group(group)
+                if name == "hidden_states" and group and group[-1] is last:
+                    full = (*full[:-1], output.last_hidden_state)
+                setattr(output, name, full)
         return output
+
+    def _restored_group(self, group: Any) -> Any:
+        """Hidden states (one more than layers), attention maps or router logits of the layers, told by their shapes."""
+        if not isinstance(group, (tuple, list)) or not any(isinstance(x, Tensor) for x in group):
+            return group
+        dims = next(x.dim() for x in group if isinstance(x, Tensor))
+        if dims == 3:
+            # Entry 0 is the input of the first layer, entry i the output of layer i - 1.
+            full = (None if h is None else self._full(h, max(i - 1, 0)) for i, h in enumerate(group))
+            return tuple(self.inputs.get(i, h) for i, h in enumerate(full))
+        layers = self._layers_of(group, dims)
+        function = self._full_attention if dims == 4 else self._full_rows
+        return tuple(x if x is None else function(x, layer) for x, layer in zip(group, layers, strict=True))
+
+    def _layers_of(self, group: Any, dims: int) -> list[int]:
+        """The layer of each entry; decoders of mixed layers list only those that have one, in their order."""
+        if len(group) == len(self.layouts):
+            return list(range(len(group)))
+        layers: list[int] = []
+        for x in group:
+            start = layers[-1] + 1 if layers else 0
+            queries = (x.shape[2] if dims == 4 else x.shape[0] // self.batch) if isinstance(x, Tensor) else None
+            fitting = (i for i in range(start, len(self.layouts)) if self.layouts[i][0].shape[1] == queries)
+            layers.append(next(fitting, start))
+        if layers and layers[-1] >= len(self.layouts):
+            raise UnsupportedModelError(
+                f"the decoder returned {len(group)} maps for {len(self.layouts)} layers, and vtprune cannot tell which "
+                "layers they belong to; ask for them inside patch.paused()"
+            )
+        return layers
 
     def _full(self, x: Tensor, layer: int) -> Tensor:
         index, valid = self.layouts[layer]
         if x.dim() < 3 or x.shape[1] != index.shape[1] or (index.shape[1] == self.length and bool(valid.all())):
             return x
         return gather.scatter(x, to_device(index, x.device), to_device(valid, x.device), self.length)
+
+    def _full_rows(self, x: Tensor, layer: int) -> Tensor:
+        """`[B * K, E]` to `[B * T, E]`."""
+        return self._full(x.unflatten(0, (self.batch, -1)), layer).flatten(0, 1)
+
+    def _full_attention(self, x: Tensor, layer: int) -> Tensor:
+        """`[B, H, q, k]` to `[B, H, T, past + T]`."""
+        index, valid = self.layouts[layer]
+        held = kv_cache.cached_tokens(self.cache, layer)
+        before = self._before(layer, max(held - index.shape[1], 0))
+        slots = torch.cat([before, self._new_slots(index, valid)], 1)  # -1 where nothing may be attended to
+        seen = x.shape[-1]
+        # A sliding window shows the last slots, a static cache its empty ones as well.
+        empty = max(seen - slots.shape[1], 0)
+        slots = nn.functional.pad(slots, (0, empty), value=-1)[:, -seen:]
+        total = self.past + self.length
+        keys = x.movedim(3, 1)  # [B, k, H, q]
+        keys = gather.scatter(keys, to_device(slots.clamp(min=0), x.device), to_device(slots >= 0, x.device), total)
+        return self._full(keys.movedim(1, 3).transpose(1, 2), layer).transpose(1, 2)
+
+    def through(self, number: int, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, K, D]` of the present columns by way of the caller's length, so that what is returned as
+        the input of layer `number` is part of the graph."""
+        on = hidden.device
+        full = gather.scatter(hidden, to_device(self.index, on), to_device(self.valid, on), self.length)
+        self.inputs[number] = full
+        return gather.gather(full, to_device(self.index, on), 1)
 
 
 def slot_of_position(index: Tensor, valid: Tensor, length: int) -> Tensor:

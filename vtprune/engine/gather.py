@@ -15,6 +15,10 @@ from torch import Tensor
 
 from vtprune_kernels import compact
 
+from ..core.ragged import scatter
+
+__all__ = ["column_dim", "gather", "gather_all", "map_tensors", "pack", "scatter"]
+
 
 def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Packs the kept columns of every row to the left, in order.
@@ -90,23 +94,6 @@ def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
     if dim == 0:
         return result[0] if batch == 1 else result
     return result.unflatten(0, (*x.shape[: dim - 1], batch))
-
-
-def scatter(x: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """Puts packed columns back in their places among `length` columns; the others are zero.
-
-    Args:
-        x: `[B, K, ...]`.
-        index, valid: The packed layout, `[B, K]`, on the device of `x`.
-        length: Number of columns `T`.
-
-    Returns:
-        Tensor: `[B, T, ...]`, differentiable in `x`.
-    """
-    full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
-    target = torch.where(valid, index, length)  # slots that are not valid go to a column that is cut off again
-    batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
-    return full.index_put((batch, target), x)[:, :length]
 
 
 def column_dim(x: Tensor, batch: int, length: int) -> int | None:

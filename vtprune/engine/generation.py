@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..models.visual_tokens import VisualTokens
 
 
@@ -99,3 +100,28 @@ def share_feature_rows(visual: VisualTokens, copies: int, states: Any) -> bool:
         same[visual.sample // copies], visual.feature[first.clamp_max(len(visual) - 1)], visual.feature
     )
     return bool(same.all())
+
+
+def refuse_chunks(prefill: Callable, applies: Callable[[Tensor], bool], see: Callable[[Any], Any]) -> Callable:
+    """Wraps a model's `RUN_PROMPT` so that a prompt that will be pruned is not run in chunks.
+
+    Args:
+        prefill: The bound method.
+        applies: Whether the prompt `[B, T]` is one that is pruned.
+        see: Is shown the KV cache before anybody asks for its length.
+    """
+
+    @functools.wraps(prefill)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("input_ids", "generation_config", "model_kwargs"), args, strict=False)) | kwargs
+        see(named.get("model_kwargs", {}).get("past_key_values"))
+        ids, size = named.get("input_ids"), getattr(named.get("generation_config"), "prefill_chunk_size", None)
+        if size is not None and isinstance(ids, Tensor) and ids.shape[1] > size and applies(ids):
+            raise UnsupportedModelError(
+                f"prefill_chunk_size={size} splits a prompt of {ids.shape[1]} columns, and each chunk would choose "
+                "among its own visual tokens; pass prefill_chunk_size=None (a pruned prefill needs less memory), or "
+                "run it inside patch.paused()"
+            )
+        return prefill(*args, **kwargs)
+
+    return whole

@@ -13,15 +13,18 @@ cropping and hand-written loops need nothing more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.transfer import to_device
 from ..errors import VTPruneError
+from ..models.transformers_names import is_cache
 from .positions import Shift
 
 if TYPE_CHECKING:
@@ -47,6 +50,27 @@ class CacheState:
         self.shifts = list(shifts)
         self.held: Tensor | None = None
         self.ragged = [bool((b < 0).any()) if b is not None else False for b in base]
+        self.open = False  # whether the last call was a prompt with visual tokens, after which no more may follow
+        self.reading = False  # whether a patched model is at work on the cache
+        self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d]
+
+    def marks(self, keys: Tensor) -> bool:
+        """Whether `keys` `[B, G, slots, d]` are those of the cache's last layer."""
+        if self.mark is None or keys.dim() != 4 or keys.shape[2] <= self.mark[0]:
+            return False
+        mine, theirs = self.mark[1], keys[:, :, self.mark[0]]
+        return mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine))
+
+    def copy(self) -> CacheState:
+        """Another state of the same slots."""
+        again = CacheState(list(self.base), self.length, self.shifts)
+        again.held = self.held
+        return again
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any layer has lost columns, or counts positions anew."""
+        return any(b is not None for b in self.base) or any(s is not None for s in self.shifts)
 
     def base_of(self, layer: int) -> Tensor | None:
         """`base` of a layer; layers that no prompt passed have none."""
@@ -93,23 +117,58 @@ class CacheState:
 
 def state_of(cache: Cache | None) -> CacheState | None:
     """The state of a pruned cache; None for any other cache, and for one that was emptied since."""
-    state = getattr(cache, _ATTRIBUTE, None)
-    if state is not None and cache is not None and _slots_filled(cache, _first(cache)) == 0:
+    if cache is None or not isinstance(cache, PrunedCache):
+        return None
+    state = cache._vtprune_state
+    if _slots_filled(cache, _first(cache)) == 0:
         detach(cache)
         return None
     return state
 
 
-def _first(cache: Cache) -> int:
+def recovered(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState | None:
+    """The state of a pruned cache that was put together anew from the layers or tensors of one.
+
+    Args:
+        cache: Any cache, asked once when it is first seen.
+        recent: States of the last prefills, by which tensors are recognised.
+
+    Raises:
+        VTPruneError: The layers hold different numbers of tokens, and which columns these are is not known.
+    """
+    if cache is None or not hasattr(cache, "layers"):
+        return None
+    attending = [i for i, layer in enumerate(cache.layers) if cached_tokens(cache, i)]
+    if not attending:
+        return None
+    state = getattr(cache.layers[attending[0]], _ATTRIBUTE, None)
+    keys = getattr(cache.layers[attending[-1]], "keys", None)
+    if state is None and isinstance(keys, Tensor):
+        state = next((known for known in recent if known.marks(keys)), None)
+    if state is not None:
+        attach(cache, state.copy())
+        return state_of(cache)
+    counts = {cached_tokens(cache, i) for i in attending}
+    if len(counts) > 1:
+        raise VTPruneError(
+            f"the layers of this cache hold {min(counts)} to {max(counts)} tokens: it was made from parts of a pruned "
+            "cache, and which columns they are is not known any more; copy or store the cache object itself "
+            "(copy.deepcopy, pickle, torch.save)"
+        )
+    return None
+
+
+def _first(cache: Any) -> int:
     """The layer that stands for the whole cache where no layer is named: the first that attends."""
     return next((i for i, layer in enumerate(cache.layers) if hasattr(layer, "get_seq_length")), 0)
 
 
-def _slots_filled(cache: Cache, layer: int) -> int:
-    return int(type(cache).get_seq_length(cache, layer))
+def _slots_filled(cache: Any, layer: int) -> int:
+    plain = cache.plain if isinstance(cache, PrunedCache) else type(cache)
+    return int(plain.get_seq_length(cache, layer))
 
 
-def cached_tokens(cache: Cache | None, layer: int) -> int:
+def cached_tokens(cache: Any, layer: int) -> int:
     """Tokens that passed into a layer of a cache, pruned ones not counted; 0 without a cache."""
     if cache is None or layer >= len(cache.layers) or not hasattr(cache.layers[layer], "get_seq_length"):
         return 0
@@ -121,107 +180,167 @@ def length(cache: Cache | None) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+class Caches:
+    """The caches that a patch was shown.
+
+    Attributes:
+        recent: States of the last prefills, by which caches are known that were rebuilt from their tensors.
+    """
+
+    def __init__(self) -> None:
+        self.recent: deque[CacheState] = deque(maxlen=2)
+        self._plain: weakref.WeakSet[Any] = weakref.WeakSet()  # looked at, and not pruned
+
+    def state_of(self, cache: Any) -> CacheState | None:
+        """The state of a pruned cache, also of one that was put together anew; None for any other."""
+        state = state_of(cache)
+        if state is not None or not is_cache(cache) or cache in self._plain:
+            return state
+        state = recovered(cache, self.recent)
+        if state is None:
+            self._plain.add(cache)
+        return state
+
+
+def mark_of(cache: Cache) -> tuple[int, Tensor] | None:
+    """A slot of the last layer and its keys `[B, G, d]`, which depend on all that the cache holds."""
+    layer = next((x for x in reversed(cache.layers) if hasattr(x, "get_seq_length")), None)
+    keys = getattr(layer, "keys", None)
+    if layer is None or not isinstance(keys, Tensor) or keys.dim() != 4 or getattr(layer, "is_sliding", True):
+        return None
+    slot = int(layer.get_seq_length()) - 1
+    return (slot, keys[:, :, slot].detach().clone()) if 0 <= slot < keys.shape[2] else None
+
+
 def attach(cache: Cache, state: CacheState) -> None:
     """Makes `cache` report columns of the conversation, as `state` says."""
+    if not isinstance(cache, PrunedCache):
+        cache.__class__ = _pruned_class(type(cache))  # type: ignore[arg-type]
     setattr(cache, _ATTRIBUTE, state)
-    for function in (
-        get_seq_length,
-        get_query_offset,
-        get_mask_sizes,
-        crop,
-        reorder_cache,
-        batch_repeat_interleave,
-        batch_select_indices,
-        reset,
-    ):
-        if hasattr(type(cache), function.__name__):
-            setattr(cache, function.__name__, MethodType(function, cache))
+    for layer in cache.layers:  # a cache that is rebuilt from these layers is known by them
+        setattr(layer, _ATTRIBUTE, state)
 
 
 def detach(cache: Cache) -> None:
     """Makes a cache an ordinary one again."""
-    for name in [n for n, value in vars(cache).items() if isinstance(value, MethodType) or n == _ATTRIBUTE]:
-        if name == _ATTRIBUTE or getattr(vars(cache)[name], "__func__", None) is globals().get(name):
-            delattr(cache, name)
+    if isinstance(cache, PrunedCache):
+        cache.__class__ = type(cache).plain
+    for holder in (cache, *cache.layers):
+        vars(holder).pop(_ATTRIBUTE, None)
 
 
-# The functions below replace methods of the same name on one cache object.
+@functools.cache
+def _pruned_class(plain: type) -> type:
+    """The class of pruned caches made from those of class `plain`."""
+    return type(f"Pruned{plain.__name__}", (PrunedCache, plain), {"plain": plain})
 
 
-def get_seq_length(self: Cache, layer_idx: int | None = None) -> int:
-    """Columns of the conversation, or, for a layer that is named, the slots it holds."""
-    if layer_idx is not None:
-        return type(self).get_seq_length(self, layer_idx)
-    first = _first(self)
-    count = type(self).get_seq_length(self, first)
-    state = state_of(self)
-    return count if state is None else count + state.removed(first)
+def _restored(plain: type) -> Any:
+    """An empty cache for `pickle` and `copy` to fill."""
+    made = _pruned_class(plain)
+    return object.__new__(made)
 
 
-def get_query_offset(self: Cache, layer_idx: int = 0) -> int:
-    """Column of the next query: masks are made for the whole conversation and cut down at the layers."""
-    return get_seq_length(self)
+class PrunedCache:
+    """What a cache object does differently while it is pruned. Its class becomes a subclass of this one and of its own
+    class, so that it can be copied, pickled and stored like any other; `detach` gives it its own class back.
 
+    Attributes:
+        plain: The cache's own class.
+    """
 
-def get_mask_sizes(self: Cache, query_length: int, layer_idx: int) -> tuple[int, int]:
-    """Length and offset of a mask over the whole conversation."""
-    if not hasattr(self.layers[layer_idx], "get_seq_length"):
-        layer_idx = _first(self)  # transformers 5.17 asks for layer 0 of any decoder, which in a hybrid may not attend
-    if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
-        return type(self).get_mask_sizes(self, query_length, layer_idx)
-    return int(get_seq_length(self)) + query_length, 0
+    plain: ClassVar[Any]
+    _vtprune_state: CacheState
+    layers: list[Any]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (type(self).plain,), vars(self).copy()
 
-def crop(self: Cache, tokens_to_remove: int) -> None:
-    """Takes columns off the end; inside a pruned prompt each layer loses those of them it still has."""
-    state = state_of(self)
-    if state is None or tokens_to_remove == 0:
-        type(self).crop(self, tokens_to_remove)
-        return
-    if tokens_to_remove > 0:
-        tokens_to_remove -= int(get_seq_length(self))  # the size that shall be left
-    end = int(get_seq_length(self)) + tokens_to_remove
-    if end >= state.length:
-        type(self).crop(self, tokens_to_remove)
-        return
-    base: list[Tensor | None] = []
-    for i, layer in enumerate(self.layers):
-        slots = state.slots(i, cached_tokens(self, i))
-        stays = None if slots is None else (slots < end) & (slots >= 0)
-        left = end if stays is None else int(stays[0].sum())
-        if stays is not None and not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < left)).all()):
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(columns={self.get_seq_length()}, layers={len(self.layers)})"
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds keys and values, for a patched model only: any other would take slots for columns."""
+        if not self._vtprune_state.reading and self._vtprune_state.is_pruned:
             raise VTPruneError(
-                "crop goes into the pruned part of a batch whose samples keep different numbers of tokens; crop only "
-                "what "
-                "came after the prompt, or generate the samples one by one"
+                "this KV cache was pruned, but the model that reads it is not patched (any more): it would place new "
+                "tokens after the slots that are left, not after the columns of the conversation; patch the model "
+                "(ratio=1.0 prunes nothing more), and keep the patch as long as the cache"
             )
-        layer.crop(left - cached_tokens(self, i))
-        base.append(None if slots is None else slots[:, :left])
-    left_over = CacheState(base, end, state.shifts)
-    if state.held is not None:
-        left_over.held = state.held.masked_fill(state.held[..., :1] >= end, -1)
-    attach(self, left_over)
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Columns of the conversation, or, for a layer that is named, the slots it holds."""
+        if layer_idx is not None:
+            return _slots_filled(self, layer_idx)
+        first = _first(self)
+        count, state = _slots_filled(self, first), state_of(self)
+        return count if state is None else count + state.removed(first)
 
-def reorder_cache(self: Cache, beam_idx: Tensor) -> None:
-    """Beam search."""
-    type(self).reorder_cache(self, beam_idx)
-    getattr(self, _ATTRIBUTE).select(beam_idx)
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Column of the next query: masks are made for the whole conversation and cut down at the layers."""
+        return self.get_seq_length()
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of a mask over the whole conversation."""
+        if not hasattr(self.layers[layer_idx], "get_seq_length"):
+            layer_idx = _first(
+                self
+            )  # transformers 5.17 asks for layer 0 of any decoder, which in a hybrid may not attend
+        if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
+            return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+        return self.get_seq_length() + query_length, 0
 
-def batch_select_indices(self: Cache, indices: Tensor) -> None:
-    """Keeps some rows of the batch."""
-    type(self).batch_select_indices(self, indices)
-    getattr(self, _ATTRIBUTE).select(indices)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes columns off the end; inside a pruned prompt each layer loses those of them it still has."""
+        state = state_of(self)
+        if state is None or tokens_to_remove == 0:
+            type(self).plain.crop(self, tokens_to_remove)
+            return
+        if tokens_to_remove > 0:
+            tokens_to_remove -= self.get_seq_length()  # the size that shall be left
+        end = self.get_seq_length() + tokens_to_remove
+        if end >= state.length:
+            type(self).plain.crop(self, tokens_to_remove)
+            return
+        base: list[Tensor | None] = []
+        for i, layer in enumerate(self.layers):
+            slots = state.slots(i, cached_tokens(self, i))
+            stays = None if slots is None else (slots < end) & (slots >= 0)
+            left = end if stays is None else int(stays[0].sum())
+            order = torch.arange(0 if stays is None else stays.shape[1], device=None if stays is None else stays.device)
+            if stays is not None and not bool((stays == (order < left)).all()):
+                raise VTPruneError(
+                    "crop goes into the pruned part of a batch whose samples keep different numbers of tokens; crop "
+                    "only what came after the prompt, or generate the samples one by one"
+                )
+            layer.crop(left - cached_tokens(self, i))
+            whole = slots is None or bool((slots[:, :left] == order[:left]).all())
+            base.append(None if whole or slots is None else slots[:, :left])
+        if all(b is None for b in base) and not any(state.shifts) and state.held is None:
+            detach(self)  # what is left is as if nothing had been pruned
+            return
+        left_over = CacheState(base, end, state.shifts)
+        if state.held is not None:
+            left_over.held = state.held.masked_fill(state.held[..., :1] >= end, -1)
+        attach(self, left_over)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._vtprune_state.select(beam_idx)
 
-def batch_repeat_interleave(self: Cache, repeats: int) -> None:
-    """Repeats every row of the batch."""
-    type(self).batch_repeat_interleave(self, repeats)
-    getattr(self, _ATTRIBUTE).repeat(repeats)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows of the batch."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._vtprune_state.select(indices)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._vtprune_state.repeat(repeats)
 
-def reset(self: Cache) -> None:
-    """Empties the cache."""
-    type(self).reset(self)
-    detach(self)
+    def reset(self) -> None:
+        """Empties the cache."""
+        super().reset()  # type: ignore[misc]
+        detach(self)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from ..core.budget import Budget, check_window
+from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method, Stage
@@ -19,6 +20,7 @@ from ..models import anatomy as _anatomy
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
 from ..report.pruning import Pruning
+from . import requests
 from .hooks import owner_of
 from .session import Session
 from .spec import PruneSpec
@@ -37,11 +39,15 @@ class Patch:
     def __init__(self, model: nn.Module, spec: PruneSpec, instead_of: Patch | None = None) -> None:
         self.model = model
         self.spec = spec
-        self._session = Session(spec)
+        self._session = Session(model, spec)
         # Only now, when nothing can be refused any more; and before anything is attached: what both replace on a module
         # could not come off in the wrong order.
         if instead_of is not None:
             instead_of.remove()
+        self._depth = 0  # of nested `with` blocks
+        self._attach()
+
+    def _attach(self) -> None:
         attention_probe.install()
         self._handles = self._session.attach(self)
 
@@ -82,12 +88,59 @@ class Patch:
 
     @contextmanager
     def paused(self) -> Iterator[Patch]:
-        """Prefills of the calling thread are not pruned inside; caches that were pruned before go on working."""
-        self._session.thread.paused += 1
-        try:
+        """Prefills of this request are not pruned inside; caches that were pruned before go on working.
+
+        This and the blocks below hold for the calling thread or asyncio task, and for tasks and threads started inside.
+        Worker threads of a pool are not among them: submit `contextvars.copy_context().run` to it.
+        """
+        with requests.asking(self._session, paused=True):
             yield self
-        finally:
-            self._session.thread.paused -= 1
+
+    @contextmanager
+    def using(
+        self,
+        ratio: float | Auto | Literal["auto"] | None = None,
+        *,
+        keep: int | None = None,
+        mean_ratio: float | None = None,
+    ) -> Iterator[Patch]:
+        """Gives prefills of this request a budget of their own inside, in place of the patch's.
+
+        Args:
+            ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one.
+
+        Raises:
+            BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+        """
+        budget = Budget(ratio, keep, mean_ratio)
+        if budget.mean_ratio is not None:
+            for use in self.spec.uses:
+                solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises where it cannot be met
+        with requests.asking(self._session, budget=budget):
+            yield self
+
+    @contextmanager
+    def visual(self, columns: torch.Tensor) -> Iterator[Patch]:
+        """Says which columns of a prompt are visual, where features came to the model by the caller's own hands.
+
+        Args:
+            columns: `[B, T]` for the call inside: a bool mask, or the prompt's token ids with placeholders.
+        """
+        with requests.asking(self._session, visual=columns):
+            yield self
+
+    @contextmanager
+    def question(self, end: int | Sequence[int] | torch.Tensor) -> Iterator[Patch]:
+        """Says where the prompt ends and an answer begins: what is kept does not depend on the answer.
+
+        Where a call brings `labels`, the first labelled token after the last visual one begins the answer by itself.
+
+        Args:
+            end: Column of the call's `input_ids` at which the answer begins, one for all rows or one for each; negative
+                numbers count from the end.
+        """
+        with requests.asking(self._session, question_end=end):
+            yield self
 
     def remove(self) -> None:
         """Takes everything off the model. Calling it again does nothing."""
@@ -104,10 +157,18 @@ class Patch:
         return not self._handles
 
     def __enter__(self) -> Patch:
+        if self.removed:
+            other = find_patch(self.model)
+            if other is not None:
+                other.remove()
+            self._attach()
+        self._depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        self._depth -= 1
+        if self._depth <= 0:
+            self.remove()
 
     def __repr__(self) -> str:
         cuts = ", ".join(map(str, sorted({stage.layer for use in self.spec.uses for stage in use.schedule})))

@@ -27,8 +27,8 @@ from ..models.visual_tokens import VisualTokens
 from ..report import explain
 from ..report.image_source import Source
 from ..report.record import PruningRecord
-from . import checkpointing, gather, kv_cache, token_view
-from .call import BudgetGroups, CallState, Decision, MethodCall, Snapshot
+from . import checkpointing, gather, kv_cache, readers, token_view
+from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
 from .spec import PruneSpec
 
@@ -45,12 +45,18 @@ class DecoderCall(CallState):
             self._plan(self.visual)
 
     def _plan(self, visual: VisualTokens) -> None:
-        spec, layers = self.spec, self.spec.anatomy.num_layers
+        spec, real, arguments = self.spec, self.columns.real, self.options.arguments
+        layers = spec.anatomy.num_layers
         self.live = torch.ones(len(visual), dtype=torch.bool)
+        budget, read = self.options.budget, readers.read_columns(arguments, real)[visual.sample, visual.position]
+        self.required = read if bool(read.any()) else None
         uses = [(use, use.members(visual.kind)) for use in spec.uses]
         groups = [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
         for (use, mine), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
-            plan = budgets.plan(spec.budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
+            plan = budgets.plan(budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
+            if self.required is not None:  # what is read counts in the budget, and stays where that is too small
+                needed = mine.count(self.required.nonzero()[:, 0])
+                plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
             if plan[-1] == mine.sizes:
                 continue
             counts = {stage.layer: count for stage, count in zip(use.schedule, plan, strict=True)}
@@ -58,18 +64,14 @@ class DecoderCall(CallState):
             for layer in counts:
                 self.cuts.setdefault(layer, []).append(call)
             self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
-        if not self.cuts and spec.budget.asks_to_drop and spec.budget.auto is None:
-            sizes = [size for _, mine in groups for size in mine.sizes]
-            raise NothingPrunedError(
-                f"{spec.budget} of {sum(sizes)} visual tokens (groups of {sizes}) rounds to all of them, so nothing "
-                "would be dropped; use a smaller ratio, or keep=, which may exceed what is there"
-            )
+        if self.cuts:
+            self.answer_starts = readers.answer_starts(self.options.question_end, arguments, real, visual.mask)
 
     def _last_counts(self, visual: VisualTokens, groups: list[BudgetGroups]) -> list[list[int] | None]:
         """What is left of the groups of each method in the end, where the budget is not a share of every group."""
-        auto = self.spec.budget.auto
+        auto = self.options.budget.auto
         if auto is None:
-            return _split_keep(self.spec.budget, groups)
+            return _split_keep(self.options.budget, groups)
         pictures = BudgetGroups.of(visual, "image", torch.arange(len(visual)))
         offsets = torch.tensor([0, *pictures.sizes]).cumsum(0)
         counts = torch.tensor(auto.counts(self._features(visual), offsets))
@@ -101,18 +103,29 @@ class DecoderCall(CallState):
         columns = self.columns
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
         changed, self.narrow = None, None
+        if self.differentiable and number and columns.is_cut:
+            args, kwargs = self._through(number, args, kwargs)
         if number in self.cuts:
             started = time.perf_counter()
             changed = self._cut(number, layer, args, kwargs)
             self.selection_time += time.perf_counter() - started
         elif columns.is_modified:
             changed = columns.arguments(number, args, kwargs)
+        if self.differentiable and number == 0 and columns.is_cut and changed is not None:
+            changed = self._through(number, *changed)
         if number in self.required_layer_inputs:
             self.snapshots[number] = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
         if changed is not None and checkpointing.runs_hooks_again(layer):
             checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
         columns.record_layer(number)
         return changed
+
+    def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with hidden states that went by way of the caller's length, see `Columns.through`."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return (
+            _with_hidden(args, kwargs, self.columns.through(number, hidden)) if hidden.requires_grad else (args, kwargs)
+        )
 
     def finish(self, output: Any) -> Any:
         """Puts hidden states back into the caller's length and leaves the slots with the cache."""
@@ -123,10 +136,16 @@ class DecoderCall(CallState):
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
                 "report the model"
             )
-        if not self.columns.is_cut:
+        if self.columns.state is not None:
+            self.columns.state.reading = False
+        ends_prompt = self.visual is not None and self.options.budget.may_drop
+        if not (self.columns.is_modified or ends_prompt):
             return output
-        if self.columns.cache is not None:
-            kv_cache.attach(self.columns.cache, self.columns.state_after())
+        if (self.columns.is_cut or ends_prompt) and self.columns.cache is not None:
+            state = self.columns.state_after()
+            state.open = self.visual is not None
+            kv_cache.attach(self.columns.cache, state)
+            self.caches.recent.append(state)
         return self.columns.restore(output)
 
     def record(self) -> PruningRecord:
@@ -140,11 +159,12 @@ class DecoderCall(CallState):
             stages=self.stages,
             selection_time=self.selection_time,
             method=self.spec.method_names,
-            budget=str(self.spec.budget),
+            budget=str(self.options.budget),
             columns=columns.past + columns.length,
             slots=[int(valid.shape[1]) for _, valid in columns.layouts],
             cached_before=columns.past,
             shape=self.spec.shape,
+            layout=(columns.index, columns.valid, columns.real),
             places=visual,
             scores=[decision.scores for decision in self.decisions],
             kept_flat=[decision.kept for decision in self.decisions],
@@ -218,16 +238,35 @@ class DecoderCall(CallState):
                 f"{type(method).__name__} kept {keep.tolist() if got is None else got.tolist()} tokens of its groups "
                 f"before layer {number}; the budget is {wanted.tolist()}"
             )
-        merged = None
+        merged, chosen = None, keep
+        if self.required is not None:
+            keep = self._with_required(keep, flat, groups, scores[0] if scores else None)
         if choice.hidden is not None:
             # In a group that loses nothing nothing is merged: alone, its sample would not have been asked.
             some = call.groups.losing(flat, flat[keep])
+            some &= chosen | ~keep  # what only the caller reads keeps the states that it has
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         stays = ~members
         stays[members] = keep
         among = [_among_all(members, values) for values in (*scores[:1], states) if values is not None]
         return Decision(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
+
+    def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
+        """`keep` `[M]` with the tokens that are read, each in place of the lowest chosen one of its group."""
+        assert self.required is not None
+        required = self.required[flat]
+        missing = required & ~keep
+        if not bool(missing.any()):
+            return keep
+        keep = keep.clone()
+        ranks = torch.arange(len(keep), 0, -1).float() if scores is None else torch.nan_to_num(scores)
+        for group in groups[missing].unique().tolist():
+            out = (keep & ~required & (groups == group)).nonzero()[:, 0]
+            lowest = torch.sort(ranks[out], stable=True, descending=True).indices
+            count = int((missing & (groups == group)).sum())
+            keep[out[lowest[len(out) - count :]]] = False
+        return keep | required
 
     def _record(self, number: int, decision: Decision) -> None:
         visual = self.visual
@@ -283,12 +322,20 @@ def _first_known(values: list[Tensor]) -> Tensor:
 
 
 def begin(
-    spec: PruneSpec, inputs: dict[str, Any] | None, args: tuple, kwargs: dict, visual: VisualTokens | None
+    spec: PruneSpec,
+    options: CallOptions,
+    caches: kv_cache.Caches,
+    inputs: dict[str, Any] | None,
+    args: tuple,
+    kwargs: dict,
+    visual: VisualTokens | None,
 ) -> DecoderCall | None:
     """Looks at a call of the decoder.
 
     Args:
         spec: What was asked for.
+        options: What this call asks for beside its inputs.
+        caches: The caches that the patch knows.
         inputs: Keyword arguments of the composite's call around it, None if the decoder was called directly.
         args, kwargs: Arguments of the decoder.
         visual: The visual columns to prune, or None.
@@ -297,9 +344,18 @@ def begin(
         DecoderCall: None if the call has nothing to prune and no pruned cache: then it passes untouched.
     """
     cache = cache_of(kwargs)
-    state = kv_cache.state_of(cache)
+    state = caches.state_of(cache)
     if visual is None and state is None:
         return None
+    if state is not None:
+        follows = state.open and state.length == kv_cache.length(cache)
+        if visual is not None and follows and not options.own_budget and spec.window is None:
+            raise UnsupportedModelError(
+                "this call brings more visual tokens right after a prompt with visual tokens, as if one prompt came in "
+                "several calls: each would have a budget and a choice of its own; pass the whole prompt in one call, "
+                "or give this call a budget of its own inside patch.using(...)"
+            )
+        state.reading = True
     states = kwargs.get("inputs_embeds")
     states = states if states is not None else kwargs.get("input_ids", args[0] if args else None)
     if states is None:
@@ -315,8 +371,11 @@ def begin(
     real, real_past = torch.ones(batch, length, dtype=torch.bool), None
     if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
+        visual = visual.visible(real)  # what the mask hides is padding, whatever it shows
     columns = Columns(real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
-    return DecoderCall(spec, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds"))
+    return DecoderCall(
+        spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
+    )
 
 
 def _real_columns(

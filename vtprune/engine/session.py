@@ -17,15 +17,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.budget import Budget
 from ..core.method import Tap
 from ..errors import NothingPrunedError
-from ..models import encoder_outputs, unsupported, visual_tokens
+from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
 from ..models.encoder_outputs import Encoded
-from ..models.transformers_names import ENCODER_OUTPUTS, EXPAND_PROMPT, MAKE_CANDIDATES, encoder_method
+from ..models.transformers_names import (
+    ENCODER_OUTPUTS,
+    EXPAND_PROMPT,
+    MAKE_CANDIDATES,
+    RUN_PROMPT,
+    cache_of,
+    encoder_method,
+)
+from ..models.visual_tokens import VisualTokens
 from ..report.pruning import Pruning
-from . import checkpointing, generation, prefill, window
+from ..vision.tower import warn_once
+from . import checkpointing, generation, merged, outputs, prefill, requests, window
+from .call import CallOptions
 from .deepstack import intercept_deepstack
 from .hooks import Hook, Override, is_compiled
+from .kv_cache import Caches
 from .spec import PruneSpec
 
 
@@ -33,6 +45,9 @@ class ThreadState(threading.local):
     """What one thread is doing with a patched model."""
 
     def __init__(self) -> None:
+        self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's running call
+        self.finished: Pruning | None = None  # the last prefill of that call
+        self.balanced: torch.Tensor | None = None  # mask over which that call balances experts
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's running call
         self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
@@ -44,7 +59,6 @@ class ThreadState(threading.local):
         )
         self.call: prefill.DecoderCall | None = None  # the decoder's running call
         self.records: dict[str, list] = {}  # taps of the running call
-        self.paused = 0
         self.last: Pruning | None = None
         self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continued`
 
@@ -53,14 +67,30 @@ class Session:
     """A patch at work: per-thread state and the bodies of the hooks.
 
     Attributes:
+        model: As it was patched, wrappers included.
         spec: What was asked for, and of which model.
+        features: Lately returned by encoders outside a call of the model.
+        caches: That the model was shown.
         thread: State of the calling thread.
     """
 
-    def __init__(self, spec: PruneSpec) -> None:
+    def __init__(self, model: nn.Module, spec: PruneSpec) -> None:
+        self.model = model
         self.spec = spec
         self.thread = ThreadState()
+        self.features = merged.Features()  # that encoders returned outside a call of the model
+        self.caches = Caches()
         self._last: Pruning | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of the running request."""
+        return requests.current(self).budget or self.spec.budget
+
+    @property
+    def drops(self) -> bool:
+        """Whether a prompt with visual tokens of the running request may lose some."""
+        return not requests.current(self).paused and self.budget.may_drop
 
     @property
     def last(self) -> Pruning | None:
@@ -91,15 +121,24 @@ class Session:
             expand = generation.record_expansion(getattr(parts.model, EXPAND_PROMPT), self._note_copies)
             add(Override(parts.model, EXPAND_PROMPT, expand))
 
+        if hasattr(parts.model, RUN_PROMPT):
+            run = generation.refuse_chunks(getattr(parts.model, RUN_PROMPT), self._prunes, self.caches.state_of)
+            add(Override(parts.model, RUN_PROMPT, run))
+
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(Hook(owner, function), with_kwargs=True))
 
         def after(module: nn.Module, function: Callable, always: bool = False) -> None:
             add(module.register_forward_hook(Hook(owner, function), with_kwargs=True, always_call=always))
 
+        if parts.model is not parts.composite:
+            before(parts.model, self._before_model)
+            after(parts.model, self._after_model, always=True)
         before(parts.composite, self._before_composite)
         before(parts.decoder, self._before_decoder)
         after(parts.vision_tower, self._after_tower)
+        if parts.projector is not None:
+            after(parts.projector, self._after_projector)
         # Early-fusion models are both at once: the decoder's call ends first.
         after(parts.decoder, self._after_decoder)
         after(parts.composite, self._after_composite, always=True)
@@ -120,6 +159,8 @@ class Session:
                 output, thread.encoded[kind] = encoder_outputs.watch(kind, encode, args, kwargs, records)
             finally:
                 thread.encoding = None
+            if thread.inputs is None:
+                self.features.note(output, thread.encoded[kind])
             thread.fresh.add(kind)
             return output
 
@@ -133,22 +174,53 @@ class Session:
 
     def _prunes(self, ids: torch.Tensor) -> bool:
         """Whether a prompt `[B, T]` has visual tokens that will be pruned."""
+        if not self.drops:
+            return False
         tokens = torch.tensor(list(self.spec.anatomy.placeholders.values()), device=ids.device)
-        return not self.thread.paused and bool(torch.isin(ids, tokens).any())
+        return bool((torch.isin(ids, tokens).sum(1) > (self.budget.keep or 0)).any())
 
     def _note_copies(self, count: int) -> None:
         self.thread.copies = count
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.thread.tower_ran = True
+        if self.spec.anatomy.projector is None:
+            self._after_projector(module, args, kwargs, output)
+
+    def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
+            self.features.note(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        thread = self.thread
+        thread.outer, thread.finished, thread.records = kwargs, None, {}
+        if not self.drops or not _asks_for("output_router_logits", kwargs, module):
+            return None
+        # The loss that balances experts is taken over the columns of this mask; those that are dropped leave it.
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            thread.balanced = mask.clone()
+        elif mask is None and isinstance(ids, torch.Tensor):
+            thread.balanced = torch.ones_like(ids)
+        else:
+            return None
+        return args, {**kwargs, "attention_mask": thread.balanced}
+
+    def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        thread = self.thread
+        finished, thread.outer, thread.finished, thread.balanced = thread.finished, None, None, None
+        return None if finished is None or output is None else outputs.without_dropped(output, finished.mask)
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self.thread
-        thread.call, thread.records, thread.fresh = None, {}, set()
+        thread.call, thread.fresh = None, set()
+        thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual = False, None
+        self.caches.state_of(cache_of(kwargs))  # before the model asks for its length
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
-        if self.spec.budget.asks_to_drop and not thread.paused:
+        if self.drops:
             unsupported.features_ignored(module, extra)
         thread.inputs = {**bound, **extra}
 
@@ -158,7 +230,7 @@ class Session:
         late = (
             thread.tower_ran and thread.found_visual is False and output is not None
         )  # the tower ran inside the decoder
-        if late and self.spec.budget.asks_to_drop and not thread.paused:
+        if late and self.drops:
             raise NothingPrunedError(
                 f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
                 "recognised as pixels or features, so nothing was pruned; pass them as pixel_values"
@@ -167,7 +239,7 @@ class Session:
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self.thread
         visual, encoded = None, {}
-        if thread.inputs is not None and not thread.paused:
+        if thread.inputs is not None and not requests.current(self).paused:
             encoded = encoder_outputs.supplied(
                 thread.inputs, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
             )
@@ -176,23 +248,31 @@ class Session:
             if encoded:
                 unsupported.values_missing(thread.inputs)
                 visual = visual_tokens.locate(thread.inputs, self.spec.anatomy, encoded)
-            if encoded and visual is None and self.spec.budget.asks_to_drop:
+            if encoded and visual is None and self.drops:
                 raise NothingPrunedError(
                     f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "
                     f"{self.spec.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
                     "visual token"
                 )
-        if not encoded and self.spec.budget.asks_to_drop and not thread.paused:
-            given = kwargs if thread.inputs is None else thread.inputs
-            encoder_outputs.refuse_merged(
-                given.get("inputs_embeds"), thread.encoded, type(self.spec.anatomy.composite).__name__
-            )
+        if not encoded and self.drops:
+            visual, encoded = self._merged(kwargs)
         thread.found_visual = visual is not None
-        thread.call = call = prefill.begin(self.spec, thread.inputs, args, kwargs, visual)
+        outer = {**(thread.inputs or {}), **(thread.outer or {})} if visual is not None else {}
+        request = requests.current(self)
+        own_budget = request.budget is not None or not self.drops
+        options = CallOptions(self.budget, request.question_end, outer, own_budget)
+        thread.call = call = prefill.begin(self.spec, options, self.caches, thread.inputs, args, kwargs, visual)
         if call is None:
             return None
+        visual = call.visual
         if visual is not None:
+            if call.cuts:
+                given = {**kwargs, **outer} if thread.inputs is None else outer
+                unsupported.packed_rows(given, call.columns.real, call.columns.past)
+            if not call.cuts and options.budget.keep is None and self.drops:
+                visual_tokens.refuse_stand_ins(visual, encoded, str(options.budget))
             for source in encoded.values():
+                self.features.forget(source)
                 # `generate` hands the pictures to the encoder and names them again, as None, to the model.
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
@@ -205,6 +285,12 @@ class Session:
                 )
             self._continued(call, kwargs)
         call.recorded = thread.records
+        call.differentiable = torch.is_grad_enabled() and _asks_for("output_hidden_states", kwargs, module)
+        if call.differentiable and call.cuts and _asks_for("output_attentions", kwargs, module):
+            warn_once(
+                "attention maps of pruned layers are put back into the prompt's length as copies: gradients can be "
+                "taken of hidden states, but retain_grad() on such a map stays None"
+            )
         if not call.cuts:
             return None
         later = any(map(checkpointing.runs_hooks_again, self.spec.anatomy.layers))
@@ -214,16 +300,69 @@ class Session:
         call.deepstack, kwargs = found
         return args, kwargs
 
+    def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
+        """Visual tokens of a call that brings no features as such: those that the caller put into its embeddings.
+
+        Raises:
+            NothingPrunedError: There are some, and nobody can tell where.
+        """
+        thread, said = self.thread, requests.current(self).visual
+        inputs = kwargs if thread.inputs is None else thread.inputs
+        kinds: torch.Tensor | None = None
+        sources: list[Encoded] = []
+        embeds, states = inputs.get("inputs_embeds"), kwargs.get("inputs_embeds")
+        placeholders = self.spec.anatomy.placeholders
+        if said is not None and isinstance(states, torch.Tensor):
+            kinds = merged.said_columns(said, (states.shape[0], states.shape[1]), placeholders)
+        elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
+            unsupported.values_missing(inputs)
+            with attention_probe.unwatched():
+                foreign = self.features.foreign(embeds, self.spec.anatomy.embeddings)
+            foreign[:, : _virtual_tokens(self.model)] = False
+            if not bool(foreign.any()):
+                return None, {}
+            kinds = self._kinds_told(inputs, foreign.shape)
+            if kinds is None:
+                found, sources = self.features.found(embeds)
+                names = list(placeholders)
+                kinds = found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1)
+            left = int((foreign & (kinds == 0)).sum())
+            if left:
+                merged.refuse_foreign(left)
+        if kinds is None or not bool(kinds.any()):
+            return None, {}
+        encoded = {name: Encoded(name, {}, None) for i, name in enumerate(placeholders) if bool((kinds == i + 1).any())}
+        if len(sources) == 1 and sources[0].total == int((kinds > 0).sum()):
+            encoded = {sources[0].kind: sources[0]}
+        return visual_tokens.locate({**(thread.outer or {}), **inputs}, self.spec.anatomy, encoded, kinds), encoded
+
+    def _kinds_told(self, inputs: dict, shape: torch.Size) -> torch.Tensor | None:
+        """Kinds of the columns, `[B, T]`, by token types or by ids that only the outermost model was given."""
+        outer = self.thread.outer or {}
+        types, ids = inputs.get("mm_token_type_ids", outer.get("mm_token_type_ids")), outer.get("input_ids")
+        if isinstance(types, torch.Tensor) and types.shape == shape:
+            order = {"image": 1, "video": 2}  # transformers' numbers
+            kinds = torch.zeros(shape, dtype=torch.uint8)
+            for number, name in enumerate(self.spec.anatomy.placeholders):
+                kinds[types.cpu() == order.get(name, 0)] = number + 1 if name in order else 0
+            return kinds
+        if isinstance(ids, torch.Tensor) and ids.shape == shape:
+            return merged.said_columns(ids, (shape[0], shape[1]), self.spec.anatomy.placeholders)
+        return None
+
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         call, self.thread.call = self.thread.call, None
         if call is None:
             return None
         output = call.finish(output)
         if call.visual is not None:
-            record = call.record()
+            record, thread = call.record(), self.thread
             if self.spec.window is not None:
                 record.evicted = window.evict(call, self.spec.window)
-            self.thread.last = self._last = Pruning(**vars(record))
+            thread.last = self._last = thread.finished = Pruning(**vars(record))
+            if thread.balanced is not None and thread.balanced.shape[1] >= call.columns.past + call.columns.length:
+                kept = thread.last.mask.to(thread.balanced.device)
+                thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
 
     def _layer_hook(self, number: int) -> Callable:
@@ -239,7 +378,8 @@ class Session:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             thread = self.thread
             store = thread.records if thread.encoding is None else thread.encoding
-            if thread.paused or (thread.inputs is None and thread.encoding is None):
+            outside = thread.inputs is None and thread.encoding is None and thread.outer is None
+            if requests.current(self).paused or outside:
                 return
             if tap.columns and (thread.call is None or not thread.call.cuts):
                 return
@@ -273,3 +413,18 @@ class Session:
                 call.memo = decisions
         # `decisions` is filled while the call runs.
         thread.cacheless = (ids, sources, call.decisions)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """Columns that an adapter puts in front of every prompt (PEFT's prompt tuning)."""
+    config: Any = getattr(model, "active_peft_config", None)
+    return int(getattr(config, "num_virtual_tokens", 0) or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def _asks_for(name: str, kwargs: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a call, or else the model's config, asks for an output."""
+    given = kwargs.get(name)
+    if given is not None:
+        return given is not False
+    config: Any = getattr(module, "config", None)
+    return any(getattr(c, name, False) for c in (config, getattr(config, "text_config", None)) if c is not None)

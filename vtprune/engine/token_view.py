@@ -120,6 +120,8 @@ def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> I
     for row in mine.groups.by_sample:
         here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
+        if call.answer_starts is not None:  # the answer is not there yet
+            here = here[here < max(call.answer_starts[row], int(last) + 1)]
         text = here[(here > last) & ~visual.mask[row, here]]
         own = visual.position[flat[visual.sample[flat] == row]]
         yield _Sample(row, here, text if len(text) else here[-1:], own)

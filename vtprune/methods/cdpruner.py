@@ -187,9 +187,9 @@ class CDPruner(Method):
             place = prompt.batch[rows].to(embeds.device), prompt.slot[rows].to(embeds.device)
             mine = tokens.sample == prompt.batch[rows[0]]
             if patches is None:
-                out[mine] = similarity(tokens.hidden[mine], embeds[place].to(out.device))
+                out[mine] = similarity(tokens.hidden[mine], embeds[place].to(out.device)).float()
             else:
-                out[mine] = similarity(patches[mine], self._clip_text(ids[place]).to(out.device))
+                out[mine] = similarity(patches[mine], self._clip_text(ids[place]).to(out.device)).float()
         return out
 
     def _text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,13 @@ def find(model: nn.Module) -> Anatomy:
             f"{type(inner).__name__} is not a transformers model: expected a PreTrainedModel with a config and input "
             "embeddings"
         )
+    try:
+        inner.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no input embeddings: expected a vision-language model that generates text, "
+            "with visual tokens among the columns of its prompt"
+        ) from None
     paths = {module: name for name, module in inner.named_modules()}
     unsupported.encoder_decoder(inner)
     decoder, layers = _find_decoder(inner, paths)

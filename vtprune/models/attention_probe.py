@@ -64,6 +64,17 @@ def is_probing() -> bool:
     return getattr(_probing, "on", False)
 
 
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Hooks of this thread pass straight through inside."""
+    before = is_probing()
+    _probing.on = True
+    try:
+        yield
+    finally:
+        _probing.on = before
+
+
 def install() -> None:
     """Wraps the registry of attention functions, for the first of several users."""
     global _users

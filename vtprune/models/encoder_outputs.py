@@ -5,13 +5,13 @@
 grids) away with the pixels, and repeats the features for beams. So the model's `get_image_features` and
 `get_video_features` are
 watched, wherever they are called from: their arguments, the length of what they return, and what the method's taps saw
-inside are kept until the next encoding of the same kind in the same thread. A few rows of what they return are kept as
-well: by them features are recognised that a caller put into embeddings by hand, where no placeholder tells.
+inside are kept until the next encoding of the same kind in the same thread.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NothingPrunedError
 from .transformers_names import ENCODER_OUTPUTS
+
+# What transformers' models call pixels and features of pictures; sounds and text have features as well.
+_PICTURES = re.compile(r"pixel|image|video|visual|vision|picture|patches|frames")
 
 
 @dataclass
@@ -34,7 +36,6 @@ class Encoded:
         lengths: Tokens of each picture or clip; None where the output does not say.
         records: What taps recorded inside.
         output: Weak reference to the encoder's output, by which a later call shows that it uses it.
-        rows: `[R, D]` some of the features; None where the output holds no tensors of one width.
     """
 
     kind: str
@@ -42,7 +43,6 @@ class Encoded:
     lengths: list[int] | None
     records: dict[str, list] = field(default_factory=dict)
     output: Callable[[], Any] = field(default=lambda: None)
-    rows: Tensor | None = None
 
     @property
     def total(self) -> int | None:
@@ -75,7 +75,7 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
             return None
 
     lengths = _lengths(getattr(output, "pooler_output", None))
-    return output, Encoded(kind, dict(bound), lengths, records, reference, _some_rows(output))
+    return output, Encoded(kind, dict(bound), lengths, records, reference)
 
 
 def _lengths(features: Any) -> list[int] | None:
@@ -84,49 +84,6 @@ def _lengths(features: Any) -> list[int] | None:
     if isinstance(features, (list, tuple)) and all(isinstance(f, Tensor) for f in features):
         return [f.shape[:-1].numel() for f in features]
     return None
-
-
-def _some_rows(output: Any) -> Tensor | None:
-    """`[R, D]` two features of each picture or clip, where the encoder's output shows them apart."""
-    features = getattr(output, "pooler_output", output)
-    parts = list(features) if isinstance(features, (list, tuple)) else [features]
-    if not all(isinstance(p, Tensor) and p.dim() > 1 and p.shape[-1] == parts[0].shape[-1] for p in parts):
-        return None
-    # A flat tensor may hold several pictures.
-    rows = [p[:: max(1, len(p) // 8)] if p.dim() == 2 else p[..., :: max(1, p.shape[-2] // 2), :] for p in parts]
-    return torch.cat([r.detach().reshape(-1, r.shape[-1]).to(parts[0]) for r in rows]) if rows else None
-
-
-def refuse_merged(embeds: Any, encoded: dict[str, Encoded], composite: str) -> None:
-    """Raises where a caller put features among the embeddings: nobody can tell then which columns they fill.
-
-    Args:
-        embeds: `[B, T, D]`, or None.
-        encoded: The thread's last encoding of each kind.
-        composite: Class that takes features, for the message.
-
-    Raises:
-        NothingPrunedError: A feature stands in the embeddings, bit for bit.
-    """
-    if not isinstance(embeds, Tensor):
-        return
-    merged = [kind for kind, known in encoded.items() if known.rows is not None and _any_row(embeds, known.rows)]
-    if merged:
-        raise NothingPrunedError(
-            f"inputs_embeds hold {' and '.join(merged)} features that were put there by hand, so nothing would be "
-            f"pruned; expected input_ids with placeholders, and pixels or mm_encoder_outputs, given to {composite} and "
-            "not to its language model; patch.paused() runs such a call unpruned"
-        )
-
-
-def _any_row(embeds: Tensor, rows: Tensor) -> bool:
-    """Whether one of `rows` `[R, D]` is a row of `embeds` `[B, T, D]`."""
-    if rows.shape[-1] != embeds.shape[-1]:
-        return False
-    rows = rows.to(embeds)
-    rows = rows[rows.any(-1)]  # zeros are padding's too
-    near = embeds[torch.isin(embeds[..., 0], rows[:, 0])]  # [n, D], mostly none
-    return any(bool((near == row).all(-1).any()) for row in rows) if len(near) else False
 
 
 def supplied(
@@ -158,19 +115,17 @@ def supplied(
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether an argument brings features: some collators pass empty tensors beside text."""
-    return value is not None and not (isinstance(value, Tensor) and value.numel() == 0)
+    """Whether an argument brings features: numbers in rows, not a flag, a size or a mask, and not the empty tensors
+    that some collators pass beside text."""
+    if isinstance(value, Tensor):
+        return value.dim() >= 2 and value.numel() > 0 and (value.is_floating_point() or value.dtype == torch.uint8)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(map(_holds_something, value))
 
 
 def _pixel_names(kind: str, inputs: dict[str, Any]) -> list[str]:
-    """Arguments that hold features of a kind, for models without a `get_*_features` method."""
-    words = ("pixel", "embeds", "features", "hidden_states", "patches")
-    names = [
-        n
-        for n in inputs
-        if any(w in n for w in words) and n not in ("inputs_embeds", "pixel_mask", "pixel_attention_mask")
-    ]
+    """Arguments that may hold features of a kind, for models without a `get_*_features` method."""
+    names = [n for n in inputs if _PICTURES.search(n) and "mask" not in n]
     video = [n for n in names if "video" in n]
-    return (
-        video if kind == "video" else [n for n in names if n not in video and "audio" not in n and "input_f" not in n]
-    )
+    return video if kind == "video" else [n for n in names if n not in video]

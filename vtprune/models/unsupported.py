@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -134,3 +135,48 @@ def features_ignored(composite: nn.Module, unknown: dict[str, Any]) -> None:
             f"{transformers.__version__} and would ignore these features; pass pixels instead, or install a newer "
             "transformers"
         )
+
+
+def packed_rows(arguments: dict[str, Any], real: Tensor, past: int) -> None:
+    """Raises where one row holds several samples: they would share a budget, and one's question would choose the
+    other's visual tokens.
+
+    Args:
+        arguments: What the caller passed.
+        real: `[B, T]` bool on the CPU, False for padding.
+        past: Columns of the conversation before this call.
+    """
+    found = next(_packings(arguments, real, past), None)
+    if found is not None:
+        raise UnsupportedModelError(
+            f"a row of this call holds several samples ({found}): they would share one budget and one question; pass "
+            "one sample a row, padded, or run the call inside patch.paused()"
+        )
+
+
+def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[str]:
+    """Signs of packed rows among a call's arguments."""
+    batch, length = real.shape
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            continue
+        if re.fullmatch(r"cu_?seq_?len.*", name) and value.numel() > batch + 1:
+            yield f"{name} has {value.numel()} entries"
+        if name == "seq_idx" and value.numel() > 1 and bool(value.min() != value.max()):
+            yield "seq_idx names several"
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor) and positions.shape[-1] == length:
+        first = positions if positions.dim() == 2 else positions.reshape(-1, *positions.shape[-2:])[0]
+        for row, mine in zip(first.cpu().expand(batch, -1), real, strict=True):
+            if bool((row[mine].diff() < 0).any()):
+                yield "position_ids start anew"
+    mask = arguments.get("attention_mask")
+    mask = mask.get("full_attention", None) if isinstance(mask, dict) else mask
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool(mask.max() > 1):
+        yield "attention_mask numbers them"
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length and mask.shape[3] >= past + length:
+        last = torch.where(real, torch.arange(length), 0).amax(1)
+        square = mask.expand(batch, -1, -1, -1)[torch.arange(batch), 0, last.to(mask.device)].cpu()  # [B, KV]
+        seen = square if square.dtype == torch.bool else square > torch.finfo(square.dtype).min / 2
+        if bool((~seen[:, past : past + length] & real & (torch.arange(length) <= last[:, None])).any()):
+            yield "attention_mask keeps them apart"

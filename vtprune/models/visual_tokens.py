@@ -27,9 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import NothingPrunedError
 from . import row_tokens
 from .anatomy import Anatomy
 from .encoder_outputs import Encoded
+
+# Models whose processors cut a picture into crops that follow each other without a tag between them. Everywhere else
+# each of the encoder's outputs is a picture.
+_TILES_IN_ONE_RUN = {"cohere2_vision", "got_ocr2", "internvl", "perception_lm", "qianfan_ocr"}
 
 
 @dataclass
@@ -61,6 +66,20 @@ class VisualTokens:
 
     def __len__(self) -> int:
         return len(self.sample)
+
+    def visible(self, real: Tensor) -> VisualTokens | None:
+        """Those that the attention mask `real` `[B, T]` shows; None where it shows none."""
+        seen = real[self.sample, self.position]
+        if bool(seen.all()):
+            return self
+        if not bool(seen.any()):
+            return None
+        mask = self.mask & real
+        counts = mask.sum(1)
+        sample = self.sample[seen]
+        fields = {n: v[seen] for n, v in vars(self).items() if isinstance(v, Tensor) and n not in ("mask", "index")}
+        index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+        return VisualTokens(mask=mask, index=index, counts=counts.tolist(), **fields)
 
 
 def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Container[str]) -> Tensor | None:
@@ -94,7 +113,9 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Contain
     return kinds.cpu()
 
 
-def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]) -> VisualTokens | None:
+def locate(
+    inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded], kinds: Tensor | None = None
+) -> VisualTokens | None:
     """Finds the visual tokens of a call.
 
     Args:
@@ -102,11 +123,12 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
         anatomy: Parts of the model.
         encoded: What is known of the features that the call brings, by kind. A placeholder without features (a model
             may generate one) is text.
+        kinds: `[B, T]` as `placeholder_kinds` returns, where they are known already.
 
     Returns:
         VisualTokens: None for a call without visual tokens (text, or a decoding step).
     """
-    kinds = placeholder_kinds(inputs, anatomy, encoded)
+    kinds = placeholder_kinds(inputs, anatomy, encoded) if kinds is None else kinds
     if kinds is None or not kinds.any():
         return None
     sample, column = kinds.nonzero().unbind(1)
@@ -122,6 +144,8 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
             continue
         rows, first = _feature_rows(sample[mine], kinds == i + 1, encoded[name].total)
         known, runs = encoded[name], _runs(sample[mine][first], column[mine][first])
+        if name == "image" and getattr(anatomy.config, "model_type", None) not in _TILES_IN_ONE_RUN:
+            runs = _apart(*runs, known.lengths)
         layout = _layout(name, {**inputs, **known.inputs}, anatomy, *runs, known.lengths)
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
         place[mine, 1:] = torch.cat(layout)[rows]
@@ -134,6 +158,16 @@ def locate(inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
     return VisualTokens(
         kinds.bool(), sample, column, index, feature, image, frame, crop, row, col, counts.tolist(), kind.long() - 1
     )
+
+
+def refuse_stand_ins(visual: VisualTokens, encoded: dict[str, Encoded], budget: str) -> None:
+    """Raises where each picture has one placeholder and no encoder says that it has one feature: a model may mix its
+    pictures into the prompt from the side, and then there is nothing to drop."""
+    if all(known.total is None for known in encoded.values()) and len(visual.image.unique()) == len(visual):
+        raise NothingPrunedError(
+            f"{budget} of one placeholder a picture rounds to all of them, and the model does not say that a picture "
+            "has a single feature; expected one placeholder per visual token in input_ids"
+        )
 
 
 def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
@@ -164,6 +198,22 @@ def _runs(sample: Tensor, column: Tensor) -> tuple[list[int], list[int]]:
     return [b - a for a, b in zip(edges, edges[1:], strict=False)], [0, *gaps.tolist()]
 
 
+def _apart(runs: list[int], gaps: list[int], lengths: list[int] | None) -> tuple[list[int], list[int]]:
+    """Splits runs in which pictures stand side by side, where the encoder tells how long each picture is."""
+    if lengths is None or sum(lengths) != sum(runs) or len(lengths) <= len(runs):
+        return runs, gaps
+    left, parts, spaces = list(lengths), [], []
+    for run, gap in zip(runs, gaps, strict=True):
+        mine: list[int] = []
+        while sum(mine) < run:
+            mine.append(left.pop(0))
+        if sum(mine) != run:  # a picture that goes on after a gap
+            return runs, gaps
+        parts += mine
+        spaces += [gap, *[0] * (len(mine) - 1)]
+    return parts, spaces
+
+
 def _layout(
     kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int], gaps: list[int], lengths: list[int] | None
 ) -> list[Tensor]:
@@ -179,8 +229,14 @@ def _layout(
         if all(clip is not None for clip in known):
             return [clip for clip in known if clip is not None]
     crop = getattr(anatomy.config, "image_seq_length", None)
+    strategy = inputs.get("vision_feature_select_strategy") or getattr(
+        anatomy.config, "vision_feature_select_strategy", None
+    )
 
     def alone(length: int) -> Tensor:
+        side = math.isqrt(max(length - 1, 0))
+        if strategy == "full" and side and side * side == length - 1:  # a class token, which shows no place, is kept
+            return torch.cat([torch.tensor([[0, 0, -1, -1]]), grid_places(1, side, side)])
         return run_places(length, kind, crop if isinstance(crop, int) else None)
 
     return row_tokens.pictures(runs, gaps, lengths, alone) or [alone(n) for n in runs]

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..core.ragged import scatter
+from ..core.transfer import to_device
+from ..errors import VTPruneError
 from ..models.visual_tokens import VisualTokens
 from .cost import DecoderShape, decoder_flops, kv_bytes
 from .image_source import Source
@@ -29,6 +32,8 @@ class PruningRecord:
             the length of the layer's keys and values.
         cached_before: Columns of the conversation before this prefill.
         shape: Sizes of the decoder.
+        layout: `index`, `valid` and `real`: for each slot of the last layer `[B, K]` its column in this call and
+            whether it holds one, and `[B, T]` which columns are not padding.
         places: Where each visual token lies in its picture.
         scores: For each stage the method's scores of the tokens that were alive, or None.
         kept_flat: For each stage the numbers of the surviving tokens in `places`.
@@ -49,12 +54,39 @@ class PruningRecord:
     slots: list[int]
     cached_before: int
     shape: DecoderShape
+    layout: tuple[Tensor, Tensor, Tensor] = field(repr=False)
     places: VisualTokens = field(repr=False)
     scores: list[Tensor | None] = field(default_factory=list, repr=False)
     kept_flat: list[Tensor] = field(default_factory=list, repr=False)
     source: Source = field(default_factory=Source, repr=False)
     states: list[Tensor | None] = field(default_factory=list, repr=False)
     evicted: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B, T]` bool on the CPU: the columns of this call that were kept to the end, text and visual; padding is
+        False."""
+        index, valid, real = self.layout
+        return scatter(valid, index, valid, real.shape[1]) & real
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Puts what a layer behind the last cut holds for its columns back into the caller's length.
+
+        Args:
+            x: `[B, K, ...]`, one row for each column that was kept, as a hook on a late layer sees them.
+
+        Returns:
+            Tensor: `[B, T, ...]`, zero at dropped columns; differentiable in `x`.
+
+        Raises:
+            VTPruneError: `x` has not `K` columns.
+        """
+        index, valid, real = self.layout
+        if x.dim() < 2 or x.shape[:2] != index.shape:
+            raise VTPruneError(
+                f"x has shape {tuple(x.shape)}; expected {tuple(index.shape)} and more, the columns that were kept"
+            )
+        return scatter(x, to_device(index, x.device), to_device(valid, x.device), real.shape[1])
 
     def per_layer(self, sample: int) -> list[int]:
         """Visual tokens of one sample at the input of every layer."""

@@ -167,7 +167,7 @@ def tune(
         StaleResultError: The search to resume was made with another version.
     """
     optuna = _optuna()
-    if not Budget(mean_ratio=mean_ratio).asks_to_drop or trials < 1:
+    if not Budget(mean_ratio=mean_ratio).may_drop or trials < 1:
         raise VTPruneError(f"mean_ratio={mean_ratio} and trials={trials}: expected a share below 1 and 1 trial or more")
     if find_patch(model) is not None:
         raise VTPruneError("the model is patched: remove the patch before a strategy is searched on it")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which columns of a prompt somebody reads after the decoder, and where its question ends.
+
+A column that is read is never dropped: generation and classification heads read the last token of a row, a loss reads
+the column before every labelled token, and `logits_to_keep` names columns. Where labels or the caller say that an
+answer begins, methods see the prompt as if it ended there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import VTPruneError
+
+_IGNORED = -100  # transformers' label of columns that predict nothing
+
+
+def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
+    """Marks the columns whose outputs are used.
+
+    Args:
+        arguments: Keyword arguments of the outermost model's forward.
+        real: `[B, T]` bool on the CPU, False for padding.
+
+    Returns:
+        Tensor: `[B, T]` bool on the CPU.
+    """
+    batch, length = real.shape
+    columns = torch.arange(length)
+    last = torch.where(real, columns, -1).amax(1, keepdim=True)  # -1 in a row of padding
+    read = columns == last
+    labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
+    if shifted is not None:
+        read |= shifted != _IGNORED
+    elif labels is not None:
+        read[:, :-1] |= labels[:, 1:] != _IGNORED
+    wanted = arguments.get("logits_to_keep")
+    if isinstance(wanted, Tensor) and wanted.dim() == 1:
+        read[:, wanted.cpu()] = True
+    elif isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
+        read[:, -wanted:] = True
+    return read & real
+
+
+def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor) -> list[int] | None:
+    """Finds where the answer begins in every row.
+
+    Args:
+        asked: What the caller said, see `Patch.question`; None for nothing.
+        arguments: Keyword arguments of the outermost model's forward.
+        real: `[B, T]` bool on the CPU, False for padding.
+        visual: `[B, T]` bool on the CPU.
+
+    Returns:
+        list[int]: Column of each row, `T` where all of it is prompt; None where nothing tells.
+
+    Raises:
+        VTPruneError: There is not one column for each row, or it lies outside the call.
+    """
+    batch, length = real.shape
+    if asked is not None:
+        ends = _ends(asked, batch)
+        if any(not -length <= end <= length for end in ends):
+            raise VTPruneError(f"question(end={ends}) names columns outside a call of {length}; expected 0 to {length}")
+        return [end + length if end < 0 else end for end in ends]
+    labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
+    if labels is None and shifted is None:
+        return None
+    if shifted is not None:  # the label of a token stands one column before it
+        labelled = torch.zeros_like(real)
+        labelled[:, 1:] = shifted[:, :-1] != _IGNORED
+    else:
+        assert labels is not None
+        labelled = labels != _IGNORED
+    columns = torch.arange(length)
+    last = torch.where(visual, columns, -1).amax(1, keepdim=True)
+    return torch.where(labelled & (columns > last), columns, length).amin(1).tolist()
+
+
+def _matrix(labels: Any, real: Tensor) -> Tensor | None:
+    """Labels on the CPU, if there is one for every column."""
+    return labels.cpu() if isinstance(labels, Tensor) and labels.shape == real.shape else None
+
+
+def _ends(asked: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+    values = asked.flatten().tolist() if isinstance(asked, Tensor) else asked
+    ends = [values] if isinstance(values, int) else list(values)
+    ends = ends * batch if len(ends) == 1 else ends
+    if len(ends) != batch or not all(isinstance(end, int) for end in ends):
+        raise VTPruneError(
+            f"question(end={asked!r}) does not fit a batch of {batch}; expected one column, or one a row"
+        )
+    return ends

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request asks of a patch: `paused`, `using`, `visual` and `question` blocks, kept in a context variable.
+
+A block applies to the code that runs inside it, in its thread or asyncio task, and to the tasks and plain threads that
+this code starts (transformers' streaming recipe runs `generate` in one). Other requests never see it. Python hands
+context variables to tasks and to `asyncio.to_thread` by itself; threads get them from a `threading.Thread.start` that
+is wrapped while a block is open. Worker threads of pools outlive the request that started them and get nothing: submit
+`contextvars.copy_context().run` to a pool instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..core.budget import Budget
+
+_POOLS = ("concurrent.futures", "multiprocessing", "joblib", "anyio")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the running request asked for; the defaults stand for nothing.
+
+    Attributes:
+        paused: Prefills are not pruned.
+        budget: In place of the patch's own.
+        visual: `[B, T]` which columns of the prompt are visual: a bool mask, or token ids with placeholders.
+        question_end: Column at which the answer begins, one for all rows or one for each.
+    """
+
+    paused: bool = False
+    budget: Budget | None = None
+    visual: Tensor | None = None
+    question_end: int | Sequence[int] | Tensor | None = None
+
+
+_NOTHING = Request()
+_requests: ContextVar[tuple[tuple[weakref.ref, Request], ...]] = ContextVar("vtprune_requests", default=())
+
+
+def current(patch: Any) -> Request:
+    """The request of the running context to `patch`."""
+    for owner, request in _requests.get():
+        if owner() is patch:
+            return request
+    return _NOTHING
+
+
+@contextmanager
+def asking(patch: Any, **changes: Any) -> Iterator[None]:
+    """Changes the request to `patch` for the code inside, and for the tasks and threads that it starts."""
+    before = _requests.get()
+    others = tuple(entry for entry in before if entry[0]() is not patch)
+    token = _requests.set((*others, (weakref.ref(patch), replace(current(patch), **changes))))
+    _Following.begin()
+    try:
+        yield
+    finally:
+        _Following.end()
+        try:
+            _requests.reset(token)
+        except ValueError:  # left in another context than entered, as some frameworks do with generators
+            _requests.set(before)
+
+
+class _Following:
+    """Hands requests to plain threads, while any block is open."""
+
+    lock = threading.Lock()
+    blocks = 0
+    installed = False
+    original: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        with cls.lock:
+            cls.blocks += 1
+            if not cls.installed:
+                cls.original, cls.installed = threading.Thread.start, True
+                threading.Thread.start = _start  # type: ignore[method-assign]
+
+    @classmethod
+    def end(cls) -> None:
+        with cls.lock:
+            cls.blocks -= 1
+            # Where another library wrapped `start` after this one, its wrapper goes on calling `_start`.
+            if cls.blocks == 0 and threading.Thread.start is _start:
+                threading.Thread.start, cls.installed = cls.original, False  # type: ignore[method-assign]
+
+
+def _start(self: threading.Thread) -> None:
+    requests = _requests.get()
+    homes = (type(self).__module__, getattr(getattr(self, "_target", None), "__module__", None) or "")
+    if requests and not any(home.split(".")[0] in _POOLS or home.startswith(_POOLS) for home in homes):
+        run = self.run
+
+        def run_with_requests() -> None:
+            _requests.set(requests)
+            run()
+
+        self.run = run_with_requests  # type: ignore[method-assign]
+    _Following.original(self)
