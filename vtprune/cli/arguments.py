@@ -60,6 +60,21 @@ def share(text: str) -> float:
     return value
 
 
+def probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no probability; expected a number above 0 and below 1")
+    return value
+
+
+def ratio(text: str) -> float | str:
+    """A share, or `auto`."""
+    return text if text == "auto" else share(text)
+
+
 def count(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:

@@ -79,7 +79,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     from ..study import fidelity_view, progress
 
     methods = chosen_methods(args.methods)
-    pairs = _pairs(args)
+    pairs = prompt_pairs(args)
     check_folder(args.json)
     plot = _plot_file(args)
     loading.is_local(args.model)
@@ -118,7 +118,7 @@ def _measure(
     variants = [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
     done: list[str] = data.setdefault("records", [])  # a JSON text per prompt: writing many numbers stays quick
     with progress.bar("prompts", len(pairs), len(done)) as step:
-        for prompt in _prompts(pairs[len(done) :], model, processor):
+        for prompt in prompts(pairs[len(done) :], model, processor):
             clock = time.process_time if args.clock == "cpu" else time.perf_counter
             settings = {"max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "clock": clock}
             done.append(json.dumps(measure_prompt(model, prompt, variants, turn=len(done), **settings)))
@@ -132,7 +132,7 @@ def _ratios(args: argparse.Namespace) -> list[float]:
     return sorted(set(args.ratios), reverse=True)
 
 
-def _pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
+def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     """`(name of the picture, the picture or its path, question)` of every prompt; each picture is tried once."""
     from .. import refvlm
     from ..refvlm import evaluate
@@ -167,7 +167,7 @@ def _lines(path: str) -> list[str]:
     return found
 
 
-def _prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -> Iterator[Prompt]:
+def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -> Iterator[Prompt]:
     """Model inputs of one prompt after the other, so that only one picture is in memory."""
     from ..refvlm import loading
     from ..study.fidelity import Prompt

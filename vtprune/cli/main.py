@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..study.timing import Side
-from .arguments import as_dtype, count, quiet, share, words
+from .arguments import as_dtype, count, quiet, ratio, share, words
 
 # A held-out scene of the built-in model's own kind, and which of its questions the demo asks.
 DEMO_SCENE, DEMO_KIND = 7, "digit"
@@ -98,10 +98,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: int, output: str) -> None:
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", type=share, metavar="SHARE", help="share of visual tokens KEPT (default: 0.1)")
+    budget.add_argument(
+        "--ratio",
+        type=ratio,
+        metavar="SHARE",
+        help="share of visual tokens KEPT, or auto for one of each picture's own (default: 0.1)",
+    )
     budget.add_argument("--keep", type=count, metavar="N", help="number of visual tokens kept instead")
+    budget.add_argument("--auto", metavar="FILE", help="automatic ratio calibrated by vtprune tune --auto")
+    budget.add_argument("--certificate", metavar="FILE", help="ratio and method certified by vtprune certify")
     budget.add_argument("--mean-ratio", type=share, metavar="SHARE", help="mean share over all decoder layers instead")
-    parser.add_argument("--method", default="iwp", help="see vtprune methods (default: %(default)s)")
+    parser.add_argument("--method", help="see vtprune methods (default: iwp, or the certificate's)")
     parser.add_argument(
         "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
     )
@@ -124,6 +131,18 @@ def _run(args: argparse.Namespace) -> None:
     _side_by_side(args, None, None)
 
 
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    """The budget among the arguments of `vtprune.patch`."""
+    import vtprune
+
+    if args.auto:
+        return {"ratio": vtprune.Auto.load(Path(args.auto).expanduser())}
+    if args.certificate:
+        return {"ratio": vtprune.Certificate.load(Path(args.certificate).expanduser())}
+    given = {"keep": args.keep, "mean_ratio": args.mean_ratio}
+    return {name: value for name, value in given.items() if value} or {"ratio": args.ratio or 0.1}
+
+
 def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | None) -> None:
     """Everything that can be refused is refused before the model is loaded."""
     import vtprune
@@ -133,20 +152,20 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     from ..report import overlay
     from ..study import timing
 
-    method = methods.get(args.method)
+    method = methods.get(args.method) if args.method else None
     _check_output(args.output)
+    budget = _budget(args)
     image = image or images.picture(args.image)
     loading.is_local(args.model)
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     inputs = loading.prompt(processor, image, args.question).to(model.device)
     inputs = {name: as_dtype(value, model.dtype) for name, value in inputs.items()}
-    budget = {"keep": args.keep} if args.keep else {"mean_ratio": args.mean_ratio} if args.mean_ratio else {}
-    with vtprune.patch(model, **(budget or {"ratio": args.ratio or 0.1}), method=method()) as patch:
+    with vtprune.patch(model, **budget, method=method and method()) as patch:
         before, after = timing.measure_side_by_side(
             model, processor, inputs, patch, max_new_tokens=args.max_new_tokens, repeats=args.repeats
         )
-        last = patch.last
+        last, args.method = patch.last, patch.method.name
     if last is None:
         raise InputError("the prompt held no visual token: the processor put no image placeholder into it")
     _print_sides(args, before, after, truth)

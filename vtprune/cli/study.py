@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import images
+from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import as_dtype, check_folder, chosen_methods, count, quiet, share, words, write
 
@@ -33,8 +34,17 @@ def add(commands: Any) -> None:
     compare.add_argument("--json", metavar="FILE", help="write the table as JSON")
     compare.set_defaults(command=_compare)
 
-    tune = commands.add_parser("tune", help="search a strategy of vflowopt on your own pictures")
+    tune = commands.add_parser(
+        "tune", help="search a strategy of vflowopt, or calibrate automatic ratios, on your own pictures"
+    )
     _prompts(tune, mean_ratio=0.25, default="%(default)s")
+    tune.add_argument(
+        "--auto",
+        action="store_true",
+        help="find the energy at which automatic ratios keep --mean-ratio of the tokens, mean over the pictures",
+    )
+    tune.add_argument("--min", type=share, default=0.02, metavar="SHARE", help="with --auto (default: %(default)s)")
+    tune.add_argument("--max", type=share, default=0.5, metavar="SHARE", help="with --auto (default: %(default)s)")
     tune.add_argument("--trials", type=count, default=30, metavar="N", help="default: %(default)s")
     tune.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     tune.add_argument(
@@ -44,9 +54,10 @@ def add(commands: Any) -> None:
     tune.add_argument("--force", action="store_true", help="overwrite a strategy that the file holds")
     tune.set_defaults(command=_tune)
 
-    from . import fidelity  # it uses the helpers here
+    from . import certify, fidelity  # they use the helpers here
 
     fidelity.add(commands)
+    certify.add(commands)
 
 
 def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str) -> None:
@@ -134,6 +145,8 @@ def _tune(args: argparse.Namespace) -> None:
     from ..study.tune import Search, tune
 
     check_folder(args.out)
+    if args.auto:
+        return _calibrate(args)
     model, batches = _batches(args)
 
     def log(search: Search, step: Callable[[str], None]) -> None:
@@ -158,3 +171,20 @@ def _tune(args: argparse.Namespace) -> None:
     first, best = search.trials[0]["value"] / search.samples, search.best["value"] / search.samples
     print(f"cosine to the unpruned last state: {first:.6f} with the released strategy, {best:.6f} with the best found")
     print(f"strategy written to {args.out}; use it with vtprune.methods.VFlowOpt.load({args.out!r})")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from ..study.auto import calibrate
+
+    path = Path(args.out).expanduser()
+    if path.exists() and not args.force:
+        raise InputError(f"{args.out} exists: --force overwrites it")
+    model, batches = _batches(args)
+    auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
+    mean = sum(kept) / len(kept)
+    auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)
+    print(
+        f"energy {auto.energy:.6g} keeps {mean:.3f} of the tokens, mean over {len(kept)} pictures; {min(kept):.3f} of "
+        f"the simplest and {max(kept):.3f} of the richest"
+    )
+    print(f"written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Auto.load({args.out!r}))")

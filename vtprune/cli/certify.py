@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune certify`: the smallest ratio that changes few answers, with a stated risk, on pictures of one's own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..refvlm.loading import EMBEDDED
+from .arguments import check_folder, chosen_methods, count, probability, quiet, share, words
+from .fidelity import prompt_pairs, prompts
+
+# As in main.py, everything heavy is imported where it is used.
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "certify", help="the smallest ratio that changes at most a given share of the answers, with a stated confidence"
+    )
+    parser.add_argument(
+        "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
+    )
+    parser.add_argument(
+        "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
+    )
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
+    questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
+    parser.add_argument("--method", default="iwp", help="a name, or a strategy file (default: %(default)s)")
+    parser.add_argument(
+        "--risk",
+        type=probability,
+        default=0.05,
+        metavar="SHARE",
+        help="of answers that may change (default: %(default)s)",
+    )
+    parser.add_argument("--confidence", type=probability, default=0.95, metavar="P", help="default: %(default)s")
+    tested = parser.add_mutually_exclusive_group()
+    tested.add_argument("--ratios", nargs="+", type=share, metavar="SHARE", help="tested from the largest down")
+    tested.add_argument("--energies", nargs="+", type=probability, metavar="SHARE", help="of automatic ratios, instead")
+    parser.add_argument("--max-new-tokens", type=count, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--out", default="certificate.json", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    parser.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    parser.set_defaults(command=_certify)
+
+
+def _certify(args: argparse.Namespace) -> None:
+    """Everything that can be refused is refused before the model is loaded."""
+    from ..core.energy import Auto
+    from ..refvlm import loading
+    from ..study.certify import CANDIDATES, certify
+
+    (method,) = chosen_methods([args.method]).values()
+    pairs = prompt_pairs(args)
+    check_folder(args.out)
+    path = Path(args.out).expanduser()
+    if path.exists() and not args.force:
+        raise InputError(f"{args.out} exists: --force overwrites it")
+    candidates: tuple[float | Auto, ...] = tuple(sorted(set(args.ratios or CANDIDATES), reverse=True))
+    if args.energies:
+        candidates = tuple(Auto(energy) for energy in sorted(set(args.energies), reverse=True))
+    loading.is_local(args.model)
+    quiet()
+    model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+    found = certify(
+        model,
+        [prompt.inputs for prompt in prompts(pairs, model, processor)],
+        method=method,
+        risk=args.risk,
+        confidence=args.confidence,
+        candidates=candidates,
+        pictures=[name for name, _, _ in pairs],
+        max_new_tokens=args.max_new_tokens,
+        log=lambda line: print(line, flush=True),
+    )
+    found.save(path)
+    if found.budget == 1.0:
+        print(f"no ratio below 1 is certified with {found.pictures} pictures")
+    else:
+        what = f"ratio {found.ratio:g}" if found.auto is None else str(found.budget)
+        print(
+            f"certified: {what} with {found.method} changes at most {found.risk:.3g} of the answers, with confidence "
+            f"{found.confidence:g} ({found.pictures} pictures)"
+        )
+    print(f"certificate written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Certificate.load(...))")

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the energy at which automatic ratios keep a wanted mean share of the tokens of one's own pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.energy import Auto, bounds, energy_left
+from ..core.method import Choice, Method, Stage
+from ..core.tokens import Tokens
+from ..engine.patching import find_patch, patch
+from ..errors import BudgetError, VTPruneError
+
+STEPS = 20  # of the bisection
+
+
+@dataclass
+class Curves(Method):
+    """Writes down how the residual energy of each picture falls, before the decoder.
+
+    Attributes:
+        most: Share of a picture's tokens that is picked at most.
+        left: Filled with `[k]` energies left after 1, 2, ... picks, one for every picture.
+        sizes: Filled with the number of tokens of every picture.
+    """
+
+    most: float = 1.0
+    left: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(0, 0.5),)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        first = torch.ones(len(tokens), dtype=torch.bool)
+        first[1:] = (tokens.sample.diff() != 0).cpu() | (tokens.image.diff() != 0).cpu()
+        offsets = torch.cat([first.nonzero()[:, 0], torch.tensor([len(tokens)])])
+        self.left += energy_left(tokens.placed_hidden, offsets, self.most)
+        self.sizes += offsets.diff().tolist()
+        rank = torch.arange(len(tokens), device=tokens.hidden.device) - tokens.offsets[tokens.group]
+        return Choice(rank < tokens.budgets[tokens.group])
+
+
+def shares(left: Sequence[Tensor], sizes: Sequence[int], auto: Auto) -> list[float]:
+    """The share of its tokens that each picture would keep.
+
+    Args:
+        left, sizes: Of `Curves`, with `most` at least `auto.max`.
+        auto: Energy and bounds.
+    """
+    out = []
+    for curve, size in zip(left, sizes, strict=True):
+        smallest, largest = bounds(size, auto.min, auto.max)
+        needed = int((curve[:largest] > 1 - auto.energy).sum()) + 1
+        out.append(min(max(needed, smallest), largest) / size)
+    return out
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    ratio: float,
+    least: float = 0.02,
+    most: float = 0.5,
+) -> tuple[Auto, list[float]]:
+    """The automatic ratio whose mean over pictures is nearest to a given one from below.
+
+    The mean share of tokens kept rises with the energy, so the energy is found by bisection in 20 steps. The model runs
+    once over every batch.
+
+    Args:
+        model: A vision-language model without a patch; it has none afterwards.
+        batches: Keyword arguments of its calls, as processors make them.
+        ratio: Mean share of tokens to keep.
+        least, most: `Auto.min` and `Auto.max`.
+
+    Returns:
+        tuple: The `Auto`, and the share that every picture keeps by it.
+
+    Raises:
+        BudgetError: The mean is not between the bounds.
+        VTPruneError: The model is patched, or no prompt holds a visual token.
+    """
+    Auto(min=least, max=most)  # raises where the bounds are wrong
+    if not least <= ratio <= most:
+        raise BudgetError(f"a mean ratio of {ratio:g} is not between the bounds {least:g} and {most:g}")
+    if find_patch(model) is not None:
+        raise VTPruneError("the model is patched: remove the patch before an energy is calibrated on it")
+    curves = Curves(most)
+    with patch(model, ratio=0.5, method=curves), torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    if not curves.sizes:
+        raise VTPruneError("no prompt held a visual token; expected batches as the processor makes them, with pictures")
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        kept = shares(curves.left, curves.sizes, Auto(middle, least, most))
+        low, high = (middle, high) if sum(kept) / len(kept) <= ratio else (low, middle)
+    found = Auto(low or 2.0**-STEPS, least, most)
+    return found, shares(curves.left, curves.sizes, found)
