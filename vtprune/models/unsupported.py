@@ -65,14 +65,12 @@ def block_states(model: nn.Module, layers: nn.ModuleList) -> None:
 
 def shared_selection(model: nn.Module, layers: nn.ModuleList) -> None:
     """Raises where a layer attends to the columns that an earlier layer selected (HunYuan V4): a cut moves them."""
-    found = next(
-        (layer for layer in layers if "prev_topk_indices" in inspect.signature(layer.forward).parameters), None
-    )
-    if found is not None and any(getattr(module, "skip_topk", False) for module in layers.modules()):
+    handed = [layer for layer in layers if "prev_topk_indices" in inspect.signature(layer.forward).parameters]
+    if handed and any(getattr(module, "skip_topk", False) for module in layers.modules()):
         raise UnsupportedModelError(
-            f"layers of {type(model).__name__} attend to the columns that an earlier {type(found).__name__} selected "
-            "(prev_topk_indices), and a cut between the two moves these columns; models whose layers select for "
-            "themselves work"
+            f"layers of {type(model).__name__} attend to the columns that an earlier {type(handed[0]).__name__} "
+            "selected (prev_topk_indices), and a cut between the two moves these columns; models whose layers select "
+            "for themselves work"
         )
 
 
