@@ -65,8 +65,8 @@ def check(data: dict[str, np.ndarray]) -> None:
 
         attention = torch.from_numpy(case["text_attention_rows"])[:, chosen]  # [H, r, N]
         if int(case["version2"]):
-            text = torch.arange(end, len(embeds))
-            divisor = rope_weights(text[:, None] - torch.arange(start, end), head_size=128)
+            ids = torch.from_numpy(case["position_ids"])  # they have gaps after an earlier cut
+            divisor = rope_weights(ids[end:, None] - ids[start:end], head_size=128)
             close(divisor, case["rope_weights"])
             attention = attention / divisor[chosen]
             heads = priority_heads(attention, len(case["selected_heads"]))
