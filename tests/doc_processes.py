@@ -40,9 +40,9 @@ def serve(place: str) -> None:
     import transformers  # noqa: F401
 
     from vtprune import refvlm
-    from vtprune.cli.main import main
+    from vtprune.cli.main import build_parser
 
-    refvlm.load(), main._parser()  # what they import when they are used
+    refvlm.load(), build_parser()  # what they import when they are used
     if doc_checks.runs_here("lmms_eval"):
         importlib.import_module("lmms_eval.__main__")
         importlib.import_module("vtprune.integrations.lmms_eval.model")

@@ -62,14 +62,14 @@ def test_both_commands_are_targets():
 
 
 def test_shown_command_lines_parse():
-    from vtprune.cli.main import _parser
+    from vtprune.cli.main import build_parser
 
     shown = [line.split("#")[0] for line in "\n".join(_blocks("bash")).splitlines() if line.startswith("vtprune ")]
     assert len(shown) >= 4
     import shlex
 
     for line in shown:
-        _parser().parse_args(shlex.split(line)[1:])
+        build_parser().parse_args(shlex.split(line)[1:])
 
 
 def test_links_lead_somewhere():

@@ -8,14 +8,20 @@ print(patch.last.report())
 ```
 """
 
-from . import methods
-from .core.certificate import Certificate
-from .core.energy import Auto
-from .engine.patching import Patch, inspect, patch, unpatch
+import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from .errors import BudgetError, CertificateError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
-from .models.anatomy import Anatomy
-from .report.pruning import Pruning
-from .study.certify import certify
+
+if _TYPE_CHECKING:
+    from . import methods
+    from .core.certificate import Certificate
+    from .core.energy import Auto
+    from .engine.patching import Patch, inspect, patch, unpatch
+    from .models.anatomy import Anatomy
+    from .report.pruning import Pruning
+    from .study.certify import certify
 
 __version__ = "0.1.0"
 
@@ -37,3 +43,39 @@ __all__ = [
     "patch",
     "unpatch",
 ]
+
+# Where the rest is. It is imported on first use (PEP 562): PyTorch takes more than a second, and `vtprune --help` none.
+_PLACES = {
+    "Anatomy": ".models.anatomy",
+    "Auto": ".core.energy",
+    "Certificate": ".core.certificate",
+    "Patch": ".engine.patching",
+    "Pruning": ".report.pruning",
+    "certify": ".study.certify",
+    "inspect": ".engine.patching",
+    "patch": ".engine.patching",
+    "unpatch": ".engine.patching",
+}
+_PACKAGES = ("bench", "core", "engine", "methods", "models", "refvlm", "report", "study", "vision")
+
+
+def __getattr__(name: str) -> _Any:
+    import importlib
+
+    if name in _PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _PLACES:
+        value = getattr(importlib.import_module(_PLACES[name], __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if _os.environ.get("VTPRUNE_KERNELS"):
+    from .core.hub_kernels import use as _use
+
+    _use(_os.environ["VTPRUNE_KERNELS"])

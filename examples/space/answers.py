@@ -69,8 +69,7 @@ class Models:
         with self._locks[name]:
             try:
                 model, processor = self._get(name)
-                inputs = loading.prompt(processor, image, question).to(model.device)
-                inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+                inputs = loading.inputs(model, processor, image, question, self.max_new_tokens)
             except Exception as error:
                 return [self._failed(name, method, error) for method in methods]
             return [self._one(name, model, processor, image, inputs, ratio, method) for method in methods]

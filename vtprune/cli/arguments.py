@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..errors import InputError, one_line
-
-if TYPE_CHECKING:
-    pass
-
 from typing import TYPE_CHECKING
+
+from ..refvlm.loading import EMBEDDED
 
 if TYPE_CHECKING:
     from ..methods import Method
+
+MAX_QUESTION = 100_000  # characters; far more than models have positions for
+MODEL_HELP = "a local folder, or a name on the hub"
 
 
 def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
@@ -34,23 +33,22 @@ def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
     return chosen
 
 
-def check_folder(path: str) -> None:
-    """Refuses a file that cannot be written before anything long is begun."""
-    place = Path(path).expanduser().absolute()
-    if not place.parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist")
-    if place.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str = EMBEDDED) -> None:
+    """Adds `--model`."""
+    text = MODEL_HELP if required else f"{MODEL_HELP} (default: the model inside the package)"
+    parser.add_argument(
+        "--model", required=required, default=None if required else default, metavar="NAME_OR_FOLDER", help=text
+    )
 
 
-def write(path: str, text: str) -> None:
-    try:
-        Path(path).expanduser().write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {one_line(error)}") from error
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device` and `--dtype`."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
 
 
 def share(text: str) -> float:
+    """A share of visual tokens to keep, in (0, 1]."""
     try:
         value = float(text)
     except ValueError:
@@ -76,16 +74,26 @@ def ratio(text: str) -> float | str:
 
 
 def count(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    """A whole number of at least 1."""
+    value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count; expected a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count; expected a whole number of at least 1")
     return value
 
 
 def words(text: str) -> str:
+    """A question."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; expected a question")
+    if len(text) > MAX_QUESTION:
+        raise argparse.ArgumentTypeError(f"it has {len(text):,} characters; expected at most {MAX_QUESTION:,}")
     return text
+
+
+def short(text: str, limit: int = 60) -> str:
+    """The text on one line of at most `limit` characters, for titles."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def quiet() -> None:
@@ -96,8 +104,3 @@ def quiet() -> None:
     hub.set_verbosity_error()
     hf.set_verbosity_error()
     hf.disable_progress_bar()
-
-
-def as_dtype(value: Any, dtype: Any) -> Any:
-    """Pixels in the model's dtype; ids, masks and sizes as they are."""
-    return value.to(dtype) if hasattr(value, "is_floating_point") and value.is_floating_point() else value

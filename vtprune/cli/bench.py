@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..core import images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
-from .arguments import count, quiet, share, words
+from .arguments import add_device, count, quiet, share, words
+from .output import Output, add_json, check_file
+from .parser import description
 
 if TYPE_CHECKING:
     from ..bench.measure import Setting
@@ -23,13 +25,23 @@ ON_CPU = ((1,), (576, 2880))
 
 def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
-    parser = commands.add_parser("bench", help="speed and memory with and without pruning, beside what is possible")
+    parser = commands.add_parser(
+        "bench",
+        help="speed and memory with and without pruning, beside what is possible",
+        description=description(
+            "Measures prefill, decoding and memory with and without pruning, beside the limit: a prompt that had only "
+            "the kept tokens from the start. Without a model, an architecture with random weights is used."
+        ),
+        examples=(
+            "bench --model llava-1.5-7b",
+            "bench --model OWNER/NAME --methods iwp fastv:layer=2 --ratios 0.25 0.1 --json bench.json",
+        ),
+    )
     arguments(parser)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-
     parser.add_argument(
         "--model",
         default="small",
@@ -65,8 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=count, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs of each (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", default="auto", help="default: as stored; shapes: bfloat16, on a CPU float32")
+    add_device(parser)
     parser.add_argument("--attention", default="sdpa", help="attention of shapes (default: %(default)s)")
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: as PyTorch decides)")
     parser.add_argument(
@@ -76,7 +87,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what table and plot show: time by the clock, or CPU time of the process, which other programs on a busy "
         "machine do not lengthen; the JSON has both (default: %(default)s)",
     )
-    parser.add_argument("--json", metavar="FILE", help="written after every round; the same command goes on with it")
+    add_json(parser, "what was measured after every round, with which the same command goes on,")
     parser.add_argument("--plot", metavar="FILE", help="a picture, .svg, .png or .pdf")
     parser.add_argument("--force", action="store_true", help="measure anew, and overwrite a result of another version")
     parser.set_defaults(command=run)
@@ -88,12 +99,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         dict: What was measured, see `vtprune.bench.measure.run`, with its `rows`.
     """
-    from rich.console import Console
-
     from ..bench import measure, plot, summary, table
     from ..bench.variants import variants
     from ..study import progress
 
+    output = Output(args)
     _check(args)
     chosen = variants(args.methods, _budgets(args), args.peers)
     model, make_prompt, name = _model(args)
@@ -101,17 +111,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args, next(model.parameters()).device.type)
     own = make_prompt is not None and args.image
     header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens)
-    out = Path(args.json).expanduser() if args.json else None
+    out = output.file
     with progress.interruptible(out):
         data = measure.run(bench, settings, args.rounds, header, out, args.force)
     data["rows"] = summary.rows(data)
     if bench.device.type == "cpu":
         data["rows_in_cpu_time"] = summary.rows(data, cpu=True)
     progress.save(out, data)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=220)
-    table.show(data, console, args.clock == "cpu")
+    if out is None:
+        output.write(data)
+    table.show(data, output.console(), args.clock == "cpu")
     if args.plot:
         plot.save(data, args.plot, args.clock == "cpu")
     return data
@@ -126,11 +135,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"{args.model} is an architecture with random weights: it has no processor for --image")
     if args.image and args.visual_tokens:
         raise InputError("--image says how many visual tokens there are; leave --visual-tokens out")
-    for path in filter(None, (args.json, args.plot)):
-        place = Path(path).expanduser().absolute()
-        if place.is_dir() or not place.parent.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder, or its folder does not exist")
     if args.plot:
+        check_file(args.plot)
         plot.check(args.plot)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..refvlm.loading import EMBEDDED
-from .arguments import check_folder, chosen_methods, count, probability, quiet, share, words
+from .arguments import add_device, add_model, chosen_methods, count, probability, quiet, share, words
 from .fidelity import prompt_pairs, prompts
+from .output import Output, add_json, check_file
+from .parser import description
 
 # As in main.py, everything heavy is imported where it is used.
 
@@ -18,11 +20,15 @@ from .fidelity import prompt_pairs, prompts
 def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
-        "certify", help="the smallest ratio that changes at most a given share of the answers, with a stated confidence"
+        "certify",
+        help="the smallest ratio that changes at most a given share of the answers, with a stated confidence",
+        description=description(
+            "Finds the smallest ratio at which a method changes at most a given share of the model's answers, with a "
+            "stated confidence, on pictures of your own and without labels."
+        ),
+        examples=("certify --images FOLDER --question 'what is this?' --risk 0.05 --out certificate.json",),
     )
-    parser.add_argument(
-        "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
-    )
+    add_model(parser)
     parser.add_argument(
         "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
     )
@@ -44,8 +50,8 @@ def add(commands: Any) -> None:
     tested.add_argument("--energies", nargs="+", type=probability, metavar="SHARE", help="of automatic ratios, instead")
     parser.add_argument("--max-new-tokens", type=count, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", default="certificate.json", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    add_device(parser)
+    add_json(parser, "the certificate")
     parser.add_argument("--force", action="store_true", help="overwrite a file that exists")
     parser.set_defaults(command=_certify)
 
@@ -56,9 +62,10 @@ def _certify(args: argparse.Namespace) -> None:
     from ..refvlm import loading
     from ..study.certify import CANDIDATES, certify
 
+    output = Output(args)
     (method,) = chosen_methods([args.method]).values()
     pairs = prompt_pairs(args)
-    check_folder(args.out)
+    check_file(args.out)
     path = Path(args.out).expanduser()
     if path.exists() and not args.force:
         raise InputError(f"{args.out} exists: --force overwrites it")
@@ -77,15 +84,18 @@ def _certify(args: argparse.Namespace) -> None:
         candidates=candidates,
         pictures=[name for name, _, _ in pairs],
         max_new_tokens=args.max_new_tokens,
-        log=lambda line: print(line, flush=True),
+        log=output.say,
     )
     found.save(path)
+    output.write(dataclasses.asdict(found))
     if found.budget == 1.0:
-        print(f"no ratio below 1 is certified with {found.pictures} pictures")
+        output.say(f"no ratio below 1 is certified with {found.pictures} pictures")
     else:
         what = f"ratio {found.ratio:g}" if found.auto is None else str(found.budget)
-        print(
+        output.say(
             f"certified: {what} with {found.method} changes at most {found.risk:.3g} of the answers, with confidence "
             f"{found.confidence:g} ({found.pictures} pictures)"
         )
-    print(f"certificate written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Certificate.load(...))")
+    output.say(
+        f"certificate written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Certificate.load(...))"
+    )

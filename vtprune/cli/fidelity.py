@@ -8,20 +8,23 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import images
+from ..core import files, images
 from ..errors import InputError, one_line
-from ..refvlm.loading import EMBEDDED, EMBEDDED_MODELS
-from .arguments import as_dtype, check_folder, chosen_methods, count, quiet, share, words
+from ..refvlm.loading import EMBEDDED_MODELS
+from .arguments import add_device, add_model, chosen_methods, count, quiet, share, words
+from .output import Output, add_json, check_file
+from .parser import description
 
 if TYPE_CHECKING:
     from ..methods import Method
     from ..study.charts import Chart
-    from ..study.fidelity import Prompt
+    from ..study.fidelity import Prompt, Variant
 
 # What can be asked about any picture. The built-in model knows few words: of a picture of your own it is asked for all.
 GENERIC = (
@@ -37,17 +40,24 @@ RATIOS = (0.5, 0.25, 0.1, 0.05)
 def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
-        "fidelity", help="how much pruning changes what a model says about any pictures, and the time it takes"
+        "fidelity",
+        help="how much pruning changes what a model says about any pictures, and the time it takes",
+        description=description(
+            "Measures, without labels, how much every method changes the answers of a model at several shares, beside "
+            "the time to the first token. Results are written after every prompt; the same command goes on with them."
+        ),
+        examples=(
+            "fidelity --images FOLDER",
+            "fidelity --model OWNER/NAME --images FOLDER --questions questions.txt --ratios 0.25 0.1",
+        ),
     )
-    parser.add_argument(
-        "--model", default=EMBEDDED, metavar="NAME_OR_FOLDER", help="default: the model inside the package"
-    )
+    add_model(parser)
     parser.add_argument(
         "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
     )
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
-    questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
+    questions.add_argument("--questions", metavar="FILE", help="a question per line; - is standard input")
     parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, or strategy files (default: all)")
     parser.add_argument(
@@ -63,10 +73,9 @@ def add(commands: Any) -> None:
         default="wall",
         help="cpu: processor time, which other programs on a busy machine do not lengthen (default: %(default)s)",
     )
-    parser.add_argument("--json", default="vtprune-fidelity.json", metavar="FILE", help="default: %(default)s")
+    add_json(parser, "what was measured", default="vtprune-fidelity.json")
     parser.add_argument("--plot", metavar="FILE", help=".svg, .png or .pdf (default: the JSON file's name, .svg)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: the accelerator if there is one)")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
+    add_device(parser)
     parser.add_argument(
         "--force", action="store_true", help="overwrite a result of another version or setting, or measure anew"
     )
@@ -78,9 +87,9 @@ def _fidelity(args: argparse.Namespace) -> None:
     from ..refvlm import loading
     from ..study import fidelity_view, progress
 
+    output = Output(args)
     methods = chosen_methods(args.methods)
     pairs = prompt_pairs(args)
-    check_folder(args.json)
     plot = _plot_file(args)
     loading.is_local(args.model)
     quiet()
@@ -88,18 +97,35 @@ def _fidelity(args: argparse.Namespace) -> None:
     if args.clock == "cpu" and model.device.type != "cpu":
         raise InputError(f"--clock cpu counts the time of processors, but the model runs on {model.device}")
     header = _header(args, model, pairs, methods)
-    path = Path(args.json).expanduser()
-    data = progress.load(path, header, args.force) or dict(header)
+    path, variants = output.file, _variants(args, methods)
+    data = progress.load(path, header, args.force, _schema(variants, len(pairs))) or dict(header)
     if "rows" not in data:
         with progress.interruptible(path):
-            rows = _measure(args, model, processor, pairs, methods, data, path)
+            rows = _measure(args, model, processor, pairs, variants, data, path)
         data = header | {"load": data.get("load"), "rows": rows}
         progress.save(path, data)
-    fidelity_view.print_table(data)
-    print(f"table written to {args.json}")
+    fidelity_view.print_table(data, output.console())
+    if path is None:
+        output.write(data)
+    else:
+        output.say(f"table written to {args.json}")
     if plot is not None:
         _save(plot, [fidelity_view.chart(data)])
-        print(f"plot written to {plot}")
+        output.say(f"plot written to {plot}")
+
+
+def _variants(args: argparse.Namespace, methods: Mapping[str, Method]) -> list[Variant]:
+    from ..study.fidelity import Variant
+
+    return [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
+
+
+def _schema(variants: Sequence[Variant], prompts: int) -> dict[str, Any]:
+    """JSON Schema of a result file; its records are JSON texts, checked when they are read."""
+    from ..study.fidelity import rows_schema
+
+    records = {"type": "array", "items": {"type": "string"}, "maxItems": prompts}
+    return {"properties": {"load": {"type": ["number", "null"]}, "records": records, "rows": rows_schema(variants)}}
 
 
 def _measure(
@@ -107,16 +133,16 @@ def _measure(
     model: Any,
     processor: Any,
     pairs: Sequence[tuple[str, Any, str]],
-    methods: Mapping[str, Method],
+    variants: Sequence[Variant],
     data: dict[str, Any],
-    path: Path,
+    path: Path | None,
 ) -> list[dict[str, Any]]:
     """Goes through the prompts that `data` does not hold yet; it is written after each, with the largest load seen."""
     from ..study import progress
-    from ..study.fidelity import Variant, measure_prompt, summarize
+    from ..study.fidelity import measure_prompt, summarize
 
-    variants = [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
     done: list[str] = data.setdefault("records", [])  # a JSON text per prompt: writing many numbers stays quick
+    _check_records(done, variants, path)
     with progress.bar("prompts", len(pairs), len(done)) as step:
         for prompt in prompts(pairs[len(done) :], model, processor):
             clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -126,6 +152,19 @@ def _measure(
             progress.save(path, data)
             step(str(prompt.picture))
     return summarize([json.loads(record) for record in done], [name for name, _, _ in pairs], variants)
+
+
+def _check_records(records: Sequence[str], variants: Sequence[Variant], path: Path | None) -> None:
+    from ..study.fidelity import record_schema
+    from ..study.progress import StaleResultError
+
+    schema = record_schema(variants)
+    for number, record in enumerate(records):
+        try:
+            files.parse_json(record, schema)
+        except files.FileError as error:
+            advice = "use another file, or --force to overwrite it"
+            raise StaleResultError(f"{path} is damaged (records[{number}]: {error}); {advice}") from error
 
 
 def _ratios(args: argparse.Namespace) -> list[float]:
@@ -147,23 +186,31 @@ def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
             samples = enumerate(evaluate.held_out_scenes(count))
             return [(f"scene {number}", sample.image, sample.question) for number, sample in samples]
         pictures = [(f"scene {number}", refvlm.scenes.scene(number).image) for number in range(count)]
+    elif args.images == "-":
+        pictures = [("standard input", images.picture("-"))]
     else:
-        files = images.picture_files(args.images)[: args.limit]
-        for file in files:
+        found = images.picture_files(args.images)[: args.limit]
+        for file in found:
             images.picture(file)  # a broken file is found now, not after hours
-        pictures = [(Path(file).name, file) for file in files]
+        pictures = [(Path(file).name, file) for file in found]
     asked = asked or list(GENERIC_EMBEDDED if args.model in EMBEDDED_MODELS else GENERIC)
     return [(name, picture, question) for name, picture in pictures for question in asked]
 
 
 def _lines(path: str) -> list[str]:
+    """The questions of a file, one per line."""
+    name = "standard input" if path == "-" else path
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"cannot read {path} as questions: {one_line(error)}") from error
+        if path == "-":
+            data = files.check_size(sys.stdin.buffer.read(files.MAX_SETTINGS + 1), files.MAX_SETTINGS)
+            text = files.decode(data)
+        else:
+            text = files.read_text(path)
+    except files.FileError as error:
+        raise InputError(f"cannot read {name} as questions: {error}") from error
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise InputError(f"{path} holds no question; expected one per line")
+        raise InputError(f"{name} holds no question; expected one per line")
     return found
 
 
@@ -174,8 +221,7 @@ def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -
 
     for name, picture, question in pairs:
         image = images.picture(picture) if isinstance(picture, str) else picture
-        inputs = loading.prompt(processor, image, question).to(model.device)
-        yield Prompt({key: as_dtype(value, model.dtype) for key, value in inputs.items()}, name)
+        yield Prompt(loading.inputs(model, processor, image, question), name)
 
 
 def _header(
@@ -191,7 +237,7 @@ def _header(
     # Pictures, questions and the options of methods are compared by their digest when a measurement goes on.
     digest = hashlib.sha256(repr(methods).encode())
     for name, picture, question in pairs:
-        content = Path(picture).expanduser().read_bytes() if isinstance(picture, str) else picture.tobytes()
+        content = files.read_bytes(picture, images.MAX_BYTES) if isinstance(picture, str) else picture.tobytes()
         digest.update(f"{name} {question}".encode() + hashlib.sha256(content).digest())
     device, threads = model.device, torch.get_num_threads()
     machine = f"{os.cpu_count()} {platform.machine()} cores, {threads} thread{'s' if threads > 1 else ''}"
@@ -221,10 +267,12 @@ def _plot_file(args: argparse.Namespace) -> Path | None:
     """Where the plot goes; without matplotlib None, unless a plot was asked for."""
     from ..study import charts
 
+    if args.json == "-" and not args.plot:
+        return None
     path = Path(args.plot or Path(args.json).with_suffix(".svg")).expanduser()
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
         raise InputError(f"cannot write {path} as a plot: expected a file name that ends in .svg, .png or .pdf")
-    check_folder(str(path))
+    check_file(str(path))
     if charts.available():
         return path
     if args.plot:

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import CertificateError
 from ..models.identity import config_hash, weights_hash
 from .energy import Auto
+from .files import MAX_RESULTS, FileError, read_json
 from .method import Method
 from .registry import get
 
@@ -127,12 +128,27 @@ class Certificate:
             CertificateError: The file is missing, or holds something else.
         """
         try:
-            found = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            if not 0 < found.ratio <= 1:
-                raise ValueError(f"its ratio is {found.ratio!r}")
-        except (OSError, ValueError, TypeError) as error:
+            return cls(**read_json(path, _schema(cls), MAX_RESULTS))
+        except FileError as error:
             raise CertificateError(f"{path} holds no certificate of vtprune certify: {error}") from error
-        return found
+
+
+def _schema(cls: type[Certificate]) -> dict[str, Any]:
+    """JSON Schema of a certificate's file."""
+    share: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
+    properties: dict[str, Any] = {f.name: {"type": "string"} for f in dataclasses.fields(cls) if f.type == "str"}
+    properties |= dict.fromkeys(("risk", "confidence", "changed"), share)
+    properties |= dict.fromkeys(("pictures", "questions"), {"type": "integer", "minimum": 0})
+    automatic = {"required": ["energy", "min", "max"], "additionalProperties": share, "maxProperties": 3}
+    properties |= {
+        "ratio": {**share, "exclusiveMinimum": 0},
+        "auto": {"type": ["object", "null"], **automatic},
+        "options": {"type": ["object", "null"]},
+        "tried": {"type": "array", "items": {"type": "object"}},
+        "about": {"type": "object"},
+    }
+    needed = [f.name for f in dataclasses.fields(cls) if f.name not in ("auto", "options", "tried", "about")]
+    return {"type": "object", "required": needed, "properties": properties, "additionalProperties": False}
 
 
 def _options(method: Method) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from vtprune_kernels import residual_pivots
 from vtprune_kernels.residual_pivots import residual_energy
 
 from ..errors import BudgetError
+from .files import FileError, read_json
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Auto:
         Raises:
             BudgetError: The file is missing, or holds something else.
         """
+        share = {"type": "number", "minimum": 0, "maximum": 1}
+        schema = dict.fromkeys(("energy", "min", "max"), share)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(*(data[name] for name in ("energy", "min", "max")))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            data = read_json(path, {"type": "object", "required": [*schema], "properties": schema})
+            return cls(*(data[name] for name in schema))
+        except FileError as error:
             raise BudgetError(f"{path} holds no automatic ratio: {error}; expected energy, min and max") from error
 
 

@@ -1,32 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures read from files."""
+"""The one way in which vtprune opens a picture file: known formats, bounded bytes, pixels, memory and time.
+
+Pillow decodes; this module limits what it can be made to do. Pillow reads everything through the file object that it is
+given, so that object counts reads and processor time, and refuses to hand over large metadata in one piece.
+"""
 
 from __future__ import annotations
 
+import io
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, one_line
+from ..errors import InputError
+from .files import FileError, check_size, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens phones' MPO as JPEG
+SUFFIXES = (".png", ".jpg", ".jpeg", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 80_000_000  # below the number that Pillow warns of
+MAX_SIDE = 4096  # of what is handed on: larger than what any processor of transformers keeps
+MAX_SECONDS = 10.0  # of this thread's processor time
+MAX_SCANS = 25  # of a progressive JPEG; encoders write about 10, and each can cost a pass over all pixels
+# Before the pixels, where a file can hold a million empty chunks, tags or comments:
+_MAX_METADATA = 2**19  # bytes that a reader may ask for in one piece; Pillow asks for a megabyte at most
+_MAX_PARTS = 20_000  # reads
+_METADATA_SECONDS = 1.0
 
-def picture(path: str) -> Image:
-    """Reads a picture as RGB, turned the way its camera says.
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was read.
+
+    Attributes:
+        image: RGB, turned the way its camera says, no side above the limit.
+        size: Width and height in pixels of the file, before it was turned and made smaller.
+        mode: Pillow's name of the file's color mode.
+        animated: Whether the file has more pictures, of which the first was taken.
+    """
+
+    image: Image
+    size: tuple[int, int]
+    mode: str
+    animated: bool
+
+
+def open_picture(
+    source: str | Path | bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    max_side: int = MAX_SIDE,
+    max_seconds: float = MAX_SECONDS,
+) -> Picture:
+    """Reads the first picture of a file.
+
+    Args:
+        source: The file, or its content.
+        max_bytes: Of the file.
+        max_pixels: Of the file's picture, looked at before it is decoded.
+        max_side: Pictures with a longer side are made smaller.
+        max_seconds: Processor time of reading and decoding.
 
     Raises:
-        InputError: There is no such file, or it is not a picture that Pillow can read to its end.
+        FileError: It is none of `FORMATS`, broken, or beyond a limit; the reason, without the file's name.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if not Path(path).expanduser().is_file():
-        raise InputError(f"no picture at {path}: expected a file")
+    data = check_size(source, max_bytes) if isinstance(source, bytes) else read_bytes(source, max_bytes)
+    file = _BoundedFile(data)
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read {path} as a picture: {one_line(error)}") from error
+        with Image.open(file, formats=FORMATS) as image:
+            size, mode = image.size, image.mode
+            _check_pixels(size, max_pixels)
+            if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+                raise FileError(f"a JPEG of more than {MAX_SCANS} scans is not decoded")
+            animated = bool(getattr(image, "is_animated", False))  # never n_frames, which reads all of them
+            file.allow_pixels(max_seconds)
+            image.draft("RGB", (2 * max_side, 2 * max_side))  # a JPEG is decoded at a fraction of its size
+            ImageOps.exif_transpose(image, in_place=True)
+            picture = image.convert("RGB")
+    except FileError:
+        raise
+    except Image.DecompressionBombError:
+        raise FileError(f"it has too many pixels; at most {max_pixels // 10**6} million are read") from None
+    except UnidentifiedImageError:
+        raise FileError("no picture that can be read; expected PNG, JPEG, WebP, GIF, BMP or TIFF") from None
+    except MemoryError:
+        raise FileError("there is not enough memory to decode it") from None
+    except Exception as error:  # Pillow's readers raise what they stumble over: KeyError, struct.error, SyntaxError ...
+        raise FileError(f"the file is broken: {_reason(error)}") from error
+    if max(picture.size) > max_side:
+        picture.thumbnail((max_side, max_side))
+    return Picture(picture, size, mode, animated)
+
+
+def _check_pixels(size: tuple[int, int], most: int) -> None:
+    width, height = size
+    if width * height > most:
+        raise FileError(f"it has {width} x {height} pixels; at most {most // 10**6} million are read")
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+class _BoundedFile(io.BytesIO):
+    """A file in memory that stops its reader after many reads or much time: each of a million chunks is a read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._end = time.thread_time() + _METADATA_SECONDS
+        self._parts: int | None = _MAX_PARTS
+
+    def allow_pixels(self, seconds: float) -> None:
+        """From now on any number of reads of any size is allowed, for so many seconds of processor time."""
+        self._parts, self._end = None, time.thread_time() + seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.thread_time() > self._end:
+            raise FileError("reading it takes too long")
+        if self._parts is not None:
+            self._parts -= 1
+            if self._parts < 0:
+                raise FileError("it has too many parts before its pixels")
+            # A reader that asks for all of the file (WebP) hands it to a library that checks it.
+            if size is not None and size > _MAX_METADATA:
+                raise FileError(f"a piece of its metadata is larger than {_MAX_METADATA // 2**10} KiB")
+        return super().read(size)
+
+
+def picture(path: str) -> Image:
+    """Reads a picture file as `open_picture` does; `-` is standard input.
+
+    Raises:
+        InputError: It cannot be read; the message names the file.
+    """
+    try:
+        source = sys.stdin.buffer.read(MAX_BYTES + 1) if path == "-" else path
+        return open_picture(source).image
+    except FileError as error:
+        raise InputError(f"cannot read {'standard input' if path == '-' else path} as a picture: {error}") from error
 
 
 def picture_files(place: str) -> list[str]:
@@ -35,15 +154,12 @@ def picture_files(place: str) -> list[str]:
     Raises:
         InputError: There is no such file, or no picture in the folder. Nothing is opened yet.
     """
-    from PIL import Image
-
     folder = Path(place).expanduser()
-    if not folder.is_dir():
-        if not folder.is_file():
-            raise InputError(f"no picture at {place}: expected a file, or a folder of pictures")
+    if place == "-" or folder.is_file():
         return [place]
-    kinds = Image.registered_extensions()
-    found = sorted(str(file) for file in folder.iterdir() if file.is_file() and file.suffix.lower() in kinds)
+    if not folder.is_dir():
+        raise InputError(f"no picture at {place}: expected a file, or a folder of pictures")
+    found = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
         raise InputError(f"no picture in the folder {place}: expected files such as .png or .jpg")
     return found

@@ -4,23 +4,57 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import MethodError
+from .files import FileError, read_json
 from .method import Method
 
 
 def check_choices(method: Method) -> None:
-    """Raises `MethodError` where an option whose type is a `Literal` has another value than those."""
-    for name, hint in get_type_hints(type(method)).items():
-        if get_origin(hint) is not Literal or name not in vars(method):
+    """Raises `MethodError` where an option is not of the type that its class declares.
+
+    Checked are `Literal` options, numbers (finite, no booleans), booleans, and tuples of these; other types are not.
+    """
+    try:
+        hints = get_type_hints(type(method))
+    except (NameError, TypeError):  # a class of a user's own, with names that only a type checker resolves
+        return
+    for name, hint in hints.items():
+        if get_origin(hint) is ClassVar or name not in vars(method):
             continue
-        value, allowed = getattr(method, name), get_args(hint)
-        if value not in allowed:
-            expected = " or ".join(map(repr, allowed))
+        value = getattr(method, name)
+        if not _fits(value, hint):
+            expected = " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else _NAMES.get(hint, hint)
             raise MethodError(f"{type(method).__name__}.{name} is {value!r}; expected {expected}")
+
+
+_NAMES: dict[Any, str] = {float: "a finite number", int: "a whole number", bool: "True or False"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether an option's value is of a declared type; types that are not checked fit anything."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in parts
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if hint is NoneType:
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if origin is tuple and len(parts) == 2 and parts[1] is ...:
+        return isinstance(value, (tuple, list)) and all(_fits(item, parts[0]) for item in value)
+    return True
 
 
 def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
@@ -29,20 +63,22 @@ def save_options(method: Method, names: Sequence[str], path: str | Path, about: 
     Path(path).write_text(json.dumps(options | dict(about), indent=1) + "\n", encoding="utf-8")
 
 
-def load_options(names: Sequence[str], path: str | Path, source: str) -> dict[str, Any]:
-    """Reads the named options from a file of `save_options`; lists become tuples.
+def load_options(method: str, schemas: Mapping[str, Any], path: str | Path, source: str) -> dict[str, Any]:
+    """Reads options from a file of `save_options`; lists become tuples.
 
     Args:
-        names: The options, all of which the file must have.
+        method: The registered name that the file must be of.
+        schemas: A JSON Schema for each option, all of which the file must have; other keys are passed over.
         path: The file.
         source: What the file was expected to be, for the message.
 
     Raises:
         MethodError: The file is missing, or holds something else.
     """
+    properties = {"method": {"const": method}, **schemas}
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {name: data[name] for name in names}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        data = read_json(path, {"type": "object", "required": [*properties], "properties": properties})
+    except FileError as error:
         raise MethodError(f"{path} holds no {source}: {error}") from error
+    found = {name: data[name] for name in schemas}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ..errors import MethodError
 from .method import Method
+from .options import check_choices
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -59,11 +60,12 @@ def get(name: str) -> type[Method]:
 
 
 def resolve(method: str | Method | type[Method]) -> Method:
-    """Turns what a user passes as `method` into an instance."""
-    if isinstance(method, Method):
-        return method
-    if isinstance(method, type) and issubclass(method, Method):
-        return method()
+    """Turns what a user passes as `method` into an instance, whose options are checked."""
     if isinstance(method, str):
-        return get(method)()
-    raise MethodError(f"method is {method!r}; expected a name, a Method class or an instance of one")
+        method = get(method)
+    if isinstance(method, type) and issubclass(method, Method):
+        method = method()
+    if not isinstance(method, Method):
+        raise MethodError(f"method is {method!r}; expected a name, a Method class or an instance of one")
+    check_choices(method)
+    return method

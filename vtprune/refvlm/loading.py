@@ -16,6 +16,17 @@ from ..errors import InputError, one_line
 EMBEDDED = "embedded"
 # Names of the models inside the package, and what `refvlm.load` calls them.
 EMBEDDED_MODELS = {EMBEDDED: "llava", f"{EMBEDDED}-qwen2_5_vl": "qwen2_5_vl"}
+# Share of a model's parameters that may be missing from its files: new heads and tied weights, not a whole model.
+MAX_MISSING = 0.5
+# Of configurations. The largest open models have 126 layers, a width of 18,432 and 262,144 words.
+MAX_SIZES = {
+    "num_hidden_layers": 1_024,
+    "depth": 1_024,
+    "hidden_size": 131_072,
+    "intermediate_size": 1_048_576,
+    "vocab_size": 16_777_216,
+    "max_position_embeddings": 1_073_741_824,
+}
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger("vtprune")
 
@@ -65,10 +76,32 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         raise InputError(f"cannot load the model {name}: {one_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        _log.warning("%d weights of %s are missing and random (%s ...)", len(info["missing_keys"]), name, some)
+    _check_weights(name, model, info["missing_keys"])
     return model.eval().to(place), processor
+
+
+def _check_weights(name: str, model: Any, missing: Any) -> None:
+    """Refuses a model most of whose weights were not in its files, and warns where some were not."""
+    if not missing:
+        return
+    some, total = ", ".join(sorted(missing)[:3]), sum(p.numel() for p in model.parameters())
+    parameters = dict(model.named_parameters())
+    absent = sum(parameters[key].numel() for key in missing if key in parameters)
+    if absent > MAX_MISSING * total:
+        raise InputError(
+            f"the weights in {name} are not of this model: {absent / total:.0%} of its parameters are missing "
+            f"({some} ...) and would be random; expected the files that save_pretrained wrote"
+        )
+    _log.warning("%d weights of %s are missing and random (%s ...)", len(missing), name, some)
+
+
+def _check_sizes(found: Any, name: str) -> None:
+    """Refuses a configuration that describes no model which anybody has: it would take hours to build."""
+    for part in (found, *(getattr(found, key, None) for key in getattr(found, "sub_configs", ()) or ())):
+        for attribute, most in MAX_SIZES.items():
+            value = getattr(part, attribute, None)
+            if isinstance(value, int) and value > most:
+                raise InputError(f"the config of {name} has {attribute}={value:,}; at most {most:,} is accepted")
 
 
 def refuse_pickles(name: str) -> None:
@@ -129,6 +162,7 @@ def config(name: str) -> tuple[Any, bool]:
             f"{name} is a {found.model_type} model, which takes no pictures with its text; expected a vision-language "
             "model (image-text-to-text)"
         )
+    _check_sizes(found, name)
     return found, local
 
 
@@ -165,6 +199,34 @@ def prompt(processor: Any, image: Image, question: str) -> Any:
         return processor(images=image, text=f"{placeholder}\n{question}".lstrip("\n"), return_tensors="pt")
     except Exception as error:  # processors raise what they like
         raise InputError(f"{type(processor).__name__} cannot make a prompt of this: {one_line(error)}") from error
+
+
+def inputs(model: Any, processor: Any, image: Image, question: str, new_tokens: int = 0) -> dict[str, Any]:
+    """`prompt` on the model's device, pixels in its dtype.
+
+    Args:
+        model, processor: From `model_and_processor`.
+        image: A picture.
+        question: A question.
+        new_tokens: How many tokens the model is going to write.
+
+    Raises:
+        InputError: The processor refuses them, or the model has fewer positions than the prompt and the answer need.
+    """
+    made = prompt(processor, image, question).to(model.device)
+    length = made["input_ids"].shape[1]
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and length + new_tokens > most:
+        answer = f" and {new_tokens:,} of the answer" if new_tokens else ""
+        raise InputError(
+            f"the prompt has {length:,} tokens{answer}, and the model {most:,} positions; expected a shorter question"
+            + (" or fewer new tokens" if new_tokens else "")
+        )
+    return {name: value.to(model.dtype) if _is_float(value) else value for name, value in made.items()}
+
+
+def _is_float(value: Any) -> bool:
+    return hasattr(value, "is_floating_point") and value.is_floating_point()
 
 
 def _device(name: str) -> torch.device:

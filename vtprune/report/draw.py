@@ -21,6 +21,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _HEAT = np.array([(38, 20, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
 _VEIL = 0.7  # how white a part of the picture gets that no token shows
 _PANELS = 8  # in a row
+MAX_SIDE = 2048  # pixels of what is drawn on: painting a photograph of 12 million pixels takes seconds and a gigabyte
 
 
 def lay(size: tuple[int, int], boxes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -42,6 +43,15 @@ def lay(size: tuple[int, int], boxes: np.ndarray, values: np.ndarray) -> np.ndar
     for (left, top, right, bottom), value in zip(edges, values, strict=True):
         out[top:bottom, left:right] = value
     return out
+
+
+def shrunk(image: Image) -> Image:
+    """The picture itself, or a smaller copy where a side is longer than `MAX_SIDE`."""
+    if max(image.size) <= MAX_SIDE:
+        return image
+    small = image.copy()
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
+    return small
 
 
 def dim(image: Image, boxes: np.ndarray, loss: np.ndarray, strength: float = 0.65) -> Image:
@@ -115,7 +125,7 @@ def side_by_side(pictures: Sequence[Image], captions: Sequence[str] = (), *, hei
     Args:
         pictures: At least one.
         captions: A line for each picture, or none at all; a line that is too long for its picture is broken.
-        height: Of the pictures, in pixels.
+        height: Of the pictures, in pixels; those that would be wider than `MAX_SIDE` are lower.
         gap: White space around them, in pixels.
 
     Returns:
@@ -129,7 +139,7 @@ def side_by_side(pictures: Sequence[Image], captions: Sequence[str] = (), *, hei
 
     if not pictures or (captions and len(captions) != len(pictures)):
         raise PictureError(f"got {len(pictures)} pictures and {len(captions)} captions; expected as many of each")
-    scaled = [p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    scaled = [_of_height(picture, height) for picture in pictures]
     font = ImageFont.load_default(size=15)
     texts = [_broken(text, picture.width, font) for text, picture in zip(captions, scaled, strict=False)]
     lines = max((text.count("\n") + 1 for text in texts), default=0)
@@ -142,6 +152,13 @@ def side_by_side(pictures: Sequence[Image], captions: Sequence[str] = (), *, hei
             draw.multiline_text((left, gap // 2), texts[index], fill="black", font=font)
         left += picture.width + gap
     return sheet
+
+
+def _of_height(image: Image, height: int) -> Image:
+    """The picture at a height, RGB; lower where it would be wider than `MAX_SIDE`."""
+    scale = min(height / image.height, MAX_SIDE / image.width)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size)
 
 
 def _broken(text: str, width: int, font: Any) -> str:

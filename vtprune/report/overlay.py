@@ -54,7 +54,8 @@ class Pictures:
             return cls(pruning, _stand_ins(pruning), tuple(names or ()))
         pictures = [_picture(image) for image in _several(images)]
         clips = [[_picture(frame) for frame in clip] for clip in videos or ()]
-        return cls(pruning, views(pruning.places, pruning.source, pictures, clips, fit), tuple(names or ()))
+        found = _drawable(views(pruning.places, pruning.source, pictures, clips, fit))
+        return cls(pruning, found, tuple(names or ()))
 
     def by_stage(self) -> Pictures:
         """One row of pictures for every cut."""
@@ -162,6 +163,15 @@ def before_and_after(image: Image, pictures: Pictures, answers: tuple[str, str])
         panels.append(panel)
         captions.append(f"{caption}: {answers[1]}")
     return draw.side_by_side(panels, captions)
+
+
+def _drawable(found: list[View]) -> list[View]:
+    """The views with pictures of at most `draw.MAX_SIDE` pixels a side; rectangles are in shares, so they stay."""
+    small: dict[int, Image] = {}
+    for view in found:
+        if id(view.picture) not in small:
+            small[id(view.picture)] = draw.shrunk(view.picture)
+    return [replace(view, picture=small[id(view.picture)]) for view in found]
 
 
 def _stand_ins(pruning: PruningRecord) -> list[View]:

@@ -23,6 +23,61 @@ from ..methods import Method
 from . import metrics, timing
 from .intervals import bootstrap, group_means, wilson
 
+_NUMBER = {"type": "number"}
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_REFUSED = {"type": "object", "required": ["refused"], "properties": {"refused": {"type": "string"}}}
+_MEASURED = {
+    "kl": _NUMBER,
+    "top1": _SHARE,
+    "answers": _SHARE,
+    "prefix": _SHARE,
+    "cosine": _NUMBER,
+    "attention_errors": {"type": "array", "items": {"type": ["number", "null"]}},
+    "seconds": {"type": "number", "exclusiveMinimum": 0},
+    "deciding": {"type": "number", "minimum": 0},
+    "visual": {"type": "integer", "minimum": 1},
+    "kept": {"type": "integer", "minimum": 1},
+    "mean_ratio": _SHARE,
+}
+_ESTIMATE = {
+    "type": "object",
+    "required": ["value", "interval"],
+    "properties": {
+        "value": _NUMBER,
+        "interval": {"type": ["array", "null"], "items": _NUMBER, "minItems": 2, "maxItems": 2},
+    },
+}
+
+
+def record_schema(variants: Sequence[Variant]) -> dict[str, Any]:
+    """JSON Schema of what `measure_prompt` returns."""
+    answered = {"type": "object", "required": [*_MEASURED], "properties": _MEASURED}
+    keys = [variant.key for variant in variants]
+    unpruned = {"type": "object", "required": ["seconds"], "properties": {"seconds": _MEASURED["seconds"]}}
+    return {
+        "type": "object",
+        "required": ["unpruned", *keys],
+        "properties": {"unpruned": unpruned},
+        "additionalProperties": {"if": {"required": ["refused"]}, "then": _REFUSED, "else": answered},
+    }
+
+
+def rows_schema(variants: Sequence[Variant]) -> dict[str, Any]:
+    """JSON Schema of what `summarize` returns."""
+    estimates = dict.fromkeys(("kl", "cosine", "prefix", "top1", "answers", "relative_time"), _ESTIMATE)
+    numbers = dict.fromkeys(("kept", "visual", "mean_ratio", "seconds", "deciding"), _NUMBER)
+    measured = {**estimates, **numbers, "frontier": {"type": "boolean"}}
+    row = {
+        "type": "object",
+        "required": ["method", "ratio"],
+        "properties": {"method": {"type": "string"}, "ratio": _SHARE},
+        "if": {"required": ["refused"]},
+        "then": _REFUSED,
+        "else": {"required": [*measured], "properties": {**measured, "attention_error": _ESTIMATE}},
+    }
+    return {"type": "array", "items": row, "minItems": len(variants), "maxItems": len(variants)}
+
+
 # What a row holds of every quantity: shares get a Wilson interval, means and medians a bootstrap over pictures.
 SHARES = ("top1", "answers")
 MEANS = ("kl", "cosine", "prefix", "attention_error")

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .charts import Chart, Series
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NOTES = (
     "KL, top-1, last hidden state (cosine): the token after the prompt; answers: greedy, word for word; all against "
     "the unpruned model. Attention error: relative, at the last cut. Time: to the first token, vision tower and "
     "deciding included, over the unpruned time; * nothing is both faster and nearer."
 )
+
+
+_HEADINGS = ("method", "kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "deciding", "time")
 
 
 def chart(data: dict[str, Any]) -> Chart:
@@ -40,23 +45,21 @@ def chart(data: dict[str, Any]) -> Chart:
     )
 
 
-def print_table(data: dict[str, Any]) -> None:
-    """Prints a row per method and ratio; intervals where the terminal is wide enough."""
-    from rich.console import Console
+def print_table(data: dict[str, Any], console: Console) -> None:
+    """Prints a row per method and ratio; intervals where the terminal is wide enough, fewer columns where it is not."""
     from rich.table import Table
     from rich.text import Text
 
-    # Where the output is no terminal there is no width to keep to.
-    console = Console(width=None if sys.stdout.isatty() else 180)
     intervals = console.width >= 172
+    shown = [0, 1, 2, 4, 8] if console.width < 100 else range(9)
     table = Table(title=Text(_title(data)), title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for heading in ("kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "deciding", "time"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for number in shown:
+        table.add_column(_HEADINGS[number], justify="right" if number else "left", no_wrap=True)
     ran = [row for row in data["rows"] if "refused" not in row]
     for ratio in sorted({row["ratio"] for row in ran}, reverse=True):
         for row in sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"]):
-            table.add_row(*_cells(row, intervals))
+            cells = _cells(row, intervals)
+            table.add_row(*(cells[number] for number in shown))
         table.add_section()
     console.print(table)
     for row in data["rows"]:

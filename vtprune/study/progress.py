@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..core.files import MAX_RESULTS, FileError, check_schema, read_json
 from ..errors import VTPruneError
 
 if TYPE_CHECKING:
@@ -44,13 +45,16 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def load(path: str | Path | None, header: Mapping[str, Any], force: bool = False) -> dict[str, Any]:
+def load(
+    path: str | Path | None, header: Mapping[str, Any], force: bool = False, schema: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Reads earlier results that work can go on with.
 
     Args:
         path: The result file, or None.
         header: What results must have in common.
         force: Begin anew, whatever the file holds.
+        schema: A JSON Schema of the rest of the file.
 
     Returns:
         dict: What the file holds; empty without a file, and with `force`.
@@ -62,8 +66,8 @@ def load(path: str | Path | None, header: Mapping[str, Any], force: bool = False
         return {}
     advice = "use another file, or --force to overwrite it"
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(path, None, MAX_RESULTS)
+    except FileError as error:
         raise StaleResultError(f"{path} cannot be read as a result ({error}); {advice}") from error
     if not isinstance(data, dict):
         raise StaleResultError(f"{path} holds no result (a JSON object was expected); {advice}")
@@ -71,6 +75,10 @@ def load(path: str | Path | None, header: Mapping[str, Any], force: bool = False
     differing = list(_differences(data, wanted))
     if differing:
         raise StaleResultError(f"{path} holds results of another version or setting: {'; '.join(differing)}; {advice}")
+    try:
+        check_schema(data, schema or {})
+    except FileError as error:
+        raise StaleResultError(f"{path} is damaged ({error}); {advice}") from error
     return data
 
 
@@ -94,10 +102,15 @@ def save(path: str | Path | None, data: Mapping[str, Any]) -> None:
     Args:
         path: The result file, whose folder is made; None writes nothing.
         data: What it shall hold.
+
+    Raises:
+        StaleResultError: There is something else than a regular file, such as a device, which would be replaced.
     """
     if path is None:
         return
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise StaleResultError(f"{path} is not a regular file; expected the name of a file for results")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import warnings
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.budget import Budget
+from ..core.files import MAX_RESULTS, FileError, read_json
 from ..engine.patching import find_patch, inspect, patch
 from ..errors import VTPruneError
 from ..methods import resolve
@@ -24,6 +24,27 @@ from . import metrics, progress
 
 _PRESETS = (0.5, 0.25, 0.1)
 Bounds = dict[str, tuple[float, float]]
+_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+_TRIAL = {
+    "threshold": {"type": "number", "minimum": 0, "maximum": 1e6},
+    "alpha": {"type": "number", "minimum": -1e6, "maximum": 1e6},
+    "grid": {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
+    "first": _SHARE,
+    "second": _SHARE,
+    "value": {"type": "number", "minimum": -1e9, "maximum": 1e9},
+}
+# What is kept of a search, beside the best strategy.
+_SAVED: dict[str, Any] = {
+    "mean_ratio": _SHARE,
+    "num_layers": {"type": "integer", "minimum": 1, "maximum": 10_000},
+    "samples": {"type": "integer", "minimum": 1},
+    "seed": {"type": "integer"},
+    "trials": {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "object", "required": [*_TRIAL], "properties": _TRIAL, "additionalProperties": False},
+    },
+}
 
 
 @dataclass
@@ -73,10 +94,10 @@ class Search:
             VTPruneError: The file is missing, or no search was saved there.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{name: data[name] for name in ("mean_ratio", "num_layers", "samples", "seed", "trials")})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            data = read_json(path, {"type": "object", "required": [*_SAVED], "properties": _SAVED}, MAX_RESULTS)
+        except FileError as error:
             raise VTPruneError(f"{path} holds no search that could be resumed: {error}") from error
+        return cls(**{name: data[name] for name in _SAVED})
 
 
 def bounds(mean_ratio: float) -> Bounds:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...core.files import FileError, read_json
 from ...errors import MethodError
 from .curve_fitting import Form, fit_coefficients
 
@@ -22,6 +23,16 @@ _SIGMAS = {
     "tokencarve": (0.959, 0.745, 0.640, 0.845, 0.976, 0.986, 0.678, 0.679, 0.823, 0.976),
 }
 _DEFAULTS = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
+# What a file of a curve holds. Beyond these bounds weights overflow.
+_SAVED = {
+    "type": "object",
+    "required": ["form", "coefficients"],
+    "additionalProperties": False,
+    "properties": {
+        "form": {"enum": ["exponential", "reciprocal-cubic"]},
+        "coefficients": {"type": "array", "items": {"type": "number", "minimum": -1e6, "maximum": 1e6}, "maxItems": 3},
+    },
+}
 _LAST = 575  # the released vectors have 576 entries
 
 
@@ -126,8 +137,7 @@ class Curve:
     def load(cls, path: str | Path) -> Curve:
         """Reads what `save` wrote; `MethodError` where the file is missing, or holds something else."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            form, coefficients = data["form"], tuple(data["coefficients"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            data = read_json(path, _SAVED)
+        except FileError as error:
             raise MethodError(f"{path} holds no curve, such as `Debiased.fit` saves: {error}") from error
-        return cls(form, coefficients)
+        return cls(data["form"], tuple(data["coefficients"]))

@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
 
 _INPUT = "vflowopt.input"
+_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+# What a strategy file may hold. Bounds are wide: beyond them numbers overflow, or nothing can be meant.
+_SAVED: dict[str, Any] = {
+    "threshold": {"type": "number", "minimum": 0, "maximum": 1e6},
+    "alpha": {"type": "number", "minimum": -1e6, "maximum": 1e6},
+    "grid": {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
+    "first": _SHARE,
+    "later": {"type": "array", "items": _SHARE, "maxItems": 100},
+    "layers": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 10_000}, "maxItems": 100},
+    "depth": {"type": ["integer", "null"], "minimum": 1, "maximum": 10_000},
+}
 # Released strategies by mean retention: t, alpha, a, retention of the first cut, ratios of the cuts in the decoder.
 _RELEASED = {
     0.5: (28.683, 0.0, 11.757, 0.72332, 0.74875, 0.487),
@@ -66,7 +77,6 @@ class VFlowOpt(Method):
             by default they keep their positions. Not for models that place tokens on several axes.
     """
 
-    _SAVED: ClassVar[tuple[str, ...]] = ("threshold", "alpha", "grid", "first", "later", "layers", "depth")
     group: ClassVar[Group] = "image"
     preset: float = 0.25
     threshold: float | None = None
@@ -80,7 +90,6 @@ class VFlowOpt(Method):
     positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        check_choices(self)
         if self.preset not in _RELEASED:
             raise MethodError(f"preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
         t, alpha, grid, first, *later = _RELEASED[self.preset]
@@ -89,14 +98,17 @@ class VFlowOpt(Method):
         self.grid = grid if self.grid is None else self.grid
         self.first = first if self.first is None else self.first
         self.later = tuple(later) if self.later is None else tuple(self.later)
+        check_choices(self)
         if self.grid <= 0 or not all(0 < share <= 1 for share in (self.first, *self.later)):
             raise MethodError(f"{self}: expected a grid above 0, and shares in (0, 1]")
+        if (self.depth is not None and self.depth < 1) or any(layer < 1 for layer in self.layers):
+            raise MethodError(f"{self}: expected layers and a depth of at least 1")
         if len(self.later) > len(self.layers):
             raise MethodError(f"{self}: expected a layer for each of the {len(self.later)} later ratios")
 
     def save(self, path: str | Path, **about: Any) -> None:
         """Writes the strategy as JSON, with whatever else is to be remembered `about` it."""
-        save_options(self, self._SAVED, path, about)
+        save_options(self, tuple(_SAVED), path, about)
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> VFlowOpt:
@@ -110,7 +122,7 @@ class VFlowOpt(Method):
             MethodError: The file is missing, or holds no strategy.
         """
         source = f"strategy of {cls.name}, such as `vtprune tune` writes"
-        return cls(**load_options(cls._SAVED, path, source), **options)
+        return cls(**load_options(cls.name, _SAVED, path, source), **options)
 
     def cuts(self, num_layers: int) -> list[int]:
         """Layers of the later cuts; in a shallow decoder several can meet, or lie before it."""

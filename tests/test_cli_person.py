@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a person, a pipe and a script meet it: help, suggestions, JSON, exit codes, hostile files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import hostile_pictures
+import pytest
+
+from vtprune import methods, refvlm
+from vtprune.cli.main import build_parser, main
+
+COMMANDS = [name for name in build_parser().commands() if name not in ("help", "version")]
+
+
+def _run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def _process(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vtprune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, check=False, timeout=120, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["rnu"], ["fidelity", "--help"], ["completion", "zsh"]]
+)
+def test_help_does_not_wait_for_pytorch(arguments):
+    code = (
+        "import sys\nfrom vtprune.cli.main import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL', 'rich', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_starts_with_an_example_and_says_what_it_does(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        _run(command, "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(f"examples:\n  vtprune {command}")
+    parser = build_parser()._subparsers._group_actions[0].choices[command]  # type: ignore[union-attr]
+    assert parser.description and all(action.help for action in parser._actions)
+    for example in parser.examples:
+        words = example.replace("'", "").split(" >")[0]
+        assert words.split()[0] == command
+        unknown = [w for w in words.split() if w.startswith("--") and w not in parser._option_string_actions]
+        assert not unknown
+    assert _run("help", command) == 0 and capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--kep", "5"], "did you mean --keep? (see vtprune demo --help)"),
+        (["rnu"], "did you mean run?"),
+        (["fidelity", "--ratio-s=0.5"], "did you mean --ratios? (see vtprune fidelity --help)"),
+        (["demo", "--method", "fastvv"], "did you mean 'fastv'"),
+        (["bench", "--clock", "wal"], "did you mean wall?"),
+        ([], "there are: demo, run"),
+    ],
+)
+def test_what_is_misspelled_gets_a_suggestion(capsys, arguments, said):
+    assert _run(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_debug_stands_anywhere():
+    for arguments in (["--debug", "demo", "--method", "none"], ["demo", "--method", "none", "--debug"]):
+        with pytest.raises(methods.resolve.__globals__["MethodError"]):
+            _run(*arguments)
+
+
+@pytest.mark.parametrize("command", [["methods"], ["inspect"], ["doctor"], ["demo", "--repeats", "1"]])
+def test_json_has_standard_output_to_itself(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert _run(*command, "--json", "-") == 0
+    piped = capsys.readouterr()
+    data = json.loads(piped.out)
+    assert piped.err
+    assert _run(*command, "--json", "out.json") == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written.keys() == data.keys() and not list(tmp_path.glob("-*"))
+    assert "out.json" in capsys.readouterr().out
+
+
+def test_compare_writes_json_to_a_pipe_and_reads_a_picture_from_one(tmp_path):
+    picture = tmp_path / "scene.png"
+    refvlm.scenes.scene(3).image.save(picture)
+    question = ["--question", "how many stars are there?", "--methods", "uniform", "--repeats", "1", "--json"]
+    run = _process("compare", "--image", "-", *question, input=picture.read_bytes())
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    assert {row["method"] for row in data["rows"]} >= {"uniform", "random"}
+    assert _process("compare", "--image", "-", *question, input=b"no picture").returncode == 2
+
+
+def test_questions_come_from_a_pipe_and_fidelity_answers_as_json(tmp_path):
+    rest = ["--limit", "1", "--methods", "uniform", "--ratios", "0.5", "--repeats", "1", "--max-new-tokens", "2"]
+    run = _process("fidelity", "--questions", "-", *rest, "--json", "-", input=b"what is it?\n\n", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["questions"] == ["what is it?"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", ["40", "60", "80", "200"])
+def test_narrow_terminals_are_readable(width):
+    env = os.environ | {"COLUMNS": width}
+    out = _process("methods", env=env).stdout.decode()
+    assert "scale_over=" in out and "…" not in out
+    assert max(map(len, out.splitlines())) <= max(int(width), 60)
+    out = _process("demo", "--repeats", "1", "--output", "/tmp/vtprune-narrow.png", "--force", env=env).stdout.decode()
+    assert "KV cache" in out and "visual tokens" in out and "144" in out
+    table = [line for line in out.splitlines() if line[:1] in "│┃"]
+    assert all(len(line) <= int(width) for line in table) and "…" not in "".join(table)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m vtprune methods | head -c 1 > /dev/null; echo ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() in ("0", "141") and run.stderr == ""
+    # And with a pipe that nobody reads at all.
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run(
+        [sys.executable, "-m", "vtprune", "methods"], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert closed.returncode == 141 and closed.stderr == b""
+
+
+@pytest.mark.parametrize("command", [["methods"], ["methods", "--json", "-"], ["--help"]])
+def test_a_full_disk_is_one_line(command):
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "vtprune", *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.endswith("vtprune: error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MemoryError(), 1, "not enough memory"),
+        (RecursionError("too deep"), 1, "not enough stack"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (with --debug"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, error, code, said):
+    from vtprune.cli import describe
+
+    def broken() -> None:
+        raise error
+
+    monkeypatch.setattr(describe, "list_methods", broken)
+    assert _run("methods") == code
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == bool(said)
+    with pytest.raises(SystemExit):
+        _run("--help")
+    assert f"  {code:<3}  " in capsys.readouterr().out
+
+
+def test_pictures_of_others_are_not_overwritten(capsys, tmp_path):
+    path = tmp_path / "a.png"
+    assert _run("demo", "--output", path, "--repeats", 1) == 0
+    assert _run("demo", "--output", path, "--repeats", 1, "--keep", 99999) == 0
+    out = capsys.readouterr().out
+    assert "has 144 visual tokens, so none was dropped" in out and "of one run" in out
+    refvlm.scenes.scene(1).image.save(path)
+    before = path.read_bytes()
+    assert _run("demo", "--output", path) == 2 and path.read_bytes() == before
+    assert "--force" in capsys.readouterr().err
+    assert _run("demo", "--output", path, "--repeats", 1, "--force") == 0 and path.read_bytes() != before
+
+
+def test_devices_are_neither_read_nor_replaced(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    base = ["fidelity", "--limit", "1", "--methods", "uniform", "--ratios", "0.5", "--repeats", "1"]
+    for path in ("/dev/full", "/dev/zero", tmp_path / "pipe.json", tmp_path / "zero.json"):
+        assert _run(*base, "--json", path) == 2
+        assert "not a regular file" in capsys.readouterr().err
+        assert _run("fidelity", "--limit", "1", "--questions", path) == 2
+        assert _run("compare", "--image", path, "--question", "x") == 2
+    assert _run(*base, "--json", tmp_path / "zero.json", "--force") == 2
+    assert (tmp_path / "zero.json").is_symlink() and (tmp_path / "pipe.json").is_fifo()
+    for name in ("zero.json", "pipe.json"):
+        assert _run("compare", "--image", "x.png", "--question", "x", "--methods", tmp_path / name) == 2
+
+
+@pytest.mark.parametrize("name", ["chunks.png", "scans.jpg", "strips.tif", "eps.png", "large.png", "bomb.png"])
+def test_hostile_pictures_are_one_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(hostile_pictures.REFUSED[name][0]())
+    run = _process("demo", "--image", path, "--output", tmp_path / "out.png", text=True)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, run.stderr
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 3000), (4000, 3000)])
+def test_large_and_thin_pictures_are_drawn_small(tmp_path, size):
+    from PIL import Image
+
+    path, out = tmp_path / "in.png", tmp_path / "out.png"
+    path.write_bytes(hostile_pictures.picture(size))
+    assert _run("demo", "--image", path, "--output", out, "--repeats", 1) == 0
+    assert max(Image.open(out).size) < 3 * 2048
+
+
+def test_a_question_longer_than_the_model_is_refused(capsys, tmp_path):
+    for question, said in (("word " * 5000, "the prompt has"), ("x" * 200_000, "at most 100,000")):
+        assert _run("demo", "--question", question, "--output", tmp_path / "a.png") == 2
+        err = capsys.readouterr().err
+        assert said in err and len(err) < 500
+
+
+STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5}
+STRATEGY |= {"later": [0.9, 0.8], "layers": [9, 18], "depth": 28}
+WRONG = ["x", [1], {"a": 1}, True, None, float("nan"), float("inf"), 10**400, -5, "[" * 9]
+
+
+@pytest.mark.parametrize("key", STRATEGY)
+def test_strategies_of_wrong_types_are_one_line(capsys, tmp_path, key):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps(STRATEGY))
+    assert methods.VFlowOpt.load(path).first == 0.5
+    for value in WRONG:
+        if (key, value) in (("depth", None), ("alpha", -5), ("later", [1]), ("layers", [1])):
+            continue
+        path.write_text(json.dumps({**STRATEGY, key: value}))
+        assert _run("compare", "--image", "none.png", "--question", "x", "--methods", path) == 2
+        err = capsys.readouterr().err
+        assert "holds no strategy" in err and len(err.splitlines()) == 1, (value, err)
+    path.write_text(json.dumps({k: v for k, v in STRATEGY.items() if k != key}))
+    assert _run("compare", "--image", "none.png", "--question", "x", "--methods", path) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"threshold": "x"}, {"alpha": float("nan")}, {"grid": True}, {"depth": 0}, {"layers": (0,)}, {"later": ("x",)}],
+)
+def test_options_of_wrong_types_are_refused_where_they_are_given(options):
+    with pytest.raises(ValueError, match="VFlowOpt"):
+        methods.VFlowOpt(**options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("fastv", {"seed": "2"}), ("dart", {"pivots": 1.5})])
+def test_options_of_every_method_are_checked_before_it_runs(name, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        methods.resolve(methods.get(name)(**options))
+
+
+def test_damaged_results_are_one_line(capsys, tmp_path):
+    path = tmp_path / "f.json"
+    base = ["fidelity", "--limit", "2", "--methods", "uniform", "--ratios", "0.5", "--repeats", "1", "--json", path]
+    assert _run(*base, "--max-new-tokens", "2") == 0
+    good = json.loads(path.read_text())
+    row = good["rows"][0]
+    for damage in (
+        {"rows": "abc"},
+        {"rows": 3},
+        {"rows": None},
+        {"rows": [{}]},
+        {"rows": [{**row, "kl": "x"}]},
+        {"rows": [{**row, "frontier": 3}]},
+        {"rows": [row, row]},
+        {"records": ["{"]},
+        {"records": 5},
+        {"records": ["{}", "{}", "{}"]},
+        {"records": ['{"unpruned": {"seconds": 1}, "uniform 0.5": {}}']},
+    ):
+        data = {key: value for key, value in good.items() if key != "rows"} | damage
+        path.write_text(json.dumps(data))
+        capsys.readouterr()
+        assert _run(*base, "--max-new-tokens", "2") == 2, damage
+        err = capsys.readouterr().err
+        assert "is damaged" in err and len(err.splitlines()) == 1, err
+    path.write_text("[" * 100_000)
+    assert _run(*base) == 2
+
+
+def test_a_folder_without_the_models_weights_is_refused(capsys, tmp_path, folder):
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    save_file({"nothing": torch.zeros(1)}, copy / "model.safetensors", {"format": "pt"})
+    rest = ["--image", tmp_path / "a.png", "--question", "x?"]
+    refvlm.scenes.scene(1).image.save(tmp_path / "a.png")
+    assert _run("run", "--model", copy, *rest, "--output", tmp_path / "b.png") == 2
+    assert "are missing" in capsys.readouterr().err
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1_000_000
+    (copy / "config.json").write_text(json.dumps(config))
+    for command in (["run", *rest], ["inspect"], ["doctor"]):
+        assert _run(*command, "--model", copy) == 2
+        assert "num_hidden_layers=1,000,000" in capsys.readouterr().err

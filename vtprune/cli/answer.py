@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune demo` and `vtprune run`: one question about one picture, with and without pruning."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import images
+from ..errors import InputError, one_line
+from ..refvlm.loading import EMBEDDED
+from .arguments import add_device, add_model, count, quiet, ratio, share, short, words
+from .output import Output, add_json, check_file, plural
+from .parser import description
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..report.pruning import Pruning
+    from ..study.timing import Side
+
+# A held-out scene of the built-in model's own kind, and which of its questions the demo asks.
+DEMO_SCENE, DEMO_KIND = 7, "digit"
+_MARK = "vtprune"  # what a picture written here says about its program
+
+
+def add(commands: Any) -> None:
+    """Adds the commands to the subparsers of the command line."""
+    demo = commands.add_parser(
+        "demo",
+        help="the model inside the package, with and without pruning, in seconds",
+        description=description(
+            "Asks the small model inside the package a question about a picture, with all visual tokens and with few. "
+            "Writes a picture in which the dropped ones are dark."
+        ),
+        examples=("demo", "demo --image photo.png --question 'how many stars are there?' --ratio 0.2"),
+    )
+    demo.add_argument("--image", metavar="FILE", help="a picture of your own; - is standard input")
+    demo.add_argument("--question", type=words, metavar="TEXT", help="a question of your own")
+    _pruning(demo, max_new_tokens=8, repeats=5, output="vtprune-demo.png")
+    demo.set_defaults(command=_demo, model=EMBEDDED, device="cpu", dtype="auto")
+
+    run = commands.add_parser(
+        "run",
+        help="the same with any vision-language model of transformers",
+        description=description(
+            "Asks a model a question about a picture, with all visual tokens and with few. Writes a picture in which "
+            "the dropped ones are dark."
+        ),
+        examples=("run --model OWNER/NAME --image photo.png --question 'What is on the table?' --ratio 0.1",),
+    )
+    add_model(run, required=True)
+    run.add_argument("--image", required=True, metavar="FILE", help="the picture; - is standard input")
+    run.add_argument("--question", required=True, type=words, metavar="TEXT", help="what is asked about it")
+    _pruning(run, max_new_tokens=32, repeats=3, output="vtprune-run.png")
+    add_device(run)
+    run.set_defaults(command=_run)
+
+
+def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: int, output: str) -> None:
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--ratio",
+        type=ratio,
+        metavar="SHARE",
+        help="share of visual tokens KEPT, or auto for one of each picture's own (default: 0.1)",
+    )
+    budget.add_argument("--keep", type=count, metavar="N", help="number of visual tokens kept instead")
+    budget.add_argument("--auto", metavar="FILE", help="automatic ratio calibrated by vtprune tune --auto")
+    budget.add_argument("--certificate", metavar="FILE", help="ratio and method certified by vtprune certify")
+    budget.add_argument("--mean-ratio", type=share, metavar="SHARE", help="mean share over all decoder layers instead")
+    parser.add_argument("--method", help="see vtprune methods (default: iwp, or the certificate's)")
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help="timed runs (default: %(default)s)")
+    parser.add_argument("--output", default=output, metavar="FILE", help="the picture written (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite a picture that vtprune did not write")
+    parser.add_argument("--report", action="store_true", help="print the full report of the pruned prefill as well")
+    add_json(parser, "both answers and their costs")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .. import refvlm
+
+    scene = refvlm.scenes.scene(DEMO_SCENE)
+    asked = next(question for question in scene.questions if question.kind == DEMO_KIND)
+    truth = None if args.image or args.question else asked.answer
+    args.question = args.question or asked.text
+    _side_by_side(args, scene.image if args.image is None else None, truth)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _side_by_side(args, None, None)
+
+
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    """The budget among the arguments of `vtprune.patch`."""
+    from ..core.certificate import Certificate
+    from ..core.energy import Auto
+
+    if args.auto:
+        return {"ratio": Auto.load(Path(args.auto).expanduser())}
+    if args.certificate:
+        return {"ratio": Certificate.load(Path(args.certificate).expanduser())}
+    given = {"keep": args.keep, "mean_ratio": args.mean_ratio}
+    return {name: value for name, value in given.items() if value} or {"ratio": args.ratio or 0.1}
+
+
+def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | None) -> None:
+    """Everything that can be refused is refused before the model is loaded."""
+    from .. import methods
+    from ..engine.patching import patch
+    from ..refvlm import loading
+    from ..study import timing
+
+    output = Output(args)
+    method = methods.get(args.method) if args.method else None
+    _check_output(args.output, args.force)
+    budget = _budget(args)
+    image = image or images.picture(args.image)
+    loading.is_local(args.model)
+    quiet()
+    model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+    inputs = loading.inputs(model, processor, image, args.question, args.max_new_tokens)
+    with patch(model, **budget, method=method and method()) as patched:
+        before, after = timing.measure_side_by_side(
+            model, processor, inputs, patched, max_new_tokens=args.max_new_tokens, repeats=args.repeats
+        )
+        last, args.method = patched.last, patched.method.name
+    if last is None:
+        raise InputError("the prompt held no visual token: the processor put no image placeholder into it")
+    _print_sides(output, args, before, after)
+    for note in _notes(args, before, after, truth):
+        output.say(note)
+    if args.report:
+        output.say(last.report())
+    _write_picture(args.output, image, last, (before.answer, after.answer))
+    output.say(f"picture written to {args.output}: what was dropped is dark")
+    about = {"model": args.model, "question": args.question, "method": args.method, "budget": str(last.budget)}
+    output.write(about | {"all_tokens": dataclasses.asdict(before), "pruned": dataclasses.asdict(after)})
+
+
+def _check_output(path: str, force: bool) -> None:
+    """Refuses a picture file that cannot be written, or that is not vtprune's to overwrite."""
+    from PIL import Image
+
+    check_file(path)
+    place = Path(path).expanduser()
+    kind = Image.registered_extensions().get(place.suffix.lower())
+    if kind not in Image.SAVE:
+        raise InputError(f"cannot write {path} as a picture: expected a file name that ends in .png or .jpg")
+    if place.exists() and not force and not _is_ours(place):
+        raise InputError(f"{path} exists and was not written by vtprune; expected another --output, or --force")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a picture that `_write_picture` wrote."""
+    from PIL import Image
+
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            said = image.info.get("Software") or image.info.get("comment")
+    except Exception:  # not a picture at all
+        return False
+    return said in (_MARK, _MARK.encode())
+
+
+def _write_picture(path: str, image: Image, last: Pruning, answers: tuple[str, str]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    from ..report import overlay
+
+    mark = PngInfo()
+    mark.add_text("Software", _MARK)
+    place = Path(path).expanduser()
+    options: dict[str, Any] = {"pnginfo": mark} if place.suffix.lower() == ".png" else {"comment": _MARK}
+    try:
+        overlay.before_and_after(image, last.show(image), answers).save(place, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error
+
+
+def _print_sides(output: Output, args: argparse.Namespace, before: Side, after: Side) -> None:
+    rows: list[tuple[str, Callable[[Side], Any], str]] = [
+        ("answer", lambda side: short(side.answer, 200) or "(nothing)", ""),
+        ("visual tokens", lambda side: side.visual_tokens, ""),
+        ("prompt tokens", lambda side: side.prompt_tokens, ""),
+        ("time to first token", lambda side: side.seconds, " s"),
+        ("of which selection", lambda side: side.selection_time, " s"),
+        ("KV cache", lambda side: side.kv_bytes, " B"),
+    ]
+    cells = []
+    for name, value, unit in rows:
+        one, two = value(before), value(after)
+        change = f"{100 * (two / one - 1):+.0f} %" if one and not isinstance(one, str) else ""
+        cells.append((name, _shown(one, unit), _shown(two, unit), change))
+    title = f"{args.model}: {short(args.question)}"
+    output.table(title, ("", "all tokens", f"pruned ({args.method})", "change"), cells)
+
+
+def _shown(value: Any, unit: str) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}{unit}"
+    return f"{value:,}{unit}" if isinstance(value, int) else value
+
+
+def _notes(args: argparse.Namespace, before: Side, after: Side, truth: str | None) -> list[str]:
+    """What has to be known to read the table."""
+    of = "Times are of one run" if args.repeats == 1 else f"Times are medians of {plural(args.repeats, 'run')}"
+    notes = [f"The right answer is {truth!r}."] if truth else []
+    notes.append(f"{of} in turn, after a warm-up.")
+    if args.keep and args.keep >= before.visual_tokens:
+        notes.append(f"--keep {args.keep}: the prompt has {before.visual_tokens} visual tokens, so none was dropped.")
+    elif after.seconds > before.seconds and args.model.startswith(EMBEDDED):
+        notes.append(
+            "In a model this small, selection takes longer than it saves; in a model of billions of parameters it is a "
+            "small part of the prefill. What can be judged here is the answer and the memory."
+        )
+    return notes

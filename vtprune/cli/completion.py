@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtprune completion`: a script with which a shell completes commands and options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..errors import InputError
+from .parser import description
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the subparsers of the command line."""
+    parser = commands.add_parser(
+        "completion",
+        help="a script with which your shell completes commands and options",
+        description=description("Prints a completion script. It has to be made anew after an upgrade of vtprune."),
+        examples=(
+            "completion bash > ~/.local/share/bash-completion/completions/vtprune",
+            "completion zsh > ~/.zfunc/_vtprune",
+        ),
+    )
+    parser.add_argument("shell", choices=SHELLS, help="your shell")
+    parser.set_defaults(command=_completion)
+
+
+def _completion(args: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise InputError("completion scripts are made by shtab: pip install shtab") from error
+    print(shtab.complete(args.program, shell=args.shell))

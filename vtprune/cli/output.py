@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a command's words, tables and JSON go: with `--json -` the JSON has standard output to itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 220  # columns where the output is no terminal and nobody says how wide it is: nothing is cut
+
+
+def add_json(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
+    """Adds `--json [FILE]`; without a file, or with `-`, it is standard output."""
+    shown = f"; default: {default}" if default else ""
+    text = f"write {what} as JSON; FILE - or none is standard output, and the rest goes to standard error{shown}"
+    parser.add_argument("--json", nargs="?", const="-", default=default, metavar="FILE", help=text)
+
+
+class Output:
+    """What a command prints.
+
+    Args:
+        args: Of the command; `json` is where its JSON goes, None for nowhere.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.json: str | None = getattr(args, "json", None)
+        self.to_stdout = self.json == "-"
+        if self.json and not self.to_stdout:
+            check_file(self.json)
+
+    @property
+    def file(self) -> Path | None:
+        """The JSON file, None for none and for standard output."""
+        return Path(self.json).expanduser() if self.json and not self.to_stdout else None
+
+    def console(self) -> Console:
+        """Where people read: standard output, or standard error where that is taken."""
+        from rich.console import Console
+
+        stream = sys.stderr if self.to_stdout else sys.stdout
+        width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDE
+        return Console(stderr=self.to_stdout, width=width)
+
+    def say(self, text: str) -> None:
+        """Prints lines for people."""
+        print(text, file=sys.stderr if self.to_stdout else sys.stdout, flush=True)
+
+    def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table, or where it is wider than the terminal every row as a block of lines.
+
+        Args:
+            title: One line; it is cut where it is too long.
+            headings: Of the columns, the first of which names a row.
+            rows: As many cells each.
+        """
+        from rich.measure import Measurement
+        from rich.table import Table
+        from rich.text import Text
+
+        console = self.console()
+        table = Table(title=Text(title, no_wrap=True, overflow="ellipsis"), title_justify="left")
+        for number, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+            console.print(table)
+            return
+        lines = [title if len(title) <= console.width else f"{title[: console.width - 3]}..."]
+        for name, *cells in rows:
+            lines += ["", name or headings[0]]
+            for heading, cell in zip(headings[1:], cells, strict=True):
+                lines += wrap(f"{heading}: {cell}", console.width, "  ")
+        self.say("\n".join(lines))
+
+    def write(self, data: Any) -> None:
+        """Writes the JSON, if it was asked for."""
+        if self.json is None:
+            return
+        text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+        if self.to_stdout:
+            sys.stdout.write(text)
+            return
+        try:
+            Path(self.json).expanduser().write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {self.json}: {one_line(error)}") from error
+        self.say(f"JSON written to {self.json}")
+
+
+def check_file(path: str) -> None:
+    """Refuses a file that cannot be written before anything long is begun."""
+    if path == "-":
+        raise InputError("- is standard output, which only --json can be sent to; expected the name of a file")
+    place = Path(path).expanduser().absolute()
+    if not place.parent.is_dir():
+        raise InputError(f"cannot write {path}: its folder does not exist")
+    if place.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+
+
+def wrap(text: str, width: int, indent: str = "") -> list[str]:
+    """The text in lines; words, such as `mean_ratio=0.2`, are never broken."""
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, max(width, 20), initial_indent=indent, subsequent_indent=indent + "  ", **options)  # type: ignore[arg-type]
+
+
+def width() -> int:
+    """Columns of the terminal, 100 at most; 80 where there is none."""
+    return min(100, shutil.get_terminal_size((80, 24)).columns)
+
+
+def plural(number: int, what: str) -> str:
+    """`1 run`, `3 runs`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way in which vtprune reads a file that a user names: regular, of bounded size, JSON against a schema."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+MIB = 2**20
+MAX_SETTINGS = 1 * MIB  # strategies, curves, lists of questions
+MAX_RESULTS = 64 * MIB  # what a long measurement writes
+MAX_DEPTH = 32  # of nested lists and objects
+
+
+class FileError(InputError):
+    """A file cannot be read: missing, not a regular file, too large, or not what was expected."""
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Reads a regular file of at most `limit` bytes.
+
+    Devices and pipes are refused before a byte is read, because they may have no end or never answer.
+
+    Args:
+        path: The file; `~` is expanded.
+        limit: Bytes accepted.
+
+    Raises:
+        FileError: The reason, without the file's name.
+    """
+    try:
+        # Opening a pipe without this flag waits until somebody writes to it.
+        descriptor = os.open(Path(path).expanduser(), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a name with NUL; RuntimeError: ~nobody
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileError(f"{reason.lower()}; expected a file that can be read") from error
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise FileError("not a regular file; expected a file, and no device, pipe or folder")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise FileError(f"{error.strerror or error}".lower()) from error
+    finally:
+        os.close(descriptor)
+    return check_size(data, limit, about.st_size)
+
+
+def check_size(data: bytes, limit: int, size: int | None = None) -> bytes:
+    """Returns `data`, or raises `FileError` where it is longer than `limit` bytes."""
+    if len(data) > limit:
+        found = f"{size / MIB:,.1f} MiB" if size and size > limit else f"more than {limit / MIB:,.1f} MiB"
+        raise FileError(f"it has {found}; at most {limit / MIB:,.0f} MiB are read")
+    return data
+
+
+def read_text(path: str | Path, limit: int = MAX_SETTINGS) -> str:
+    """Reads a UTF-8 text file with the limits of `read_bytes`; a byte-order mark is dropped."""
+    return decode(read_bytes(path, limit))
+
+
+def decode(data: bytes) -> str:
+    """UTF-8 text of `data`, or `FileError`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"not UTF-8 text: {error.reason} at byte {error.start:,}") from error
+
+
+def read_json(path: str | Path, schema: Mapping[str, Any] | None = None, limit: int = MAX_SETTINGS) -> Any:
+    """Reads a JSON file with the limits of `read_bytes`.
+
+    Stricter than `json.loads`: NaN, infinite numbers, a key given twice and nesting beyond `MAX_DEPTH` are refused.
+
+    Args:
+        path: The file.
+        schema: A JSON Schema (draft 2020-12) that the content must satisfy.
+        limit: Bytes accepted.
+
+    Raises:
+        FileError: The reason, without the file's name; it names the place in the file that breaks the schema.
+    """
+    return parse_json(read_text(path, limit), schema)
+
+
+def parse_json(text: str, schema: Mapping[str, Any] | None = None) -> Any:
+    """Parses JSON text as `read_json` does."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+    except RecursionError:
+        raise FileError(f"nested more than {MAX_DEPTH} levels deep") from None
+    except FileError:
+        raise
+    except ValueError as error:
+        raise FileError(f"not JSON: {error}") from error
+    _check_depth(value)
+    if schema is not None:
+        check_schema(value, schema)
+    return value
+
+
+def check_schema(value: Any, schema: Mapping[str, Any]) -> None:
+    """Raises `FileError`, naming the place, where `value` does not satisfy a JSON Schema."""
+    import jsonschema
+
+    try:
+        problem = next(iter(jsonschema.Draft202012Validator(schema).iter_errors(value)), None)
+    except (OverflowError, RecursionError) as error:  # an integer of hundreds of digits against a bound
+        raise FileError(f"a number is out of range: {error}") from error
+    if problem is not None:
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem.absolute_path)
+        message = problem.message if len(problem.message) <= 160 else f"{problem.message[:157]}..."
+        raise FileError(f"{place.lstrip('.') + ': ' if place else ''}{message}")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise FileError(f"{name} is not a number in JSON; expected finite numbers")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise FileError(f"{text[:40]} is out of range; expected finite numbers")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1) if len(names) < 1000 else names[0]
+        raise FileError(f"the key {twice[:40]!r} is given twice")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise FileError(f"nested more than {MAX_DEPTH} levels deep")
