@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
-from benchmarks.report_tables import percent, seconds, span, table, versions
+from benchmarks.report_tables import percent, span, table, versions
 
 Data = dict[str, Any]
 
@@ -93,31 +94,40 @@ def position_bias(data: Data) -> str:
 
 
 def speed(data: Data) -> str:
-    """A table for each number of visual places."""
+    """A table for each number of visual places: ratios inside a round, whose runs stood next to each other in time."""
+    loads = [entry["load"] for setting in data["settings"].values() for entry in setting["rounds"] if entry["load"]]
+    load = f" Processes that wanted one of the machine's cores meanwhile: up to {max(loads):.0f}." if loads else ""
     parts = [
-        f"{data['model']}, {data['dtype']}, {data['attention']} attention, one thread; medians of runs in turn, CPU "
-        "time of the process, which other programs do not lengthen. `limit`: a prompt that had only "
-        "the kept tokens from the "
-        f"start. There is no vision tower. {versions(data)}"
+        f"{data['model']}, {data['dtype']}, {data['attention']} attention, one thread of "
+        f"{data['machine']}. CPU time of the "
+        "process as a multiple of the unpruned decoder's in the same round: median (lowest to highest "
+        "round). `limit`: a "
+        f"prompt that had only the kept tokens from the start. There is no vision tower.{load} {versions(data)}"
     ]
-    for places in sorted({row["tokens"] for row in data["rows_in_cpu_time"]}):
-        mine = [row for row in data["rows_in_cpu_time"] if row["tokens"] == places]
-        lines = [
-            (
-                row["variant"]
-                if row["variant"].startswith(("unpruned", "limit"))
-                else f"`{row['variant'].split()[0]}`",
-                seconds(row["prefill"]["median"]),
-                f"{row['speedup']:.2f}",
-                f"{row['over_limit']:+.0%}" if "over_limit" in row else "",
-                seconds(row["token"]["median"]) if row["token"] else "",
-                f"{row['kv_bytes'] / 2**20:.1f} MiB",
+    refused: dict[str, str] = {}
+    for setting in data["settings"].values():
+        rounds = [entry["runs"] for entry in setting["rounds"]]
+        lines = []
+        for variant in data["variants"]:
+            name = variant if variant.startswith(("unpruned", "limit")) else f"`{variant.split()[0]}`"
+            if "refused" in rounds[0][variant]:
+                refused[name] = rounds[0][variant]["refused"]
+                continue
+            sooner = _ratios([(runs["unpruned"]["cpu"]["prefill"], runs[variant]["cpu"]["prefill"]) for runs in rounds])
+            over = _ratios(
+                [(runs[variant]["cpu"]["prefill"], runs[data["variants"][1]]["cpu"]["prefill"]) for runs in rounds]
             )
-            for row in mine
-            if "refused" not in row
-        ]
-        heading = ("variant", "first token", "times as fast", "over the limit", "a token", "KV cache")
-        parts.append(f"### {places:,} visual places\n\n" + table(heading, lines))
-    refused = {row["variant"].split()[0]: row["refused"] for row in data["rows_in_cpu_time"] if "refused" in row}
-    parts.append("\n".join(f"* `{name}` cannot be tried: {why}" for name, why in sorted(refused.items())))
+            token = _ratios([(runs[variant]["cpu"]["token"], runs["unpruned"]["cpu"]["token"]) for runs in rounds])
+            smaller = rounds[0]["unpruned"]["kv_bytes"] / rounds[0][variant]["kv_bytes"]
+            size = f"{rounds[0][variant]['kv_bytes'] / 2**20:.1f} MiB, {smaller:.1f} times smaller"
+            lines.append((name, sooner, over, token, size))
+        heading = ("variant", "first token: times as fast", "times the limit's", "a token: times unpruned", "KV cache")
+        parts.append(f"### {setting['tokens']:,} visual places, {len(rounds)} rounds\n\n{table(heading, lines)}")
+    parts.append("\n".join(f"* {name} cannot be tried: {why}" for name, why in sorted(refused.items())))
     return "\n\n".join(part for part in parts if part)
+
+
+def _ratios(pairs: list[tuple[float, float]]) -> str:
+    """Median, lowest and highest of quotients."""
+    found = sorted(above / below for above, below in pairs)
+    return f"{statistics.median(found):.2f}{span((found[0], found[-1]), '.2f')}"

@@ -32,7 +32,7 @@ _FONT = {
     "k": "11121418141211", "l": "1010101010101F", "m": "111B1515111111", "n": "11191513111111", "o": "0E11111111110E",
     "p": "1E11111E101010", "q": "0E11111115120D", "r": "1E11111E141211", "s": "0F10100E01011E", "t": "1F040404040404",
     "u": "1111111111110E", "v": "11111111110A04", "w": "11111115151B11", "x": "11110A040A1111", "y": "11110A04040404",
-    "z": "1F01020408101F", "0": "0E11111111110E", "1": "040C040404040E", "2": "0E11010608101F", "3": "1F01010E01111E",
+    "z": "1F01020408101F", "0": "0E11131519110E", "1": "040C040404040E", "2": "0E11010608101F", "3": "1F01010E01111E",
     "4": "12121F02020202", "5": "1F10101E01111E", "6": "0E10101E11110E", "7": "1F010204080808", "8": "0E11110E11110E",
     "9": "0E11110F01010E",
 }  # fmt: skip
@@ -111,12 +111,13 @@ def page(seed: int, grid: tuple[int, int] | None = None) -> Page:
             for index, character in enumerate(text):
                 start = x + index * ADVANCE
                 ink[y : y + HIGH, start : start + 5] |= glyph(character)[:, : max(0, columns * CELL - start)]
-            cells = {
+            cells = [
                 row * columns + column
                 for row in range(y // CELL, (y + HIGH - 1) // CELL + 1)
                 for column in range(x // CELL, (x + width - 2) // CELL + 1)
-            }
-            words.append(Word(text, number, place, tuple(sorted(cells))))
+                if ink[max(y, row * CELL) : (row + 1) * CELL, max(x, column * CELL) : (column + 1) * CELL][:HIGH].any()
+            ]
+            words.append(Word(text, number, place, tuple(cells)))
             x += width + rng.randint(ADVANCE, 2 * ADVANCE)
     return Page(seed, grid, tuple(words), ink)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vtprune.refvlm import model as first
-from vtprune.refvlm import pages
+from vtprune.refvlm import pages, qwen
+from vtprune.refvlm.qwen import PictureProcessor
 
 PATCH_SIZE, MERGE_SIZE = 6, 2
 CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction
@@ -55,6 +56,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )
+
+
+def processor() -> PictureProcessor:
+    """The processor: pictures of 16 to 1,300 visual tokens keep their size, to a multiple of 12 pixels."""
+    return qwen.processor(tokenizer(), pixels=(16 * CELL**2, 1300 * CELL**2))
 
 
 def config(layers: int) -> Qwen2_5_VLConfig:

@@ -99,10 +99,11 @@ def write(path: Path, content: Any) -> None:
 
 
 def save_weights(learner: Learner, folder: Path) -> None:
-    """The model in float16, as `from_pretrained` wants it, with its processor where this tree has one."""
+    """The model in float16 and its processor, as `from_pretrained` wants them."""
     learner.vlm.config.text_config._attn_implementation = "sdpa"
     learner.vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in learner.vlm.state_dict().items()})
     learner.vlm.model.language_model.set_attn_implementation("refvlm_training")
+    build.processor().save_pretrained(folder)
     os.chmod(folder / "model.safetensors", 0o644)
 
 
@@ -126,7 +127,7 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
     return learner, optims, step
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
     parser.add_argument("--look", type=int, default=240, help="steps of phase 1")
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--look-budget", type=int, default=2200)
     parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
     parser.add_argument("--fresh", action="store_true", help="begin anew; by default a run goes on where it stopped")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     newest, stable, curve_file = (
