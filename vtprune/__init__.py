@@ -15,7 +15,7 @@ from typing import Any as _Any
 from .errors import BudgetError, CertificateError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 
 if _TYPE_CHECKING:
-    from . import methods
+    from . import methods, towers
     from .core.certificate import Certificate
     from .core.energy import Auto
     from .engine.patching import Patch, inspect, patch, unpatch
@@ -41,6 +41,7 @@ __all__ = [
     "inspect",
     "methods",
     "patch",
+    "towers",
     "unpatch",
 ]
 
@@ -56,7 +57,7 @@ _PLACES = {
     "patch": ".engine.patching",
     "unpatch": ".engine.patching",
 }
-_PACKAGES = ("bench", "core", "engine", "methods", "models", "refvlm", "report", "study", "vision")
+_PACKAGES = ("bench", "core", "engine", "methods", "models", "refvlm", "report", "study", "towers", "vision")
 
 
 def __getattr__(name: str) -> _Any:

@@ -216,6 +216,8 @@ def _mapping(value: dict[str, Any], part: _Part, ids: Ids) -> dict[str, Any]:
 def _number(name: str, value: int, part: _Part) -> int:
     if name == "head_dim" and value == part.config.get("qk_rope_head_dim"):
         return _EXACT["qk_rope_head_dim"]
+    if name == "head_dim" and not part.text and part.heads and value * part.heads == part.width:
+        return WIDTH // HEADS
     if name in _EXACT:
         return min(value, _EXACT[name]) if value > 0 else value
     if name in ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .. import towers
 from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
 from ..core.energy import Auto
@@ -20,6 +21,7 @@ from ..models import anatomy as _anatomy
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
 from ..report.pruning import Pruning
+from ..towers import TowerMethod
 from . import requests
 from .hooks import owner_of
 from .session import Session
@@ -65,6 +67,11 @@ class Patch:
     def video_method(self) -> Method | None:
         """The method for clips, where another one prunes pictures."""
         return self.spec.uses[1].method if len(self.spec.uses) > 1 else None
+
+    @property
+    def tower(self) -> TowerMethod | None:
+        """What cuts the vision tower, or None."""
+        return self.spec.tower
 
     @property
     def budget(self) -> Budget:
@@ -173,7 +180,8 @@ class Patch:
     def __repr__(self) -> str:
         cuts = ", ".join(map(str, sorted({stage.layer for use in self.spec.uses for stage in use.schedule})))
         state = "removed" if self.removed else f"cuts before layer {cuts} of {self.anatomy.num_layers}"
-        return f"Patch({', '.join(str(use.method) for use in self.spec.uses)}, {self.budget}, {state})"
+        tower = "" if self.tower is None else f", tower={self.tower}"
+        return f"Patch({', '.join(str(use.method) for use in self.spec.uses)}, {self.budget}{tower}, {state})"
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise VTPruneError("a patch cannot be copied; patch the other model instead")
@@ -188,6 +196,7 @@ def patch(
     method: MethodLike | Mapping[str, MethodLike] | None = None,
     video_method: MethodLike | None = None,
     window: int | None = None,
+    tower: float | TowerMethod | type[TowerMethod] | None = None,
 ) -> Patch:
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
@@ -205,6 +214,8 @@ def patch(
         window: Visual tokens of a sample that a KV cache may hold between calls, for frames that are appended for as
             long as one likes: after each prefill the oldest frames leave the cache until it holds no more. Without a
             budget nothing else is pruned.
+        tower: Cuts inside the vision tower as well: the share of the patches that go through its later blocks, or a
+            method of `vtprune.towers`. Allowed alone: then no visual token is pruned.
 
     Returns:
         Patch: Also a context manager; it replaces an earlier patch of the same model.
@@ -222,6 +233,9 @@ def patch(
     if window is not None:
         check_window(window)
         ratio = 1.0 if (ratio, keep, mean_ratio) == (None, None, None) else ratio
+    cut = None if tower is None else towers.resolve(tower)
+    if cut is not None and (ratio, keep, mean_ratio) == (None, None, None):
+        ratio = 1.0
     budget = Budget(ratio, keep, mean_ratio)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
@@ -230,7 +244,7 @@ def patch(
             raise CertificateError("the certificate is for one method; found another one for clips beside it")
         certificate.check_method(chosen)
         certificate.check_model(model)
-    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips, window), instead_of=find_patch(model))
+    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips, window, cut), instead_of=find_patch(model))
 
 
 def _methods(

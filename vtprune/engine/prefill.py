@@ -27,6 +27,7 @@ from ..models.visual_tokens import VisualTokens
 from ..report import explain
 from ..report.image_source import Source
 from ..report.record import PruningRecord
+from ..towers.cut import RUNS
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
@@ -170,6 +171,9 @@ class DecoderCall(CallState):
             kept_flat=[decision.kept for decision in self.decisions],
             source=Source.of(self.inputs, self.spec.anatomy, self.copies),
             states=[decision.states for decision in self.decisions],
+            work=self.spec.work,
+            text=[int(n) - len(v) for n, v in zip(columns.real.sum(1), where, strict=True)],
+            tower_runs=[run for runs in self.recorded.get(RUNS, []) for run in runs],
         )
 
     # --- the cut ------------------------------------------------------------------------------------------------------

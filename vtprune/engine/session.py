@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core.budget import Budget
 from ..core.method import Tap
-from ..errors import NothingPrunedError
+from ..errors import NothingPrunedError, UnsupportedModelError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
 from ..models.encoder_outputs import Encoded
 from ..models.transformers_names import (
@@ -32,6 +32,7 @@ from ..models.transformers_names import (
 )
 from ..models.visual_tokens import VisualTokens
 from ..report.pruning import Pruning
+from ..towers.cut import TowerCut
 from ..vision.tower import warn_once
 from . import checkpointing, generation, merged, outputs, prefill, requests, window
 from .call import CallOptions
@@ -80,6 +81,7 @@ class Session:
         self.thread = ThreadState()
         self.features = merged.Features()  # that encoders returned outside a call of the model
         self.caches = Caches()
+        self.tower = self._tower_cut()
         self._last: Pruning | None = None
 
     @property
@@ -96,6 +98,15 @@ class Session:
     def last(self) -> Pruning | None:
         """The most recent prefill: of the calling thread if it ran one, else of any. None before the first."""
         return self.thread.last or self._last
+
+    def _tower_cut(self) -> TowerCut | None:
+        """What cuts the vision tower, or counts its work; None where it has no blocks and none was asked to be cut."""
+        try:
+            return TowerCut(self.spec.anatomy, self.spec.tower, lambda: not requests.current(self).paused)
+        except UnsupportedModelError:
+            if self.spec.tower is not None:
+                raise
+            return None
 
     def attach(self, owner: Any) -> list[Any]:
         """Puts the hooks on the model.
@@ -144,7 +155,11 @@ class Session:
         after(parts.composite, self._after_composite, always=True)
         for number, layer in enumerate(parts.layers):
             before(layer, self._layer_hook(number))
-        for tap in self.spec.taps:
+        taps = list(self.spec.taps)
+        if self.tower is not None:
+            handles += self.tower.attach(lambda function: Hook(owner, function))
+            taps.append(self.tower.tap())
+        for tap in taps:
             after(tap.module, self._tap_hook(tap))
         return handles
 
@@ -383,6 +398,8 @@ class Session:
                 return
             if tap.columns and (thread.call is None or not thread.call.cuts):
                 return
+            if self.tower is not None:
+                args, kwargs = self.tower.uncut(module, args, kwargs)
             with torch.no_grad():
                 value = tap.record(args, kwargs, output)
             if value is not None:

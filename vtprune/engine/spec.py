@@ -16,6 +16,8 @@ from ..models import anatomy as _anatomy
 from ..models.anatomy import Anatomy
 from ..models.transformers_names import mask_function_name, rope_parameters
 from ..report.cost import DecoderShape
+from ..report.tower import Work, weights_per_token
+from ..towers import TowerMethod
 from .columns import AttentionForm
 
 
@@ -72,6 +74,7 @@ class PruneSpec:
         anatomy: The parts of the model.
         renumbers: Whether kept tokens get consecutive position ids.
         window: Visual tokens of a sample that a cache may hold after a prefill; None for any number.
+        tower: Cuts inside the vision tower, or None.
     """
 
     uses: tuple[MethodUse, ...]
@@ -79,6 +82,7 @@ class PruneSpec:
     anatomy: Anatomy
     renumbers: bool
     window: int | None = None
+    tower: TowerMethod | None = None
 
     @classmethod
     def of(
@@ -88,6 +92,7 @@ class PruneSpec:
         budget: Budget,
         video_method: Method | None = None,
         window: int | None = None,
+        tower: TowerMethod | None = None,
     ) -> PruneSpec:
         """Finds the parts of a model and checks that the methods and the budget fit it.
 
@@ -99,7 +104,7 @@ class PruneSpec:
         anatomy = _anatomy.find(model)
         if video_method is None:
             use = MethodUse.of(method, anatomy, budget)
-            return cls((use,), budget, anatomy, _renumbers(method, anatomy, window), window)
+            return cls((use,), budget, anatomy, _renumbers(method, anatomy, window), window, tower)
         kinds = list(anatomy.placeholders)
         if "video" not in kinds:
             raise MethodError(
@@ -117,7 +122,7 @@ class PruneSpec:
                 'one of the methods renumbers what it keeps (positions="compact") and the other does not; give both '
                 "the same"
             )
-        return cls(uses, budget, anatomy, renumbers.pop(), window)
+        return cls(uses, budget, anatomy, renumbers.pop(), window, tower)
 
     @property
     def method(self) -> Method:
@@ -177,6 +182,16 @@ class PruneSpec:
         """Which form of mask the decoder's attention takes; may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)
         return AttentionForm(name, self.dtype, next(self.anatomy.decoder.parameters()).device)
+
+    @cached_property
+    def work(self) -> Work:
+        """What projector and decoder cost for a token."""
+        parts = self.anatomy
+        config = parts.decoder.config
+        inside = parts.projector is None or any(m is parts.projector for m in parts.vision_tower.modules())
+        projector = 0 if inside else weights_per_token(parts.projector)  # type: ignore[arg-type]
+        layers = tuple(weights_per_token(layer, config) for layer in parts.layers)
+        return Work(layers, self.shape.width, projector)
 
     @property
     def shape(self) -> DecoderShape:

@@ -31,7 +31,23 @@ class Pruning(PruningRecord):
             ("KV cache", f"{_bytes(kv)} -> {_bytes(kv_after)} ({_percent(kv_after, kv)})"),
             ("selection", f"{self.selection_time * 1e3:.2f} ms"),
         ]
-        return "\n".join(f"{name:<14} {text}" for name, text in rows)
+        return "\n".join(f"{name:<14} {text}" for name, text in rows + self._tower_rows())
+
+    def _tower_rows(self) -> list[tuple[str, str]]:
+        """The vision tower, and what it leaves for the rest of the first token."""
+        if self.tower is None:
+            return []
+        (before, after), (share, share_after) = self.tower.flops, self.tower.share
+        (whole, left), patches = self.tower.first_token, sum(self.tower.patches)
+        ran = f"{sum(map(len, self.tower.kept))} of {patches} patches from block {self.tower_runs[0].block} on"
+        cut = f"{_count(before)} -> {_count(after)} FLOPs ({_percent(after, before)}): {ran}"
+        rows = [("vision tower", cut if patches else f"{_count(before)} FLOPs, not cut")]
+        if patches:
+            rows.append(("", f"chosen in {self.tower.selection_time * 1e3:.2f} ms"))
+        gain = f"{whole / left:.1f}x fewer FLOPs up to it, tower included" if left < whole else "nothing pruned"
+        rows.append(("first token", f"{gain}; the tower's share {100 * share:.0f} % -> {100 * share_after:.0f} %"))
+        rows.append(("", f"pruning the decoder alone can give at most {self.tower.bound:.1f}x"))
+        return rows
 
     def __str__(self) -> str:
         return self.report()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..errors import VTPruneError
 from ..models.visual_tokens import VisualTokens
 from .cost import DecoderShape, decoder_flops, kv_bytes
 from .image_source import Source
+from .tower import TowerPruning, TowerRun, Work
 
 
 @dataclass
@@ -42,6 +44,9 @@ class PruningRecord:
             `vtprune.report.explain.recording()`.
         evicted: With `window=`, for each sample the columns of earlier or these frames that left the cache after the
             prefill; else empty.
+        work: What projector and decoder cost for a token.
+        text: For each sample the text tokens of this prefill.
+        tower_runs: Calls of the vision tower that made the features.
     """
 
     visual: list[Tensor]
@@ -61,6 +66,9 @@ class PruningRecord:
     source: Source = field(default_factory=Source, repr=False)
     states: list[Tensor | None] = field(default_factory=list, repr=False)
     evicted: list[Tensor] = field(default_factory=list, repr=False)
+    work: Work | None = field(default=None, repr=False)
+    text: list[int] = field(default_factory=list, repr=False)
+    tower_runs: list[TowerRun] = field(default_factory=list, repr=False)
 
     @property
     def mask(self) -> Tensor:
@@ -122,6 +130,20 @@ class PruningRecord:
         batch, length = len(self.visual), self.columns - self.cached_before
         return kv_bytes([length] * self.shape.layers, batch, self.shape), kv_bytes(self.slots, batch, self.shape)
 
+    @cached_property
+    def tower(self) -> TowerPruning | None:
+        """The vision tower's part: patches that ran, its share of the first token and the bound that is left.
+
+        None where it did not run (features given by the caller) or is no list of blocks.
+        """
+        if self.work is None or not self.tower_runs:
+            return None
+        samples, layers = range(len(self.visual)), self.shape.layers
+        projected = self.work.projector * self.tokens[0]
+        whole = [self.work.decoder([self.text[s] + len(self.visual[s])] * layers) for s in samples]
+        left = [self.work.decoder([self.text[s] + n for n in self.per_layer(s)]) for s in samples]
+        return TowerPruning(self.tower_runs, (projected + sum(whole), projected + sum(left)))
+
     def to_dict(self) -> dict:
         """The numbers of the report, for logs."""
         (before, after), (flops, flops_after), (kv, kv_after) = self.tokens, self.flops, self.kv_bytes
@@ -138,6 +160,7 @@ class PruningRecord:
             "kv_bytes": kv,
             "kv_bytes_after": kv_after,
             "selection_time": self.selection_time,
+            "tower": None if self.tower is None else self.tower.to_dict(),
         }
 
     def alive(self, stage: int) -> Tensor:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""T6: a cut tower costs what a tower costs that is given only the kept rows from the cut on.
+
+Counted in floating-point operations of matrix products, which are the same on every machine; benchmarks/towers.py
+measures time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from support import MIXED, model_of
+from torch.utils.flop_counter import FlopCounterMode
+from tower_reference import blocks_of, prefix_of
+
+import vtprune
+from vtprune import towers
+
+
+def tower_flops(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[int, list[int], list[int]]:
+    """Operations in each block of the tower, and the rows that each ran on."""
+    blocks = blocks_of(vtprune.inspect(model).vision_tower)
+    flops, rows, counters = [0] * len(blocks), [0] * len(blocks), {}
+    handles = []
+    for number, block in enumerate(blocks):
+
+        def enter(module: Any, args: tuple, kwargs: dict, number: int = number) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            rows[number] += states.shape[:-1].numel()
+            counters[number] = FlopCounterMode(display=False)
+            counters[number].__enter__()
+
+        def leave(module: Any, args: tuple, kwargs: dict, output: Any, number: int = number) -> None:
+            counters[number].__exit__(None, None, None)
+            flops[number] += counters[number].get_total_flops()
+
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        # Before the hook of the cut: what it does to put rows back is not a matrix product.
+        handles.append(block.register_forward_hook(leave, with_kwargs=True, prepend=True))
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    return sum(flops), flops, rows
+
+
+@pytest.mark.parametrize("name", ["Change", "Similar", "Uniform"])
+def test_later_blocks_run_on_kept_rows_only(family: str, name: str) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(MIXED)
+    _, whole, rows = tower_flops(model, batch)
+    with vtprune.patch(model, tower=getattr(towers, name)(keep=0.3)) as patch:
+        _, cut, left = tower_flops(model, batch)
+        runs = patch.last.tower_runs
+    prefix = prefix_of(vtprune.inspect(model).vision_tower)
+    kept = sum(len(k) for run in runs for k in run.kept)
+    entries = sum(len(run.kept) for run in runs) * prefix
+    for number, (before, after) in enumerate(zip(whole, cut, strict=True)):
+        if number < runs[0].block:
+            assert after == before and left[number] == rows[number]
+        else:
+            assert left[number] == kept + entries
+            assert after <= 1.001 * before * left[number] / rows[number], "linear in the rows, less for attention"
+
+
+def test_the_report_counts_what_runs(family: str) -> None:
+    """Its multiply-adds are half the counted operations of the blocks (whose fused attention is not counted)."""
+    model, batch = model_of(family, "eager"), FAMILIES[family].batch(MIXED)
+    with vtprune.patch(model, tower=towers.Uniform(keep=0.3)) as patch:
+        total, _, _ = tower_flops(model, batch)
+        runs = patch.last.tower_runs
+        whole = sum(work.flops[0] for run in runs for work in run.work)
+        counted = sum(work.flops[1] for run in runs for work in run.work)
+    assert counted == pytest.approx(total / 2, rel=1e-3)
+    assert whole == pytest.approx(tower_flops(model, batch)[0] / 2, rel=1e-3)
+
+
+def test_shares_of_the_first_token(family: str) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(MIXED)
+    with vtprune.patch(model, ratio=0.2, method="random", tower=0.3) as patch:
+        model(**batch)
+        tower, text = patch.last.tower, patch.last.report()
+    (before, after), (share, share_after) = tower.flops, tower.share
+    assert 0 < after < before and 0 < share < 1 and 0 < share_after < 1
+    assert tower.bound == pytest.approx((after + tower.rest[0]) / after)
+    assert f"at most {tower.bound:.1f}x" in text and "vision tower" in text
+    with vtprune.patch(model, ratio=0.2, method="random") as patch:
+        model(**batch)
+        alone = patch.last.tower
+    assert alone.flops[0] == alone.flops[1] and alone.bound == pytest.approx(1 / alone.share[0])
+    assert "not cut" in patch.last.report()
+    assert alone.flops[0] == pytest.approx(before, rel=0.02)  # class tokens count as patches where nothing is cut

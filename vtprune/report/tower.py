@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower's part of a prefill: which patches ran, and what the tower costs beside the decoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+
+
+def weights_per_token(module: nn.Module, config: Any = None) -> int:
+    """Multiply-adds of one token in the matrices of a module.
+
+    Tables that are looked up are left out; of experts only those that a token visits count.
+
+    Args:
+        module: A block, a layer or a projector.
+        config: Tells how many experts there are and how many a token visits.
+    """
+    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    picks = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    visited = next((n for k in picks if (n := getattr(config, k, None))), 1)
+    names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    experts = next((n for k in names if (n := getattr(config, k, None))), 1)
+    share = visited / experts if isinstance(visited, int) and isinstance(experts, int) else 1.0
+    total = 0.0
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2 and id(parameter) not in tables:
+            total += parameter.numel() * (share if _EXPERTS.search(name) else 1.0)
+    return round(total)
+
+
+@dataclass
+class BlockWork:
+    """What one block of the tower worked on; counted when it is asked for, so that nothing waits for a device.
+
+    Attributes:
+        weights: Multiply-adds of one token in its matrices.
+        width: Of the states.
+        batch, length: Shape `[B, L]` of the states without a cut.
+        candidates: Whole-number vectors among the block's arguments; one of them may be the offsets of what attends to
+            each other.
+        tokens_after: Tokens that ran.
+        pairs_after: Pairs of them that attend to each other; None without a cut.
+    """
+
+    weights: int
+    width: int
+    batch: int
+    length: int
+    candidates: list[Tensor]
+    tokens_after: int
+    pairs_after: int | None = None
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of tokens that attend to each other without a cut."""
+        for candidate in self.candidates:
+            ends = candidate.cpu().long()
+            if len(ends) > 1 and int(ends[0]) == 0 and int(ends[-1]) == self.length and bool((ends.diff() >= 0).all()):
+                return int(ends.diff().square().sum())
+        return self.batch * self.length**2
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Multiply-adds without the cut and with it."""
+        before = self.batch * self.length * self.weights + 2 * self.pairs * self.width
+        after = self.pairs if self.pairs_after is None else self.pairs_after
+        return before, self.tokens_after * self.weights + 2 * after * self.width
+
+
+@dataclass
+class TowerRun:
+    """One call of the vision tower.
+
+    Attributes:
+        method: Name of what chose; "" where the tower was not cut.
+        block: The cut was before this block; the number of blocks where there was none.
+        kept: For each picture (tile, clip) the numbers of the patches that ran in the blocks from there on, in the
+            tower's order, class tokens not counted; empty where the tower was not cut.
+        patches: Patches of each picture; likewise.
+        work: Of every block.
+        outside: Multiply-adds of the tower outside its blocks: patch embedding and merger.
+        selection_time: Host seconds spent on the choice.
+    """
+
+    method: str
+    block: int
+    kept: list[Tensor]
+    patches: list[int]
+    work: list[BlockWork] = field(repr=False)
+    outside: float = 0.0
+    selection_time: float = 0.0
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Multiply-adds of the tower without the cut and with it."""
+        both = [work.flops for work in self.work]
+        return sum(b for b, _ in both) + self.outside, sum(a for _, a in both) + self.outside
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the rest of a model costs for a token.
+
+    Attributes:
+        layers: Multiply-adds of one token in the matrices of each decoder layer.
+        width: Of the decoder's states.
+        projector: Multiply-adds of one visual token in the projector; 0 where it is part of the tower.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    projector: int
+
+    def decoder(self, tokens: Sequence[int]) -> float:
+        """Multiply-adds of the decoder for a prompt with `tokens` at the input of each layer, causal attention."""
+        return sum(n * weights + n * n * self.width for n, weights in zip(tokens, self.layers, strict=True))
+
+
+@dataclass
+class TowerPruning:
+    """`patch.last.tower`: the vision tower's part of the most recent prefill.
+
+    Attributes:
+        runs: Calls of the tower, in order.
+        rest: Multiply-adds of projector and decoder, text included, without pruning and with it.
+    """
+
+    runs: list[TowerRun]
+    rest: tuple[float, float]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each picture the numbers of the patches that ran after the cut; tiles and clips count as pictures."""
+        return [kept for run in self.runs for kept in run.kept]
+
+    @property
+    def patches(self) -> list[int]:
+        """Patches of each picture."""
+        return [count for run in self.runs for count in run.patches]
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Multiply-adds of the tower without the cut and with it."""
+        both = [run.flops for run in self.runs]
+        return sum(b for b, _ in both), sum(a for _, a in both)
+
+    @property
+    def selection_time(self) -> float:
+        """Host seconds spent on choosing patches."""
+        return sum(run.selection_time for run in self.runs)
+
+    @property
+    def first_token(self) -> tuple[float, float]:
+        """Multiply-adds up to the first token without any pruning and with it, tower included."""
+        return self.flops[0] + self.rest[0], self.flops[1] + self.rest[1]
+
+    @property
+    def share(self) -> tuple[float, float]:
+        """The tower's share of the multiply-adds of the first token without any pruning, and as it ran."""
+        (before, after), (whole, left) = self.flops, self.first_token
+        return before / whole, after / left
+
+    @property
+    def bound(self) -> float:
+        """How many times cheaper the first token can become at most by pruning the decoder, the tower as it ran."""
+        return (self.flops[1] + self.rest[0]) / self.flops[1]
+
+    def to_dict(self) -> dict:
+        """The numbers of the report, for logs."""
+        (before, after), (share, share_after) = self.flops, self.share
+        return {
+            "cuts": [f"{run.method} before block {run.block}" for run in self.runs if run.method],
+            "patches": self.patches,
+            "kept": [len(kept) for kept in self.kept],
+            "flops": before,
+            "flops_after": after,
+            "first_token": self.first_token[0],
+            "first_token_after": self.first_token[1],
+            "share": share,
+            "share_after": share_after,
+            "bound": self.bound,
+            "selection_time": self.selection_time,
+        }
+
+
+def kept_numbers(keep: Sequence[Tensor]) -> list[Tensor]:
+    """From keep masks of pictures to the numbers of the patches that stay."""
+    return [mask.nonzero()[:, 0].to(torch.int64) for mask in keep]

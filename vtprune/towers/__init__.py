@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts inside the vision tower: the later blocks run on a subset of the patches.
+
+```python
+vtprune.patch(model, ratio=0.1, tower=0.35)  # 35 % of the patches go through the tower's later blocks
+vtprune.patch(model, ratio=0.1, tower=vtprune.towers.Change(keep=0.35, block=7))
+vtprune.patch(model, ratio=0.1, tower=vtprune.towers.Pixels(tolerance=0.0))  # the picture decides how many stay
+```
+
+A method of one's own is a subclass of `TowerMethod` with one function from states `[N, D]` to scores:
+
+```python
+@dataclass
+class Norm(vtprune.towers.TowerMethod):
+    def score(self, patches): return patches.states.norm(dim=-1)  # [N], higher stays
+```
+"""
+
+from ..errors import MethodError
+from .attention import Attention
+from .baselines import Random, Uniform
+from .change import Change
+from .method import Patches, Rebuild, TowerChoice, TowerMethod
+from .pixels import Pixels
+from .similar import Similar
+
+__all__ = [
+    "Attention",
+    "Change",
+    "Patches",
+    "Pixels",
+    "Random",
+    "Rebuild",
+    "Similar",
+    "TowerChoice",
+    "TowerMethod",
+    "Uniform",
+    "resolve",
+]
+
+
+def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
+    """Turns what a user passes as `tower` into a method: a share of the patches is `Change(keep=share)`.
+
+    Raises:
+        MethodError: It is neither.
+        BudgetError: The share is out of range.
+    """
+    if isinstance(tower, TowerMethod):
+        return tower
+    if isinstance(tower, type) and issubclass(tower, TowerMethod):
+        return tower()
+    if isinstance(tower, (int, float)) and not isinstance(tower, bool):
+        return Change(keep=float(tower))
+    raise MethodError(
+        f"tower is {tower!r}; expected a share of the patches such as 0.35, or a method such as "
+        "vtprune.towers.Change(keep=0.35)"
+    )

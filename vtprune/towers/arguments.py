@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of a tower's block, cut to the rows that are left. They are known by their shapes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+
+class Offsets:
+    """Which arguments of one tower call are offsets of a packed sequence; each tensor is read once.
+
+    Args:
+        batch, length: Shape `[B, L]` of the tower's states.
+    """
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self._known: dict[int, tuple[Any, Tensor | None]] = {}
+
+    def read(self, value: Any) -> Tensor | None:
+        """`[S + 1]` int64 on the host where `value` holds offsets from 0 to the number of tokens, else None."""
+        if self.batch != 1 or not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
+            return None
+        if value.dtype == torch.bool or not 2 <= len(value) <= self.length + 1:
+            return None
+        if id(value) not in self._known:
+            found = value.detach().cpu().long()
+            fits = int(found[0]) == 0 and int(found[-1]) == self.length and bool((found.diff() >= 0).all())
+            self._known[id(value)] = (value, found if fits else None)
+        return self._known[id(value)][1]
+
+    def among(self, values: dict[Any, Any]) -> Tensor | None:
+        """The offsets among a block's arguments."""
+        return next((o for v in values.values() if (o := self.read(v)) is not None), None)
+
+
+@dataclass
+class Rows:
+    """Rows of a tower's states that run together: the same number of each of some entries of the batch.
+
+    Attributes:
+        batch, length: Shape `[B, L]` of the full states.
+        entries: `[g]` entries of the batch, ascending.
+        index: `[g, K]` rows of each, ascending.
+        offsets: Reads offsets.
+        made: What was already cut, by the identity of what it was cut from; holds both.
+    """
+
+    batch: int
+    length: int
+    entries: Tensor
+    index: Tensor
+    offsets: Offsets
+    made: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    def take(self, x: Tensor, dim: int, of_entries: bool) -> Tensor:
+        """The rows along `dim`; `of_entries` says that dimension 0 is the batch (or 1, for all entries alike)."""
+        if self.batch == 1:
+            return x.index_select(dim, self.index[0])
+        if not of_entries:
+            return x.index_select(dim, self.index[0])  # one entry at a time, see `RunningTower`
+        x = x.expand(self.batch, *x.shape[1:]) if x.shape[0] == 1 else x
+        picked = x.movedim(dim, 1)[self.entries[:, None], self.index] if len(x) == self.batch else None
+        if picked is None:  # the entries were picked before
+            picked = x.movedim(dim, 1).gather(1, _like(self.index, x.movedim(dim, 1)))
+        return picked.movedim(1, dim)
+
+    def put(self, full: Tensor, rows: Tensor) -> Tensor:
+        """`[B, L, D]` states with `rows` `[g, K, D]` in their places."""
+        if self.batch == 1:
+            return full.index_copy(1, self.index[0], rows)
+        return full.index_put((self.entries[:, None], self.index), rows)
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    return index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+
+
+def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, extra ones included."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            bound.update({f"{parameter.name}_{i}": v for i, v in enumerate(bound.pop(parameter.name, ()))})
+    return bound
+
+
+def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The states among a block's arguments: the first of them."""
+    value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    return value if isinstance(value, Tensor) else None
+
+
+def with_states(args: tuple, kwargs: dict[str, Any], states: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments with other states."""
+    if args:
+        return (states, *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return args, {**kwargs, name: states}
+
+
+def mask_among(values: dict[str, Any]) -> Tensor | None:
+    """The attention mask among a block's arguments, or None.
+
+    Raises:
+        UnsupportedModelError: It is one of flex attention.
+    """
+    found = next((v for name, v in values.items() if "mask" in name and v is not None), None)
+    if found is not None and not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            f"the vision tower was given a {type(found).__name__} as its mask; tower= supports tensors: load the model "
+            'with attn_implementation="sdpa", "eager" or "flash_attention_2"'
+        )
+    return found
+
+
+def tables_among(values: dict[str, Any], length: int) -> list[Tensor]:
+    """`[L, ...]` tensors that blocks are given beside the states, such as rotations; one for all of a batch."""
+    found: list[Tensor] = []
+    for name, value in values.items():
+        if "mask" not in name:
+            map_tensors(value, lambda x: found.append(x) if x.dim() >= 2 and len(x) == length else None)
+    return found
+
+
+def map_tensors(value: Any, function: Any) -> Any:
+    """Applies `function` to the tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(v, function) for v in value)
+    if isinstance(value, list):
+        return [map_tensors(v, function) for v in value]
+    if isinstance(value, dict):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value
+
+
+def cut(args: tuple, kwargs: dict[str, Any], rows: Rows, states: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """A block's arguments for `rows`, with `states` as its states."""
+    first = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
+    longest = _longest(args, kwargs, rows)
+    rest = tuple(_cut("", value, rows, longest) for value in args[1:])
+    named_ones = {
+        name: value if not args and name == first else _cut(name, value, rows, longest)
+        for name, value in kwargs.items()
+    }
+    return with_states((*args[:1], *rest), named_ones, states)
+
+
+def _longest(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[int, int] | None:
+    """Longest stretch that attends to each other, before and after the cut."""
+    found = next((o for v in (*args[1:], *kwargs.values()) if (o := rows.offsets.read(v)) is not None), None)
+    return None if found is None else (int(found.diff().max()), int(cut_offsets(found, rows).diff().max()))
+
+
+def _cut(name: str, value: Any, rows: Rows, longest: tuple[int, int] | None) -> Any:
+    if longest is not None and "max" in name:
+        if isinstance(value, int) and value == longest[0]:
+            return longest[1]
+        if isinstance(value, Tensor) and value.numel() == 1 and int(value) == longest[0]:
+            return torch.full_like(value, longest[1])
+    return map_tensors(value, lambda x: _cut_tensor(name, x, rows))
+
+
+def _cut_tensor(name: str, x: Tensor, rows: Rows) -> Tensor:
+    known = rows.made.get(id(x))
+    if known is None:
+        known = rows.made[id(x)] = (x, _made(name, x, rows))
+    return known[1]
+
+
+def _made(name: str, x: Tensor, rows: Rows) -> Tensor:
+    known = rows.offsets.read(x)
+    if known is not None:
+        return cut_offsets(known, rows).to(x.device, x.dtype)
+    if rows.index.device != x.device:
+        rows = Rows(rows.batch, rows.length, rows.entries.to(x.device), rows.index.to(x.device), rows.offsets)
+    square = x.dim() >= 2 and x.shape[-1] == x.shape[-2] == rows.length
+    if "mask" in name or square:
+        dims = [d for d in range(max(0, x.dim() - 2), x.dim()) if x.shape[d] == rows.length]
+    else:
+        dims = [d for d in range(min(3, x.dim())) if x.shape[d] == rows.length][:1]
+        if rows.batch > 1 and dims == [0] and x.dim() > 1 and x.shape[1] == rows.length:
+            dims = [1]  # a batch of as many entries as there are rows
+    of_entries = x.dim() > 0 and x.shape[0] in (1, rows.batch) and 0 not in dims and x.dim() > 1
+    for place, dim in enumerate(dims):
+        x = rows.take(x, dim, of_entries) if place == 0 or not of_entries else _again(x, dim, rows)
+    if not dims and rows.batch > 1 and x.dim() >= 1 and x.shape[0] == rows.batch:
+        x = x[rows.entries]
+    return x
+
+
+def _again(x: Tensor, dim: int, rows: Rows) -> Tensor:
+    """A second dimension of a tensor whose entries were picked with the first."""
+    if rows.batch == 1:
+        return x.index_select(dim, rows.index[0])
+    moved = x.movedim(dim, 1)
+    return moved.gather(1, _like(rows.index, moved)).movedim(1, dim)
+
+
+def cut_offsets(offsets: Tensor, rows: Rows) -> Tensor:
+    """Offsets of what is left, int64 on the host; what lost all its rows is gone."""
+    key = ("offsets", id(offsets))
+    if key not in rows.made:
+        left = torch.zeros(rows.length + 1, dtype=torch.int64)
+        left[rows.index[0].cpu() + 1] = 1
+        rows.made[key] = (offsets, left.cumsum(0)[offsets].unique_consecutive())
+    return rows.made[key][1]

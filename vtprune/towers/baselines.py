@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The controls: random and evenly spaced patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.spread import spread, spread_grid
+from .method import Patches, TowerChoice, TowerMethod
+
+
+@dataclass
+class Random(TowerMethod):
+    """A uniformly drawn subset of every picture; dropped patches hold their states at the cut.
+
+    No paper; the control. The draws come from a generator of the method's own that starts afresh with `seed` for every
+    picture, so that a picture alone keeps what it keeps in a batch.
+
+    Attributes:
+        seed: Start of the generator, on the CPU whatever the device of the tower.
+    """
+
+    seed: int = 0
+
+    def score(self, patches: Patches) -> Tensor:
+        draws = [
+            torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
+            for count in patches.unit_offsets.diff().tolist()
+        ]
+        return torch.cat(draws).to(patches.states.device)
+
+
+@dataclass
+class Uniform(TowerMethod):
+    """An evenly spaced subset of every picture; dropped patches hold their states at the cut.
+
+    No paper; the control, and what a coarser grid would keep. Clips share their budget evenly over their frames.
+    Pictures whose grid is not known are spaced along the order of their patches.
+    """
+
+    def choose(self, patches: Patches) -> TowerChoice:
+        assert patches.budgets is not None
+        keep = torch.zeros(int(patches.unit_offsets[-1]), dtype=torch.bool)
+        for number, (start, budget) in enumerate(
+            zip(patches.unit_offsets[:-1].tolist(), patches.budgets.tolist(), strict=True)
+        ):
+            grid, count = patches.grids[number], int(patches.unit_offsets[number + 1]) - start
+            if grid is None:
+                keep[start : start + count] = spread(torch.ones(count, dtype=torch.int64), budget) > 0
+                continue
+            frames, per_frame = grid.frames, count // grid.frames
+            shares = spread(torch.full((frames,), per_frame), budget).tolist()
+            order = grid.units()
+            rows = torch.arange(grid.rows // grid.merge).repeat_interleave(grid.cols // grid.merge)
+            for frame, share in enumerate(shares):
+                marked = spread_grid(rows, share) if share else torch.zeros(per_frame, dtype=torch.bool)
+                keep[start + order[frame * per_frame : (frame + 1) * per_frame][marked]] = True
+        return TowerChoice(keep.to(patches.states.device)[patches.unit])

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches that the last block changed most; the others follow their nearest neighbors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BudgetError
+from .method import Patches, Rebuild, TowerChoice, TowerMethod
+
+_CHUNK = 1 << 24  # distances held at a time
+
+
+@dataclass
+class Change(TowerMethod):
+    """IPCV: patches whose state the block before the cut moved furthest stay.
+
+    Paper: https://arxiv.org/abs/2512.18747. The score of a patch is `|h_block - h_(block-1)|`, the length of the change
+    between the states entering the two blocks. A dropped patch `j` is from then on
+    `h_j^cut + mean over its neighbors n of (h_n^now - h_n^cut)`, where its neighbors are the nearest kept patches by
+    Euclidean distance at the cut.
+
+    Differences from the release: budget and neighbors are per picture (there all pictures of a call share one pool);
+    merge groups stay whole; blocks right after the cut attend to the kept patches only unless `stabilize` is set (the
+    release lets 3 to 7 blocks attend to all rebuilt patches, which costs their attention in full).
+
+    Attributes:
+        neighbors: Kept patches that a dropped one follows.
+        stabilize: Blocks from the cut on that still run on all patches, the dropped ones rebuilt after each.
+    """
+
+    neighbors: int = 10
+    stabilize: int = 0  # type: ignore[misc]
+
+    first_block: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("neighbors", 1), ("stabilize", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BudgetError(f"Change: {name} is {value!r}; expected a whole number from {least} on")
+
+    def score(self, patches: Patches) -> Tensor:
+        assert patches.before is not None
+        return change(patches.before, patches.states)
+
+    def choose(self, patches: Patches) -> TowerChoice:
+        keep = patches.largest(self.score(patches))
+        dropped, sources = nearest_kept(patches.states, keep, patches.offsets, self.neighbors)
+        return TowerChoice(keep, Rebuild(dropped, sources, residual=True))
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """`[N]` Euclidean length of the change between two states `[N, D]`, in float32."""
+    return (after.float() - before.float()).norm(dim=-1)
+
+
+def nearest_kept(states: Tensor, keep: Tensor, offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The nearest kept patches of every dropped patch, inside its picture.
+
+    Args:
+        states: `[N, D]`.
+        keep: `[N]` bool; at least one of every picture.
+        offsets: `[S + 1]` offsets of the pictures, on the host.
+        count: Neighbors asked for.
+
+    Returns:
+        tuple: `[R]` numbers of the dropped patches, and `[R, count]` those of their neighbors, nearest first; -1 where
+        a picture keeps fewer than `count`.
+    """
+    dropped_of, sources_of = [], []
+    for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        kept = keep[start:end].nonzero()[:, 0] + start
+        dropped = (~keep[start:end]).nonzero()[:, 0] + start
+        points, size = states[kept].float(), min(count, len(kept))
+        norms = points.square().sum(1)
+        found = []
+        for part in dropped.split(max(1, _CHUNK // max(len(kept), 1))):
+            # |a - b|^2 without |a|^2, which is the same for all candidates of a patch.
+            distance = torch.addmm(norms, states[part].float(), points.t(), alpha=-2)
+            found.append(distance.topk(size, dim=1, largest=False).indices)
+        sources = kept[torch.cat(found)] if found else kept.new_zeros(0, size)
+        if size < count:
+            sources = nn.functional.pad(sources, (0, count - size), value=-1)
+        dropped_of.append(dropped)
+        sources_of.append(sources)
+    return torch.cat(dropped_of), torch.cat(sources_of)

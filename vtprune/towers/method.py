@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tower method is: before which block it cuts, which patches stay, and what becomes of the others.
+
+A tower method never sees a model. It gets `Patches`, the patches of every picture of one tower call laid out flat, and
+answers with a `TowerChoice`. Class tokens, padding, windows, budgets and ties belong to the engine (`towers.run`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.ragged import group_ids, top_k
+from ..errors import BudgetError, MethodError
+from .pictures import Grid
+
+
+@dataclass
+class Rebuild:
+    """How the states of dropped patches follow from those of kept ones.
+
+    Attributes:
+        dropped: `[R]` numbers of the patches that are rebuilt, ascending.
+        sources: `[R, k]` numbers of the kept patches that each follows; -1 where it follows fewer than k.
+        residual: True adds the mean change of the sources since the cut to the patch's own state at the cut; False
+            copies the mean of the sources.
+    """
+
+    dropped: Tensor
+    sources: Tensor
+    residual: bool
+
+
+@dataclass
+class TowerChoice:
+    """The answer of a tower method.
+
+    Attributes:
+        keep: `[N]` bool, the patches that go through the later blocks.
+        rebuild: What the others are from then on; None holds them at their states at the cut.
+    """
+
+    keep: Tensor
+    rebuild: Rebuild | None = None
+
+
+@dataclass
+class Patches:
+    """The patches of all pictures of one tower call at the cut, flat; class tokens and padding are left out.
+
+    A unit is what is kept or dropped as a whole: the patches that the projector merges into one token, or one patch.
+
+    Attributes:
+        states: `[N, D]` states entering the block at the cut.
+        before: `[N, D]` states entering the block before it, None at block 0.
+        offsets: `[S + 1]` int64 offsets of the pictures, on the host.
+        unit: `[N]` int64 unit of each patch; units count through the pictures in order, on the device of `states`.
+        unit_offsets: `[S + 1]` offsets of the pictures in units, on the host.
+        budgets: `[S]` units of each picture that stay, None where the method asked for no budget; on the host.
+        grids: For each picture where its patches lie, None where that is not known.
+        pixels: Makes `[N, F]` the pixels of each patch, float32, as the processor normalized them, one of several
+            equal temporal copies.
+        received: Makes `[N]` float32, the mean attention that each patch receives from its picture in the last block
+            before the cut that sees whole pictures (in the block at the cut where there is none).
+    """
+
+    states: Tensor
+    before: Tensor | None
+    offsets: Tensor
+    unit: Tensor
+    unit_offsets: Tensor
+    budgets: Tensor | None
+    grids: list[Grid | None]
+    pixels: Callable[[], Tensor]
+    received: Callable[[], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Means over the patches of each unit: `[N, ...]` -> `[U, ...]`, float32."""
+        units, values = int(self.unit_offsets[-1]), values.float()
+        if units == len(self):
+            return torch.empty_like(values).index_copy_(0, self.unit, values)
+        total = values.new_zeros(units, *values.shape[1:]).index_add_(0, self.unit, values)
+        count = torch.bincount(self.unit, minlength=units).to(total.dtype)
+        return total / count.reshape(-1, *[1] * (total.dim() - 1))
+
+    def largest(self, scores: Tensor) -> Tensor:
+        """Keep mask `[N]` of the units with the largest mean scores; ties go to the smaller unit.
+
+        Args:
+            scores: `[N]` of patches or `[U]` of units.
+        """
+        assert self.budgets is not None
+        scores = scores.float() if len(scores) == int(self.unit_offsets[-1]) else self.per_unit(scores)
+        offsets = self.unit_offsets.to(scores.device)
+        return top_k(scores, offsets, self.budgets.to(scores.device))[self.unit]
+
+    def picture(self) -> Tensor:
+        """`[N]` number of each patch's picture, on the device of `states`."""
+        return group_ids(self.offsets.to(self.states.device), len(self))
+
+
+@dataclass
+class TowerMethod:
+    """Base of the tower methods.
+
+    Attributes:
+        keep: Share of the units of every picture that stays, in (0, 1], or a number of units.
+        block: The cut is before this block (0-based); None is after a quarter of the blocks.
+        group: Keep or drop the patches that the projector merges into one token together.
+    """
+
+    keep: float | int | None = 0.35
+    block: int | None = None
+    group: bool = True
+
+    needs_budget: ClassVar[bool] = True
+    first_block: ClassVar[int] = 0  # the earliest block before which the method can cut
+    stabilize: ClassVar[int] = 0  # blocks after the cut that still run on all patches
+
+    def __post_init__(self) -> None:
+        keep = self.keep
+        if keep is None and not self.needs_budget:
+            return
+        share = isinstance(keep, float) and 0 < keep <= 1
+        if isinstance(keep, bool) or not (share or (isinstance(keep, int) and keep >= 1)):
+            raise BudgetError(
+                f"{type(self).__name__}: keep is {keep!r}; expected a share of the patches in (0, 1] such as 0.35, or "
+                "a number of merge groups per picture that is at least 1"
+            )
+
+    def block_of(self, count: int) -> int:
+        """The block before which the method cuts a tower of `count` blocks.
+
+        Raises:
+            BudgetError: There is no such block.
+        """
+        block = max(count // 4, self.first_block) if self.block is None else self.block
+        if isinstance(block, bool) or not isinstance(block, int) or not self.first_block <= block < count:
+            raise BudgetError(
+                f"{type(self).__name__}: block is {block!r}; this vision tower has {count} blocks, expected a number "
+                f"from {self.first_block} to {count - 1}"
+            )
+        return block
+
+    def budgets(self, units: Tensor) -> Tensor | None:
+        """`[S]` units of each picture that stay, from the `[S]` units that it has."""
+        if self.keep is None:
+            return None
+        if isinstance(self.keep, float):
+            return torch.tensor([max(1, round(self.keep * n)) for n in units.tolist()])
+        return units.clamp(max=self.keep)
+
+    def choose(self, patches: Patches) -> TowerChoice:
+        """Which patches stay, and how the others are rebuilt."""
+        return TowerChoice(patches.largest(self.score(patches)))
+
+    def score(self, patches: Patches) -> Tensor:
+        """`[N]` scores of patches or `[U]` of units; higher stays."""
+        raise MethodError(f"{type(self).__name__} defines neither score nor choose; a tower method needs one of them")

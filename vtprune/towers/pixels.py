@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches whose pixels a neighbor does not predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError, UnsupportedModelError
+from .method import Patches, Rebuild, TowerChoice, TowerMethod
+
+Distance = Literal["max", "mean", "rms"]
+
+
+@dataclass
+class Pixels(TowerMethod):
+    """PixelPrune: cells (merge groups) of patches that look like a predicted neighbor go, before the first block.
+
+    Paper: https://arxiv.org/abs/2604.00886. With A the cell to the left, B above and C above left, a cell is predicted
+    by A in the first row, by B in the first column, else by B where C looks like A and not like B, else by A. The first
+    cell stays; any other stays unless its distance to its prediction is at most `tolerance`. A dropped patch is from
+    then on the copy of the patch that represents it: what predicts it, or what that is represented by.
+
+    By default the content decides how many stay. With `keep`, cells are ranked by the distance to their prediction:
+    the first cell, then what the rule keeps, then the rest, each with the largest distance first and ties in raster
+    order.
+
+    Differences from the release: frames of a clip are predicted one by one; `keep`; any tower whose pixels arrive in
+    whole patches; a dropped patch has a state again after every block (the release removes it from the prompt too, see
+    the decoder method "pixels").
+
+    Attributes:
+        keep: None lets the content decide.
+        tolerance: Largest distance at which two cells look alike, on the scale on which pixels run from 0 to 1. 0 is
+            equality. Pictures from JPEG files need 0.02 to 0.05.
+        distance: Largest, mean absolute or root mean square difference of the pixels.
+        anchored: Compare with neighbors as they are represented, so that errors do not add up along a chain.
+        image_std: Standard deviation by which the processor divided, one or for each channel; matters above 0.
+    """
+
+    keep: float | int | None = None
+    block: int | None = 0
+    tolerance: float = 0.0
+    distance: Distance = "max"
+    anchored: bool = True
+    image_std: float | tuple[float, ...] = 0.5
+
+    needs_budget: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tolerance >= 0 or self.distance not in ("max", "mean", "rms"):
+            raise BudgetError(
+                f"Pixels: tolerance is {self.tolerance!r} and distance is {self.distance!r}; expected a number from 0 "
+                'on, and "max", "mean" or "rms"'
+            )
+
+    def choose(self, patches: Patches) -> TowerChoice:
+        pixels = patches.pixels()
+        spread = torch.as_tensor(self.image_std, dtype=pixels.dtype, device=pixels.device).reshape(-1)
+        pixels = (pixels.reshape(len(pixels), len(spread), -1) * spread[:, None]).flatten(1)
+        keep, represented = [], []
+        for number, grid in enumerate(patches.grids):
+            start, end = patches.offsets[number : number + 2].tolist()
+            if grid is None:
+                raise UnsupportedModelError(
+                    "vtprune.towers.Pixels predicts a patch from its neighbors, and the grid of a picture of "
+                    f"{end - start} patches is not known; choose a tower method that reads states, such as "
+                    "vtprune.towers.Change"
+                )
+            cells = grid.cells()  # [C, m * m]
+            rows, cols = grid.rows // grid.merge, grid.cols // grid.merge
+            of_cells = pixels[start:end][cells.to(pixels.device)].flatten(1).reshape(grid.frames, rows, cols, -1)
+            found = [predict(frame, self.tolerance, self.distance, self.anchored) for frame in of_cells]
+            new, off = (torch.stack([f[i] for f in found]).flatten().cpu() for i in (0, 1))
+            source = torch.stack([f[2] for f in found]).reshape(grid.frames, -1).cpu()
+            source = (source + torch.arange(grid.frames)[:, None] * rows * cols).flatten()
+            stays = new if patches.budgets is None else rank(new, off, int(patches.budgets[number]))
+            source = torch.where(stays, torch.arange(len(stays)), source)
+            source = _roots(source)
+            mine, copies = torch.empty(end - start, dtype=torch.bool), torch.empty(end - start, dtype=torch.int64)
+            mine[cells] = stays[:, None].expand_as(cells)
+            copies[cells] = cells[source] + start
+            keep.append(mine)
+            represented.append(copies)
+        stays = torch.cat(keep)
+        dropped = (~stays).nonzero()[:, 0]
+        rebuild = Rebuild(dropped, torch.cat(represented)[dropped][:, None], residual=False)
+        return TowerChoice(stays.to(patches.states.device), rebuild)
+
+
+def predict(cells: Tensor, tolerance: float, distance: Distance, anchored: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Compares the cells of one picture with their predictions.
+
+    Args:
+        cells: `[rows, cols, F]` pixels on the scale from 0 to 1.
+        tolerance, distance, anchored: See `Pixels`.
+
+    Returns:
+        tuple: `[rows, cols]` bool which are new; their distances to their predictions, infinite for the first cell;
+        and for each the raster number of the cell that predicts it (its own for the first).
+    """
+    if tolerance > 0 and anchored:
+        return _predict_anchored(cells, tolerance, distance)
+    rows, cols = cells.shape[:2]
+    across = _distance(cells[:, 1:], cells[:, :-1], distance)  # [rows, cols - 1] to the left
+    down = _distance(cells[1:], cells[:-1], distance)  # [rows - 1, cols] to above
+    number = torch.arange(rows * cols, device=cells.device).reshape(rows, cols)
+    source, off = number.clone(), torch.full((rows, cols), torch.inf, device=cells.device)
+    source[:, 1:], off[:, 1:] = number[:, :-1], across
+    source[1:, 0], off[1:, 0] = number[:-1, 0], down[:, 0]
+    above_left_is_left = down[:, :-1] <= tolerance  # C looks like A
+    above_left_is_above = across[:-1] <= tolerance  # C looks like B
+    use_above = above_left_is_left & ~above_left_is_above
+    source[1:, 1:] = torch.where(use_above, number[:-1, 1:], source[1:, 1:])
+    off[1:, 1:] = torch.where(use_above, down[:, 1:], off[1:, 1:])
+    return ~(off <= tolerance), off, source
+
+
+def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
+    difference = (a - b).abs()
+    if kind == "max":
+        return difference.amax(-1)
+    return difference.mean(-1) if kind == "mean" else difference.square().mean(-1).sqrt()
+
+
+def _predict_anchored(cells: Tensor, tolerance: float, kind: Distance) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan in which every cell is compared with its neighbors as they are represented by then.
+
+    A cell needs those to the left, above and above left: the cells of an anti-diagonal are independent of each other.
+    """
+    rows, cols = cells.shape[:2]
+    flat = cells.flatten(0, 1)
+    source = torch.arange(rows * cols, device=cells.device)
+    stands = source.clone()  # the cell that represents each
+    off = torch.full((rows * cols,), torch.inf, device=cells.device)
+    for diagonal in range(1, rows + cols - 1):
+        row = torch.arange(max(0, diagonal - cols + 1), min(diagonal, rows - 1) + 1, device=cells.device)
+        here = row * cols + diagonal - row
+        first_row, first_col = row == 0, row == diagonal
+        left = torch.where(first_col, here - cols, here - 1)  # the only neighbor in the first column is above
+        above = torch.where(first_row, left, here - cols)
+        corner = torch.where(first_row | first_col, left, here - cols - 1)
+        by_left, by_above, by_corner = flat[stands[left]], flat[stands[above]], flat[stands[corner]]
+        use_above = (_distance(by_corner, by_left, kind) <= tolerance) & (
+            _distance(by_corner, by_above, kind) > tolerance
+        )
+        by = torch.where(use_above, above, left)
+        source[here] = by
+        off[here] = distance = _distance(flat[here], flat[stands[by]], kind)
+        stands[here] = torch.where(distance <= tolerance, stands[by], here)
+    shape = (rows, cols)
+    return ~(off <= tolerance).reshape(shape), off.reshape(shape), source.reshape(shape)
+
+
+def rank(new: Tensor, off: Tensor, budget: int) -> Tensor:
+    """`[C]` bool, the `budget` cells to keep: new ones first, by falling distance to their prediction, then raster."""
+    order = torch.sort(off, descending=True, stable=True).indices
+    order = torch.cat([order[new[order]], order[~new[order]]])
+    keep = torch.zeros_like(new)
+    keep[order[:budget]] = True
+    return keep
+
+
+def _roots(source: Tensor) -> Tensor:
+    """Follows each number to the one that stands for itself."""
+    while True:
+        further = source[source]
+        if torch.equal(further, source):
+            return source
+        source = further

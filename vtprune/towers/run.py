@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One call of a vision tower: choose at the cut, hand the later blocks the rows that are left, put them back.
+
+Every block still takes and gives the full sequence to the world around it: class tokens, feature layers, DeepStack
+taps, mergers and projectors see the shapes they always see.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.transfer import to_device
+from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.attention_probe import probe
+from ..report.tower import BlockWork, TowerRun, kept_numbers
+from ..vision.attention import Attention
+from . import arguments
+from .arguments import Offsets, Rows
+from .method import Patches, Rebuild, TowerChoice, TowerMethod
+from .pictures import Layout, find_pictures
+from .structure import TowerParts
+
+
+@dataclass
+class BlockCall:
+    """What a block was called with."""
+
+    block: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class RunningTower:
+    """State of one call of the tower.
+
+    Attributes:
+        parts: Of the tower.
+        method: Chooses the patches; None only counts what the tower does.
+        at: The cut is before this block.
+        given: The tower's arguments by name.
+        constant_rows: See `find_pictures`.
+    """
+
+    parts: TowerParts
+    method: TowerMethod | None
+    at: int
+    given: dict[str, Any]
+    constant_rows: Any
+    groups: list[Rows] = field(default_factory=list)  # empty where nothing is dropped
+    choice: TowerChoice | None = None
+    layout: Layout | None = None
+    before: Tensor | None = None  # states entering the block before the cut
+    at_cut: Tensor | None = None  # [B, L, D] states at the cut
+    kept: list[Tensor] | None = None  # of each picture
+    rebuilt: _Rebuilt | None = None
+    selection_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.work: list[BlockWork] = []
+        self._reader: Offsets | None = None
+        self._offsets: Tensor | None = None  # the coarsest seen
+        self._whole: BlockCall | None = None  # the last call before the cut that saw whole pictures
+        self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
+        self._called: tuple[tuple, dict[str, Any]] | None = None
+
+    # --- what the hooks call ------------------------------------------------------------------------------------------
+
+    def uncut(self) -> tuple[tuple, dict[str, Any]] | None:
+        """The arguments that the running block was called with, before they were cut; None where they were not."""
+        return self._called
+
+    def before_block(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Chooses at the cut, and cuts the arguments of the blocks after it."""
+        states, method, self._called = arguments.states_of(args, kwargs), self.method, None
+        if method is None:
+            self._count(number, states, args, kwargs, [])
+            return None
+        if states is None or states.dim() not in (2, 3):
+            shape = None if states is None else tuple(states.shape)
+            raise UnsupportedModelError(
+                f"the vision tower {type(self.parts.tower).__name__} cannot be cut: its blocks take states of shape "
+                f"{shape}; expected one sequence of tokens, [N, D] or [B, N, D]; patch without tower="
+            )
+        if self._reader is None:
+            self._reader = Offsets(*_batched(states).shape[:2])
+        if number <= self.at:
+            self._look(number, BlockCall(block, args, kwargs))
+        if number == self.at:
+            started = time.perf_counter()
+            self._cut(method, block, args, kwargs, states)
+            if self.choice is not None and self.choice.rebuild is not None and self.layout is not None:
+                self.rebuilt = _Rebuilt.of(self.choice.rebuild, self.layout.rows, _batched(states))
+            self.selection_time = time.perf_counter() - started
+        groups = self.groups if number >= self.at + method.stabilize else []
+        self._count(number, states, args, kwargs, groups)
+        if not groups:
+            return None
+        full = _batched(states)
+        self._pending, self._called = (args, kwargs, full), (args, kwargs)
+        return self._arguments_of(self.groups[0], args, kwargs, full, states.dim() == 2)
+
+    def after_block(self, number: int, block: nn.Module, output: Any) -> Any:
+        """Puts the rows that ran back into the full states, and rebuilds the others."""
+        if self.method is None or not self.groups or number < self.at:
+            return None
+        rows = output[0] if isinstance(output, tuple) else output
+        if number < self.at + self.method.stabilize:
+            full = _batched(rows)  # all of it ran; what was dropped is rebuilt all the same
+            base = self._held(full)
+        else:
+            assert self._pending is not None
+            args, kwargs, full = self._pending
+            self._pending = None
+            base = self.groups[0].put(full, _batched(rows))
+            for group in self.groups[1:]:
+                new_args, new_kwargs = self._arguments_of(group, args, kwargs, full, rows.dim() == 2)
+                out = block.forward(*new_args, **new_kwargs)
+                base = group.put(base, _batched(out[0] if isinstance(out, tuple) else out))
+        if self.rebuilt is not None:
+            base = self.rebuilt.apply(base)
+        whole = base[0] if rows.dim() == 2 else base
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    # --- the cut ------------------------------------------------------------------------------------------------------
+
+    def _look(self, number: int, call: BlockCall) -> None:
+        """Keeps what the choice may need of the blocks before the cut."""
+        assert self._reader is not None
+        offsets = self._reader.among(arguments.named(call.block, call.args, call.kwargs))
+        coarsest = self._offsets is None or (offsets is not None and len(offsets) <= len(self._offsets))
+        if offsets is not None and coarsest:
+            self._offsets = offsets
+        if coarsest and (number < self.at or self._whole is None):
+            self._whole = call
+        if number == self.at - 1:
+            self.before = arguments.states_of(call.args, call.kwargs)
+
+    @torch.no_grad()
+    def _cut(self, method: TowerMethod, block: nn.Module, args: tuple, kwargs: dict, states: Tensor) -> None:
+        full = _batched(states)
+        shape = (full.shape[0], full.shape[1])
+        values = arguments.named(block, args, kwargs)
+        mask = arguments.mask_among(values)
+        tables = arguments.tables_among({k: v for k, v in values.items() if v is not states}, shape[1])
+        layout = self.layout = find_pictures(
+            self.parts, self.given, shape, self._offsets, mask, self.constant_rows, method.group, tables
+        )
+        rows = to_device(layout.rows, full.device)
+        flat = full.flatten(0, 1)[rows].detach()
+        before = None if self.before is None else _batched(self.before).flatten(0, 1)[rows].detach()
+        patches = Patches(
+            states=flat,
+            before=before,
+            offsets=layout.offsets,
+            unit=to_device(layout.unit, full.device),
+            unit_offsets=layout.unit_offsets,
+            budgets=method.budgets(layout.unit_offsets.diff()),
+            grids=layout.grids,
+            pixels=layout.pixels,
+            received=functools.partial(self._received, layout),
+        )
+        choice = method.choose(patches)
+        keep = choice.keep.cpu()
+        self._check(keep, patches)
+        self.before = self._whole = None
+        self.kept = kept_numbers(keep.split(layout.offsets.diff().tolist()))
+        if bool(keep.all()):
+            if isinstance(method.keep, float) and method.keep < 1:
+                raise NothingPrunedError(
+                    f"{type(method).__name__}(keep={method.keep}) of pictures of {layout.unit_offsets.diff().tolist()} "
+                    "merge groups rounds to all of them, so no patch would be dropped; use a smaller share, or a number"
+                )
+            return
+        self.choice = choice
+        shared = shape[0] > 1 and any(len(table) != shape[0] for table in tables)
+        assert self._reader is not None
+        self.groups = _groups(layout, keep, shared, full.device, self._reader)
+        self.at_cut = full
+
+    def _check(self, keep: Tensor, patches: Patches) -> None:
+        """The answer of a method is for all patches, of whole units, and as many as asked for."""
+        name = type(self.method).__name__
+        if keep.shape != (len(patches),) or keep.dtype != torch.bool:
+            raise MethodError(
+                f"{name} answered {keep.dtype} of shape {tuple(keep.shape)}; expected bool of [{len(patches)}]"
+            )
+        units = torch.zeros(int(patches.unit_offsets[-1]), dtype=torch.int64)
+        units.index_add_(0, patches.unit.cpu(), keep.long())
+        sizes = torch.bincount(patches.unit.cpu(), minlength=len(units))
+        if bool(((units != 0) & (units != sizes)).any()):
+            raise MethodError(f"{name} kept part of a merge group; expected whole groups (or group=False)")
+        counts = torch.stack([part.sum() for part in (units > 0).split(patches.unit_offsets.diff().tolist())])
+        if patches.budgets is not None and not torch.equal(counts, patches.budgets):
+            raise MethodError(
+                f"{name} kept {counts.tolist()} groups of the pictures; the budget is {patches.budgets.tolist()}"
+            )
+        if bool((counts == 0).any()):
+            raise MethodError(f"{name} kept no patch of a picture; expected at least one of each")
+
+    def _received(self, layout: Layout) -> Tensor:
+        """`[N]` mean attention that patches receive."""
+        call = self._whole
+        assert call is not None
+        values = arguments.named(call.block, call.args, call.kwargs)
+        states = values.pop(next(iter(values)))
+        full, mask = _batched(states), arguments.mask_among(values)
+        assert self._reader is not None
+        for name, value in values.items():
+            if self._reader.read(value) is not None:
+                values[name] = value.new_tensor([0, full.shape[1]])
+        values.update({name: full.shape[1] for name, v in values.items() if "max" in name and isinstance(v, int)})
+        read = probe(call.block, (states,), values)
+        valid = None
+        if layout.batch > 1 and mask is not None:
+            valid = torch.zeros(layout.batch * layout.length, dtype=torch.bool)
+            valid[layout.rows] = True
+            valid = (valid.reshape(layout.batch, -1) | layout.fixed).to(full.device)
+        segments = layout.offsets.to(full.device) if layout.batch == 1 and not layout.fixed.any() else None
+        if segments is not None and segments[-1] != layout.length:
+            segments = None
+        attention = Attention(read.query, read.key, read.scaling, segments, valid, 0)
+        return attention.received().flatten()[to_device(layout.rows, full.device)]
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def _arguments_of(
+        self, group: Rows, args: tuple, kwargs: dict, full: Tensor, flat: bool
+    ) -> tuple[tuple, dict[str, Any]]:
+        rows = group.take(full, 1, True)
+        return arguments.cut(args, kwargs, group, rows[0] if flat else rows)
+
+    def _held(self, full: Tensor) -> Tensor:
+        """All rows at their states at the cut, but those that are kept."""
+        assert self.at_cut is not None
+        base = self.at_cut
+        for group in self.groups:
+            base = group.put(base, group.take(full, 1, True))
+        return base
+
+    def _count(self, number: int, states: Tensor | None, args: tuple, kwargs: dict, groups: list[Rows]) -> None:
+        """Notes what a block works on."""
+        if states is None:
+            return
+        width = states.shape[-1]
+        batch, length = (1, len(states)) if states.dim() == 2 else (len(states), states[0].numel() // width)
+        candidates = [
+            v
+            for v in (*args[1:], *kwargs.values())
+            if isinstance(v, Tensor) and v.dim() == 1 and not v.is_floating_point() and v.dtype != torch.bool
+        ]
+        work = BlockWork(self.parts.weights[number], width, batch, length, candidates, batch * length)
+        if groups:
+            work.tokens_after = sum(group.index.numel() for group in groups)
+            offsets = self._reader.among(dict(enumerate(candidates))) if self._reader is not None else None
+            if offsets is None and batch == 1 and self.layout is not None and not self.layout.fixed.any():
+                offsets = self.layout.offsets
+                work.candidates = [offsets]
+            if offsets is None:
+                work.pairs_after = sum(group.index.numel() * group.index.shape[1] for group in groups)
+            else:
+                work.pairs_after = int(arguments.cut_offsets(offsets, groups[0]).diff().square().sum())
+        self.work.append(work)
+
+    def record(self) -> TowerRun | None:
+        """The account of this call; None where it ended before the cut."""
+        if self.method is None:
+            tokens = self.work[0].batch * self.work[0].length if self.work else 0
+            return TowerRun("", len(self.parts.blocks), [], [], self.work, self._outside(tokens))
+        if self.kept is None or self.layout is None:
+            return None
+        patches = self.layout.offsets.diff().tolist()
+        name = type(self.method).__name__
+        return TowerRun(name, self.at, self.kept, patches, self.work, self._outside(sum(patches)), self.selection_time)
+
+    def _outside(self, patches: int) -> float:
+        """Multiply-adds of patch embedding and merger."""
+        return patches * (self.parts.embedding_weights + self.parts.merger_weights / self.parts.merge**2)
+
+
+@dataclass
+class _Rebuilt:
+    """`Rebuild` in terms of rows of the flat states.
+
+    Attributes:
+        dropped: `[R]` rows that are rebuilt.
+        used: `[K]` rows that they follow.
+        sources: `[R, k]` numbers in `used`; `len(used)` where a patch follows fewer than k.
+        own: `[R, D]` states of the dropped rows at the cut, None where they copy.
+        base: `[K, D]` states of `used` at the cut, None where they copy.
+    """
+
+    dropped: Tensor
+    used: Tensor
+    sources: Tensor
+    own: Tensor | None
+    base: Tensor | None
+
+    @classmethod
+    def of(cls, rebuild: Rebuild, rows: Tensor, full: Tensor) -> _Rebuilt:
+        rows = to_device(rows, full.device)
+        sources = rebuild.sources.to(rows.device)
+        used, place = torch.unique(sources, return_inverse=True)
+        if len(used) and int(used[0]) < 0:  # -1 stands for no source
+            used, place = used[1:], torch.where(sources < 0, len(used) - 1, place - 1)
+        dropped, used = rows[rebuild.dropped.to(rows.device)], rows[used]
+        flat = full.flatten(0, 1)
+        own = flat[dropped] if rebuild.residual else None
+        return cls(dropped, used, place, own, flat[used] if rebuild.residual else None)
+
+    def apply(self, full: Tensor) -> Tensor:
+        """`[B, L, D]` states with the dropped rows made from the kept ones."""
+        flat = full.flatten(0, 1)
+        now = flat[self.used]
+        if self.base is not None:
+            now = now - self.base
+        now = torch.cat([now, now.new_zeros(1, now.shape[1])])
+        made = nn.functional.embedding_bag(self.sources, now, mode="mean", padding_idx=len(now) - 1)
+        made = made if self.own is None else self.own + made
+        return flat.index_copy(0, self.dropped, made.to(flat.dtype)).reshape(full.shape)
+
+
+def _batched(states: Tensor) -> Tensor:
+    return states[None] if states.dim() == 2 else states
+
+
+def _groups(layout: Layout, keep: Tensor, shared: bool, device: torch.device, offsets: Offsets) -> list[Rows]:
+    """The rows that run together: entries of the batch that keep equally many."""
+    stays = layout.fixed.clone()
+    stays.view(-1)[layout.rows[keep]] = True
+    counts = stays.sum(1)
+    labels = torch.arange(layout.batch) if shared else counts
+    groups = []
+    for label in labels.unique().tolist():
+        entries = (labels == label).nonzero()[:, 0]
+        index = stays[entries].nonzero()[:, 1].reshape(len(entries), -1)
+        entries, index = to_device(entries, device), to_device(index, device)
+        groups.append(Rows(layout.batch, layout.length, entries, index, offsets))
+    return groups
