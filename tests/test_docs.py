@@ -167,10 +167,22 @@ _RESULTS = {
     },
 }
 
+_RESULTS["needle.json"] = {
+    "64": {
+        "unpruned": {"method": "unpruned", "outcomes": "1" * 20, "right": 20, "total": 20},
+        "fact always kept 0.1": {"method": "fact always kept", "ratio": 0.1, "outcomes": "1", "right": 1, "total": 1},
+        "a 0.3": {"method": "a", "mean_ratio": 0.31, "outcomes": "01", "right": 1, "total": 2},
+        "a 0.15": {"method": "a", "mean_ratio": 0.15, "refused": "too little"},
+        "b 0.3": {"method": "b", "mean_ratio": 0.3, "outcomes": "11", "right": 2, "total": 2},
+        "b 0.15": {"method": "b", "mean_ratio": 0.15, "outcomes": "11", "right": 2, "total": 2},
+    },
+    "versions": {"torch": "2"},
+}
+
 
 @pytest.fixture
 def results(tmp_path):
-    for row in _RESULTS["accuracy.json"]["rows"]:
+    for row in (*_RESULTS["accuracy.json"]["rows"], *_RESULTS["needle.json"]["64"].values()):
         row.setdefault("interval", [0.1, 0.9])
     for name, data in _RESULTS.items():
         (tmp_path / name).write_text(json.dumps(data))
@@ -189,10 +201,14 @@ def test_tables_hold_the_numbers_of_the_results(results):
     own = tables.of_method("a", results)
     assert "| `ratio=0.1` | 14 | 14 | 75.0% (10.0% to 90.0%) |" in own and "Unpruned: 95.0%" in own
     assert "not possible" in tables.of_method("b", results)
+    needles = tables.needles(results).splitlines()
+    assert "64 visual places, 20 texts; unpruned 100.0%" in needles[0]
+    assert [line.split(" | ")[0] for line in needles[4:]] == ["| `b`", "| `a`"]
+    assert "| `a` | 50.0% (10.0% to 90.0%) | not possible |" in needles[5]
 
 
 def test_what_was_not_measured_is_said(tmp_path):
-    for fill in (tables.front, tables.floor, tables.kinds):
+    for fill in (tables.front, tables.floor, tables.kinds, tables.needles):
         assert fill(tmp_path) == tables.MISSING
     assert tables.of_method("a", tmp_path) == tables.MISSING
 

@@ -132,12 +132,42 @@ def of_method(name: str, results: Path = RESULTS) -> str:
     return f"Unpruned: {_share(data['unpruned'])}. {_about(data)}\n\n{table(head, lines)}"
 
 
+def needles(results: Path = RESULTS) -> str:
+    """Right answers about a text in the visual places of a real decoder, at equal mean costs."""
+    data = _read(results / "needle.json")
+    if data is None:
+        return MISSING
+    places = min((name for name in data if name.isdigit()), key=int)
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in data[places].items():
+        cost = name.removeprefix(row["method"]).strip()
+        if cost and "ratio" not in row and "outcomes" in row:
+            rows.setdefault(row["method"], {})[cost] = row
+    costs = sorted({cost for mine in rows.values() for cost in mine}, key=float, reverse=True)
+
+    def right(method: str) -> float:
+        return sum(row["right"] / row["total"] for row in rows[method].values())
+
+    lines = [
+        (f"`{method}`", *(_share(rows[method][cost]) if cost in rows[method] else "not possible" for cost in costs))
+        for method in sorted(rows, key=lambda method: (-right(method), method))
+    ]
+    whole = data[places]["unpruned"]
+    about = (
+        f"SmolLM2-135M-Instruct, {int(places):,} visual places, {whole['total']} texts; unpruned {_share(whole)}. "
+        f"({', '.join(f'{name} {version}' for name, version in data['versions'].items())})"
+    )
+    head = ("method", *(f"right answers at mean cost {cost}" for cost in costs))
+    return f"{about}\n\n{table(head, lines)}"
+
+
 FILLS: dict[str, Callable[[], str]] = {
     "front": front,
     "floor": floor,
     "kinds": kinds,
     "laws": laws,
     "methods": methods,
+    "needles": needles,
 }
 
 
