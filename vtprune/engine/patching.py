@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -208,8 +209,8 @@ def patch(
         keep: A number of visual tokens per sample instead.
         mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
             depths cost the same.
-        method: Name, class or instance of the method, `iwp` by default or the certificate's; or one for each of "image"
-            and "video".
+        method: Name, class or instance of the method; or one for each of "image" and "video". By default the
+            certificate's, or `iwp`, or, on decoders whose layers it cannot read, `divprune`, which is logged once.
         video_method: Another method for clips, of models that take them as such; `method` prunes the pictures then.
         window: Visual tokens of a sample that a KV cache may hold between calls, for frames that are appended for as
             long as one likes: after each prefill the oldest frames leave the cache until it holds no more. Without a
@@ -227,6 +228,7 @@ def patch(
         UnsupportedModelError: A part of the model was not found.
     """
     certificate, ratio = (ratio, ratio.budget) if isinstance(ratio, Certificate) else (None, ratio)
+    by_default = method is None and certificate is None
     if method is None:
         method = "iwp" if certificate is None else certificate.make_method()
     chosen, for_clips = _methods(method, video_method)
@@ -244,7 +246,8 @@ def patch(
             raise CertificateError("the certificate is for one method; found another one for clips beside it")
         certificate.check_method(chosen)
         certificate.check_model(model)
-    return Patch(model, PruneSpec.of(model, chosen, budget, for_clips, window, cut), instead_of=find_patch(model))
+    spec = replace(PruneSpec.of(model, chosen, budget, for_clips, window, cut), by_default=by_default)
+    return Patch(model, spec, instead_of=find_patch(model))
 
 
 def _methods(

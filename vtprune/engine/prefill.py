@@ -20,18 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
+from ..core.registry import resolve
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.attention_probe import UnreadableLayerError
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
 from ..report import explain
 from ..report.image_source import Source
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
+from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
 from .spec import PruneSpec
+
+FALLBACK = "divprune"  # reads nothing of the model but the tokens' states
 
 
 @dataclass
@@ -40,6 +45,7 @@ class DecoderCall(CallState):
 
     required_layer_inputs: set[int] = field(default_factory=set)
     narrow: Callable[[Tensor], Tensor] | None = None  # of the cut before the present layer
+    ran_instead: str | None = None  # name of the method that ran where the default one could not
 
     def __post_init__(self) -> None:
         if self.visual is not None:
@@ -159,7 +165,7 @@ class DecoderCall(CallState):
             kept=self.stages[-1][1] if self.stages else where,
             stages=self.stages,
             selection_time=self.selection_time,
-            method=self.spec.method_names,
+            method=self.ran_instead or self.spec.method_names,
             budget=str(self.options.budget),
             columns=columns.past + columns.length,
             slots=[int(valid.shape[1]) for _, valid in columns.layouts],
@@ -231,6 +237,14 @@ class DecoderCall(CallState):
         checks = DeferredChecks()
         tokens = token_view.tokens(self, call, number, flat, wanted, here, checks)
         try:
+            choice = method.choose(tokens)
+        except UnreadableLayerError as error:
+            checks.raise_if_failed()
+            if not self.spec.by_default:
+                raise
+            method = resolve(FALLBACK)
+            self.ran_instead = FALLBACK
+            warn_once(f"the default method cannot run on this model ({error}); {FALLBACK!r} runs in its place")
             choice = method.choose(tokens)
         except Exception:
             checks.raise_if_failed()  # where numbers are broken, that is what is wrong

@@ -75,6 +75,7 @@ class PruneSpec:
         renumbers: Whether kept tokens get consecutive position ids.
         window: Visual tokens of a sample that a cache may hold after a prefill; None for any number.
         tower: Cuts inside the vision tower, or None.
+        by_default: Whether nobody chose the method.
     """
 
     uses: tuple[MethodUse, ...]
@@ -83,6 +84,7 @@ class PruneSpec:
     renumbers: bool
     window: int | None = None
     tower: TowerMethod | None = None
+    by_default: bool = False
 
     @classmethod
     def of(

@@ -123,16 +123,49 @@ def find(model: nn.Module) -> Anatomy:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside PEFT, `torch.compile` and (distributed) data parallel wrappers."""
+    """Returns the transformers model inside wrappers: PEFT, `torch.compile`, data parallel, FSDP, engines that keep it
+    as `module`, and modules that hold one beside heads of their own (value heads, sentence-transformers).
+
+    Raises:
+        UnsupportedModelError: The module holds several transformers models; the message names them.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
+        elif "_fsdp_wrapped_module" in model._modules:
+            model = cast(nn.Module, model._fsdp_wrapped_module)
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
+        elif not _is_model(model):
+            held = _held_models(model)
+            if not held:
+                return model
+            if len(held) > 1:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} holds several transformers models "
+                    f"({', '.join(f'{name}: {type(inner).__name__}' for name, inner in held.items())}); pass the one "
+                    "that sees pictures"
+                )
+            model = next(iter(held.values()))
         else:
             return model
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a transformers model: it has a config, and its class gives out input embeddings."""
+    return hasattr(module, "config") and hasattr(type(module), "get_input_embeddings")
+
+
+def _held_models(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models inside a module, by name; those that see pictures, if any do."""
+    found: dict[str, nn.Module] = {}
+    for name, inner in module.named_modules():
+        if inner is not module and _is_model(inner) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = inner
+    seeing = {name: inner for name, inner in found.items() if any(map(_takes_images, inner.modules()))}
+    return seeing or found
 
 
 def _layer_list(module: nn.Module) -> nn.ModuleList | None:

@@ -26,6 +26,10 @@ _users = 0
 _probing = threading.local()
 
 
+class UnreadableLayerError(MethodError):
+    """Queries, keys and values of a layer cannot be read in the way that was asked for."""
+
+
 @dataclass
 class QKV:
     """What a layer hands to its attention function.
@@ -170,14 +174,15 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         rope: False replaces the rotation by the identity.
 
     Raises:
-        MethodError: The layer has no attention function, or its rotation does not come as `position_embeddings`.
+        UnreadableLayerError: The layer has no attention function, or its rotation does not come as
+            `position_embeddings`.
     """
     from transformers import Cache
 
     kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     if "use_cache" in kwargs:
         kwargs["use_cache"] = False
-    if not rope:
+    if not rope and kwargs.get("position_embeddings", ()) is not None:  # None: this layer does not rotate
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
     _probing.on = True
     try:
@@ -186,7 +191,7 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         return reached.probed
     finally:
         _probing.on = False
-    raise MethodError(
+    raise UnreadableLayerError(
         f"a {type(layer).__name__} never reached an attention function (linear attention, convolution or state space): "
         "choose a decision layer that attends"
     )
@@ -201,7 +206,7 @@ def _uncompiled(layer: nn.Module) -> Callable:
 
 def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
     if not (isinstance(rotation, tuple) and len(rotation) == 2):
-        raise MethodError(
+        raise UnreadableLayerError(
             f"{type(layer).__name__} does not take its rotation as position_embeddings=(cos, sin), so keys before "
             "rotation "
             "cannot be read; choose the method's variant that reads rotated keys"
