@@ -184,17 +184,31 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         kwargs["use_cache"] = False
     if not rope and kwargs.get("position_embeddings", ()) is not None:  # None: this layer does not rotate
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
-    _probing.on = True
-    try:
-        _uncompiled(layer)(*args, **kwargs)
-    except _StopProbe as reached:
-        return reached.probed
-    finally:
-        _probing.on = False
+    with _gathered(layer) as bare:
+        _probing.on = True
+        try:
+            _uncompiled(bare)(*args, **kwargs)
+        except _StopProbe as reached:
+            return reached.probed
+        finally:
+            _probing.on = False
     raise UnreadableLayerError(
         f"a {type(layer).__name__} never reached an attention function (linear attention, convolution or state space): "
         "choose a decision layer that attends"
     )
+
+
+@contextmanager
+def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
+    """A layer with its weights: one that FSDP wraps is run inside its wrapper, which could not be left half-way."""
+    inner = layer._modules.get("_fsdp_wrapped_module")
+    if inner is None:
+        yield layer
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(layer, recurse=False, writeback=False):
+        yield inner
 
 
 def _uncompiled(layer: nn.Module) -> Callable:
