@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that hold a vision-language model: unwrapped, or the error names the models inside."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import FAMILIES, IMAGE  # noqa: E402
+from support import ONE, model_of  # noqa: E402
+
+import vtprune  # noqa: E402
+
+
+class ValueHead(nn.Module):
+    """A scalar for every column, as reinforcement learning adds it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.pretrained_model, self.v_head, self.config = model, nn.Linear(32, 1), model.config
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        return self.v_head(self.pretrained_model(**inputs, output_hidden_states=True).hidden_states[-1])
+
+
+class Engine(nn.Module):
+    """An engine that keeps the model as `module`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+class Sentences(nn.Sequential):
+    """sentence-transformers: a sequence whose first part holds the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(Engine(model), nn.Identity())
+
+    def forward(self, **inputs: Any) -> Any:
+        return self[1](self[0](**inputs))
+
+
+@pytest.mark.parametrize("wrap", [ValueHead, Engine, Sentences, lambda model: Engine(ValueHead(model))])
+def test_what_holds_a_model_is_unwrapped(wrap: Any) -> None:
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    wrapped = wrap(model)
+    with torch.no_grad(), vtprune.patch(wrapped, ratio=0.3, method="uniform") as patch:
+        wrapped(**batch)
+        assert patch.anatomy.model is model and len(patch.last.kept[0]) == 8
+        again = vtprune.patch(wrapped, ratio=0.5, method="uniform")
+        assert patch.removed and not again.removed
+        vtprune.unpatch(wrapped)
+        assert again.removed
+
+
+def test_several_models_are_named() -> None:
+    both = nn.ModuleDict({"policy": FAMILIES["llava"].build(), "reference": FAMILIES["llava"].build()})
+    with pytest.raises(vtprune.UnsupportedModelError, match=r"policy: Llava.*reference: Llava"):
+        vtprune.patch(both, ratio=0.3)
+
+
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("method", ["uniform", "iwp", "pyramiddrop"])
+def test_fsdp_with_wrapped_layers_trains(original: bool, method: str, tmp_path: Path) -> None:
+    """Patched afterwards: the same tokens and the same loss as without FSDP, twice, with a backward pass each."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    plain, model, batch = model_of("llava"), FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+    with torch.no_grad(), vtprune.patch(plain, ratio=0.3, method=method) as patch:
+        want, kept = plain(**batch, labels=labels).loss, patch.last.kept[0].tolist()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        policy = ModuleWrapPolicy({type(vtprune.inspect(model).layers[0])})
+        device = torch.device("cpu")
+        sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=device)
+        with vtprune.patch(sharded, ratio=0.3, method=method) as patch:
+            for _ in range(2):
+                loss = sharded(**batch, labels=labels).loss
+                loss.backward()
+                torch.testing.assert_close(loss, want)
+                assert patch.last.kept[0].tolist() == kept
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_default_method_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Where no layer can be read, another method runs and says so once; one that was asked for is an error."""
+    from vtprune.engine import prefill
+
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise prefill.UnreadableLayerError("no keys before rotation, invented for this test")
+
+    with torch.no_grad(), caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as context:
+        context.setattr("vtprune.models.attention_probe.probe", refuse)
+        with vtprune.patch(model, ratio=0.3) as patch:
+            model(**batch)
+            model(**batch)
+            assert patch.last.method == "divprune" and len(patch.last.kept[0]) == 8
+        assert sum("'divprune' runs in its place" in record.getMessage() for record in caplog.records) == 1
+        with vtprune.patch(model, ratio=0.3, method="iwp"), pytest.raises(vtprune.MethodError, match="invented"):
+            model(**batch)
