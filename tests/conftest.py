@@ -6,11 +6,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import doc_shell
 import pytest
 import torch
 
@@ -51,12 +48,3 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.build(0).save_pretrained(place)
     model.processor().save_pretrained(place)
     return place
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[doc_shell.Programs]:
-    """What shell blocks of documents can call."""
-    with tempfile.TemporaryDirectory(prefix="docs-") as place:  # a socket's path must be short
-        programs = doc_shell.Programs(Path(place))
-        yield programs
-        programs.close()

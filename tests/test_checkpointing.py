@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing: layers that are run again in the backward pass get what they got the first time.
 
-transformers 5.17 runs them with their hooks, newer versions without.
+transformers before 5.23 runs them with their hooks, newer versions without.
 """
 
 from __future__ import annotations

@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation says is true: every block of every page runs, every page is built from what there is."""
+"""The documentation: Python blocks run, commands exist, and every page is built from what there is."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import re
-import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import doc_blocks  # noqa: E402
-import doc_shell  # noqa: E402
+import doc_commands  # noqa: E402
 
 import vtprune  # noqa: E402
 from scripts.docs import methods, pages, tables  # noqa: E402
 from vtprune import refvlm  # noqa: E402
 
 # Documents of the repository that are no pages of the site.
-OTHERS = ("examples/space/README.md",)
+OTHERS = ("CODE_OF_CONDUCT.md", "SECURITY.md", "examples/space/README.md")
 PAGES = pages.everything() | {place: (ROOT / place).read_text(encoding="utf-8") for place in OTHERS}
 # Examples are run by their own test.
 TO_RUN = [place for place in sorted(PAGES) if not re.match(r"examples/\d", place) and doc_blocks.blocks(PAGES[place])]
@@ -56,25 +56,59 @@ def session(embedded, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", TO_RUN)
-def test_every_block_of_a_page_runs(place, session, folder, request, tmp_path):
-    """Python in this process, shell blocks in one bash; what is only checked is on the list of such things."""
+def test_python_blocks_run(place, session, folder, tmp_path):
+    """In order and in one namespace, as a reader would paste them."""
+    page = tmp_path / Path(place).name
+    page.write_text(doc_blocks.offline(PAGES[place], folder), encoding="utf-8")
+    document = Sybil([PythonCodeBlockParser()]).parse(page)
+    document.namespace.update(session)
+    for example in document.examples():
+        example.evaluate()
+
+
+@pytest.mark.parametrize("place", TO_RUN)
+def test_commands_exist(place):
     blocks = doc_blocks.blocks(PAGES[place])
-    with contextlib.ExitStack() as stack:
-        shell = None
-        for number, block in enumerate(blocks):
-            if block.language == "python":
-                doc_blocks.run_python(block, session, folder, place)
-                doc_blocks.save_as(blocks[: number + 1], PAGES[place], tmp_path)
-            elif block.language == "bash":
-                if shell is None:
-                    programs = request.getfixturevalue("programs")
-                    shell = stack.enter_context(doc_shell.Shell(programs, tmp_path, folder))
-                for call in shell.run(block.code):
-                    print(f"line {block.line}: {call.get('only_checked', 'run')}: {shlex.join(call['shown'])}")
-            elif block.language == "json":
-                json.loads(block.code)
-            else:
-                assert block.language in ("text", "yaml"), f"{place}, line {block.line}: a block without a language"
+    for words in doc_commands.calls("\n".join(block.code for block in blocks if block.language == "bash")):
+        doc_commands.check(words, PAGES[place])
+    for block in blocks:
+        where = f"{place}, line {block.line}"
+        assert block.language in ("bash", "json", "python", "text", "yaml"), f"{where}: a block without a language"
+        if block.language == "json":
+            json.loads(block.code)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("vtprune demo --ration 0.1", "unrecognized arguments: --ration"),
+        ("vtprune coffee", "invalid choice: 'coffee'"),
+        ("make coffee", "no target coffee"),
+        ("make lint && frobnicate", "frobnicate: documents use only"),
+        ("python -m benchmarks.nothing", "there is no benchmarks/nothing"),
+        ("for o in nothing; do python -m benchmarks.kinds --$o; done", "no option --nothing"),
+        ("python scripts/nothing.py", "there is no scripts/nothing.py"),
+        ("pytest tests/nothing.py", "there is no tests/nothing.py"),
+        ("pip install 'vtprune[nothing]'", "no extra nothing"),
+        ("pip install -r requirements/nothing.txt", "there is no requirements/nothing.txt"),
+        ("lmms-eval --model vtprune --tasks gqa --model_args method=nothing,ratio=0.1", "nothing"),
+        ("accelerate launch -m lmms_eval --model vtprune --tasks gqa --model_args ratio=0.1,nothing=1", "nothing"),
+        ("""vllm serve MODEL --additional-config '{"vtprune": {"ration": 0.1}}'""", "ration"),
+        ("vllm serve", "expected `serve MODEL`"),
+        ("for x in a b; do", "bash: "),
+    ],
+)
+def test_wrong_commands_are_noticed(line, message):
+    with pytest.raises((doc_commands.WrongCommand, vtprune.VTPruneError), match=re.escape(message)):
+        for words in doc_commands.calls(line):
+            doc_commands.check(words)
+
+
+def test_commands_are_recorded_as_bash_expands_them():
+    script = (
+        'NAME="a b"\nshow() { make "$1" X="a b"; }  # twice\nfor n in $NAME; do show $n; done; pip install \\\n  torch'
+    )
+    assert doc_commands.calls(script) == [["make", "a", "X=a b"], ["make", "b", "X=a b"], ["pip", "install", "torch"]]
 
 
 def test_no_document_is_left_out():
@@ -88,7 +122,7 @@ def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
     """The block that wraps the loading of `transformers serve`, as a file of its own, is given a model to load."""
     manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
     block = next(b for b in doc_blocks.blocks(PAGES["serving.md"]) if "ModelManager" in b.code)
-    doc_blocks.run_python(block, {"__name__": "serve_pruned"}, folder, "serving.md")
+    exec(doc_blocks.offline(block.code, folder), {"__name__": "serve_pruned"})
     server = manager(device="cpu")
     try:
         model, processor = server.load_model_and_processor(f"{folder}@main")

@@ -8,7 +8,6 @@ Attention is switched off in the tower, so that features know only their own pix
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -107,13 +106,9 @@ def features(model: torch.nn.Module, data: dict[str, Any], kind: str = "image") 
     """`[R, D]` what the model puts in the place of placeholders."""
     composite = vtprune.inspect(model).composite
     encode = getattr(composite, f"get_{kind}_features")
-    newer = "pixel_values" not in inspect.signature(encode).parameters or kind == "image"
     with torch.no_grad():
-        # transformers 5.17 calls the frames of a clip pixel_values, and adds the newline after the encoder.
-        output = encode(**data if newer else {"pixel_values": data["pixel_values_videos"]}).pooler_output
+        output = encode(**data).pooler_output
     rows = [output] if isinstance(output, torch.Tensor) else list(output)
-    if not newer:
-        rows = [torch.cat([clip, composite.image_newline.detach()[None]]) for clip in output]
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows])
 
 

@@ -16,9 +16,9 @@ def test_no_name_is_gone() -> None:
 
 
 def test_a_name_that_is_gone_is_reported_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(generation.GenerationMixin, transformers_names.EXPAND_PROMPT)
+    monkeypatch.delattr(generation.GenerationMixin, transformers_names.MAKE_CANDIDATES)
     [line] = transformers_names.missing()
-    assert "GenerationMixin._expand_inputs_for_generation" in line and "beams" in line
+    assert "GenerationMixin._get_candidate_generator" in line and "assisted" in line
 
 
 def test_caches_are_found_by_what_they_can_do() -> None:

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES, Image
-from packaging.version import Version
 from support import CLIP, LAYOUTS, MIXED, ONE, model_of, pruned, reference
 from transformers import DynamicCache
 
@@ -41,18 +38,6 @@ def check(model: torch.nn.Module, method: Any, batch: dict, mode: dict[str, Any]
     assert got[:, -NEW["max_new_tokens"] :].tolist() == want[:, -NEW["max_new_tokens"] :].tolist()
 
 
-@lru_cache
-def mixes_pictures(family: str, clip: bool = False) -> bool:
-    """Whether the unpatched model shows the copies of a sample one another's pictures, as transformers 5.17 does."""
-    if Version(transformers.__version__) >= Version("5.23"):
-        return False
-    batch = FAMILIES[family].batch(CLIP if clip else MIXED)
-    settings = {"num_return_sequences": 3, "output_logits": True, "return_dict_in_generate": True}
-    first = model_of(family).generate(**batch, do_sample=True, max_new_tokens=1, **settings).logits[0]
-    copies = first.view(-1, 3, first.shape[-1])  # three times the same prompt
-    return not torch.allclose(copies, copies[:, :1].expand_as(copies), atol=1e-3)
-
-
 def test_methods(family: str, method: str) -> None:
     check(model_of(family), method, FAMILIES[family].batch(MIXED), MODES["greedy"])
 
@@ -62,10 +47,6 @@ def test_modes(family: str, layout: str, mode: str) -> None:
     if mode == "no_cache" and layout == "merging":
         prompts = ONE  # the reference replaces states in the prefill only, which without a cache is every step
         pytest.skip(f"no reference for merged states without a cache ({len(prompts)} prompt)")
-    if {"num_beams", "num_return_sequences"} & set(MODES[mode]) and mixes_pictures(family):
-        pytest.xfail(
-            f"transformers {transformers.__version__} mixes up the pictures of a sample's copies, unpatched too"
-        )
     check(model_of(family), LAYOUTS[layout], FAMILIES[family].batch(MIXED), MODES[mode], ratio=0.3)
 
 
@@ -78,10 +59,6 @@ def test_right_padding_and_eager(family: str, layout: str) -> None:
 def test_video(family: str, layout: str) -> None:
     if FAMILIES[family].video is None:
         pytest.skip("this family takes no video")
-    if mixes_pictures(family, clip=True):
-        pytest.xfail(
-            f"transformers {transformers.__version__} mixes up the pictures of a sample's copies, unpatched too"
-        )
     check(model_of(family), LAYOUTS[layout], FAMILIES[family].batch(CLIP), MODES["beams"], ratio=0.3)
 
 

@@ -41,7 +41,7 @@ def _same(**mode: Any) -> None:
 
 
 def _as_far_as_unpatched(model: torch.nn.Module, inputs: dict[str, Any], mode: dict[str, Any]) -> None:
-    """Skips what an old transformers cannot do unpatched: 5.17 hands the pixels on to a text model, which refuses."""
+    """Skips what an old transformers cannot do unpatched: 5.19 hands the pixels on to a text model, which refuses."""
     try:
         greedy(model, inputs, **mode)
     except ValueError as error:

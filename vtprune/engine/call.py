@@ -153,7 +153,6 @@ class CallState:
         deepstack: DeepStack features, where the decoder has them.
         recorded: Records of the method's taps.
         selection_time: Host seconds spent at the cuts.
-        copies: Of each sample and its pixels, made before the pictures were encoded.
         snapshots: Inputs of the layers that the method asked to read, by layer.
         decisions: What was decided at each stage so far.
         stages: For each stage so far, its layer and the surviving columns of every sample.
@@ -176,7 +175,6 @@ class CallState:
     deepstack: DeepStackFeatures | None = None
     recorded: dict[str, list] = field(default_factory=dict)
     selection_time: float = 0.0
-    copies: int = 1
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that the backward pass runs again (gradient checkpointing), hooks included.
 
-Newer transformers checkpoint a layer's `forward`, inside its hooks. transformers 5.17 checkpoints its `__call__`: the
+From 5.23 on, transformers checkpoints a layer's `forward`, inside its hooks. Before, it checkpoints `__call__`: the
 backward pass calls the layer, hooks and all, with what the decoder gave it, long after the decoder's call is over. What
 the layer was given instead is then needed once more. It is kept on a tensor among its keyword arguments, which the
 backward pass hands over as the very same object, and which dies with the graph.

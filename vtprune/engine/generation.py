@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` does with a prompt before the model sees it: assistants' proposals, and copies for beams."""
+"""What `generate` does around a prompt: assistants' first proposals, and prompts that are run in chunks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..models.visual_tokens import VisualTokens
 
 
 class DelayedCandidates:
@@ -62,44 +60,6 @@ def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) ->
         return DelayedCandidates(inner)
 
     return make_later
-
-
-def record_expansion(expand: Callable, note: Callable[[int], None]) -> Callable:
-    """Wraps a model's `EXPAND_PROMPT` so that `note` is told how many copies of each sample it makes."""
-
-    @functools.wraps(expand)
-    def expanded(*args: Any, **kwargs: Any) -> Any:
-        copies = kwargs.get("expand_size", args[0] if args else 1)
-        note(copies if isinstance(copies, int) else 1)
-        return expand(*args, **kwargs)
-
-    return expanded
-
-
-def share_feature_rows(visual: VisualTokens, copies: int, states: Any) -> bool:
-    """Lets copies of a sample share rows of the encoder's output, in place.
-
-    Args:
-        visual: Every copy with rows of its own.
-        copies: Of each sample, one after the other.
-        states: `[B, T, D]` the decoder's input. Samples whose copies do not show the same are left as they are:
-            transformers 5.17 gives the copies of a sample with several pictures one another's.
-
-    Returns:
-        bool: Whether all samples were copies of one another as said.
-    """
-    counts = torch.tensor(visual.counts)
-    if copies < 2 or len(counts) % copies or not isinstance(states, Tensor):
-        return False
-    with torch.no_grad():
-        groups = states.reshape(-1, copies, *states.shape[1:]).float()
-        apart = (groups - groups[:, :1]).abs().flatten(1).amax(1) > 1e-2 * groups.abs().flatten(1).amax(1)
-    same = ~apart.cpu() & (counts.view(-1, copies) == counts[::copies, None]).all(1)  # [B / copies]
-    first = (counts.cumsum(0) - counts)[visual.sample - visual.sample % copies] + visual.index
-    visual.feature = torch.where(
-        same[visual.sample // copies], visual.feature[first.clamp_max(len(visual) - 1)], visual.feature
-    )
-    return bool(same.all())
 
 
 def refuse_chunks(prefill: Callable, applies: Callable[[Tensor], bool], see: Callable[[Any], Any]) -> Callable:

@@ -284,9 +284,7 @@ class PrunedCache:
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a mask over the whole conversation."""
         if not hasattr(self.layers[layer_idx], "get_seq_length"):
-            layer_idx = _first(
-                self
-            )  # transformers 5.17 asks for layer 0 of any decoder, which in a hybrid may not attend
+            layer_idx = _first(self)  # transformers before 5.23 asks for layer 0, which in a hybrid need not attend
         if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
             return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
         return self.get_seq_length() + query_length, 0

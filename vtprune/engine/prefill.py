@@ -175,7 +175,7 @@ class DecoderCall(CallState):
             places=visual,
             scores=[decision.scores for decision in self.decisions],
             kept_flat=[decision.kept for decision in self.decisions],
-            source=Source.of(self.inputs, self.spec.anatomy, self.copies),
+            source=Source.of(self.inputs, self.spec.anatomy),
             states=[decision.states for decision in self.decisions],
             work=self.spec.work,
             text=[int(n) - len(v) for n, v in zip(columns.real.sum(1), where, strict=True)],

@@ -24,7 +24,6 @@ from ..models import attention_probe, encoder_outputs, unsupported, visual_token
 from ..models.encoder_outputs import Encoded
 from ..models.transformers_names import (
     ENCODER_OUTPUTS,
-    EXPAND_PROMPT,
     MAKE_CANDIDATES,
     RUN_PROMPT,
     cache_of,
@@ -53,7 +52,6 @@ class ThreadState(threading.local):
         self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
         self.encoding: dict[str, list] | None = None  # taps of the running encoder
-        self.copies = 1  # of each sample that `generate` has made, for the call that follows
         self.tower_ran = False  # the vision tower, inside the composite's running call
         self.found_visual: bool | None = (
             None  # whether visual tokens were found in it; None before its decoder is called
@@ -128,9 +126,6 @@ class Session:
         if hasattr(parts.model, MAKE_CANDIDATES):
             make = generation.delay_first_candidates(getattr(parts.model, MAKE_CANDIDATES), self._prunes)
             add(Override(parts.model, MAKE_CANDIDATES, make))
-        if hasattr(parts.model, EXPAND_PROMPT):
-            expand = generation.record_expansion(getattr(parts.model, EXPAND_PROMPT), self._note_copies)
-            add(Override(parts.model, EXPAND_PROMPT, expand))
 
         if hasattr(parts.model, RUN_PROMPT):
             run = generation.refuse_chunks(getattr(parts.model, RUN_PROMPT), self._prunes, self.caches.state_of)
@@ -194,9 +189,6 @@ class Session:
         tokens = torch.tensor(list(self.spec.anatomy.placeholders.values()), device=ids.device)
         return bool((torch.isin(ids, tokens).sum(1) > (self.budget.keep or 0)).any())
 
-    def _note_copies(self, count: int) -> None:
-        self.thread.copies = count
-
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.thread.tower_ran = True
         if self.spec.anatomy.projector is None:
@@ -241,7 +233,7 @@ class Session:
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
-        thread.inputs, thread.call, thread.records, thread.copies = None, None, {}, 1
+        thread.inputs, thread.call, thread.records = None, None, {}
         late = (
             thread.tower_ran and thread.found_visual is False and output is not None
         )  # the tower ran inside the decoder
@@ -292,12 +284,6 @@ class Session:
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
                     thread.records.setdefault(name, []).extend(records)
-            if thread.copies > 1 and thread.fresh >= set(encoded):
-                call.copies = (
-                    thread.copies
-                    if generation.share_feature_rows(visual, thread.copies, kwargs.get("inputs_embeds"))
-                    else 1
-                )
             self._continued(call, kwargs)
         call.recorded = thread.records
         call.differentiable = torch.is_grad_enabled() and _asks_for("output_hidden_states", kwargs, module)

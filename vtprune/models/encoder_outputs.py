@@ -65,8 +65,6 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
     output = encode(*args, **kwargs)
     bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
     bound.update(bound.pop("kwargs", {}))
-    if kind == "video" and "pixel_values" in bound:  # as transformers 5.17 calls the frames of a clip
-        bound["pixel_values_videos"] = bound.pop("pixel_values")
     try:
         reference: Callable[[], Any] = weakref.ref(output)
     except TypeError:  # a plain tuple cannot be referenced weakly; then nothing can be recognised later

@@ -13,7 +13,6 @@ from typing import Any
 
 # Methods of `GenerationMixin`.
 MAKE_CANDIDATES = "_get_candidate_generator"  # makes the generator of assisted generation
-EXPAND_PROMPT = "_expand_inputs_for_generation"  # repeats a prompt for beams and returned sequences
 RUN_PROMPT = "_prefill"  # runs a prompt, in chunks where `prefill_chunk_size` is given
 # Arguments of a composite's forward.
 ENCODER_OUTPUTS = "mm_encoder_outputs"  # features that were encoded before the call, by kind
@@ -76,7 +75,6 @@ def missing() -> list[str]:
         (modeling_utils, "ALL_ATTENTION_FUNCTIONS", "queries, keys and values are read at the attention function"),
         (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", "masks are made in the form that the attention takes"),
         (generation.GenerationMixin, MAKE_CANDIDATES, "assisted generation proposes nothing before the prompt"),
-        (generation.GenerationMixin, EXPAND_PROMPT, "beams of one sample share one picture"),
         (generation.GenerationMixin, RUN_PROMPT, "a prompt is not run in chunks"),
         (cache_utils.DynamicCache, "get_mask_sizes", "caches are known by it, and pruned ones answer it"),
         (cache_utils.DynamicCache, "get_seq_length", "a pruned cache reports the conversation's length"),

@@ -34,7 +34,6 @@ class Source:
         side: Pixels along a square crop of the vision tower; 0 where unknown.
         patch: Pixels along a patch of the vision tower; 0 where unknown.
         pixels: Weak references to the pixels, by kind.
-        copies: Of the pixels, of which one stands for all.
     """
 
     kinds: tuple[str, ...] = ("image",)
@@ -45,16 +44,14 @@ class Source:
     side: int = 0
     patch: int = 0
     pixels: dict[str, Callable[[], Tensor | None]] = field(default_factory=dict, repr=False)
-    copies: int = 1
 
     @classmethod
-    def of(cls, inputs: dict[str, Any], anatomy: Anatomy, copies: int = 1) -> Source:
+    def of(cls, inputs: dict[str, Any], anatomy: Anatomy) -> Source:
         """Notes what a call says about its pictures.
 
         Args:
             inputs: Keyword arguments of the composite's call and of its encoders.
             anatomy: Parts of the model.
-            copies: Of everything that the call says, one after the other.
         """
         kinds = tuple(anatomy.placeholders)
         config = anatomy.config
@@ -65,13 +62,12 @@ class Source:
         return cls(
             kinds=kinds,
             stretched=frozenset(kind for kind in kinds if inputs.get(f"{kind}_grid_thw") is not None),
-            sizes=torch.as_tensor(sizes)[::copies] if packs and sizes is not None else None,
-            per_sample=None if per_sample is None else [int(n) for n in per_sample][::copies],
+            sizes=torch.as_tensor(sizes) if packs and sizes is not None else None,
+            per_sample=None if per_sample is None else [int(n) for n in per_sample],
             pinpoints=list(getattr(config, "image_grid_pinpoints", None) or []) if packs else [],
             side=_number(getattr(vision, "image_size", None)),
             patch=_number(getattr(vision, "patch_size", None)),
             pixels={kind: weakref.ref(value) for kind, value in given.items() if isinstance(value, Tensor)},
-            copies=copies,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +80,7 @@ class Source:
         found = reference() if reference is not None else None
         if found is None or found.dim() not in (4, 5) or found.shape[-3] != 3:
             return None
-        return found[:: self.copies].detach().float().cpu()
+        return found.detach().float().cpu()
 
 
 def _number(value: Any) -> int:
