@@ -104,6 +104,7 @@ class Tokens:
         anatomy: The parts of the model, for methods that call one (the projector, say).
         memory: A dictionary that lives for this prefill only: what a method wants to carry from stage to stage.
         prompt: Where text and visual tokens are in the decoder's tensors, for methods that read taps on text.
+        correct_attention: Set by a wrapper: changes the attention `[M]` of the vision tower that its host ranks by.
     """
 
     hidden: Tensor
@@ -130,6 +131,7 @@ class Tokens:
     reader: Callable[..., AttentionInputs] | None = None
     max_budget: int | None = None
     max_length: int | None = None
+    correct_attention: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]

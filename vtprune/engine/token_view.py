@@ -72,6 +72,7 @@ def tokens(
         )
 
     sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes))
+    places: dict[str, Any] = {name: to_device(getattr(visual, name)[flat], device) for name in _PLACES}
     return Tokens(
         hidden=states,
         offsets=_offsets(sizes.tolist(), device),
@@ -93,7 +94,7 @@ def tokens(
         memory=mine.memory,
         prompt=_prompt(call, mine, flat).to(device),
         reader=read,
-        **{name: to_device(getattr(visual, name)[flat], device) for name in _PLACES},
+        **places,
     )
 
 

@@ -21,6 +21,7 @@ from .pyramiddrop import PyramidDrop
 from .random_subset import Random
 from .resprune import ResPrune
 from .scope import Scope
+from .sink_aware import SinkAware
 from .sparsevlm import SparseVLM
 from .transprune import TransPrune
 from .uniform import Uniform
@@ -51,6 +52,7 @@ __all__ = [
     "Random",
     "ResPrune",
     "Scope",
+    "SinkAware",
     "SparseVLM",
     "TransPrune",
     "Uniform",

@@ -157,7 +157,7 @@ class FlashVID(ClipMethod):
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "last"))
 
     def attention(self, tokens: Tokens) -> Tensor:
-        return Vision(tokens, self.name).importance()
+        return Vision(tokens, self.name).importance().clamp_min(0)  # it is a factor, and a wrapper may go below 0
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         assert attention is not None

@@ -272,13 +272,14 @@ class Vision:
         Args:
             view: Changes queries and keys before they meet.
         """
-        if has_class_token(self.anatomy):
-            return self.tokens_of_patches(lambda a: view(a).of_class_token())
-        warn_once(
-            f"{self.method}: {type(self.anatomy.vision_tower).__name__} has no class token; tokens are ranked by the "
-            "mean attention that they receive instead"
-        )
-        return self.tokens_of_patches(lambda a: view(a).received())
+        by_class = has_class_token(self.anatomy)
+        if not by_class:
+            warn_once(
+                f"{self.method}: {type(self.anatomy.vision_tower).__name__} has no class token; tokens are ranked by "
+                "the mean attention that they receive instead"
+            )
+        found = self.tokens_of_patches(lambda a: view(a).of_class_token() if by_class else view(a).received())
+        return found if self.tokens.correct_attention is None else self.tokens.correct_attention(found)
 
 
 def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
