@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
-    from . import easy_vqa, scenes
+    from . import clips, crowds, easy_vqa, pages, scenes
 
 __all__ = [
     "CHAT_TEMPLATE",
@@ -29,8 +29,11 @@ __all__ = [
     "PATCH_SIZE",
     "VISUAL_TOKENS",
     "WEIGHTS",
+    "clips",
+    "crowds",
     "easy_vqa",
     "load",
+    "pages",
     "prompt",
     "scenes",
 ]
@@ -87,6 +90,6 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("scenes", "easy_vqa"):
+    if name in ("scenes", "crowds", "pages", "clips", "easy_vqa"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
