@@ -77,9 +77,16 @@ SECTIONS = (
     Section("real-speed.json", "Speed of a real decoder", report_real.speed, "python -m benchmarks.real_speed"),
     Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
+    Section("small_pools.json", "Small pools", report_sections.small_pools, "python -m benchmarks.small_pools"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
     Section("soak*.json", "Under load", report_measured.soak, "python -m tests.soak --out FILE"),
     Section("families.json", "Laws", report_readme.families_table, "python -m benchmarks.families"),
+    Section(
+        "cdpruner_relevance.json",
+        "Relevance in CDPruner",
+        report_sections.cdpruner_relevance,
+        "python -m benchmarks.cdpruner_relevance",
+    ),
     Section("iwp_sweep.json", "Defaults of IWP", report_sections.iwp_sweep, "python -m benchmarks.iwp_sweep"),
     Section(
         "zoo_sensitivity.json",

@@ -68,7 +68,7 @@ def _latency_row(row: Data) -> tuple[str, ...]:
         return seconds(row[name]["median"]) if row.get(name) else ""
 
     return (
-        f"`{row['way']}`",
+        f"`{row['variant']}`",
         f"{row['kept']:,}",
         median("vision"),
         median("decision"),
@@ -87,10 +87,10 @@ def _latency_row(row: Data) -> tuple[str, ...]:
 def _notes(rows: list[Data]) -> Iterator[str]:
     for row in rows:
         if row.get("refused") or row.get("verdict"):
-            yield f"`{row['way']}`: {row.get('refused') or row['verdict']}"
+            yield f"`{row['variant']}`: {row.get('refused') or row['verdict']}"
         if row.get("kv_bytes") != row.get("kv_bytes_formula"):
             held, formula = row["kv_bytes"], row["kv_bytes_formula"]
-            yield f"`{row['way']}`: the KV cache holds {held:,} B, its formula says {formula:,} B"
+            yield f"`{row['variant']}`: the KV cache holds {held:,} B, its formula says {formula:,} B"
 
 
 def _mebibytes(number: float | None) -> str:

@@ -184,3 +184,39 @@ def zoo_sensitivity(data: Data) -> str:
 
 def _bullets(lines: Any) -> str:
     return "\n".join(f"* {line}" for line in lines)
+
+
+def small_pools(data: Data) -> str:
+    """Median time of one matrix of all pairs over that of the lazy way, for small pools."""
+    rows = [
+        (
+            f"`{row['operation']}`",
+            f"{row['rows']:,}",
+            f"{row['width']:,}",
+            f"{row['picks']:,}",
+            row["data"],
+            f"{row['lazy'] / row['pairs']:.2f}",
+            "matrix" if row["small"] else "lazy",
+        )
+        for row in data["rows"]
+    ]
+    head = ("choice", "rows", "width", "picks", "data", "matrix: times as fast", "what is taken")
+    return f"Medians of {data['rounds']} rounds; both choose the same rows. {versions(data)}\n\n{table(head, rows)}"
+
+
+def cdpruner_relevance(data: Data) -> str:
+    """Right answers of the built-in models for every way in which CDPruner may weigh the text."""
+    ratios = sorted({row["ratio"] for row in data["rows"]}, reverse=True)
+    found: dict[tuple[str, str], dict[float, Data]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["model"], row["variant"]), {})[row["ratio"]] = row
+    rows = [
+        (
+            model,
+            variant,
+            *(f"{mine[ratio]['right']} of {mine[ratio]['total']}" if ratio in mine else "" for ratio in ratios),
+        )
+        for (model, variant), mine in found.items()
+    ]
+    head = ("model", "relevance", *(f"ratio {ratio:g}" for ratio in ratios))
+    return f"{versions(data)}\n\n{table(head, rows)}"
