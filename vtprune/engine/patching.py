@@ -18,6 +18,7 @@ from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.registry import resolve
 from ..errors import CertificateError, MethodError, UnsupportedModelError, VTPruneError
+from ..methods import names as _names  # noqa: F401  registers the methods that come with the package
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
 from ..models.anatomy import Anatomy

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's two lines in a fresh process, where nothing but `vtprune` was imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import sys
+sys.path[:0] = ["tests"]
+import torch
+from families import FAMILIES, Image
+import vtprune
+model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5]])
+with torch.no_grad(), vtprune.patch(model, ratio=0.2) as patch:
+    model(**batch)
+print(patch.last.method, len(patch.last.kept[0]))
+"""
+
+
+def test_patch_knows_the_methods_by_itself() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["iwp", "5"], done.stderr[-2000:]
