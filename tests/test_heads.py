@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that read all columns: retrieval vectors, and the loss that balances experts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+from families import _QWEN_IDS, _QWEN_TEXT, _QWEN_TOWER, FAMILIES, IMAGE, Image  # noqa: E402
+
+import vtprune  # noqa: E402
+
+
+def widened(model: torch.nn.Module) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def colpali() -> tuple[Any, dict]:
+    from transformers import ColPaliConfig, ColPaliForRetrieval, PaliGemmaConfig
+
+    text = dict(model_type="gemma", vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    vision = dict(model_type="siglip_vision_model", hidden_size=24, intermediate_size=32, num_hidden_layers=2)
+    vision |= dict(num_attention_heads=2, image_size=20, patch_size=4, vision_use_head=False, projection_dim=32)
+    vlm = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=32, hidden_size=32
+    )
+    model = widened(ColPaliForRetrieval(ColPaliConfig(vlm_config=vlm, embedding_dim=16)))
+    ids = torch.tensor([[IMAGE] * 25 + [1, 20, 21, 22]])
+    pixels = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def colqwen2() -> tuple[Any, dict]:
+    """Its forward merges the features itself, and hands the language model embeddings."""
+    from transformers import ColQwen2Config, ColQwen2ForRetrieval
+
+    config = ColQwen2Config(vlm_config=FAMILIES["qwen2_vl"].config(), embedding_dim=16)
+    batch = FAMILIES["qwen2_vl"].batch([[Image(0), 4]])
+    batch.pop("mm_token_type_ids")
+    return widened(ColQwen2ForRetrieval(config)), batch | {"pixel_values": batch["pixel_values"][None]}
+
+
+@pytest.mark.parametrize("method", ["uniform", "iwp", "visionzip", "pyramiddrop"])
+@pytest.mark.parametrize("make", [colpali, colqwen2])
+@torch.no_grad()
+def test_retrieval_vectors(make: Any, method: str) -> None:
+    """Dropped columns give zero vectors, also where the head's bias is zero; the others are unit vectors."""
+    model, page = make()
+    query = torch.tensor([[1, 30, 31]])
+    words = {"input_ids": query, "attention_mask": torch.ones_like(query)}
+    want = model(**words).embeddings
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        for bias in (model.embedding_proj_layer.bias.clone(), 0):
+            model.embedding_proj_layer.bias.copy_(torch.as_tensor(bias))
+            vectors, kept = model(**page).embeddings[0], patch.last.mask[0]
+            assert not vectors[~kept].any() and torch.isfinite(vectors).all()
+            torch.testing.assert_close(vectors[kept].norm(dim=-1), torch.ones(int(kept.sum())))
+            dropped = set(patch.last.visual[0].tolist()) - set(patch.last.kept[0].tolist())
+            assert dropped == set((~kept).nonzero()[:, 0].tolist()) and dropped
+            model.embedding_proj_layer.bias.copy_(torch.as_tensor(bias))
+            if isinstance(bias, torch.Tensor):
+                assert torch.equal(model(**words).embeddings, want)
+
+
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+def test_experts_are_balanced_over_the_columns_that_are_left(method: str) -> None:
+    from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
+
+    text = _QWEN_TEXT | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    tower = _QWEN_TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    torch.manual_seed(0)
+    config = Qwen3VLMoeConfig(vision_config=tower, text_config=text | {"decoder_sparse_step": 1}, **_QWEN_IDS)
+    model = widened(AutoModelForImageTextToText.from_config(config))
+    balance = sys.modules[type(model).__module__].load_balancing_loss_func
+    batch = FAMILIES["qwen3_vl"].batch([[3, Image(0), 5], [2, Image(1), 4]])
+    ids = batch["input_ids"]
+    labels = ids.masked_fill((ids == IMAGE) | (batch["attention_mask"] == 0), -100)
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        out = model(**batch, labels=labels, output_router_logits=True)
+        out.loss.backward()
+        kept = patch.last.mask
+    assert all(logits.shape == (ids.numel(), 4) for logits in out.router_logits)
+    want = balance(tuple(logits.view(*ids.shape, 4)[kept] for logits in out.router_logits), 4, 2, None)
+    torch.testing.assert_close(out.aux_loss, want)
+
+
+@torch.no_grad()
+def test_scatter_puts_late_states_back() -> None:
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5]])
+    seen: list[torch.Tensor] = []
+    with vtprune.patch(model, ratio=0.3, method="fastv") as patch:
+        handle = patch.anatomy.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        handle.remove()
+        late = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        full = patch.last.scatter(late)
+        norm = patch.anatomy.decoder.norm
+        torch.testing.assert_close(norm(full)[patch.last.mask], hidden[-1][patch.last.mask])
+        assert not full[~patch.last.mask].any()
+        with pytest.raises(vtprune.VTPruneError, match="columns that were kept"):
+            patch.last.scatter(hidden[0])
