@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 
 from scripts.docs import pages  # noqa: E402
 
+# What the theme's offline plug-in loads for the search of pages on the disk, and what does the same without a network.
+_SHIM, _OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "offline-search.js"
 _MADE: dict[str, str] = {}
 _LOADS = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.I)
 
@@ -41,12 +44,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     place = page.file.src_uri
-    return markdown if place in _MADE else pages.complete(markdown, f"docs/{place}")
+    return markdown if place in _MADE else pages.own(f"docs/{place}")
 
 
 def on_post_build(config: Any) -> None:
     """The site must be readable without a network, and must tell nobody that it is read."""
     for path in sorted(Path(config.site_dir).rglob("*.html")):
-        loads = _LOADS.findall(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _SHIM in text:
+            text = text.replace(_SHIM, Path(os.path.relpath(Path(config.site_dir) / _OWN_SHIM, path.parent)).as_posix())
+            path.write_text(text, encoding="utf-8")
+        loads = _LOADS.findall(text)
         if loads:
             raise PluginError(f"{path.name} loads from elsewhere: {loads[0]}")

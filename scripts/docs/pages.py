@@ -14,7 +14,7 @@ import posixpath
 import re
 from collections.abc import Mapping
 
-from scripts.docs import methods, tables
+from scripts.docs import methods, results, tables
 from scripts.docs.tables import ROOT
 
 # Documents of the repository that have a page, by section of the navigation.
@@ -56,6 +56,9 @@ def made() -> dict[str, str]:
         text = (ROOT / path).read_text(encoding="utf-8")
         pages[place] = complete(_script(path, text) if path.endswith(".py") else text, path, place)
     pages["methods/index.md"] = complete(f"# Methods\n\n{tables.methods()}\n", "docs/methods/index.md")
+    for title in results.sections()[1]:
+        place = results.place(title)
+        pages[place] = complete(results.page(title), results.SOURCE, place)
     for name in methods.names():
         place = f"methods/{name}.md"
         pages[place] = complete(methods.page(name), f"docs/{place}")
@@ -64,14 +67,20 @@ def made() -> dict[str, str]:
 
 def everything() -> dict[str, str]:
     """Page to its Markdown, complete, for the whole site."""
-    own = {place: complete((ROOT / path).read_text(encoding="utf-8"), path) for path, place in written().items()}
-    return own | made()
+    return {place: own(path) for path, place in written().items()} | made()
+
+
+def own(path: str) -> str:
+    """The page of a document in `docs/`, complete; of the results, which are long, a summary."""
+    text = results.summary() if path == results.SOURCE else (ROOT / path).read_text(encoding="utf-8")
+    return complete(text, path)
 
 
 def navigation() -> dict[str, list[dict[str, str]]]:
     """Sections of the navigation to the made pages that belong into them."""
     return {
         "Methods": [{name: f"methods/{name}.md"} for name in methods.names()],
+        "Numbers": [{title: results.place(title)} for title in results.sections()[1]],
         "Examples": [{path.split("/")[-1]: places()[path]} for path in examples()],
         "Project": [{title: place} for path, (title, place) in PROJECT.items() if (ROOT / path).exists()],
     }
