@@ -306,3 +306,14 @@ def test_a_folder_without_the_models_weights_is_refused(capsys, tmp_path, folder
     for command in (["run", *rest], ["inspect"], ["doctor"]):
         assert _run(*command, "--model", copy) == 2
         assert "num_hidden_layers=1,000,000" in capsys.readouterr().err
+
+
+def test_the_package_is_lazy_and_complete():
+    """Nothing heavy on import; every public name is there, and a patch finds its method without another import."""
+    code = (
+        "import sys, vtprune\nassert 'torch' not in sys.modules\n"
+        "assert set(vtprune.__all__) <= set(dir(vtprune))\n"
+        "from vtprune import refvlm\nmodel, _ = refvlm.load()\nvtprune.patch(model, ratio=0.5).remove()\n"
+        "assert all(hasattr(vtprune, name) for name in vtprune.__all__) and not hasattr(vtprune, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

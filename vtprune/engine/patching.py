@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .. import methods as registered_methods  # noqa: F401  # whoever can patch has the methods registered
 from .. import towers
 from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
