@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -257,3 +258,39 @@ def test_every_frame_of_a_clip_has_its_own_tokens(family, steps):
         mine = feature[view.tokens]
         assert mine[change[mine].argmax()] == mine[cell]
         assert not np.delete(change, mine).any()
+
+
+def test_a_clip_has_a_strip_of_where_its_budget_went() -> None:
+    """A bar for every frame, as high as the share that stayed; without the frames, over grey stand-ins."""
+    from vtprune.report import draw
+
+    family = FAMILIES["qwen2_5_vl"]
+    model = family.build()
+    with vtprune.patch(model, ratio=0.5, method="evs") as patch, torch.no_grad():
+        model(**family.batch([[3, families.Video(2), 5]]))
+        shown = patch.last.show()
+        ((strip, caption),) = shown.strips()
+        places = patch.last.places
+        counts = torch.bincount(places.frame[patch.last.kept_flat[-1]], minlength=8).tolist()
+    assert counts[0] == 8 and sum(counts) == 32 and min(counts) < max(counts)
+    assert caption == f"32 of 64 kept in 8 frames, {min(counts)} to 8 a frame, most in frame 0"
+    pixels, (filled, _) = np.asarray(strip), (draw._FILLED, draw._EMPTY)
+    for frame, count in enumerate(counts):
+        column = pixels[: draw._BARS, (2 * frame + 1) * strip.width // 16]
+        assert (column == filled).all(-1).sum() == round(draw._BARS * count / 8)
+    assert shown.image.height > draw.sheet(shown._rows()).height
+    with vtprune.patch(model, ratio=0.5, method="uniform") as patch, torch.no_grad():
+        model(**family.batch([[3, families.Image(0), 5]]))
+        assert patch.last.show().strips() == []
+
+
+def test_a_strip_of_more_frames_than_pixels() -> None:
+    from vtprune.report import draw
+
+    frame = Image.new("RGB", (64, 36), "red")
+    for count in (2, 300, 3000):
+        strip = draw.strip([frame] * count, [1] * count, [2] * count)
+        bars = np.asarray(strip)[: draw._BARS]
+        assert (bars[draw._BARS // 2 :] == draw._FILLED).all(-1).mean() > 0.7
+        assert not (bars[: draw._BARS // 2] == draw._FILLED).all(-1).any()
+        assert (np.asarray(strip)[draw._BARS :] == (255, 0, 0)).all(-1).mean() > 0.2

@@ -22,6 +22,9 @@ _HEAT = np.array([(38, 20, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (2
 _VEIL = 0.7  # how white a part of the picture gets that no token shows
 _PANELS = 8  # in a row
 MAX_SIDE = 2048  # pixels of what is drawn on: painting a photograph of 12 million pixels takes seconds and a gigabyte
+# Of a clip's strip, in pixels: its width, the height of the bars and of the frames below them.
+_STRIP, _BARS, _THUMBS = 1152, 72, 72
+_EMPTY, _FILLED = (225, 225, 225), (33, 145, 140)
 
 
 def lay(size: tuple[int, int], boxes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -90,19 +93,56 @@ def heat(image: Image, boxes: np.ndarray, values: np.ndarray, opacity: float = 0
 
 
 def sheet(rows: Sequence[Sequence[tuple[Image, str]]], height: int = 288) -> Image:
-    """Rows of pictures under their captions, on white; a strip that is too long is broken."""
-    from PIL import Image as images
-
+    """Rows of pictures under their captions, on white; a row that is too long is broken."""
     broken = [row[i : i + _PANELS] for row in rows for i in range(0, len(row), _PANELS)]
     tall = height if max(map(len, broken)) <= 4 else height // 2
     lines = [side_by_side([p for p, _ in row], [c for _, c in row], height=tall) for row in broken]
-    if len(lines) == 1:
-        return lines[0]
-    out = images.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
+    return lines[0] if len(lines) == 1 else stack(lines)
+
+
+def strip(frames: Sequence[Image], kept: Sequence[int], total: Sequence[int]) -> Image:
+    """A clip as a strip: a bar for every frame, as high as the share of its tokens that stayed, over some frames.
+
+    Args:
+        frames: The frames, in order.
+        kept, total: Tokens of each frame that stayed, and that there were.
+
+    Returns:
+        Image: RGB, `_STRIP` pixels wide. The frames below the bars are evenly spaced, as many as fit; each stands under
+        its own bar as far as there is room.
+    """
+    from PIL import Image as images
+    from PIL import ImageDraw
+
+    count = len(frames)
+    sheet = images.new("RGB", (_STRIP, _BARS + _THUMBS), "white")
+    draw = ImageDraw.Draw(sheet)
+    edges = np.linspace(0, _STRIP, count + 1).round().astype(int)
+    gap = 1 if count <= _STRIP // 4 else 0
+    for left, right, k, n in zip(edges, edges[1:], kept, total, strict=False):
+        top = round(_BARS * (1 - k / n)) if n else _BARS
+        last = max(left, right - 1 - gap)  # a bar is a pixel wide at least
+        draw.rectangle((left, 0, last, _BARS - 1), fill=_EMPTY)
+        if top < _BARS:
+            draw.rectangle((left, top, last, _BARS - 1), fill=_FILLED)
+    wide = max(1, round(frames[0].width * _THUMBS / frames[0].height))
+    shown = max(1, min(count, _STRIP // (wide + 2)))
+    for number in range(shown):
+        middle = (number + 0.5) * _STRIP / shown
+        picture = frames[min(int(middle * count / _STRIP), count - 1)].convert("RGB").resize((wide, _THUMBS))
+        sheet.paste(picture, (round(middle - wide / 2), _BARS))
+    return sheet
+
+
+def stack(pictures: Sequence[Image]) -> Image:
+    """Pictures below each other on white, flush left."""
+    from PIL import Image as images
+
+    out = images.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
     top = 0
-    for line in lines:
-        out.paste(line, (0, top))
-        top += line.height
+    for picture in pictures:
+        out.paste(picture, (0, top))
+        top += picture.height
     return out
 
 

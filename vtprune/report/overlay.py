@@ -77,10 +77,37 @@ class Pictures:
         """Every picture with its caption."""
         return [panel for row in self._rows() for panel in row]
 
+    def strips(self) -> list[tuple[Image, str]]:
+        """Each clip as a strip, see `draw.strip`: which of its frames the budget went to."""
+        places = self.pruning.places
+        kept = np.zeros(len(places), dtype=bool)
+        kept[self.pruning.kept_flat[-1].numpy() if self.pruning.kept_flat else np.arange(len(places))] = True
+        clips: dict[int, list[View]] = {}
+        for view in self.views:
+            clips.setdefault(int(places.image[view.tokens[0]]), []).append(view)
+        out = []
+        for number, mine in enumerate(clips.values()):
+            frames = [int(places.frame[view.tokens[0]]) for view in mine]
+            if len(set(frames)) < 2:
+                continue
+            counts, totals = [int(kept[view.tokens].sum()) for view in mine], [len(view.tokens) for view in mine]
+            most = int(np.argmax(counts))
+            name = f"clip {number}: " if len(clips) > 1 else ""
+            caption = (
+                f"{name}{sum(counts)} of {sum(totals)} kept in {len(mine)} frames, {min(counts)} to {max(counts)} "
+                f"a frame, most in frame {frames[most]}"
+            )
+            out.append((draw.strip([view.picture for view in mine], counts, totals), caption))
+        return out
+
     @property
     def image(self) -> Image:
-        """All panels on one sheet."""
-        return draw.sheet(self._rows())
+        """All panels on one sheet, under the strips of clips."""
+        sheet = draw.sheet(self._rows())
+        if self.mode != "dropped":
+            return sheet
+        strips = [draw.side_by_side([picture], [caption], height=picture.height) for picture, caption in self.strips()]
+        return draw.stack([*strips, sheet]) if strips else sheet
 
     def save(self, path: Any) -> None:
         """Writes the sheet to a picture file; the name's ending says which format.

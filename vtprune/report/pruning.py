@@ -67,8 +67,9 @@ class Pruning(PruningRecord):
     ) -> Pictures:
         """The original pictures with dropped patches dark and grey; with several cuts, what went first is darkest.
 
-        Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model saw
-        square crops, what was cut off or padded is found by comparing with the pixels that it was given.
+        Above the frames of a clip stands its strip: a bar for every frame, as high as the share of its tokens that
+        stayed. Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model
+        saw square crops, what was cut off or padded is found by comparing with the pixels that it was given.
 
         Args:
             images: The pictures of the call in the order of the batch: one or several of PIL pictures, arrays
