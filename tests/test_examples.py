@@ -83,18 +83,29 @@ def test_a_clip_of_pairs_of_equal_frames_is_the_pictures_themselves():
     import torch
 
     from vtprune import refvlm
+    from vtprune.refvlm import clips
 
-    example = runpy.run_path(str(FOLDER / "04_video.py"))
     model, processor = refvlm.load(name="qwen2_5_vl")
     pictures = [refvlm.scenes.scene(seed).image for seed in (1, 2)]
     single = processor.image_processor(images=pictures, return_tensors="pt")
     frames = [pictures[0], pictures[0], pictures[1], pictures[1]]
-    video = example["as_video"](model, processor, frames, "what?")
+    video = clips.inputs(model, processor, frames, " what? answer:")
     assert torch.equal(video["pixel_values_videos"], single["pixel_values"])
-    mixed = example["as_video"](model, processor, [pictures[0], pictures[1]], "what?")["pixel_values_videos"]
+    mixed = clips.inputs(model, processor, [pictures[0], pictures[1]], " what? answer:")["pixel_values_videos"]
     first, second = (part.view(-1, 3, 2, 36) for part in single["pixel_values"].chunk(2))
     mixed = mixed.view(-1, 3, 2, 36)
     assert torch.equal(mixed[:, :, 0], first[:, :, 0]) and torch.equal(mixed[:, :, 1], second[:, :, 1])
+
+
+def test_clip_with_a_method_for_clips_and_its_strip(run, tmp_path):
+    from PIL import Image
+
+    strip = tmp_path / "clip.png"
+    options = ("--video-method", "vcast", "--frames", "16", "--ratio", "0.25", "--strip", str(strip))
+    out = run("04_video.py", *options)
+    counts = re.search(r"1152 -> 288 visual tokens, per two frames \[([\d, ]+)\]", out)[1].split(",")
+    assert len(counts) == 8 and min(map(int, counts)) >= 1
+    assert Image.open(strip).width > 1000
 
 
 def test_batch_server(run):

@@ -161,6 +161,64 @@ def needles(results: Path = RESULTS) -> str:
     return f"{about}\n\n{table(head, lines)}"
 
 
+def clips(results: Path = RESULTS) -> str:
+    """What pruning of clips changes, beside fewer and smaller frames: a table for every budget."""
+    data = _read(results / "video.json")
+    if data is None or not data["rows"]:
+        return MISSING
+    rows, out = data["rows"], [f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. {_versions(data)}"]
+    head = (
+        "rule",
+        "tokens",
+        "time to first token",
+        "KV",
+        "KL to unpruned, real clips",
+        "same first word",
+        "still scenes",
+    )
+    for kept in sorted({row["kept"] for row in rows}, reverse=True):
+        lines = []
+        for rule in dict.fromkeys(row["rule"] for row in rows):
+            mine = {row["part"]: row for row in rows if (row["rule"], row["kept"]) == (rule, kept)}
+            if any("refused" in row for row in mine.values()):
+                lines.append((f"`{rule}`", "refused", "", "", "", "", "", ""))
+                continue
+            real = [row for part, row in mine.items() if "right" not in row]
+            count = sum(row["prompts"] for row in real)
+            some = next(iter(mine.values()))
+            kl = sum(row["kl"] * row["prompts"] for row in real) / max(count, 1)
+            same = sum(row["same"] for row in real)
+            seconds = sum(row["seconds"] for row in mine.values()) / len(mine)
+            right = [
+                "" if row is None else f"{row['right']} of {row['prompts']} ({row['right_unpruned']})"
+                for row in (mine.get("still"), mine.get("moving"))
+            ]
+            name = f"`{rule}`" if " " not in rule else rule
+            cells = (
+                f"{some['tokens']:.0f}",
+                f"{seconds:.2f}",
+                f"{some['bytes']:.2f}",
+                f"{kl:.2f}",
+                f"{same:.0f} of {count}",
+            )
+            lines.append((name, *cells, *right))
+        out.append(table((*head, "moving camera"), lines))
+    return "\n\n".join(out)
+
+
+def curvature(results: Path = RESULTS) -> str:
+    """What V-CAST's frame weights do at a cut, at a turn and where nothing happens."""
+    data = _read(results / "video.json")
+    if data is None or not data.get("curvature"):
+        return MISSING
+    rows = []
+    for case in data["curvature"]:
+        at, shares = (" / ".join(f"{value:.2f}" for value in case[name]) for name in ("curvature", "share"))
+        rows.append((case["case"], at, shares, f"{case['curvature_elsewhere']:.2f}", f"{case['share_elsewhere']:.2f}"))
+    head = ("clip", "curvature there", "budget there", "curvature elsewhere", "budget elsewhere")
+    return table(head, rows)
+
+
 FILLS: dict[str, Callable[[], str]] = {
     "front": front,
     "floor": floor,
@@ -168,6 +226,8 @@ FILLS: dict[str, Callable[[], str]] = {
     "laws": laws,
     "methods": methods,
     "needles": needles,
+    "clips": clips,
+    "curvature": curvature,
 }
 
 
