@@ -13,7 +13,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
 
-from families import FAMILIES, LAYERS, Image  # noqa: E402
+from families import FAMILIES, LAYERS, Image, Video  # noqa: E402
 from support import model_of  # noqa: E402
 
 import vtprune  # noqa: E402
@@ -174,3 +174,27 @@ def test_the_command_refuses_in_one_line(capfd: Any, tmp_path: Path) -> None:
         assert main(["compare", *arguments, "--question", "x?"]) == 2
         out, err = capfd.readouterr()
         assert out == "" and len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_clips(tmp_path: Path) -> None:
+    """Methods that compare frames have rows of their own; what they refuse at this cost is a row with the reason."""
+    family = FAMILIES["qwen2_5_vl"]
+    clips = [family.batch([[3, Video(2), 5]]), family.batch([[2, Video(3), 3, Video(2), 4]], seed=1)]
+    chosen = ["evs", "dycoke", "vcast", "flashvid"]
+    rows = {row.method: row for row in compare(model_of("qwen2_5_vl"), clips, 0.5, chosen, repeats=1)}
+    assert set(rows) == {*chosen, "random", "uniform"} and all(row.reason is None for row in rows.values())
+    assert all(row.mean_ratio == pytest.approx(0.5, abs=0.02) and row.kl > 0 for row in rows.values())
+    rows = {row.method: row for row in compare(model_of("qwen2_5_vl"), clips, 0.1, chosen, repeats=1)}
+    assert "first frame whole" in rows["evs"].reason and rows["vcast"].reason is None
+
+
+def test_the_command_on_a_clip(capfd: Any, tmp_path: Path) -> None:
+    for number in range(4):
+        refvlm.scenes.scene(number).image.save(tmp_path / f"{number}.png")
+    arguments = ["compare", "--image", str(tmp_path), "--question", "how many stars?", "--repeats", "1", "--clip"]
+    few = ["--methods", "evs", "vcast", "--mean-ratio", "0.5"]
+    assert main([*arguments, *few, "--model", "embedded-qwen2_5_vl"]) == 0
+    out = capfd.readouterr().out
+    assert "a clip" in out and "│ evs" in out and "of 288" in out
+    assert main([*arguments, *few]) != 0
+    assert "takes no clips" in capfd.readouterr().err

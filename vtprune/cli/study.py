@@ -41,6 +41,11 @@ def add(commands: Any) -> None:
         metavar="METHOD",
         help="names, or strategy files of vtprune tune (default: all; random and uniform are always shown)",
     )
+    compare.add_argument(
+        "--clip",
+        action="store_true",
+        help="the pictures of the folder are the frames of one clip, by their names; an even number",
+    )
     compare.add_argument("--repeats", type=count, default=3, metavar="N", help="calls per picture, for the time")
     add_json(compare, "the table")
     compare.set_defaults(command=_compare)
@@ -97,22 +102,25 @@ def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default:
 
 
 def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    """The model, and one prompt per picture."""
+    """The model, and one prompt per picture, or one for all frames of a clip."""
     from ..refvlm import loading
 
     pictures = images.pictures(args.image)
     loading.is_local(args.model)
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
+    if getattr(args, "clip", False):
+        return model, [loading.clip_prompt(model, processor, pictures, args.question)]
     return model, [loading.inputs(model, processor, picture, args.question) for picture in pictures]
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .. import __version__, inspect
+    from .. import methods as registry
     from ..study.compare import common_ratio, compare
 
     output = Output(args)
-    chosen = chosen_methods(args.methods)
+    chosen = chosen_methods(args.methods or (registry.names() if args.clip else None))
     model, batches = _batches(args)
     args.mean_ratio = args.mean_ratio or common_ratio(chosen.values(), inspect(model).num_layers)
     rows = compare(model, batches, args.mean_ratio, chosen, repeats=args.repeats)
@@ -138,7 +146,8 @@ def _print_rows(output: Output, args: argparse.Namespace, rows: list[Row], pictu
                 f"{1e3 * (row.seconds or 0):.2f} ms",
             )
         )
-    title = f"{args.model}, {plural(pictures, 'picture')}, mean ratio {args.mean_ratio:g}: {short(args.question)}"
+    some = "a clip" if args.clip else plural(pictures, "picture")
+    title = f"{args.model}, {some}, mean ratio {args.mean_ratio:g}: {short(args.question)}"
     output.table(title, ("method", "survivors", "mean ratio", "KL (nats)", "same top-1", "deciding"), cells)
     for row in rows:
         if row.reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,6 +228,45 @@ def inputs(model: Any, processor: Any, image: Image, question: str, new_tokens: 
 
 def _is_float(value: Any) -> bool:
     return hasattr(value, "is_floating_point") and value.is_floating_point()
+
+
+def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: str) -> dict[str, torch.Tensor]:
+    """Model inputs for one clip and one question, on the model's device.
+
+    Processors with a video half make them by their chat template; for those of a Qwen2.5-VL without one (torchvision is
+    not needed then) the clip stands before the question.
+
+    Raises:
+        InputError: The processor cannot take clips, or refuses this one.
+    """
+    from . import clips
+
+    try:
+        if getattr(processor, "video_processor", None) is not None:
+            content = [{"type": "video", "video": list(frames)}, {"type": "text", "text": question}]
+            made = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        elif hasattr(model.config, "video_token_id") and hasattr(model.config.vision_config, "temporal_patch_size"):
+            if (
+                len({frame.size for frame in frames}) > 1
+                or len(frames) % model.config.vision_config.temporal_patch_size
+            ):
+                raise InputError(f"{len(frames)} frames of sizes {sorted({frame.size for frame in frames})}")
+            made = clips.inputs(model, processor, frames, f" {question} answer:")
+        else:
+            raise InputError(f"{type(model).__name__} takes no clips")
+    except Exception as error:  # processors raise what they like
+        raise InputError(
+            f"{type(processor).__name__} cannot make a prompt of this clip: {one_line(error)}; expected an even number "
+            "of frames of one size, and a model that takes clips"
+        ) from error
+    moved = {name: value.to(model.device) for name, value in made.items()}
+    return {name: value.to(model.dtype) if _is_float(value) else value for name, value in moved.items()}
 
 
 def _device(name: str) -> torch.device:
