@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the package: packages import alone, a user's type checker knows it, CONTRIBUTING describes it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vtprune
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(path.parent.name for path in (ROOT / "vtprune").glob("*/__init__.py"))
+PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
+
+# A process for each package that has torch and transformers, which take seconds to import, and nothing of vtprune.
+# `vtprune/__init__.py` is skipped: it imports most packages, in an order that could hide a circle.
+IMPORT_ALONE = """
+import importlib, os, sys, types
+import torch, transformers
+for name in sys.argv[2:]:
+    if os.fork() == 0:
+        root = types.ModuleType("vtprune")
+        root.__path__, root.__version__ = [sys.argv[1]], ""
+        sys.modules["vtprune"] = root
+        try:
+            importlib.import_module(f"vtprune.{name}")
+        except BaseException as error:
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+USER_FILE = """
+from dataclasses import dataclass
+
+import torch
+import vtprune
+from typing_extensions import assert_type
+from vtprune.methods import IWP, ScoreMethod, Tokens
+
+
+@vtprune.methods.register("norm")
+@dataclass
+class Norm(ScoreMethod):
+    power: float = 1.0
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.hidden.norm(dim=-1) ** self.power
+
+
+def use(model: torch.nn.Module) -> str:
+    assert_type(vtprune.methods.IWP(layer=2), IWP)
+    assert_type(Norm(power=2.0), Norm)
+    patch = vtprune.patch(model, ratio=0.1, method=Norm())
+    assert patch.last is not None
+    return patch.last.report()
+
+
+"""
+
+
+def alone(folder: Path, packages: list[str]) -> str:
+    """What goes wrong when each package is imported in a process of its own."""
+    command = [sys.executable, "-c", IMPORT_ALONE, str(folder), *packages]
+    return subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_every_package_imports_alone():
+    assert {"core", "engine", "methods", "models", "report"} <= set(PACKAGES)
+    assert alone(ROOT / "vtprune", PACKAGES) == ""
+
+
+def test_a_circle_is_noticed(tmp_path):
+    for name, code in (("a", "from ..b import y\nx = 1"), ("b", "from ..a import x\ny = 1"), ("c", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    found = alone(tmp_path, ["a", "b", "c"])
+    assert re.findall(r"^(\w): ImportError", found, re.M) == ["a", "b"]
+
+
+def type_check(code: str, folder: Path) -> str:
+    """What mypy says about a user's file, by the settings and with the cache of `make types`."""
+    file = folder / "user.py"
+    file.write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--no-pretty", "--no-error-summary", str(file)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory) -> str:
+    """Right lines first, then wrong ones, so that mypy runs once."""
+    classes = [vtprune.methods.get(name).__name__ for name in vtprune.methods.names()]
+    right = "".join(f"assert_type(vtprune.methods.{name}(), vtprune.methods.{name})\n" for name in classes)
+    wrong = "# wrong\nIWP(layers=2)\nIWP(layer='two')\nvtprune.methods.Nothing\n"
+    return type_check(USER_FILE + right + wrong, tmp_path_factory.mktemp("user"))
+
+
+def test_a_type_checker_knows_every_method_and_the_report(checked):
+    first_wrong = USER_FILE.count("\n") + len(vtprune.methods.names()) + 1
+    lines = [int(line) for line in re.findall(r"user\.py:(\d+): error", checked, re.M)]
+    assert [line for line in lines if line < first_wrong] == [], checked
+
+
+def test_a_type_checker_notices_wrong_options(checked):
+    assert 'Unexpected keyword argument "layers"' in checked
+    assert 'has incompatible type "str"' in checked and 'has no attribute "Nothing"' in checked
+
+
+def layout_rows(text: str) -> list[str]:
+    """First cells of the table under "Layout"."""
+    table = text.split("\n## Layout\n")[1].split("\n## ")[0]
+    return [place for row in re.findall(r"^\| (.*?) \|", table, re.M) for place in re.findall(r"`([^`]+)`", row)]
+
+
+def test_the_layout_table_names_every_folder_once():
+    rows = layout_rows((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    made = {"build", "dist", "out"}
+    top = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in made]
+    folders = {f"{name}/" for name in top if not name.endswith(".egg-info") and name != "vtprune"}
+    assert sorted(rows) == sorted(folders | {f"vtprune/{name}/" for name in PACKAGES} | {"vtprune/errors.py"})
