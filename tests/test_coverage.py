@@ -20,7 +20,7 @@ from packaging.version import Version
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vtprune
-from tests.coverage import build, checks, prompts, run
+from tests.coverage import build, checks, prompts, run, towers
 
 NAMES = run.registered()
 
@@ -80,3 +80,37 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     vtprune.unpatch(model)
     checks.no_trace(subject, "random")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "outcome"),
+    [
+        ("qwen2_5_omni_thinker", "passes"),  # windows
+        ("gemma3", "passes"),  # pooled patches
+        ("llama4", "passes"),  # a class token at the end, one rotation for all tiles
+        ("mistral3", "passes"),  # pictures of a packed sequence told apart by the mask
+        ("lfm2_vl", "passes"),  # padded patches
+        ("gemma4", "passes"),  # patches that say where they are
+        ("paddleocr_vl", "passes"),  # packed in raster order
+        ("video_llava", "second vision tower"),
+        ("got_ocr2", "distances between patches"),
+        ("lfm3_vl", "something else than attention"),
+        ("chameleon", "convolution"),
+        ("fuyu", "list of blocks"),
+        ("deepseek_ocr2", "one after another"),
+    ],
+)
+def test_towers_pass_or_are_refused_with_their_reason(architecture: str, outcome: str) -> None:
+    entry = run.examine(architecture, NAMES[architecture], only_tower=True)
+    assert outcome in entry["tower"]
+    assert outcome == "passes" or entry["tower"].startswith("refused: ")
+
+
+def test_tower_checks_notice_what_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build.build("qwen3_vl", NAMES["qwen3_vl"]).model
+    fed = prompts.prompts_for(model, vtprune.inspect(model).placeholders)
+    with monkeypatch.context() as patched:
+        patched.setattr(towers.torch.Tensor, "masked_fill", lambda self, mask, value: self)
+        with pytest.raises(towers.Failed, match="of the largest state"):
+            towers.examine(model, fed)
+    assert towers.examine(model, fed) == "passes"

@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="seconds for each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for models.json and models.md")
     parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    parser.add_argument(
+        "--towers", action="store_true", help="only cuts inside vision towers; what is known otherwise stays as it is"
+    )
     args = parser.parse_args()
 
     warnings.filterwarnings("ignore")
@@ -45,11 +48,14 @@ def main() -> None:
         parser.error(f"not registered: {', '.join(sorted(unknown))}")
     with progress.script(args.out / report.FILE):
         data = report.load(args.out, args.force)
-        examine = partial(isolated, limit=args.limit)
+        examine = partial(isolated, limit=args.limit, only_tower=args.towers)
         names, write = args.architectures or list(known), partial(report.save, args.out, data, list(known))
         for name, entry in progress.each(data, names, examine, "architectures", write, processes=args.jobs):
+            if args.towers:
+                known_before = data["architectures"].get(name, entry)
+                entry = known_before | ({"tower": entry["tower"]} if "tower" in entry else {})
             data["architectures"][name] = entry
-            print(report.line(entry), flush=True)
+            print(report.tower_line(entry) if args.towers else report.line(entry), flush=True)
     print(json.dumps(report.summary(data["architectures"].values())))
 
 

@@ -47,6 +47,11 @@ def line(entry: dict[str, Any]) -> str:
     return f"{entry['status']:<9} {entry['architecture']:<24} {entry.get('seconds', 0):>6} s  {entry.get('reason', '')}"
 
 
+def tower_line(entry: dict[str, Any]) -> str:
+    """One line for the terminal on the vision tower."""
+    return f"{entry['architecture']:<24} {entry.get('tower', '-')[:150]}"
+
+
 def save(folder: Path, data: dict[str, Any], order: list[str]) -> None:
     """Writes both files, with the architectures in `order`."""
     entries = [data["architectures"][name] for name in order if name in data["architectures"]]
@@ -74,6 +79,8 @@ def render(whole: dict[str, Any]) -> str:
         'be fed, they are checked inside the decoder too. "Pixels" went through the vision tower, "features" were put '
         "in its place.",
         "",
+        _tower_summary(entries),
+        "",
     ]
     for status in _ORDER:
         chosen = [e for e in entries if e["status"] == status]
@@ -82,12 +89,12 @@ def render(whole: dict[str, Any]) -> str:
         text += [f"## {_TITLES[status]} ({len(chosen)})", ""]
         if status == "passes":
             text += [
-                "| architecture | class | input | clips | decoder | notes |",
-                "| --- | --- | --- | --- | --- | --- |",
+                "| architecture | class | input | clips | decoder | tower | notes |",
+                "| --- | --- | --- | --- | --- | --- | --- |",
             ]
             text += [
                 f"| {e['architecture']} | {e['class']} | {e['input']} | {_cell(e.get('video', ''))} | {e['decoder']} | "
-                f"{_cell(_notes(e))} |"
+                f"{_cell(_tower(e))} | {_cell(_notes(e))} |"
                 for e in chosen
             ]
         else:
@@ -95,6 +102,28 @@ def render(whole: dict[str, Any]) -> str:
             text += [f"| {e['architecture']} | {e['class']} | {_cell(e['reason'])} |" for e in chosen]
         text.append("")
     return "\n".join(text)
+
+
+def _tower(entry: dict[str, Any]) -> str:
+    """What the table says of the vision tower; reasons are listed below it."""
+    return entry.get("tower", "").partition(":")[0]
+
+
+def _tower_summary(entries: list[dict[str, Any]]) -> str:
+    """How many towers can be cut, and why the others cannot."""
+    told = [(e["architecture"], e["tower"]) for e in entries if e.get("tower")]
+    passing = sum(text == "passes" for _, text in told)
+    others = [f"- {name}: {_cell(text)}" for name, text in told if text != "passes"]
+    return "\n".join(
+        [
+            f"Cuts inside the vision tower (`tower=`) were tried on {len(told)} towers; {passing} pass: with all "
+            "patches kept no bit changes, rows that ran have the states of the tower that may not attend to the "
+            "others, a picture keeps the same patches alone and in a batch, merge groups stay whole, and nothing is "
+            "left on the model. Models that were fed features had their tower called by itself. The others:",
+            "",
+            *others,
+        ]
+    )
 
 
 def _notes(entry: dict[str, Any]) -> str:

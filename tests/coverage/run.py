@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import vtprune
-from tests.coverage import build, checks, prompts
+from tests.coverage import build, checks, prompts, towers
 from vtprune import methods
 
 MEMORY = 16 << 30
@@ -35,8 +35,12 @@ def short(error: BaseException, limit: int = 240) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def examine(architecture: str, class_name: str) -> dict[str, Any]:
+def examine(architecture: str, class_name: str, only_tower: bool = False) -> dict[str, Any]:
     """Builds, feeds and checks an architecture.
+
+    Args:
+        architecture, class_name: As transformers registers them.
+        only_tower: Leave out all checks but those of cuts inside the vision tower.
 
     Returns:
         dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the
@@ -70,6 +74,9 @@ def examine(architecture: str, class_name: str) -> dict[str, Any]:
         return entry | {"status": failure[0], "reason": failure[1]}
     entry["notes"] = built.notes
     entry["input"] = fed.feed.name
+    entry["tower"] = _tower(built.model, fed)
+    if only_tower:
+        return entry
     subject = checks.Subject(built.model, fed)
     entry["decoder"] = "hybrid" if subject.hybrid else "attention"
     entry["checks"] = {}
@@ -88,6 +95,18 @@ def examine(architecture: str, class_name: str) -> dict[str, Any]:
         if found is not None:
             return entry | {"status": status, "reason": found.removeprefix("refused: ").removeprefix("fails: ")}
     return entry | {"status": "passes", "reason": ""}
+
+
+def _tower(model: torch.nn.Module, fed: prompts.Prompts) -> str:
+    """What came of the checks of cuts inside the vision tower."""
+    try:
+        return towers.examine(model, fed)
+    except towers.Failed as error:
+        return f"fails: {short(error)}"
+    except Exception as error:  # a crash of the model or of the engine
+        return f"fails: {type(error).__name__}: {short(error)}"
+    finally:
+        vtprune.unpatch(model)
 
 
 def _inside(subject: checks.Subject) -> Any:
@@ -142,7 +161,7 @@ def _all(subject: checks.Subject, method: Any, chosen: dict[str, Any] = checks.C
     return row
 
 
-def isolated(architecture: str, limit: int) -> dict[str, Any]:
+def isolated(architecture: str, limit: int, only_tower: bool = False) -> dict[str, Any]:
     """`examine` in a forked process, which an interrupt ends."""
     class_name = registered()[architecture]
     read, write = os.pipe()
@@ -154,7 +173,7 @@ def isolated(architecture: str, limit: int) -> dict[str, Any]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(limit)
         try:
-            entry = examine(architecture, class_name)
+            entry = examine(architecture, class_name, only_tower)
         except BaseException as error:
             entry = {"architecture": architecture, "class": class_name, "status": "fails", "reason": short(error)}
         entry["seconds"] = round(time.process_time(), 1)
