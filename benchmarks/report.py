@@ -64,6 +64,7 @@ SECTIONS = (
         "vtprune fidelity --model MODEL --limit 32 --repeats 1 --max-new-tokens 8 --json FILE",
         report_charts.fidelity,
     ),
+    Section("video.json", "Clips", report_sections.video, "python -m benchmarks.video"),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
     Section(
         "bench-*-long.json",

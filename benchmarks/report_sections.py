@@ -220,3 +220,15 @@ def cdpruner_relevance(data: Data) -> str:
     ]
     head = ("model", "relevance", *(f"ratio {ratio:g}" for ratio in ratios))
     return f"{versions(data)}\n\n{table(head, rows)}"
+
+
+def video(data: Data) -> str:
+    """How far the next token moves when clips are pruned."""
+    rows = [
+        (row["part"], f"`{row['rule']}`", f"{row['kept']:,}", f"{row['kl']:.3f}{span(row['kl_interval'], '.3f')}")
+        for row in data["rows"]
+        if "kl" in row
+    ]
+    head = ("clips", "rule", "tokens kept", "KL to unpruned")
+    about = f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. [Video](video.md) has the summary."
+    return f"{about} {versions(data)}\n\n{table(head, rows)}"
