@@ -173,6 +173,27 @@ def test_a_certificate_is_taken_by_its_model_and_method_only(prompts, monkeypatc
         weight.copy_(before)
 
 
+def test_one_request_may_have_a_certificate_of_its_own(prompts, monkeypatch) -> None:
+    model = model_of("llava")
+    found = made(prompts * 20, monkeypatch, {0.5: 0}, method="divprune")
+    with vtprune.patch(model, ratio=0.2, method="divprune") as patch, torch.no_grad():
+        for _ in range(2):
+            with patch.using(ratio=found):
+                model(**prompts[0])
+            assert len(patch.last.kept[0]) == round(0.5 * len(patch.last.visual[0]))
+        model(**prompts[0])
+        assert len(patch.last.kept[0]) == round(0.2 * len(patch.last.visual[0]))
+        with patch.using(ratio="auto"):
+            model(**prompts[0])
+            assert patch.last is not None and len(patch.last.kept[0]) > 0
+    with (
+        vtprune.patch(model, ratio=0.2, method="random") as patch,
+        pytest.raises(CertificateError, match="for the method DivPrune"),
+        patch.using(ratio=found),
+    ):
+        pass
+
+
 def test_energies_are_certified_the_same_way(prompts, monkeypatch, tmp_path: Path) -> None:
     autos = {vtprune.Auto(0.95): 0, vtprune.Auto(0.8): 1, vtprune.Auto(0.5): 30}
     found = made(prompts * 20, monkeypatch, autos, method="divprune")

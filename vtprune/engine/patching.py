@@ -49,6 +49,7 @@ class Patch:
         # could not come off in the wrong order.
         if instead_of is not None:
             instead_of.remove()
+        self._certificates: list[Certificate] = []  # that are for this model and method
         self._depth = 0  # of nested `with` blocks
         self._attach()
 
@@ -109,7 +110,7 @@ class Patch:
     @contextmanager
     def using(
         self,
-        ratio: float | Auto | Literal["auto"] | None = None,
+        ratio: float | Auto | Certificate | Literal["auto"] | None = None,
         *,
         keep: int | None = None,
         mean_ratio: float | None = None,
@@ -117,17 +118,32 @@ class Patch:
         """Gives prefills of this request a budget of their own inside, in place of the patch's.
 
         Args:
-            ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one.
+            ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one. A certificate has to be for the patch's
+                method.
 
         Raises:
             BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+            CertificateError: The certificate is for another model or method.
         """
+        if isinstance(ratio, Certificate):
+            self._check(ratio)
+            ratio = ratio.budget
         budget = Budget(ratio, keep, mean_ratio)
         if budget.mean_ratio is not None:
             for use in self.spec.uses:
                 solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises where it cannot be met
         with requests.asking(self._session, budget=budget):
             yield self
+
+    def _check(self, certificate: Certificate) -> None:
+        """Refuses a certificate of another model or method; one that has passed is not looked at again."""
+        if certificate in self._certificates:
+            return
+        if len(self.spec.uses) > 1:
+            raise CertificateError("the certificate is for one method; this patch has another one for clips beside it")
+        certificate.check_method(self.method)
+        certificate.check_model(self.model)
+        self._certificates.append(certificate)
 
     @contextmanager
     def visual(self, columns: torch.Tensor) -> Iterator[Patch]:
