@@ -100,18 +100,21 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
     return torch.cat(draws).to(offsets.device) if draws else torch.zeros(0, device=offsets.device)
 
 
-def scatter(x: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
+def scatter(x: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tensor:
     """Puts packed columns back in their places among `length` columns; the others are zero.
 
     Args:
         x: `[B, K, ...]`.
-        index, valid: The packed layout, `[B, K]`, on the device of `x`.
+        index, valid: The packed layout, `[B, K]`, on the device of `x`; None where all slots are valid.
         length: Number of columns `T`.
 
     Returns:
         Tensor: `[B, T, ...]`, differentiable in `x`.
     """
+    if len(index) == 1 and valid is None:
+        return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_copy(1, index[0], x)
     full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
-    target = torch.where(valid, index, length)  # slots that are not valid go to a column that is cut off again
+    # Slots that are not valid go to a column that is cut off again.
+    target = index if valid is None else torch.where(valid, index, length)
     batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
     return full.index_put((batch, target), x)[:, :length]

@@ -48,7 +48,10 @@ class DeferredChecks:
             list[Tensor]: `results` on the CPU, in their dtypes.
         """
         asked = [*self.flags, *results]
-        if len({tensor.device for tensor in asked}) == 1:
+        devices = {tensor.device.type for tensor in asked}
+        if devices == {"cpu"}:
+            read = [*self.flags, *(tensor.detach().clone() for tensor in results)]
+        elif len({tensor.device for tensor in asked}) == 1:
             parts = torch.cat([tensor.detach().reshape(-1).float() for tensor in asked]).cpu()
             read = [part.to(x.dtype) for part, x in zip(parts.split([x.numel() for x in asked]), asked, strict=True)]
         else:

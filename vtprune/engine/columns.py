@@ -8,6 +8,7 @@ holds.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Columns:
     Attributes:
         batch, length: Shape `[B, T]` of the call.
         past: Columns of the conversation before it.
-        real: `[B, T]` bool, False for padding.
+        real: `[B, T]` bool, False for padding; without it none is.
         state: Slots of a cache that earlier calls pruned, or None.
         cache: The KV cache, once a layer has shown it.
         index, valid: The present packed layout (see `compact`), `[B, K]` on the CPU.
@@ -50,27 +51,47 @@ class Columns:
 
     def __init__(
         self,
-        real: Tensor,
+        shape: tuple[int, int],
+        real: Tensor | None,
         past: int,
         state: kv_cache.CacheState | None,
         cache: Any,
         form: AttentionForm,
         renumber: bool,
     ) -> None:
-        self.batch, self.length = real.shape
-        self.past, self.real, self.state, self.cache, self.attention_form = past, real, state, cache, form
-        self.index = torch.arange(self.length).expand(self.batch, -1)
-        self.valid = torch.ones(self.batch, self.length, dtype=torch.bool)
+        self.batch, self.length = shape
+        self.past, self.state, self.cache, self.attention_form = past, state, cache, form
+        if real is not None:
+            self.real = real
         self.is_cut, self.ragged = False, False
         self.layouts: list[tuple[Tensor, Tensor]] = []
         self.shifts: list[positions.Shift | None] = []
         self.inputs: dict[int, Tensor] = {}  # of layers, in the caller's length, where the caller may want gradients
-        self.renumber, self.source = renumber, self.index
+        self.renumber = renumber
         self.shift: positions.Shift | None = None
         self._gathered: dict[
             Any, Any
         ] = {}  # what was made for the present packed layout; values keep their sources valid
         self._slots: dict[Any, tuple[Tensor, Tensor, bool]] = {}
+
+    # Decoding steps, the most frequent calls, do without the tables below.
+
+    @functools.cached_property
+    def real(self) -> Tensor:
+        return torch.ones(self.batch, self.length, dtype=torch.bool)
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        return torch.arange(self.length).expand(self.batch, -1)
+
+    @functools.cached_property
+    def valid(self) -> Tensor:
+        return torch.ones(self.batch, self.length, dtype=torch.bool)
+
+    @functools.cached_property
+    def source(self) -> Tensor:
+        """`[B, K]` columns that positions are taken from; others than `index` for methods that renumber."""
+        return self.index
 
     @property
     def is_modified(self) -> bool:
@@ -79,7 +100,7 @@ class Columns:
 
     def slot_of_position(self) -> Tensor:
         """`[B, T]` slot of each prompt column, -1 for dropped ones."""
-        return slot_of_position(self.index, self.valid, self.length)
+        return slot_of_position(self.index, self.valid, self.length) if self.is_cut else self.index
 
     def keep(self, stays: Tensor, rotation: Any) -> Tensor:
         """Goes over to the columns `stays`.
@@ -91,7 +112,7 @@ class Columns:
         Returns:
             Tensor: `[B, K]` for each new slot the old one.
         """
-        slot = self.slot_of_position()
+        slot = self.slot_of_position() if self.is_cut else None
         self.index, self.valid = gather.pack(stays, self.real)
         self.is_cut, self.ragged = True, not bool(self.valid.all())
         if self.renumber:
@@ -101,7 +122,7 @@ class Columns:
             self.source = self.index
         self._gathered.clear()
         self._slots.clear()
-        return slot.gather(1, self.index).clamp(min=0)
+        return self.index if slot is None else slot.gather(1, self.index).clamp(min=0)
 
     def record_layer(self, number: int) -> None:
         """Notes that layer `number` runs on the present columns."""
@@ -220,7 +241,8 @@ class Columns:
     def slots(self, number: int) -> tuple[Tensor, Tensor, bool]:
         """What layer `number` attends to: columns `[B, k]` in its slots, which are valid, and whether all that are
         filled are."""
-        cached, queries = kv_cache.cached_tokens(self.cache, number), self.index.shape[1]
+        cached = kv_cache.cached_tokens(self.cache, number)
+        queries = self.index.shape[1] if self.is_cut else self.length
         count, start = cached + queries, 0
         if self.cache is not None and number < len(self.cache.layers):
             sizes = getattr(self.cache.layers[number], "get_mask_sizes", None)
@@ -315,9 +337,13 @@ class Columns:
 
     def _full(self, x: Tensor, layer: int) -> Tensor:
         index, valid = self.layouts[layer]
-        if x.dim() < 3 or x.shape[1] != index.shape[1] or (index.shape[1] == self.length and bool(valid.all())):
+        if x.dim() < 3 or x.shape[1] != index.shape[1]:
             return x
-        return gather.scatter(x, to_device(index, x.device), to_device(valid, x.device), self.length)
+        whole = bool(valid.all()) if layer >= 0 or not self.is_cut else not self.ragged
+        if whole and index.shape[1] == self.length:
+            return x
+        places = None if whole else to_device(valid, x.device)
+        return gather.scatter(x, to_device(index, x.device), places, self.length)
 
     def _full_rows(self, x: Tensor, layer: int) -> Tensor:
         """`[B * K, E]` to `[B * T, E]`."""

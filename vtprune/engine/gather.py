@@ -33,6 +33,9 @@ def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         tuple: `index` int64 and `valid` bool, both `[B, K]`.
     """
+    if len(keep) == 1 and bool(real.all()):
+        columns = keep[0].nonzero().T
+        return columns, torch.ones_like(columns, dtype=torch.bool)
     rows = []
     for keep_row, real_row in zip(keep, real, strict=True):
         needed = keep_row & real_row
@@ -75,7 +78,10 @@ def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Ten
     results: list[Tensor] = [index] * len(flat)
     for rows in sorted({len(x) for x in flat}):
         here = [number for number, x in enumerate(flat) if len(x) == rows]
-        found = compact([flat[number] for number in here], index.repeat(rows // max(batch, 1), 1))
+        repeats = rows // max(batch, 1)
+        found = compact(
+            [flat[number] for number in here], index if repeats == 1 else index.repeat(repeats, 1), padded=False
+        )
         for number, result in zip(here, found, strict=True):
             results[number] = result
     return [_as_before(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
@@ -85,6 +91,8 @@ def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
     """`x` as `[rows, T, ...]`, a multiple of the batch many rows."""
     if dim == 0:
         return x.expand(batch, *x.shape)
+    if dim == 1 and x.shape[0] == batch:
+        return x
     shape = (*x.shape[: dim - 1], batch, *x.shape[dim:])
     return x.expand(shape).flatten(0, dim - 1)
 
@@ -93,6 +101,8 @@ def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
     """What `_batched` made of `x`, undone."""
     if dim == 0:
         return result[0] if batch == 1 else result
+    if dim == 1 and x.shape[0] == batch:
+        return result
     return result.unflatten(0, (*x.shape[: dim - 1], batch))
 
 

@@ -49,7 +49,9 @@ class CacheState:
         self.length = length
         self.shifts = list(shifts)
         self.held: Tensor | None = None
-        self.ragged = [bool((b < 0).any()) if b is not None else False for b in base]
+        distinct = {id(b): b for b in base if b is not None}  # layers of one stage share theirs
+        ragged = {name: bool((b < 0).any()) for name, b in distinct.items()}
+        self.ragged = [b is not None and ragged[id(b)] for b in base]
         self.open = False  # whether the last call was a prompt with visual tokens, after which no more may follow
         self.reading = False  # whether a patched model is at work on the cache
         self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d]

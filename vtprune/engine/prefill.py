@@ -124,7 +124,8 @@ class DecoderCall(CallState):
             self.snapshots[number] = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
         if changed is not None and checkpointing.runs_hooks_again(layer):
             checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
-        columns.record_layer(number)
+        if self.visual is not None:
+            columns.record_layer(number)
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -191,7 +192,7 @@ class DecoderCall(CallState):
         if columns.is_modified:
             args, kwargs = columns.arguments(number, args, kwargs)
         here = Snapshot.take(self, number, layer, args, kwargs)
-        flat = self.live.nonzero()[:, 0]
+        flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.everything(visual)
         decision = self._decide(number, flat, here)
         if decision.merged is None and len(decision.kept) == len(flat):
             self._record(number, decision)
@@ -229,12 +230,13 @@ class DecoderCall(CallState):
 
     def _ask(self, call: MethodCall, number: int, live: Tensor, here: Snapshot) -> Decision:
         """Asks one method which of its tokens among the live ones stay before layer `number`."""
-        method, members = call.use.method, call.members[live]
-        flat = live[members]
-        groups, wanted = call.groups.of_token[flat], torch.tensor(call.counts[number])
-        if torch.equal(torch.bincount(groups, minlength=len(wanted)), wanted):
+        method, counts = call.use.method, call.counts[number]
+        members = None if len(self.spec.uses) == 1 else call.members[live]
+        flat = live if members is None else live[members]
+        groups = call.groups.of_token[flat] if self.columns.is_cut or members is not None else call.groups.of_token
+        if _sizes(groups, counts) == counts:
             return Decision(live)
-        checks = DeferredChecks()
+        wanted, checks = torch.tensor(counts), DeferredChecks()
         tokens = token_view.tokens(self, call, number, flat, wanted, here, checks)
         try:
             choice = method.choose(tokens)
@@ -250,11 +252,11 @@ class DecoderCall(CallState):
             checks.raise_if_failed()  # where numbers are broken, that is what is wrong
             raise
         keep, *scores = checks.raise_if_failed(choice.keep, *([] if choice.scores is None else [choice.scores.float()]))
-        got = torch.bincount(groups[keep], minlength=len(wanted)) if keep.shape == flat.shape else None
-        if got is None or not torch.equal(got, wanted):
+        got = _sizes(groups[keep], counts) if keep.shape == flat.shape else None
+        if got != counts:
             raise MethodError(
-                f"{type(method).__name__} kept {keep.tolist() if got is None else got.tolist()} tokens of its groups "
-                f"before layer {number}; the budget is {wanted.tolist()}"
+                f"{type(method).__name__} kept {keep.tolist() if got is None else got} tokens of its groups "
+                f"before layer {number}; the budget is {counts}"
             )
         merged, chosen = None, keep
         if self.required is not None:
@@ -265,6 +267,8 @@ class DecoderCall(CallState):
             some &= chosen | ~keep  # what only the caller reads keeps the states that it has
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
+        if members is None:
+            return Decision(flat[keep], merged, scores[0] if scores else None, states)
         stays = ~members
         stays[members] = keep
         among = [_among_all(members, values) for values in (*scores[:1], states) if values is not None]
@@ -292,6 +296,11 @@ class DecoderCall(CallState):
         self.decisions.append(decision)
         columns, live = (visual.position + self.columns.past).split(visual.counts), self.live.split(visual.counts)
         self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
+
+
+def _sizes(groups: Tensor, counts: list[int]) -> list[int]:
+    """How many tokens are in each group, from the group of every token; as many groups as `counts`."""
+    return [len(groups)] if len(counts) == 1 else torch.bincount(groups, minlength=len(counts)).tolist()
 
 
 def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
@@ -386,11 +395,11 @@ def begin(
             "changes the length of its prompt, and vtprune cannot tell which columns are visual"
         )
     past = kv_cache.length(cache)
-    real, real_past = torch.ones(batch, length, dtype=torch.bool), None
+    real, real_past = None, None
     if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
         visual = visual.visible(real)  # what the mask hides is padding, whatever it shows
-    columns = Columns(real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
+    columns = Columns((batch, length), real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
     return DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )

@@ -81,6 +81,8 @@ class Session:
         self.caches = Caches()
         self.tower = self._tower_cut()
         self._last: Pruning | None = None
+        self._layouts = visual_tokens.LayoutMemo()
+        self._signature: tuple[Any, inspect.Signature] | None = None  # of the composite's forward
 
     @property
     def budget(self) -> Budget:
@@ -225,11 +227,18 @@ class Session:
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual = False, None
         self.caches.state_of(cache_of(kwargs))  # before the model asks for its length
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        bound = self._signature_of(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         if self.drops:
             unsupported.features_ignored(module, extra)
         thread.inputs = {**bound, **extra}
+
+    def _signature_of(self, forward: Callable) -> inspect.Signature:
+        """Signature of the composite's forward, read anew only where another function took its place."""
+        known = self._signature
+        if known is None or known[0] != forward:
+            self._signature = known = forward, inspect.signature(forward)
+        return known[1]
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
@@ -254,7 +263,7 @@ class Session:
                 encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
             if encoded:
                 unsupported.values_missing(thread.inputs)
-                visual = visual_tokens.locate(thread.inputs, self.spec.anatomy, encoded)
+                visual = self._layouts.locate(thread.inputs, self.spec.anatomy, encoded)
             if encoded and visual is None and self.drops:
                 raise NothingPrunedError(
                     f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,33 @@ from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
 from ..models import attention_probe
+from ..models.visual_tokens import VisualTokens
 from .call import CallState, MethodCall, Snapshot
 from .columns import slot_of_position
 
-_PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "feature")
+_PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "position")
+
+
+def everything(visual: VisualTokens) -> Tensor:
+    """`[M]` numbers of all visual tokens."""
+    return remembered(visual, "everything", lambda: torch.arange(len(visual)))
+
+
+def remembered(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a call's columns alone, made once for all calls with the same layout."""
+    found = visual.derived.get(key)
+    if found is None:
+        found = visual.derived[key] = make()
+    return found
+
+
+def _is_whole(call: CallState) -> bool:
+    """Whether nothing was cut yet and one method prunes all visual tokens: then all places follow from the layout."""
+    return not call.columns.is_cut and len(call.spec.uses) == 1
+
+
+def _real_key(call: CallState) -> bytes:
+    return call.columns.real.numpy().tobytes()
 
 
 def tokens(
@@ -42,13 +65,20 @@ def tokens(
     """
     visual, spec = call.visual, call.spec
     assert visual is not None
-    device = here.hidden.device
-    rows = visual.sample[flat]
-    slot = call.columns.slot_of_position()[rows, visual.position[flat]]
-    states = here.hidden[to_device(rows, device), to_device(slot, device)]  # [M, D]
-    finite = torch.isfinite(states).all(-1)
+    device, whole = here.hidden.device, _is_whole(call)
+
+    def places() -> dict[str, Tensor]:
+        values = {name: getattr(visual, name) for name in _PLACES}
+        return {name: to_device(value if whole else value[flat], device) for name, value in values.items()}
+
+    where = remembered(visual, ("places", device), places) if whole else places()
+    feature = to_device(visual.feature if whole else visual.feature[flat], device)
+    rows = visual.sample if whole else visual.sample[flat]
+    slot = visual.position if whole else call.columns.slot_of_position()[rows, visual.position[flat]]
+    states = here.hidden[where["sample"], where["position"] if whole else to_device(slot, device)]  # [M, D]
 
     def refuse() -> None:
+        finite = torch.isfinite(states).all(-1)
         bad = ", ".join(map(str, rows[~finite.cpu()].unique().tolist()))
         raise MethodError(
             f"visual tokens of sample {bad} hold NaN or Inf before layer {number}: scores would be meaningless; "
@@ -56,7 +86,7 @@ def tokens(
             "image features"
         )
 
-    checks.add(finite.all(), refuse)
+    checks.add(torch.isfinite(states).all(), refuse)
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if which != number and which not in call.snapshots:
@@ -71,16 +101,26 @@ def tokens(
             value[to_device(rows, value.device), to_device(slot, value.device)] if name in spec.column_taps else value
         )
 
-    sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes))
-    places: dict[str, Any] = {name: to_device(getattr(visual, name)[flat], device) for name in _PLACES}
+    def prompt() -> Prompt:
+        return _prompt(call, mine, flat).to(device)
+
+    def offsets() -> Tensor:
+        return _offsets(sizes, device)
+
+    if whole:
+        sizes = mine.groups.sizes
+        laid_out = remembered(visual, ("prompt", device, _real_key(call)), prompt)
+        starts = remembered(visual, ("offsets", device, mine.use.method.group), offsets)
+    else:
+        sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes)).tolist()
+        laid_out, starts = prompt(), offsets()
     return Tokens(
         hidden=states,
-        offsets=_offsets(sizes.tolist(), device),
+        offsets=starts,
         budgets=to_device(wanted, device),
-        max_budget=int(wanted.max()) if len(wanted) else 0,
-        max_length=int(sizes.max()) if len(sizes) else 0,
+        max_budget=max(mine.counts[number], default=0),
+        max_length=max(sizes, default=0),
         originals=to_device(torch.tensor(mine.groups.sizes), device),
-        position=to_device(visual.position[flat], device),
         layer=number,
         stage=list(mine.counts).index(number),
         num_layers=spec.anatomy.num_layers,
@@ -92,9 +132,10 @@ def tokens(
         inputs=call.inputs,
         anatomy=spec.anatomy,
         memory=mine.memory,
-        prompt=_prompt(call, mine, flat).to(device),
+        prompt=laid_out,
         reader=read,
-        **places,
+        feature=feature,
+        **where,
     )
 
 
@@ -115,9 +156,18 @@ class _Sample:
     mine: Tensor
 
 
-def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> Iterator[_Sample]:
+def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> list[_Sample]:
     visual = call.visual
     assert visual is not None
+    if _is_whole(call):
+        key = ("samples", _real_key(call))
+        return remembered(visual, key, lambda: list(_each_sample(call, visual, mine, slot, flat)))
+    return list(_each_sample(call, visual, mine, slot, flat))
+
+
+def _each_sample(
+    call: CallState, visual: VisualTokens, mine: MethodCall, slot: Tensor, flat: Tensor
+) -> Iterator[_Sample]:
     for row in mine.groups.by_sample:
         here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
@@ -180,41 +230,97 @@ def attention_inputs(
     probed = attention_probe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
     device = probed.key.device
     past = _past_keys(call, number, snapshot.cached_tokens) if rope else None
-    slot = slot_of_position(snapshot.index, snapshot.valid, call.columns.length)
-    query, query_order, visual_rows, keys, values = [], [], [], [], []
-    query_lengths: list[int] = []
-    key_lengths: list[int] = []
-    for sample in _samples(call, mine, slot, flat):
-        asked = sample.text if queries == "text" else sample.here[-1:]
-        row, here = sample.row, to_device(slot[sample.row, sample.here], device)
-        key, value = probed.key[row][:, here].transpose(0, 1), probed.value[row][:, here].transpose(0, 1)  # [C, G, d]
-        before = 0
+
+    def lay_out() -> _KeyLayout:
+        befores = None if past is None else [len(keys) for keys, _ in past]
+        return _KeyLayout.of(call, mine, snapshot, flat, queries, befores, device)
+
+    if past is None and _is_whole(call):
+        assert call.visual is not None
+        layout = remembered(call.visual, ("keys", queries, device, _real_key(call)), lay_out)
+    else:
+        layout = lay_out()
+    query, keys, values = [], [], []
+    for row, here, asked in layout.samples:
+        key, value = probed.key[row].transpose(0, 1), probed.value[row].transpose(0, 1)  # [K, G, d]
+        if here is not None:
+            key, value = key[here], value[here]
         if past is not None:
-            before = len(past[row][0])
             key, value = torch.cat([past[row][0].to(key), key]), torch.cat([past[row][1].to(value), value])
-        order = torch.full((call.columns.length,), -1)
-        order[sample.here] = torch.arange(len(sample.here)) + before
-        query.append(probed.query[row][:, to_device(slot[row, asked], device)].transpose(0, 1))  # [R, H, d]
-        query_order.append(order[asked])
-        visual_rows.append(order[sample.mine] + sum(key_lengths))
+        query.append(probed.query[row].transpose(0, 1)[asked])  # [R, H, d]
         keys.append(key)
         values.append(value)
-        query_lengths.append(len(asked))
-        key_lengths.append(len(key))
-    finite = torch.stack([torch.isfinite(x).all() for x in (*query, *keys)]).all()
-    rows = [sample.row for sample in _samples(call, mine, slot, flat)]
-    checks.add(finite, lambda: _refuse_infinite(rows, query, keys, number))
+    finite = [torch.isfinite(x).all() for x in (*query, *keys)]
+    rows = [row for row, _, _ in layout.samples]
+    checks.add(torch.stack(finite).all(), lambda: _refuse_infinite(rows, query, keys, number))
     return AttentionInputs(
-        queries=torch.cat(query),
-        query_offsets=_offsets(query_lengths, device),
-        query_order=to_device(torch.cat(query_order), device),
-        keys=torch.cat(keys),
-        values=torch.cat(values),
-        key_offsets=_offsets(key_lengths, device),
-        visual=to_device(torch.cat(visual_rows), device),
+        queries=_joined(query),
+        query_offsets=layout.query_offsets,
+        query_order=layout.query_order,
+        keys=_joined(keys),
+        values=_joined(values),
+        key_offsets=layout.key_offsets,
+        visual=layout.visual,
         scaling=probed.scaling,
         softcap=probed.softcap,
     )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass
+class _KeyLayout:
+    """Where a layer's queries and keys are, see `AttentionInputs`.
+
+    Attributes:
+        samples: For each sample its row of the batch, the slots of its keys (None: all, in order), and those of its
+            queries.
+    """
+
+    samples: list[tuple[int, Tensor | None, Tensor]]
+    query_offsets: Tensor
+    query_order: Tensor
+    key_offsets: Tensor
+    visual: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        call: CallState,
+        mine: MethodCall,
+        snapshot: Snapshot,
+        flat: Tensor,
+        queries: str,
+        befores: list[int] | None,
+        device: torch.device,
+    ) -> _KeyLayout:
+        """Lays out the keys of a snapshot, each sample's after those that earlier calls left (`befores`)."""
+        slot = slot_of_position(snapshot.index, snapshot.valid, call.columns.length)
+        samples, query_order, visual_rows = [], [], []
+        query_lengths: list[int] = []
+        key_lengths: list[int] = []
+        for sample in _samples(call, mine, slot, flat):
+            asked = sample.text if queries == "text" else sample.here[-1:]
+            here = slot[sample.row, sample.here]
+            before = 0 if befores is None else befores[sample.row]
+            order = torch.full((call.columns.length,), -1)
+            order[sample.here] = torch.arange(len(here)) + before
+            query_order.append(order[asked])
+            visual_rows.append(order[sample.mine] + sum(key_lengths))
+            query_lengths.append(len(asked))
+            key_lengths.append(len(here) + before)
+            is_all = len(here) == snapshot.index.shape[1] and torch.equal(here, torch.arange(len(here)))
+            places = None if is_all else to_device(here, device)
+            samples.append((sample.row, places, to_device(slot[sample.row, asked], device)))
+        return cls(
+            samples,
+            _offsets(query_lengths, device),
+            to_device(torch.cat(query_order), device),
+            _offsets(key_lengths, device),
+            to_device(torch.cat(visual_rows), device),
+        )
 
 
 def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor], number: int) -> None:

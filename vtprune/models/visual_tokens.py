@@ -20,8 +20,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class VisualTokens:
         image, frame, crop, grid_row, grid_col: `[M]`; `image` counts through the batch.
         counts: Visual tokens of each sample.
         kind: `[M]` number of the kind of features among the anatomy's placeholders.
+        derived: What else was worked out from these columns alone; shared by all calls with the same layout, and left
+            behind when an instance is copied or pickled.
     """
 
     mask: Tensor
@@ -63,6 +65,10 @@ class VisualTokens:
     grid_col: Tensor
     counts: list[int]
     kind: Tensor
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "derived": {}}
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -113,6 +119,50 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Contain
     return kinds.cpu()
 
 
+class LayoutMemo:
+    """The visual tokens of the last few layouts: prompts that differ in words and pixels only have the same.
+
+    What decides is the kind of every column, and the arguments that say how pictures and clips are divided.
+    """
+
+    _MOST = 16
+
+    def __init__(self) -> None:
+        self._known: dict[Any, VisualTokens] = {}
+
+    def locate(self, inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]) -> VisualTokens | None:
+        """As `locate`; what is returned shares its tensors with other calls and must not be changed in place."""
+        kinds = placeholder_kinds(inputs, anatomy, encoded)
+        if kinds is None:
+            return None
+        said = [(name, e.total, _plain(e.lengths), *_division({**inputs, **e.inputs})) for name, e in encoded.items()]
+        # Tensors made in inference mode cannot take part in training later.
+        key = (kinds.shape, kinds.numpy().tobytes(), tuple(said), torch.is_inference_mode_enabled())
+        found = self._known.get(key)
+        if found is None:
+            found = _locate(kinds, inputs, anatomy, encoded)
+            if found is None:
+                return None
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            self._known[key] = found
+        return replace(found)  # its features are numbered anew for copies of a sample
+
+
+def _division(inputs: dict[str, Any]) -> Iterator[Any]:
+    """What an encoder's arguments say of the division of pictures and clips."""
+    for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images"):
+        yield _plain(inputs.get(name))
+    clips = inputs.get("pixel_values_videos")
+    yield tuple(clips.shape) if isinstance(clips, Tensor) else None
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and lists as tuples of numbers."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
 def locate(
     inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded], kinds: Tensor | None = None
 ) -> VisualTokens | None:
@@ -129,7 +179,14 @@ def locate(
         VisualTokens: None for a call without visual tokens (text, or a decoding step).
     """
     kinds = placeholder_kinds(inputs, anatomy, encoded) if kinds is None else kinds
-    if kinds is None or not kinds.any():
+    return None if kinds is None else _locate(kinds, inputs, anatomy, encoded)
+
+
+def _locate(
+    kinds: Tensor, inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
+) -> VisualTokens | None:
+    """`locate`, from the kind of every column."""
+    if not kinds.any():
         return None
     sample, column = kinds.nonzero().unbind(1)
     kind = kinds[sample, column]

@@ -12,12 +12,13 @@ from .._dispatch import on_gpu, triton_source
 from .vectorized import compact as _vectorized
 
 
-def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+def compact(tensors: Sequence[Tensor], index: Tensor, padded: bool = True) -> list[Tensor]:
     """Gathers columns `index` of dimension 1 from every tensor, bit by bit.
 
     Args:
         tensors: Tensors `[B, T, ...]` of any dtype and strides (a transposed view of a cache, say).
         index: `[B, K]` int64 columns, repeated ones too; negative entries are padding and give zeros.
+        padded: False promises that there are none, which then is not looked up.
 
     Returns:
         list[Tensor]: `[B, K, ...]` each, in the dtype of its source, and differentiable: a column's gradient is the sum
@@ -25,8 +26,9 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """
     # A kernel leaves no trace for autograd; who asks for gradients gets PyTorch's own gather.
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    run = triton_source("compact") if on_gpu(index) and not learning else _vectorized
-    return run(tensors, index)
+    if on_gpu(index) and not learning:
+        return triton_source("compact")(tensors, index)
+    return _vectorized(tensors, index, padded)
 
 
 __all__ = ["compact"]
