@@ -34,7 +34,7 @@ from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
-from .spec import PruneSpec
+from .spec import MethodUse, PruneSpec
 
 FALLBACK = "divprune"  # reads nothing of the model but the tokens' states
 
@@ -57,8 +57,7 @@ class DecoderCall(CallState):
         self.live = torch.ones(len(visual), dtype=torch.bool)
         budget, read = self.options.budget, readers.read_columns(arguments, real)[visual.sample, visual.position]
         self.required = read if bool(read.any()) else None
-        uses = [(use, use.members(visual.kind)) for use in spec.uses]
-        groups = [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
+        groups = self._groups(visual)
         for (use, mine), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
             plan = budgets.plan(budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
             if self.required is not None:  # what is read counts in the budget, and stays where that is too small
@@ -73,6 +72,16 @@ class DecoderCall(CallState):
             self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
         if self.cuts:
             self.answer_starts = readers.answer_starts(self.options.question_end, arguments, real, visual.mask)
+
+    def _groups(self, visual: VisualTokens) -> list[tuple[MethodUse, BudgetGroups]]:
+        """The methods that have tokens to prune, and their groups."""
+        if len(self.spec.uses) == 1:
+            use, by = self.spec.uses[0], self.spec.method.group
+            everything = token_view.everything(visual)
+            groups = token_view.remembered(visual, ("groups", by), lambda: BudgetGroups.of(visual, by, everything))
+            return [(use, groups)] if len(everything) else []
+        uses = [(use, use.members(visual.kind)) for use in self.spec.uses]
+        return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
 
     def _last_counts(self, visual: VisualTokens, groups: list[BudgetGroups]) -> list[list[int] | None]:
         """What is left of the groups of each method in the end, where the budget is not a share of every group."""

@@ -39,8 +39,10 @@ def _is_whole(call: CallState) -> bool:
     return not call.columns.is_cut and len(call.spec.uses) == 1
 
 
-def _real_key(call: CallState) -> bytes:
-    return call.columns.real.numpy().tobytes()
+def _text_key(call: CallState) -> tuple:
+    """What decides, beside the visual columns, where the text of a prompt is."""
+    starts = call.answer_starts
+    return call.columns.real.numpy().tobytes(), None if starts is None else tuple(starts)
 
 
 def tokens(
@@ -109,7 +111,7 @@ def tokens(
 
     if whole:
         sizes = mine.groups.sizes
-        laid_out = remembered(visual, ("prompt", device, _real_key(call)), prompt)
+        laid_out = remembered(visual, ("prompt", device, _text_key(call)), prompt)
         starts = remembered(visual, ("offsets", device, mine.use.method.group), offsets)
     else:
         sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes)).tolist()
@@ -160,7 +162,7 @@ def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> l
     visual = call.visual
     assert visual is not None
     if _is_whole(call):
-        key = ("samples", _real_key(call))
+        key = ("samples", _text_key(call))
         return remembered(visual, key, lambda: list(_each_sample(call, visual, mine, slot, flat)))
     return list(_each_sample(call, visual, mine, slot, flat))
 
@@ -237,7 +239,7 @@ def attention_inputs(
 
     if past is None and _is_whole(call):
         assert call.visual is not None
-        layout = remembered(call.visual, ("keys", queries, device, _real_key(call)), lay_out)
+        layout = remembered(call.visual, ("keys", queries, device, _text_key(call)), lay_out)
     else:
         layout = lay_out()
     query, keys, values = [], [], []
