@@ -83,7 +83,9 @@ class VisualTokens:
         mask = self.mask & real
         counts = mask.sum(1)
         sample = self.sample[seen]
-        fields = {n: v[seen] for n, v in vars(self).items() if isinstance(v, Tensor) and n not in ("mask", "index")}
+        fields: dict[str, Any] = {
+            n: v[seen] for n, v in vars(self).items() if isinstance(v, Tensor) and n not in ("mask", "index")
+        }
         index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
         return VisualTokens(mask=mask, index=index, counts=counts.tolist(), **fields)
 
