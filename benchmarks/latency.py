@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import peers
 from vtprune.cli import bench
 from vtprune.study import progress
 
@@ -29,7 +30,7 @@ CPU: dict[str, Any] = {
     "visual_tokens": [2880],
     "rounds": 3,
     "new_tokens": 2,
-    "methods": ["iwp:layer=0", "iwp"],
+    "methods": ["iwp:layer=0", "iwp", *peers.BOTH],
     # One thread, so that CPU time and time by the clock are the same where nothing else runs, and CPU time is right
     # where something does.
     "threads": 1,
@@ -86,6 +87,7 @@ def targets(data: dict[str, Any], device: str) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
+    peers.register_all()
     parser = argparse.ArgumentParser(description="Speed and memory with and without pruning.")
     bench.arguments(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result")

@@ -18,8 +18,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from families import FAMILIES, Image  # noqa: E402
 
 import vtprune  # noqa: E402
-from benchmarks import latency  # noqa: E402
-from vtprune.bench import layouts, limit, measure, peers, shapes, stopwatch, summary, variants  # noqa: E402
+from benchmarks import latency, peers  # noqa: E402
+from vtprune.bench import layouts, limit, measure, shapes, stopwatch, summary, variants  # noqa: E402
+from vtprune.core import registry  # noqa: E402
 from vtprune.core.budget import Budget  # noqa: E402
 from vtprune.engine.patching import find_patch  # noqa: E402
 
@@ -38,9 +39,9 @@ def tiny() -> Any:
     return shapes.get("tiny").build(torch.device("cpu"), torch.float32)
 
 
-def bench_of(model: Any, methods: list[str] = METHODS, peers: bool = False, new_tokens: int = 3) -> measure.Bench:
+def bench_of(model: Any, methods: list[str] = METHODS, new_tokens: int = 3) -> measure.Bench:
     layout = shapes.get("tiny").layout
-    chosen = variants.variants(methods, [Budget(ratio=0.1)], peers)
+    chosen = variants.variants(methods, [Budget(ratio=0.1)])
     return measure.Bench(model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, 6), chosen, new_tokens)
 
 
@@ -153,7 +154,15 @@ def test_shapes_have_the_published_sizes() -> None:
         shapes.get("gpt")
 
 
-def test_plain_loops_choose_what_the_kernels_choose(tiny: Any) -> None:
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plain loops of published methods, registered for one test."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    peers.register_all()
+    return peers.BOTH
+
+
+def test_plain_loops_choose_what_the_kernels_choose(tiny: Any, plain: list[str]) -> None:
     inputs = layouts.prompt(tiny, layouts.Fixed(), 2, 288, 6)
     for name in peers.PLAIN:
         found = []
@@ -209,8 +218,9 @@ def test_the_table_says_where_pruning_does_not_pay(unpruned: float, pruned: floa
     assert verdict in screen.getvalue() and ("(no)" in screen.getvalue()) == verdict.startswith("does")
 
 
-def test_ways_are_read() -> None:
-    found = variants.variants(["iwp:layer=0,relevance=log", "random"], [Budget(ratio=0.1), Budget(keep=7)], peers=True)
+def test_variants_are_read(plain: list[str]) -> None:
+    methods = ["iwp:layer=0,relevance=log", "random", *plain]
+    found = variants.variants(methods, [Budget(ratio=0.1), Budget(keep=7)])
     keys = [variant.key for variant in found]
     assert keys[:5] == ["unpruned", "limit ratio=0.1", "random ratio=0.1", "pooling ratio=0.1"] + [
         "iwp:layer=0,relevance=log ratio=0.1"
@@ -220,7 +230,6 @@ def test_ways_are_read() -> None:
     for text, words in {
         "iwp:layer": "cannot read 'layer'",
         "iwp:depth=3": "does not take 'depth=3'",
-        "plain-iwp": "no plain loop 'plain-iwp'; expected plain-divprune",
         "iwpp": "did you mean 'iwp'",
     }.items():
         with pytest.raises(vtprune.VTPruneError, match=words):

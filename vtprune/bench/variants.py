@@ -11,7 +11,6 @@ from typing import Any, Literal
 from ..core.budget import Budget
 from ..errors import InputError
 from ..methods import Method, resolve
-from .peers import PLAIN
 
 ALWAYS = ("random", "pooling")
 Kind = Literal["unpruned", "limit", "method"]
@@ -40,17 +39,13 @@ class Variant:
 
 
 def method_of(text: str) -> Method:
-    """Reads `NAME`, `NAME:option=value,option=value`, or `plain-NAME` for a published loop written plainly.
+    """Reads `NAME` or `NAME:option=value,option=value`.
 
     Raises:
-        InputError: The options cannot be read, or there is no such plain loop.
+        InputError: The options cannot be read.
         MethodError: There is no such method, or it has no such option.
     """
     name, _, options = text.partition(":")
-    if name.startswith("plain-"):
-        if name.removeprefix("plain-") not in PLAIN or options:
-            raise InputError(f"no plain loop {text!r}; expected {', '.join(f'plain-{known}' for known in PLAIN)}")
-        return PLAIN[name.removeprefix("plain-")]()
     values: dict[str, Any] = {}
     for part in filter(None, options.split(",")):
         key, equals, value = part.partition("=")
@@ -67,18 +62,14 @@ def method_of(text: str) -> Method:
         raise InputError(f"{name} does not take {options!r} ({error}); see vtprune methods") from error
 
 
-def variants(methods: Iterable[str], budgets: Iterable[Budget], peers: bool = False) -> list[Variant]:
+def variants(methods: Iterable[str], budgets: Iterable[Budget]) -> list[Variant]:
     """All variants of one benchmark, in the order in which they take turns.
 
     Args:
         methods: As `method_of` reads them; `random` and `pooling` come along always.
         budgets: Each of `ratio` or `keep`.
-        peers: The plain loops and vtprune's own methods for the same papers as well.
     """
-    names = [*ALWAYS, *methods]
-    if peers:
-        names += [text for name in PLAIN for text in (name, f"plain-{name}")]
-    chosen = {name: method_of(name) for name in dict.fromkeys(names)}
+    chosen = {name: method_of(name) for name in dict.fromkeys([*ALWAYS, *methods])}
     found = [Variant("unpruned", "unpruned")]
     for budget in budgets:
         found.append(Variant("limit", "limit", budget))

@@ -56,11 +56,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="NAME or NAME:option=value,... (default: %(default)s; random and pooling are always run)",
     )
-    parser.add_argument(
-        "--peers",
-        action="store_true",
-        help="also the plain published loops of DivPrune, CDPruner and VisionZip",
-    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--ratios", nargs="+", type=share, metavar="SHARE", help="shares KEPT (default: 0.1)")
     budget.add_argument("--keep", nargs="+", type=count, metavar="N", help="counts kept instead")
@@ -105,7 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     output = Output(args)
     _check(args)
-    chosen = variants(args.methods, _budgets(args), args.peers)
+    chosen = variants(args.methods, _budgets(args))
     model, make_prompt, name = _model(args)
     bench = measure.Bench(model, make_prompt, chosen, args.new_tokens)
     settings = _settings(args, next(model.parameters()).device.type)

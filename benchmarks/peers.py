@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain selection loops of published methods, written from their formulas.
+"""The plain selection loops of published methods, written from their formulas, in `vtprune bench`.
 
-They are reference functions: what is measured beside vtprune's own kernels, in the same engine and the same run. None
-is anybody's released code.
+    python -m benchmarks.peers --model llava-1.5-7b
+
+runs `vtprune bench` with the options given and these methods in addition: `plain-divprune`, `plain-cdpruner` and
+`plain-visionzip` beside vtprune's own, in the same engine and the same run. None is anybody's released code.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from ..core.method import Choice, Method
-from ..core.tokens import Tokens
-from ..errors import MethodError
-from ..methods.cdpruner import CDPruner
-from ..methods.divprune import DivPrune
-from ..methods.visionzip import VisionZip
-from ..vision.crops import by_crop
-from ..vision.tower import Vision, crops_seen
+from vtprune.cli import main as cli
+from vtprune.core.method import Choice, Method
+from vtprune.core.tokens import Tokens
+from vtprune.errors import MethodError
+from vtprune.methods import CDPruner, DivPrune, VisionZip, register
+from vtprune.vision.crops import by_crop
+from vtprune.vision.tower import Vision, crops_seen
 
 
 def divprune(features: Tensor, count: int) -> Tensor:
@@ -158,3 +161,24 @@ PLAIN: dict[str, type[Method]] = {
     "cdpruner": PlainCDPruner,
     "visionzip": PlainVisionZip,
 }
+BOTH = [text for name in PLAIN for text in (name, f"plain-{name}")]  # vtprune's own method and the loop
+
+
+def register_all() -> None:
+    """Registers the plain loops as methods."""
+    for name, method in PLAIN.items():
+        register(f"plain-{name}")(method)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `vtprune bench` with the plain loops among its methods; its exit code."""
+    register_all()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--methods" in words:
+        place = words.index("--methods") + 1
+        return cli.main(["bench", *words[:place], *BOTH, *words[place:]])
+    return cli.main(["bench", *words, "--methods", "iwp", *BOTH])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
