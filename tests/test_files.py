@@ -128,6 +128,14 @@ def test_limits_are_the_callers():
         open_picture(data, max_bytes=50)
 
 
+def test_damaged_files_are_read_or_refused():
+    """The short form of a part of the soak."""
+    from tests.soak import fuzz
+
+    counts = fuzz.run(cases=210, seed=int(os.environ.get("VTPRUNE_SEED", 0)))
+    assert counts["picture: refused"] and counts["strategy: refused"] and counts["longest_seconds"] < fuzz.SECONDS
+
+
 def test_errors_do_not_repeat_the_content():
     secret = json.dumps({"share": "s" * 10_000, "layers": []})
     with pytest.raises(FileError) as caught:

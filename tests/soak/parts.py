@@ -19,7 +19,7 @@ from interrupted import check_interrupted, check_signals
 from lifecycle import Lifecycle
 from standing import accepted
 
-from tests.soak import growth
+from tests.soak import fuzz, growth
 
 SIZES = (8192, 16384, 32768)
 MOST_PER_DOUBLING = 2.5  # linear is 2, quadratic 4
@@ -92,7 +92,13 @@ def long_prompts(args: argparse.Namespace) -> dict[str, Any]:
     return {"tokens": SIZES, "peak_bytes": peaks, "factor_per_doubling": factors}
 
 
+def readers(args: argparse.Namespace) -> dict[str, Any]:
+    """Random and damaged files for every reader: each is read, or refused with an error of vtprune, in bounded time."""
+    return fuzz.run(args.cases, args.seed)
+
+
 PARTS = {
+    "readers": readers,
     "prompts": prompts,
     "memory": memory,
     "threads": threads,

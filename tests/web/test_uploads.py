@@ -9,6 +9,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import hostile_pictures
 import pytest
 from PIL import Image
 
@@ -44,16 +45,20 @@ UPLOADS = {
     "empty.png": (b"", "no picture that can be read"),
     "page.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture that can be read"),
     "dot.png": (picture((1, 1)), "1 x 1 pixels; at least 8"),
-    "huge.png": (huge(20_000, 20_000), "too large; at most 40 million"),
+    "huge.png": (huge(20_000, 20_000), "too many pixels; at most 40 million"),
     "large.png": (huge(9_000, 9_000), "9000 x 9000 pixels; at most 40 million"),
     "cut.jpg": (picture((640, 480), form="JPEG")[:1500], "broken"),
     "cut.png": (picture((640, 480))[:120], "broken"),
-    "print.jpg": (picture(mode="CMYK", form="JPEG"), "CMYK colours were turned into RGB"),
-    "moving.gif": (animated(), "the first of 3 frames"),
+    "print.jpg": (picture(mode="CMYK", form="JPEG"), "CMYK colors were turned into RGB"),
+    "moving.gif": (animated(), "several pictures, of which the first is used"),
     "wide.png": (picture((3000, 40)), "made smaller, 1024 x 14"),
     "good.png": (picture(), ""),
+    "pages.tif": (hostile_pictures.tiff_of_pages(300_000), "several pictures, of which the first is used"),
+    "second.tif": (hostile_pictures.tiff_second_page_without_size(), "several pictures, of which the first is used"),
+    "chunks.png": (hostile_pictures.png_of_chunks(1_000_000), "too many parts"),
+    "runs.bmp": (hostile_pictures.bmp_of_runs(10_000_000), "takes too long"),
 }
-NOTED = {"print.jpg", "moving.gif", "wide.png", "good.png"}
+NOTED = {"print.jpg", "moving.gif", "wide.png", "good.png", "pages.tif", "second.tif"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged files for everything that reads files: bytes are flipped, cut, doubled and taken from other files."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile_pictures
+
+import vtprune
+from vtprune import methods
+from vtprune.core.images import open_picture
+from vtprune.methods.debiased.position_curve import Curve
+from vtprune.study import progress
+from vtprune.study.tune import Search
+
+SECONDS = 15.0  # of processor time that a single file may take
+_TRIAL = {"threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.3, "second": 0.9, "value": 1.0}
+_SEARCH = {"mean_ratio": 0.3, "num_layers": 28, "samples": 1, "seed": 0, "trials": [_TRIAL]}
+_STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5, "depth": 28}
+_STRATEGY |= {"later": [0.9, 0.8], "layers": [9, 18]}
+_TOKENS = [b"NaN", b"1e999", b"true", b"null", b"[", b"{", b'"', b"-1", b"0" * 400, b"1" + b"0" * 5000, b"\xff", b"\0"]
+_VALUES = [None, True, -1, 0, 1, 0.5, 3, 1e300, -1e300, float("nan"), float("inf"), 10**400, "", "x", [], [[]], {}]
+
+
+def targets() -> dict[str, tuple[Callable[[Path], Any], list[bytes]]]:
+    """For every reader, how it is called, and good files that are damaged for it."""
+    curve = {"form": "exponential", "coefficients": [1.0]}
+    auto = {"ratio": "auto", "energy": 0.9, "min": 0.02, "max": 0.5}
+    pictures = [hostile_pictures.picture(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    pictures += [make() for make, _ in hostile_pictures.READ.values()]
+    pictures = [data for data in pictures if len(data) < 200_000]
+    return {
+        "picture": (open_picture, pictures),
+        "strategy": (methods.VFlowOpt.load, [json.dumps(_STRATEGY).encode()]),
+        "search": (Search.load, [json.dumps(_SEARCH | _STRATEGY).encode()]),
+        "curve": (Curve.load, [json.dumps(curve).encode()]),
+        "automatic ratio": (vtprune.Auto.load, [json.dumps(auto).encode()]),
+        "certificate": (vtprune.Certificate.load, [json.dumps(auto).encode()]),
+        "results": (
+            lambda path: progress.load(path, {"rows": [1]}),
+            [json.dumps({"rows": [1, 2], "load": 1.0}).encode()],
+        ),
+    }
+
+
+def damaged(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
+    """A file with one to four damages; in half of the JSON files one value is another, and the file still parses."""
+    if data.startswith(b"{") and draw.random() < 0.5:
+        content = json.loads(data)
+        content[draw.choice(list(content))] = draw.choice(_VALUES)
+        return json.dumps(content).encode()
+    out = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        at, kind = draw.randrange(len(out) + 1), draw.randrange(5)
+        if kind == 0 and at < len(out):
+            out[at] = draw.randrange(256)
+        elif kind == 1:
+            del out[at : at + draw.randint(1, 64)]
+        elif kind == 2:
+            out[at:at] = out[at : at + draw.randint(1, 4096)] * draw.randint(1, 50)
+        elif kind == 3:
+            out[at:at] = draw.choice(_TOKENS)
+        else:
+            other = draw.choice(others)
+            start = draw.randrange(len(other) + 1)
+            out[at : at + 16] = other[start : start + 16]
+    return bytes(out)
+
+
+def run(cases: int, seed: int) -> dict[str, Any]:
+    """Reads `cases` damaged files, shared among the readers.
+
+    Returns:
+        dict: How many were read and refused by each reader, and the longest processor time of one.
+
+    Raises:
+        AssertionError: One ended in another error than vtprune's, or took too long; the file is kept and named.
+    """
+    draw, counts, longest = random.Random(seed), Counter[str](), 0.0
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about damaged metadata
+        path = Path(folder) / "file"
+        found = targets()
+        for name, (read, good) in found.items():
+            for _ in range(-(-cases // len(found))):
+                data = damaged(draw.choice(good), good, draw)
+                path.write_bytes(data)
+                started = time.thread_time()
+                try:
+                    read(path)
+                    counts[f"{name}: read"] += 1
+                except vtprune.VTPruneError:
+                    counts[f"{name}: refused"] += 1
+                except Exception as error:
+                    raise AssertionError(f"{name}: {error!r} from {_kept(data)}") from error
+                spent = time.thread_time() - started
+                longest = max(longest, spent)
+                assert spent < SECONDS, f"{name}: {spent:.1f} s for {_kept(data)}"
+    return {**dict(sorted(counts.items())), "longest_seconds": round(longest, 2)}
+
+
+def _kept(data: bytes) -> str:
+    """The name of a file that holds what broke a reader."""
+    with tempfile.NamedTemporaryFile(prefix="vtprune-fuzz-", delete=False) as file:
+        file.write(data)
+    return file.name
