@@ -133,8 +133,7 @@ class DecoderCall(CallState):
             self.snapshots[number] = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
         if changed is not None and checkpointing.runs_hooks_again(layer):
             checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
-        if self.visual is not None:
-            columns.record_layer(number)
+        columns.record_layer(number)
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
