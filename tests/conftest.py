@@ -34,8 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden",
         metavar="DIR",
-        default=str(ROOT.parent / "shared" / "golden"),
-        help="folder with the golden data of the methods (default: %(default)s)",
+        action="append",
+        help="folder with golden data of methods; may be given again (default: golden and golden-2 in ../shared)",
     )
 
 

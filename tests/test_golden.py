@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every golden file against the method that its name begins with.
 
-`NAME_case.npz` is checked by `golden_checks.NAME.check(data)`. `--golden DIR` names the folder.
+`NAME_case.npz` is checked by `golden_checks.NAME.check(data)`. `--golden DIR` names a folder.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    folder = Path(metafunc.config.getoption("--golden"))
-    files = sorted(folder.glob("*.npz")) if folder.is_dir() else []
-    reason = f"no golden data: {folder} is absent or holds no .npz file (--golden DIR names another folder)"
+    given = metafunc.config.getoption("--golden")
+    folders = [Path(name) for name in given or [SHARED / "golden", SHARED / "golden-2"]]
+    files = sorted(file for folder in folders if folder.is_dir() for file in folder.glob("*.npz"))
+    names = " and ".join(map(str, folders))
+    reason = f"no golden data: {names} absent or without a .npz file (--golden DIR names another folder)"
     cases = [pytest.param(file, id=file.stem) for file in files]
     metafunc.parametrize("file", cases or [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="absent")])
 
