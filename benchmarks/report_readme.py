@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_tables import percent, table, versions
+from benchmarks.report_tables import ANSWER_PATCHES, method_label, percent, table, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,8 +72,8 @@ def accuracy(results: Path) -> str:
     whole = f"{percent(base)} with all {base['visual_tokens']} tokens"
     text = (
         f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
-        f"`oracle` is no method: it keeps the patches that hold the answer first. At one `mean_ratio` all cost the "
-        f"same. The {SHOWN} best at the smallest ratio; docs/results.md has all. {versions(data)}"
+        f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. At one `mean_ratio` "
+        f"all cost the same. The {SHOWN} best at the smallest ratio; docs/results.md has all. {versions(data)}"
     )
     return f"{text}\n\n{grid(data['rows'], _cell, SHOWN)}"
 
@@ -93,7 +93,7 @@ def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], most
         return "" if row is None else "not possible" if "refused" in row else cell(row)
 
     names = sorted({row["method"] for row in rows}, key=order)[:most]
-    lines = [(f"`{name}`", *(shown(by.get((name, *budget))) for budget in budgets)) for name in names]
+    lines = [(method_label(name), *(shown(by.get((name, *budget))) for budget in budgets)) for name in names]
     return table(("method", *(f"{name} {value:g}" for name, value in budgets)), lines)
 
 

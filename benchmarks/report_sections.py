@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.report_readme import grid
-from benchmarks.report_tables import estimate, percent, seconds, span, table, versions
+from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, seconds, span, table, versions
 
 Data = dict[str, Any]
 
@@ -43,8 +43,8 @@ def accuracy(data: Data) -> str:
         return f"{percent(row)}{span(row['interval'], scale=100)}"
 
     text = (
-        f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. `oracle` is no method: "
-        f"it keeps the patches that hold the answer first. {versions(data)}"
+        f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. "
+        f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. {versions(data)}"
     )
     return f"{text}\n\n{grid(data['rows'], cell)}"
 
@@ -57,7 +57,7 @@ def fidelity(data: Data) -> str:
         f"{data['model']} model, {data['pictures']} pictures ({data['of']}), questions: {asked}; against the unpruned "
         "model. KL, top-1 and cosine (last hidden state) are of the token after the prompt, answers are greedy and "
         "equal word for word; attention error: relative change of the attention output of the text at the last cut. "
-        f"Time: {clock} to the first token, vision tower and deciding included, over the unpruned one; **bold** where "
+        f"Time: {clock} to the first token, vision tower and selection included, over the unpruned one; **bold** where "
         "nothing, the unpruned model included, is both faster and nearer (KL). In brackets: 95 % intervals. "
         f"{versions(data)}"
     ]
@@ -65,7 +65,7 @@ def fidelity(data: Data) -> str:
     slower = sum(row["relative_time"]["value"] > 1 for row in ran)
     if slower:
         parts.append(
-            f"{slower} of {len(ran)} rows are slower than the unpruned model: there deciding costs more than it saves."
+            f"{slower} of {len(ran)} rows are slower than the unpruned model: there selection costs more than it saves."
         )
     heading = ("method", "kept", "KL, nats", "same top-1", "same answer", "cosine", "attention error", "time")
     for ratio in data["ratios"]:
