@@ -157,12 +157,6 @@ $(RUNTIME): requirements/torch.txt requirements/runtime.txt pyproject.toml
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(OLDEST): requirements/oldest.txt pyproject.toml
-	$(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install $(OLDEST_TORCH) -r requirements/oldest.txt
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
-	@touch $@
-
 $(TEST): $(RUNTIME) requirements/test.txt
 	$(PIP) -r requirements/test.txt
 	@touch $@
@@ -171,39 +165,35 @@ $(DOCS): $(TEST) requirements/docs.txt
 	$(PIP) -r requirements/docs.txt
 	@touch $@
 
-$(EVAL): requirements/torch.txt requirements/runtime.txt requirements/eval.txt requirements/eval-tool.txt pyproject.toml
-	$(PYTHON) -m venv $(EVAL_VENV)
-	$(EVAL_PY) -m pip --disable-pip-version-check install $(TORCH)
-	$(EVAL_PY) -m pip --disable-pip-version-check install -r requirements/eval.txt
-	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps -r requirements/eval-tool.txt
-	$(EVAL_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+# Environments of their own: $(call environment,FOLDER,torch,requirements,further steps of pip install).
+pip_of = $(1)/bin/python -m pip --disable-pip-version-check install
+EDITABLE := --no-deps --no-build-isolation -e .
+define environment
+	$(PYTHON) -m venv $(1)
+	$(call pip_of,$(1)) $(2)
+	$(call pip_of,$(1)) $(3)
+	$(foreach step,$(4),$(call pip_of,$(1)) $(subst |, ,$(step)) &&) $(call pip_of,$(1)) $(EDITABLE)
 	@touch $@
+endef
+
+$(OLDEST): requirements/oldest.txt pyproject.toml
+	$(call environment,$(OLDEST_VENV),$(OLDEST_TORCH),-r requirements/oldest.txt)
+
+$(EVAL): requirements/torch.txt requirements/runtime.txt requirements/eval.txt requirements/eval-tool.txt pyproject.toml
+	$(call environment,$(EVAL_VENV),$(TORCH),-r requirements/eval.txt,--no-deps|-r|requirements/eval-tool.txt)
 
 $(WEB): requirements/torch.txt requirements/web.txt pyproject.toml
-	$(PYTHON) -m venv $(WEB_VENV)
-	$(WEB_PY) -m pip --disable-pip-version-check install $(TORCH)
-	$(WEB_PY) -m pip --disable-pip-version-check install -r requirements/web.txt
-	$(WEB_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
-	@touch $@
+	$(call environment,$(WEB_VENV),$(TORCH),-r requirements/web.txt)
 
+# The package itself is not installed: a release is tried as the wheel that was built.
 $(RELEASE): requirements/torch.txt requirements/runtime.txt requirements/release.txt
 	$(PYTHON) -m venv $(RELEASE_VENV)
-	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install $(TORCH)
-	$(RELEASE_VENV)/bin/python -m pip --disable-pip-version-check install -r requirements/runtime.txt -r requirements/release.txt
+	$(call pip_of,$(RELEASE_VENV)) $(TORCH)
+	$(call pip_of,$(RELEASE_VENV)) -r requirements/runtime.txt -r requirements/release.txt
 	@touch $@
 
 $(REAL): requirements/torch.txt requirements/runtime.txt requirements/real.txt requirements/real-tools.txt pyproject.toml
-	$(PYTHON) -m venv $(REAL_VENV)
-	$(REAL_PY) -m pip --disable-pip-version-check install $(TORCH)
-	$(REAL_PY) -m pip --disable-pip-version-check install -r requirements/runtime.txt -r requirements/real-tools.txt
-	$(REAL_PY) -m pip --disable-pip-version-check install --no-deps --require-hashes -r requirements/real.txt
-	$(REAL_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
-	@touch $@
+	$(call environment,$(REAL_VENV),$(TORCH),-r requirements/runtime.txt -r requirements/real-tools.txt,--no-deps|--require-hashes|-r|requirements/real.txt)
 
 $(VLLM): requirements/torch.txt requirements/vllm.txt requirements/vllm-tool.txt pyproject.toml
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PY) -m pip --disable-pip-version-check install $(TORCH)
-	$(VLLM_PY) -m pip --disable-pip-version-check install -r requirements/vllm.txt
-	$(VLLM_PY) -m pip --disable-pip-version-check install --no-deps -r requirements/vllm-tool.txt
-	$(VLLM_PY) -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
-	@touch $@
+	$(call environment,$(VLLM_VENV),$(TORCH),-r requirements/vllm.txt,--no-deps|-r|requirements/vllm-tool.txt)
