@@ -28,11 +28,13 @@ class AttentionForm:
         name: Name of transformers' mask function for the attention implementation.
         dtype: Of masks that are added to logits.
         device: Of the masks.
+        mixing: Whether some layers mix neighboring columns without a look at masks.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
+    mixing: bool = False
 
 
 class Columns:
@@ -113,7 +115,7 @@ class Columns:
             Tensor: `[B, K]` for each new slot the old one.
         """
         slot = self.slot_of_position() if self.is_cut else None
-        self.index, self.valid = gather.pack(stays, self.real)
+        self.index, self.valid = gather.pack(stays, self.real, self.attention_form.mixing)
         self.is_cut, self.ragged = True, not bool(self.valid.all())
         if self.renumber:
             self.source = positions.sources(self.index, self.real)

@@ -20,7 +20,7 @@ from ..core.ragged import scatter
 __all__ = ["column_dim", "gather", "gather_all", "map_tensors", "pack", "scatter"]
 
 
-def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tensor]:
     """Packs the kept columns of every row to the left, in order.
 
     Padding columns are cheap to lose and needed only to make the rows equally long, so of a row's padding just as much
@@ -29,6 +29,9 @@ def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         keep: `[B, T]` bool, columns that stay if they are real.
         real: `[B, T]` bool, False for padding.
+        mixing: Whether layers mix neighboring columns without a look at masks (convolution, linear attention). Then all
+            padding behind a row's first token stays, as in the unpruned model, whatever the other rows need; and rows
+            are packed to the right, because what fills them up may stand in front only.
 
     Returns:
         tuple: `index` int64 and `valid` bool, both `[B, K]`.
@@ -38,7 +41,7 @@ def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         return columns, torch.ones_like(columns, dtype=torch.bool)
     rows = []
     for keep_row, real_row in zip(keep, real, strict=True):
-        needed = keep_row & real_row
+        needed = keep_row & ((real_row.cumsum(0) > 0) if mixing else real_row)
         needed[-1] |= keep_row[-1]
         rows.append((needed, keep_row & ~needed))
     width = max(int(needed.sum()) for needed, _ in rows)
@@ -51,8 +54,9 @@ def pack(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
             needed = needed.clone()
             needed[padding[max(0, len(padding) - room) :]] = True
         columns = needed.nonzero()[:, 0]
-        index[b, : len(columns)] = columns
-        valid[b, : len(columns)] = True
+        place = slice(width - len(columns), None) if mixing else slice(0, len(columns))
+        index[b, place] = columns
+        valid[b, place] = True
     return index, valid
 
 

@@ -183,7 +183,8 @@ class PruneSpec:
     def attention_form(self) -> AttentionForm:
         """Which form of mask the decoder's attention takes; may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)
-        return AttentionForm(name, self.dtype, next(self.anatomy.decoder.parameters()).device)
+        device = next(self.anatomy.decoder.parameters()).device
+        return AttentionForm(name, self.dtype, device, self.anatomy.mixes_columns)
 
     @cached_property
     def work(self) -> Work:

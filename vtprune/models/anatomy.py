@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from torch import nn
@@ -57,6 +58,14 @@ class Anatomy:
     projector: nn.Module | None
     placeholders: dict[str, int]
     names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def mixes_columns(self) -> bool:
+        """Whether some layers mix columns other than by attention, with a convolution or a recurrent state."""
+        parts = (m for layer in self.layers for m in layer.modules())
+        return any(
+            isinstance(m, nn.Conv1d) or re.search("mamba|deltanet|shortconv", type(m).__name__.lower()) for m in parts
+        )
 
     @property
     def num_layers(self) -> int:

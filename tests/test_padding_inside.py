@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders that mix neighboring columns without a look at masks: masked columns inside a row count the same alone and in
+a batch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+
+from tests.coverage import build, prompts, run  # noqa: E402
+
+import vtprune  # noqa: E402
+
+
+@pytest.mark.parametrize("method", ["uniform", "divprune"])
+@torch.no_grad()
+def test_an_answer_behind_right_padding(method: str) -> None:
+    torch.manual_seed(0)
+    model = build.widen(build.build("lfm3_vl", run.registered()["lfm3_vl"]).model).eval()
+    parts = vtprune.inspect(model)
+    assert parts.mixes_columns
+    made = prompts.prompts_for(model, parts.placeholders)
+    short, long = [3, prompts.IMAGE, 4], [8, prompts.IMAGE, 12]
+    one, both = made.batch([short]), made.batch([short, long], "right")
+    pad, answer = torch.zeros(1, 3, dtype=torch.long), torch.tensor([[20, 21, 22]])
+    row = torch.cat([one["input_ids"], pad, answer], 1)
+    mask = torch.cat([one["attention_mask"], pad, torch.ones_like(answer)], 1)
+    alone = one | {"input_ids": row, "attention_mask": mask}
+    for name, value in (("input_ids", row), ("attention_mask", mask)):
+        both[name][0] = 0
+        both[name][0, : row.shape[1]] = value[0]
+    end = row.shape[1]
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        want = model(**alone).logits[0, -3:]
+        kept = patch.last.kept[0].tolist()
+        got = model(**both).logits[0, end - 3 : end]
+        assert patch.last.kept[0].tolist() == kept
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
