@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders that mix neighboring columns without a look at masks: masked columns inside a row count the same alone and in
+"""Decoders that mix neighboring columns without a look at masks: masked columns inside a row count alike alone and in
 a batch."""
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from tests.coverage import build, prompts, run  # noqa: E402
-
 import vtprune  # noqa: E402
+from tests.coverage import build, prompts, run  # noqa: E402
 
 
 @pytest.mark.parametrize("method", ["uniform", "divprune"])
