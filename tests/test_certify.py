@@ -236,3 +236,20 @@ def test_a_patched_model_and_a_broken_file_are_refused(prompts, tmp_path: Path) 
             vtprune.Certificate.load(tmp_path / "c.json")
     with pytest.raises(CertificateError):
         vtprune.Certificate.load(tmp_path / "absent.json")
+
+
+def test_the_benchmark_sees_broken_certificates(monkeypatch) -> None:
+    """Honest certificates keep their promise; where every candidate passes, nearly all of them are broken."""
+    import numpy as np
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from benchmarks import certify as benchmark
+
+    shares = np.linspace(0, 0.4, len(benchmark.CANDIDATES))
+    losses = np.random.default_rng(0).random((len(shares), 300)) < shares[:, None]
+    honest = benchmark.judge(losses, 0.1, 0.9, splits=60)
+    assert honest["population"]["kept"] and honest["halves"]["kept"] and honest["ratio_of_all"] < 1
+    monkeypatch.setattr(benchmark, "exact_p_value", lambda changes, n, risk: 0.0)
+    wrong = benchmark.judge(losses, 0.1, 0.9, splits=60)
+    assert wrong["population"] == {"broken": 1.0, "allowed": wrong["population"]["allowed"], "kept": False}
+    assert not wrong["halves"]["kept"]
