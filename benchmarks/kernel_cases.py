@@ -49,13 +49,13 @@ class Case:
 
 
 def features(rows: int, *shape: int, data: str, seed: int) -> Tensor:
-    """`[rows, *shape]`: `"clustered"` around 60 centres with alike neighbors, as images are, or plain `"noise"`."""
+    """`[rows, *shape]`: `"clustered"` around 60 centers with alike neighbors, as images are, or plain `"noise"`."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, *shape, generator=generator)
     if data == "noise":
         return noise
-    centres = torch.randn(60, *shape, generator=generator)
-    return centres[torch.randint(60, (rows,), generator=generator).sort().values] + 0.7 * noise
+    centers = torch.randn(60, *shape, generator=generator)
+    return centers[torch.randint(60, (rows,), generator=generator).sort().values] + 0.7 * noise
 
 
 def plain_mmr(relevance: Tensor, keys: Tensor, values: Tensor, count: int) -> Tensor:

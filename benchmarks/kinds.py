@@ -4,7 +4,7 @@
     python -m benchmarks.kinds                                  # 490 questions, about 70 of each kind
     python -m benchmarks.kinds --questions 70 --methods random --out /tmp/kinds.json
 
-Counting needs every object, reading a digit needs fine detail, a colour needs one patch: one accuracy over all
+Counting needs every object, reading a digit needs fine detail, a color needs one patch: one accuracy over all
 questions hides what pruning costs. Questions are about held-out scenes, answers are right only word for word. Every
 finished run is written at once, an interrupted benchmark goes on where it stopped, and results of other weights or
 versions are overwritten with `--force` only.

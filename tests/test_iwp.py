@@ -32,10 +32,10 @@ def rotate(x, first=0, base=10000.0):
 def sample(count=60, text=5, heads=4, groups=2, size=16, seed=0, before=3):
     g = torch.Generator().manual_seed(seed)
     length = before + count + text
-    centres = torch.randn(8, groups, size, generator=g)
+    centers = torch.randn(8, groups, size, generator=g)
     which = torch.randint(8, (length,), generator=g).sort().values
-    keys = (centres[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
-    values = (centres.flip(0)[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
+    keys = (centers[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
+    values = (centers.flip(0)[which] + 0.3 * torch.randn(length, groups, size, generator=g)).transpose(0, 1)
     queries = torch.randn(heads, text, size, generator=g)
     rotated = rotate(queries, length - text)
     return Sample(queries, keys, values, before, count, rotate(keys), rotated)
@@ -79,7 +79,7 @@ def test_bad_options_are_refused_by_name(options):
 
 @given(st.integers(0, 10**6), st.sampled_from([4, 16, 60]), st.floats(0.1, 2))
 @settings(max_examples=25, deadline=None)
-def test_normalised_kernel_is_gaussian_and_symmetric_with_unit_diagonal(seed, size, spread):
+def test_normalized_kernel_is_gaussian_and_symmetric_with_unit_diagonal(seed, size, spread):
     g = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(9, 2, size, generator=g) * spread for _ in range(2))
     k, v = keys.double(), values.double()

@@ -59,7 +59,7 @@ def test_wrong_arguments_are_refused_by_name():
 
 
 @pytest.mark.parametrize(("size", "corner"), [((6, 3), (0, 1)), ((3, 6), (1, 0)), ((5, 2), (0, 1)), ((4, 4), (0, 0))])
-def test_square_has_the_picture_in_the_middle_of_the_mean_colour(size, corner):
+def test_square_has_the_picture_in_the_middle_of_the_mean_color(size, corner):
     padded = square(Image.new("RGB", size, (9, 9, 9)), (0.5, 0.25, 1.0))
     side = max(size)
     assert padded.size == (side, side)

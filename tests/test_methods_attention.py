@@ -148,7 +148,7 @@ def test_recycling_splits_every_budget(total: int) -> None:
     assert split_budget(total, total) == (total, 0)
 
 
-def test_recycled_tokens_are_means_in_the_columns_of_their_centres() -> None:
+def test_recycled_tokens_are_means_in_the_columns_of_their_centers() -> None:
     g = torch.Generator().manual_seed(0)
     hidden, scores = torch.randn(200, 4, generator=g), torch.rand(200, generator=g)
     kept, clusters = split_budget(200, 60)
@@ -156,18 +156,18 @@ def test_recycled_tokens_are_means_in_the_columns_of_their_centres() -> None:
     order = scores.argsort(descending=True)
     best, members = order[:kept], order[kept : kept + recycled(200 - kept)[0]]
     assert keep[best].all() and torch.equal(merged[best], hidden[best])
-    group, centres = density_peaks(hidden[members], clusters)
-    assert set(members[centres].tolist()) == set(keep.nonzero().flatten().tolist()) - set(best.tolist())
+    group, centers = density_peaks(hidden[members], clusters)
+    assert set(members[centers].tolist()) == set(keep.nonzero().flatten().tolist()) - set(best.tolist())
     for c in range(clusters):
-        torch.testing.assert_close(merged[members[centres[c]]], hidden[members[group == c]].mean(0))
+        torch.testing.assert_close(merged[members[centers[c]]], hidden[members[group == c]].mean(0))
 
 
 def test_density_peaks_finds_separate_clusters() -> None:
     g = torch.Generator().manual_seed(0)
     truth = torch.arange(3).repeat(8)
     x = torch.randn(24, 5, generator=g) * 0.05 + torch.eye(3, 5)[truth] * 4
-    group, centres = density_peaks(x, 3)
-    assert sorted(truth[centres].tolist()) == [0, 1, 2] and torch.equal(truth[centres][group], truth)
+    group, centers = density_peaks(x, 3)
+    assert sorted(truth[centers].tolist()) == [0, 1, 2] and torch.equal(truth[centers][group], truth)
 
 
 def test_density_peaks_is_what_it_says() -> None:
@@ -178,18 +178,18 @@ def test_density_peaks_is_what_it_says() -> None:
     gap = [
         min([d for j, d in enumerate(row) if density[j] > density[i]] or [longest]) for i, row in enumerate(distance)
     ]
-    centres = sorted(range(30), key=lambda i: -gap[i] * density[i])[:5]
+    centers = sorted(range(30), key=lambda i: -gap[i] * density[i])[:5]
     group, found = density_peaks(x, 5)
-    assert found.tolist() == centres
-    assert group.tolist() == [min(range(5), key=lambda c: distance[i][centres[c]]) for i in range(30)]
+    assert found.tolist() == centers
+    assert group.tolist() == [min(range(5), key=lambda c: distance[i][centers[c]]) for i in range(30)]
 
 
 def test_density_peaks_of_duplicates() -> None:
     x = torch.zeros(6, 5)
     x[3:] = 4.0
-    group, centres = density_peaks(x, 2)  # all are equally dense: the first of each kind stands for it
-    assert centres.tolist() == [0, 3] and group.tolist() == [0, 0, 0, 1, 1, 1]
-    group, centres = density_peaks(x, 3)  # more clusters than kinds: every cluster still has a member
+    group, centers = density_peaks(x, 2)  # all are equally dense: the first of each kind stands for it
+    assert centers.tolist() == [0, 3] and group.tolist() == [0, 0, 0, 1, 1, 1]
+    group, centers = density_peaks(x, 3)  # more clusters than kinds: every cluster still has a member
     assert sorted(torch.bincount(group, minlength=3).tolist()) == [1, 2, 3]
 
 

@@ -71,8 +71,8 @@ def test_center_takes_the_mean_of_each_pool_out() -> None:
     tokens = tokens_of([(5, 5)], [1])
     tokens.hidden[:, 0] -= 50  # a common direction longer than everything else
     plain = tokens_of([(5, 5)], [1])
-    centre = methods.ResPrune(center=True)
-    assert torch.equal(centre.choose(tokens).keep, centre.choose(plain).keep)
+    center = methods.ResPrune(center=True)
+    assert torch.equal(center.choose(tokens).keep, center.choose(plain).keep)
     assert not torch.equal(methods.ResPrune().choose(tokens).keep, methods.ResPrune().choose(plain).keep)
 
 

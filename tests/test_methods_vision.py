@@ -10,7 +10,7 @@ from torch import nn
 from vtprune import methods
 from vtprune.core.budget import check_schedule, mean_share
 from vtprune.methods import Tokens
-from vtprune.methods.pooling import cells, centres
+from vtprune.methods.pooling import cells, centers
 from vtprune.methods.prumerge import grid_places, merge, outlier_ratio
 from vtprune.methods.vflowopt.grid_recycling import grid_cells, mark_exactly, recycle
 from vtprune.methods.vflowopt.importance_map import selected_rows
@@ -235,5 +235,5 @@ def test_every_count_cuts_the_grid_into_that_many_cells() -> None:
             cell = cells(row, col, count)
             sizes = torch.bincount(cell, minlength=count)
             assert len(sizes) == count and sizes.min() >= 1
-            middles = centres(row, col, cell)
+            middles = centers(row, col, cell)
             assert torch.equal(cell[middles], torch.arange(count))

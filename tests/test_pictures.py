@@ -91,7 +91,7 @@ def _processor(name: str) -> Any:
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Soft coloured blobs, different at each end."""
+    """Soft colored blobs, different at each end."""
     noise = np.random.default_rng(seed).integers(40, 216, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -261,7 +261,7 @@ def test_every_frame_of_a_clip_has_its_own_tokens(family, steps):
 
 
 def test_a_clip_has_a_strip_of_where_its_budget_went() -> None:
-    """A bar for every frame, as high as the share that stayed; without the frames, over grey stand-ins."""
+    """A bar for every frame, as high as the share that stayed; without the frames, over gray stand-ins."""
     from vtprune.report import draw
 
     family = FAMILIES["qwen2_5_vl"]

@@ -120,7 +120,7 @@ def test_without_pixels_a_square_picture_is_shown_and_a_long_one_asks_how_it_was
 
 
 @pytest.mark.parametrize("pattern", ["stripes", "noise", "flat"])
-def test_pictures_without_coarse_features_are_recognised(embedded, pattern):
+def test_pictures_without_coarse_features_are_recognized(embedded, pattern):
     model, processor, _ = embedded
     array = np.full((200, 500, 3), 90, np.uint8)
     if pattern == "stripes":

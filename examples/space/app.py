@@ -27,7 +27,7 @@ A vision-language model cuts a picture into patches, and its language model pays
 keeps the few that matter and drops the others while the model reads the question: no training, same model. Pick a
 picture, ask, and move the slider. Dropped patches turn dark; hover over a patch to see why it stayed or went.
 """
-NOTE = """The model inside the package is tiny and knows drawn scenes only: ask it about shapes, colours, places and
+NOTE = """The model inside the package is tiny and knows drawn scenes only: ask it about shapes, colors, places and
 digits. Times are of this machine, measured in turn with the unpruned model; with so small a model, choosing may cost
 more time than it saves."""
 MAX_QUESTION = 500

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds any registered architecture from its own default config, shrunk by what its settings are called.
 
-No architecture is named here. A setting is recognised by its name and value (a width, a number of heads, a number of
+No architecture is named here. A setting is recognized by its name and value (a width, a number of heads, a number of
 layers, a list with an entry per layer, a token id) and replaced by a small one, the same in every part of the config,
 so that what has to fit goes on fitting.
 """

@@ -21,11 +21,11 @@ def budgets(lengths: tuple[int, ...], kind: str) -> Tensor:
 
 
 def clustered(rows: int, *shape: int, seed: int, clusters: int = 12, noise: float = 0.7) -> Tensor:
-    """`[rows, *shape]` float32 around a few centres, the rows of one centre beside each other."""
+    """`[rows, *shape]` float32 around a few centers, the rows of one center beside each other."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(clusters, *shape, generator=generator)
+    centers = torch.randn(clusters, *shape, generator=generator)
     which = torch.randint(clusters, (rows,), generator=generator).sort().values
-    return centres[which] + noise * torch.randn(rows, *shape, generator=generator)
+    return centers[which] + noise * torch.randn(rows, *shape, generator=generator)
 
 
 def exact_rows(rows: int, width: int, seed: int) -> Tensor:

@@ -130,7 +130,7 @@ def test_first_pick_does_not_depend_on_the_guesses(rows, screen, monkeypatch):
 
 
 def test_first_picks_follow_the_published_rules():
-    angles = torch.tensor([0.0, 0.1, 1.5, 1.55, 3.0])  # the last one is farthest from its nearest neighbour
+    angles = torch.tensor([0.0, 0.1, 1.5, 1.55, 3.0])  # the last one is farthest from its nearest neighbor
     rows = torch.stack([angles.cos(), angles.sin()], 1)
     offsets, counts = torch.tensor([0, 5]), torch.tensor([3])
     assert weighted_farthest_point(rows, None, offsets, counts)[0].tolist() == [4, 0, 2]

@@ -77,7 +77,7 @@ def interruptions(args: argparse.Namespace) -> dict[str, Any]:
 def lifecycle(args: argparse.Namespace) -> dict[str, Any]:
     """Patch, pause, remove, patch again, in any order."""
     walks, steps = 60, 25
-    # The machine's examples are all different ones: they are not derandomised.
+    # The machine's examples are all different ones: they are not derandomized.
     settings = profile(walks, derandomize=False, stateful_step_count=steps, phases=[Phase.generate, Phase.shrink])
     run_state_machine_as_test(seeded(args.seed)(Lifecycle), settings=settings)
     return {"walks": walks, "steps_at_most": steps}

@@ -98,27 +98,27 @@ def device_map(folder: Path) -> None:
             assert greedy(split, inputs) == want and kept(patch) == columns
 
 
-def _quantised(quantise: Callable[[nn.Module], Any]) -> None:
-    """Asserts that a quantised model, pruned, says what it says without seeing the dropped tokens."""
+def _quantized(quantize: Callable[[nn.Module], Any]) -> None:
+    """Asserts that a quantized model, pruned, says what it says without seeing the dropped tokens."""
     for method in ("random", "fastv", "iwp"):
         model, inputs = build(), prompt()
         plain = greedy(model, inputs)
-        quantise(vtprune.inspect(model).decoder)
+        quantize(vtprune.inspect(model).decoder)
         same_as_masked(model, inputs, method)
         assert plain
 
 
 @row("torchao, int8 weights", "torchao")
 def torchao_int8(folder: Path) -> None:
-    """Language model with `Int8WeightOnlyConfig`: pruned text is that of the quantised model that cannot see the
+    """Language model with `Int8WeightOnlyConfig`: pruned text is that of the quantized model that cannot see the
     dropped tokens."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    _quantised(lambda module: quantize_(module, Int8WeightOnlyConfig()))
+    _quantized(lambda module: quantize_(module, Int8WeightOnlyConfig()))
 
 
 def _bitsandbytes(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module], None]:
-    def quantise(module: nn.Module) -> None:
+    def quantize(module: nn.Module) -> None:
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
@@ -126,7 +126,7 @@ def _bitsandbytes(make: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module
                     new.load_state_dict(child.state_dict())
                     setattr(parent, name, new.to("cpu"))
 
-    return quantise
+    return quantize
 
 
 @row("bitsandbytes, nf4 weights", "bitsandbytes")
@@ -138,7 +138,7 @@ def bitsandbytes_nf4(folder: Path) -> None:
         size = linear.in_features, linear.out_features
         return bitsandbytes.nn.Linear4bit(*size, bias=linear.bias is not None, quant_type="nf4")
 
-    _quantised(_bitsandbytes(make))
+    _quantized(_bitsandbytes(make))
 
 
 @row("bitsandbytes, int8 weights", "bitsandbytes")
@@ -150,7 +150,7 @@ def bitsandbytes_int8(folder: Path) -> None:
         size = linear.in_features, linear.out_features
         return bitsandbytes.nn.Linear8bitLt(*size, bias=linear.bias is not None, has_fp16_weights=False)
 
-    _quantised(_bitsandbytes(make))
+    _quantized(_bitsandbytes(make))
 
 
 @row("Gradient checkpointing")

@@ -81,9 +81,9 @@ def _bars(ax: Any, rows: list[dict[str, Any]]) -> None:
         seen = vision if row["variant"].startswith("limit ") else row["vision"]["median"]
         deciding, prefill = row["decision"]["median"], row["prefill"]["median"]
         lengths.append((seen, deciding, prefill - deciding, row["end_to_end"]["median"] - seen - prefill))
-    for part, (label, colour) in enumerate(_PARTS):
+    for part, (label, color) in enumerate(_PARTS):
         widths = [1e3 * max(0.0, length[part]) for length in lengths]
-        ax.barh(range(len(rows)), widths, left=starts, color=colour, label=label, height=0.7)
+        ax.barh(range(len(rows)), widths, left=starts, color=color, label=label, height=0.7)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     ends = [1e3 * row["end_to_end"]["median"] for row in rows if row["variant"].startswith("limit ")]
     for number, end in enumerate(ends):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for a model with a processor: a picture of the user's own, or grey noise of about the tokens asked for."""
+"""Prompts for a model with a processor: a picture of the user's own, or gray noise of about the tokens asked for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def spread(sizes: Tensor, count: int) -> Tensor:
 
     Returns:
         Tensor: `[n]` int64 that sums to `count`; no bin gets more than its size. With bins of size 1 it marks `count`
-        places with equal, centred gaps.
+        places with equal, centered gaps.
     """
     total = int(sizes.sum())
     if total == 0:

@@ -133,7 +133,7 @@ def recovered(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState |
 
     Args:
         cache: Any cache, asked once when it is first seen.
-        recent: States of the last prefills, by which tensors are recognised.
+        recent: States of the last prefills, by which tensors are recognized.
 
     Raises:
         VTPruneError: The layers hold different numbers of tokens, and which columns these are is not known.

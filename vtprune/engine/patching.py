@@ -159,7 +159,7 @@ class Patch:
     def question(self, end: int | Sequence[int] | torch.Tensor) -> Iterator[Patch]:
         """Says where the prompt ends and an answer begins: what is kept does not depend on the answer.
 
-        Where a call brings `labels`, the first labelled token after the last visual one begins the answer by itself.
+        Where a call brings `labels`, the first labeled token after the last visual one begins the answer by itself.
 
         Args:
             end: Column of the call's `input_ids` at which the answer begins, one for all rows or one for each; negative

@@ -2,7 +2,7 @@
 """Which columns of a prompt somebody reads after the decoder, and where its question ends.
 
 A column that is read is never dropped: generation and classification heads read the last token of a row, a loss reads
-the column before every labelled token, and `logits_to_keep` names columns. Where labels or the caller say that an
+the column before every labeled token, and `logits_to_keep` names columns. Where labels or the caller say that an
 answer begins, methods see the prompt as if it ended there.
 """
 
@@ -71,14 +71,14 @@ def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: T
     if labels is None and shifted is None:
         return None
     if shifted is not None:  # the label of a token stands one column before it
-        labelled = torch.zeros_like(real)
-        labelled[:, 1:] = shifted[:, :-1] != _IGNORED
+        labeled = torch.zeros_like(real)
+        labeled[:, 1:] = shifted[:, :-1] != _IGNORED
     else:
         assert labels is not None
-        labelled = labels != _IGNORED
+        labeled = labels != _IGNORED
     columns = torch.arange(length)
     last = torch.where(visual, columns, -1).amax(1, keepdim=True)
-    return torch.where(labelled & (columns > last), columns, length).amin(1).tolist()
+    return torch.where(labeled & (columns > last), columns, length).amin(1).tolist()
 
 
 def _matrix(labels: Any, real: Tensor) -> Tensor | None:

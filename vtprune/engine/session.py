@@ -249,7 +249,7 @@ class Session:
         if late and self.drops:
             raise NothingPrunedError(
                 f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
-                "recognised as pixels or features, so nothing was pruned; pass them as pixel_values"
+                "recognized as pixels or features, so nothing was pruned; pass them as pixel_values"
             )
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -45,7 +45,7 @@ def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
     return cell
 
 
-def centres(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
+def centers(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
     """`[cells]` the token of each cell that is nearest to its middle; ties to the smaller number."""
     sizes = torch.bincount(cell)
     away = torch.zeros(len(cell))
@@ -87,7 +87,7 @@ class Pooling(Method):
                 continue
             cell = cells(row[rows], col[rows], budget)
             groups[rows] = cell + count
-            taken.append(rows[centres(row[rows], col[rows], cell)])
+            taken.append(rows[centers(row[rows], col[rows], cell)])
             count += budget
         if not taken:
             return Choice(keep.to(tokens.hidden.device))

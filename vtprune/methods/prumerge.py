@@ -103,7 +103,7 @@ class PruMerge(Method):
         important: Share of the kept patches that PruMerge+ chooses by attention (about a quarter results as released).
         near: Neighbors merged into a kept patch.
         adaptive: Crops with more outliers get more of the budget.
-        average: Merged tokens are weighted averages; the released sums are not normalised.
+        average: Merged tokens are weighted averages; the released sums are not normalized.
         positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
             cut; by default they keep their positions. Not for models that place tokens on several axes.
     """

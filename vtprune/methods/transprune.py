@@ -126,7 +126,7 @@ class TransPrune(ScoreMethod):
     over heads and rows. `score = alpha * TTV / sum(TTV) + (1 - alpha) * IGA / sum(IGA)`.
 
     As in the release and unlike the paper: the sign of the cosine counts (`direction="absolute"` is the paper's form),
-    the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalised before
+    the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalized before
     they are added. Differences from the release: the softmax ends at the sample instead of running over the whole
     batch, counts are rounded, KV heads may be grouped, all images of a sample are one pool, everything is in float32;
     survivors keep their positions, unless `positions="compact"`.

@@ -67,7 +67,7 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
     bound.update(bound.pop("kwargs", {}))
     try:
         reference: Callable[[], Any] = weakref.ref(output)
-    except TypeError:  # a plain tuple cannot be referenced weakly; then nothing can be recognised later
+    except TypeError:  # a plain tuple cannot be referenced weakly; then nothing can be recognized later
 
         def reference() -> None:
             return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Weights of red, green and blue in what the eye takes for brightness (ITU-R BT.601).
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
-# From cold to hot; dark blue, green, yellow tell apart for colour-blind readers too.
+# From cold to hot; dark blue, green, yellow tell apart for color-blind readers too.
 _HEAT = np.array([(38, 20, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
 _VEIL = 0.7  # how white a part of the picture gets that no token shows
 _PANELS = 8  # in a row
@@ -36,12 +36,12 @@ def lay(size: tuple[int, int], boxes: np.ndarray, values: np.ndarray) -> np.ndar
         values: `[n]`.
 
     Returns:
-        np.ndarray: `[height, width]` float32; a pixel belongs to the box that holds its centre, NaN where none does.
+        np.ndarray: `[height, width]` float32; a pixel belongs to the box that holds its center, NaN where none does.
     """
     width, height = size
     out = np.full((height, width), np.nan, dtype=np.float32)
     scale = np.array([width, height, width, height])
-    # The first pixel whose centre is not before an edge; rounding keeps neighbors from sharing or losing a line.
+    # The first pixel whose center is not before an edge; rounding keeps neighbors from sharing or losing a line.
     edges = np.ceil(np.round(boxes * scale - 0.5, 6)).clip(0, scale).astype(int)
     for (left, top, right, bottom), value in zip(edges, values, strict=True):
         out[top:bottom, left:right] = value
@@ -58,38 +58,38 @@ def shrunk(image: Image) -> Image:
 
 
 def dim(image: Image, boxes: np.ndarray, loss: np.ndarray, strength: float = 0.65) -> Image:
-    """The picture with dropped tokens dark and grey, and what the model never saw under a white veil.
+    """The picture with dropped tokens dark and gray, and what the model never saw under a white veil.
 
     Args:
         image: RGB.
         boxes: `[n, 4]`, see `lay`.
         loss: `[n]` in [0, 1]: 0 for tokens that stayed.
-        strength: How much of colour and light a loss of 1 takes.
+        strength: How much of color and light a loss of 1 takes.
     """
     pixels = np.asarray(image, dtype=np.float32)  # [height, width, 3]
     share = lay(image.size, boxes, loss)[..., None] * np.float32(strength)
-    grey = (pixels @ LUMA)[..., None]
-    dimmed = (pixels * (1 - share) + grey * share) * (1 - share)
+    gray = (pixels @ LUMA)[..., None]
+    dimmed = (pixels * (1 - share) + gray * share) * (1 - share)
     return _picture(np.where(np.isnan(share), pixels * (1 - _VEIL) + 255 * _VEIL, dimmed))
 
 
 def heat(image: Image, boxes: np.ndarray, values: np.ndarray, opacity: float = 0.65) -> Image:
-    """The grey picture under colours, from dark blue (0) to yellow (1); tokens without a value (NaN) stay grey.
+    """The gray picture under colors, from dark blue (0) to yellow (1); tokens without a value (NaN) stay gray.
 
     Args:
         image: RGB.
         boxes: `[n, 4]`, see `lay`.
         values: `[n]` in [0, 1] or NaN.
-        opacity: Of the colours.
+        opacity: Of the colors.
     """
     pixels = np.asarray(image, dtype=np.float32)
-    grey = (pixels @ LUMA)[..., None].repeat(3, -1)
+    gray = (pixels @ LUMA)[..., None].repeat(3, -1)
     value = lay(image.size, boxes, values)
     place = np.nan_to_num(value).clip(0, 1) * (len(_HEAT) - 1)
     low = place.astype(int).clip(0, len(_HEAT) - 2)
     part = (place - low)[..., None]
-    colour = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
-    return _picture(np.where(np.isnan(value)[..., None], grey, grey * (1 - opacity) + colour * opacity))
+    color = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
+    return _picture(np.where(np.isnan(value)[..., None], gray, gray * (1 - opacity) + color * opacity))
 
 
 def sheet(rows: Sequence[Sequence[tuple[Image, str]]], height: int = 288) -> Image:

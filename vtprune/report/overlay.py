@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .record import PruningRecord
 
-_STAND_IN = 24  # pixels of a grey stand-in along a token
+_STAND_IN = 24  # pixels of a gray stand-in along a token
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _drawable(found: list[View]) -> list[View]:
 
 
 def _stand_ins(pruning: PruningRecord) -> list[View]:
-    """A grey picture for every grid of tokens, where the originals are not at hand."""
+    """A gray picture for every grid of tokens, where the originals are not at hand."""
     from PIL import Image as images
 
     places = pruning.places

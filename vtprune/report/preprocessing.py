@@ -95,13 +95,13 @@ def explained(picture: Image, fit: Fit, crops: np.ndarray) -> float:
     Args:
         picture: The original, RGB.
         fit: A way to cut it.
-        crops: `[n, 3, H, W]` what the model saw, in any normalisation.
+        crops: `[n, 3, H, W]` what the model saw, in any normalization.
     """
     seen = np.stack([_small(crop) for crop in crops])  # [n, S, S, 3]
     cut = [_cut(picture, box) for box in fit.boxes]
     guess, inside = np.stack([c[0] for c in cut]), np.stack([c[1] for c in cut]).reshape(-1)  # [n, S, S, 3], [n S S]
     left = total = 0.0
-    for channel in range(3):  # the best brightness and contrast inside, and one colour for the padding
+    for channel in range(3):  # the best brightness and contrast inside, and one color for the padding
         y, x = seen[..., channel].reshape(-1), guess[..., channel].reshape(-1)
         basis = np.stack([x * inside, inside, 1.0 - inside], 1)
         rest = y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]
@@ -136,8 +136,8 @@ def _cut(picture: Image, box: Box) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image as images
 
     width, height = picture.size
-    centre = (np.arange(_SIZE) + 0.5) / _SIZE
-    x, y = box[0] + centre * (box[2] - box[0]), box[1] + centre * (box[3] - box[1])
+    center = (np.arange(_SIZE) + 0.5) / _SIZE
+    x, y = box[0] + center * (box[2] - box[0]), box[1] + center * (box[3] - box[1])
     inside = ((y >= 0) & (y <= 1))[:, None] & ((x >= 0) & (x <= 1))[None, :]
     # Where the rectangle and the picture meet, in cells of the result; the rest stays black.
     part = [max(box[0], 0.0), max(box[1], 0.0), min(box[2], 1.0), min(box[3], 1.0)]

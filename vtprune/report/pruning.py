@@ -65,7 +65,7 @@ class Pruning(PruningRecord):
         fit: str | None = None,
         names: Sequence[str] | None = None,
     ) -> Pictures:
-        """The original pictures with dropped patches dark and grey; with several cuts, what went first is darkest.
+        """The original pictures with dropped patches dark and gray; with several cuts, what went first is darkest.
 
         Above the frames of a clip stands its strip: a bar for every frame, as high as the share of its tokens that
         stayed. Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model
@@ -74,7 +74,7 @@ class Pruning(PruningRecord):
         Args:
             images: The pictures of the call in the order of the batch: one or several of PIL pictures, arrays
                 (`[H, W, 3]` or `[3, H, W]`, bytes, or floats from 0 to 1) or paths. None for those that were shown
-                before, or for grey stand-ins.
+                before, or for gray stand-ins.
             videos: For each clip the frames that the model was given.
             stages: One row per cut instead of one picture for all.
             fit: "stretch", "crop" or "pad", where it cannot be found out how a square crop was made.

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import VTPruneError
 
-# Colours that can be told apart in pairs, and then markers: enough for every registered method.
+# Colors that can be told apart in pairs, and then markers: enough for every registered method.
 _COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
 _MARKERS = "osD^vP"
 _DRAWING = 1  # raised when charts are drawn differently: then all of them are out of date
@@ -53,7 +53,7 @@ class Chart:
     Attributes:
         title, x_label, y_label: Text.
         series: Lines.
-        frontier: Points to be joined by a broad grey line behind the others, by rising `x`.
+        frontier: Points to be joined by a broad gray line behind the others, by rising `x`.
         log_x, log_y: Logarithmic axes; zeros are left out there.
         mark: A point of comparison (the unpruned model): `(label, x, y)`, drawn as dashed lines; either may be None.
     """

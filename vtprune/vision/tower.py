@@ -291,7 +291,7 @@ def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
 
 
 def pixel_crops(vision: Vision) -> list[Tensor]:
-    """Normalised pixels `[n, 3, H, W]` of the crops of each projector call; `MethodError` where they come otherwise."""
+    """Normalized pixels `[n, 3, H, W]` of the crops of each projector call; `MethodError` where they come otherwise."""
     names = ("pixel_values", "pixel_values_videos")
     given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
     tiles, calls = tiles_per_image(vision.tokens), vision.calls()

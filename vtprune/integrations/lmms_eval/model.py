@@ -42,7 +42,7 @@ class VTPrune(Huggingface):
         pretrained: A name on the hub, a local folder, or `embedded` for the small model inside vtprune.
         method: Name of the method, or `none`; arguments not listed here are its options.
         ratio, keep, mean_ratio: The budget, one of them (see `vtprune.patch`).
-        square: Pad pictures to squares with the processor's mean colour before it sees them, as LLaVA 1.5 expects.
+        square: Pad pictures to squares with the processor's mean color before it sees them, as LLaVA 1.5 expects.
         batch_size: Requests in one call of `generate`, padded on the left.
         device: Where the model goes; by default where accelerate puts this process.
         device_map: For spreading one copy of the model over devices, `auto` for example. Not with several processes:

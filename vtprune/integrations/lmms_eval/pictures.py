@@ -9,14 +9,14 @@ from PIL import Image
 
 
 def square(picture: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The picture in the middle of a square of its longer side, filled with the processor's mean colour.
+    """The picture in the middle of a square of its longer side, filled with the processor's mean color.
 
     What LLaVA 1.5 was trained on and evaluated with (`image_aspect_ratio: pad`); the stock processors of transformers
     crop the longer side away instead.
 
     Args:
         picture: A picture of any size and mode.
-        mean: `image_mean` of the processor, three shares of full colour.
+        mean: `image_mean` of the processor, three shares of full color.
     """
     picture = picture.convert("RGB")
     width, height = picture.size

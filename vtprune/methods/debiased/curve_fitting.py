@@ -25,7 +25,7 @@ def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, f
 
 
 def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Places with data, and the mean normalised score there. Vectors of other lengths go to the nearest place."""
+    """Places with data, and the mean normalized score there. Vectors of other lengths go to the nearest place."""
     last = max((len(s) for s in scores), default=1) - 1
     total, count = torch.zeros(last + 1, dtype=torch.float64), torch.zeros(last + 1, dtype=torch.float64)
     for number, score in enumerate(scores):

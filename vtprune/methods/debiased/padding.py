@@ -23,7 +23,7 @@ class PaddingRule:
 
     Attributes:
         kind: `"area"`: padding if more than `threshold` of its area is; `"bilinear"`: by a 0/1 picture shrunk to the
-            grid; `"integer"`: a centred band of `int(short * cells / long)` cells.
+            grid; `"integer"`: a centered band of `int(short * cells / long)` cells.
         threshold: For `"area"`.
     """
 

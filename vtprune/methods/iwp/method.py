@@ -35,7 +35,7 @@ class IWP(Method):
     `S_ij = mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`. Tokens are chosen by maximal marginal relevance,
     `r_i - duplication * max(0, max_{j chosen} S_ij)`. Keys and queries are read at the layer before which is cut.
 
-    No code was published. Ours, where the paper is silent: the layer, the mean over the instruction, the normalisation
+    No code was published. Ours, where the paper is silent: the layer, the mean over the instruction, the normalization
     of each head by its softmax sum, the mean over KV heads, and the schedule of the chunks. Of the layers 2 and 3 that
     the paper's timings allow, 3 keeps clearly more of the built-in model's answers; the weight of the duplication
     matters little there (`benchmarks/iwp_sweep.py`).
@@ -51,7 +51,7 @@ class IWP(Method):
         relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token outweighs all.
         reduce: How heads and query rows are joined: mean, root mean square or maximum.
         normalize: Softmax over all keys that the query sees, or over the visual ones.
-        rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favours near positions.
+        rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favors near positions.
         rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
         objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
             the span of its closest chosen one; `relevance` is not used then.

@@ -37,12 +37,12 @@ class SparseVLM(ScoreMethod):
     Raters are text tokens after the image with more than the mean of `mean_v softmax_t(H_v . H_t)`, chosen once, on
     the input embeddings. `score_i` is the attention from the raters, mean over heads and raters. Version 1 recycles:
     the best 30 % of the dropped tokens are clustered by density peaks, ten to a cluster, and each cluster lives on as
-    its mean, in the column of its centre. Version 2 does not recycle; it divides the attention by what rotation alone
+    its mean, in the column of its center. Version 2 does not recycle; it divides the attention by what rotation alone
     gives vectors of ones, and looks only at the heads with most attention from raters to the image.
 
     Differences from the release: kept tokens and clusters together are exactly the budget (the release adds the
     clusters to its count); no noise in the densities, ties go to the smaller column; recycled tokens keep the place of
-    their centre (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
+    their center (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
     rotation that of the model with positions taken along the prompt, its divisor at least `floor` (the release divides
     by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one pool; where
     no word is above the mean, all are raters; survivors keep their positions, as in version 2 of the release, unless

@@ -26,7 +26,7 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         clusters: Number of clusters, at most `m`.
 
     Returns:
-        tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows that are the centres, by falling score.
+        tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows that are the centers, by falling score.
     """
     x = x.float()
     blocks = torch.arange(len(x), device=x.device).split(max(1, _BLOCK // len(x)))
@@ -50,11 +50,11 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         denser = (density > own) | ((density == own) & (everything < place))
         gaps.append(torch.where(denser, distance, torch.stack(largest).max()).min(dim=1).values)
     gap = torch.cat(gaps)
-    centres = (gap * density).sort(descending=True, stable=True).indices[:clusters]
-    # Ties go to the earlier centre.
-    group = torch.cat([distances(rows, centres).sort(dim=1, stable=True).indices[:, 0] for rows in blocks])
-    group[centres] = torch.arange(clusters, device=x.device)
-    return group, centres
+    centers = (gap * density).sort(descending=True, stable=True).indices[:clusters]
+    # Ties go to the earlier center.
+    group = torch.cat([distances(rows, centers).sort(dim=1, stable=True).indices[:, 0] for rows in blocks])
+    group[centers] = torch.arange(clusters, device=x.device)
+    return group, centers
 
 
 def recycled(dropped: int) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def recycle(
         budgets: `[S]` counts.
 
     Returns:
-        tuple: `[M]` bool, the kept tokens and the centres of the clusters; `[M, D]` states, where a centre has the mean
+        tuple: `[M]` bool, the kept tokens and the centers of the clusters; `[M, D]` states, where a center has the mean
         of its cluster.
     """
     edges = offsets.tolist()
@@ -111,8 +111,8 @@ def recycle(
             continue
         members = max(recycled(end - start - kept)[0], clusters)
         rows = start + rest[start:end].argsort()[:members]  # by falling score
-        group, centres = density_peaks(hidden[rows], clusters)
+        group, centers = density_peaks(hidden[rows], clusters)
         total = torch.zeros(clusters, hidden.shape[1], device=hidden.device).index_add_(0, group, hidden[rows].float())
-        out[rows[centres]] = (total / torch.bincount(group, minlength=clusters)[:, None]).to(hidden.dtype)
-        keep[rows[centres]] = True
+        out[rows[centers]] = (total / torch.bincount(group, minlength=clusters)[:, None]).to(hidden.dtype)
+        keep[rows[centers]] = True
     return keep, out

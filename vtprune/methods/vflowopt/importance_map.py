@@ -33,9 +33,9 @@ def selected_rows(received: Tensor, part: Tensor, t: float) -> Tensor:
 
 
 def patch_entropy(pixels: Tensor, patch: int) -> Tensor:
-    """Entropy in bits of the grey levels of every patch, as released.
+    """Entropy in bits of the gray levels of every patch, as released.
 
-    Grey levels are the normalised pixels times 255, cut to whole numbers that wrap around at 256.
+    Gray levels are the normalized pixels times 255, cut to whole numbers that wrap around at 256.
 
     Args:
         pixels: `[n, 3, H, W]`.
@@ -45,8 +45,8 @@ def patch_entropy(pixels: Tensor, patch: int) -> Tensor:
         Tensor: `[n, H / patch * W / patch]` float32.
     """
     levels = (pixels.float() * 255).trunc().long() % 256
-    grey = (levels.float() * 0.3333).sum(1).round().long().clamp(0, 255)  # [n, H, W]
-    cells = grey.unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).flatten(1, 2)  # [n, P, patch * patch]
+    gray = (levels.float() * 0.3333).sum(1).round().long().clamp(0, 255)  # [n, H, W]
+    cells = gray.unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).flatten(1, 2)  # [n, P, patch * patch]
     share = torch.zeros(*cells.shape[:2], 256, device=pixels.device)
     share.scatter_add_(2, cells, torch.full(cells.shape, 1 / cells.shape[2], device=pixels.device))
     return -(share * torch.log2(share + 1e-10)).sum(2)

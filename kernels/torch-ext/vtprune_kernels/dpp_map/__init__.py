@@ -17,7 +17,7 @@ def dpp_map(
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Chooses rows that greedily maximise the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
+    """Chooses rows that greedily maximize the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
 
     Rows whose remaining gain is rounding only (below 1e-6 of their own variance, where the published code divides by
     the root of a number that may be negative) come last, by descending relevance.

@@ -24,7 +24,7 @@ def facility_location(
 
     With `m_j` the largest cosine of row j to a chosen row, 0 at first, the gain of row i is
     `sum_j max(0, cos_ij - m_j)`. Every pick has the largest `gain_i * weight_i`, or the largest `gain_i + weight_i`.
-    Without weights the picks maximise `sum_j m_j` greedily, which reaches at least `1 - 1/e` of the best value.
+    Without weights the picks maximize `sum_j m_j` greedily, which reaches at least `1 - 1/e` of the best value.
     Cosines are rounded to 1/65536, and differences of one such step count as 0: rows that are worth the same tie, and
     rounding does not rank copies of rows that are already chosen.
 

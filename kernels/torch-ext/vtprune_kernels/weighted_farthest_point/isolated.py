@@ -38,7 +38,7 @@ class _Race:
         self.nearest[rows] = torch.where(closer, distance, self.nearest[rows])
         self.partner[rows] = torch.where(closer, partner, self.partner[rows])
 
-    def neighbours(self) -> None:
+    def neighbors(self) -> None:
         """Compares rows that lie beside each other: in order, they are often alike."""
         distance = 1 - self.screen.nearby(_NEARBY)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -113,7 +113,7 @@ def most_isolated(cosine: Cosine) -> Tensor:
 
     if length > 4 * _NEARBY:
         race = _Race(screen_of(cosine))
-        race.neighbours()
+        race.neighbors()
         race.run()
         nearest = race.nearest if race.screen is cosine else 1 - cosine.pairs(race.partner)
         probe(nearest.topk(_FEW).indices)
