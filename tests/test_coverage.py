@@ -91,6 +91,7 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
         ("mistral3", "passes"),  # pictures of a packed sequence told apart by the mask
         ("lfm2_vl", "passes"),  # padded patches
         ("gemma4", "passes"),  # patches that say where they are
+        ("hunyuan_vl", "passes"),  # packed in raster order, merged by a convolution
         ("paddleocr_vl", "passes"),  # packed in raster order
         ("video_llava", "second vision tower"),
         ("got_ocr2", "distances between patches"),

@@ -209,6 +209,7 @@ def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: Tow
 
     The second patch of a square of 2 x 2 is beside the first and the third below it: their rotations differ from that
     of the first in other places. In raster order both are beside it, and their rotations differ in the same places.
+    Without rotations, a convolution that merges patches tells raster order.
     """
     m = parts.packed_merge
     if m == 1 or size[2] <= m:
@@ -217,7 +218,7 @@ def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: Tow
         if table.is_floating_point() and len(table) > m:
             first, beside, next_row = (table[i].flatten() for i in (0, 1, m))
             return not bool(((beside != first) & (next_row != first)).any())
-    return True
+    return not parts.merges_by_convolution
 
 
 def _grid(size: tuple[int, int, int], merge: int, squares: int) -> Grid:

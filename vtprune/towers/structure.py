@@ -44,6 +44,7 @@ class TowerParts:
         weights: Multiply-adds of one token in the matrices of each block.
         embedding_weights: Multiply-adds of one patch in the patch embedding.
         merger_weights: Multiply-adds of one merged token in the rest of the tower outside its blocks.
+        merges_by_convolution: Whether a convolution of the tower merges patches, which needs them in raster order.
     """
 
     tower: nn.Module
@@ -56,6 +57,7 @@ class TowerParts:
     weights: tuple[int, ...]
     embedding_weights: int
     merger_weights: int
+    merges_by_convolution: bool = False
 
 
 def find_parts(anatomy: Anatomy) -> TowerParts:
@@ -74,17 +76,21 @@ def find_parts(anatomy: Anatomy) -> TowerParts:
     outside = [(m, p) for m in tower.modules() for p in m.parameters(recurse=False) if id(p) not in inside]
     convolutions = sum(p.numel() for m, p in outside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and p.dim() > 2)
     linear = sum(p.numel() for m, p in outside if isinstance(m, nn.Linear) and p.dim() == 2)
+    merge = next((m for home in homes if (m := _merge_of(home))), 1)
     return TowerParts(
         tower,
         blocks,
         config,
-        merge=next((m for home in homes if (m := _merge_of(home))), 1),
+        merge=merge,
         packed_merge=_side(getattr(config, "spatial_merge_size", None)) or 1,
         tokens=next((n for home in homes if (n := getattr(home, "mm_tokens_per_image", None))), None),
         patch=next((p for home in homes if (p := _patch_of(home))), (1, 1)),
         weights=tuple(weights_per_token(block, config) for block in blocks),
         embedding_weights=convolutions,
         merger_weights=linear,
+        merges_by_convolution=any(
+            isinstance(m, nn.Conv2d) and m.in_channels > 4 and m.stride[0] == merge > 1 for m, _ in outside
+        ),
     )
 
 
