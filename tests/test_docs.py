@@ -269,5 +269,5 @@ def test_documents_type_no_numbers_of_results():
 
 
 def test_summaries_are_first_sentences():
-    assert methods.summary("random") == "Keeps a uniformly drawn subset of each pool, before the decoder"
+    assert methods.summary("random") == "Keeps a uniformly drawn subset of each group, before the decoder"
     assert methods.paper("divprune") == "2503.02175" and methods.paper("random") is None

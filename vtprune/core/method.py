@@ -99,12 +99,12 @@ class Method:
         return ()
 
     def choose(self, tokens: Tokens) -> Choice:
-        """Chooses the tokens that stay: exactly `tokens.budgets[s]` of each pool."""
+        """Chooses the tokens that stay: exactly `tokens.budgets[s]` of each group."""
         raise NotImplementedError
 
 
 class ScoreMethod(Method):
-    """A method that gives every token a number; in each pool the largest numbers stay, ties to the smaller column."""
+    """A method that gives every token a number; in each group the largest numbers stay, ties to the smaller column."""
 
     def score(self, tokens: Tokens) -> Tensor:
         """Returns `[M]`: higher stays."""

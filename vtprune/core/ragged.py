@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores to a keep mask, under an exact budget per pool. Pure tensor functions over the ragged batch."""
+"""From scores to a keep mask, under an exact budget per group. Pure tensor functions over the ragged batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TIE = 4e-7
 
 
 def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
-    """Returns `[M]`: the pool number of every row.
+    """Returns `[M]`: the group number of every row.
 
     Args:
         offsets: `[S + 1]` offsets.
@@ -70,7 +70,7 @@ def _ties(scores: Tensor, groups: Tensor, tolerance: float = TIE) -> tuple[Tenso
 
 
 def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:
-    """Keeps the `budgets[s]` largest scores of each pool; ties go to the smaller row.
+    """Keeps the `budgets[s]` largest scores of each group; ties go to the smaller row.
 
     Args:
         scores: `[M]`.

@@ -78,15 +78,15 @@ class Prompt:
 class Tokens:
     """The visual tokens that are alive at one stage of one prefill, flat over the batch.
 
-    Order: by sample, then by prompt column. `M` is their number, `S` the number of pools that a budget applies to.
+    Order: by sample, then by prompt column. `M` is their number, `S` the number of groups that a budget applies to.
 
     Attributes:
         hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt).
-        offsets: `[S + 1]` offsets of the pools.
-        budgets: `[S]` how many tokens of each pool must be left, never more than its length.
+        offsets: `[S + 1]` offsets of the groups.
+        budgets: `[S]` how many tokens of each group must be left, never more than its length.
         max_budget: The largest of them, known without waiting for a device; None where it has to be read.
-        max_length: Tokens of the longest pool, likewise.
-        originals: `[S]` how many visual tokens each pool had before the first cut.
+        max_length: Tokens of the longest group, likewise.
+        originals: `[S]` how many visual tokens each group had before the first cut.
         sample, image, frame, grid_row, grid_col: `[M]` where each token comes from. `image` counts within the batch;
             `grid_row` and `grid_col` count in the grid of the image or crop (`crop`), -1 for tokens without a place
             (newlines, separators).
@@ -138,7 +138,7 @@ class Tokens:
 
     @property
     def group(self) -> Tensor:
-        """`[M]` number of the pool that each token belongs to."""
+        """`[M]` number of the group that each token belongs to."""
         return group_ids(self.offsets, len(self))
 
     @property

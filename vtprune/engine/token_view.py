@@ -61,7 +61,7 @@ def tokens(
         mine: What the method has to do in it.
         number: The layer that the stage stands before.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
-        wanted: `[S]` budgets of the pools.
+        wanted: `[S]` budgets of the groups.
         here: The layer's input.
         checks: Takes that no visual token holds NaN or Inf, which raises `MethodError`, and what the method reads.
     """

@@ -28,9 +28,9 @@ def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offs
     Args:
         hidden: `[M, D]` states of the candidates.
         start: `[M]` bool, what is taken from the start.
-        pivots: For each pool `[P, D]` states of its pivots, in the order in which they take.
-        offsets: `[S + 1]` offsets of the pools.
-        quota: `[S]` how many tokens the pivots of a pool take together: each the same number, and one more for as many
+        pivots: For each group `[P, D]` states of its pivots, in the order in which they take.
+        offsets: `[S + 1]` offsets of the groups.
+        quota: `[S]` how many tokens the pivots of a group take together: each the same number, and one more for as many
             of the first ones as the division leaves over. No more than there are.
 
     Returns:
@@ -70,11 +70,11 @@ def duplication_aware(
     Args:
         hidden: `[M, D]` normed states of the visual tokens.
         size: `[M]` L1 norms of their keys.
-        offsets: `[S + 1]` offsets of the pools.
+        offsets: `[S + 1]` offsets of the groups.
         budgets: `[S]` counts.
         text: `[R, D]` normed states of the text after the image.
         text_size: `[R]` L1 norms of its keys.
-        text_offsets: `[S + 1]` offsets of each pool's text.
+        text_offsets: `[S + 1]` offsets of each group's text.
         pivots: Pivots of each kind.
         exact: False takes `floor(budget / (2 pivots))` tokens per pivot, as released.
 

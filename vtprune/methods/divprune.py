@@ -21,7 +21,7 @@ class DivPrune(Method):
     """Max-min diversity of the projected features, before the decoder.
 
     Paper: DivPrune, arXiv 2503.02175 (CVPR 2025), section 3. Reads only the visual embeddings in the prompt; the whole
-    sample is one pool (thumbnail, tiles and newlines together). With `D = 1 - cos` the first pick is the token whose
+    sample is one group (thumbnail, tiles and newlines together). With `D = 1 - cos` the first pick is the token whose
     nearest neighbor is farthest away; then, again and again, `argmax_i min_{j picked} D_ij`.
 
     Differences from the release: picked tokens are masked (there they only have a distance near 0, and with half

@@ -27,7 +27,7 @@ class PyramidDrop(ScoreMethod):
     `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
 
     Differences from the release: KV heads shared by several query heads are handled; all images of a sample are one
-    pool; counts are rounded, not cut off; survivors keep their positions, unless `positions="compact"`. The release
+    group; counts are rounded, not cut off; survivors keep their positions, unless `positions="compact"`. The release
     ranks by the end of the answer header, like here; the paper speaks of the last instruction token.
 
     Attributes:

@@ -16,13 +16,13 @@ from ..core.tokens import Tokens
 @register("random")
 @dataclass
 class Random(ScoreMethod):
-    """Keeps a uniformly drawn subset of each pool, before the decoder.
+    """Keeps a uniformly drawn subset of each group, before the decoder.
 
     No paper; the control of the pruning literature. The draws come from a generator of the method's own, started
     afresh with `seed` for every pool: two runs agree, a sample alone agrees with the same sample in a batch, and the
     global generator is neither read nor moved.
 
-    `score_i` is uniform in [0, 1): each token of a pool is as likely to stay as any other.
+    `score_i` is uniform in [0, 1): each token of a group is as likely to stay as any other.
 
     Attributes:
         seed: Start of the generator, on the CPU whatever the device of the model.

@@ -24,7 +24,7 @@ class ResPrune(Method):
     """Greedy selection by residual energy, before the decoder.
 
     Paper: ResPrune, arXiv 2603.21105. Reads only the visual embeddings in the prompt; all pictures of a sample are one
-    pool. Every pick is the token with the largest energy `|x_i - P x_i|^2` outside the span of the tokens picked
+    group. Every pick is the token with the largest energy `|x_i - P x_i|^2` outside the span of the tokens picked
     before: QR with column pivoting of the transposed features. What the picks explain of all tokens' energy grows
     about as fast as picks of whole tokens can make it.
 
@@ -34,7 +34,7 @@ class ResPrune(Method):
 
     Attributes:
         unit: Directions only: every token is divided by its length first.
-        center: The mean token of each pool is subtracted first.
+        center: The mean token of each group is subtracted first.
         positions: `"compact"` renumbers the survivors 0, 1, 2, ...; by default they keep their positions. Not for
             models that place tokens on several axes.
     """

@@ -54,7 +54,7 @@ class Scope(Method):
 
     Paper: SCOPE, arXiv 2510.24214 (NeurIPS 2025), section 3. Let `m_j` be the largest cosine of token `j` to a picked
     token, 0 at first. Every pick maximises `s_i^alpha * sum_j max(0, cos_ij - m_j)`: what token `i` would add to the
-    coverage of all tokens, times its saliency. All pictures of a sample are one pool. Saliency, as in the release of
+    coverage of all tokens, times its saliency. All pictures of a sample are one group. Saliency, as in the release of
     AngelSlim: attention of the class token over the patches, read in the layer whose output is projected; for towers
     without one, attention received in the last layer, summed over queries and over the patches of a token.
 

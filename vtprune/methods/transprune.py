@@ -101,13 +101,13 @@ def variation(changes: Tensor, offsets: Tensor) -> Tensor:
 
 
 def pool_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """`[M]`: the sum of each row's pool."""
+    """`[M]`: the sum of each row's group."""
     pools = group_ids(offsets, len(values))
     return values.new_zeros(len(offsets) - 1).index_add_(0, pools, values)[pools]
 
 
 def combine(ttv: Tensor, attention: Tensor, offsets: Tensor, alpha: float = 0.5) -> Tensor:
-    """Score of a cut: both parts as shares of their pool's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
+    """Score of a cut: both parts as shares of their group's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
     parts = [x / (pool_sum(x, offsets) + 1e-8) for x in (ttv, attention)]
     return 2 * alpha * parts[0] + 2 * (1 - alpha) * parts[1]
 
@@ -128,7 +128,7 @@ class TransPrune(ScoreMethod):
     As in the release and unlike the paper: the sign of the cosine counts (`direction="absolute"` is the paper's form),
     the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalized before
     they are added. Differences from the release: the softmax ends at the sample instead of running over the whole
-    batch, counts are rounded, KV heads may be grouped, all images of a sample are one pool, everything is in float32;
+    batch, counts are rounded, KV heads may be grouped, all images of a sample are one group, everything is in float32;
     survivors keep their positions, unless `positions="compact"`.
 
     Attributes:

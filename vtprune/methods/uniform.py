@@ -16,9 +16,9 @@ from ..core.tokens import Tokens
 @register("uniform")
 @dataclass
 class Uniform(Method):
-    """Keeps an evenly spaced subset of each pool, before the decoder.
+    """Keeps an evenly spaced subset of each group, before the decoder.
 
-    No paper; the control for methods that claim to know which tokens matter. Each image, frame and crop of a pool gets
+    No paper; the control for methods that claim to know which tokens matter. Each image, frame and crop of a group gets
     its proportional share of the budget (long videos: evenly over time), and inside it as regular a sub-grid as the
     exact count allows. Tokens without a place in a grid (newlines, separators, models that tell no geometry) are
     spaced by their index in a group of their own per image and frame.
@@ -30,7 +30,7 @@ class Uniform(Method):
     def choose(self, tokens: Tokens) -> Choice:
         crop = torch.where(tokens.grid_row < 0, -1, tokens.crop)
         keys = torch.stack([tokens.group, tokens.image, tokens.frame, crop]).cpu()  # [4, M]
-        groups, group = torch.unique(keys, dim=1, return_inverse=True)  # sorted: pools first
+        groups, group = torch.unique(keys, dim=1, return_inverse=True)  # sorted: groups first
         rows = tokens.grid_row.cpu()
         sizes = torch.bincount(group, minlength=groups.shape[1])
         keep = torch.zeros(len(tokens), dtype=torch.bool)

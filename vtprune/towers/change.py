@@ -24,7 +24,7 @@ class Change(TowerMethod):
     `h_j^cut + mean over its neighbors n of (h_n^now - h_n^cut)`, where its neighbors are the nearest kept patches by
     Euclidean distance at the cut.
 
-    Differences from the release: budget and neighbors are per picture (there all pictures of a call share one pool);
+    Differences from the release: budget and neighbors are per picture (there all pictures of a call share one group);
     merge groups stay whole; blocks right after the cut attend to the kept patches only unless `stabilize` is set (the
     release lets 3 to 7 blocks attend to all rebuilt patches, which costs their attention in full).
 

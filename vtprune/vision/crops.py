@@ -213,9 +213,9 @@ class Crops:
     """The tokens sorted by crop, as a ragged batch of its own.
 
     Attributes:
-        rows: `[M]` the tokens, crop after crop, by column inside; those of no crop (newlines) last in their pool.
+        rows: `[M]` the tokens, crop after crop, by column inside; those of no crop (newlines) last in their group.
         offsets: `[C + 1]` offsets of the crops in `rows`.
-        budgets: `[C]`, for each pool summing to the pool's budget.
+        budgets: `[C]`, for each group summing to the group's budget.
         placed: `[C]` bool, False for the groups of newlines.
         pools: `[C]` pool of each crop.
         max_budget: The largest of `budgets`, known without waiting for a device.
@@ -239,7 +239,7 @@ class Crops:
 def by_crop(
     tokens: Tokens, crop: Tensor | None = None, weights: Tensor | None = None, keep_newlines: bool = False
 ) -> Crops:
-    """Splits every pool's budget over its crops.
+    """Splits every group's budget over its crops.
 
     Args:
         tokens: Tokens of one stage.
@@ -247,7 +247,7 @@ def by_crop(
             themselves (an image's tiles are then one crop).
         weights: `[M]` share of a token's crop (the largest of the crop counts); by default all crops of an image weigh
             the same, as much as the largest has tokens, so that an unpadded tile keeps its full share as published.
-        keep_newlines: Tokens of no crop come first, as long as they fit into half of the pool's budget; otherwise they
+        keep_newlines: Tokens of no crop come first, as long as they fit into half of the group's budget; otherwise they
             get what the crops leave over.
     """
     device = tokens.hidden.device
@@ -255,7 +255,7 @@ def by_crop(
         crop = torch.where((tokens.grid_row < 0) & (tokens.grid_row >= 0).any(), -1, tokens.crop)
     crop = crop.cpu()
     keys = torch.stack([tokens.group.cpu(), (crop < 0).long(), tokens.image.cpu(), tokens.frame.cpu(), crop])
-    groups, group, sizes = torch.unique(keys, dim=1, return_inverse=True, return_counts=True)  # sorted, pools first
+    groups, group, sizes = torch.unique(keys, dim=1, return_inverse=True, return_counts=True)  # sorted, groups first
     rows = torch.sort(group, stable=True).indices
     if weights is None:
         images = torch.unique(groups[[0, 2]], dim=1, return_inverse=True)[1]

@@ -2,7 +2,7 @@
 """Fewer features: the model's side, between projector and decoder.
 
 The features of all images of a call are laid out flat and handed to a method as `Tokens`, as in the transformers path;
-every run of placeholders is a pool with the budget that the processor gave it.
+every run of placeholders is a group with the budget that the processor gave it.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def lay_out(
     grids: Sequence[Sequence[int]] | None,
     extra: dict[str, Any],
 ) -> tuple[Tokens, Tensor]:
-    """The tokens of all pools that keep some, and which rows of the features, one image after the other, they are.
+    """The tokens of all groups that keep some, and which rows of the features, one image after the other, they are.
 
-    A pool that keeps nothing takes no part: a method is never asked for none.
+    A group that keeps nothing takes no part: a method is never asked for none.
     """
     device = features[0].device
     image, places, lengths, budgets, alive = [], [], [], [], []

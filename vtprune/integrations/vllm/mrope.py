@@ -102,7 +102,7 @@ class Positions:
                 kept.append(True)
                 at += 1
                 continue
-            count, size = next((c for c in counts if c[0]), (0, 0))  # pools that keep nothing left no placeholder
+            count, size = next((c for c in counts if c[0]), (0, 0))  # groups that keep nothing left no placeholder
             out += [piece[at]] * size
             kept += [number < count for number in range(size)]
             at += max(count, 1)

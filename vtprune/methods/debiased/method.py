@@ -129,7 +129,7 @@ class Debiased(ScoreMethod):
 
     def weights(self, tokens: Tokens) -> Tensor:
         """`[M]` factors of the host's scores, by numbers among all visual tokens that there were at first."""
-        sample = tokens.sample[tokens.offsets[:-1]]  # of each pool
+        sample = tokens.sample[tokens.offsets[:-1]]  # of each group
         counts = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device=sample.device)
         counts.index_add_(0, sample, tokens.originals.to(sample.device))
         number = counts.cumsum(0)[tokens.sample] - counts[tokens.sample] + tokens.index

@@ -55,7 +55,7 @@ class IWP(Method):
         rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
         objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
             the span of its closest chosen one; `relevance` is not used then.
-        reading: `"chunked"`, over the whole pool at once; `"streaming"`, block after block against what was chosen
+        reading: `"chunked"`, over the whole group at once; `"streaming"`, block after block against what was chosen
             before, each with its share of the budget; `"tournament"`, inside blocks first, then among the winners.
         block: Tokens per block of the last two.
         image_floor: Share of its fair part of the budget that every image is sure of, in [0, 1].
@@ -113,7 +113,7 @@ class IWP(Method):
         return Candidates(relevance, read.keys[read.visual], read.values[read.visual], read.scaling, tokens.offsets)
 
     def scale(self, magnitude: Tensor, tokens: Tokens) -> Tensor:
-        """Turns log-magnitudes `[M]` into what the objective weighs against duplication, pool by pool."""
+        """Turns log-magnitudes `[M]` into what the objective weighs against duplication, group by group."""
         if self.objective == "log":
             return magnitude
         if self.relevance == "rank":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximal marginal relevance over the ragged batch: whole pools at once, or part by part."""
+"""Maximal marginal relevance over the ragged batch: whole groups at once, or part by part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Candidates:
         relevance: `[M]` float, higher is better; logarithms for the objective `"log"`.
         keys, values: `[M, G, dk]`, `[M, G, dv]`: two rows duplicate each other by the cosine of their rank-one updates.
         scaling: Factor on the dot product of the attention.
-        offsets: `[S + 1]` offsets of the pools.
+        offsets: `[S + 1]` offsets of the groups.
     """
 
     relevance: Tensor
@@ -33,7 +33,7 @@ class Candidates:
     offsets: Tensor
 
     def closest(self) -> Tensor:
-        """`[M]` largest similarity of each row with another one of its pool; costs `O(M^2)` time."""
+        """`[M]` largest similarity of each row with another one of its group; costs `O(M^2)` time."""
         return closest_other(self.keys, self.values, self.offsets, self.scaling)
 
 
@@ -80,11 +80,11 @@ class MMR:
     def whole(
         self, rows: Candidates, budgets: Tensor, max_budget: int | None = None, max_length: int | None = None
     ) -> Tensor:
-        """Keep mask `[M]`, each pool at once; `max_budget` and `max_length` as for `order`."""
+        """Keep mask `[M]`, each group at once; `max_budget` and `max_length` as for `order`."""
         return from_order(self.order(rows, budgets, max_budget=max_budget, max_length=max_length), len(rows.relevance))
 
     def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
-        """Keep mask `[M]`: block after block of each pool, each with its share of the budget."""
+        """Keep mask `[M]`: block after block of each group, each with its share of the budget."""
         pool, place, length, budgets = _places(rows.offsets, budgets)
         kept = torch.zeros_like(pool, dtype=torch.bool)
         given = torch.zeros_like(budgets)
@@ -124,14 +124,14 @@ class MMR:
 
 
 def _places(offsets: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pool and place in it of every row, length of every pool, and the budgets beside them."""
+    """Group and place in it of every row, length of every group, and the budgets beside them."""
     pool = group_ids(offsets)
     place = torch.arange(len(pool), device=pool.device) - offsets[:-1][pool]
     return pool, place, offsets.diff(), budgets.to(offsets.device)
 
 
 def _runs(pool: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of equal pool and label: `[M]` the run of each row, `[P]` their sizes, `[P]` their pools."""
+    """Runs of equal group and label: `[M]` the run of each row, `[P]` their sizes, `[P]` their groups."""
     changed = (pool.diff() != 0) | (labels.diff() != 0)
     run = torch.cat([changed.new_zeros(1), changed]).cumsum(0)
     size = torch.bincount(run)

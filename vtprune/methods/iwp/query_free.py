@@ -21,13 +21,13 @@ def query_free_magnitude(
     """Logarithm of `M_i = reduce_g |phi(k_gi)| |v_gi| / sum_j |phi(k_gj)|`, in the log domain throughout.
 
     `|phi(k)| = exp(scaling |k|^2 / 2)` is the length of a key in the feature space of softmax attention. It is the same
-    before and after rotation. The sum over the keys of the pool stands where the softmax sum of a query would: raw
+    before and after rotation. The sum over the keys of the group stands where the softmax sum of a query would: raw
     lengths differ between heads by factors like e^50, and one head alone would decide.
 
     Args:
         keys: `[M, G, dk]` of the visual tokens.
         values: `[M, G, dv]`.
-        offsets: `[S + 1]` offsets of the pools.
+        offsets: `[S + 1]` offsets of the groups.
         scaling: Factor on the dot product.
         reduce: How KV heads are joined: mean, root mean square or maximum.
 

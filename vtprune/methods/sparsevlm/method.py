@@ -44,7 +44,7 @@ class SparseVLM(ScoreMethod):
     clusters to its count); no noise in the densities, ties go to the smaller column; recycled tokens keep the place of
     their center (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
     rotation that of the model with positions taken along the prompt, its divisor at least `floor` (the release divides
-    by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one pool; where
+    by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one group; where
     no word is above the mean, all are raters; survivors keep their positions, as in version 2 of the release, unless
     `positions="compact"`.
 

@@ -87,13 +87,13 @@ def split_budget(total: int, budget: int) -> tuple[int, int]:
 def recycle(
     hidden: Tensor, scores: Tensor, recycle_by: Tensor, offsets: Tensor, budgets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Keeps the best tokens and merges the best of the rest into clusters, together exactly the budget of each pool.
+    """Keeps the best tokens and merges the best of the rest into clusters, together exactly the budget of each group.
 
     Args:
         hidden: `[M, D]` states.
         scores: `[M]` by which tokens are kept.
         recycle_by: `[M]` by which the others enter the clusters.
-        offsets: `[S + 1]` offsets of the pools.
+        offsets: `[S + 1]` offsets of the groups.
         budgets: `[S]` counts.
 
     Returns:

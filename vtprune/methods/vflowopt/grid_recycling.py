@@ -86,9 +86,9 @@ def recycle_pools(tokens: Tokens, importance: Tensor, keep: Tensor, a: float) ->
     """Recycles what a cut takes from still pictures that are alone in their sample, as released.
 
     Args:
-        tokens: Tokens of the stage, one pool for each image.
+        tokens: Tokens of the stage, one group for each image.
         importance: `[M]`.
-        keep: `[M]` bool, changed in place: the choice of the other pools stays as it is.
+        keep: `[M]` bool, changed in place: the choice of the other groups stays as it is.
         a: Side of the cells of the grid.
 
     Returns:
