@@ -79,6 +79,7 @@ SECTIONS = (
     Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("small_pools.json", "Small pools", report_sections.small_pools, "python -m benchmarks.small_pools"),
+    Section("certify.json", "Certified ratios", report_sections.certify, "python -m benchmarks.certify"),
     Section("lmms_eval*.json", "lmms-eval", report_measured.lmms_eval, "make eval"),
     Section("soak*.json", "Under load", report_measured.soak, "python -m tests.soak --out FILE"),
     Section("families.json", "Laws", report_readme.families_table, "python -m benchmarks.families"),

@@ -204,6 +204,34 @@ def small_pools(data: Data) -> str:
     return f"Medians of {data['rounds']} rounds; both choose the same rows. {versions(data)}\n\n{table(head, rows)}"
 
 
+def certify(data: Data) -> str:
+    """How often certificates made on random parts of the pictures are broken on what they did not see."""
+
+    def broken(part: Data) -> str:
+        return f"{part['broken']:.1%} (allowed {part['allowed']:.1%})"
+
+    rows = [
+        (
+            row["model"],
+            f"`{row['method']}`",
+            f"{found['risk']:g} / {found['confidence']:g}",
+            f"{found['ratio_of_all']:g}",
+            broken(found["population"]),
+            broken(found["halves"]),
+        )
+        for row in data["rows"]
+        for found in row["certificates"]
+    ]
+    head = ("model", "method", "risk / confidence", "certified ratio", "broken, drawn again", "broken, other half")
+    splits = data["rows"][0]["certificates"][0]["splits"]
+    text = (
+        f"{data['pictures']:,} pictures with one question each, {splits:,} certificates a column: made on as many "
+        "pictures drawn with replacement and judged on all, and made on a random half and judged on the other. Allowed "
+        f"is 1 - confidence and two standard errors. {versions(data)}"
+    )
+    return f"{text}\n\n{table(head, rows)}"
+
+
 def cdpruner_relevance(data: Data) -> str:
     """Right answers of the built-in models for every way in which CDPruner may weigh the text."""
     ratios = sorted({row["ratio"] for row in data["rows"]}, reverse=True)
