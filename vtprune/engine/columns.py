@@ -66,7 +66,7 @@ class Columns:
         if real is not None:
             self.real = real
         self.is_cut, self.ragged = False, False
-        self.layouts: list[tuple[Tensor, Tensor]] = []
+        self._layouts: list[tuple[Tensor, Tensor] | None] = []  # of every layer that ran; None before the first cut
         self.shifts: list[positions.Shift | None] = []
         self.inputs: dict[int, Tensor] = {}  # of layers, in the caller's length, where the caller may want gradients
         self.renumber = renumber
@@ -83,12 +83,22 @@ class Columns:
         return torch.ones(self.batch, self.length, dtype=torch.bool)
 
     @functools.cached_property
+    def _uncut(self) -> tuple[Tensor, Tensor]:
+        columns = torch.arange(self.length).expand(self.batch, -1)
+        return columns, torch.ones(self.batch, self.length, dtype=torch.bool)
+
+    @property
+    def layouts(self) -> list[tuple[Tensor, Tensor]]:
+        """The packed layout of every layer that ran."""
+        return [self._uncut if layout is None else layout for layout in self._layouts]
+
+    @functools.cached_property
     def index(self) -> Tensor:
-        return torch.arange(self.length).expand(self.batch, -1)
+        return self._uncut[0]
 
     @functools.cached_property
     def valid(self) -> Tensor:
-        return torch.ones(self.batch, self.length, dtype=torch.bool)
+        return self._uncut[1]
 
     @functools.cached_property
     def source(self) -> Tensor:
@@ -128,7 +138,7 @@ class Columns:
 
     def record_layer(self, number: int) -> None:
         """Notes that layer `number` runs on the present columns."""
-        self.layouts.append((self.index, self.valid))
+        self._layouts.append((self.index, self.valid) if self.is_cut else None)
         old = self.state.shift(number) if self.state is not None else None
         both = old.plus(self.shift) if old is not None and self.shift is not None else (old or self.shift)
         self.shifts.append(both)
@@ -338,10 +348,12 @@ class Columns:
         return layers
 
     def _full(self, x: Tensor, layer: int) -> Tensor:
+        if not self.is_cut:
+            return x
         index, valid = self.layouts[layer]
         if x.dim() < 3 or x.shape[1] != index.shape[1]:
             return x
-        whole = bool(valid.all()) if layer >= 0 or not self.is_cut else not self.ragged
+        whole = bool(valid.all()) if layer >= 0 else not self.ragged
         if whole and index.shape[1] == self.length:
             return x
         places = None if whole else to_device(valid, x.device)
