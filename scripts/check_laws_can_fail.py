@@ -109,6 +109,27 @@ FAULTS = (
           "        changed, self.narrow = None, None\n"
           "        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
           "test_11_cheap.py -k 'llava-input'"),
+    Fault("12 open calls", "columns that somebody reads may be dropped", "engine/prefill.py",
+          "self.required = read if bool(read.any()) else None", "self.required = None",
+          "test_12_open_calls.py -k 'llava-random and (ends_in or labels_read)'"),
+    Fault("12 open calls", "the answer chooses", "engine/token_view.py",
+          "if call.answer_starts is not None:", "if False:",
+          "test_12_open_calls.py -k 'llava-iwp and answers_do'"),
+    Fault("12 open calls", "a pruned cache goes on without a patch", "engine/kv_cache.py",
+          "if not self._vtprune_state.reading and self._vtprune_state.is_pruned:", "if False:",
+          "test_12_open_calls.py -k 'llava-random and after_remove'"),
+    Fault("12 open calls", "attention maps keep the lengths of their layers", "engine/columns.py",
+          'for name in ("hidden_states", "attentions", "router_logits"):', 'for name in ("hidden_states",):',
+          "test_12_open_calls.py -k 'llava-random and generate_flags'"),
+    Fault("12 open calls", "hidden pictures take the budget", "models/visual_tokens.py",
+          "if bool(seen.all()):", "if True:",
+          "test_12_open_calls.py -k 'llava-random and hidden_pictures'"),
+    Fault("12 open calls", "foreign columns pass in silence", "engine/session.py",
+          "if not bool(foreign.any()):", "if True:",
+          "test_12_open_calls.py -k 'llava-random and merged_by_hand'"),
+    Fault("12 open calls", "packed rows share a budget", "models/unsupported.py",
+          "found = next(_packings(arguments, real, past), None)", "found = None",
+          "test_12_open_calls.py -k 'llava-random and packed'"),
 )  # fmt: skip
 
 
