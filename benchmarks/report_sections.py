@@ -204,6 +204,30 @@ def small_pools(data: Data) -> str:
     return f"Medians of {data['rounds']} rounds; both choose the same rows. {versions(data)}\n\n{table(head, rows)}"
 
 
+def overhead(data: Data) -> str:
+    """Operations, reads and allocations of a prefill and of a decoding step, over those of the unpruned model."""
+    plain = {row["setting"]: row for row in data["rows"] if row["variant"] == "unpruned"}
+
+    def share(row: Data, part: str, count: str) -> str:
+        return f"{row[part][count] / plain[row['setting']][part][count]:.2f}x"
+
+    rows = [
+        (
+            row["setting"],
+            f"`{row['variant']}`",
+            *(share(row, "prefill", count) for count in ("operations", "calls", "allocations")),
+            *(share(row, "step", count) for count in ("operations", "calls", "allocations")),
+        )
+        for row in data["rows"]
+    ]
+    head = ("setting", "variant", *(f"{part}: {n}" for part in ("prefill", "step") for n in ("ops", "calls", "allocs")))
+    text = (
+        f"Keep {data['ratio']:.0%}. Counts of one prefill and one decoding step over those of the unpruned model: aten "
+        f"operations, Python calls, allocations. `limit` is fed the kept tokens only. {versions(data)}"
+    )
+    return f"{text}\n\n{table(head, rows)}"
+
+
 def certify(data: Data) -> str:
     """How often certificates made on random parts of the pictures are broken on what they did not see."""
 

@@ -34,7 +34,7 @@ from benchmarks.accuracy import header
 from vtprune import refvlm
 from vtprune.core.clips import Clip
 from vtprune.methods.vcast import curvature
-from vtprune.refvlm import clips
+from vtprune.refvlm import clip_inputs
 from vtprune.study import intervals, metrics, progress
 from vtprune.study.timing import cache_bytes
 
@@ -119,7 +119,8 @@ def one_prompt(
     frames, text, answer = prompt
     out: dict[str, dict[str, Any]] = {}
     made = {
-        rule: clips.inputs(model, processor, shown(frames, rule, kept), f" {text} answer:") for rule in ("", *INSTEAD)
+        rule: clip_inputs.inputs(model, processor, shown(frames, rule, kept), f" {text} answer:")
+        for rule in ("", *INSTEAD)
     }
     for rule in ("", *rules):
         inputs = made.get(rule, made[""])
@@ -209,7 +210,7 @@ def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str,
         cases["cut between two real clips"] = [*one, *two], [half // 2 - 1, half // 2]
     out = []
     for name, (frames, at) in cases.items():
-        inputs = clips.inputs(model, processor, frames, " what is there? answer:")
+        inputs = clip_inputs.inputs(model, processor, frames, " what is there? answer:")
         with torch.no_grad():
             seen = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
         steps = FRAMES // 2

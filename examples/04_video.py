@@ -25,7 +25,7 @@ from PIL import Image, ImageChops
 
 import vtprune
 from vtprune import refvlm
-from vtprune.refvlm import clips
+from vtprune.refvlm import clip_inputs
 
 FRAMES = 4
 
@@ -65,7 +65,7 @@ def main() -> None:
         if name == "llava":
             inputs = as_pictures(processor, frames, question.text)
         else:
-            inputs = clips.inputs(model, processor, frames, f" {question.text} answer:")
+            inputs = clip_inputs.inputs(model, processor, frames, f" {question.text} answer:")
         whole = answer(model, processor, inputs)
         for_clips = args.video_method if name == "qwen2_5_vl" else None
         with vtprune.patch(model, ratio=args.ratio, method=args.method, video_method=for_clips) as patch:

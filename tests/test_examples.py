@@ -83,15 +83,15 @@ def test_a_clip_of_pairs_of_equal_frames_is_the_pictures_themselves():
     import torch
 
     from vtprune import refvlm
-    from vtprune.refvlm import clips
+    from vtprune.refvlm import clip_inputs
 
     model, processor = refvlm.load(name="qwen2_5_vl")
     pictures = [refvlm.scenes.scene(seed).image for seed in (1, 2)]
     single = processor.image_processor(images=pictures, return_tensors="pt")
     frames = [pictures[0], pictures[0], pictures[1], pictures[1]]
-    video = clips.inputs(model, processor, frames, " what? answer:")
+    video = clip_inputs.inputs(model, processor, frames, " what? answer:")
     assert torch.equal(video["pixel_values_videos"], single["pixel_values"])
-    mixed = clips.inputs(model, processor, [pictures[0], pictures[1]], " what? answer:")["pixel_values_videos"]
+    mixed = clip_inputs.inputs(model, processor, [pictures[0], pictures[1]], " what? answer:")["pixel_values_videos"]
     first, second = (part.view(-1, 3, 2, 36) for part in single["pixel_values"].chunk(2))
     mixed = mixed.view(-1, 3, 2, 36)
     assert torch.equal(mixed[:, :, 0], first[:, :, 0]) and torch.equal(mixed[:, :, 1], second[:, :, 1])

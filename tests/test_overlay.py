@@ -37,8 +37,8 @@ class _Places:
     """A picture seen whole (2 x 2) and in tiles (2 x 3, a newline after each row)."""
 
     crop = torch.tensor([0] * 4 + [1] * 8)
-    row = torch.tensor([0, 0, 1, 1, 0, 0, 0, -1, 1, 1, 1, -1])
-    col = torch.tensor([0, 1, 0, 1, 0, 1, 2, -1, 0, 1, 2, -1])
+    grid_row = torch.tensor([0, 0, 1, 1, 0, 0, 0, -1, 1, 1, 1, -1])
+    grid_col = torch.tensor([0, 1, 0, 1, 0, 1, 2, -1, 0, 1, 2, -1])
 
     def __len__(self) -> int:
         return len(self.crop)

@@ -63,7 +63,7 @@ class Batch:
         Args:
             prefix: columns before the questions, `<bos>` and the picture.
         """
-        owner = torch.nn.functional.pad(self.offsets, (prefix, 0), value=-1)
+        owner = torch.nn.functional.pad(self.segments, (prefix, 0), value=-1)
         length = owner.shape[1]
         shared = torch.arange(length, device=owner.device) < prefix
         allowed = shared | (owner[:, :, None] == owner[:, None, :])

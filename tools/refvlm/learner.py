@@ -142,5 +142,5 @@ def score(batch: data.Batch, predicted: torch.Tensor) -> Counter:
     for row, dialogues in enumerate(batch.asked):
         for number, (kind, _, _) in enumerate(dialogues, start=1):
             tally[kind, "asked"] += 1
-            tally[kind, "right"] += not wrong[row, batch.offsets[row].cpu() == number].any()
+            tally[kind, "right"] += not wrong[row, batch.segments[row].cpu() == number].any()
     return tally

@@ -1,41 +1,144 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips for the built-in Qwen2.5-VL: frames and a question, as the processor of a large one prepares a video file."""
+"""Seeded short clips in which something moves, changes or follows something else, with known answer tokens.
+
+A clip has two to five steps of two frames each; Qwen2.5-VL joins the two frames of a step into one layer of visual
+tokens. Three kinds of clips: one object moves among others that rest, one object changes its color, or objects appear
+one after another, each for one step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import random
+from dataclasses import dataclass
+from functools import cached_property
 
-import torch
-from torch import Tensor
+from PIL import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .crowds import CELL, CrowdObject, backdrop, covered, draw
+from .scene_objects import COLORS, HORIZONTAL, SHAPES, VERTICAL
+from .scenes import Question
+
+EVENTS = ("move", "change", "follow")
+GRIDS = ((5, 5), (6, 6), (6, 8), (8, 6), (7, 7), (8, 8), (9, 9))
+FRAMES = 2  # of one step
 
 
-def inputs(model: Any, processor: Any, frames: Sequence[Image], text: str) -> dict[str, Tensor]:
-    """Keyword arguments of the model's call for one clip and the text after it.
+@dataclass(frozen=True)
+class Clip:
+    """A clip and what happens in it; `frames` are drawn on first use.
 
-    Args:
-        model: Of the Qwen2.5-VL architecture.
-        processor: Its processor, which has no video half (torchvision is not needed).
-        frames: RGB pictures of one size, an even number: two make one time step.
-        text: What follows the clip in the prompt.
+    Attributes:
+        steps: for every step, the objects that it shows. Their `patches` are numbers within the step's own grid.
     """
-    vision = model.config.vision_config
-    pictures = processor.image_processor(images=list(frames), return_tensors="pt")
-    steps, (_, rows, columns) = len(frames) // vision.temporal_patch_size, pictures["image_grid_thw"][0].tolist()
-    # A picture is prepared as a time step of two equal frames: one of them is taken from either picture of a pair.
-    shape = (steps, 2, rows * columns, vision.in_channels, vision.temporal_patch_size, -1)
-    pixels = pictures["pixel_values"].view(shape)  # [T, 2, h w, 3, 2, p p]
-    pairs = torch.stack([pixels[:, 0, :, :, 0], pixels[:, 1, :, :, 1]], dim=3)  # [T, h w, 3, 2, p p]
-    tokens = steps * rows * columns // vision.spatial_merge_size**2
-    words = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-    ids = torch.cat([torch.full((1, tokens), model.config.video_token_id), words], dim=1)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "mm_token_type_ids": 2 * (ids == model.config.video_token_id).int(),  # 1 would be a picture
-        "pixel_values_videos": pairs.flatten(2).flatten(0, 1),  # [T h w, 3 x 2 x p x p]
-        "video_grid_thw": torch.tensor([[steps, rows, columns]]),
-    }
+
+    seed: int
+    grid: tuple[int, int]
+    event: str
+    steps: tuple[tuple[CrowdObject, ...], ...]
+
+    @cached_property
+    def frames(self) -> tuple[Image.Image, ...]:
+        """`FRAMES` equal pictures for every step."""
+        plain = backdrop(self.seed, self.grid)
+        return tuple(image for shown in self.steps for image in [draw(shown, self.grid, plain)] * FRAMES)
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        """All questions about what happens, in random order."""
+        rng = random.Random(f"clip questions {self.seed}")
+        found = ask(self)
+        rng.shuffle(found)
+        return tuple(found)
+
+    def cells(self, *shown: tuple[int, CrowdObject]) -> tuple[int, ...]:
+        """Visual tokens of objects, each with the number of its step, counted over the whole clip."""
+        size = self.grid[0] * self.grid[1]
+        return tuple(dict.fromkeys(step * size + cell for step, thing in shown for cell in thing.patches))
+
+
+def clip(seed: int, grid: tuple[int, int] | None = None, steps: int | None = None, event: str | None = None) -> Clip:
+    """The clip of this seed; grid, number of steps and event are drawn where they are not given."""
+    rng = random.Random(f"clip {seed}")
+    grid = grid or rng.choice(GRIDS)
+    steps = steps or rng.choice((3, 4, 4, 5))
+    event = event or rng.choice(EVENTS)
+    shapes = rng.sample(SHAPES[:-1], len(SHAPES) - 1)
+    if event == "follow":
+        # A step shows one object; shapes do not repeat, so that "after the circle" is one step.
+        shown = [(_somewhere(rng, grid, [], rng.choice(tuple(COLORS)), shape),) for shape in shapes[:steps]]
+        return Clip(seed, grid, event, tuple(shown))
+    hero = _somewhere(rng, grid, [], rng.choice(tuple(COLORS)), shapes[0])
+    resting: list[CrowdObject] = []
+    if event == "move":
+        target = hero
+        while (target.vertical, target.horizontal) == (hero.vertical, hero.horizontal):
+            target = _somewhere(rng, grid, [], hero.color, hero.shape)
+        path = [_between(hero, target, step / (steps - 1), grid) for step in range(steps)]
+    else:
+        other = rng.choice([color for color in COLORS if color != hero.color])
+        when = rng.randrange(1, steps)
+        changed = dataclasses.replace(hero, color=other, rgb=COLORS[other])
+        path = [hero if step < when else changed for step in range(steps)]
+    for shape in shapes[1 : 1 + rng.choice((0, 1, 2))]:
+        thing = _somewhere(rng, grid, [*path, *resting], rng.choice(tuple(COLORS)), shape, tries=20)
+        if thing is not None:
+            resting.append(thing)
+    return Clip(seed, grid, event, tuple((moved, *resting) for moved in path))
+
+
+def _somewhere(rng, grid, others, color, shape, tries: int = 0):
+    """An object at a place clear of the middle lines; None where `tries` places were taken by `others`."""
+    height, width = grid[0] * CELL, grid[1] * CELL
+    radius = rng.randint(9, 13)
+    rgb = tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLORS[color])
+    for _ in range(tries or 1000):
+        x, y = rng.randint(radius + 1, width - radius - 1), rng.randint(radius + 1, height - radius - 1)
+        if min(abs(2 * x - width), abs(2 * y - height)) < 8:
+            continue
+        if any(max(abs(x - o.x), abs(y - o.y)) <= radius + o.half_width + 3 for o in others):
+            continue
+        thing = CrowdObject(shape, color, "", None, x, y, radius, radius, rgb, (), (height, width))
+        thing = dataclasses.replace(thing, patches=covered(thing, grid))
+        if not any(set(thing.patches) & set(other.patches) for other in others):
+            return thing
+    return None
+
+
+def _between(start: CrowdObject, end: CrowdObject, share: float, grid: tuple[int, int]) -> CrowdObject:
+    x, y = (round(a + (b - a) * share) for a, b in ((start.x, end.x), (start.y, end.y)))
+    thing = dataclasses.replace(start, x=x, y=y)
+    return dataclasses.replace(thing, patches=covered(thing, grid))
+
+
+def ask(on: Clip) -> list[Question]:
+    """Every question about what happens in a clip."""
+    last = len(on.steps) - 1
+    if on.event == "follow":
+        found = []
+        for step in range(last):
+            one, other = on.steps[step][0], on.steps[step + 1][0]
+            both = on.cells((step + 1, other), (step, one))
+            found.append(Question(f"what came after the {one.shape}?", other.shape, "after", both))
+            both = on.cells((step, one), (step + 1, other))
+            found.append(Question(f"what came before the {other.shape}?", one.shape, "before", both))
+        return found
+    first, final = on.steps[0][0], on.steps[last][0]
+    name = first.shape
+    if on.event == "change":
+        when = next(step for step, shown in enumerate(on.steps) if shown[0].color != first.color)
+        after, before = on.cells((when, final)), on.cells((when - 1, first))
+        return [
+            Question(f"what color does the {name} become?", final.color, "becomes", after + before),
+            Question("what changes?", name, "changes", after + before),
+        ]
+    place, origin = (f"{thing.vertical} {thing.horizontal}" for thing in (final, first))
+    ends = on.cells((last, final)), on.cells((0, first))
+    return [
+        Question(f"where does the {name} go?", place, "goes", ends[0] + ends[1]),
+        Question(f"where does the {name} start?", origin, "starts", ends[1] + ends[0]),
+        Question("what moves?", name, "moves", ends[0] + ends[1]),
+    ]
+
+
+QUADRANTS = tuple(f"{vertical} {horizontal}" for vertical in VERTICAL for horizontal in HORIZONTAL)

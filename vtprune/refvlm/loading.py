@@ -239,7 +239,7 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
     Raises:
         InputError: The processor cannot take clips, or refuses this one.
     """
-    from . import clips
+    from . import clip_inputs
 
     try:
         if getattr(processor, "video_processor", None) is not None:
@@ -257,7 +257,7 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
                 or len(frames) % model.config.vision_config.temporal_patch_size
             ):
                 raise InputError(f"{len(frames)} frames of sizes {sorted({frame.size for frame in frames})}")
-            made = clips.inputs(model, processor, frames, f" {question} answer:")
+            made = clip_inputs.inputs(model, processor, frames, f" {question} answer:")
         else:
             raise InputError(f"{type(model).__name__} takes no clips")
     except Exception as error:  # processors raise what they like

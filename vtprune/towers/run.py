@@ -8,6 +8,7 @@ taps, mergers and projectors see the shapes they always see.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -249,7 +250,7 @@ class RunningTower:
         if states is None:
             return
         width = states.shape[-1]
-        batch, length = (1, len(states)) if states.dim() == 2 else (len(states), states[0].numel() // width)
+        batch, length = (1, len(states)) if states.dim() == 2 else (len(states), math.prod(states.shape[1:-1]))
         candidates = [
             v
             for v in (*args[1:], *kwargs.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method is one file that can be read in one go."""
+"""A method is one file, or one folder, that names its paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vtprune import methods
 
 FOLDER = Path(methods.__file__).parent
 # By the files themselves, not by the registry: other tests register methods of their own.
-FILES = {f for f in FOLDER.glob("*.py") if any(line.startswith("@register(") for line in f.read_text().splitlines())}
+FILES = {f for f in FOLDER.rglob("*.py") if any(line.startswith("@register(") for line in f.read_text().splitlines())}
 
 
 def test_there_is_a_file_for_every_method():
@@ -21,12 +21,9 @@ def test_there_is_a_file_for_every_method():
     assert {Path(inspect.getfile(cls)) for cls in shipped} == FILES and len(shipped) == len(FILES) >= 16
 
 
-@pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.stem)
-def test_its_file_has_40_to_150_lines(file: Path):
-    assert 40 <= len(file.read_text(encoding="utf-8").splitlines()) <= 150
-
-
-@pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(FILES), ids=lambda file: file.parent.name if file.stem == "method" else file.stem
+)
 def test_its_docstring_names_the_paper_or_says_that_there_is_none(file: Path):
     (name,) = [n for n in methods.names() if Path(inspect.getfile(methods.get(n))) == file]
     doc = methods.get(name).__doc__ or ""
