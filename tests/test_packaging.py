@@ -91,19 +91,19 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 
 
 def test_import_is_cheap():
-    """Under 0.3 s on top of torch, with no model code of transformers and no Triton.
+    """Under 0.8 s on top of torch for the engine and 26 methods, with no model code of transformers and no Triton.
 
     Processor time is taken, since tests on the other core would count into elapsed time; the best of three runs counts.
     """
     slow = ("transformers.models", "transformers.modeling_utils", "triton", "matplotlib", "rich")
     times = []
-    while len(times) < 3 and min(times, default=1) >= 0.3:
+    while len(times) < 3 and min(times, default=1) >= 0.8:
         out = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
         seconds, modules = json.loads(out.stdout)
         for name in modules:
             assert not any(name == part or name.startswith(f"{part}.") for part in slow), name
         times.append(seconds)
-    assert min(times) < 0.3
+    assert min(times) < 0.8
 
 
 def _python_files() -> list[Path]:
