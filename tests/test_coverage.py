@@ -103,7 +103,7 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
 )
 def test_towers_pass_or_are_refused_with_their_reason(architecture: str, outcome: str) -> None:
     entry = run.examine(architecture, NAMES[architecture], only_tower=True)
-    if entry["status"] == "not fed":
+    if entry.get("status") == "not fed":
         pytest.skip(f"the unpatched model fails: {entry['reason']}")
     assert outcome in entry["tower"]
     assert outcome == "passes" or entry["tower"].startswith("refused: ")
