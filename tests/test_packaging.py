@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,20 +91,24 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 """
 
 
-def test_import_is_cheap():
-    """Under 0.8 s on top of torch for the engine and 26 methods, with no model code of transformers and no Triton.
+def test_import_is_cheap(tmp_path):
+    """Under 0.3 s on top of torch, with no model code of transformers and no Triton.
 
     Processor time is taken, since tests on the other core would count into elapsed time; the best of three runs counts.
     """
     slow = ("transformers.models", "transformers.modeling_utils", "triton", "matplotlib", "rich")
+    # Installed packages have their bytecode: the first run writes it, whatever the environment says.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
+        "PYTHONPYCACHEPREFIX": str(tmp_path)
+    }
     times = []
-    while len(times) < 3 and min(times, default=1) >= 0.8:
-        out = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=True)
+    while len(times) < 3 and min(times, default=1) >= 0.3:
+        out = subprocess.run([sys.executable, "-c", _IMPORT], env=env, capture_output=True, text=True, check=True)
         seconds, modules = json.loads(out.stdout)
         for name in modules:
             assert not any(name == part or name.startswith(f"{part}.") for part in slow), name
         times.append(seconds)
-    assert min(times) < 0.8
+    assert min(times) < 0.3
 
 
 def _python_files() -> list[Path]:
