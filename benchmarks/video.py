@@ -36,7 +36,7 @@ from vtprune.core.clips import Clip
 from vtprune.methods.vcast import curvature
 from vtprune.refvlm import clip_inputs
 from vtprune.study import intervals, metrics, progress
-from vtprune.study.timing import cache_bytes
+from vtprune.study.stopwatch import cache_bytes
 
 OUT = Path(__file__).resolve().parent / "results" / "video.json"
 FRAMES, SIDE, STEP = 16, 144, 12  # STEP: pixels along a token

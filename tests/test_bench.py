@@ -19,10 +19,11 @@ from families import FAMILIES, Image  # noqa: E402
 
 import vtprune  # noqa: E402
 from benchmarks import latency, peers  # noqa: E402
-from vtprune.bench import layouts, limit, measure, shapes, stopwatch, summary, variants  # noqa: E402
+from vtprune.bench import layouts, limit, measure, shapes, summary, variants  # noqa: E402
 from vtprune.core import registry  # noqa: E402
 from vtprune.core.budget import Budget  # noqa: E402
 from vtprune.engine.patching import find_patch  # noqa: E402
+from vtprune.study import stopwatch  # noqa: E402
 
 LAYOUTS = {
     "llava": layouts.Fixed(),

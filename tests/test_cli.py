@@ -14,7 +14,7 @@ from PIL import Image
 
 from vtprune import refvlm
 from vtprune.cli.main import main
-from vtprune.study.timing import cache_bytes
+from vtprune.study.stopwatch import cache_bytes
 
 
 @pytest.fixture(scope="module")

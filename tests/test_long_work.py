@@ -168,7 +168,7 @@ COMMANDS = (
         lambda data: len(next(iter(data["settings"].values()))["rounds"]),
         instead={
             "vtprune.bench.measure.run": partial(measure.run, warm_up=0),
-            "vtprune.bench.stopwatch.gc": SimpleNamespace(collect=lambda: 0),  # slow where much is imported
+            "vtprune.study.stopwatch.gc": SimpleNamespace(collect=lambda: 0),  # slow where much is imported
         },
     ),
     Command(

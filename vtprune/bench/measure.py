@@ -18,8 +18,8 @@ from ..engine.patching import inspect, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError, one_line
 from ..models.anatomy import Anatomy
 from ..report.cost import DecoderShape, kv_bytes
-from ..study import progress
-from . import limit, stopwatch
+from ..study import progress, stopwatch
+from . import limit
 from .variants import Variant
 
 WARM = 576  # visual tokens that a CPU is warmed up with at most

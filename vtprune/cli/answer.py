@@ -192,7 +192,9 @@ def _print_sides(output: Output, args: argparse.Namespace, before: Side, after: 
         ("visual tokens", lambda side: side.visual_tokens, ""),
         ("prompt tokens", lambda side: side.prompt_tokens, ""),
         ("time to first token", lambda side: side.seconds, " s"),
+        ("of which vision tower", lambda side: side.vision, " s"),
         ("of which selection", lambda side: side.selection_time, " s"),
+        ("of which decoder", lambda side: side.seconds - side.vision - side.selection_time, " s"),
         ("KV cache", lambda side: side.kv_bytes, " B"),
     ]
     cells = []

@@ -146,9 +146,9 @@ def time_prompt(name: str, device: str, dtype: str) -> dict[str, Any]:
     """Median seconds of the parts of one prompt, unpruned and with the default method at a tenth."""
     import statistics
 
-    from ..bench import stopwatch
     from ..engine.patching import inspect, patch
     from ..refvlm import loading, scenes
+    from ..study import stopwatch
 
     model, processor = loading.model_and_processor(name, device, dtype)
     scene = scenes.scene(7)

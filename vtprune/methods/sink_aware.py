@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..core.method import Choice, Group, Method, ScoreMethod, Stage, Tap
+from ..core.method import Choice, Method, ScoreMethod
 from ..core.registry import register
 from ..core.tokens import Tokens
+from ..core.wrapper import Wrapper
 from ..errors import MethodError
 from .visionzip import VisionZip
-
-if TYPE_CHECKING:
-    from ..models.anatomy import Anatomy
 
 _STILL = 1e-3  # of the mean attention: frames whose attention differs by less show one picture
 
@@ -61,7 +57,7 @@ def without_sinks(attention: Tensor, clip: Tensor, place: Tensor, strength: floa
 
 @register("sink_aware")
 @dataclass
-class SinkAware(Method):
+class SinkAware(Wrapper):
     """Another method with attention sinks of clips taken out: `SinkAware(VisionZip())`, `SinkAware(FastVID())`
 
     Paper: SToP, arXiv 2604.20937. Some places get much attention in every frame, whatever they show. With `a[t, p]` the
@@ -91,24 +87,6 @@ class SinkAware(Method):
             raise MethodError(
                 f"SinkAware has strength={self.strength!r} and power={self.power!r}; expected 0 or more, and above 0"
             )
-
-    @property
-    def positions(self) -> str:
-        """What the host does to positions."""
-        return getattr(self.host, "positions", "original")
-
-    @property
-    def group(self) -> Group:  # type: ignore[override]
-        return self.host.group
-
-    def schedule(self, num_layers: int) -> Iterable[Stage]:  # type: ignore[override]
-        return self.host.schedule(num_layers)
-
-    def required_layer_inputs(self, num_layers: int) -> Iterable[int]:
-        return self.host.required_layer_inputs(num_layers)
-
-    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        return self.host.taps(anatomy)
 
     def choose(self, tokens: Tokens) -> Choice:
         if tokens.stage > 0:

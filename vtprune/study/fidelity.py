@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..engine.patching import find_patch, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method
-from . import metrics, timing
+from . import metrics, stopwatch
 from .intervals import bootstrap, group_means, wilson
 
 _NUMBER = {"type": "number"}
@@ -252,10 +252,10 @@ def _seconds(
     """Median time of a call from inputs to next-token logits; the caller has made one before."""
     device, times = inputs["input_ids"].device, []
     for _ in range(settings.repeats):
-        timing.wait(device)
+        stopwatch.synchronize(device)
         started = settings.clock()
         metrics.next_token_logits(model, inputs)
-        timing.wait(device)
+        stopwatch.synchronize(device)
         times.append(settings.clock() - started)
         after()
     return statistics.median(times)

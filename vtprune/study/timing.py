@@ -4,23 +4,20 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..models.transformers_names import cache_of
+from . import stopwatch
 
 if TYPE_CHECKING:
-    import torch
-
     from ..engine.patching import Patch
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one way of answering gave.
+    """An answer of the pruned or the unpruned model, and what it cost.
 
     Attributes:
         answer: The decoded answer.
@@ -28,7 +25,8 @@ class Side:
         prompt_tokens: All prompt tokens that do.
         seconds: Time to first token, from the model inputs to the first new token (vision tower, selection and prefill
             included): the median of `repeats`.
-        selection_time: The part of `seconds` that choosing the tokens takes (median; 0 without pruning).
+        vision: The part of `seconds` in the vision tower and the projector (median).
+        selection_time: The part of `seconds` that selecting tokens takes (median; 0 without pruning).
         kv_bytes: Bytes of all keys and values that the prompt leaves in the cache.
         repeats: Runs that `seconds` is the median of.
     """
@@ -37,6 +35,7 @@ class Side:
     visual_tokens: int
     prompt_tokens: int
     seconds: float
+    vision: float
     selection_time: float
     kv_bytes: int
     repeats: int
@@ -61,60 +60,35 @@ def measure_side_by_side(
     Returns:
         tuple[Side, Side]: Without pruning, with pruning.
     """
-    ways: tuple[Callable[[], AbstractContextManager], ...] = (patch.paused, nullcontext)
-    answers, sizes = [], []
-    for way in ways:
-        with way():
+    contexts: tuple[Callable[[], AbstractContextManager], ...] = (patch.paused, nullcontext)
+    answers = []
+    for context in contexts:
+        with context():
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = out[0, inputs["input_ids"].shape[1] :]
             answers.append(processor.decode(new, skip_special_tokens=True).strip())
-            sizes.append(cache_bytes(cache_of(_first_token(model, inputs))))
-    times: tuple[list[float], list[float]] = ([], [])
+    runs: tuple[list[stopwatch.Run], list[stopwatch.Run]] = ([], [])
     selection = []
     for _ in range(repeats):
-        for way, spent in zip(ways, times, strict=True):
-            with way():
-                spent.append(_timed(model, inputs))
+        for context, done in zip(contexts, runs, strict=True):
+            with context():
+                done.append(stopwatch.generate(patch.anatomy, inputs, 1))
         selection.append(patch.last.selection_time if patch.last else 0.0)  # the pruned run was the last one
     last = patch.last
-    if last is None:  # the prompt held no visual token
-        visual = kept = 0
-    else:
-        visual, kept = len(last.visual[0]), len(last.kept[0])
+    visual, kept = (len(last.visual[0]), len(last.kept[0])) if last else (0, 0)  # no record without visual tokens
     prompt = inputs["input_ids"].shape[1]
-    medians = [statistics.median(spent) for spent in times]
-    return (
-        Side(answers[0], visual, prompt, medians[0], 0.0, sizes[0], repeats),
-        Side(answers[1], kept, prompt - visual + kept, medians[1], statistics.median(selection), sizes[1], repeats),
+    sizes = ((visual, prompt, 0.0), (kept, prompt - visual + kept, statistics.median(selection)))
+    before, after = (
+        Side(
+            answer,
+            tokens,
+            length,
+            statistics.median(run.total for run in done),
+            statistics.median(run.vision for run in done),
+            selecting,
+            done[0].kv_bytes,
+            repeats,
+        )
+        for answer, done, (tokens, length, selecting) in zip(answers, runs, sizes, strict=True)
     )
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of all layers of a transformers cache; layers without any count nothing."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    total = 0
-    for layer in cache.layers:
-        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            total += 0 if part is None else part.nbytes
-    return total
-
-
-def _first_token(model: Any, inputs: Mapping[str, Any]) -> Any:
-    return model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-
-
-def _timed(model: Any, inputs: Mapping[str, Any]) -> float:
-    """Seconds until the first token is there."""
-    wait(inputs["input_ids"].device)
-    start = time.perf_counter()
-    _first_token(model, inputs)
-    wait(inputs["input_ids"].device)
-    return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    """Lets an accelerator finish what was queued."""
-    import torch
-
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return before, after

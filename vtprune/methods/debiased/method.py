@@ -3,32 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ...core.method import Choice, Group, ScoreMethod, Stage, Tap
+from ...core.method import Choice, ScoreMethod
 from ...core.registry import register
 from ...core.tokens import Tokens
+from ...core.wrapper import Wrapper
 from ...errors import MethodError
 from ..fastv import FastV
 from ..sparsevlm.method import SparseVLM
 from .padding import PaddingRule, shown
 from .position_curve import Curve, Form
 
-if TYPE_CHECKING:
-    from ...models.anatomy import Anatomy
-
 _RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bilinear")}
 
 
 @register("debiased")
 @dataclass
-class Debiased(ScoreMethod):
+class Debiased(Wrapper, ScoreMethod):
     """Another method with its scores corrected: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
     `Debiased(SparseVLM())`.
 
@@ -108,24 +106,6 @@ class Debiased(ScoreMethod):
     def padding_rule(self) -> PaddingRule | None:
         """How padding is told from the picture; None where `padding` is off."""
         return self._rule if self.padding else None
-
-    @property
-    def positions(self) -> str:
-        """What the host does to positions."""
-        return getattr(self.host, "positions", "original")
-
-    @property
-    def group(self) -> Group:  # type: ignore[override]
-        return self.host.group
-
-    def schedule(self, num_layers: int) -> Iterable[Stage]:  # type: ignore[override]
-        return self.host.schedule(num_layers)
-
-    def required_layer_inputs(self, num_layers: int) -> Iterable[int]:
-        return self.host.required_layer_inputs(num_layers)
-
-    def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        return self.host.taps(anatomy)
 
     def weights(self, tokens: Tokens) -> Tensor:
         """`[M]` factors of the host's scores, by numbers among all visual tokens that there were at first."""

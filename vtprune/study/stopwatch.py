@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One generation, taken apart: vision, prefill, each further token, memory and cache.
+"""Time and memory of one `generate` call, by part: vision tower, prefill, each further token, cache.
 
-Everything comes from a single call of `generate`, by marks before and after the image encoder and the model's forward
-calls. On a CUDA device marks are events in its stream, which cost nothing and wait for nothing; elsewhere they are
-readings of the clock, on other accelerators after waiting for them.
+Marks are set before and after the image encoder and the model's forward calls. On a CUDA device a mark is an event in
+the current stream, which does not synchronize; elsewhere it is a reading of the clock, after synchronizing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from torch import nn
 from ..models import attention_probe
 from ..models.anatomy import Anatomy
 from ..models.transformers_names import cache_of, encoder_method
-from ..study.timing import cache_bytes
 
 
 @dataclass
@@ -34,8 +32,8 @@ class Run:
 
     Attributes:
         vision: Seconds in the image encoder and projector; 0 if they did not run.
-        prefill: Seconds of the first forward call, without vision; deciding is part of it.
-        decision: Seconds at the cuts: reading what the method reads, choosing, compacting.
+        prefill: Seconds of the first forward call, without vision; the selection is part of it.
+        decision: Seconds at the cuts: reading what the method reads, selecting tokens, gathering them.
         token: Seconds of a further forward call (median); None if there was none.
         total: Seconds of the whole call of `generate`.
         kv_bytes: Keys and values of all layers after the prefill.
@@ -71,7 +69,7 @@ class Stopwatch:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
             return event
-        self.wait()
+        synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
     def seconds(self, start: Any, end: Any, cpu: bool = False) -> float:
@@ -80,11 +78,6 @@ class Stopwatch:
             end.synchronize()
             return start.elapsed_time(end) / 1000
         return end[cpu] - start[cpu]
-
-    def wait(self) -> None:
-        """Lets an accelerator finish what was queued."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
 
 
 @dataclass
@@ -166,6 +159,19 @@ def _replace(module: nn.Module, name: str, function: Callable) -> Callable[[], N
     return undo
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values of all layers of a transformers cache; layers without any count nothing."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    parts = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until an accelerator has finished its queued work; nothing on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @torch.no_grad()
 def generate(parts: Anatomy, inputs: Mapping[str, Any], new_tokens: int, cuts: Sequence[int] = ()) -> Run:
     """Generates exactly `new_tokens` tokens, greedily, and says what it took.
@@ -180,13 +186,13 @@ def generate(parts: Anatomy, inputs: Mapping[str, Any], new_tokens: int, cuts: S
     watch = Stopwatch(device)
     model: Any = parts.model
     gc.collect()
-    watch.wait()
+    synchronize(device)
     _reset_peak(device)
     with _watched(parts, watch, cuts) as marks:
         start = watch.mark()
         model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
         end = watch.mark()
-        watch.wait()
+        synchronize(device)
     marks.whole = (start, end)
     times: dict[str, Any] = _times(marks, watch)
     cpu = _times(marks, watch, cpu=True) if device.type == "cpu" else None
