@@ -145,7 +145,8 @@ def test_names_on_the_hub_become_the_folder(tmp_path, monkeypatch):
 
 def test_every_method_has_a_page_by_existing(monkeypatch):
     registry = importlib.import_module("vtprune.core.registry")
-    assert {f"methods/{name}.md" for name in vtprune.methods.names()} <= set(PAGES)
+    own = [name for name in vtprune.methods.names() if vtprune.methods.get(name).__module__.startswith("vtprune.")]
+    assert {f"methods/{name}.md" for name in own} <= set(PAGES)  # other tests register methods, too
     new = type("New", (vtprune.methods.get("uniform"),), {"__doc__": "Keeps new tokens. arXiv 2401.00001."})
     new.__module__ = "vtprune.methods.new"
     monkeypatch.setattr(registry, "_METHODS", registry._METHODS | {"new": new})
