@@ -147,5 +147,5 @@ def test_saved_and_read(tmp_path: Path) -> None:
     auto.save(path, mean_ratio=0.2)
     assert vtprune.Auto.load(path) == auto
     path.write_text('{"energy": 0.5}')
-    with pytest.raises(BudgetError, match="holds no automatic ratio"):
+    with pytest.raises(BudgetError, match="is no file of an automatic ratio"):
         vtprune.Auto.load(path)

@@ -83,7 +83,7 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
     assert "auto (energy" in capfd.readouterr().out
     assert _run(*demo, "--ratio", "auto") == 0
     assert "auto (energy 0.9" in capfd.readouterr().out
-    assert "holds no automatic ratio" in _refused(capfd, *demo, "--auto", photo)
+    assert "is no file of an automatic ratio" in _refused(capfd, *demo, "--auto", photo)
 
 
 def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa: F811

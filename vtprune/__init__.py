@@ -45,8 +45,8 @@ __all__ = [
     "unpatch",
 ]
 
-# Where the rest is. It is imported on first use (PEP 562): PyTorch takes more than a second, and `vtprune --help` none.
-_PLACES = {
+# Public names by module, imported on first use (PEP 562): importing PyTorch takes more than a second.
+_MODULES = {
     "Anatomy": ".models.anatomy",
     "Auto": ".core.energy",
     "Certificate": ".core.certificate",
@@ -65,8 +65,8 @@ def __getattr__(name: str) -> _Any:
 
     if name in _PACKAGES:
         return importlib.import_module(f".{name}", __name__)
-    if name in _PLACES:
-        value = getattr(importlib.import_module(_PLACES[name], __name__), name)
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

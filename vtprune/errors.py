@@ -7,7 +7,7 @@ class VTPruneError(Exception):
 
 
 class UnsupportedModelError(VTPruneError, ValueError):
-    """A part of the model that pruning needs is missing or cannot be used; the message names it."""
+    """The model lacks a part that pruning needs, or has a structure that pruning cannot handle."""
 
 
 class BudgetError(VTPruneError, ValueError):
@@ -15,7 +15,7 @@ class BudgetError(VTPruneError, ValueError):
 
 
 class MethodError(VTPruneError, ValueError):
-    """An unknown method, a bad option of a method, or a need of the method that the model cannot meet."""
+    """The method is unknown, an option of it is invalid, or the model does not meet its requirements."""
 
 
 class NothingPrunedError(VTPruneError, RuntimeError):
@@ -23,14 +23,14 @@ class NothingPrunedError(VTPruneError, RuntimeError):
 
 
 class InputError(VTPruneError, ValueError):
-    """Something the user named cannot be used: a file, a folder, a model, a prompt."""
+    """A file, folder, model or prompt given by the user cannot be used."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What an exception says, on one line of at most `limit` characters."""
+    """Message of an exception on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class CertificateError(VTPruneError):
-    """A certificate that cannot be made, read, or used with this model or method."""
+    """A certificate cannot be made, read, or used with this model or method."""

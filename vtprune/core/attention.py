@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that visual tokens receive from the rows of the prompt."""
+"""Attention that visual tokens receive from other tokens of the prompt."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .tokens import AttentionInputs
 
 
 def visual_attention(inputs: AttentionInputs, weights: Tensor | None = None) -> Tensor:
-    """Attention that the visual tokens receive from the given rows, mean over heads and rows.
+    """Attention that the visual tokens receive from the given queries, averaged over heads and queries.
 
     Args:
         inputs: Queries and keys of one layer.
-        weights: `[R]` weights of the rows, by default equal.
+        weights: `[R]` weights of the queries, by default equal.
 
     Returns:
-        Tensor: `[M]` float32, of a softmax over all keys that a row sees.
+        Tensor: `[M]` float32; the softmax runs over all keys that a query attends to.
     """
     received = attention_rows(
         inputs.queries,

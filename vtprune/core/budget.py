@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ratio`, `keep`, `mean_ratio` and a method's schedule -> counts per group and stage."""
+"""Token counts per group and stage, from `ratio`, `keep` or `mean_ratio` and a method's schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .method import Stage
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of the three is set.
+    """The number of visual tokens that a user asks for; exactly one field is set.
 
     Attributes:
-        ratio: Share of the visual tokens that survives to the last layer, in (0, 1]; or an `Auto`, which chooses one
-            for each picture. `"auto"` becomes `Auto()`.
-        keep: Number of visual tokens per sample that survives.
-        mean_ratio: Mean over the inputs of the decoder layers of the share that is left, in (0, 1].
+        ratio: Share of the visual tokens that reaches the last layer, in (0, 1]; or an `Auto`, which chooses one for
+            each picture. `"auto"` becomes `Auto()`.
+        keep: Number of visual tokens per sample that reaches the last layer.
+        mean_ratio: Share of the visual tokens that is left, averaged over the inputs of the decoder layers, in (0, 1].
     """
 
     ratio: float | Auto | Literal["auto"] | None = None
@@ -51,17 +51,17 @@ class Budget:
 
     @property
     def auto(self) -> Auto | None:
-        """How a ratio is chosen for each picture, where it is not given."""
+        """The `Auto` that chooses the ratio of each picture, or None."""
         return self.ratio if isinstance(self.ratio, Auto) else None
 
     @property
     def share(self) -> float | None:
-        """`ratio`, where it is a number."""
+        """`ratio` if it is a number, else None."""
         return self.ratio if isinstance(self.ratio, (int, float)) else None
 
     @property
     def may_drop(self) -> bool:
-        """Whether a prompt with visual tokens may lose some."""
+        """Whether the budget can drop visual tokens."""
         return self.auto is not None or self.keep is not None or (self.share or self.mean_ratio or 0) < 1
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def check_window(window: object) -> None:
 
 
 def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
-    """Raises `MethodError` unless the cuts are at ascending layers of the model with falling shares."""
+    """Raises `MethodError` unless the cuts are before ascending layers of the model and have falling shares."""
     layers = [stage.layer for stage in stages]
     if any(not isinstance(layer, Integral) for layer in layers):
         raise MethodError(f"{name} cuts before layers {layers}; expected whole numbers of layers")
@@ -93,7 +93,7 @@ def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
 
 
 def mean_share(stages: Sequence[Stage], shares: Sequence[float], num_layers: int) -> float:
-    """Mean over decoder-layer inputs of the share of visual tokens that is left."""
+    """Share of visual tokens that is left, averaged over the inputs of the decoder layers."""
     edges = [0, *(stage.layer for stage in stages), num_layers]
     return sum(s * (b - a) for s, a, b in zip([1.0, *shares], edges, edges[1:], strict=False)) / num_layers
 
@@ -108,7 +108,7 @@ def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> f
     """The `ratio` at which the stretched schedule has mean share `mean_ratio`.
 
     Raises:
-        BudgetError: The layers before the first cut alone cost more.
+        BudgetError: The layers before the first cut alone exceed it.
     """
     if mean_ratio == 1:
         return 1.0
@@ -116,8 +116,7 @@ def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> f
     if mean_ratio <= least:
         raise BudgetError(
             f"mean_ratio={mean_ratio:g} cannot be met: the first cut is before layer {stages[0].layer} of "
-            f"{num_layers}, so the "
-            f"mean over layer inputs is above {least:.3f}; ask for more, or cut earlier"
+            f"{num_layers}, so the mean over layer inputs is above {least:.3f}; raise mean_ratio, or cut earlier"
         )
     low, high = -745.0, 0.0  # log of the ratio
     for _ in range(200):
@@ -127,18 +126,18 @@ def solve_mean(stages: Sequence[Stage], mean_ratio: float, num_layers: int) -> f
         else:
             high = middle
     found = math.exp((low + high) / 2)
-    # A method that cuts before the decoder is to get `mean_ratio` itself: half a token then rounds like `ratio` does.
+    # Rounded, so that a single cut at layer 0 gets exactly `mean_ratio` and its counts round as those of `ratio` do.
     return round(found, 12) or found
 
 
 def counts(stages: Sequence[Stage], ratio: float, total: int, last: int | None = None) -> list[int]:
-    """How many of `total` tokens are left after each stage.
+    """Numbers of tokens of a group that are left after each stage.
 
     Args:
         stages: The schedule.
-        ratio: Share that survives the last stage.
-        total: Tokens of the group.
-        last: The final count where it is given as a number.
+        ratio: Share that is left after the last stage.
+        total: Number of tokens in the group.
+        last: The final count, if it is given as a number.
 
     Returns:
         list[int]: Falling, never more than `total`; the last is `max(1, round(ratio * total))` or `last`.
@@ -167,7 +166,7 @@ def split_keep(keep: int, sizes: Sequence[int]) -> list[int]:
 
 
 def split_over_groups(keep: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens of each group are left when each sample keeps `keep`.
+    """Number of tokens that each group keeps when each sample keeps `keep`.
 
     Args:
         keep: Tokens of a sample.
@@ -175,8 +174,8 @@ def split_over_groups(keep: int, groups: Sequence[int], by_sample: Sequence[Sequ
         by_sample: For each sample, the numbers of its groups.
     """
     out = [0] * len(groups)
-    for mine in by_sample:
-        for group, number in zip(mine, split_keep(keep, [groups[g] for g in mine]), strict=True):
+    for members in by_sample:
+        for group, number in zip(members, split_keep(keep, [groups[g] for g in members]), strict=True):
             out[group] = number
     return out
 
@@ -189,20 +188,19 @@ def plan(
     by_sample: Sequence[Sequence[int]],
     last: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Counts for one prefill.
+    """Token counts for one prefill.
 
     Args:
-        budget: What the user asked for.
+        budget: The user's budget.
         stages: The method's schedule.
         num_layers: Decoder layers.
         groups: Visual tokens in each group.
         by_sample: For each sample, the numbers of its groups.
-        last: The tokens of each group that are left in the end, where they are known: for an automatic ratio, and for a
-            budget of `keep` of which other groups than these have a part. By default all of `keep` is split over these
-            groups.
+        last: Final count of each group, if known: for automatic ratios, and for a `keep` that is shared with other
+            groups than these. By default `keep` is split over these groups.
 
     Returns:
-        list: For each stage, how many tokens of each group are left.
+        list: For each stage, the number of tokens left in each group.
     """
     if last is None and budget.keep is not None:
         last = split_over_groups(budget.keep, groups, by_sample)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ratio that was certified for one model and one method."""
+"""Certificate of a ratio for one model and one method."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .registry import get
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `vtprune certify` found: with probability `confidence`, the share of changed answers is at most `risk`.
+    """Result of `vtprune certify`: with probability `confidence`, the share of changed answers is at most `risk`.
 
     It holds for greedy answers of one model, in one dtype, to pictures and questions like those it was made with.
 
     Attributes:
-        ratio: The smallest certified ratio; 1.0 where nothing less could be certified.
-        auto: `energy`, `min` and `max` instead, where automatic ratios were certified; or None.
+        ratio: The smallest certified ratio; 1.0 if no smaller one could be certified.
+        auto: `energy`, `min` and `max` of the certified automatic ratio; None for a fixed ratio.
         method: Registered name of the method.
-        options: Its options; None where they cannot be written as JSON.
-        method_repr: The method with all its options, as Python prints it.
-        model: Class of the model.
+        options: Its options; None if they cannot be written as JSON.
+        method_repr: `repr` of the method, with all its options.
+        model: Class name of the model.
         config_hash, weights_hash: See `models.identity`.
-        risk, confidence: What was asked for.
+        risk, confidence: The requested bounds.
         pictures: Number of pictures; several questions about one count as one observation, their mean.
         questions: Number of questions.
         changed: Mean over pictures of the share of changed answers at the certified ratio.
@@ -59,7 +59,7 @@ class Certificate:
 
     @classmethod
     def of(cls, model: nn.Module, method: Method, budget: float | Auto, **numbers: Any) -> Certificate:
-        """A certificate of a budget for a model and a method."""
+        """Builds the certificate of a budget for a model and a method."""
         automatic = dataclasses.asdict(budget) if isinstance(budget, Auto) else None
         return cls(
             ratio=budget.max if isinstance(budget, Auto) else budget,
@@ -75,28 +75,29 @@ class Certificate:
 
     @property
     def budget(self) -> float | Auto:
-        """What to pass as `ratio`."""
+        """Value for `ratio` of `vtprune.patch`."""
         return self.ratio if self.auto is None else Auto(**self.auto)
 
     def make_method(self) -> Method:
-        """The method it was made with.
+        """Builds the method that the certificate is for.
 
         Raises:
             CertificateError: Its options are not in the certificate.
         """
         if self.options is None:
             raise CertificateError(
-                f"the certificate is for {self.method_repr}, whose options a file cannot hold; pass the method itself"
+                f"the certificate is for {self.method_repr}, whose options cannot be stored as JSON; pass the method "
+                "itself"
             )
         return get(self.method)(**self.options)
 
     def check_method(self, method: Method) -> None:
-        """Raises `CertificateError` unless it is the method, options included, that the certificate is for."""
+        """Raises `CertificateError` unless the method and its options are those of the certificate."""
         if repr(method) != self.method_repr:
             raise CertificateError(f"the certificate is for the method {self.method_repr}; found {method!r}")
 
     def check_config(self, config: object) -> None:
-        """Raises `CertificateError` unless a configuration is that of the certificate's model."""
+        """Raises `CertificateError` unless the configuration is that of the certificate's model."""
         found = config_hash(config)
         if found != self.config_hash:
             raise CertificateError(
@@ -105,7 +106,7 @@ class Certificate:
             )
 
     def check_model(self, model: nn.Module) -> None:
-        """Raises `CertificateError` unless it is the model, weights and dtype included, of the certificate."""
+        """Raises `CertificateError` unless the model, its weights and its dtype are those of the certificate."""
         if type(model).__name__ != self.model:
             raise CertificateError(f"the certificate is for a {self.model}; found a {type(model).__name__}")
         self.check_config(model.config)
@@ -122,15 +123,15 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:
-        """Reads a file of `save`.
+        """Reads a file written by `save`.
 
         Raises:
-            CertificateError: The file is missing, or holds something else.
+            CertificateError: The file is missing or has other content.
         """
         try:
             return cls(**read_json(path, _schema(cls), MAX_RESULTS))
         except FileError as error:
-            raise CertificateError(f"{path} holds no certificate of vtprune certify: {error}") from error
+            raise CertificateError(f"{path} is no certificate written by vtprune certify: {error}") from error
 
 
 def _schema(cls: type[Certificate]) -> dict[str, Any]:
@@ -152,7 +153,7 @@ def _schema(cls: type[Certificate]) -> dict[str, Any]:
 
 
 def _options(method: Method) -> dict[str, Any] | None:
-    """The options of a method that a JSON file can hold; None where one cannot be, or would come back as another."""
+    """Options of a method as JSON values; None if one cannot be stored, or changes when it is read back."""
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
     try:
         back = json.loads(json.dumps(options))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames of clips: which tokens show the same place in different frames, and methods that choose clip by clip."""
+"""Frames of clips: tokens at the same place of different frames, and methods that select tokens clip by clip."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frame and place of every token of one clip; a picture is a clip of one frame. On the CPU.
+    """Frame and place of every token of one clip, on the CPU; a picture is a clip of one frame.
 
     Attributes:
-        frame: `[n]` int64, ascending from 0 without gaps. A frame is a row of `grid_thw`: Qwen models merge two sampled
-            frames into one.
+        frame: `[n]` int64, ascending from 0 without gaps. Frames count in the temporal grid of the encoder: Qwen models
+            merge two sampled frames into one.
         place: `[n]` int64. Equal numbers in different frames are the same place of the picture.
     """
 
@@ -34,12 +34,12 @@ class Clip:
 
     @classmethod
     def of_grid(cls, frames: int, places: int) -> Clip:
-        """Frames that all have the same places, in order."""
+        """Clip whose frames all have the same places, in order."""
         return cls(torch.arange(frames).repeat_interleave(places), torch.arange(places).repeat(frames))
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """Tokens of each frame."""
+        """Number of tokens in each frame."""
         return torch.bincount(self.frame).tolist()
 
     @property
@@ -48,32 +48,32 @@ class Clip:
 
     @functools.cached_property
     def table(self) -> Tensor:
-        """`[T, Q]` number of the token at each place of each frame, -1 where a frame has none."""
+        """Number `[T, Q]` of the token at each place of each frame, -1 where a frame has none."""
         table = torch.full((self.frames, int(self.place.max()) + 1), -1)
         table[self.frame, self.place] = torch.arange(len(self.frame))
         return table
 
     def at_same_place(self, reference: Sequence[int]) -> Tensor:
-        """The token at the same place of another frame.
+        """For each token, the token at the same place of another frame.
 
         Args:
-            reference: For each frame the number of the other one, -1 for none.
+            reference: For each frame, the number of the other frame, -1 for none.
 
         Returns:
-            Tensor: `[n]` number of the token; -1 where there is no such frame or it lacks the place.
+            Tensor: `[n]` number of the token, -1 if there is no such frame or it lacks the place.
         """
         other = torch.as_tensor(reference)[self.frame]
         return torch.where(other < 0, -1, self.table[other.clamp_min(0), self.place])
 
     def frame_means(self, x: Tensor) -> Tensor:
-        """`[T, D]` means over the tokens of each frame of `x` `[n, D]`."""
+        """Means `[T, D]` over the tokens of each frame of `x` `[n, D]`."""
         return torch.stack([part.mean(0) for part in x.split(self.sizes)])
 
 
 def similarity_to(x: Tensor, other: Tensor, missing: float) -> Tensor:
-    """Cosine `[n]` of every row of `x` `[n, D]` with the row `other` `[n]`; `missing` where `other` is negative.
+    """Cosine similarity `[n]` of every row of `x` `[n, D]` and row `other` `[n]`; `missing` where `other` is negative.
 
-    A row of zeros has cosine 0 with every other.
+    A row of zeros has similarity 0 to every other.
     """
     other = other.to(x.device)
     cosine = torch.cosine_similarity(x, x[other.clamp_min(0)], dim=-1, eps=1e-8)
@@ -81,15 +81,16 @@ def similarity_to(x: Tensor, other: Tensor, missing: float) -> Tensor:
 
 
 def cut_segments(similarity: Tensor, least: int, threshold: float) -> list[int]:
-    """Cuts a clip into segments where neighboring frames are unlike.
+    """Cuts a clip into segments between dissimilar neighboring frames.
 
     Args:
-        similarity: `[T - 1]` cosine of each frame with the next.
-        least: Segments wanted at least, as far as there are frames: the smallest similarities cut (ties: earlier).
-        threshold: Every similarity below it cuts.
+        similarity: `[T - 1]` cosine similarity of each frame and the next.
+        least: Smallest number of segments, if there are enough frames: the clip is cut at the `least - 1` smallest
+            similarities (ties: earlier).
+        threshold: The clip is also cut at every similarity below it.
 
     Returns:
-        list[int]: Frames of each segment.
+        list[int]: Number of frames in each segment.
     """
     similarity = similarity.cpu()
     cuts = similarity < threshold
@@ -99,60 +100,59 @@ def cut_segments(similarity: Tensor, least: int, threshold: float) -> list[int]:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """`[count]` numbers of the largest scores, ascending; equal scores go to the smaller number."""
+    """Indices `[count]` of the largest scores, ascending; ties go to the smaller index."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 @dataclass
 class ClipTokens:
-    """The visual tokens of one clip or picture and what may be kept of them.
+    """The visual tokens of one clip or picture, and their budget.
 
     Attributes:
-        clip: Frames and places of the tokens that have one.
+        clip: Frames and places of the tokens that have a place.
         rows: `[n]` their rows in `Tokens`, frame by frame. On the CPU.
-        budget: How many of them stay.
-        kept_besides: Rows of tokens without a place (a newline at the end of a clip) that stay: as many as the budget
-            leaves over when all others are kept.
+        budget: Number of them that stay.
+        kept_unplaced: Rows of tokens without a place (a newline at the end of a clip) that stay: as many as the budget
+            allows after all tokens with a place.
     """
 
     clip: Clip
     rows: Tensor
     budget: int
-    kept_besides: Tensor
+    kept_unplaced: Tensor
 
 
 def clips_of(tokens: Tokens) -> list[ClipTokens]:
-    """The clips and pictures of a batch, each of which has a budget of its own; those without tokens are left out."""
-    columns = (tokens.group, tokens.frame, tokens.crop, tokens.grid_row, tokens.grid_col)
-    group, *place = torch.stack(columns).cpu()
-    frame, crop, row, col = place
+    """The clips and pictures of a batch with their budgets; those without tokens are left out."""
+    origins = (tokens.group, tokens.frame, tokens.crop, tokens.grid_row, tokens.grid_col)
+    group, frame, crop, row, col = torch.stack(origins).cpu()
     out = []
     for number, budget in enumerate(tokens.budgets.tolist()):
         members = (group == number).nonzero()[:, 0]
         if not len(members):
             continue
         placed = row[members] >= 0
-        if not placed.any():  # a model that tells no places: one frame, places in the order of the prompt
+        if not placed.any():  # places are unknown: one frame in the order of the prompt
             clip = Clip.of_grid(1, len(members))
             out.append(ClipTokens(clip, members, min(budget, len(members)), members[:0]))
             continue
-        rows, besides = members[placed], members[~placed]
+        rows, unplaced = members[placed], members[~placed]
         rows = rows[frame[rows].sort(stable=True).indices]
         numbers = torch.unique(frame[rows], return_inverse=True)[1]
         places = torch.unique(torch.stack([crop[rows], row[rows], col[rows]]), dim=1, return_inverse=True)[1]
         inside = min(budget, len(rows))
-        out.append(ClipTokens(Clip(numbers, places), rows, inside, besides[: budget - inside]))
+        out.append(ClipTokens(Clip(numbers, places), rows, inside, unplaced[: budget - inside]))
     return out
 
 
 @dataclass
 class ClipChoice:
-    """What stays of one clip.
+    """The tokens of one clip that a method keeps.
 
     Attributes:
         keep: `[budget]` numbers of the tokens, in any order.
-        states: `[budget, D]` what they become, in the order of `keep`, for methods that merge.
-        scores: `[n]` what was ranked, for reports.
+        states: `[budget, D]` their new states, in the order of `keep`, for methods that merge.
+        scores: `[n]` scores that the method ranked by, for reports.
     """
 
     keep: Tensor
@@ -161,7 +161,7 @@ class ClipChoice:
 
 
 class ClipMethod(Method):
-    """A method that chooses clip by clip, before the decoder; a picture is a clip of one frame."""
+    """A method that selects tokens clip by clip, before the decoder; a picture is a clip of one frame."""
 
     group: ClassVar[Group] = "image"
 
@@ -177,17 +177,17 @@ class ClipMethod(Method):
         return ()
 
     def attention(self, tokens: Tokens) -> Tensor | None:
-        """`[M]` attention that the tokens get in the vision tower, for methods that read it."""
+        """Attention `[M]` that the tokens receive in the vision tower, for methods that read it."""
         return None
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
-        """Chooses the tokens of one clip.
+        """Selects the tokens of one clip.
 
         Args:
             x: `[n, D]` float32 states, frame by frame.
             clip: Frames and places of the tokens.
-            budget: How many stay, from 1 to `n - 1`.
-            attention: `[n]` of `attention`.
+            budget: Number of tokens that stay, from 1 to `n - 1`.
+            attention: `[n]` rows of `attention`.
         """
         raise NotImplementedError
 
@@ -198,7 +198,7 @@ class ClipMethod(Method):
         hidden, attention = tokens.hidden, self.attention(tokens)
         for part in clips_of(tokens):
             rows = part.rows.to(device)
-            keep[part.kept_besides.to(device)] = True
+            keep[part.kept_unplaced.to(device)] = True
             if part.budget in (0, len(rows)):
                 keep[rows] = part.budget > 0
                 continue

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def pairwise_distances(x: Tensor) -> Tensor:
     """Euclidean distances `[n, n]` between the rows of `x` `[n, D]`, divided by the square root of `D`."""
-    # Without a matrix product, so that equal rows have distance 0.
+    # Not by a matrix product, so that equal rows have distance 0.
     return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / math.sqrt(x.shape[1])
 
 
@@ -19,12 +19,12 @@ def log_peak_scores(distances: Tensor, neighbors: int) -> Tensor:
     """Logarithm of density times distance to the nearest denser token.
 
     The density is `exp(-mean of the squared distances to the nearest neighbors)`, the token itself being one of them;
-    for the densest token, or several equally dense ones, the distance is the largest of all. Logarithms, because
-    densities of features with long rows are zero in float32.
+    for the densest token, or several equally dense ones, the distance is the largest of all. Logarithms avoid
+    underflow: densities of long feature vectors are zero in float32.
 
     Args:
-        distances: `[n, n]` of `pairwise_distances`.
-        neighbors: How many nearest neighbors the density looks at, at most `n` are used.
+        distances: `[n, n]` from `pairwise_distances`.
+        neighbors: Number of nearest neighbors in the density, at most `n`.
 
     Returns:
         Tensor: `[n]`; the largest are the centers.
@@ -38,7 +38,7 @@ def log_peak_scores(distances: Tensor, neighbors: int) -> Tensor:
 
 
 def density_peaks(distances: Tensor, count: int, neighbors: int) -> Tensor:
-    """`[count]` rows of the centers, ascending; equal scores go to the smaller row."""
+    """Rows `[count]` of the centers, ascending; ties go to the smaller row."""
     order = log_peak_scores(distances, neighbors).sort(descending=True, stable=True).indices
     return order[:count].sort().values
 
@@ -46,7 +46,7 @@ def density_peaks(distances: Tensor, count: int, neighbors: int) -> Tensor:
 def group_sums(x: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sums `[count, D]` of the rows of `x` `[n, D]` by group, and the number of rows `[count]` in each.
 
-    Rows are added in order, so that the result is the same every time on every device.
+    Rows are added in order, so that the result is deterministic on every device.
     """
     order = group.sort(stable=True).indices
     sizes = torch.bincount(group, minlength=count)
@@ -54,6 +54,6 @@ def group_sums(x: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def group_means(x: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same with means; an empty group has mean 0."""
+    """Means `[count, D]` of the rows of `x` `[n, D]` by group, 0 for an empty one, and the number of rows in each."""
     sums, sizes = group_sums(x, group, count)
     return sums / sizes.clamp_min(1)[:, None], sizes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a picture needs: as many as explain a given share of the energy of all of them."""
+"""Automatic token counts: as many tokens of an image as explain a given share of its energy."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from .files import FileError, read_json
 
 @dataclass(frozen=True)
 class Auto:
-    """A count for each picture of its own: as many tokens as explain a share of the energy of all of them.
+    """Automatic token count for each image: as many tokens as explain a share of the energy of all of them.
 
-    The residual energy of a picture's projected features falls as tokens are picked by residual selection
-    (`methods.ResPrune`); the count is the first at which at most `1 - energy` of it is left. Any method can spend it.
+    The residual energy of an image's projected features falls as tokens are picked by residual selection
+    (`methods.ResPrune`); the count is the first at which at most `1 - energy` of it is left. Any method can use it.
 
     Attributes:
         energy: Share to be explained, above 0 and below 1. `vtprune.study.auto.calibrate` finds the one that keeps a
-            given mean share of the tokens of your pictures.
-        min, max: Bounds of the share of a picture's tokens that is kept, in [0, 1]. The time of the choice grows with
-            `max`.
+            given mean share of the tokens of your images.
+        min, max: Bounds of the share of an image's tokens that is kept, in [0, 1]. Selection time grows with `max`.
     """
 
     energy: float = 0.9
@@ -43,7 +42,7 @@ class Auto:
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
                 raise BudgetError(f"Auto.{name} is {value!r}; expected a share between 0 and 1")
             if (value == 0 and not low_ok) or (value == 1 and not high_ok):
-                raise BudgetError(f"Auto.{name} is {value!r}; expected a share that is not {value:g} itself")
+                raise BudgetError(f"Auto.{name} is {value!r}; expected a share other than {value:g}")
         if self.min > self.max:
             raise BudgetError(f"Auto has min={self.min:g} and max={self.max:g}; expected min <= max")
 
@@ -51,25 +50,25 @@ class Auto:
         return f"auto (energy {self.energy:g}, {self.min:g} to {self.max:g})"
 
     def counts(self, features: Tensor, offsets: Tensor) -> list[int]:
-        """Tokens to keep of each picture.
+        """Number of tokens to keep of each image.
 
         Args:
             features: `[M, D]` projected features; rows of zeros for tokens without a place.
-            offsets: `[S + 1]` int64 offsets of the pictures.
+            offsets: `[S + 1]` int64 offsets of the images.
         """
         return count_for_energy(features, offsets, self.energy, self.min, self.max).tolist()
 
     def save(self, path: str | Path, **about: object) -> None:
-        """Writes the three numbers as JSON, with whatever else is to be remembered `about` them."""
+        """Writes the fields as JSON, together with the entries of `about`."""
         data = {"ratio": "auto", "energy": self.energy, "min": self.min, "max": self.max, **about}
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Auto:
-        """Reads a file of `save`.
+        """Reads a file written by `save`.
 
         Raises:
-            BudgetError: The file is missing, or holds something else.
+            BudgetError: The file is missing or has other content.
         """
         share = {"type": "number", "minimum": 0, "maximum": 1}
         schema = dict.fromkeys(("energy", "min", "max"), share)
@@ -77,22 +76,22 @@ class Auto:
             data = read_json(path, {"type": "object", "required": [*schema], "properties": schema})
             return cls(*(data[name] for name in schema))
         except FileError as error:
-            raise BudgetError(f"{path} holds no automatic ratio: {error}; expected energy, min and max") from error
+            raise BudgetError(f"{path} is no file of an automatic ratio: {error}; expected energy, min, max") from error
 
 
 def bounds(total: int, least: float, most: float) -> tuple[int, int]:
-    """Smallest and largest count of `total` tokens between two shares, 1 at least; the largest wins a conflict."""
+    """Smallest and largest count of `total` tokens for two shares, at least 1; the largest wins a conflict."""
     largest = max(1, math.floor(most * total + 1e-9))
     return min(max(1, math.ceil(least * total - 1e-9)), largest), largest
 
 
 def energy_left(features: Tensor, offsets: Tensor, most: float = 1.0) -> list[Tensor]:
-    """For each group, the share of its energy that the first 1, 2, ... picks of residual selection leave.
+    """Share of each group's energy that is left after the first 1, 2, ... picks of residual selection.
 
     Args:
-        features: `[M, D]`; rows of zeros (tokens without a place) are never needed.
+        features: `[M, D]`; rows of zeros (tokens without a place) have no energy.
         offsets: `[S + 1]` int64 offsets of the groups.
-        most: Share of each group that is picked at most.
+        most: Largest share of each group that is picked.
 
     Returns:
         list[Tensor]: `[k]` float32 on the CPU, k the largest count that `most` allows.
@@ -121,6 +120,6 @@ def count_for_energy(features: Tensor, offsets: Tensor, energy: float, least: fl
     out = []
     for left, size in zip(energy_left(features, offsets, most), offsets.diff().tolist(), strict=True):
         smallest, largest = bounds(size, least, most)
-        needed = int((left > 1 - energy).sum()) + 1  # falling: the first that is low enough
+        needed = int((left > 1 - energy).sum()) + 1  # `left` falls: the first that is low enough
         out.append(min(max(needed, smallest), largest) if size else 0)
     return torch.tensor(out)

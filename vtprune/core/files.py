@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which vtprune reads a file that a user names: regular, of bounded size, JSON against a schema."""
+"""Reads files named by users: regular files of bounded size, and JSON validated against a schema."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class FileError(InputError):
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Reads a regular file of at most `limit` bytes.
 
-    Devices and pipes are refused before a byte is read, because they may have no end or never answer.
+    Devices and pipes are refused before a byte is read, because they may have no end or block.
 
     Args:
         path: The file; `~` is expanded.
-        limit: Bytes accepted.
+        limit: Largest size in bytes.
 
     Raises:
-        FileError: The reason, without the file's name.
+        FileError: The file cannot be read; the message does not name it.
     """
     try:
         # Opening a pipe without this flag waits until somebody writes to it.
@@ -42,8 +42,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise FileError(f"{reason.lower()}; expected a file that can be read") from error
     try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise FileError("not a regular file; expected a file, and no device, pipe or folder")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
@@ -51,11 +51,11 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         raise FileError(f"{error.strerror or error}".lower()) from error
     finally:
         os.close(descriptor)
-    return check_size(data, limit, about.st_size)
+    return check_size(data, limit, status.st_size)
 
 
 def check_size(data: bytes, limit: int, size: int | None = None) -> bytes:
-    """Returns `data`, or raises `FileError` where it is longer than `limit` bytes."""
+    """Returns `data`, or raises `FileError` if it is longer than `limit` bytes."""
     if len(data) > limit:
         found = f"{size / MIB:,.1f} MiB" if size and size > limit else f"more than {limit / MIB:,.1f} MiB"
         raise FileError(f"it has {found}; at most {limit / MIB:,.0f} MiB are read")
@@ -68,7 +68,7 @@ def read_text(path: str | Path, limit: int = MAX_SETTINGS) -> str:
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 text of `data`, or `FileError`."""
+    """Decodes UTF-8, or raises `FileError`."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -78,15 +78,15 @@ def decode(data: bytes) -> str:
 def read_json(path: str | Path, schema: Mapping[str, Any] | None = None, limit: int = MAX_SETTINGS) -> Any:
     """Reads a JSON file with the limits of `read_bytes`.
 
-    Stricter than `json.loads`: NaN, infinite numbers, a key given twice and nesting beyond `MAX_DEPTH` are refused.
+    Stricter than `json.loads`: NaN, infinite numbers, duplicate keys and nesting beyond `MAX_DEPTH` are refused.
 
     Args:
         path: The file.
         schema: A JSON Schema (draft 2020-12) that the content must satisfy.
-        limit: Bytes accepted.
+        limit: Largest size in bytes.
 
     Raises:
-        FileError: The reason, without the file's name; it names the place in the file that breaks the schema.
+        FileError: The file cannot be read or breaks the schema; the message says where, but does not name the file.
     """
     return parse_json(read_text(path, limit), schema)
 
@@ -108,7 +108,7 @@ def parse_json(text: str, schema: Mapping[str, Any] | None = None) -> Any:
 
 
 def check_schema(value: Any, schema: Mapping[str, Any]) -> None:
-    """Raises `FileError`, naming the place, where `value` does not satisfy a JSON Schema."""
+    """Raises `FileError`, with the path inside `value`, if it does not satisfy a JSON Schema."""
     import jsonschema
 
     try:
@@ -116,9 +116,9 @@ def check_schema(value: Any, schema: Mapping[str, Any]) -> None:
     except (OverflowError, RecursionError) as error:  # an integer of hundreds of digits against a bound
         raise FileError(f"a number is out of range: {error}") from error
     if problem is not None:
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem.absolute_path)
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem.absolute_path)
         message = problem.message if len(problem.message) <= 160 else f"{problem.message[:157]}..."
-        raise FileError(f"{place.lstrip('.') + ': ' if place else ''}{message}")
+        raise FileError(f"{path.lstrip('.') + ': ' if path else ''}{message}")
 
 
 def _refuse_constant(name: str) -> Any:

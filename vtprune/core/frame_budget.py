@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens each frame of a clip may keep: an exact budget shared over frames by weight."""
+"""Token budgets for the frames of a clip: an exact total, split by weight."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 def frame_budgets(
     weights: Sequence[float], total: int, capacity: Sequence[int], floor: int | Sequence[int] = 0
 ) -> list[int]:
-    """Shares a budget over frames in proportion to their weights, by largest remainder.
+    """Splits a budget over frames in proportion to their weights, by largest remainder.
 
-    Every frame gets its floor, then the whole part of its share of the rest. What is left goes one by one to the frames
-    with the largest fractions, in rounds, full frames left out. Equal fractions: the earlier frame first.
+    Every frame gets its floor, then the integer part of its share of the rest. The remainder goes one by one to the
+    frames with the largest fractions, in rounds, skipping full frames; ties go to the earlier frame.
 
     Args:
         weights: Weight of each frame, not negative; all zero means equal.
-        total: Tokens to give out.
-        capacity: Tokens that each frame has; frames may be of unequal length.
-        floor: Tokens that every frame gets first (a number, or one for each frame), as far as it has them. Without
-            effect where the floors alone exceed `total`.
+        total: Tokens to distribute.
+        capacity: Number of tokens in each frame; frames may be of unequal length.
+        floor: Tokens that every frame gets first (one number, or one for each frame), limited by its capacity. Ignored
+            if the floors alone exceed `total`.
 
     Returns:
         list[int]: Sums to `min(total, sum(capacity))`; no frame gets more than its capacity.
@@ -30,8 +30,8 @@ def frame_budgets(
     out = [min(f, c) for f, c in zip(floors, capacity, strict=True)]
     if sum(out) > total:
         out = [0] * len(capacity)
-    rest, mass = total - sum(out), sum(weights)
-    quota = [rest * w / mass if mass > 0 else rest / len(capacity) for w in weights]
+    rest, weight = total - sum(out), sum(weights)
+    quota = [rest * w / weight if weight > 0 else rest / len(capacity) for w in weights]
     out = [n + min(int(q), c - n) for n, q, c in zip(out, quota, capacity, strict=True)]
     by_fraction = sorted(frames, key=lambda i: (int(quota[i]) - quota[i], i))
     while left := total - sum(out):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way in which vtprune opens a picture file: known formats, bounded bytes, pixels, memory and time.
+"""Opens picture files with limits on formats, bytes, pixels, memory and time; all of vtprune reads them through here.
 
-Pillow decodes; this module limits what it can be made to do. Pillow reads everything through the file object that it is
-given, so that object counts reads and processor time, and refuses to hand over large metadata in one piece.
+Pillow decodes. It reads everything through the file object that it is given, so that object counts reads and processor
+time, and refuses to return large metadata in one piece.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens phones' 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 80_000_000  # below the number that Pillow warns of
-MAX_SIDE = 4096  # of what is handed on: larger than what any processor of transformers keeps
+MAX_SIDE = 4096  # of the returned image; no processor of transformers keeps more
 MAX_SECONDS = 10.0  # of this thread's processor time
 MAX_SCANS = 25  # of a progressive JPEG; encoders write about 10, and each can cost a pass over all pixels
-# Before the pixels, where a file can hold a million empty chunks, tags or comments:
+# Limits on what comes before the pixels, where a file can hold a million empty chunks, tags or comments:
 _MAX_METADATA = 2**19  # bytes that a reader may ask for in one piece; Pillow asks for a megabyte at most
 _MAX_PARTS = 20_000  # reads
 _METADATA_SECONDS = 1.0
@@ -35,13 +35,13 @@ _METADATA_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read.
+    """The first image of a picture file, decoded.
 
     Attributes:
-        image: RGB, turned the way its camera says, no side above the limit.
-        size: Width and height in pixels of the file, before it was turned and made smaller.
+        image: RGB, rotated as its EXIF orientation says, no side above the limit.
+        size: Width and height in pixels of the file, before rotation and resizing.
         mode: Pillow's name of the file's color mode.
-        animated: Whether the file has more pictures, of which the first was taken.
+        animated: Whether the file has further images.
     """
 
     image: Image
@@ -61,14 +61,14 @@ def open_picture(
     """Reads the first picture of a file.
 
     Args:
-        source: The file, or its content.
-        max_bytes: Of the file.
-        max_pixels: Of the file's picture, looked at before it is decoded.
-        max_side: Pictures with a longer side are made smaller.
-        max_seconds: Processor time of reading and decoding.
+        source: Path of the file, or its content.
+        max_bytes: Limit on the size of the file.
+        max_pixels: Limit on the number of pixels, checked before decoding.
+        max_side: Longest side of the returned image in pixels; larger ones are scaled down.
+        max_seconds: Limit on the processor time of reading and decoding.
 
     Raises:
-        FileError: It is none of `FORMATS`, broken, or beyond a limit; the reason, without the file's name.
+        FileError: It is none of `FORMATS`, broken, or exceeds a limit; the message does not name the file.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -93,7 +93,7 @@ def open_picture(
         raise FileError("no picture that can be read; expected PNG, JPEG, WebP, GIF, BMP or TIFF") from None
     except MemoryError:
         raise FileError("there is not enough memory to decode it") from None
-    except Exception as error:  # Pillow's readers raise what they stumble over: KeyError, struct.error, SyntaxError ...
+    except Exception as error:  # Pillow's readers raise KeyError, struct.error, SyntaxError and others on broken files
         raise FileError(f"the file is broken: {_reason(error)}") from error
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side))
@@ -111,7 +111,7 @@ def _reason(error: Exception) -> str:
 
 
 class _BoundedFile(io.BytesIO):
-    """A file in memory that stops its reader after many reads or much time: each of a million chunks is a read."""
+    """A file in memory that raises after too many reads (one per metadata chunk) or too much processor time."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -119,7 +119,7 @@ class _BoundedFile(io.BytesIO):
         self._parts: int | None = _MAX_PARTS
 
     def allow_pixels(self, seconds: float) -> None:
-        """From now on any number of reads of any size is allowed, for so many seconds of processor time."""
+        """Lifts the limits on reads, for the given seconds of processor time."""
         self._parts, self._end = None, time.thread_time() + seconds
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -129,7 +129,7 @@ class _BoundedFile(io.BytesIO):
             self._parts -= 1
             if self._parts < 0:
                 raise FileError("it has too many parts before its pixels")
-            # A reader that asks for all of the file (WebP) hands it to a library that checks it.
+            # Readers that ask for the whole file (WebP) pass it to a library with checks of its own.
             if size is not None and size > _MAX_METADATA:
                 raise FileError(f"a piece of its metadata is larger than {_MAX_METADATA // 2**10} KiB")
         return super().read(size)
@@ -149,10 +149,10 @@ def picture(path: str) -> Image:
 
 
 def picture_files(place: str) -> list[str]:
-    """The picture at `place`, or all picture files of that folder in order of their names; other files are passed over.
+    """Paths of the picture at `place`, or of all pictures in that folder in order of their names; none is opened yet.
 
     Raises:
-        InputError: There is no such file, or no picture in the folder. Nothing is opened yet.
+        InputError: There is no such file, or no picture in the folder.
     """
     folder = Path(place).expanduser()
     if place == "-" or folder.is_file():
@@ -166,7 +166,7 @@ def picture_files(place: str) -> list[str]:
 
 
 def pictures(place: str) -> list[Image]:
-    """Reads a picture, or all pictures of a folder in order of their names; other files in it are passed over.
+    """Reads a picture, or all pictures of a folder in order of their names; other files in it are ignored.
 
     Raises:
         InputError: There is no picture, or one cannot be read.

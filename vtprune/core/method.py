@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pruning method is: where it cuts, what it reads, and how it chooses.
+"""The contract of a pruning method: where it cuts, what it reads, and how it selects tokens.
 
-A method never sees a model. It gets `Tokens`, the visual tokens of the whole batch laid out flat, and answers with a
-`Choice`. Padding, budgets, ties, compaction, positions and the cache belong to the engine.
+A method never sees a model. It gets `Tokens`, the visual tokens of the whole batch laid out flat, and returns a
+`Choice`. Padding, budgets, compaction, positions and the cache are handled by the engine.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Stage:
 
     Attributes:
         layer: The cut happens before this decoder layer runs (0-based); 0 is before the decoder.
-        share: Published share of the ORIGINAL visual tokens that is left after the cut, in (0, 1]. Only the ratios
-            between the shares of a schedule matter: the user's budget stretches them.
+        share: Published share of the original visual tokens that is left after the cut, in (0, 1]. The shares of a
+            schedule are rescaled to the user's budget, see `budget.stretch`.
     """
 
     layer: int
@@ -39,15 +39,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Tap:
-    """Something a method wants to read while the model runs, without changing it.
+    """A forward hook that records something for a method while the model runs, without changing its output.
 
     Attributes:
-        name: Key under which the records appear in `Tokens.recorded`.
+        name: Key of the records in `Tokens.recorded`.
         module: The module whose calls are recorded.
         record: Called after every forward of `module` inside a prefill with visual tokens, as
-            `record(args, kwargs, output)`, under `torch.no_grad()`; what it returns is kept (None is not).
-        columns: The record is a tensor `[B, T, ...]` over the current prompt columns of the decoder: the engine cuts it
-            whenever it cuts the columns, and hands it out flat over the visual tokens, `[M, ...]`.
+            `record(args, kwargs, output)`, under `torch.no_grad()`; its result is kept unless it is None.
+        columns: The record is a tensor `[B, T, ...]` over the current prompt positions of the decoder: the engine cuts
+            it together with the prompt, and passes it to the method flat over the visual tokens, `[M, ...]`.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Tap:
 
 @dataclass
 class Choice:
-    """A method's answer at one stage.
+    """The tokens that a method keeps at one stage.
 
     Attributes:
-        keep: `[M]` bool. True stays.
+        keep: `[M]` bool, True for tokens that stay.
         hidden: `[M, D]` or None. New states for the kept tokens, for methods that merge dropped tokens into kept ones;
             rows of dropped tokens are ignored.
-        scores: `[M]` or None. What the method ranked by, for reports and pictures.
+        scores: `[M]` or None. Scores that the method ranked by, for reports and overlays.
     """
 
     keep: Tensor
@@ -76,10 +76,9 @@ class Method:
     """Base of all methods. Subclasses are dataclasses; their fields are the method's options.
 
     Class attributes:
-        group: What a budget applies to: the whole sample, or each image of it.
-        needs_frames: The method compares the frames of clips and has no rule for pictures, which it refuses.
-        required_layer_inputs: Decoder layers, relative to the model, whose input the method
-            wants to probe besides the stage's own.
+        name: The name it is registered under.
+        group: Whether a budget applies to the whole sample or to each image of it.
+        needs_frames: The method compares the frames of clips and refuses still pictures.
     """
 
     name: ClassVar[str] = ""
@@ -87,31 +86,31 @@ class Method:
     needs_frames: ClassVar[bool] = False
 
     def schedule(self, num_layers: int) -> Sequence[Stage]:
-        """Where the method cuts in a decoder of `num_layers` layers, in ascending order of layers."""
+        """Cuts of the method in a decoder of `num_layers` layers, in ascending order of layers."""
         return (Stage(getattr(self, "layer", 0)),)
 
     def required_layer_inputs(self, num_layers: int) -> Iterable[int]:
-        """Decoder layers before the cut whose inputs `attention_inputs(layer=...)` will be asked for."""
+        """Decoder layers before the cut that the method passes to `Tokens.attention_inputs(layer=...)`."""
         return ()
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        """What to record while the model runs. Raises `MethodError` where the model lacks what the method needs."""
+        """Records to make while the model runs. Raises `MethodError` if the model lacks what the method needs."""
         return ()
 
     def choose(self, tokens: Tokens) -> Choice:
-        """Chooses the tokens that stay: exactly `tokens.budgets[s]` of each group."""
+        """Selects the tokens that stay: exactly `tokens.budgets[s]` of each group."""
         raise NotImplementedError
 
 
 class ScoreMethod(Method):
-    """A method that gives every token a number; in each group the largest numbers stay, ties to the smaller column."""
+    """A method that scores every token; the largest scores of each group stay, ties go to the smaller position."""
 
     def score(self, tokens: Tokens) -> Tensor:
-        """Returns `[M]`: higher stays."""
+        """Scores `[M]` of the tokens; larger ones stay."""
         raise NotImplementedError
 
     def select(self, tokens: Tokens, scores: Tensor) -> Choice:
-        """Turns scores into a choice; a wrapper may hand in scores that it changed."""
+        """Turns scores, which a wrapper may have changed, into a choice."""
         return Choice(top_k(scores, tokens.offsets, tokens.budgets), scores=scores)
 
     def choose(self, tokens: Tokens) -> Choice:

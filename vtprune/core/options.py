@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of methods: those that take one of a few values, and those that are kept in a file."""
+"""Options of methods: checks of their types, and storage in JSON files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .method import Method
 
 
 def check_choices(method: Method) -> None:
-    """Raises `MethodError` where an option is not of the type that its class declares.
+    """Raises `MethodError` if an option is not of the type that its class declares.
 
-    Checked are `Literal` options, numbers (finite, no booleans), booleans, and tuples of these; other types are not.
+    `Literal`, numbers (finite, no booleans), booleans, and tuples of these are checked; other types are not.
     """
     try:
         hints = get_type_hints(type(method))
-    except (NameError, TypeError):  # a class of a user's own, with names that only a type checker resolves
+    except (NameError, TypeError):  # a user's class may use names that only a type checker resolves
         return
     for name, hint in hints.items():
         if get_origin(hint) is ClassVar or name not in vars(method):
@@ -38,7 +38,7 @@ _NAMES: dict[Any, str] = {float: "a finite number", int: "a whole number", bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether an option's value is of a declared type; types that are not checked fit anything."""
+    """Whether an option's value is of a declared type; True for types that are not checked."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in parts
@@ -58,22 +58,22 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
-    """Writes the named options of a method as JSON, with whatever else is to be remembered `about` them."""
+    """Writes the named options of a method as JSON, together with the entries of `about`."""
     options = {"method": method.name} | {name: getattr(method, name) for name in names}
     Path(path).write_text(json.dumps(options | dict(about), indent=1) + "\n", encoding="utf-8")
 
 
 def load_options(method: str, schemas: Mapping[str, Any], path: str | Path, source: str) -> dict[str, Any]:
-    """Reads options from a file of `save_options`; lists become tuples.
+    """Reads options from a file written by `save_options`; lists become tuples.
 
     Args:
-        method: The registered name that the file must be of.
-        schemas: A JSON Schema for each option, all of which the file must have; other keys are passed over.
+        method: Registered name of the method that the file must be for.
+        schemas: A JSON Schema for each option, all of which the file must have; other keys are ignored.
         path: The file.
-        source: What the file was expected to be, for the message.
+        source: What the file was expected to hold, for the message.
 
     Raises:
-        MethodError: The file is missing, or holds something else.
+        MethodError: The file is missing or has other content.
     """
     properties = {"method": {"const": method}, **schemas}
     try:

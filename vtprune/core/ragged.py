@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores to a keep mask, under an exact budget per group. Pure tensor functions over the ragged batch."""
+"""Keep masks from scores under an exact budget per group: pure tensor functions over the ragged batch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Relative difference up to which two neighboring scores tie. Equal tokens (two copies of a picture, flat background)
-# have equal scores, but float32 sums over prompts of other lengths round differently, by about 1e-7.
+# Relative difference up to which two neighboring scores tie. Equal tokens (two copies of an image, flat background)
+# have equal scores, but float32 sums over prompts of different lengths round differently, by about 1e-7.
 TIE = 4e-7
 
 
 def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
-    """Returns `[M]`: the group number of every row.
+    """Group number of every row, `[M]` int64.
 
     Args:
         offsets: `[S + 1]` offsets.
-        total: `M`, where it is known; without it, the host waits for a device that holds the offsets.
+        total: `M`, if known; without it, the call synchronizes with the device of `offsets`.
     """
     if total is not None and len(offsets) == 2:  # the most frequent case: one sample
         return torch.zeros(total, dtype=torch.int64, device=offsets.device)
@@ -25,9 +25,7 @@ def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
 
 
 def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Tensor:
-    """Rank of every row inside its group: 0 for the largest score, ties in order of the row number.
-
-    Scores that differ by no more than rounding tie, see `TIE`.
+    """Rank of every row inside its group: 0 for the largest score, ties (see `TIE`) in order of the row number.
 
     Args:
         scores: `[M]`, any float dtype.
@@ -46,10 +44,10 @@ def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Te
 
 
 def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float = TIE) -> Tensor:
-    """`[M]` scores in which rows of a group that differ by no more than rounding have the same value, the largest.
+    """Scores `[M]` in which rows of a group that tie (see `TIE`) all have the largest of their values.
 
-    Greedy choices take it before their first pick: which of two equal tokens is picked then does not depend on how
-    sums were rounded, so a sample in a batch keeps what it keeps alone.
+    Greedy methods apply it before their first pick, so that rounding does not decide between equal tokens and a sample
+    keeps the same tokens in a batch as alone.
     """
     groups = torch.zeros_like(scores, dtype=torch.long) if offsets is None else group_ids(offsets, len(scores))
     order, tie = _ties(scores, groups, tolerance)
@@ -59,13 +57,13 @@ def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float 
 
 
 def _ties(scores: Tensor, groups: Tensor, tolerance: float = TIE) -> tuple[Tensor, Tensor]:
-    """`[M]` rows by group and falling score, and `[M]` the number of the tie that each belongs to, ascending."""
+    """Rows `[M]` sorted by group and falling score, and the ascending number `[M]` of the tie that each belongs to."""
     by_score = torch.sort(scores, descending=True, stable=True).indices
     order = by_score[torch.sort(groups[by_score], stable=True).indices]
     values, group = scores[order], groups[order]
-    apart = values[:-1] - values[1:] > tolerance * values[:-1].abs()
+    differ = values[:-1] - values[1:] > tolerance * values[:-1].abs()
     tie = torch.zeros_like(order)
-    torch.cumsum(apart | (group[:-1] != group[1:]), 0, out=tie[1:])
+    torch.cumsum(differ | (group[:-1] != group[1:]), 0, out=tie[1:])
     return order, tie
 
 
@@ -85,15 +83,15 @@ def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:
 
 def from_order(order: Tensor, total: int) -> Tensor:
     """Keep mask `[total]` from chosen row numbers in any order; negative entries are padding."""
-    # Padding marks one row more, which is cut off again: picking out the others would wait for the device.
+    # Padding sets one extra row, which is cut off: selecting the other entries would synchronize with the device.
     keep = torch.zeros(total + 1, dtype=torch.bool, device=order.device)
     return keep.scatter_(0, torch.where(order < 0, total, order).flatten(), True)[:total]
 
 
 def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
-    """`[M]` uniform draws in [0, 1) from a generator that starts afresh with `seed` for every group.
+    """Uniform scores `[M]` in [0, 1), drawn for every group from a new generator with the given seed.
 
-    The draws are made on the CPU, so that every device gets the same; the global generator is neither read nor moved.
+    They are drawn on the CPU, so that they are the same on every device; the global generator is not used.
     """
     draws = []
     for length in offsets.diff().tolist():
@@ -103,12 +101,12 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
 
 
 def scatter(x: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tensor:
-    """Puts packed columns back in their places among `length` columns; the others are zero.
+    """Scatters the packed layout back to `length` positions; the others are zero.
 
     Args:
         x: `[B, K, ...]`.
-        index, valid: The packed layout, `[B, K]`, on the device of `x`; None where all slots are valid.
-        length: Number of columns `T`.
+        index, valid: The packed layout, `[B, K]`, on the device of `x`; `valid` is None if all slots are.
+        length: Number of positions `T`.
 
     Returns:
         Tensor: `[B, T, ...]`, differentiable in `x`.
@@ -116,7 +114,7 @@ def scatter(x: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tens
     if len(index) == 1 and valid is None:
         return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_copy(1, index[0], x)
     full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
-    # Slots that are not valid go to a column that is cut off again.
+    # Invalid slots go to an extra position that is cut off.
     target = index if valid is None else torch.where(valid, index, length)
     batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
     return full.index_put((batch, target), x)[:, :length]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods by name."""
+"""Registry of pruning methods by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names() -> tuple[str, ...]:
 
 
 def for_pictures() -> tuple[str, ...]:
-    """Registered names of the methods that prune pictures; the others compare frames of clips."""
+    """Registered names of the methods that prune still pictures; the others compare the frames of clips."""
     return tuple(name for name in names() if not _METHODS[name].needs_frames)
 
 
@@ -50,7 +50,7 @@ def get(name: str) -> type[Method]:
     """Returns the method class registered under `name`.
 
     Raises:
-        MethodError: Nothing is registered under it; near matches are named.
+        MethodError: Nothing is registered under it; the message names close matches.
     """
     if name in _METHODS:
         return _METHODS[name]
@@ -60,7 +60,7 @@ def get(name: str) -> type[Method]:
 
 
 def resolve(method: str | Method | type[Method]) -> Method:
-    """Turns what a user passes as `method` into an instance, whose options are checked."""
+    """Turns the `method` that a user passes into an instance, and checks its options."""
     if isinstance(method, str):
         method = get(method)
     if isinstance(method, type) and issubclass(method, Method):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published layer numbers, carried over to decoders of other lengths."""
+"""Published layer numbers, scaled to decoders of other depths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .method import Stage
 
 
 def scale_layer(layer: int, depth: int | None, num_layers: int) -> int:
-    """Where layer `layer` of a decoder of `depth` layers lies in one of `num_layers`.
+    """Layer of a decoder of `num_layers` layers that corresponds to `layer` in one of `depth` layers.
 
     Args:
         layer: Published 0-based layer.
-        depth: Length of the decoder that it was published for; None takes `layer` as it is.
-        num_layers: Length of the decoder at hand.
+        depth: Number of layers of the decoder that it was published for; None takes `layer` as it is.
+        num_layers: Number of layers of the model's decoder.
 
     Returns:
         int: `layer * num_layers / depth` rounded half up, at least 1 (a cut inside the decoder stays inside it) and at
@@ -29,10 +29,10 @@ def scale_layer(layer: int, depth: int | None, num_layers: int) -> int:
 def scale_schedule(
     layers: Sequence[int], shares: Sequence[float], depth: int | None, num_layers: int, name: str
 ) -> tuple[Stage, ...]:
-    """Scales a published schedule. Where a shallow decoder makes cuts meet, the later one (the smaller share) is made.
+    """Scales a published schedule; of cuts that fall on the same layer of a shallow decoder, the last one counts.
 
     Raises:
-        MethodError: There are not as many layers as shares, or the decoder that they are meant for lacks one of them.
+        MethodError: Layers and shares differ in number, or a layer is outside the decoder of the publication.
     """
     if not layers or len(layers) != len(shares):
         raise MethodError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer counts spread evenly over bins and grids."""
+"""Integer counts, spread evenly over bins and grids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def spread(sizes: Tensor, count: int) -> Tensor:
-    """Shares `count` picks over consecutive bins as evenly as integers allow, in proportion to the bins' sizes.
+    """Distributes `count` picks over consecutive bins as evenly as integers allow, in proportion to the bins' sizes.
 
     Args:
         sizes: `[n]` int64 sizes of the bins.
@@ -28,7 +28,7 @@ def spread(sizes: Tensor, count: int) -> Tensor:
 
 
 def spread_grid(rows: Tensor, count: int) -> Tensor:
-    """Picks `count` cells of a grid whose rows and columns are as evenly covered as the count allows.
+    """Picks `count` cells of a grid, covering its rows and columns as evenly as possible.
 
     Args:
         rows: `[n]` row number of each cell, cells in raster order.
@@ -39,10 +39,10 @@ def spread_grid(rows: Tensor, count: int) -> Tensor:
     """
     lengths = torch.unique_consecutive(rows, return_counts=True)[1]
     height, width = len(lengths), len(rows) / len(lengths)
-    # Equal gaps in both directions: used rows / height = picks per used row / width.
+    # For equal gaps in both directions: used rows / height = picks per used row / width.
     used = min(max(round(math.sqrt(count * height / width)), math.ceil(count / width)), height, max(count, 1))
     lines = spread(torch.ones_like(lengths), used)
-    while int((lengths * lines).sum()) < count:  # rows of unequal lengths: the chosen ones may be the short ones
+    while int((lengths * lines).sum()) < count:  # rows of unequal lengths: the selected ones may be too short
         used += 1
         lines = spread(torch.ones_like(lengths), used)
     picks = spread(lengths * lines, count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is handed: the visual tokens of the batch laid out flat, and a decoder layer's attention inputs."""
+"""Inputs of a method: the visual tokens of the batch laid out flat, and a decoder layer's attention inputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class AttentionInputs:
-    """What one decoder layer feeds its attention function, flat over the samples that have visual tokens.
+    """Queries, keys and values of one decoder layer, flat over the samples that have visual tokens.
 
     Attributes:
-        queries: `[R, H, dh]` rows asked for (text after the last visual token, or the last token), after norms and,
+        queries: `[R, H, dh]` requested queries (text after the last visual token, or the last token), after norms and,
             with `rope=True`, rotation.
-        query_offsets: `[S + 1]` offsets of each sample's rows.
-        query_order: `[R]` place of each row in its sample's list of keys: it may see keys `0..query_order`.
-        keys: `[C, G, dh]` keys of all real columns (text and visual, no padding), not repeated for grouped heads.
+        query_offsets: `[S + 1]` offsets of each sample's queries.
+        query_order: `[R]` index of each query among its sample's keys: it attends to keys `0..query_order`.
+        keys: `[C, G, dh]` keys of all tokens (text and visual, no padding), not repeated for grouped heads.
         values: `[C, G, dv]`.
         key_offsets: `[S + 1]` offsets of each sample's keys.
         visual: `[M]` rows of `keys` that belong to the visual tokens, in the order of `Tokens`.
@@ -48,14 +48,13 @@ class AttentionInputs:
 
 @dataclass
 class Prompt:
-    """All columns that hold a token, text or visual, of the samples that have visual tokens; padding is left out.
+    """Positions of all tokens, text and visual, of the samples that have visual tokens; padding is left out.
 
-    Without an earlier call's cache the rows are those of `AttentionInputs.keys`. With them a method can look up what a
-    tap without `columns` recorded since the last cut, for text as well: `record[prompt.batch, prompt.slot]` is
-    `[C, ...]`.
+    Without the cache of an earlier call, the rows are those of `AttentionInputs.keys`. They index what a tap without
+    `columns` recorded since the last cut, for text as well: `record[prompt.batch, prompt.slot]` is `[C, ...]`.
 
     Attributes:
-        batch, slot: `[C]` where each token is in the `[B, T, ...]` tensors of the present stage.
+        batch, slot: `[C]` index of each token in the `[B, T, ...]` tensors of the current stage.
         offsets: `[S + 1]` offsets of each sample's tokens.
         visual: `[M]` rows of the visual tokens, in the order of `Tokens`.
         text: `[R]` rows of the text after the last visual token of each sample; its last token where there is none.
@@ -70,41 +69,41 @@ class Prompt:
     text_offsets: Tensor
 
     def to(self, device: torch.device) -> Prompt:
-        """The same on another device."""
+        """Copy on another device."""
         return Prompt(**{name: to_device(value, device) for name, value in vars(self).items()})
 
 
 @dataclass
 class Tokens:
-    """The visual tokens that are alive at one stage of one prefill, flat over the batch.
+    """The visual tokens left at one stage of a prefill, flat over the batch.
 
-    Order: by sample, then by prompt column. `M` is their number, `S` the number of groups that a budget applies to.
+    They are ordered by sample, then by prompt position. `M` is their number, `S` the number of groups with a budget.
 
     Attributes:
         hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt).
         offsets: `[S + 1]` offsets of the groups.
-        budgets: `[S]` how many tokens of each group must be left, never more than its length.
-        max_budget: The largest of them, known without waiting for a device; None where it has to be read.
-        max_length: Tokens of the longest group, likewise.
+        budgets: `[S]` number of tokens to keep in each group, at most its length.
+        max_budget: The largest budget, known on the host; None if it has to be read from `budgets`.
+        max_length: Length of the longest group, likewise.
         originals: `[S]` how many visual tokens each group had before the first cut.
-        sample, image, frame, grid_row, grid_col: `[M]` where each token comes from. `image` counts within the batch;
+        sample, image, frame, grid_row, grid_col: `[M]` origin of each token. `image` counts within the batch;
             `grid_row` and `grid_col` count in the grid of the image or crop (`crop`), -1 for tokens without a place
             (newlines, separators).
         crop: `[M]` 0 for a thumbnail or an undivided image, 1.. for the tile grid of any-resolution layouts.
-        index: `[M]` running number among the original visual tokens of the sample.
-        feature: `[M]` row of the encoder's output (all images, then all videos) that fills the column: what taps on the
-            vision side record per feature is looked up with it. Beams of one sample share rows.
-        position: `[M]` prompt column of the present call.
+        index: `[M]` index among the original visual tokens of the sample.
+        feature: `[M]` row of the encoder's output (all images, then all videos) that each token comes from; it indexes
+            the records of taps on the vision side. Beams of one sample share rows.
+        position: `[M]` prompt position in the current call.
         layer: The cut is before this decoder layer.
         stage: Number of the stage, 0-based.
         num_layers: Decoder layers of the model.
         recorded: Records of the method's taps: a list per name, or `[M, ...]` stacked as a list for column taps.
         inputs: Keyword arguments of the model call that describe the images (`image_sizes`, `image_grid_thw`,
             `pixel_values` ...), untouched.
-        anatomy: The parts of the model, for methods that call one (the projector, say).
-        memory: A dictionary that lives for this prefill only: what a method wants to carry from stage to stage.
-        prompt: Where text and visual tokens are in the decoder's tensors, for methods that read taps on text.
-        correct_attention: Set by a wrapper: changes the attention `[M]` of the vision tower that its host ranks by.
+        anatomy: The parts of the model, for methods that call one, such as the projector.
+        memory: State that a method carries from stage to stage; a new dictionary for every prefill.
+        prompt: Positions of text and visual tokens in the decoder's tensors, for methods that read taps on text.
+        correct_attention: Set by a wrapper: maps the attention `[M]` of the vision tower before its host ranks by it.
     """
 
     hidden: Tensor
@@ -138,12 +137,12 @@ class Tokens:
 
     @property
     def group(self) -> Tensor:
-        """`[M]` number of the group that each token belongs to."""
+        """Number `[M]` of the group that each token belongs to."""
         return group_ids(self.offsets, len(self))
 
     @property
     def placed_hidden(self) -> Tensor:
-        """`[M, D]` states, zeros for tokens that have no place in a picture (newlines) where others have one."""
+        """States `[M, D]`, zero for tokens without a place in an image (newlines), unless no token has one."""
         placed = self.grid_row >= 0
         return torch.where((placed | ~placed.any())[:, None], self.hidden, 0)
 
@@ -153,15 +152,18 @@ class Tokens:
         """Reads q, k, v of a decoder layer without running its attention.
 
         Args:
-            layer: Decoder layer, by default the one the cut stands before. Another one has to be named in the method's
+            layer: Decoder layer, by default the one after the cut. Any other has to be listed in the method's
                 `required_layer_inputs`, so that the engine keeps its input.
             rope: False for keys and queries before rotation.
-            queries: Which rows: all text after the last visual token of the sample, or only the last token. Without
-                text after the image both are the last token.
+            queries: All text after the last visual token of the sample, or only the last token. Without text after the
+                image both are the last token.
 
         Returns:
             AttentionInputs: In the model's dtype.
         """
         if self.reader is None:
-            raise MethodError("these tokens come without a decoder: there is nothing to read queries and keys from")
+            raise MethodError(
+                "Tokens.attention_inputs was called on tokens without a decoder; expected tokens handed out by a "
+                "patched model"
+            )
         return self.reader(self, self.layer if layer is None else layer, rope, queries)

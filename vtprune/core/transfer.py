@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between the host and a device, with as few waits as possible.
+"""Copies between host and device, with as few synchronizations as possible.
 
-The host runs ahead of a device by launching work that the device has not come to yet. Whatever waits for the device
-gives that lead away, so indices go there without waiting, and all that a cut needs to know comes back at once.
+The host queues kernels ahead of the device, and loses this lead whenever it waits for a result. Therefore indices are
+copied to the device without waiting, and everything that a cut needs on the host is read back in one copy.
 """
 
 from __future__ import annotations
@@ -15,50 +15,51 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; a copy from the host does not wait for what the device is doing.
+    """Copies `tensor` to `device`; copies from the host do not wait for the device's queue.
 
-    Such a copy has left the tensor's own memory when the call returns: the driver stages memory that is not pinned.
+    `tensor` may be overwritten afterwards, because the driver stages memory that is not pinned.
     """
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 @dataclass
 class DeferredChecks:
-    """What has to hold for a choice to mean anything, found out on the device and read together with the choice.
+    """Device-side checks, read back together with the selection.
 
     Attributes:
-        flags: 0-d bool tensors, True where all is well.
-        refusals: What raises the error of a flag that is False.
+        flags: 0-d bool tensors, False for a check that failed.
+        on_failure: For each flag, the function that raises its error.
     """
 
     flags: list[Tensor] = field(default_factory=list)
-    refusals: list[Callable[[], None]] = field(default_factory=list)
+    on_failure: list[Callable[[], None]] = field(default_factory=list)
 
-    def add(self, flag: Tensor, refuse: Callable[[], None]) -> None:
+    def add(self, flag: Tensor, on_failure: Callable[[], None]) -> None:
         self.flags.append(flag)
-        self.refusals.append(refuse)
+        self.on_failure.append(on_failure)
 
     def raise_if_failed(self, *results: Tensor) -> list[Tensor]:
-        """Reads the flags, and `results` `[M]` along with them in a single copy where they share a device.
+        """Reads the flags and `results` back, in a single copy if they share a device, and raises for a failed check.
 
         Args:
-            results: 1-d tensors whose values float32 holds.
+            results: 1-d tensors whose values float32 represents exactly.
 
         Returns:
             list[Tensor]: `results` on the CPU, in their dtypes.
         """
-        asked = [*self.flags, *results]
-        devices = {tensor.device.type for tensor in asked}
+        tensors = [*self.flags, *results]
+        devices = {tensor.device.type for tensor in tensors}
         if devices == {"cpu"}:
             read = [*self.flags, *(tensor.detach().clone() for tensor in results)]
-        elif len({tensor.device for tensor in asked}) == 1:
-            parts = torch.cat([tensor.detach().reshape(-1).float() for tensor in asked]).cpu()
-            read = [part.to(x.dtype) for part, x in zip(parts.split([x.numel() for x in asked]), asked, strict=True)]
+        elif len({tensor.device for tensor in tensors}) == 1:
+            parts = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors]).cpu()
+            sizes = [x.numel() for x in tensors]
+            read = [part.to(x.dtype) for part, x in zip(parts.split(sizes), tensors, strict=True)]
         else:
-            read = [tensor.detach().cpu() for tensor in asked]
-        count, refusals = len(self.flags), self.refusals
-        self.flags, self.refusals = [], []
-        for fine, refuse in zip(read[:count], refusals, strict=True):
-            if not bool(fine):
-                refuse()
+            read = [tensor.detach().cpu() for tensor in tensors]
+        count, on_failure = len(self.flags), self.on_failure
+        self.flags, self.on_failure = [], []
+        for passed, fail in zip(read[:count], on_failure, strict=True):
+            if not bool(passed):
+                fail()
         return [part.reshape(x.shape) for part, x in zip(read[count:], results, strict=True)]
