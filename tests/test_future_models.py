@@ -103,6 +103,6 @@ def test_pictures_without_placeholders_are_an_error() -> None:
 def test_tensors_without_values_are_refused() -> None:
     from vtprune.models import unsupported
 
-    with pytest.raises(vtprune.UnsupportedModelError, match="decided by values"):
-        unsupported.values_missing({"input_ids": torch.ones(1, 3, dtype=torch.long, device="meta")})
-    unsupported.values_missing({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": None})
+    with pytest.raises(vtprune.UnsupportedModelError, match="depends on values"):
+        unsupported.refuse_tracing({"input_ids": torch.ones(1, 3, dtype=torch.long, device="meta")})
+    unsupported.refuse_tracing({"input_ids": torch.ones(1, 3, dtype=torch.long), "inputs_embeds": None})

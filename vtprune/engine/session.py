@@ -230,7 +230,7 @@ class Session:
         bound = self._signature_of(module.forward).bind_partial(*args, **kwargs).arguments
         extra = bound.pop("kwargs", {})
         if self.drops:
-            unsupported.features_ignored(module, extra)
+            unsupported.refuse_ignored_features(module, extra)
         thread.inputs = {**bound, **extra}
 
     def _signature_of(self, forward: Callable) -> inspect.Signature:
@@ -262,7 +262,7 @@ class Session:
             if not encoded and thread.tower_ran:  # pictures came by a name that nobody knows
                 encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
             if encoded:
-                unsupported.values_missing(thread.inputs)
+                unsupported.refuse_tracing(thread.inputs)
                 visual = self._layouts.locate(thread.inputs, self.spec.anatomy, encoded)
             if encoded and visual is None and self.drops:
                 raise NothingPrunedError(
@@ -284,9 +284,9 @@ class Session:
         if visual is not None:
             if call.cuts:
                 given = {**kwargs, **outer} if thread.inputs is None else outer
-                unsupported.packed_rows(given, call.columns.real, call.columns.past)
+                unsupported.refuse_packed_rows(given, call.columns.real, call.columns.past)
             if not call.cuts and options.budget.keep is None and self.drops:
-                visual_tokens.refuse_stand_ins(visual, encoded, str(options.budget))
+                visual_tokens.refuse_single_placeholders(visual, encoded, str(options.budget))
             for source in encoded.values():
                 self.features.forget(source)
                 # `generate` hands the pictures to the encoder and names them again, as None, to the model.
@@ -325,8 +325,8 @@ class Session:
         if said is not None and isinstance(states, torch.Tensor):
             kinds = merged.said_columns(said, (states.shape[0], states.shape[1]), placeholders)
         elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
-            unsupported.values_missing(inputs)
-            with attention_probe.unwatched():
+            unsupported.refuse_tracing(inputs)
+            with attention_probe.hooks_disabled():
                 foreign = self.features.foreign(embeds, self.spec.anatomy.embeddings)
             foreign[:, : _virtual_tokens(self.model)] = False
             if not bool(foreign.any()):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vtprune knows of a transformers model: its parts, its visual tokens, its attention inputs. Changes nothing."""
+"""Inspection of transformers models, without changing them: parts, visual tokens, attention inputs."""

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a vision-language model, found by structure.
+"""Finds the parts of a vision-language model by structure, not by class name.
 
-Nothing here is a table of class names. What is looked for, in order:
+In order:
 
 * the decoder: the module that owns the input embeddings and a list of layers;
 * the vision tower: the outermost sub-model outside the decoder that takes images, or, failing that, that holds the
   convolution (or linear layer) over pixels;
 * the composite: the smallest module that holds both, and hence sees `input_ids` and calls the decoder;
-* the projector: what stands between the two and ends in the decoder's width;
+* the projector: the module between the two whose output has the decoder's width;
 * the placeholder ids: the token ids of the config that stand for visual features in a prompt.
 """
 
@@ -37,17 +37,17 @@ _VIDEO_IDS = ("video_token_id", "video_token_index", "video_pad_token_id", "vide
 
 @dataclass(eq=False)
 class Anatomy:
-    """The parts that pruning touches.
+    """The parts of a model that pruning uses.
 
     Attributes:
         model: The model inside any wrapper (PEFT, `torch.compile`, data parallel).
         composite: The module that takes `input_ids` and pixels and calls the decoder.
         decoder: The language model without its head.
-        layers: Its layers, in order.
+        layers: The decoder's layers, in order.
         vision_tower: The image encoder.
-        projector: From vision width to decoder width, or None where none could be told apart.
-        placeholders: Kind ("image", "video") to token id.
-        names: Part to its dotted name in `model`, for printing.
+        projector: The module from vision width to decoder width, or None if none was found.
+        placeholders: Token id by kind ("image", "video").
+        names: Dotted name in `model` by part, for printing.
     """
 
     model: nn.Module
@@ -61,7 +61,7 @@ class Anatomy:
 
     @cached_property
     def mixes_columns(self) -> bool:
-        """Whether some layers mix columns other than by attention, with a convolution or a recurrent state."""
+        """Whether some layers mix positions other than by attention, with a convolution or a recurrent state."""
         parts = (m for layer in self.layers for m in layer.modules())
         return any(
             isinstance(m, nn.Conv1d) or re.search("mamba|deltanet|shortconv", type(m).__name__.lower()) for m in parts
@@ -73,7 +73,7 @@ class Anatomy:
 
     @property
     def config(self) -> Any:
-        """Config of the composite, where image sizes and layouts are described."""
+        """Config of the composite, which describes image sizes and layouts."""
         return self.composite.config
 
     @property
@@ -98,7 +98,7 @@ def find(model: nn.Module) -> Anatomy:
         model: A transformers vision-language model, or one wrapped by PEFT, `torch.compile` or data parallelism.
 
     Raises:
-        UnsupportedModelError: A part is missing; the message says which and what was looked for.
+        UnsupportedModelError: A part is missing, or the structure is not supported; the message says what was expected.
     """
     inner = unwrap(model)
     if not hasattr(inner, "config") or not hasattr(inner, "get_input_embeddings"):
@@ -110,20 +110,20 @@ def find(model: nn.Module) -> Anatomy:
         inner.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         raise UnsupportedModelError(
-            f"{type(inner).__name__} has no input embeddings: expected a vision-language model that generates text, "
-            "with visual tokens among the columns of its prompt"
+            f"{type(inner).__name__} has no input embeddings: expected a vision-language model that generates text "
+            "from a prompt with visual tokens"
         ) from None
     paths = {module: name for name, module in inner.named_modules()}
-    unsupported.encoder_decoder(inner)
+    unsupported.refuse_encoder_decoder(inner)
     decoder, layers = _find_decoder(inner, paths)
-    unsupported.cross_attention(inner, decoder)
-    unsupported.own_generate(inner)
-    unsupported.block_states(inner, layers)
-    unsupported.shared_selection(inner, layers)
-    unsupported.own_distances(inner, layers)
+    unsupported.refuse_cross_attention(inner, decoder)
+    unsupported.refuse_own_generate(inner)
+    unsupported.refuse_block_states(inner, layers)
+    unsupported.refuse_shared_selection(inner, layers)
+    unsupported.refuse_relative_attention(inner, layers)
     tower = _find_vision_tower(inner, decoder, layers, paths)
     composite = _common_ancestor(inner, paths[decoder], paths[tower])
-    unsupported.second_reader(inner, composite)
+    unsupported.refuse_second_decoder(inner, composite)
     placeholders = _find_placeholders(inner, composite)
     projector = _find_projector(composite, decoder, tower)
     parts = {"composite": composite, "decoder": decoder, "vision_tower": tower, "projector": projector}
@@ -132,8 +132,10 @@ def find(model: nn.Module) -> Anatomy:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the transformers model inside wrappers: PEFT, `torch.compile`, data parallel, FSDP, engines that keep it
-    as `module`, and modules that hold one beside heads of their own (value heads, sentence-transformers).
+    """Returns the transformers model inside wrappers: PEFT, `torch.compile`, data parallelism, FSDP.
+
+    Other modules that hold a transformers model, such as training engines, value heads and sentence-transformers, are
+    wrappers too.
 
     Raises:
         UnsupportedModelError: The module holds several transformers models; the message names them.
@@ -155,7 +157,7 @@ def unwrap(model: nn.Module) -> nn.Module:
                 raise UnsupportedModelError(
                     f"{type(model).__name__} holds several transformers models "
                     f"({', '.join(f'{name}: {type(inner).__name__}' for name, inner in held.items())}); pass the one "
-                    "that sees pictures"
+                    "that takes images"
                 )
             model = next(iter(held.values()))
         else:
@@ -163,22 +165,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _is_model(module: nn.Module) -> bool:
-    """Whether a module is a transformers model: it has a config, and its class gives out input embeddings."""
+    """Whether a module is a transformers model: it has a config, and its class has `get_input_embeddings`."""
     return hasattr(module, "config") and hasattr(type(module), "get_input_embeddings")
 
 
 def _held_models(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost transformers models inside a module, by name; those that see pictures, if any do."""
+    """The outermost transformers models inside a module, by name; only those that take images, if any do."""
     found: dict[str, nn.Module] = {}
     for name, inner in module.named_modules():
         if inner is not module and _is_model(inner) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = inner
-    seeing = {name: inner for name, inner in found.items() if any(map(_takes_images, inner.modules()))}
-    return seeing or found
+    with_vision = {name: inner for name, inner in found.items() if any(map(_takes_images, inner.modules()))}
+    return with_vision or found
 
 
 def _layer_list(module: nn.Module) -> nn.ModuleList | None:
-    """The longest direct list of equal-looking blocks, the one called `layers` first."""
+    """The `ModuleList` among a module's children: the one called `layers`, or else the longest; None without any."""
     lists = [
         (name, child) for name, child in module.named_children() if isinstance(child, nn.ModuleList) and len(child)
     ]
@@ -207,8 +209,7 @@ def _find_decoder(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[nn.Mod
                 return child, layers
     raise UnsupportedModelError(
         f"no decoder found in {type(model).__name__}: expected a module that owns the input embeddings and a "
-        "ModuleList "
-        "of layers (looked at the owner of get_input_embeddings() and at get_decoder())"
+        "ModuleList of layers (looked at the owner of get_input_embeddings() and at get_decoder())"
     )
 
 
@@ -221,23 +222,23 @@ def _takes_images(module: nn.Module) -> bool:
 def _find_vision_tower(
     model: nn.Module, decoder: nn.Module, layers: nn.ModuleList, paths: dict[nn.Module, str]
 ) -> nn.Module:
-    inside, within, above = set(decoder.modules()), set(layers.modules()), paths[decoder]
-    free = [
+    in_decoder, in_layers, decoder_path = set(decoder.modules()), set(layers.modules()), paths[decoder]
+    candidates = [
         (name, module)
         for module, name in paths.items()
-        if module not in within and name and not (above + ".").startswith(name + ".")
+        if module not in in_layers and name and not (decoder_path + ".").startswith(name + ".")
     ]
-    outside = [(name, module) for name, module in free if module not in inside]
-    # Early-fusion models keep the encoder beside the layers of the decoder itself.
-    for _, module in (*outside, *free):
+    outside = [(name, module) for name, module in candidates if module not in in_decoder]
+    # Early-fusion models keep the encoder inside the decoder, beside its layers: searched last.
+    for _, module in (*outside, *candidates):
         # Sub-models are PreTrainedModels with a config of their own; the first in module order is the outermost.
         if hasattr(module, "config") and hasattr(module, "post_init") and _takes_images(module):
             return module
     for name, module in outside:
         if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels == 3:
-            return model.get_submodule(_outermost_outside(name, above))
+            return model.get_submodule(_outermost_outside(name, decoder_path))
     for name, module in outside:
-        # Pictures cut into patches need no more than a linear layer; only its name tells.
+        # A patch embedding may be a single linear layer, which only its name gives away.
         if re.search("vis|image", name.rpartition(".")[2]):
             return module
     raise UnsupportedModelError(
@@ -248,7 +249,7 @@ def _find_vision_tower(
 
 
 def _outermost_outside(name: str, decoder_path: str) -> str:
-    """The longest-reaching ancestor of `name` that does not contain the decoder."""
+    """Path of the outermost ancestor of `name` that does not contain the decoder."""
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         prefix = ".".join(parts[:length])
@@ -276,14 +277,14 @@ def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]
     if not found:
         raise UnsupportedModelError(
             f"no placeholder token ids found in the config of {type(model).__name__}: expected one of "
-            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; a "
-            "model that puts pictures in front of the text by itself leaves no columns that could be told apart"
+            f"{', '.join(_IMAGE_IDS[:3] + _VIDEO_IDS[:1])} ..., the ids that stand for visual features in input_ids; "
+            "models that prepend images without placeholder tokens are not supported"
         )
     return found
 
 
 def _ends_in(module: nn.Module, width: int) -> bool:
-    # Serving engines put linear layers of their own in place of nn.Linear.
+    # Serving engines replace nn.Linear by classes with `output_size`.
     widths = [w for m in module.modules() if (w := getattr(m, "out_features", getattr(m, "output_size", None)))]
     return width in widths[-2:]
 
@@ -295,7 +296,7 @@ def _find_projector(composite: nn.Module, decoder: nn.Module, tower: nn.Module) 
     own = [m for _, m in composite.named_children() if m not in related and not set(m.modules()) & related]
     candidates = [m for m in own if _ends_in(m, width)]
     if not candidates:
-        # Qwen-style: the merger is the last part of the tower itself.
+        # In Qwen models the merger is the last part of the tower.
         candidates = [
             m for name, m in tower.named_children() if not isinstance(m, nn.ModuleList) and _ends_in(m, width)
         ]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PrefillOutputs a model without changing it: the probe for q, k, v of a decoder layer, and taps on modules.
+"""Reads q, k, v and attention outputs of decoder layers without changing the model.
 
-The probe calls a decoder layer on its would-be input with the cache left out, and stops it when it reaches the
-attention function. There q, k and v have been through norms, projections, q/k norms and rotation, whatever their names
-are. To be asked for the attention function, transformers' registry is wrapped on the first `patch` and restored by the
-last `remove`; for every thread that is not probing the wrapper hands out what the registry would.
+The probe calls a decoder layer with the input it would get and without its cache, and stops it at the attention
+function. There q, k and v have passed norms, projections, q/k norms and rotation, whatever the modules are called. To
+intercept the attention function, transformers' registry is wrapped by the first `patch` and restored by the last
+`remove`; threads that are not probing get what the registry itself returns.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _probing = threading.local()
 
 
 class UnreadableLayerError(MethodError):
-    """Queries, keys and values of a layer cannot be read in the way that was asked for."""
+    """Queries, keys and values of a layer cannot be read as requested."""
 
 
 @dataclass
 class QKV:
-    """What a layer hands to its attention function.
+    """Inputs of a layer's attention function.
 
     Attributes:
         query: `[B, H, T, dh]`.
@@ -50,10 +50,10 @@ class QKV:
 
 
 class _StopProbe(Exception):
-    """Raised inside a probed layer where it would attend."""
+    """Raised instead of computing attention inside a probed layer; carries the inputs."""
 
-    def __init__(self, probed: QKV) -> None:
-        self.probed = probed
+    def __init__(self, inputs: QKV) -> None:
+        self.inputs = inputs
 
 
 def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -64,13 +64,13 @@ def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: A
 
 
 def is_probing() -> bool:
-    """Whether the present thread is inside a probe: hooks pass straight through then."""
+    """Whether this thread is inside a probe, where vtprune's hooks do nothing."""
     return getattr(_probing, "on", False)
 
 
 @contextmanager
-def unwatched() -> Iterator[None]:
-    """Hooks of this thread pass straight through inside."""
+def hooks_disabled() -> Iterator[None]:
+    """Context in which vtprune's hooks do nothing in this thread."""
     before = is_probing()
     _probing.on = True
     try:
@@ -80,7 +80,7 @@ def unwatched() -> Iterator[None]:
 
 
 def install() -> None:
-    """Wraps the registry of attention functions, for the first of several users."""
+    """Wraps the registry of attention functions, unless an earlier user has."""
     global _users
     registry = attention_functions()
 
@@ -104,7 +104,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Gives the registry back, after the last user."""
+    """Restores the registry of attention functions after its last user."""
     global _users
     registry = attention_functions()
 
@@ -120,23 +120,23 @@ def uninstall() -> None:
 
 @contextmanager
 def attention_outputs(layers: Sequence[nn.Module], rows: int) -> Iterator[dict[int, Tensor]]:
-    """Records what the attention functions of decoder layers return in calls by this thread.
+    """Records the outputs of the attention functions of decoder layers in calls by this thread.
 
     Args:
         layers: Decoder layers.
-        rows: How many of the last columns are recorded.
+        rows: Number of last positions to record.
 
     Yields:
-        dict: Number of a layer to `[B, rows, H * dv]`, heads joined, before the output projection; of the last call.
-        Layers without an attention function are not in it.
+        dict: Output `[B, rows, H * dv]` of the last call by layer number, heads joined, before the output projection.
+        Layers without an attention function are left out.
     """
-    seen: dict[int, Tensor] = {}
-    mine = threading.get_ident()
+    outputs: dict[int, Tensor] = {}
+    thread = threading.get_ident()
 
     def enter(number: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
-            if not is_probing() and threading.get_ident() == mine:
-                _probing.record = lambda output: seen.__setitem__(number, output[:, -rows:].flatten(2))
+            if not is_probing() and threading.get_ident() == thread:
+                _probing.record = lambda output: outputs.__setitem__(number, output[:, -rows:].flatten(2))
 
         return hook
 
@@ -148,7 +148,7 @@ def attention_outputs(layers: Sequence[nn.Module], rows: int) -> Iterator[dict[i
     handles = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
     handles += [layer.register_forward_hook(leave, always_call=True) for layer in layers]
     try:
-        yield seen
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
@@ -188,19 +188,19 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         _probing.on = True
         try:
             _uncompiled(bare)(*args, **kwargs)
-        except _StopProbe as reached:
-            return reached.probed
+        except _StopProbe as stop:
+            return stop.inputs
         finally:
             _probing.on = False
     raise UnreadableLayerError(
-        f"a {type(layer).__name__} never reached an attention function (linear attention, convolution or state space): "
-        "choose a decision layer that attends"
+        f"{type(layer).__name__} calls no attention function (linear attention, convolution or state space); choose a "
+        "layer with attention"
     )
 
 
 @contextmanager
 def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
-    """A layer with its weights: one that FSDP wraps is run inside its wrapper, which could not be left half-way."""
+    """Yields a layer with full weights, without its FSDP wrapper, whose forward must not be stopped half-way."""
     inner = layer._modules.get("_fsdp_wrapped_module")
     if inner is None:
         yield layer
@@ -212,7 +212,7 @@ def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _uncompiled(layer: nn.Module) -> Callable:
-    """What runs a layer step by step: compiled code would not ask for its attention function."""
+    """Eager forward of a layer; compiled code does not look up its attention function."""
     layer = getattr(layer, "_orig_mod", layer)
     forward = getattr(vars(layer).get("forward"), "_torchdynamo_orig_callable", None)
     return layer._call_impl if forward is None else forward
@@ -222,9 +222,8 @@ def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
     if not (isinstance(rotation, tuple) and len(rotation) == 2):
         raise UnreadableLayerError(
             f"{type(layer).__name__} does not take its rotation as position_embeddings=(cos, sin), so keys before "
-            "rotation "
-            "cannot be read; choose the method's variant that reads rotated keys"
+            "rotation cannot be read; choose the method's variant that reads rotated keys"
         )
     cos, sin = rotation
-    # Scaled rotary embeddings (YaRN) carry a factor in cos and sin; it stays, only the angle goes.
+    # Scaled rotary embeddings (YaRN) carry a factor in cos and sin, which is kept.
     return torch.sqrt(cos.float() ** 2 + sin.float() ** 2).to(cos.dtype), torch.zeros_like(sin)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call's visual features were made from.
+"""Records of the encoder runs that a call's visual features come from.
 
-`generate` runs the image encoder before it calls the model, takes the arguments that describe the pictures (sizes,
-grids) away with the pixels, and repeats the features for beams. So the model's `get_image_features` and
-`get_video_features` are
-watched, wherever they are called from: their arguments, the length of what they return, and what the method's taps saw
-inside are kept until the next encoding of the same kind in the same thread.
+`generate` runs the image encoder before it calls the model, removes the arguments that describe the images (sizes,
+grids) together with the pixels, and repeats the features for beams. Therefore every call of the model's
+`get_image_features` and `get_video_features` is recorded: its arguments, the lengths of its output, and the records of
+the method's taps are kept until the next encoding of the same kind in the same thread.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .transformers_names import ENCODER_OUTPUTS
 
-# What transformers' models call pixels and features of pictures; sounds and text have features as well.
+# Argument names of pixels and image features in transformers' models; audio and text have features as well.
 _PICTURES = re.compile(r"pixel|image|video|visual|vision|picture|patches|frames")
 
 
@@ -33,9 +32,9 @@ class Encoded:
     Attributes:
         kind: "image" or "video".
         inputs: Arguments of the encoder by name.
-        lengths: Tokens of each picture or clip; None where the output does not say.
-        records: What taps recorded inside.
-        output: Weak reference to the encoder's output, by which a later call shows that it uses it.
+        lengths: Number of tokens of each image or clip; None if the output does not tell.
+        records: Records of taps inside the encoder.
+        output: Weak reference to the encoder's output, by which later calls that pass it are recognized.
     """
 
     kind: str
@@ -51,23 +50,23 @@ class Encoded:
 
 
 def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[str, list]) -> tuple[Any, Encoded]:
-    """Runs an encoder and notes what it was given and what it returned.
+    """Runs an encoder and records its arguments and output.
 
     Args:
         kind: "image" or "video".
         encode: The bound method.
         args, kwargs: Its arguments.
-        records: Filled by taps while it runs.
+        records: Dictionary that taps fill while it runs.
 
     Returns:
-        tuple: The encoder's output and the note.
+        tuple: The encoder's output and the record.
     """
     output = encode(*args, **kwargs)
     bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
     bound.update(bound.pop("kwargs", {}))
     try:
         reference: Callable[[], Any] = weakref.ref(output)
-    except TypeError:  # a plain tuple cannot be referenced weakly; then nothing can be recognized later
+    except TypeError:  # a plain tuple has no weak references; later calls with it are not recognized
 
         def reference() -> None:
             return None
@@ -87,16 +86,16 @@ def _lengths(features: Any) -> list[int] | None:
 def supplied(
     inputs: dict[str, Any], encoded: dict[str, Encoded], fresh: set[str], kinds: list[str]
 ) -> dict[str, Encoded]:
-    """Which kinds of features a call brings along.
+    """Finds the kinds of features that a call gets.
 
     Args:
         inputs: Keyword arguments of the composite's call.
-        encoded: The thread's last encoding of each kind.
-        fresh: Kinds that were encoded inside this very call.
+        encoded: The thread's last encoder run of each kind.
+        fresh: Kinds that were encoded inside this call.
         kinds: The kinds that the model has placeholders for.
 
     Returns:
-        dict: For each kind that comes with features, what is known of them.
+        dict: The encoder run of each kind that comes with features; one without lengths if the run is unknown.
     """
     given = inputs.get(ENCODER_OUTPUTS)
     given = given if isinstance(given, dict) else {}
@@ -104,26 +103,25 @@ def supplied(
     for kind in kinds:
         known = encoded.get(kind)
         if known is not None and kind in fresh and known.total == 0:
-            continue  # pixels of no picture
+            continue  # pixels of zero images
         if known is not None and (kind in fresh or (given.get(kind) is not None and known.output() is given[kind])):
             found[kind] = known
-        elif given.get(kind) is not None or any(_holds_something(inputs[n]) for n in _pixel_names(kind, inputs)):
+        elif given.get(kind) is not None or any(_holds_features(inputs[n]) for n in _pixel_names(kind, inputs)):
             found[kind] = Encoded(kind, {}, None)
     return found
 
 
-def _holds_something(value: Any) -> bool:
-    """Whether an argument brings features: numbers in rows, not a flag, a size or a mask, and not the empty tensors
-    that some collators pass beside text."""
+def _holds_features(value: Any) -> bool:
+    """Whether an argument holds pixels or features, not flags, sizes, masks, or the empty tensors of some collators."""
     if isinstance(value, Tensor):
         return value.dim() >= 2 and value.numel() > 0 and (value.is_floating_point() or value.dtype == torch.uint8)
     if isinstance(value, dict):
         value = list(value.values())
-    return isinstance(value, (list, tuple)) and any(map(_holds_something, value))
+    return isinstance(value, (list, tuple)) and any(map(_holds_features, value))
 
 
 def _pixel_names(kind: str, inputs: dict[str, Any]) -> list[str]:
-    """Arguments that may hold features of a kind, for models without a `get_*_features` method."""
+    """Names of arguments that may hold features of a kind, for models without a `get_*_features` method."""
     names = [n for n in inputs if _PICTURES.search(n) and "mask" not in n]
     video = [n for n in names if "video" in n]
     return video if kind == "video" else [n for n in names if n not in video]

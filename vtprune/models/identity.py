@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model something was measured on, in a form that can be compared later."""
+"""Hashes of a model's configuration and weights, by which results are tied to the model they were measured on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import json
 import torch
 from torch import nn
 
-_SAMPLED = 1024  # numbers of each parameter
+_SAMPLED = 1024  # values of each parameter
 
 
 def config_hash(config: object) -> str:
-    """Hash of a model's configuration, without the names and versions that differ between machines.
-
-    Args:
-        config: A configuration of transformers.
-    """
+    """Hash of a transformers config, without names and versions that differ between machines."""
     data = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
     return hashlib.sha256(json.dumps(_stable(data), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -31,9 +27,9 @@ def _stable(data: object) -> object:
 
 @torch.no_grad()
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a model's parameters: names, shapes, dtypes and up to 1,024 evenly spaced numbers of each.
+    """Hash of a model's parameters: names, shapes, dtypes and up to 1,024 evenly spaced values of each.
 
-    Other weights, another dtype, quantization and adapters give another hash. A change of a few numbers may not.
+    Other weights, another dtype, quantization and adapters change the hash. A change of a few values may not.
 
     Args:
         model: The model, patched or not.

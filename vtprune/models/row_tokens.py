@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures whose rows stand apart in the prompt, with a word of text after each (Pixtral, Mistral 3, LightOnOCR).
+"""Images whose rows are separated by a text token in the prompt (Pixtral, Mistral 3, LightOnOCR).
 
-The words are text and stay. That the runs of placeholders between them are the rows of one picture, and not pictures of
-their own, is told by the encoder: together they take as many columns as one of its pictures has features.
+The separators are text and stay. Runs of placeholders between them are the rows of one image, and not images of their
+own, if together they have as many positions as the encoder's output for one image has features.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 
-def pictures(
+def join_rows(
     runs: list[int], gaps: list[int], lengths: list[int] | None, alone: Callable[[int], Tensor]
 ) -> list[Tensor] | None:
-    """Puts the rows of pictures together.
+    """Joins runs of placeholders that are the rows of one image.
 
     Args:
         runs: Lengths of the unbroken runs of placeholders.
-        gaps: Columns between each run and the one before it; 0 for the first of a sample.
-        lengths: Features of each picture, where the encoder tells.
-        alone: Places `[n, 4]` of a run of `n` that is a picture of its own.
+        gaps: Positions between each run and the one before it; 0 for the first of a sample.
+        lengths: Number of features of each image, if the encoder tells.
+        alone: Returns the places `[n, 4]` of a run of `n` that is an image of its own.
 
     Returns:
-        list: For each picture `[n, 4]` frame, crop, row, column; None where no picture comes in rows.
+        list: For each image `[n, 4]` frame, crop, row, column; None if no image comes in rows.
     """
     if lengths is None or sum(lengths) != sum(runs) or len(lengths) >= len(runs):
         return None
@@ -43,6 +43,6 @@ def pictures(
 
 
 def _rows(rows: int, cols: int) -> Tensor:
-    """`[rows * cols, 4]` places in row-major order."""
+    """Places `[rows * cols, 4]` in row-major order."""
     row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     return torch.stack([torch.zeros_like(row), torch.zeros_like(row), row, col], -1).reshape(-1, 4)

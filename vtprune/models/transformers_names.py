@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything of transformers that vtprune reaches for by name, and lookups by kind where a name has changed before.
+"""All names of transformers that vtprune depends on, and lookups by kind for names that have changed before.
 
-When a new transformers renames one of these, this module changes and nothing else does. `missing` says in plain words
-which names the installed transformers lacks.
+If transformers renames one of them, only this module has to change. `missing` lists the names that the installed
+version lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAKE_CANDIDATES = "_get_candidate_generator"  # makes the generator of assisted 
 RUN_PROMPT = "_prefill"  # runs a prompt, in chunks where `prefill_chunk_size` is given
 # Arguments of a composite's forward.
 ENCODER_OUTPUTS = "mm_encoder_outputs"  # features that were encoded before the call, by kind
-# Arguments by which decoders take a KV cache, newest first.
+# Arguments of decoders that take a KV cache, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
@@ -26,7 +26,7 @@ def encoder_method(kind: str) -> str:
 
 
 def is_cache(value: Any) -> bool:
-    """Whether a value is a KV cache: known by what it can do, not by the argument it comes in."""
+    """Whether a value is a KV cache, recognized by its methods and not by the argument it is passed in."""
     return hasattr(value, "get_mask_sizes") and hasattr(value, "get_seq_length")
 
 
@@ -42,14 +42,14 @@ def takes_cache(function: Callable) -> bool:
 
 
 def attention_functions() -> Any:
-    """The registry of attention functions, by name."""
+    """The registry of attention functions."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS
 
 
 def attention_name(config: Any) -> str:
-    """The attention implementation that a config chose."""
+    """Name of the attention implementation of a config."""
     return str(getattr(config, "_attn_implementation", None) or "eager")
 
 
@@ -67,23 +67,23 @@ def rope_parameters(config: Any) -> dict[str, Any]:
 
 
 def missing() -> list[str]:
-    """Names that the installed transformers lacks, each with what vtprune needs it for."""
+    """Lists the names that the installed transformers lacks, with what vtprune needs each for."""
     import transformers
     from transformers import cache_utils, generation, masking_utils, modeling_utils
 
     wanted: list[tuple[Any, str, str]] = [
-        (modeling_utils, "ALL_ATTENTION_FUNCTIONS", "queries, keys and values are read at the attention function"),
-        (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", "masks are made in the form that the attention takes"),
-        (generation.GenerationMixin, MAKE_CANDIDATES, "assisted generation proposes nothing before the prompt"),
-        (generation.GenerationMixin, RUN_PROMPT, "a prompt is not run in chunks"),
-        (cache_utils.DynamicCache, "get_mask_sizes", "caches are known by it, and pruned ones answer it"),
-        (cache_utils.DynamicCache, "get_seq_length", "a pruned cache reports the conversation's length"),
-        (cache_utils.DynamicCache(), "layers", "keys and values of each layer"),
-        (transformers, "AutoModelForImageTextToText", "models are loaded by it"),
+        (modeling_utils, "ALL_ATTENTION_FUNCTIONS", "to read queries, keys and values at the attention function"),
+        (masking_utils, "ALL_MASK_ATTENTION_FUNCTIONS", "to build masks in the form that the attention takes"),
+        (generation.GenerationMixin, MAKE_CANDIDATES, "to keep assisted generation from drafting before the prompt"),
+        (generation.GenerationMixin, RUN_PROMPT, "to run prompts in one piece"),
+        (cache_utils.DynamicCache, "get_mask_sizes", "to recognize caches, and to override it in pruned ones"),
+        (cache_utils.DynamicCache, "get_seq_length", "to let a pruned cache report the conversation's length"),
+        (cache_utils.DynamicCache(), "layers", "to read keys and values of each layer"),
+        (transformers, "AutoModelForImageTextToText", "to load models"),
     ]
     return [
         f"transformers {transformers.__version__} has no {getattr(owner, '__name__', type(owner).__name__)}.{name}: "
-        f"{use}; update vtprune.models.transformers_names"
+        f"vtprune needs it {use}; update vtprune.models.transformers_names"
         for owner, name, use in wanted
         if not hasattr(owner, name)
     ]

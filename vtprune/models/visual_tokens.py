@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompt columns are visual, and which image, frame, crop, row and column of the picture each one shows.
+"""Finds the visual tokens of a prompt: their positions, and the image, frame, crop, row and column of each.
 
-Columns come from the placeholder ids in `input_ids` (or the placeholder embeddings in `inputs_embeds`), never from a
-fixed offset. Places in the picture come from what the caller passes along with the pixels, by layout:
+Positions come from the placeholder ids in `input_ids` (or the placeholder embeddings in `inputs_embeds`), never from a
+fixed offset. Places in the image come from the arguments that are passed with the pixels, by layout:
 
-* `*_grid_thw` (Qwen-VL and kin): frames x rows x columns, divided by the spatial merge;
-* any-resolution tiles (models with `pack_image_features`): the model's own packing is run on coordinate planes, so that
-  unpadding, shrinking and newline columns come out as the model does them;
+* `*_grid_thw` (Qwen-VL and similar): frames x rows x columns, divided by the spatial merge;
+* any-resolution tiles (models with `pack_image_features`): the model's own method packs planes of coordinates, so that
+  unpadding, shrinking and newline tokens are exactly those of the model;
 * otherwise every unbroken run of placeholders is an image of its own: a square grid, or equal square crops of
-  `image_seq_length` tokens, or video frames of equal square grids (as many as the pixels have, where they are known),
-  possibly with one newline at the end.
+  `image_seq_length` tokens, or video frames of equal square grids (as many as the pixels have, if known), possibly with
+  one newline at the end.
 
-A token without a place in the picture (a newline) has row and column -1. It is a visual token like the others: it is
-scored, and it may be dropped. Text and tags between runs (tile names, timestamps) are never visual.
+A token without a place in the image (a newline) has row and column -1. It is a visual token like the others: it is
+scored, and may be dropped. Text between runs (tile names, timestamps) is never visual.
 """
 
 from __future__ import annotations
@@ -32,25 +32,24 @@ from . import row_tokens
 from .anatomy import Anatomy
 from .encoder_outputs import Encoded
 
-# Models whose processors cut a picture into crops that follow each other without a tag between them. Everywhere else
-# each of the encoder's outputs is a picture.
+# Models whose processors cut an image into crops without text between them. In all others, each of the encoder's
+# outputs is an image.
 _TILES_IN_ONE_RUN = {"cohere2_vision", "got_ocr2", "internvl", "perception_lm", "qianfan_ocr"}
 
 
 @dataclass
 class VisualTokens:
-    """The visual columns of one call, on the CPU, in the order sample, column.
+    """The visual tokens of one call, on the CPU, ordered by sample, then by position.
 
     Attributes:
-        mask: `[B, T]` bool.
-        sample, position, index: `[M]` sample, prompt column, running number within the sample.
-        feature: `[M]` row of the encoder's output that fills the column; images count first, then videos. Beams share
-            rows.
-        image, frame, crop, grid_row, grid_col: `[M]`; `image` counts through the batch.
-        counts: Visual tokens of each sample.
+        mask: `[B, T]` bool, True at visual positions.
+        sample, position, index: `[M]` sample, prompt position, index among the sample's visual tokens.
+        feature: `[M]` row of the encoder's output for each token; images count first, then videos. Beams share rows.
+        image, frame, crop, grid_row, grid_col: `[M]` place of each token; `image` counts through the batch.
+        counts: Number of visual tokens in each sample.
         kind: `[M]` number of the kind of features among the anatomy's placeholders.
-        derived: What else was worked out from these columns alone; shared by all calls with the same layout, and left
-            behind when an instance is copied or pickled.
+        derived: Cache of values computed from the other fields; shared by all calls with the same layout, and not
+            copied or pickled.
     """
 
     mask: Tensor
@@ -74,7 +73,7 @@ class VisualTokens:
         return len(self.sample)
 
     def visible(self, real: Tensor) -> VisualTokens | None:
-        """Those that the attention mask `real` `[B, T]` shows; None where it shows none."""
+        """The visual tokens that the attention mask `real` `[B, T]` does not hide; None if it hides all."""
         seen = real[self.sample, self.position]
         if bool(seen.all()):
             return self
@@ -96,7 +95,7 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Contain
     Args:
         inputs: Keyword arguments of the composite's forward.
         anatomy: Parts of the model.
-        present: Kinds that come with features; the placeholders of others are text.
+        present: Kinds that come with features; placeholders of other kinds are text.
 
     Returns:
         Tensor: `[B, T]` int on the CPU: 0 for text, 1 + i for the i-th kind of `anatomy.placeholders`; None if the call
@@ -122,9 +121,9 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Contain
 
 
 class LayoutMemo:
-    """The visual tokens of the last few layouts: prompts that differ in words and pixels only have the same.
+    """Cache of the visual tokens of the last few layouts, keyed by placeholders and by image and clip sizes.
 
-    What decides is the kind of every column, and the arguments that say how pictures and clips are divided.
+    Prompts that differ only in words and pixels share a layout.
     """
 
     _MOST = 16
@@ -133,13 +132,13 @@ class LayoutMemo:
         self._known: dict[Any, VisualTokens] = {}
 
     def locate(self, inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]) -> VisualTokens | None:
-        """As `locate`; what is returned shares its tensors with other calls and must not be changed in place."""
+        """Same as the function `locate`; the tensors are shared with other calls and must not be changed in place."""
         kinds = placeholder_kinds(inputs, anatomy, encoded)
         if kinds is None:
             return None
-        said = [(name, e.total, _plain(e.lengths), *_division({**inputs, **e.inputs})) for name, e in encoded.items()]
-        # Tensors made in inference mode cannot take part in training later.
-        key = (kinds.shape, kinds.numpy().tobytes(), tuple(said), torch.is_inference_mode_enabled())
+        sizes = [(name, e.total, _plain(e.lengths), *_sizes({**inputs, **e.inputs})) for name, e in encoded.items()]
+        # Tensors made in inference mode cannot be used in training later.
+        key = (kinds.shape, kinds.numpy().tobytes(), tuple(sizes), torch.is_inference_mode_enabled())
         found = self._known.get(key)
         if found is None:
             found = _locate(kinds, inputs, anatomy, encoded)
@@ -148,11 +147,11 @@ class LayoutMemo:
             if len(self._known) >= self._MOST:
                 self._known.clear()
             self._known[key] = found
-        return replace(found)  # its features are numbered anew for copies of a sample
+        return replace(found)  # a copy, because the engine renumbers `feature` for copies of a sample
 
 
-def _division(inputs: dict[str, Any]) -> Iterator[Any]:
-    """What an encoder's arguments say of the division of pictures and clips."""
+def _sizes(inputs: dict[str, Any]) -> Iterator[Any]:
+    """Arguments of an encoder that determine the layout of images and clips."""
     for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images"):
         yield _plain(inputs.get(name))
     clips = inputs.get("pixel_values_videos")
@@ -160,7 +159,7 @@ def _division(inputs: dict[str, Any]) -> Iterator[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and lists as tuples of numbers."""
+    """Turns tensors and lists into tuples of numbers."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return tuple(_plain(item) for item in value) if isinstance(value, (list, tuple)) else value
 
@@ -173,9 +172,9 @@ def locate(
     Args:
         inputs: Keyword arguments of the composite's forward.
         anatomy: Parts of the model.
-        encoded: What is known of the features that the call brings, by kind. A placeholder without features (a model
-            may generate one) is text.
-        kinds: `[B, T]` as `placeholder_kinds` returns, where they are known already.
+        encoded: Encoder run of each kind of features that the call gets. A placeholder without features (a model may
+            generate one) is text.
+        kinds: `[B, T]` result of `placeholder_kinds`, if known already.
 
     Returns:
         VisualTokens: None for a call without visual tokens (text, or a decoding step).
@@ -187,51 +186,52 @@ def locate(
 def _locate(
     kinds: Tensor, inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]
 ) -> VisualTokens | None:
-    """`locate`, from the kind of every column."""
+    """`locate`, from the result `[B, T]` of `placeholder_kinds`."""
     if not kinds.any():
         return None
-    sample, column = kinds.nonzero().unbind(1)
-    kind = kinds[sample, column]
+    sample, position = kinds.nonzero().unbind(1)
+    kind = kinds[sample, position]
     counts = kinds.bool().sum(1)
     index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
     feature = torch.zeros_like(sample)
     place = torch.zeros(len(sample), 5, dtype=torch.long)  # image, frame, crop, row, col
     features = images = 0
     for i, name in enumerate(anatomy.placeholders):
-        mine = kind == i + 1
-        if not mine.any():
+        of_kind = kind == i + 1
+        if not of_kind.any():
             continue
-        rows, first = _feature_rows(sample[mine], kinds == i + 1, encoded[name].total)
-        known, runs = encoded[name], _runs(sample[mine][first], column[mine][first])
+        rows, first = _feature_rows(sample[of_kind], kinds == i + 1, encoded[name].total)
+        known, runs = encoded[name], _runs(sample[of_kind][first], position[of_kind][first])
         if name == "image" and getattr(anatomy.config, "model_type", None) not in _TILES_IN_ONE_RUN:
-            runs = _apart(*runs, known.lengths)
+            runs = _split_runs(*runs, known.lengths)
         layout = _layout(name, {**inputs, **known.inputs}, anatomy, *runs, known.lengths)
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
-        place[mine, 1:] = torch.cat(layout)[rows]
-        # Beams show the same picture, but each row of the batch has an image of its own.
-        place[mine, 0] = numbers[rows] + sample[mine] * len(layout) + images
-        feature[mine] = rows + features
+        place[of_kind, 1:] = torch.cat(layout)[rows]
+        # Beams share features, but every row of the batch counts as an image of its own.
+        place[of_kind, 0] = numbers[rows] + sample[of_kind] * len(layout) + images
+        feature[of_kind] = rows + features
         features, images = features + int(first.sum()), images + len(layout) * len(kinds)
     place[:, 0] = torch.unique(place[:, 0], return_inverse=True)[1]
     image, frame, crop, row, col = place.unbind(1)
     return VisualTokens(
-        kinds.bool(), sample, column, index, feature, image, frame, crop, row, col, counts.tolist(), kind.long() - 1
+        kinds.bool(), sample, position, index, feature, image, frame, crop, row, col, counts.tolist(), kind.long() - 1
     )
 
 
-def refuse_stand_ins(visual: VisualTokens, encoded: dict[str, Encoded], budget: str) -> None:
-    """Raises where each picture has one placeholder and no encoder says that it has one feature: a model may mix its
-    pictures into the prompt from the side, and then there is nothing to drop."""
+def refuse_single_placeholders(visual: VisualTokens, encoded: dict[str, Encoded], budget: str) -> None:
+    """Raises if every image has one placeholder and no encoder confirms that it has one feature.
+
+    The model may add its image features to other tokens of the prompt; then there is nothing to drop.
+    """
     if all(known.total is None for known in encoded.values()) and len(visual.image.unique()) == len(visual):
         raise NothingPrunedError(
-            f"{budget} of one placeholder a picture rounds to all of them, and the model does not say that a picture "
-            "has a single feature; expected one placeholder per visual token in input_ids"
+            f"{budget} of one placeholder per image rounds to all of them, and the encoder does not confirm that an "
+            "image has a single feature; expected one placeholder per visual token in input_ids"
         )
 
 
 def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tensor, Tensor]:
-    """Which row of the encoder's output fills each placeholder of a kind, and which placeholders are the first to show
-    theirs.
+    """Row of the encoder's output for each placeholder of a kind, and whether it is the first placeholder of that row.
 
     `generate` repeats every sample for beams and returned sequences, one copy after the other, but encodes it once.
     """
@@ -249,37 +249,37 @@ def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tens
     return starts[sample] + within, first
 
 
-def _runs(sample: Tensor, column: Tensor) -> tuple[list[int], list[int]]:
-    """Lengths of the unbroken runs of placeholders, and the columns before each since the last (0: a new sample)."""
-    breaks = (sample.diff() != 0) | (column.diff() != 1)
-    gaps = torch.where(sample.diff() != 0, 0, column.diff() - 1)[breaks]
+def _runs(sample: Tensor, position: Tensor) -> tuple[list[int], list[int]]:
+    """Lengths of the unbroken runs of placeholders, and the gap before each; 0 for the first of a sample."""
+    breaks = (sample.diff() != 0) | (position.diff() != 1)
+    gaps = torch.where(sample.diff() != 0, 0, position.diff() - 1)[breaks]
     edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(sample)]
     return [b - a for a, b in zip(edges, edges[1:], strict=False)], [0, *gaps.tolist()]
 
 
-def _apart(runs: list[int], gaps: list[int], lengths: list[int] | None) -> tuple[list[int], list[int]]:
-    """Splits runs in which pictures stand side by side, where the encoder tells how long each picture is."""
+def _split_runs(runs: list[int], gaps: list[int], lengths: list[int] | None) -> tuple[list[int], list[int]]:
+    """Splits runs of several adjacent images, if the encoder tells the length of each image."""
     if lengths is None or sum(lengths) != sum(runs) or len(lengths) <= len(runs):
         return runs, gaps
     left, parts, spaces = list(lengths), [], []
     for run, gap in zip(runs, gaps, strict=True):
-        mine: list[int] = []
-        while sum(mine) < run:
-            mine.append(left.pop(0))
-        if sum(mine) != run:  # a picture that goes on after a gap
+        images: list[int] = []
+        while sum(images) < run:
+            images.append(left.pop(0))
+        if sum(images) != run:  # an image that continues after a gap
             return runs, gaps
-        parts += mine
-        spaces += [gap, *[0] * (len(mine) - 1)]
+        parts += images
+        spaces += [gap, *[0] * (len(images) - 1)]
     return parts, spaces
 
 
 def _layout(
     kind: str, inputs: dict[str, Any], anatomy: Anatomy, runs: list[int], gaps: list[int], lengths: list[int] | None
 ) -> list[Tensor]:
-    """For every image, `[n, 4]` frame, crop, row, column. The sum of all `n` is the number of placeholders."""
+    """Places `[n, 4]` (frame, crop, row, column) of every image; the `n` add up to the number of placeholders."""
     total = sum(runs)
-    for attempt in (_from_grid, _from_packing):
-        images = attempt(kind, inputs, anatomy)
+    for layout in (_from_grid, _from_packed_layout):
+        images = layout(kind, inputs, anatomy)
         if images is not None and sum(map(len, images)) == total:
             return images
     clips = inputs.get("pixel_values_videos") if kind == "video" else None
@@ -294,15 +294,15 @@ def _layout(
 
     def alone(length: int) -> Tensor:
         side = math.isqrt(max(length - 1, 0))
-        if strategy == "full" and side and side * side == length - 1:  # a class token, which shows no place, is kept
+        if strategy == "full" and side and side * side == length - 1:  # with a class token, which has no place
             return torch.cat([torch.tensor([[0, 0, -1, -1]]), grid_places(1, side, side)])
         return run_places(length, kind, crop if isinstance(crop, int) else None)
 
-    return row_tokens.pictures(runs, gaps, lengths, alone) or [alone(n) for n in runs]
+    return row_tokens.join_rows(runs, gaps, lengths, alone) or [alone(n) for n in runs]
 
 
 def _frames(length: int, frames: int) -> Tensor | None:
-    """Places of a clip of some square frames, with at most one newline at the end; None where that cannot be."""
+    """Places of a clip of square frames with at most one newline at the end; None if the length does not fit."""
     for tail in (0, 1):
         side = math.isqrt((length - tail) // frames)
         if side and frames * side * side == length - tail:
@@ -311,7 +311,7 @@ def _frames(length: int, frames: int) -> Tensor | None:
 
 
 def grid_places(frames: int, rows: int, cols: int) -> Tensor:
-    """`[frames * rows * cols, 4]` places in row-major order, crop 0."""
+    """Places `[frames * rows * cols, 4]` in row-major order, crop 0."""
     frame, row, col = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(cols), indexing="ij")
     return torch.stack([frame, torch.zeros_like(frame), row, col], -1).reshape(-1, 4)
 
@@ -325,7 +325,7 @@ def _from_grid(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tens
     return [grid_places(t, h // merge, w // merge) for t, h, w in torch.as_tensor(grids).tolist()]
 
 
-def _from_packing(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
+def _from_packed_layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
     sizes, pack = inputs.get("image_sizes"), getattr(anatomy.composite, "pack_image_features", None)
     count = getattr(sys.modules[type(anatomy.composite).__module__], "image_size_to_num_patches", None)
     if kind != "image" or sizes is None or pack is None or count is None:
@@ -343,20 +343,20 @@ def _from_packing(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[T
 
 
 def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
-    """Runs the model's own any-resolution packed layout on planes of coordinates (crop, row, column).
+    """Runs the model's `pack_image_features` on planes of coordinates (crop, row, column).
 
     Args:
         anatomy: Parts of a model with `pack_image_features`.
         planes: For each image `[tiles, side * side, 3]`.
         sizes: `[images, 2]` original heights and widths.
-        newline: `[3]` what a newline token gets.
+        newline: `[3]` value of newline tokens.
 
     Returns:
-        list: For each image `[n, 4]` frame (0), crop, row, column. Rows and columns of the tile grid are counted afresh
-        from the top left of the unpadded picture; newlines have -1 in both.
+        list: For each image `[n, 4]` frame (0), crop, row, column. Rows and columns of the tile grid are counted from
+        the top left of the unpadded image; newlines have -1 in both.
     """
     pack: Any = anatomy.composite.pack_image_features
-    # LLaVA-NeXT wants to be told that the class token is gone; OneVision has none, and shrinks large pictures.
+    # LLaVA-NeXT has to know that the class token is gone; OneVision has none, and shrinks large images.
     known = {
         "vision_feature_select_strategy": "default",
         "vision_aspect_ratio": getattr(anatomy.config, "vision_aspect_ratio", None),
@@ -386,7 +386,7 @@ def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newli
 
 
 def _coordinates(tiles: int, side: int) -> Tensor:
-    """`[tiles, side * side, 3]`: crop (0 thumbnail, 1 tile), row and column inside the crop."""
+    """Planes `[tiles, side * side, 3]`: crop (0 thumbnail, 1 tile), row and column inside the crop."""
     row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     plane = torch.stack([torch.zeros_like(row), row, col], -1).reshape(1, -1, 3).repeat(tiles, 1, 1).float()
     plane[1:, :, 0] = 1
@@ -394,14 +394,14 @@ def _coordinates(tiles: int, side: int) -> Tensor:
 
 
 def run_places(length: int, kind: str, crop: int | None) -> Tensor:
-    """Places of a run about which nothing else is known."""
+    """Places `[length, 4]` of a run of placeholders, guessed from its length alone."""
     side = math.isqrt(length)
     if kind == "image" and crop and length % crop == 0 and math.isqrt(crop) ** 2 == crop and length != crop:
         out = grid_places(length // crop, math.isqrt(crop), math.isqrt(crop))
-        return out[:, [1, 0, 2, 3]]  # crops lie where frames were counted
+        return out[:, [1, 0, 2, 3]]  # the grid's frames are crops
     if side * side == length:
         return grid_places(1, side, side)
-    for tail in (0, 1):  # a newline token may close the run
+    for tail in (0, 1):  # the run may end in a newline token
         body = length - tail
         squares = [s for s in range(math.isqrt(body), 1, -1) if body % (s * s) == 0]
         if squares:
