@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods read from the vision tower: received attention, projector inputs, the crops of a picture."""
+"""Vision-side inputs of methods: attention in the vision tower, inputs of the projector, crops of an image."""

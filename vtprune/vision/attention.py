@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries and keys of one layer of the vision tower, and the attention that patches receive there."""
+"""Queries and keys of one layer of the vision tower, and the attention that patches receive in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("vtprune")
 
 @functools.lru_cache(maxsize=256)
 def warn_once(message: str) -> None:
-    """Warns, the first time only."""
+    """Logs a warning the first time it is called with a message."""
     _log.warning(message)
 
 
@@ -55,8 +55,8 @@ def layer_number(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> i
     Args:
         anatomy: Parts of the model.
         which: "feature" is the layer whose output goes to the projector, "last" the last one; a number counts from the
-            end where it is negative. A layer that attends in windows gives way to the nearest one before (else after)
-            it that sees whole images.
+            end if it is negative. Instead of a layer with window attention, the nearest one before (else after) it with
+            full attention is taken.
     """
     total = len(vision_layers(anatomy))
     if which == "feature":
@@ -78,9 +78,9 @@ class LayerCall(NamedTuple):
     """One call of a vision layer.
 
     Attributes:
-        layer, args, kwargs: What was called with what.
-        output: What it returned, where that is kept.
-        probe: Runs the layer up to its attention, as `observe.probe` does for the layers of transformers.
+        layer, args, kwargs: The layer and its arguments.
+        output: Its output, if that is kept.
+        probe: Runs the layer up to its attention, as `attention_probe.probe` does for layers of transformers.
     """
 
     layer: nn.Module
@@ -91,12 +91,12 @@ class LayerCall(NamedTuple):
 
 
 def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_output: bool = False) -> Tap:
-    """Tap on one vision layer; its input is kept, queries and keys are computed when they are asked for.
+    """Tap that records the inputs of one vision layer, from which queries and keys are computed on demand.
 
     Args:
         anatomy: Parts of the model.
         which: See `layer_number`.
-        keep_output: Keep what the layer returned too, for `Vision.class_states`.
+        keep_output: Keep the layer's output too, for `Vision.class_states`.
     """
     layer = vision_layers(anatomy)[layer_number(anatomy, which)]
     return Tap(
@@ -124,7 +124,7 @@ class Attention:
     prefix: int
 
     def received(self, rows: Tensor | None = None) -> Tensor:
-        """`[B, N]` mean attention over heads and query rows (`rows` `[B, N]` bool picks some); 0 for padded patches."""
+        """Attention `[B, N]` received, averaged over heads and queries (those in `rows` `[B, N]`); 0 for padding."""
         if self.valid is None:
             return received_attention(self.query, self.key, self.scaling, rows, self.offsets)
         query, key = (
@@ -137,14 +137,14 @@ class Attention:
         return out
 
     def of_class_token(self) -> Tensor:
-        """`[B, N]` attention of the class token (row 0), mean over heads."""
+        """Attention `[B, N]` from the class token (row 0), averaged over heads."""
         rows = torch.zeros(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
         rows[:, 0] = True
         return self.received(rows)
 
 
 def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
-    """`[B, N]` which patches are not padding, from the mask that a vision layer was given; None for all of them."""
+    """Mask `[B, N]` of patches that are not padding, from a vision layer's attention mask; None if none is padding."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):  # flex attention's BlockMask
@@ -155,15 +155,17 @@ def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
     seen = seen.reshape(len(seen), -1, length).expand(batch, -1, -1)  # [B, queries or 1, N]
     valid = seen.any(1)
     if not (seen == valid[:, None]).all():
-        raise MethodError("the vision layer's mask is more than padding; expected every patch to see all real patches")
+        raise MethodError(
+            "the vision layer's mask hides more than padding; expected every patch to attend to all patches but padding"
+        )
     return None if valid.all() else valid
 
 
 def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> Attention:
-    """Probes the layer of a record of `layer_tap`.
+    """Reads queries and keys of a call that `layer_tap` recorded.
 
     Args:
-        record: What the tap kept of one call.
+        record: The recorded call.
         rows: Projector rows of each crop of that call.
         packed: Whether the tower works on one packed sequence.
         rope: False for queries and keys before rotation.
@@ -175,7 +177,7 @@ def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> At
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     offsets = named.get("cu_seqlens")
-    if offsets is not None:  # one sequence for the probe, so that no image of a packed batch is left out
+    if offsets is not None:  # as one sequence, because the probe stops at the first of several attention calls
         total = int(offsets[-1])
         named["cu_seqlens"] = offsets.new_tensor([0, total])
         if named.get("max_seqlen") is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From projector rows to prompt columns, and the crops that per-crop methods share their budget over."""
+"""Mapping of projector rows to visual tokens, and budgets per crop."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
 
 @dataclass
 class Arrangement:
-    """How the model lays out the rows of one projector call before they are put into the prompt.
+    """The layout that the model gives the rows of one projector call before they enter the prompt.
 
     Attributes:
-        apply: `[n, R, C]` -> `[R', C]`, linear: the model's own packing without newlines, its own pooling of video
-            frames, or none.
-        blends: Whether rows of different crops may be mixed (tiles of one picture, shrunk together).
+        apply: Linear map `[n, R, C]` -> `[R', C]`: the model's packed layout without newlines, its pooling of video
+            frames, or a flattening.
+        blends: Whether rows of different crops may be mixed (tiles of one image that are shrunk together).
     """
 
     apply: Callable[[Tensor], Tensor]
     blends: bool = False
 
     def crop_numbers(self, n: int, rows: int, device: torch.device) -> Tensor:
-        """`[R']` crop of the call that each arranged row shows, the one with the largest part where several do."""
+        """Crop number `[R']` of each arranged row; of several crops, the one with the largest weight."""
         if not self.blends:
             numbers = torch.arange(n, device=device).float()
             return self.apply(numbers[:, None, None].expand(n, rows, 1))[:, 0].round().long()
@@ -46,7 +46,7 @@ def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
 
     Args:
         tokens: Tokens of the first stage.
-        crops: Crops in each call of the projector.
+        crops: Number of crops in each call of the projector.
     """
     assert tokens.anatomy is not None
     composite, inputs = tokens.anatomy.composite, tokens.inputs
@@ -65,11 +65,11 @@ def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
 
 
 def tiles_per_image(tokens: Tokens) -> list[int] | None:
-    """Crops that any-resolution packed layout expects of each image, thumbnail included; None for models without it."""
+    """Number of crops of each image in an any-resolution model, thumbnail included; None for other models."""
     assert tokens.anatomy is not None
     composite, inputs = tokens.anatomy.composite, tokens.inputs
-    homes = [sys.modules[cls.__module__] for cls in type(composite).__mro__]
-    count = next((f for home in homes if (f := getattr(home, "image_size_to_num_patches", None))), None)
+    modules = [sys.modules[cls.__module__] for cls in type(composite).__mro__]
+    count = next((f for module in modules if (f := getattr(module, "image_size_to_num_patches", None))), None)
     sizes = inputs.get("image_sizes")
     if count is None or sizes is None or not hasattr(composite, "pack_image_features"):
         return None
@@ -84,14 +84,14 @@ def tiles_per_image(tokens: Tokens) -> list[int] | None:
 
 
 def _pool(tokens: Tokens, x: Tensor) -> Tensor:
-    """The model's own pooling of video frames `[n, R, C]`."""
+    """Runs the model's pooling on video frames `[n, R, C]`."""
     assert tokens.anatomy is not None
     pool: Any = tokens.anatomy.composite.apply_pooling
     return pool(x).flatten(0, 1)
 
 
 def _pack(tokens: Tokens, tiles: list[int], x: Tensor) -> Tensor:
-    """The model's own packed layout of `[n, R, C]`, newlines left out."""
+    """Runs the model's packed layout on tiles `[n, R, C]`, without newlines."""
     assert tokens.anatomy is not None
     pack: Any = tokens.anatomy.composite.pack_image_features
     known = inspect.signature(pack).parameters
@@ -103,15 +103,15 @@ def _pack(tokens: Tokens, tiles: list[int], x: Tensor) -> Tensor:
 
 
 def _fingerprints(x: Tensor) -> Tensor:
-    """`[N]` int64 hashes of the bits of rows; 64 columns tell rows of features apart."""
+    """Hashes `[N]` int64 of the bits of rows, from 64 evenly spaced features of each."""
     picked = torch.linspace(0, x.shape[1] - 1, min(64, x.shape[1])).long().to(x.device)
     bits = x[:, picked].contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
     factors = torch.randint(-(2**62), 2**62, (len(picked),), generator=torch.Generator().manual_seed(0))
-    return (bits * (2 * factors + 1).to(x.device)).sum(1)  # wraps around
+    return (bits * (2 * factors + 1).to(x.device)).sum(1)  # modulo 2^64
 
 
-def _nth_of_kind(values: Tensor) -> Tensor:
-    """`[N]` how many equal values stand before each."""
+def _occurrence(values: Tensor) -> Tensor:
+    """Number `[N]` of equal values before each value."""
     order = torch.sort(values, stable=True).indices
     place = torch.arange(len(values), device=values.device)
     run_starts = torch.ones_like(values, dtype=torch.bool)
@@ -122,37 +122,37 @@ def _nth_of_kind(values: Tensor) -> Tensor:
 
 
 def match_rows(rows: Tensor, tokens: Tokens, method: str) -> Tensor:
-    """Finds the arranged projector rows among the states that the decoder receives.
+    """Matches the arranged projector rows with the states that the decoder receives.
 
     Args:
         rows: `[R, D]` in the dtype of the decoder.
         tokens: Tokens of the first stage.
-        method: Name for messages.
+        method: Name of the method, for messages.
 
     Returns:
-        Tensor: `[M]` int64 row that each token shows, -1 for tokens that were put in later (newlines). Equal rows are
-        matched in order.
+        Tensor: `[M]` int64 row of each token, -1 for tokens that were inserted later (newlines). Equal rows are matched
+        in order.
 
     Raises:
-        MethodError: A token that has a place in a picture shows no row.
+        MethodError: A token that has a place in an image matches no row.
     """
-    # Beams show the same features: one column stands for all of them.
+    # Beams share features: one token stands for all copies.
     features, copy = torch.unique(tokens.feature, return_inverse=True)
-    everyone = torch.arange(len(tokens), device=copy.device)
-    first = torch.full_like(features, len(tokens)).scatter_reduce(0, copy, everyone, "amin")
+    numbers = torch.arange(len(tokens), device=copy.device)
+    first = torch.full_like(features, len(tokens)).scatter_reduce(0, copy, numbers, "amin")
     hidden, placed = tokens.hidden[first], tokens.grid_row[first] >= 0
     if rows.shape == hidden.shape and torch.equal(rows, hidden):
         return copy
     kinds = torch.unique(torch.cat([_fingerprints(rows), _fingerprints(hidden)]), return_inverse=True)[1]
     have, want = kinds[: len(rows)], kinds[len(rows) :]
     size = max(len(rows), len(hidden)) + 1
-    have, want = have * size + _nth_of_kind(have), want * size + _nth_of_kind(want)
+    have, want = have * size + _occurrence(have), want * size + _occurrence(want)
     have, order = torch.sort(have)
     at = torch.searchsorted(have, want).clamp_max(max(len(have) - 1, 0))
     index = torch.where(have[at] == want, order[at], -1)
     lost = (index < 0) & placed
     newline = getattr(tokens.anatomy and tokens.anatomy.composite, "image_newline", None)
-    if newline is not None:  # known by itself, too
+    if newline is not None:  # newlines are also recognized by their embedding
         lost &= (hidden != newline.to(hidden)).any(1)
     if not lost.any() and (index >= 0).any():
         return index[copy]
@@ -166,20 +166,20 @@ def match_rows(rows: Tensor, tokens: Tokens, method: str) -> Tensor:
 
 
 def _same_direction(rows: Tensor, hidden: Tensor) -> bool:
-    """Whether the states are the rows in the same order, scaled."""
+    """Whether the states are the rows in the same order, up to scale."""
     return bool((torch.cosine_similarity(rows.float(), hidden.float()) > 0.999).all())
 
 
 def share(total: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Shares a budget over crops in proportion to weights, never more than a crop holds.
+    """Splits a budget over crops in proportion to weights, limited by their sizes.
 
-    What a full crop cannot take goes to the others in the same proportion, what then is left (weight 0) to the crops in
-    order. Fractions go to the largest remainders, ties to the smaller number.
+    What exceeds the size of a crop goes to the others in the same proportion; what is then left (all others have weight
+    0) goes to the crops in order. Fractions go to the largest remainders, ties to the smaller number.
 
     Args:
-        total: Tokens to give out, at most `sum(sizes)`.
-        sizes: Tokens of each crop.
-        weights: Not negative.
+        total: Tokens to distribute, at most `sum(sizes)`.
+        sizes: Number of tokens in each crop.
+        weights: Weight of each crop, not negative.
 
     Returns:
         list[int]: Sums to `total`.
@@ -210,28 +210,27 @@ def share(total: int, sizes: Sequence[int], weights: Sequence[float]) -> list[in
 
 @dataclass
 class Crops:
-    """The tokens sorted by crop, as a ragged batch of its own.
+    """The tokens sorted by crop, as a ragged batch with a budget per crop.
 
     Attributes:
-        rows: `[M]` the tokens, crop after crop, by column inside; those of no crop (newlines) last in their group.
+        rows: `[M]` rows of the tokens, sorted by crop, then by position; those of no crop (newlines) come last in their
+            group.
         offsets: `[C + 1]` offsets of the crops in `rows`.
-        budgets: `[C]`, for each group summing to the group's budget.
-        placed: `[C]` bool, False for the groups of newlines.
-        pools: `[C]` pool of each crop.
-        max_budget: The largest of `budgets`, known without waiting for a device.
-        max_length: Tokens of the longest crop, likewise.
+        budgets: `[C]` budget of each crop; those of a group sum to the group's budget.
+        placed: `[C]` bool, False for newlines.
+        max_budget: The largest of `budgets`, known on the host.
+        max_length: Length of the longest crop, likewise.
     """
 
     rows: Tensor
     offsets: Tensor
     budgets: Tensor
     placed: Tensor
-    pools: Tensor
     max_budget: int
     max_length: int
 
     def each(self) -> Iterator[tuple[Tensor, int, bool]]:
-        """Yields rows, budget and whether they are a crop (not newlines)."""
+        """Yields rows and budget of each crop, and whether it is one (False for newlines)."""
         rows = self.rows.split(self.offsets.diff().tolist())
         yield from zip(rows, self.budgets.tolist(), self.placed.tolist(), strict=True)
 
@@ -243,12 +242,12 @@ def by_crop(
 
     Args:
         tokens: Tokens of one stage.
-        crop: `[M]` number of the crop that each token belongs to, -1 for none; by default what the tokens say of
-            themselves (an image's tiles are then one crop).
-        weights: `[M]` share of a token's crop (the largest of the crop counts); by default all crops of an image weigh
-            the same, as much as the largest has tokens, so that an unpadded tile keeps its full share as published.
-        keep_newlines: Tokens of no crop come first, as long as they fit into half of the group's budget; otherwise they
-            get what the crops leave over.
+        crop: `[M]` number of each token's crop, -1 for none; by default `tokens.crop` (the tiles of an image are then
+            one crop).
+        weights: `[M]` weight of each token's crop (the largest in the crop counts); by default all crops of an image
+            weigh as much as its largest has tokens, so that an unpadded tile keeps its full share, as published.
+        keep_newlines: Tokens of no crop are kept first, if they fit into half of the group's budget; otherwise they get
+            what the crops leave over.
     """
     device = tokens.hidden.device
     if crop is None:
@@ -266,17 +265,16 @@ def by_crop(
         weight = weight.scatter_reduce(0, group, weights.double().cpu(), "amax", include_self=False)
     weight = torch.where(groups[1] == 0, weight, 0.0)
     budgets = torch.zeros_like(sizes)
-    for pool, total in enumerate(tokens.budgets.tolist()):
-        mine = (groups[0] == pool).nonzero()[:, 0]
-        newlines = mine[groups[1, mine] == 1]
+    for number, total in enumerate(tokens.budgets.tolist()):
+        members = (groups[0] == number).nonzero()[:, 0]
+        newlines = members[groups[1, members] == 1]
         if keep_newlines and 2 * int(sizes[newlines].sum()) <= total:
             budgets[newlines] = sizes[newlines]
             total -= int(sizes[newlines].sum())
-            mine = mine[groups[1, mine] == 0]
-        budgets[mine] = torch.tensor(share(total, sizes[mine].tolist(), weight[mine].tolist()), dtype=torch.int64)
+            members = members[groups[1, members] == 0]
+        shares = share(total, sizes[members].tolist(), weight[members].tolist())
+        budgets[members] = torch.tensor(shares, dtype=torch.int64)
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    most, longest = (int(x.max()) if len(x) else 0 for x in (budgets, sizes))
-    rows, offsets, budgets, placed, pools = (
-        to_device(t, device) for t in (rows, offsets, budgets, groups[1] == 0, groups[0])
-    )
-    return Crops(rows, offsets, budgets, placed, pools, most, longest)
+    max_budget, max_length = (int(x.max()) if len(x) else 0 for x in (budgets, sizes))
+    rows, offsets, budgets, placed = (to_device(t, device) for t in (rows, offsets, budgets, groups[1] == 0))
+    return Crops(rows, offsets, budgets, placed, max_budget, max_length)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods read on the vision side, and where it lands in the prompt.
+"""Vision-side features and attention, mapped to the visual tokens of the prompt.
 
-Two taps see everything: the projector's call (features before it) and the call of one vision layer (its attention). The
-way from there to the prompt differs between models: class tokens fall away, patches are merged, tiles are packed,
-unpadded or shrunk, windows are permuted back, newlines come in. None of it is a table of models:
+Two taps record them: the projector's calls (features before it) and the calls of one vision layer (its attention). The
+mapping to the prompt differs between models, which drop class tokens, merge patches, pack, unpad or shrink tiles,
+permute windows and insert newlines. It is derived without a table of models:
 
-* patches -> projector rows: by counts. What is too much in front of a square is prefix (class and register tokens);
-  several patches per row are a square block of a crop, or consecutive patches where the tower works on one packed
-  sequence.
-* projector rows -> prompt columns: the projector's output is pushed through the model's own packing where it has one,
-  and then found again, bit by bit, among the states that the decoder receives. What cannot be found is an error, so a
-  wrong order is never used silently.
+* patches -> projector rows: by counts. Tokens in front of a square number of patches are a prefix (class and register
+  tokens); several patches per row are a square block of a crop, or consecutive patches of a packed sequence.
+* projector rows -> prompt positions: the projector's output is laid out by the model's own `pack_image_features`, if it
+  has one, and then matched bit by bit with the states that the decoder receives. A row without a match is an error, so
+  a wrong order is never used silently.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ __all__ = [
 
 
 def projector_tap(anatomy: Anatomy, method: str) -> Tap:
-    """Tap on the projector.
+    """Tap that records the calls of the projector.
 
     Raises:
         MethodError: The model has no projector of its own.
@@ -60,7 +59,7 @@ def projector_tap(anatomy: Anatomy, method: str) -> Tap:
 
 
 def _group(x: Tensor, rows: int, packed: bool) -> Tensor:
-    """`[n, P, C]` patches -> `[n, rows, P / rows, C]`: the patches of every projector row, in raster order."""
+    """Groups patches `[n, P, C]` by projector row: `[n, rows, P / rows, C]`, in raster order."""
     n, patches, width = x.shape
     k = patches // max(rows, 1)
     side, block = math.isqrt(patches), math.isqrt(k)
@@ -78,7 +77,7 @@ def _group(x: Tensor, rows: int, packed: bool) -> Tensor:
 
 
 def over_patches(values: Tensor, patches: int, rows: int, packed: bool) -> Tensor:
-    """Gives the patches of every projector row the same values: `[k, C]` -> `[patches, C]`."""
+    """Copies one set of values `[k, C]` to the `k` patches of every projector row: `[patches, C]`."""
     members = _group(torch.arange(patches, device=values.device)[None, :, None], rows, packed)[0, :, :, 0]  # [rows, k]
     out = values.new_empty(patches, values.shape[1])
     out[members] = values
@@ -86,7 +85,7 @@ def over_patches(values: Tensor, patches: int, rows: int, packed: bool) -> Tenso
 
 
 class _Unhooked(nn.Module):
-    """Runs a module's function without its hooks."""
+    """Runs a module's forward without its hooks."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -97,19 +96,19 @@ class _Unhooked(nn.Module):
 
 
 class Vision:
-    """The vision side of one prefill, with everything lined up with the visual tokens.
+    """Vision-side features and attention of one prefill, mapped to its visual tokens.
 
     Args:
         tokens: The tokens of the first stage, at layer 0, with the records of `projector_tap` (and `layer_tap`).
-        method: Name for messages.
+        method: Name of the method, for messages.
 
     Attributes:
-        features: `[R, F]` what the projector saw of each of the rows it gave out; the patches of a row side by side.
-        index: `[M]` row of the arranged rows that each visual token shows, -1 for tokens that never were in the
-            projector (newlines).
+        features: `[R, F]` inputs of the projector for each row of its output; the patches of a row are concatenated.
+        index: `[M]` arranged projector row of each visual token, -1 for tokens that do not come from the projector
+            (newlines).
 
     Raises:
-        MethodError: Nothing was recorded, or the tokens cannot be traced back to patches.
+        MethodError: Nothing was recorded, or the tokens cannot be matched with the projector's output.
     """
 
     def __init__(self, tokens: Tokens, method: str) -> None:
@@ -138,9 +137,9 @@ class Vision:
 
     @functools.cached_property
     def crop(self) -> Tensor | None:
-        """`[M]` number of the crop that each token shows, counted through all calls; -1 for tokens of no crop.
+        """Number `[M]` of each token's crop, counted through all calls; -1 for tokens of no crop.
 
-        None where the tower packs images into one sequence.
+        None if the tower packs images into one sequence.
         """
         if any(self._packed):
             return None
@@ -155,9 +154,9 @@ class Vision:
         return list(zip(self._inputs, self._outputs, self._packed, strict=True))
 
     def run_projector(self, call: int, x: Tensor) -> Tensor:
-        """The projector's function on `x` `[n, P, C]`, in place of the input of a call -> `[n, R, D]`.
+        """Runs the projector on `x` `[n, P, C]` instead of the input of a recorded call; returns `[n, R, D]`.
 
-        Computed in the dtype of `x`, whatever the projector's weights are stored in.
+        It is computed in the dtype of `x`, whatever the dtype of the projector's weights.
         """
         args, kwargs = self._extra[call]
         original = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
@@ -167,7 +166,7 @@ class Vision:
         projector = self.anatomy.projector
         assert projector is not None
         if x.dtype == original.dtype:
-            out = projector.forward(*args, **kwargs)  # not __call__: the taps are not to see this one
+            out = projector.forward(*args, **kwargs)  # not __call__, so that taps do not record this call
         else:
             state = {f"inner.{k}": v.to(x.dtype) for k, v in projector.named_parameters() if v.is_floating_point()}
             out = torch.func.functional_call(_Unhooked(projector), state, args, kwargs)
@@ -186,7 +185,7 @@ class Vision:
         x, y, packed = self.calls()[0]
         k, width = rows.shape[1] // x.shape[2], x.shape[2]
         rows = rows.to(x)
-        # A crop of one block is the smallest image that a merging projector can take.
+        # A crop of one block is the smallest image that a merging projector accepts.
         shaped = rows[None] if k == 1 else rows.reshape(1, -1, width) if packed else rows.reshape(-1, k, width)
         try:
             out = self.run_projector(0, shaped)
@@ -197,7 +196,7 @@ class Vision:
         return out.reshape(len(rows), -1).to(self.tokens.hidden)
 
     def to_tokens(self, rows: Tensor) -> Tensor:
-        """Carries `[R, ...]` values of projector rows to the visual tokens: `[M, ...]`, NaN where there is none."""
+        """Maps values `[R, ...]` of projector rows to the visual tokens: `[M, ...]`, NaN for tokens without a row."""
         flat = rows.float().reshape(len(rows), -1)
         parts = flat.split([y.shape[0] * y.shape[1] for y in self._outputs])
         arranged = [
@@ -208,10 +207,10 @@ class Vision:
         return values[self.index].reshape(-1, *rows.shape[1:])  # index -1 is the row of NaN
 
     def tokens_of_patches(self, per_patch: Callable[[Attention], Tensor], rope: bool = True) -> Tensor:
-        """Carries values of patches to the visual tokens; the mean where a token is made of several patches.
+        """Maps values of patches to the visual tokens, averaged over the patches of a token.
 
         Args:
-            per_patch: From the attention of one call to `[B, N, ...]` values of its tokens, prefix included.
+            per_patch: Maps the attention of one call to values `[B, N, ...]` of its tokens, prefix included.
             rope: False for queries and keys before rotation.
 
         Returns:
@@ -220,7 +219,7 @@ class Vision:
         return self.carry([per_patch(attention)[:, attention.prefix :] for attention in self.attention(rope)])
 
     def carry(self, values: list[Tensor]) -> Tensor:
-        """The same for values at hand: for each call `[n, P, ...]`, prefix left out."""
+        """Same as `tokens_of_patches` for given values: for each call `[n, P, ...]`, without the prefix."""
         rows = []
         for value, (_, y, packed) in zip(values, self.calls(), strict=True):
             flat = value.float().reshape(*value.shape[:2], -1)
@@ -228,12 +227,12 @@ class Vision:
         return self.to_tokens(torch.cat(rows))
 
     def attention(self, rope: bool = True) -> list[Attention]:
-        """Queries and keys of the tapped layer, one entry for each call of the tower; unrotated with `rope=False`."""
+        """Queries and keys of the tapped layer for each call of the tower; before rotation with `rope=False`."""
         records = self.tokens.recorded.get(LAYER, [])
         if len(records) != len(self._outputs):
             raise MethodError(
-                f"{self.method} saw {len(records)} calls of a vision layer and {len(self._outputs)} of the projector; "
-                "expected one each for every call of the vision tower"
+                f"{self.method} recorded {len(records)} calls of a vision layer and {len(self._outputs)} of the "
+                "projector; expected one each for every call of the vision tower"
             )
         out = [
             read_attention(record, y.shape[1], packed, rope)
@@ -242,16 +241,16 @@ class Vision:
         for attention, y in zip(out, self._outputs, strict=True):
             if len(attention.query) != len(y):
                 raise MethodError(
-                    f"the vision layer saw {len(attention.query)} crops and the projector {len(y)}: cannot tell which "
-                    "patches make up which token"
+                    f"the vision layer was called with {len(attention.query)} crops and the projector with {len(y)}; "
+                    "expected the same number, to map patches to tokens"
                 )
         return out
 
     def class_states(self) -> Tensor:
-        """`[crops, F]` states of the class token after the tapped layer, where the projector reads that layer's output.
+        """States `[crops, F]` of the class token after the tapped layer.
 
         Raises:
-            MethodError: There is no class token, or the projector reads something else.
+            MethodError: There is no class token, or the projector does not read the output of the tapped layer.
         """
         states = []
         for call, (x, _, _) in zip(self.tokens.recorded.get(LAYER, []), self.calls(), strict=True):
@@ -267,10 +266,10 @@ class Vision:
         return torch.cat(states).to(self.index.device)
 
     def importance(self, view: Callable[[Attention], Attention] = lambda attention: attention) -> Tensor:
-        """`[M]` attention of the class token; mean attention received where the tower has no class token.
+        """Attention `[M]` from the class token, or mean attention received if the tower has no class token.
 
         Args:
-            view: Changes queries and keys before they meet.
+            view: Changes queries and keys before attention is computed.
         """
         by_class = has_class_token(self.anatomy)
         if not by_class:
@@ -283,7 +282,7 @@ class Vision:
 
 
 def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
-    """`Vision.crop` for methods that need nothing else of the vision side: None where it cannot be told."""
+    """`Vision.crop` for methods that need nothing else from the vision side; None if it is unknown."""
     try:
         return Vision(tokens, method).crop if tokens.recorded.get(_PROJECTOR) else None
     except MethodError:
@@ -291,7 +290,7 @@ def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
 
 
 def pixel_crops(vision: Vision) -> list[Tensor]:
-    """Normalized pixels `[n, 3, H, W]` of the crops of each projector call; `MethodError` where they come otherwise."""
+    """Normalized pixels `[n, 3, H, W]` of the crops of each projector call; raises `MethodError` for other layouts."""
     names = ("pixel_values", "pixel_values_videos")
     given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
     tiles, calls = tiles_per_image(vision.tokens), vision.calls()
