@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What visual tokens cost: the accounting that the papers use, and the bytes of a KV cache."""
+"""Cost of visual tokens: FLOPs counted as in the papers, and bytes of the KV cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of a decoder that its costs follow from.
+    """Sizes of a decoder from which its costs are computed.
 
     Attributes:
         layers: Number of layers.
         width: Hidden size `d`.
-        mlp: Width of the feed-forward layer `m`.
-        kv_heads, head_dim: Of the cache.
-        itemsize: Bytes per number in the cache.
+        mlp: Width `m` of the feed-forward layer.
+        kv_heads, head_dim: Number of KV heads and size of a head.
+        itemsize: Bytes per value in the cache.
     """
 
     layers: int
@@ -57,5 +57,5 @@ def decoder_flops(tokens: Sequence[float], shape: DecoderShape) -> float:
 
 
 def kv_bytes(slots: Sequence[int], batch: int, shape: DecoderShape) -> int:
-    """Bytes of keys and values for `slots` cached columns per layer."""
+    """Bytes of keys and values for `slots` cached tokens per layer."""
     return sum(2 * batch * n * shape.kv_heads * shape.head_dim * shape.itemsize for n in slots)

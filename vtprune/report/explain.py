@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TokenExplanation a visual token was kept or dropped: its score, its rank, and the kept token that it duplicates most.
+"""Explains why a visual token was kept or dropped: its score, its rank, and the most similar kept token.
 
-Scores are what the method ranked by. Duplicates need the states of the tokens, which nothing else keeps: calls inside
-`recording()` keep them, at the cost of copying them to the CPU at every cut.
+The most similar token is only known for calls inside `recording()`, which copies the states of all visual tokens to the
+CPU at every cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _recording: ContextVar[bool] = ContextVar("vtprune_recording", default=False)
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Prefills of the calling thread keep the states of their visual tokens, for `Pruning.explain_token`."""
+    """Context in which prefills of this thread keep the states of their visual tokens for `Pruning.explain_token`."""
     before = _recording.set(True)
     try:
         yield
@@ -32,24 +32,24 @@ def recording() -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Whether the running prefill is to keep states."""
+    """Whether the current prefill keeps states."""
     return _recording.get()
 
 
 @dataclass(frozen=True)
 class TokenExplanation:
-    """What decided about one visual token.
+    """Score, rank and most similar kept token of one visual token at the cut that decided about it.
 
     Attributes:
         token: Its number among the visual tokens of the call.
-        kept: Whether it survived to the end.
-        layer: The layer before which it was dropped, or of the last cut that it survived; None where nothing was cut.
-        score: What the method gave it there; None for methods that choose without scores.
+        kept: Whether it is left after the last cut.
+        layer: The layer before which it was dropped, or that of the last cut if it was kept; None without any cut.
+        score: Its score at that cut; None for methods without scores.
         rank: 1 for the highest score; None without scores.
-        rank_of: Tokens of its sample that were alive there.
-        duplicate: The other token that stayed there and whose state points most nearly the same way; None without
-            recorded states, or if no other stayed.
-        similarity: Cosine of the two states, in [-1, 1].
+        rank_of: Number of tokens of its sample before that cut.
+        duplicate: The other token kept there whose state has the largest cosine similarity; None without recorded
+            states, or if no other was kept.
+        similarity: Cosine similarity of the two states, in [-1, 1].
     """
 
     token: int
@@ -62,46 +62,46 @@ class TokenExplanation:
     similarity: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For logs."""
+        """The fields as a dictionary."""
         return asdict(self)
 
 
 def explain_token(pruning: PruningRecord, token: int) -> TokenExplanation:
-    """Looks up one token, see `TokenExplanation`.
+    """Explains one token, see `TokenExplanation`.
 
     Raises:
         VTPruneError: There is no such token.
     """
     total = len(pruning.places)
     if not 0 <= token < total:
-        raise VTPruneError(f"token {token} was asked for; the call had {total} visual tokens, numbered from 0")
-    stayed = [bool((kept == token).any()) for kept in pruning.kept_flat]
+        raise VTPruneError(f"there is no token {token}; the call had {total} visual tokens, numbered from 0")
+    kept = [bool((numbers == token).any()) for numbers in pruning.kept_flat]
     sample = pruning.places.sample
-    if not stayed:
+    if not kept:
         return TokenExplanation(token, True, None, None, None, int((sample == sample[token]).sum()))
-    stage = stayed.index(False) if False in stayed else len(stayed) - 1
+    stage = kept.index(False) if False in kept else len(kept) - 1
     alive = pruning.alive(stage)
-    alive_here = (sample[alive] == sample[token]).nonzero()[:, 0]  # places in `alive` of this sample's tokens
-    mine = int((alive == token).nonzero())
+    of_sample = (sample[alive] == sample[token]).nonzero()[:, 0]  # indices in `alive` of this sample's tokens
+    index = int((alive == token).nonzero())
     score = rank = None
     scores = pruning.scores[stage]
     if scores is not None:
-        score = float(scores[mine])
-        rank = 1 + int((scores[alive_here] > scores[mine]).sum())
-    duplicate, similarity = _duplicate(pruning, stage, alive, alive_here, mine)
+        score = float(scores[index])
+        rank = 1 + int((scores[of_sample] > scores[index]).sum())
+    duplicate, similarity = _duplicate(pruning, stage, alive, of_sample, index)
     layer = pruning.stages[stage][0]
-    return TokenExplanation(token, all(stayed), layer, score, rank, len(alive_here), duplicate, similarity)
+    return TokenExplanation(token, all(kept), layer, score, rank, len(of_sample), duplicate, similarity)
 
 
 def _duplicate(
-    pruning: PruningRecord, stage: int, alive: torch.Tensor, alive_here: torch.Tensor, mine: int
+    pruning: PruningRecord, stage: int, alive: torch.Tensor, of_sample: torch.Tensor, index: int
 ) -> tuple[int | None, float | None]:
     states = pruning.states[stage] if stage < len(pruning.states) else None
     if states is None:
         return None, None
-    others = alive_here[torch.isin(alive[alive_here], pruning.kept_flat[stage]) & (alive_here != mine)]
+    others = of_sample[torch.isin(alive[of_sample], pruning.kept_flat[stage]) & (of_sample != index)]
     if not len(others):
         return None, None
-    near = torch.cosine_similarity(states[others], states[mine : mine + 1])
-    best = int(near.argmax())
-    return int(alive[others[best]]), float(near[best])
+    similarity = torch.cosine_similarity(states[others], states[index : index + 1])
+    best = int(similarity.argmax())
+    return int(alive[others[best]]), float(similarity[best])

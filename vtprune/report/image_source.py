@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefill remembers of its pictures, so that tokens can be laid over the originals afterwards.
+"""Origin of a prefill's pictures: what is needed to draw its visual tokens over the originals afterwards.
 
-Nothing is copied: pixels are referred to weakly (the patch keeps the last ones alive until the next encoding), sizes
+Nothing is copied: pixels are referenced weakly (the patch keeps the last ones alive until the next encoding), and sizes
 are small tensors of the caller.
 """
 
@@ -23,16 +23,16 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 @dataclass
 class Source:
-    """How the pictures of a call came to the model.
+    """Sizes and pixels of a call's pictures, as far as its arguments and the config tell.
 
     Attributes:
-        kinds: Kinds of features in the order that `VisualTokens.kind` counts, such as "image" and "video".
-        stretched: Kinds whose grid of tokens is known to cover whole pictures (they came with `*_grid_thw`).
-        sizes: `[images, 2]` heights and widths of the originals, where an any-resolution model was told; else None.
-        per_sample: Images in each sample, where the model was told; else None.
-        pinpoints: Heights and widths an any-resolution model may choose from; empty for others.
-        side: Pixels along a square crop of the vision tower; 0 where unknown.
-        patch: Pixels along a patch of the vision tower; 0 where unknown.
+        kinds: Kinds of features in the order of `VisualTokens.kind`, such as "image" and "video".
+        stretched: Kinds whose grid of tokens covers whole pictures (they were passed with `*_grid_thw`).
+        sizes: `[images, 2]` heights and widths of the originals, for any-resolution models; else None.
+        per_sample: Number of images in each sample, if it was passed; else None.
+        pinpoints: Heights and widths that an any-resolution model may choose from; empty for others.
+        side: Pixels along a square crop of the vision tower; 0 if unknown.
+        patch: Pixels along a patch of the vision tower; 0 if unknown.
         pixels: Weak references to the pixels, by kind.
     """
 
@@ -47,7 +47,7 @@ class Source:
 
     @classmethod
     def of(cls, inputs: dict[str, Any], anatomy: Anatomy) -> Source:
-        """Notes what a call says about its pictures.
+        """Collects what a call's arguments tell about its pictures.
 
         Args:
             inputs: Keyword arguments of the composite's call and of its encoders.
@@ -71,11 +71,11 @@ class Source:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the pixels: a copy or a pickle does not carry them."""
+        """State without the pixels, which copies and pickles do not contain."""
         return {**vars(self), "pixels": {}}
 
     def crops(self, kind: str) -> Tensor | None:
-        """The pixels of a kind, `[..., 3, H, W]` float32 on the CPU; None if they are gone or come in another form."""
+        """Pixels of a kind, `[..., 3, H, W]` float32 on the CPU; None if they are gone or have another layout."""
         reference = self.pixels.get(kind)
         found = reference() if reference is not None else None
         if found is None or found.dim() not in (4, 5) or found.shape[-3] != 3:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a prefill: what was dropped, stage by stage, and what the method thought of each patch."""
+"""Pictures of a prefill: dropped patches stage by stage, and the method's scores."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
     from .record import PruningRecord
 
-_STAND_IN = 24  # pixels of a gray stand-in along a token
+_PIXELS_PER_TOKEN = 24  # along a side of a gray placeholder
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of one call, made by `Pruning.show`. Notebooks display it.
+    """The pictures of one call with its visual tokens, returned by `Pruning.show`; notebooks display it.
 
     Attributes:
-        pruning: The call.
-        views: The pictures as the model looked at them, with the rectangle of every visual token.
+        pruning: The record of the call.
+        views: The pictures as the model saw them, with the rectangle of every visual token.
         names: A caption for each picture, or none.
         mode: "dropped", "stages" or "heat".
         stage: The cut whose scores are shown.
@@ -49,9 +49,9 @@ class Pictures:
         fit: str | None,
         names: Sequence[str] | None,
     ) -> Pictures:
-        """See `Pruning.show`."""
+        """Builds the pictures of `Pruning.show`; see there."""
         if images is None and videos is None:
-            return cls(pruning, _stand_ins(pruning), tuple(names or ()))
+            return cls(pruning, _placeholders(pruning), tuple(names or ()))
         pictures = [_picture(image) for image in _several(images)]
         clips = [[_picture(frame) for frame in clip] for clip in videos or ()]
         found = _drawable(views(pruning.places, pruning.source, pictures, clips, fit))
@@ -62,7 +62,7 @@ class Pictures:
         return replace(self, mode="stages")
 
     def heatmap(self, stage: int | None = None) -> Pictures:
-        """The scores of a cut, by default of the first that has scores; see `Pruning.heatmap`."""
+        """Heat maps of the scores at a cut, by default the first with scores; see `Pruning.heatmap`."""
         scored = [i for i, scores in enumerate(self.pruning.scores) if scores is not None]
         if stage is None and scored:
             stage = scored[0]
@@ -78,7 +78,7 @@ class Pictures:
         return [panel for row in self._rows() for panel in row]
 
     def strips(self) -> list[tuple[Image, str]]:
-        """Each clip as a strip, see `draw.strip`: which of its frames the budget went to."""
+        """Strip of each clip with its caption, see `draw.strip`: how the budget was spread over its frames."""
         places = self.pruning.places
         kept = np.zeros(len(places), dtype=bool)
         kept[self.pruning.kept_flat[-1].numpy() if self.pruning.kept_flat else np.arange(len(places))] = True
@@ -86,23 +86,23 @@ class Pictures:
         for view in self.views:
             clips.setdefault(int(places.image[view.tokens[0]]), []).append(view)
         out = []
-        for number, mine in enumerate(clips.values()):
-            frames = [int(places.frame[view.tokens[0]]) for view in mine]
+        for number, clip in enumerate(clips.values()):
+            frames = [int(places.frame[view.tokens[0]]) for view in clip]
             if len(set(frames)) < 2:
                 continue
-            counts, totals = [int(kept[view.tokens].sum()) for view in mine], [len(view.tokens) for view in mine]
+            counts, totals = [int(kept[view.tokens].sum()) for view in clip], [len(view.tokens) for view in clip]
             most = int(np.argmax(counts))
             name = f"clip {number}: " if len(clips) > 1 else ""
             caption = (
-                f"{name}{sum(counts)} of {sum(totals)} kept in {len(mine)} frames, {min(counts)} to {max(counts)} "
+                f"{name}{sum(counts)} of {sum(totals)} kept in {len(clip)} frames, {min(counts)} to {max(counts)} "
                 f"a frame, most in frame {frames[most]}"
             )
-            out.append((draw.strip([view.picture for view in mine], counts, totals), caption))
+            out.append((draw.strip([view.picture for view in clip], counts, totals), caption))
         return out
 
     @property
     def image(self) -> Image:
-        """All panels on one sheet, under the strips of clips."""
+        """All panels on one sheet, below the strips of clips."""
         sheet = draw.sheet(self._rows())
         if self.mode != "dropped":
             return sheet
@@ -110,7 +110,7 @@ class Pictures:
         return draw.stack([*strips, sheet]) if strips else sheet
 
     def save(self, path: Any) -> None:
-        """Writes the sheet to a picture file; the name's ending says which format.
+        """Writes the sheet to a picture file; its suffix determines the format.
 
         Raises:
             PictureError: The file cannot be written.
@@ -138,17 +138,17 @@ class Pictures:
         return [self._dropped(None, "")]
 
     def _dropped(self, only: int | None, prefix: str) -> list[tuple[Image, str]]:
-        """The state after one cut, or after all of them with darkness for how early a token went."""
+        """Panels after one cut, or (with `only=None`) after all, where tokens that were dropped earlier are darker."""
         total, kept = len(self.pruning.places), [k.numpy() for k in self.pruning.kept_flat]
         loss = np.zeros(total, dtype=np.float32)
         for cut in range(len(kept) - 1, -1, -1) if only is None else [only] if only >= 0 else []:
-            gone = ~np.isin(np.arange(total), kept[cut])
-            loss[gone] = 1 - 0.5 * cut / len(kept) if only is None else 1
+            dropped = ~np.isin(np.arange(total), kept[cut])
+            loss[dropped] = 1 - 0.5 * cut / len(kept) if only is None else 1
         out = []
         for number, view in enumerate(self.views):
-            mine = loss[view.tokens]
-            caption = f"{prefix}{int((mine == 0).sum())} of {len(mine)} kept"
-            out.append((draw.dim(view.picture, view.boxes, mine), self._caption(number, caption)))
+            shown = loss[view.tokens]
+            caption = f"{prefix}{int((shown == 0).sum())} of {len(shown)} kept"
+            out.append((draw.dim(view.picture, view.boxes, shown), self._caption(number, caption)))
         return out
 
     def _heat(self) -> list[tuple[Image, str]]:
@@ -170,20 +170,20 @@ class Pictures:
         pictures = list(dict.fromkeys(id(view.picture) for view in self.views))
         which, view = pictures.index(id(self.views[number].picture)), self.views[number]
         parts = [self.names[which] if which < len(self.names) else "", view.name]
-        said = ", ".join(part for part in parts if part)
-        return f"{said}: {text}" if said else text
+        name = ", ".join(part for part in parts if part)
+        return f"{name}: {text}" if name else text
 
 
 def before_and_after(image: Image, pictures: Pictures, answers: tuple[str, str]) -> Image:
-    """The picture as it is beside the picture with its dropped patches dimmed, for a prompt with one picture.
+    """The original picture beside the picture with dropped patches dimmed, for a prompt with one picture.
 
-    Where a model looks at the picture twice, as a whole and in tiles, there is a panel for each. With several cuts,
-    what went first is darkest.
+    Models that see the picture twice, as a whole and in tiles, get a panel for each. With several cuts, tokens that
+    were dropped earlier are darker.
 
     Args:
         image: The picture.
-        pictures: What `patch.last.show(image)` returned.
-        answers: Without and with pruning.
+        pictures: Result of `patch.last.show(image)`.
+        answers: Answers without and with pruning.
     """
     panels, captions = [image], [f"all {len(pictures.pruning.places)} visual tokens: {answers[0]}"]
     for panel, caption in pictures.panels():
@@ -193,7 +193,7 @@ def before_and_after(image: Image, pictures: Pictures, answers: tuple[str, str])
 
 
 def _drawable(found: list[View]) -> list[View]:
-    """The views with pictures of at most `draw.MAX_SIDE` pixels a side; rectangles are in shares, so they stay."""
+    """The views with pictures scaled down to `draw.MAX_SIDE`; boxes are in shares and stay the same."""
     small: dict[int, Image] = {}
     for view in found:
         if id(view.picture) not in small:
@@ -201,8 +201,8 @@ def _drawable(found: list[View]) -> list[View]:
     return [replace(view, picture=small[id(view.picture)]) for view in found]
 
 
-def _stand_ins(pruning: PruningRecord) -> list[View]:
-    """A gray picture for every grid of tokens, where the originals are not at hand."""
+def _placeholders(pruning: PruningRecord) -> list[View]:
+    """Gray pictures, one for every grid of tokens, in place of originals that were not given."""
     from PIL import Image as images
 
     places = pruning.places
@@ -215,7 +215,8 @@ def _stand_ins(pruning: PruningRecord) -> list[View]:
         row, col = places.grid_row.numpy()[here], places.grid_col.numpy()[here]
         rows, cols = int(row.max()) + 1, int(col.max()) + 1
         boxes = np.stack([col / cols, row / rows, (col + 1) / cols, (row + 1) / rows], 1)
-        out.append(View(images.new("RGB", (cols * _STAND_IN, rows * _STAND_IN), "#bbbbbb"), here, boxes))
+        size = cols * _PIXELS_PER_TOKEN, rows * _PIXELS_PER_TOKEN
+        out.append(View(images.new("RGB", size, "#bbbbbb"), here, boxes))
     if not out:
         raise PictureError("the visual tokens of this call have no known places in a picture")
     return out
@@ -230,7 +231,7 @@ def _several(images: Any) -> list[Any]:
 
 
 def _picture(image: Any) -> Image:
-    """An RGB picture from a PIL picture, an array, a tensor or a path."""
+    """RGB picture from a PIL picture, an array, a tensor or a path."""
     from PIL import Image as images
 
     from ..core.images import picture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`patch.last`: the record of a prefill as text, as pictures and token by token."""
+"""`patch.last`: the record of a prefill with its report, pictures and explanations of tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .record import PruningRecord
 
 @dataclass
 class Pruning(PruningRecord):
-    """What the most recent prefill dropped: a `PruningRecord` with its report and its pictures."""
+    """The record of the most recent prefill, with its report, pictures and explanations of tokens."""
 
     _shown: Pictures | None = field(default=None, init=False, repr=False, compare=False)
 
     def report(self) -> str:
-        """A few lines of text: tokens, mean ratio, FLOPs and KV bytes before and after."""
+        """Summary as text: visual tokens, mean ratio, FLOPs and KV bytes without and with pruning."""
         (before, after), (flops, flops_after), (kv, kv_after) = self.tokens, self.flops, self.kv_bytes
         cuts = ", ".join(f"{sum(map(len, kept))} before layer {layer}" for layer, kept in self.stages) or "no cut"
         rows = [
@@ -34,7 +34,7 @@ class Pruning(PruningRecord):
         return "\n".join(f"{name:<14} {text}" for name, text in rows + self._tower_rows())
 
     def _tower_rows(self) -> list[tuple[str, str]]:
-        """The vision tower, and what it leaves for the rest of the first token."""
+        """Rows of the report about the vision tower and the cost of the first token."""
         if self.tower is None:
             return []
         (before, after), (share, share_after) = self.tower.flops, self.tower.share
@@ -43,7 +43,7 @@ class Pruning(PruningRecord):
         cut = f"{_count(before)} -> {_count(after)} FLOPs ({_percent(after, before)}): {ran}"
         rows = [("vision tower", cut if patches else f"{_count(before)} FLOPs, not cut")]
         if patches:
-            rows.append(("", f"chosen in {self.tower.selection_time * 1e3:.2f} ms"))
+            rows.append(("", f"selected in {self.tower.selection_time * 1e3:.2f} ms"))
         gain = f"{whole / left:.1f}x fewer FLOPs up to it, tower included" if left < whole else "nothing pruned"
         rows.append(("first token", f"{gain}; the tower's share {100 * share:.0f} % -> {100 * share_after:.0f} %"))
         rows.append(("", f"pruning the decoder alone can give at most {self.tower.bound:.1f}x"))
@@ -65,19 +65,19 @@ class Pruning(PruningRecord):
         fit: str | None = None,
         names: Sequence[str] | None = None,
     ) -> Pictures:
-        """The original pictures with dropped patches dark and gray; with several cuts, what went first is darkest.
+        """The original pictures with dropped patches dark and gray; patches that were dropped earlier are darker.
 
-        Above the frames of a clip stands its strip: a bar for every frame, as high as the share of its tokens that
-        stayed. Notebooks display what this returns; elsewhere `save` it. Call it right after the prefill: where a model
-        saw square crops, what was cut off or padded is found by comparing with the pixels that it was given.
+        Clips get a strip above their frames: a bar for every frame, as high as the share of its tokens that stayed.
+        Notebooks display the result; elsewhere `save` it. Call it right after the prefill: for models that take square
+        crops, cropping and padding are found by comparing the pictures with the pixels that the model got.
 
         Args:
-            images: The pictures of the call in the order of the batch: one or several of PIL pictures, arrays
-                (`[H, W, 3]` or `[3, H, W]`, bytes, or floats from 0 to 1) or paths. None for those that were shown
-                before, or for gray stand-ins.
-            videos: For each clip the frames that the model was given.
+            images: The pictures of the call in the order of the batch: one or several PIL pictures, arrays (`[H, W, 3]`
+                or `[3, H, W]`, bytes, or floats from 0 to 1) or paths. None for those that were shown before, or for
+                gray placeholders.
+            videos: For each clip, the frames that the model was given.
             stages: One row per cut instead of one picture for all.
-            fit: "stretch", "crop" or "pad", where it cannot be found out how a square crop was made.
+            fit: "stretch", "crop" or "pad", if it cannot be determined how a square crop was made.
             names: A caption for each picture.
 
         Raises:
@@ -88,25 +88,25 @@ class Pruning(PruningRecord):
         return self._shown.by_stage() if stages else self._shown
 
     def save(self, path: Any, images: Any = None, videos: Sequence[Any] | None = None, **options: Any) -> None:
-        """Writes what `show` shows to a picture file; see there."""
+        """Writes the result of `show` to a picture file; see there."""
         self.show(images, videos, **options).save(path)
 
     def heatmap(
         self, images: Any = None, videos: Sequence[Any] | None = None, *, stage: int | None = None, **options: Any
     ) -> Pictures:
-        """The pictures under the method's scores, from dark blue (lowest) to yellow, by rank among its sample's tokens.
+        """The pictures under a heat map of the method's scores, from dark blue (lowest rank in its sample) to yellow.
 
         Args:
             images, videos, options: As for `show`.
-            stage: Number of the cut, by default the first that has scores.
+            stage: Number of the cut, by default the first with scores.
 
         Raises:
-            PictureError: As `show`; or the method chooses without scores.
+            PictureError: As `show`; or the method has no scores.
         """
         return self.show(images, videos, **options).heatmap(stage)
 
     def _repr_html_(self) -> str:
-        """The report, and the pictures if they were shown before."""
+        """HTML of the report, with the pictures if they were shown before."""
         html = f"<pre>{escape(self.report())}</pre>"
         return html if self._shown is None else html + self._shown._repr_html_()
 

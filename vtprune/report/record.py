@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of one prefill: data, and the numbers that follow from it."""
+"""The record of one prefill, and the numbers derived from it."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from .tower import TowerPruning, TowerRun, Work
 
 @dataclass
 class PruningRecord:
-    """What the most recent prefill dropped.
+    """Visual tokens of the most recent prefill: which were dropped at which layer, and what that saved.
 
     Attributes:
-        visual: For each sample a LongTensor with the prompt columns that were visual. With a kept cache, columns count
-            from the start of the conversation.
-        kept: For each sample those that survived to the end.
-        stages: `(layer, kept columns per sample)` for every cut; layer 0 is before the decoder.
-        selection_time: Host seconds spent choosing and cutting.
-        method, budget: Names of what was asked.
-        columns: Columns of the conversation after the prefill.
-        slots: For each layer, the columns it ran on in this prefill; without an earlier cut of the same cache this is
-            the length of the layer's keys and values.
-        cached_before: Columns of the conversation before this prefill.
+        visual: For each sample, a LongTensor with the positions of its visual tokens. With a kept cache, positions
+            count from the start of the conversation.
+        kept: For each sample, the positions of the tokens left after the last cut.
+        stages: `(layer, kept positions per sample)` for every cut; layer 0 is before the decoder.
+        selection_time: Host seconds spent selecting and cutting.
+        method, budget: Name of the method and text of the budget.
+        columns: Length of the conversation after the prefill.
+        slots: For each layer, the number of positions it ran on in this prefill; without an earlier cut of the same
+            cache this is the length of the layer's keys and values.
+        cached_before: Length of the conversation before this prefill.
         shape: Sizes of the decoder.
-        layout: `index`, `valid` and `real`: for each slot of the last layer `[B, K]` its column in this call and
-            whether it holds one, and `[B, T]` which columns are not padding.
-        places: Where each visual token lies in its picture.
-        scores: For each stage the method's scores of the tokens that were alive, or None.
-        kept_flat: For each stage the numbers of the surviving tokens in `places`.
-        source: How the pictures came to the model.
-        states: For each stage the states `[alive, D]` that the method saw, float32; None unless the call ran inside
-            `vtprune.report.explain.recording()`.
-        evicted: With `window=`, for each sample the columns of earlier or these frames that left the cache after the
-            prefill; else empty.
-        work: What projector and decoder cost for a token.
-        text: For each sample the text tokens of this prefill.
+        layout: `index`, `valid` and `real`: position in this call of each slot of the last layer `[B, K]`, whether the
+            slot is used `[B, K]`, and which positions are not padding `[B, T]`.
+        places: Place of each visual token in its image.
+        scores: For each stage, the method's scores of the tokens left before it, or None.
+        kept_flat: For each stage, the numbers in `places` of the tokens left after it.
+        source: Origin of the call's images.
+        states: For each stage, the states `[n, D]` of the tokens left before it, float32; None unless the call ran
+            inside `vtprune.report.explain.recording()`.
+        evicted: With `window=`, for each sample the positions of frames that left the cache after the prefill; else
+            empty.
+        work: Cost of a token in projector and decoder.
+        text: Number of text tokens of each sample in this prefill.
         tower_runs: Calls of the vision tower that made the features.
     """
 
@@ -72,32 +72,31 @@ class PruningRecord:
 
     @property
     def mask(self) -> Tensor:
-        """`[B, T]` bool on the CPU: the columns of this call that were kept to the end, text and visual; padding is
-        False."""
+        """Mask `[B, T]` bool on the CPU of the tokens of this call, text and visual, left after the last cut."""
         index, valid, real = self.layout
         return scatter(valid, index, valid, real.shape[1]) & real
 
     def scatter(self, x: Tensor) -> Tensor:
-        """Puts what a layer behind the last cut holds for its columns back into the caller's length.
+        """Scatters values of a layer after the last cut to the positions of the unpruned call.
 
         Args:
-            x: `[B, K, ...]`, one row for each column that was kept, as a hook on a late layer sees them.
+            x: `[B, K, ...]`, one row for each token that was kept, such as the states that a hook on a late layer gets.
 
         Returns:
-            Tensor: `[B, T, ...]`, zero at dropped columns; differentiable in `x`.
+            Tensor: `[B, T, ...]`, zero at dropped positions; differentiable in `x`.
 
         Raises:
-            VTPruneError: `x` has not `K` columns.
+            VTPruneError: `x` does not begin with shape `[B, K]`.
         """
         index, valid, real = self.layout
         if x.dim() < 2 or x.shape[:2] != index.shape:
             raise VTPruneError(
-                f"x has shape {tuple(x.shape)}; expected {tuple(index.shape)} and more, the columns that were kept"
+                f"x has shape {tuple(x.shape)}; expected {tuple(index.shape)} and more, one row per kept token"
             )
         return scatter(x, to_device(index, x.device), to_device(valid, x.device), real.shape[1])
 
     def per_layer(self, sample: int) -> list[int]:
-        """Visual tokens of one sample at the input of every layer."""
+        """Number of visual tokens of one sample at the input of every layer."""
         counts, left = [], len(self.visual[sample])
         cuts = {layer: len(kept[sample]) for layer, kept in self.stages}
         for layer in range(self.shape.layers):
@@ -107,35 +106,32 @@ class PruningRecord:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Visual tokens of the batch before, and after the last cut."""
+        """Number of visual tokens of the batch before the first cut and after the last."""
         return sum(map(len, self.visual)), sum(map(len, self.kept))
 
     @property
     def mean_ratio(self) -> float:
-        """Mean over the inputs of the decoder layers of the share of visual tokens that is left."""
+        """Share of visual tokens that is left, averaged over the inputs of the decoder layers."""
         before = self.tokens[0]
         inputs = sum(sum(self.per_layer(s)) for s in range(len(self.visual)))
         return inputs / (self.shape.layers * before) if before else 1.0
 
     @property
     def flops(self) -> tuple[float, float]:
-        """Multiply-adds of the visual tokens in the decoder before and after, counted as the papers do."""
+        """Multiply-adds of the visual tokens in the decoder without and with pruning, counted as in the papers."""
         samples = range(len(self.visual))
         full = sum(decoder_flops([len(self.visual[s])] * self.shape.layers, self.shape) for s in samples)
         return full, sum(decoder_flops(self.per_layer(s), self.shape) for s in samples)
 
     @property
     def kv_bytes(self) -> tuple[int, int]:
-        """Bytes of keys and values of this prefill's columns, before and after."""
+        """Bytes of keys and values of this prefill's tokens, without and with pruning."""
         batch, length = len(self.visual), self.columns - self.cached_before
         return kv_bytes([length] * self.shape.layers, batch, self.shape), kv_bytes(self.slots, batch, self.shape)
 
     @cached_property
     def tower(self) -> TowerPruning | None:
-        """The vision tower's part: patches that ran, its share of the first token and the bound that is left.
-
-        None where it did not run (features given by the caller) or is no list of blocks.
-        """
+        """Costs and kept patches of the vision tower; None if it did not run or is no list of blocks."""
         if self.work is None or not self.tower_runs:
             return None
         samples, layers = range(len(self.visual)), self.shape.layers
@@ -145,7 +141,7 @@ class PruningRecord:
         return TowerPruning(self.tower_runs, (projected + sum(whole), projected + sum(left)))
 
     def to_dict(self) -> dict:
-        """The numbers of the report, for logs."""
+        """The numbers of the report as JSON values."""
         (before, after), (flops, flops_after), (kv, kv_after) = self.tokens, self.flops, self.kv_bytes
         return {
             "method": self.method,
@@ -164,5 +160,5 @@ class PruningRecord:
         }
 
     def alive(self, stage: int) -> Tensor:
-        """Numbers in `places` of the tokens that were alive before a stage."""
+        """Numbers in `places` of the tokens left before a stage."""
         return self.kept_flat[stage - 1] if stage else torch.arange(len(self.places))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which part of a picture the tiles of an any-resolution model show.
+"""The part of a picture that the tiles of an any-resolution model show.
 
-The picture is padded to a canvas of tiles, and the model drops the tokens of the padding again, by its own rounding.
+The picture is padded to a canvas of tiles; the model drops tokens of the padding, with a rounding of its own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from .preprocessing import Box
 
 
 def tiles_box(source: Source, size: Sequence[int], side: int) -> Box:
-    """The part of a picture that the tokens of its tiles show, after padding was dropped.
+    """Rectangle of a picture that the tokens of its tiles show, after padding was dropped.
 
     Args:
-        source: Of an any-resolution model.
+        source: Source of a call of an any-resolution model.
         size: Height and width of the picture.
         side: Tokens along a tile.
     """
     from transformers.image_processing_utils import select_best_resolution
 
     (height, width), (tall, wide) = size, select_best_resolution(tuple(size), source.pinpoints)
-    # The picture keeps its shape inside of the canvas; one side touches, the other is padded evenly.
+    # The picture keeps its aspect ratio; one side fills the canvas, the other is padded evenly.
     scale = min(tall / height, wide / width)
     down, across = min(math.ceil(height * scale), tall), min(math.ceil(width * scale), wide)
     if tall / height < wide / width:

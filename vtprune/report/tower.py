@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision tower's part of a prefill: which patches ran, and what the tower costs beside the decoder."""
+"""The vision tower in a prefill's record: kept patches, and the cost of the tower relative to the decoder."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 
 def weights_per_token(module: nn.Module, config: Any = None) -> int:
-    """Multiply-adds of one token in the matrices of a module.
+    """Multiply-adds of one token in the weight matrices of a module.
 
-    Tables that are looked up are left out; of experts only those that a token visits count.
+    Embedding tables are left out; of experts, only those that a token is routed to count.
 
     Args:
         module: A block, a layer or a projector.
-        config: Tells how many experts there are and how many a token visits.
+        config: Config with the number of experts and of experts per token.
     """
     tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    picks = ("num_experts_per_tok", "moe_topk", "top_k_experts")
-    visited = next((n for k in picks if (n := getattr(config, k, None))), 1)
+    routed_names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    routed = next((n for k in routed_names if (n := getattr(config, k, None))), 1)
     names = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
     experts = next((n for k in names if (n := getattr(config, k, None))), 1)
-    share = visited / experts if isinstance(visited, int) and isinstance(experts, int) else 1.0
+    share = routed / experts if isinstance(routed, int) and isinstance(experts, int) else 1.0
     total = 0.0
     for name, parameter in module.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in tables:
@@ -39,15 +39,15 @@ def weights_per_token(module: nn.Module, config: Any = None) -> int:
 
 @dataclass
 class BlockWork:
-    """What one block of the tower worked on; counted when it is asked for, so that nothing waits for a device.
+    """Work of one block of the tower; evaluated on demand, so that the forward does not synchronize with the device.
 
     Attributes:
-        weights: Multiply-adds of one token in its matrices.
-        width: Of the states.
+        weights: Multiply-adds of one token in its weight matrices.
+        width: Width of the states.
         batch, length: Shape `[B, L]` of the states without a cut.
-        candidates: Whole-number vectors among the block's arguments; one of them may be the offsets of what attends to
-            each other.
-        tokens_after: Tokens that ran.
+        candidates: Integer vectors among the block's arguments, one of which may be `cu_seqlens`, the offsets of groups
+            that attend to each other.
+        tokens_after: Number of tokens that ran.
         pairs_after: Pairs of them that attend to each other; None without a cut.
     """
 
@@ -81,14 +81,14 @@ class TowerRun:
     """One call of the vision tower.
 
     Attributes:
-        method: Name of what chose; "" where the tower was not cut.
-        block: The cut was before this block; the number of blocks where there was none.
-        kept: For each picture (tile, clip) the numbers of the patches that ran in the blocks from there on, in the
-            tower's order, class tokens not counted; empty where the tower was not cut.
-        patches: Patches of each picture; likewise.
-        work: Of every block.
+        method: Name of the tower method; "" if the tower was not cut.
+        block: The cut was before this block; the number of blocks if there was none.
+        kept: For each image (tile, clip), the numbers of the patches that ran in the blocks from there on, in the
+            tower's order, class tokens not counted; empty if the tower was not cut.
+        patches: Number of patches of each image; likewise.
+        work: Work of every block.
         outside: Multiply-adds of the tower outside its blocks: patch embedding and merger.
-        selection_time: Host seconds spent on the choice.
+        selection_time: Host seconds spent on the selection.
     """
 
     method: str
@@ -108,12 +108,12 @@ class TowerRun:
 
 @dataclass(frozen=True)
 class Work:
-    """What the rest of a model costs for a token.
+    """Cost of a token in projector and decoder.
 
     Attributes:
-        layers: Multiply-adds of one token in the matrices of each decoder layer.
-        width: Of the decoder's states.
-        projector: Multiply-adds of one visual token in the projector; 0 where it is part of the tower.
+        layers: Multiply-adds of one token in the weight matrices of each decoder layer.
+        width: Width of the decoder's states.
+        projector: Multiply-adds of one visual token in the projector; 0 if it is part of the tower.
     """
 
     layers: tuple[int, ...]
@@ -121,13 +121,13 @@ class Work:
     projector: int
 
     def decoder(self, tokens: Sequence[int]) -> float:
-        """Multiply-adds of the decoder for a prompt with `tokens` at the input of each layer, causal attention."""
+        """Multiply-adds of the decoder, with causal attention, for the given number of tokens at each layer's input."""
         return sum(n * weights + n * n * self.width for n, weights in zip(tokens, self.layers, strict=True))
 
 
 @dataclass
 class TowerPruning:
-    """`patch.last.tower`: the vision tower's part of the most recent prefill.
+    """`patch.last.tower`: costs and kept patches of the vision tower in the most recent prefill.
 
     Attributes:
         runs: Calls of the tower, in order.
@@ -139,12 +139,12 @@ class TowerPruning:
 
     @property
     def kept(self) -> list[Tensor]:
-        """For each picture the numbers of the patches that ran after the cut; tiles and clips count as pictures."""
+        """For each image, the numbers of the patches that ran after the cut; tiles and clips count as images."""
         return [kept for run in self.runs for kept in run.kept]
 
     @property
     def patches(self) -> list[int]:
-        """Patches of each picture."""
+        """Number of patches of each image."""
         return [count for run in self.runs for count in run.patches]
 
     @property
@@ -155,12 +155,12 @@ class TowerPruning:
 
     @property
     def selection_time(self) -> float:
-        """Host seconds spent on choosing patches."""
+        """Host seconds spent on selecting patches."""
         return sum(run.selection_time for run in self.runs)
 
     @property
     def first_token(self) -> tuple[float, float]:
-        """Multiply-adds up to the first token without any pruning and with it, tower included."""
+        """Multiply-adds up to the first generated token without any pruning and with it, tower included."""
         return self.flops[0] + self.rest[0], self.flops[1] + self.rest[1]
 
     @property
@@ -171,11 +171,11 @@ class TowerPruning:
 
     @property
     def bound(self) -> float:
-        """How many times cheaper the first token can become at most by pruning the decoder, the tower as it ran."""
+        """Largest possible reduction factor of `first_token` by pruning the decoder alone, with the tower as it ran."""
         return (self.flops[1] + self.rest[0]) / self.flops[1]
 
     def to_dict(self) -> dict:
-        """The numbers of the report, for logs."""
+        """The numbers of the report as JSON values."""
         (before, after), (share, share_after) = self.flops, self.share
         return {
             "cuts": [f"{run.method} before block {run.block}" for run in self.runs if run.method],
@@ -193,5 +193,5 @@ class TowerPruning:
 
 
 def kept_numbers(keep: Sequence[Tensor]) -> list[Tensor]:
-    """From keep masks of pictures to the numbers of the patches that stay."""
+    """Numbers of the kept patches of each image, from keep masks."""
     return [mask.nonzero()[:, 0].to(torch.int64) for mask in keep]
