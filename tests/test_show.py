@@ -18,7 +18,7 @@ from transformers import TextIteratorStreamer
 import vtprune
 from vtprune import refvlm
 from vtprune.report import explain
-from vtprune.report.draw import dim, heat, lay
+from vtprune.report.draw import dim, heat, paint_values
 from vtprune.report.patch_boxes import PictureError
 
 SCENE = refvlm.scenes.scene(7)
@@ -209,7 +209,7 @@ def test_a_streamer_gets_every_token_of_a_pruned_generation(embedded):
 
 def test_cells_meet_without_gaps_and_what_no_token_shows_is_veiled():
     boxes = np.array([[0.2, 0, 0.5, 1], [0.5, 0, 0.9, 1], [0.9, 0, 1.4, 1]])  # the last one reaches into padding
-    cells = lay((10, 3), boxes, np.array([0.0, 1.0, 2.0]))
+    cells = paint_values((10, 3), boxes, np.array([0.0, 1.0, 2.0]))
     assert np.isnan(cells[:, :2]).all() and (cells[:, 2:] == [0] * 3 + [1] * 4 + [2]).all()
     out = np.asarray(dim(Image.new("RGB", (10, 3), (200, 40, 0)), boxes, np.array([0.0, 1.0, 1.0])))
     assert (out[:, 2:5] == (200, 40, 0)).all()
