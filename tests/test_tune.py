@@ -130,15 +130,15 @@ def test_a_search_is_repeatable_resumable_and_saved(
 
     assert VFlowOpt.load(path) == resumed.strategy == tune.strategy(whole.best, 0.25, 4)
     saved = json.loads(path.read_text())
-    assert (
-        saved["method"] == "vflowopt" and saved["mean_ratio"] == 0.25 and saved["agreement"] == whole.best["value"] / 3
-    )
+    about = saved["about"]
+    assert saved["method"] == "vflowopt" and about["mean_ratio"] == 0.25
+    assert about["agreement"] == whole.best["value"] / 3
     with pytest.raises(vtprune.VTPruneError, match="mean_ratio=0.25, this one has 0.3"):
         tune.tune(model, batches, 0.3, trials=1, seed=3, path=path, resume=True)
 
     with pytest.raises(vtprune.VTPruneError, match="exists: --resume goes on .* --force overwrites it"):
         tune.tune(model, batches, 0.25, trials=1, seed=3, path=path)
-    path.write_text(json.dumps(saved | {"versions": saved["versions"] | {"torch": "1.0"}}))
+    path.write_text(json.dumps(saved | {"about": about | {"versions": about["versions"] | {"torch": "1.0"}}}))
     with pytest.raises(vtprune.VTPruneError, match='versions.torch is "1.0" there'):
         tune.tune(model, batches, 0.25, trials=18, seed=3, path=path, resume=True)
     assert len(tune.tune(model, batches, 0.25, trials=1, seed=3, path=path, force=True).trials) == 1
@@ -190,7 +190,7 @@ def test_the_command_writes_a_strategy_and_goes_on_with_it(capfd: Any, tmp_path:
     shown = capfd.readouterr().out
     assert "trial 1 of 1" in shown and "trial 2 of 2" in shown and shown.count("trial 1 of") == 1
     strategy = VFlowOpt.load(out)
-    assert len(json.loads(out.read_text())["trials"]) == 2
+    assert len(json.loads(out.read_text())["about"]["trials"]) == 2
     assert shares(strategy, 6) <= 0.3 + 1e-9
     assert methods.VFlowOpt.load(out, recycle=False) == VFlowOpt(
         **{n: getattr(strategy, n) for n in ("threshold", "alpha", "grid", "first", "later")}, recycle=False

@@ -17,16 +17,20 @@ import hostile_pictures
 
 import vtprune
 from vtprune import methods
+from vtprune.cli.describe import list_methods
+from vtprune.core.files import read_json
 from vtprune.core.images import open_picture
+from vtprune.core.registry import make
 from vtprune.methods.debiased.position_curve import Curve
 from vtprune.study import progress
 from vtprune.study.tune import Search
 
 SECONDS = 15.0  # of processor time that a single file may take
 _TRIAL = {"threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.3, "second": 0.9, "value": 1.0}
-_SEARCH = {"mean_ratio": 0.3, "num_layers": 28, "samples": 1, "seed": 0, "trials": [_TRIAL]}
+_SEARCH = {"mean_ratio": 0.3, "num_layers": 28, "samples": 1, "seed": 0, "trials": [_TRIAL], "agreement": 1.0}
 _STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5, "depth": 28}
 _STRATEGY |= {"later": [0.9, 0.8], "layers": [9, 18]}
+_NAMED = {"required": ["name", "options"], "minProperties": 2, "maxProperties": 2, "type": "object"}
 _TOKENS = [b"NaN", b"1e999", b"true", b"null", b"[", b"{", b'"', b"-1", b"0" * 400, b"1" + b"0" * 5000, b"\xff", b"\0"]
 _VALUES = [None, True, -1, 0, 1, 0.5, 3, 1e300, -1e300, float("nan"), float("inf"), 10**400, "", "x", [], [[]], {}]
 
@@ -35,16 +39,25 @@ def targets() -> dict[str, tuple[Callable[[Path], Any], list[bytes]]]:
     """For every reader, how it is called, and good files that are damaged for it."""
     curve = {"form": "exponential", "coefficients": [1.0]}
     auto = {"ratio": "auto", "energy": 0.9, "min": 0.02, "max": 0.5}
+    certificate = {"ratio": 0.1, "auto": None, "method": "pyramiddrop", "options": {"layers": [8, 16, 24]}}
+    certificate |= dict.fromkeys(("method_repr", "model", "config_hash", "weights_hash"), "x")
+    certificate |= {"risk": 0.1, "confidence": 0.9, "pictures": 3, "questions": 3, "changed": 0.0}
+    options = [
+        json.dumps({"name": item["name"], "options": item["options"]}).encode()
+        for item in list_methods()
+        if item["name"] not in ("debiased", "sink_aware")
+    ]
     pictures = [hostile_pictures.picture(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
     pictures += [make() for make, _ in hostile_pictures.READ.values()]
     pictures = [data for data in pictures if len(data) < 200_000]
     return {
         "picture": (open_picture, pictures),
         "strategy": (methods.VFlowOpt.load, [json.dumps(_STRATEGY).encode()]),
-        "search": (Search.load, [json.dumps(_SEARCH | _STRATEGY).encode()]),
+        "search": (Search.load, [json.dumps(_STRATEGY | {"about": _SEARCH | {"versions": {}}}).encode()]),
+        "options": (lambda path: make(*read_json(path, _NAMED).values()), options),
         "curve": (Curve.load, [json.dumps(curve).encode()]),
         "automatic ratio": (vtprune.Auto.load, [json.dumps(auto).encode()]),
-        "certificate": (vtprune.Certificate.load, [json.dumps(auto).encode()]),
+        "certificate": (lambda path: vtprune.Certificate.load(path).make_method(), [json.dumps(certificate).encode()]),
         "results": (
             lambda path: progress.load(path, {"rows": [1]}),
             [json.dumps({"rows": [1, 2], "load": 1.0}).encode()],
@@ -55,8 +68,12 @@ def targets() -> dict[str, tuple[Callable[[Path], Any], list[bytes]]]:
 def damaged(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
     """A file with one to four damages; in half of the JSON files one value is another, and the file still parses."""
     if data.startswith(b"{") and draw.random() < 0.5:
-        content = json.loads(data)
-        content[draw.choice(list(content))] = draw.choice(_VALUES)
+        content = place = json.loads(data)
+        name = draw.choice(list(place))
+        while isinstance(place[name], (dict, list)) and place[name] and draw.random() < 0.7:
+            place = place[name]
+            name = draw.choice(list(place)) if isinstance(place, dict) else draw.randrange(len(place))
+        place[name] = draw.choice(_VALUES)
         return json.dumps(content).encode()
     out = bytearray(data)
     for _ in range(draw.randint(1, 4)):

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Literal
 
 from ..errors import BudgetError, MethodError
 from .energy import Auto
 from .method import Stage
+from .options import fits, shorten
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Budget:
                 f"give exactly one of ratio, keep and mean_ratio; got {', '.join(given) if given else 'none of them'}"
             )
         name, value = next(iter(given.items()))
-        if name == "ratio" and value == "auto":
+        if name == "ratio" and isinstance(value, str) and value == "auto":
             object.__setattr__(self, "ratio", Auto())
         elif name == "ratio" and isinstance(value, Auto):
             pass
         elif name == "keep":
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise BudgetError(f"keep is {value!r}; expected a whole number of visual tokens, 1 or more")
-        elif not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+            if not fits(value, int) or value < 1:
+                raise BudgetError(f"keep is {shorten(value)}; expected a whole number of visual tokens, 1 or more")
+        elif not fits(value, float) or not 0 < float(value) <= 1:
             raise BudgetError(
-                f"{name} is {value!r}; expected the share of visual tokens to keep, above 0 and up to 1 (0.1 keeps "
-                "10 %)"
+                f"{name} is {shorten(value)}; expected the share of visual tokens to keep, above 0 and up to 1 "
+                "(0.1 keeps 10 %)"
             )
 
     @property
@@ -72,8 +73,8 @@ class Budget:
 
 def check_window(window: object) -> None:
     """Raises `BudgetError` unless `window` is a number of visual tokens."""
-    if not isinstance(window, Integral) or isinstance(window, bool) or window < 1:
-        raise BudgetError(f"window is {window!r}; expected a whole number of visual tokens, 1 or more")
+    if not fits(window, int) or window < 1:  # type: ignore[operator]
+        raise BudgetError(f"window is {shorten(window)}; expected a whole number of visual tokens, 1 or more")
 
 
 def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:

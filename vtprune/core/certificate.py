@@ -16,7 +16,7 @@ from ..models.identity import config_hash, weights_hash
 from .energy import Auto
 from .files import MAX_RESULTS, FileError, read_json
 from .method import Method
-from .registry import get
+from .registry import get, make
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Certificate:
                 f"the certificate is for {self.method_repr}, whose options cannot be stored as JSON; pass the method "
                 "itself"
             )
-        return get(self.method)(**self.options)
+        return make(self.method, {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()})
 
     def check_method(self, method: Method) -> None:
         """Raises `CertificateError` unless the method and its options are those of the certificate."""

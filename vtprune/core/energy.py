@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from vtprune_kernels.residual_pivots import residual_energy
 
 from ..errors import BudgetError
 from .files import FileError, read_json
+from .options import Share, fits, shorten
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Auto:
     def __post_init__(self) -> None:
         for name, low_ok, high_ok in (("energy", False, False), ("min", True, True), ("max", False, True)):
             value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1:
-                raise BudgetError(f"Auto.{name} is {value!r}; expected a share between 0 and 1")
+            if not fits(value, Share):
+                raise BudgetError(f"Auto.{name} is {shorten(value)}; expected a share between 0 and 1")
             if (value == 0 and not low_ok) or (value == 1 and not high_ok):
                 raise BudgetError(f"Auto.{name} is {value!r}; expected a share other than {value:g}")
         if self.min > self.max:
@@ -60,7 +60,7 @@ class Auto:
 
     def save(self, path: str | Path, **about: object) -> None:
         """Writes the fields as JSON, together with the entries of `about`."""
-        data = {"ratio": "auto", "energy": self.energy, "min": self.min, "max": self.max, **about}
+        data = {"ratio": "auto", "energy": self.energy, "min": self.min, "max": self.max, "about": about}
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -71,11 +71,13 @@ class Auto:
             BudgetError: The file is missing or has other content.
         """
         share = {"type": "number", "minimum": 0, "maximum": 1}
-        schema = dict.fromkeys(("energy", "min", "max"), share)
+        numbers = dict.fromkeys(("energy", "min", "max"), share)
+        properties = {**numbers, "ratio": {"const": "auto"}, "about": {"type": "object"}}
+        schema = {"type": "object", "required": [*numbers], "properties": properties, "additionalProperties": False}
         try:
-            data = read_json(path, {"type": "object", "required": [*schema], "properties": schema})
-            return cls(*(data[name] for name in schema))
-        except FileError as error:
+            data = read_json(path, schema)
+            return cls(*(data[name] for name in numbers))
+        except (FileError, BudgetError) as error:
             raise BudgetError(f"{path} is no file of an automatic ratio: {error}; expected energy, min, max") from error
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..errors import MethodError
+from .options import check_options
 from .ragged import top_k
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class Method:
     name: ClassVar[str] = ""
     group: ClassVar[Group] = "sample"
     needs_frames: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks the options; a subclass with more to check calls it first."""
+        check_options(self)
 
     def schedule(self, num_layers: int) -> Sequence[Stage]:
         """Cuts of the method in a decoder of `num_layers` layers, in ascending order of layers."""

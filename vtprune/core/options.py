@@ -1,84 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of methods: checks of their types, and storage in JSON files."""
+"""Options of methods: declared types and ranges, their checks, and storage in JSON files."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..errors import MethodError
 from .files import FileError, read_json
-from .method import Method
+
+if TYPE_CHECKING:
+    from .method import Method
+
+Chosen = TypeVar("Chosen", bound="Method")
 
 
-def check_choices(method: Method) -> None:
-    """Raises `MethodError` if an option is not of the type that its class declares.
+@dataclass(frozen=True)
+class Range:
+    """The range of a numeric option, for `Annotated`.
 
-    `Literal`, numbers (finite, no booleans), booleans, and tuples of these are checked; other types are not.
+    Attributes:
+        low, high: Bounds.
+        open: Bounds that are themselves excluded.
     """
+
+    low: float
+    high: float
+    open: tuple[float, ...] = ()
+
+    def __contains__(self, value: Any) -> bool:
+        return self.low <= value <= self.high and value not in self.open
+
+    def __str__(self) -> str:
+        ends = "(["[self.low not in self.open], ")]"[self.high not in self.open]
+        return f"in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}"
+
+
+# Types of options. The upper bounds are far beyond any useful value; they keep later arithmetic from overflowing.
+Count = Annotated[int, Range(0, 1_000_000)]
+Positive = Annotated[int, Range(1, 1_000_000)]
+Share = Annotated[float, Range(0, 1)]
+Cosine = Annotated[float, Range(-1, 1)]
+AtLeastZero = Annotated[float, Range(0, 1e6)]
+AboveZero = Annotated[float, Range(0, 1e6, open=(0,))]
+Layers = tuple[Count, ...]
+Shares = tuple[Annotated[float, Range(0, 1, open=(0, 1))], ...]  # of a schedule
+Seed = Annotated[int, Range(0, 2**63 - 1)]  # what torch.Generator takes
+
+
+def check_options(method: Any) -> None:
+    """Raises `MethodError` if an option does not have the type, or is outside the range, that its class declares.
+
+    Numbers must be finite; booleans are not numbers. Type hints that only a type checker can resolve are not checked.
+    """
+    for name, hint in _hints(type(method)).items():
+        if name in vars(method) and not fits(vars(method)[name], hint):
+            expected = " or ".join(_words(hint))
+            raise MethodError(f"{type(method).__name__}.{name} is {shorten(vars(method)[name])}; expected {expected}")
+
+
+def _hints(cls: type) -> dict[str, Any]:
     try:
-        hints = get_type_hints(type(method))
+        hints = get_type_hints(cls, include_extras=True)
     except (NameError, TypeError):  # a user's class may use names that only a type checker resolves
-        return
-    for name, hint in hints.items():
-        if get_origin(hint) is ClassVar or name not in vars(method):
-            continue
-        value = getattr(method, name)
-        if not _fits(value, hint):
-            expected = " or ".join(map(repr, get_args(hint))) if get_origin(hint) is Literal else _NAMES.get(hint, hint)
-            raise MethodError(f"{type(method).__name__}.{name} is {value!r}; expected {expected}")
+        return {}
+    return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
-_NAMES: dict[Any, str] = {float: "a finite number", int: "a whole number", bool: "True or False"}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether an option's value is of a declared type; True for types that are not checked."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a declared type; anything fits a type that is not checked."""
     origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, parts[0]) and all(value in bound for bound in parts[1:] if isinstance(bound, Range))
     if origin is Literal:
-        return value in parts
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if hint is NoneType:
-        return value is None
-    if hint is bool:
-        return isinstance(value, bool)
+        return any(fits(value, part) for part in parts)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
     if origin is tuple and len(parts) == 2 and parts[1] is ...:
-        return isinstance(value, (tuple, list)) and all(_fits(item, parts[0]) for item in value)
-    return True
+        return isinstance(value, (tuple, list)) and all(fits(item, parts[0]) for item in value)
+    return isinstance(value, hint) if isinstance(hint, type) and hint is not Any else True
+
+
+def _finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _words(hint: Any) -> list[str]:
+    """Descriptions of the values that a declared type allows, one for each alternative."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return [f"{_words(parts[0])[0]} {bound}" for bound in parts[1:] if isinstance(bound, Range)]
+    if origin is Literal:
+        return [repr(part) for part in parts]
+    if origin in (Union, UnionType):
+        return [word for part in parts for word in _words(part)]
+    if origin is tuple:
+        return [f"a tuple, each item {_words(parts[0])[0]}"]
+    names = {float: "a finite number", int: "a whole number", bool: "True or False", type(None): "None"}
+    return [names.get(hint) or f"an instance of {getattr(hint, '__name__', hint)}"]
+
+
+def shorten(value: Any) -> str:
+    """The representation of a value for an error message, at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with too many digits to be printed
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
     """Writes the named options of a method as JSON, together with the entries of `about`."""
     options = {"method": method.name} | {name: getattr(method, name) for name in names}
-    Path(path).write_text(json.dumps(options | dict(about), indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(options | {"about": dict(about)}, indent=1) + "\n", encoding="utf-8")
 
 
-def load_options(method: str, schemas: Mapping[str, Any], path: str | Path, source: str) -> dict[str, Any]:
-    """Reads options from a file written by `save_options`; lists become tuples.
+def load_options(
+    cls: type[Chosen], schemas: Mapping[str, Any], path: str | Path, source: str, others: Mapping[str, Any]
+) -> Chosen:
+    """Makes a method from a file written by `save_options`; lists become tuples.
 
     Args:
-        method: Registered name of the method that the file must be for.
-        schemas: A JSON Schema for each option, all of which the file must have; other keys are ignored.
+        cls: The method class; the file must name it.
+        schemas: A JSON Schema for each option. All are required; `about` is the only other key allowed.
         path: The file.
-        source: What the file was expected to hold, for the message.
+        source: What the file should be, for the error message.
+        others: Options that do not come from the file.
 
     Raises:
         MethodError: The file is missing or has other content.
     """
-    properties = {"method": {"const": method}, **schemas}
+    needed = {"method": {"const": cls.name}, **schemas}
+    properties = {**needed, "about": {"type": "object"}}
+    schema = {"type": "object", "required": [*needed], "properties": properties, "additionalProperties": False}
     try:
-        data = read_json(path, {"type": "object", "required": [*properties], "properties": properties})
-    except FileError as error:
+        data = read_json(path, schema)
+        found = {name: data[name] for name in schemas}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}, **others)
+    except (FileError, MethodError) as error:
         raise MethodError(f"{path} holds no {source}: {error}") from error
-    found = {name: data[name] for name in schemas}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}

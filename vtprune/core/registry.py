@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from ..errors import MethodError
+from ..errors import MethodError, one_line
 from .method import Method
-from .options import check_choices
+from .options import check_options, shorten
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -52,11 +53,24 @@ def get(name: str) -> type[Method]:
     Raises:
         MethodError: Nothing is registered under it; the message names close matches.
     """
-    if name in _METHODS:
+    if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), _METHODS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(names())}"
-    raise MethodError(f"unknown method {name!r}; {hint}")
+    raise MethodError(f"unknown method {shorten(name)}; {hint}")
+
+
+def make(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of a name with options by name, as files and configurations hold them.
+
+    Raises:
+        MethodError: There is no such method, it has no such option, or an option's value cannot be used.
+    """
+    cls = get(name)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise MethodError(f"method {name} cannot be made with {shorten(options)}: {one_line(error)}") from error
 
 
 def resolve(method: str | Method | type[Method]) -> Method:
@@ -66,6 +80,6 @@ def resolve(method: str | Method | type[Method]) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         method = method()
     if not isinstance(method, Method):
-        raise MethodError(f"method is {method!r}; expected a name, a Method class or an instance of one")
-    check_choices(method)
+        raise MethodError(f"method is {shorten(method)}; expected a name, a Method class or an instance of one")
+    check_options(method)
     return method

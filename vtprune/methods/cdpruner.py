@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from vtprune_kernels import dpp_map
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import Range
 from ..core.ragged import from_order
 from ..core.registry import register
 from ..core.tokens import Tokens
@@ -116,7 +116,7 @@ class CDPruner(Method):
     """
 
     relevance: Literal["text", "none"] = "text"
-    theta: float | Literal["auto", "released"] = "auto"
+    theta: Annotated[float, Range(0, 1, open=(1,))] | Literal["auto", "released"] = "auto"
     scale_over: Literal["sample", "batch"] = "sample"
     clip: Any = None
     clip_tokenizer: Any = None
@@ -124,14 +124,10 @@ class CDPruner(Method):
     positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         given = [v is not None for v in (self.clip, self.clip_tokenizer, self.tokenizer)]
         if any(given) and not all(given):
             raise MethodError("clip, clip_tokenizer and tokenizer go together: give all three or none")
-        if self.theta not in ("auto", "released") and not (
-            isinstance(self.theta, (int, float)) and 0 <= self.theta < 1
-        ):
-            raise MethodError(f'CDPruner.theta is {self.theta!r}; expected "auto", "released" or a number in [0, 1)')
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.1112),)

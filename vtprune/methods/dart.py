@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Choice, Method, Stage, Tap
+from ..core.options import Count, Positive
 from ..core.ragged import group_ids, settle_ties, top_k
 from ..core.registry import register
 from ..core.taps import layer_output, over_prompt
 from ..core.tokens import Tokens
-from ..errors import MethodError
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -127,14 +127,10 @@ class DART(Method):
         rope: Whether the keys are rotated.
     """
 
-    layer: int = 2
-    pivots: int = 4
+    layer: Count = 2
+    pivots: Positive = 4
     exact: bool = True
     rope: bool = False
-
-    def __post_init__(self) -> None:
-        if self.pivots < 1 or self.layer < 0:
-            raise MethodError(f"DART has layer={self.layer}, pivots={self.pivots}; expected layer >= 0 and pivots >= 1")
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(min(self.layer, num_layers - 1), 0.222),)

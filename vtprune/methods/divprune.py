@@ -9,7 +9,6 @@ from typing import Literal
 from vtprune_kernels import weighted_farthest_point
 
 from ..core.method import Choice, Method, Stage
-from ..core.options import check_choices
 from ..core.ragged import from_order
 from ..core.registry import register
 from ..core.tokens import Tokens
@@ -33,9 +32,6 @@ class DivPrune(Method):
     """
 
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.098),)

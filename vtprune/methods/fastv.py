@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..core.attention import visual_attention
 from ..core.method import ScoreMethod, Stage
+from ..core.options import Count, Seed
 from ..core.ragged import seeded_scores
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 
 
 @register("fastv")
@@ -35,12 +35,8 @@ class FastV(ScoreMethod):
         seed: Start of the generator for K = 0.
     """
 
-    layer: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise MethodError(f"FastV has layer={self.layer}; expected 0 or more")
+    layer: Count = 2
+    seed: Seed = 0
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(min(self.layer, num_layers - 1), 0.5),)

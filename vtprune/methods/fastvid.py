@@ -15,9 +15,9 @@ from ..core.clips import Clip, ClipChoice, ClipMethod, cut_segments, largest
 from ..core.density_peaks import density_peaks, group_means, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
+from ..core.options import Cosine, Positive, Share
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.tower import Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
@@ -137,21 +137,11 @@ class FastVID(ClipMethod):
         beta: Least weight of a center in its mean.
     """
 
-    segments: int = 8
-    threshold: float = 0.9
-    context_share: float = 0.4
-    anchor_stride: int = 4
-    beta: float = 0.6
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.context_share <= 1 or not 0 <= self.beta <= 1:
-            raise MethodError(
-                f"context_share is {self.context_share!r} and beta {self.beta!r}; expected shares in [0, 1]"
-            )
-        if self.segments < 1 or self.anchor_stride < 1:
-            raise MethodError(
-                f"segments is {self.segments!r} and anchor_stride {self.anchor_stride!r}; expected 1 or more"
-            )
+    segments: Positive = 8
+    threshold: Cosine = 0.9
+    context_share: Share = 0.4
+    anchor_stride: Positive = 4
+    beta: Share = 0.6
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))

@@ -16,9 +16,9 @@ from ..core.clips import Clip, ClipChoice, ClipMethod, cut_segments
 from ..core.density_peaks import density_peaks, group_means, group_sums, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
+from ..core.options import Cosine, Positive, Share
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.tower import Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
@@ -141,17 +141,11 @@ class FlashVID(ClipMethod):
         events: Whether closeness to the segment's frames weighs in.
     """
 
-    selected: float = 0.7
-    temporal: float = 0.8
-    threshold: float = 0.9
-    segments: int = 8
+    selected: Share = 0.7
+    temporal: Cosine = 0.8
+    threshold: Cosine = 0.9
+    segments: Positive = 8
     events: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.selected <= 1:
-            raise MethodError(f"selected is {self.selected!r}; expected a share of the budget in [0, 1]")
-        if self.segments < 1:
-            raise MethodError(f"segments is {self.segments!r}; expected 1 or more")
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "last"))

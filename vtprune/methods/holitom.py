@@ -14,9 +14,9 @@ from ..core.clips import Clip, ClipChoice, ClipMethod, largest, similarity_to
 from ..core.density_peaks import density_peaks, group_means, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
+from ..core.options import Cosine, Positive, Share
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.tower import Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
@@ -173,19 +173,11 @@ class HoliTom(ClipMethod):
         plain_mean: Clusters are plain means of center and others.
     """
 
-    threshold: float = 0.8
-    context_share: float = 0.0
-    neighbors: int = 7
-    beta: float = 0.6
+    threshold: Cosine = 0.8
+    context_share: Share = 0.0
+    neighbors: Positive = 7
+    beta: Share = 0.6
     plain_mean: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.context_share <= 1 or not 0 <= self.beta <= 1:
-            raise MethodError(
-                f"context_share is {self.context_share!r} and beta {self.beta!r}; expected shares in [0, 1]"
-            )
-        if self.neighbors < 1:
-            raise MethodError(f"neighbors is {self.neighbors!r}; expected 1 or more")
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Choice, Method
+from ..core.options import Count
 from ..core.ragged import rank_in_group
 from ..core.registry import register
 from ..core.spread import spread
@@ -70,7 +71,7 @@ class Pooling(Method):
         layer: Decoder layer before which hidden states are averaged; 0 is before the decoder.
     """
 
-    layer: int = 0
+    layer: Count = 0
 
     def choose(self, tokens: Tokens) -> Choice:
         row, col = tokens.grid_row.cpu(), tokens.grid_col.cpu()

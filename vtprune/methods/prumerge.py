@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import Count, Range
 from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.crops import by_crop
 from ..vision.tower import Attention, Vision, layer_tap, projector_tap, warn_once
 
@@ -109,18 +108,11 @@ class PruMerge(Method):
     """
 
     plus: bool = True
-    important: float = 0.25
-    near: int = 32
+    important: Annotated[float, Range(0, 1, open=(0,))] = 0.25
+    near: Count = 32
     adaptive: bool = True
     average: bool = False
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 < self.important <= 1 or self.near < 0:
-            raise MethodError(
-                f"important is {self.important!r} and near {self.near!r}; expected a share in (0, 1] and at least 0"
-            )
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 1 / 14.4),)

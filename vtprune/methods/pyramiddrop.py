@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.attention import visual_attention
 from ..core.method import ScoreMethod, Stage
-from ..core.options import check_choices
+from ..core.options import Layers, Positive, Shares
 from ..core.registry import register
 from ..core.schedule import scale_schedule
 from ..core.tokens import Tokens
@@ -39,13 +39,10 @@ class PyramidDrop(ScoreMethod):
             their positions. Not for models that place tokens on several axes.
     """
 
-    layers: tuple[int, ...] = (8, 16, 24)
-    shares: tuple[float, ...] = (0.5, 0.25, 0.125)
-    depth: int | None = 32
+    layers: Layers = (8, 16, 24)
+    shares: Shares = (0.5, 0.25, 0.125)
+    depth: Positive | None = 32
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return scale_schedule(self.layers, self.shares, self.depth, num_layers, "PyramidDrop")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.method import ScoreMethod, Stage
+from ..core.options import Seed
 from ..core.ragged import seeded_scores
 from ..core.registry import register
 from ..core.tokens import Tokens
@@ -28,7 +29,7 @@ class Random(ScoreMethod):
         seed: Start of the generator, on the CPU whatever the device of the model.
     """
 
-    seed: int = 0
+    seed: Seed = 0
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0),)

@@ -12,7 +12,6 @@ from torch import Tensor
 from vtprune_kernels import residual_pivots
 
 from ..core.method import Choice, Method, Stage
-from ..core.options import check_choices
 from ..core.ragged import from_order
 from ..core.registry import register
 from ..core.tokens import Tokens
@@ -42,9 +41,6 @@ class ResPrune(Method):
     unit: bool = False
     center: bool = False
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.1112),)

@@ -13,11 +13,10 @@ from torch import Tensor
 from vtprune_kernels import facility_location
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import AtLeastZero
 from ..core.ragged import from_order
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.attention import Attention, has_class_token, layer_tap
 from ..vision.tower import Vision, projector_tap
 
@@ -72,14 +71,9 @@ class Scope(Method):
             their positions, as in AngelSlim. Not for models that place tokens on several axes.
     """
 
-    alpha: float = 1.0
+    alpha: AtLeastZero = 1.0
     combine: Literal["product", "sum"] = "product"
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 <= self.alpha < float("inf"):
-            raise MethodError(f"Scope has alpha={self.alpha!r}; expected a number of at least 0")
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 64 / 576),)

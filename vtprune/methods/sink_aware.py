@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.method import Choice, Method, ScoreMethod
+from ..core.options import AboveZero, AtLeastZero
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..core.wrapper import Wrapper
@@ -77,16 +78,8 @@ class SinkAware(Wrapper):
     """
 
     host: Method = field(default_factory=VisionZip)
-    strength: float = 22.0
-    power: float = 1.1
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, Method):
-            raise MethodError(f"SinkAware corrects a method; found {self.host!r}, expected an instance of one")
-        if not 0 <= self.strength < float("inf") or not 0 < self.power < float("inf"):
-            raise MethodError(
-                f"SinkAware has strength={self.strength!r} and power={self.power!r}; expected 0 or more, and above 0"
-            )
+    strength: AtLeastZero = 22.0
+    power: AboveZero = 1.1
 
     def choose(self, tokens: Tokens) -> Choice:
         if tokens.stage > 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.attention import visual_attention
 from ..core.method import Choice, ScoreMethod, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import Layers, Positive, Share, Shares
 from ..core.registry import register
 from ..core.schedule import scale_schedule
 from ..core.taps import over_prompt
@@ -143,18 +143,13 @@ class TransPrune(ScoreMethod):
             their positions. Not for models that place tokens on several axes.
     """
 
-    layers: tuple[int, ...] = (7, 9, 12)
-    shares: tuple[float, ...] = (0.875, 0.625, 0.125)
-    depth: int | None = 32
-    alpha: float = 0.5
+    layers: Layers = (7, 9, 12)
+    shares: Shares = (0.875, 0.625, 0.125)
+    depth: Positive | None = 32
+    alpha: Share = 0.5
     direction: Literal["signed", "absolute"] = "signed"
     support: Literal["all", "visual"] = "all"
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise MethodError(f"TransPrune has alpha={self.alpha}; expected a weight from 0 to 1")
-        check_choices(self)
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return scale_schedule(self.layers, self.shares, self.depth, num_layers, "TransPrune")

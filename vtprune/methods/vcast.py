@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 
 from ..core.clips import Clip, ClipChoice, ClipMethod, largest
 from ..core.frame_budget import frame_budgets
+from ..core.options import AboveZero
 from ..core.registry import register
-from ..errors import MethodError
 
 
 def curvature(means: Tensor) -> Tensor:
@@ -60,11 +60,7 @@ class VCast(ClipMethod):
         temperature: Of the softmax over frames.
     """
 
-    temperature: float = 0.7
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise MethodError(f"temperature is {self.temperature!r}; expected a number above 0")
+    temperature: AboveZero = 0.7
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         means = normalize(clip.frame_means(x), dim=-1)

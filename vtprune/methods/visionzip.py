@@ -5,18 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import Range
 from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.crops import by_crop
 from ..vision.tower import Vision, layer_tap, projector_tap, warn_once
 
@@ -92,15 +91,10 @@ class VisionZip(Method):
             cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
-    contextual: float = 10 / 64
+    contextual: Annotated[float, Range(0, 1, open=(1,))] = 10 / 64
     keep_class_token: bool = False
     average: bool = False
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 <= self.contextual < 1:
-            raise MethodError(f"contextual is {self.contextual!r}; expected a share of the budget in [0, 1)")
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 64 / 576),)

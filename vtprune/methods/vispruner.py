@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
-from ..core.options import check_choices
+from ..core.options import Positive, Share
 from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
-from ..errors import MethodError
 from ..vision.crops import by_crop
 from ..vision.tower import Vision, layer_tap, projector_tap
 
@@ -82,17 +81,10 @@ class VisPruner(Method):
             cut; by default they keep their positions. Not for models that place tokens on several axes.
     """
 
-    important: float = 0.5
-    step: int = 8
-    largest: int = 2048
+    important: Share = 0.5
+    step: Positive = 8
+    largest: Positive = 2048
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 <= self.important <= 1 or self.step < 1:
-            raise MethodError(
-                f"important is {self.important!r} and step {self.step!r}; expected a share in [0, 1] and at least 1"
-            )
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 64 / 576),)

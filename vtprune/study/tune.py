@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.budget import Budget
 from ..core.files import MAX_RESULTS, FileError, read_json
 from ..engine.patching import find_patch, inspect, patch
-from ..errors import VTPruneError
+from ..errors import MethodError, VTPruneError
 from ..methods import resolve
 from ..methods.vflowopt.method import VFlowOpt
 from . import metrics, progress
@@ -33,8 +33,8 @@ _TRIAL = {
     "second": _SHARE,
     "value": {"type": "number", "minimum": -1e9, "maximum": 1e9},
 }
-# What is kept of a search, beside the best strategy.
-_SAVED: dict[str, Any] = {
+# What a strategy file has about a search.
+_SEARCH: dict[str, Any] = {
     "mean_ratio": _SHARE,
     "num_layers": {"type": "integer", "minimum": 1, "maximum": 10_000},
     "samples": {"type": "integer", "minimum": 1},
@@ -44,7 +44,10 @@ _SAVED: dict[str, Any] = {
         "minItems": 1,
         "items": {"type": "object", "required": [*_TRIAL], "properties": _TRIAL, "additionalProperties": False},
     },
+    "agreement": {"type": "number", "minimum": -1.01, "maximum": 1.01},
+    "versions": {"type": "object", "additionalProperties": {"type": "string"}},
 }
+_SAVED = {"required": [*_SEARCH], "properties": _SEARCH, "additionalProperties": False}
 
 
 @dataclass
@@ -94,10 +97,11 @@ class Search:
             VTPruneError: The file is missing, or no search was saved there.
         """
         try:
-            data = read_json(path, {"type": "object", "required": [*_SAVED], "properties": _SAVED}, MAX_RESULTS)
-        except FileError as error:
+            VFlowOpt.load(path)
+            data = read_json(path, {"required": ["about"], "properties": {"about": _SAVED}}, MAX_RESULTS)["about"]
+        except (FileError, MethodError) as error:
             raise VTPruneError(f"{path} holds no search that could be resumed: {error}") from error
-        return cls(**{name: data[name] for name in _SAVED})
+        return cls(**{field.name: data[field.name] for field in fields(cls)})
 
 
 def bounds(mean_ratio: float) -> Bounds:
@@ -258,7 +262,7 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
     if path is None:
         raise VTPruneError("resume=True needs the path of the file to resume from")
     old = Search.load(path)
-    progress.load(path, {"versions": progress.versions()})  # refuses those of another version
+    progress.load(path, {"about": {"versions": progress.versions()}})  # refuses those of another version
     for name in ("mean_ratio", "num_layers", "samples", "seed"):
         if getattr(old, name) != getattr(fresh, name):
             raise VTPruneError(

@@ -16,6 +16,7 @@ class Norm(vtprune.towers.TowerMethod):
 ```
 """
 
+from ..core.options import fits, shorten
 from ..errors import MethodError
 from .attention import Attention
 from .baselines import Random, Uniform
@@ -50,9 +51,9 @@ def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
         return tower
     if isinstance(tower, type) and issubclass(tower, TowerMethod):
         return tower()
-    if isinstance(tower, (int, float)) and not isinstance(tower, bool):
+    if fits(tower, float):
         return Change(keep=float(tower))
     raise MethodError(
-        f"tower is {tower!r}; expected a share of the patches such as 0.35, or a method such as "
+        f"tower is {shorten(tower)}; expected a share of the patches such as 0.35, or a method such as "
         "vtprune.towers.Change(keep=0.35)"
     )

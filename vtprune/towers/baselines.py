@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.options import Seed
 from ..core.spread import spread, spread_grid
 from .method import Patches, TowerChoice, TowerMethod
 
@@ -23,7 +24,7 @@ class Random(TowerMethod):
         seed: Start of the generator, on the CPU whatever the device of the tower.
     """
 
-    seed: int = 0
+    seed: Seed = 0
 
     def score(self, patches: Patches) -> Tensor:
         draws = [

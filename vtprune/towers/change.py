@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import BudgetError
+from ..core.options import Count, Positive
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
 _CHUNK = 1 << 24  # distances held at a time
@@ -33,17 +33,10 @@ class Change(TowerMethod):
         stabilize: Blocks from the cut on that still run on all patches, the dropped ones rebuilt after each.
     """
 
-    neighbors: int = 10
-    stabilize: int = 0  # type: ignore[misc]
+    neighbors: Positive = 10
+    stabilize: Count = 0  # type: ignore[misc]
 
     first_block: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("neighbors", 1), ("stabilize", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BudgetError(f"Change: {name} is {value!r}; expected a whole number from {least} on")
 
     def score(self, patches: Patches) -> Tensor:
         assert patches.before is not None

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.options import Count, check_options, shorten
 from ..core.ragged import group_ids, top_k
 from ..errors import BudgetError, MethodError
 from .pictures import Grid
@@ -117,7 +118,7 @@ class TowerMethod:
     """
 
     keep: float | int | None = 0.35
-    block: int | None = None
+    block: Count | None = None
     group: bool = True
 
     needs_budget: ClassVar[bool] = True
@@ -125,14 +126,15 @@ class TowerMethod:
     stabilize: ClassVar[int] = 0  # blocks after the cut that still run on all patches
 
     def __post_init__(self) -> None:
+        check_options(self)
         keep = self.keep
         if keep is None and not self.needs_budget:
             return
         share = isinstance(keep, float) and 0 < keep <= 1
         if isinstance(keep, bool) or not (share or (isinstance(keep, int) and keep >= 1)):
             raise BudgetError(
-                f"{type(self).__name__}: keep is {keep!r}; expected a share of the patches in (0, 1] such as 0.35, or "
-                "a number of merge groups per picture that is at least 1"
+                f"{type(self).__name__}: keep is {shorten(keep)}; expected a share of the patches in (0, 1] such as "
+                "0.35, or a number of merge groups per picture that is at least 1"
             )
 
     def block_of(self, count: int) -> int:
@@ -142,7 +144,7 @@ class TowerMethod:
             BudgetError: There is no such block.
         """
         block = max(count // 4, self.first_block) if self.block is None else self.block
-        if isinstance(block, bool) or not isinstance(block, int) or not self.first_block <= block < count:
+        if not self.first_block <= block < count:
             raise BudgetError(
                 f"{type(self).__name__}: block is {block!r}; this vision tower has {count} blocks, expected a number "
                 f"from {self.first_block} to {count - 1}"
@@ -155,7 +157,7 @@ class TowerMethod:
             return None
         if isinstance(self.keep, float):
             return torch.tensor([max(1, round(self.keep * n)) for n in units.tolist()])
-        return units.clamp(max=self.keep)
+        return units.clamp(max=min(self.keep, int(units.max()))) if len(units) else units
 
     def choose(self, patches: Patches) -> TowerChoice:
         """Which patches stay, and how the others are rebuilt."""

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, UnsupportedModelError
+from ..core.options import AboveZero, AtLeastZero, Count
+from ..errors import UnsupportedModelError
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
 Distance = Literal["max", "mean", "rms"]
@@ -42,21 +43,13 @@ class Pixels(TowerMethod):
     """
 
     keep: float | int | None = None
-    block: int | None = 0
-    tolerance: float = 0.0
+    block: Count | None = 0
+    tolerance: AtLeastZero = 0.0
     distance: Distance = "max"
     anchored: bool = True
-    image_std: float | tuple[float, ...] = 0.5
+    image_std: AboveZero | tuple[AboveZero, ...] = 0.5
 
     needs_budget: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.tolerance >= 0 or self.distance not in ("max", "mean", "rms"):
-            raise BudgetError(
-                f"Pixels: tolerance is {self.tolerance!r} and distance is {self.distance!r}; expected a number from 0 "
-                'on, and "max", "mean" or "rms"'
-            )
 
     def choose(self, patches: Patches) -> TowerChoice:
         pixels = patches.pixels()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ... import __version__, methods
 from ...core import budget
+from ...core.registry import make
 from ...errors import BudgetError, MethodError, VTPruneError
 from ...methods import Method
 
@@ -99,7 +100,7 @@ def parse(config: Any) -> Settings:
 
 
 def _method(name: Any, options: Mapping[str, Any]) -> Method:
-    cls = methods.get(str(name))
+    methods.get(str(name))  # raises for an unknown name
     if name not in QUESTION_FREE:
         raise MethodError(
             f"method {name} needs more than the image (the question, or deeper layers), which vLLM does not let a "
@@ -109,10 +110,7 @@ def _method(name: Any, options: Mapping[str, Any]) -> Method:
     for option, value in fixed.items():
         if options.get(option, value) != value:
             raise MethodError(f"{name}: in vLLM {option} is {value!r}, found {options[option]!r}")
-    try:
-        method = cls(**{**fixed, **_DEFAULTS.get(str(name), {}), **options})
-    except TypeError as error:
-        raise MethodError(f"method {name} cannot be made with {dict(options)}: {error}") from error
+    method = make(str(name), {**fixed, **_DEFAULTS.get(str(name), {}), **options})
     layers = [stage.layer for stage in method.schedule(1)]
     if layers != [0]:
         raise MethodError(

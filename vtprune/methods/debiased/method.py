@@ -15,7 +15,6 @@ from ...core.method import Choice, ScoreMethod
 from ...core.registry import register
 from ...core.tokens import Tokens
 from ...core.wrapper import Wrapper
-from ...errors import MethodError
 from ..fastv import FastV
 from ..sparsevlm.method import SparseVLM
 from .padding import PaddingRule, shown
@@ -65,11 +64,7 @@ class Debiased(Wrapper, ScoreMethod):
     sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, ScoreMethod):
-            raise MethodError(
-                f"Debiased corrects scores, and {type(self.host).__name__} is not a method with scores; expected an "
-                "instance of FastV, PyramidDrop, SparseVLM or another ScoreMethod"
-            )
+        super().__post_init__()
         self._curve = Curve.of(self.curve, self.host.name)
         self._rule = self.rule or _RULES.get(self.host.name, PaddingRule())
 

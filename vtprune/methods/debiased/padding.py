@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...core.options import Share, check_options
 from ...core.tokens import Tokens
-from ...errors import MethodError
+from ...errors import MethodError, one_line
 
 _CELL = 14  # pixels of a grid cell in the released formula; its rounding depends on them
 
@@ -28,7 +29,10 @@ class PaddingRule:
     """
 
     kind: Literal["area", "bilinear", "integer"] = "area"
-    threshold: float = 0.5
+    threshold: Share = 0.5
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def band(self, short: int, long: int, cells: int) -> Tensor:
         """`[cells]` bool across a square of side `long`: True where the picture, `short` wide, shows."""
@@ -73,7 +77,7 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
     given = tokens.inputs.get("image_sizes") if sizes is None else sizes
     if given is None:
         return out.to(tokens.hidden.device)
-    known = torch.as_tensor(given).tolist()
+    known = _pairs(given) if sizes is not None else torch.as_tensor(given).tolist()
     image, feature, crop, row, col = (
         x.cpu() for x in (tokens.image, tokens.feature, tokens.crop, tokens.grid_row, tokens.grid_col)
     )
@@ -92,3 +96,14 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
         if int(col[here].max()) + 1 == cells and len(here) == cells * cells:
             out[here] = rule.grid(int(height), int(width), cells)[row[here], col[here]]
     return out.to(tokens.hidden.device)
+
+
+def _pairs(sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """`sizes` as lists; `MethodError` where they are no heights and widths."""
+    try:
+        found = torch.as_tensor(sizes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MethodError(f"sizes are not a height and a width of each picture: {one_line(error)}") from error
+    if found.dim() != 2 or found.shape[1] != 2 or found.is_floating_point() or not bool((found > 0).all()):
+        raise MethodError(f"sizes are {sizes!r}; expected a height and a width of each picture, [n, 2], in pixels")
+    return found.tolist()

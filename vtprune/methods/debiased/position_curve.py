@@ -7,11 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ...core.files import FileError, read_json
+from ...core.options import Range, check_options
 from ...errors import MethodError
 from .curve_fitting import Form, fit_coefficients
 
@@ -23,14 +25,14 @@ _SIGMAS = {
     "tokencarve": (0.959, 0.745, 0.640, 0.845, 0.976, 0.986, 0.678, 0.679, 0.823, 0.976),
 }
 _DEFAULTS = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
-# What a file of a curve holds. Beyond these bounds weights overflow.
+# What a file of a curve holds; `Curve` checks forms and ranges.
 _SAVED = {
     "type": "object",
     "required": ["form", "coefficients"],
     "additionalProperties": False,
     "properties": {
-        "form": {"enum": ["exponential", "reciprocal-cubic"]},
-        "coefficients": {"type": "array", "items": {"type": "number", "minimum": -1e6, "maximum": 1e6}, "maxItems": 3},
+        "form": {"type": "string"},
+        "coefficients": {"type": "array", "items": {"type": "number"}, "maxItems": 3},
     },
 }
 _LAST = 575  # the released vectors have 576 entries
@@ -49,14 +51,14 @@ class Curve:
     """
 
     form: Form
-    coefficients: tuple[float, ...]
+    coefficients: tuple[Annotated[float, Range(-1e6, 1e6)], ...]
 
     def __post_init__(self) -> None:
-        expected = {"exponential": 1, "reciprocal-cubic": 3}.get(self.form)
-        if expected is None or len(self.coefficients) != expected:
+        check_options(self)
+        expected = {"exponential": 1, "reciprocal-cubic": 3}[self.form]
+        if len(self.coefficients) != expected:
             raise MethodError(
-                f"a curve of form {self.form!r} with {len(self.coefficients)} coefficients; expected 'exponential' "
-                "with 1 or 'reciprocal-cubic' with 3"
+                f"a curve of form {self.form!r} with {len(self.coefficients)} coefficients; expected {expected}"
             )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -138,6 +140,6 @@ class Curve:
         """Reads what `save` wrote; `MethodError` where the file is missing, or holds something else."""
         try:
             data = read_json(path, _SAVED)
-        except FileError as error:
+            return cls(data["form"], tuple(data["coefficients"]))
+        except (FileError, MethodError) as error:
             raise MethodError(f"{path} holds no curve, such as `Debiased.fit` saves: {error}") from error
-        return cls(data["form"], tuple(data["coefficients"]))

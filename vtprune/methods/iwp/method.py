@@ -13,7 +13,7 @@ from torch import Tensor
 from vtprune_kernels import rank1_relevance
 
 from ...core.method import Choice, Method, Stage
-from ...core.options import check_choices
+from ...core.options import AtLeastZero, Count, Positive, Share
 from ...core.ragged import rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
@@ -61,11 +61,11 @@ class IWP(Method):
         image_floor: Share of its fair part of the budget that every image is sure of, in [0, 1].
     """
 
-    layer: int = 3
-    duplication: float = 0.5
-    chunk: int = 16
-    growth: float = 0.25
-    pool_factor: int = 4
+    layer: Count = 3
+    duplication: Share = 0.5
+    chunk: Positive = 16
+    growth: AtLeastZero = 0.25
+    pool_factor: Positive = 4
     query: Literal["instruction_mean", "last", "none"] = "instruction_mean"
     relevance: Literal["linear", "log", "rank"] = "linear"
     reduce: Literal["mean", "rms", "max"] = "mean"
@@ -74,21 +74,11 @@ class IWP(Method):
     rope_in_duplication: bool = True
     objective: Literal["linear", "log"] = "linear"
     reading: Literal["chunked", "streaming", "tournament"] = "chunked"
-    block: int = 512
-    image_floor: float = 0.0
+    block: Positive = 512
+    image_floor: Share = 0.0
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if not (0 <= self.duplication <= 1 and 0 <= self.image_floor <= 1 and self.growth >= 0):
-            raise MethodError(
-                f"iwp: duplication={self.duplication}, image_floor={self.image_floor}, growth={self.growth}; expected "
-                "the first two in [0, 1] and growth >= 0"
-            )
-        if min(self.layer, self.chunk - 1, self.pool_factor - 1, self.block - 1) < 0:
-            raise MethodError(
-                f"iwp: layer={self.layer}, chunk={self.chunk}, pool_factor={self.pool_factor}, block={self.block}; "
-                "expected layer >= 0 and the others >= 1"
-            )
+        super().__post_init__()
         if self.image_floor and self.reading != "chunked":
             raise MethodError(f"iwp: image_floor goes with reading='chunked' only, found {self.reading!r}")
 

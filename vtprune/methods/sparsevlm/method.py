@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.attention import visual_attention
 from ...core.method import Choice, ScoreMethod, Stage, Tap
-from ...core.options import check_choices
+from ...core.options import Layers, Positive, Share, Shares
 from ...core.registry import register
 from ...core.schedule import scale_schedule
 from ...core.tokens import AttentionInputs, Tokens
@@ -62,15 +62,12 @@ class SparseVLM(ScoreMethod):
     """
 
     version: Literal[1, 2] = 1
-    layers: tuple[int, ...] = (3, 7, 16)
-    shares: tuple[float, ...] | None = None
-    depth: int | None = 32
-    heads: int | None = None
-    floor: float = 0.05
+    layers: Layers = (3, 7, 16)
+    shares: Shares | None = None
+    depth: Positive | None = 32
+    heads: Positive | None = None
+    floor: Share = 0.05
     positions: Literal["original", "compact"] = "original"
-
-    def __post_init__(self) -> None:
-        check_choices(self)
 
     @classmethod
     def released(cls, counts: Sequence[int], total: int = 576, **options: Any) -> SparseVLM:

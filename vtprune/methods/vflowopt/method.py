@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...core.method import Choice, Group, Method, Stage, Tap
-from ...core.options import check_choices, load_options, save_options
+from ...core.options import Range, load_options, save_options
 from ...core.ragged import top_k
 from ...core.registry import register
 from ...core.taps import layer_input
@@ -26,17 +26,15 @@ if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
 
 _INPUT = "vflowopt.input"
-_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-# What a strategy file may hold. Bounds are wide: beyond them numbers overflow, or nothing can be meant.
+# What a strategy file holds, by JSON's types; ranges are those of the options.
 _SAVED: dict[str, Any] = {
-    "threshold": {"type": "number", "minimum": 0, "maximum": 1e6},
-    "alpha": {"type": "number", "minimum": -1e6, "maximum": 1e6},
-    "grid": {"type": "number", "exclusiveMinimum": 0, "maximum": 1e6},
-    "first": _SHARE,
-    "later": {"type": "array", "items": _SHARE, "maxItems": 100},
-    "layers": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 10_000}, "maxItems": 100},
-    "depth": {"type": ["integer", "null"], "minimum": 1, "maximum": 10_000},
+    **dict.fromkeys(("threshold", "alpha", "grid", "first"), {"type": "number"}),
+    "later": {"type": "array", "items": {"type": "number"}, "maxItems": 100},
+    "layers": {"type": "array", "items": {"type": "integer"}, "maxItems": 100},
+    "depth": {"type": ["integer", "null"]},
 }
+_Kept = Annotated[float, Range(0, 1, open=(0,))]
+_Layer = Annotated[int, Range(1, 10_000)]
 # Released strategies by mean retention: t, alpha, a, retention of the first cut, ratios of the cuts in the decoder.
 _RELEASED = {
     0.5: (28.683, 0.0, 11.757, 0.72332, 0.74875, 0.487),
@@ -79,17 +77,19 @@ class VFlowOpt(Method):
 
     group: ClassVar[Group] = "image"
     preset: float = 0.25
-    threshold: float | None = None
-    alpha: float | None = None
-    grid: float | None = None
-    first: float | None = None
-    later: tuple[float, ...] | None = None
-    layers: tuple[int, ...] = (9, 18)
-    depth: int | None = 28
+    # Bounds are wide: beyond them numbers overflow, or nothing can be meant.
+    threshold: Annotated[float, Range(0, 1e6)] | None = None
+    alpha: Annotated[float, Range(-1e6, 1e6)] | None = None
+    grid: Annotated[float, Range(0, 1e6, open=(0,))] | None = None
+    first: _Kept | None = None
+    later: tuple[_Kept, ...] | None = None
+    layers: tuple[_Layer, ...] = (9, 18)
+    depth: _Layer | None = 28
     recycle: bool = True
     positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in _RELEASED:
             raise MethodError(f"preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
         t, alpha, grid, first, *later = _RELEASED[self.preset]
@@ -98,16 +98,11 @@ class VFlowOpt(Method):
         self.grid = grid if self.grid is None else self.grid
         self.first = first if self.first is None else self.first
         self.later = tuple(later) if self.later is None else tuple(self.later)
-        check_choices(self)
-        if self.grid <= 0 or not all(0 < share <= 1 for share in (self.first, *self.later)):
-            raise MethodError(f"{self}: expected a grid above 0, and shares in (0, 1]")
-        if (self.depth is not None and self.depth < 1) or any(layer < 1 for layer in self.layers):
-            raise MethodError(f"{self}: expected layers and a depth of at least 1")
         if len(self.later) > len(self.layers):
             raise MethodError(f"{self}: expected a layer for each of the {len(self.later)} later ratios")
 
     def save(self, path: str | Path, **about: Any) -> None:
-        """Writes the strategy as JSON, with whatever else is to be remembered `about` it."""
+        """Writes the strategy as JSON, with what is to be remembered `about` it."""
         save_options(self, tuple(_SAVED), path, about)
 
     @classmethod
@@ -122,7 +117,7 @@ class VFlowOpt(Method):
             MethodError: The file is missing, or holds no strategy.
         """
         source = f"strategy of {cls.name}, such as `vtprune tune` writes"
-        return cls(**load_options(cls.name, _SAVED, path, source), **options)
+        return load_options(cls, _SAVED, path, source, options)
 
     def cuts(self, num_layers: int) -> list[int]:
         """Layers of the later cuts; in a shallow decoder several can meet, or lie before it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtprune_kernels import weighted_farthest_point
 
 from ...core.method import Choice, Method, Stage, Tap
-from ...core.options import check_choices
+from ...core.options import AboveZero, Positive, Seed
 from ...core.ragged import from_order, group_ids
 from ...core.registry import register
 from ...core.tokens import Tokens
@@ -79,15 +79,15 @@ class ZOOPrune(Method):
     """
 
     estimator: Estimator = "auto"
-    directions: int = 64
-    step: float = 0.01
-    seed: int = 0
+    directions: Positive = 64
+    step: AboveZero = 0.01
+    seed: Seed = 0
     keep_newlines: bool = False
     half: bool = False
     positions: Literal["original", "compact"] = "original"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         self._closed_forms = ClosedForms()
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
