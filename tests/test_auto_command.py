@@ -76,7 +76,11 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
     assert _run(*arguments, "--out", out) == 0
     printed = capfd.readouterr().out
     data = json.loads(out.read_text())
-    assert data["pictures"] == 4 and data["mean_ratio"] <= 0.2 and f"energy {data['energy']:.6g}" in printed
+    assert (
+        data["about"]["pictures"] == 4
+        and data["about"]["mean_ratio"] <= 0.2
+        and f"energy {data['energy']:.6g}" in printed
+    )
     assert "exists: --force" in _refused(capfd, *arguments, "--out", out)
     demo = ["demo", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report"]
     assert _run(*demo, "--auto", out, "--method", "divprune") == 0

@@ -106,7 +106,7 @@ def test_a_host_without_attention_is_refused_when_a_clip_comes() -> None:
 
 
 def test_what_it_is_given_is_checked() -> None:
-    for options, words in (({"host": "fastv"}, "'fastv'"), ({"strength": -1}, "-1"), ({"power": 0}, "power=0")):
+    for options, words in (({"host": "fastv"}, "'fastv'"), ({"strength": -1}, "-1"), ({"power": 0}, "power is 0")):
         with pytest.raises(MethodError, match=words):
             methods.SinkAware(**options)
     compact = methods.SinkAware(methods.VisionZip(positions="compact"))
