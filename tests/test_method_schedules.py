@@ -108,7 +108,7 @@ def test_layers_and_shares_are_checked() -> None:
         vtprune.patch(model, ratio=0.1, method=PyramidDrop((2, 4), (0.5,)))
     with pytest.raises(vtprune.MethodError, match="before layer 28"):
         vtprune.patch(model, ratio=0.1, method=VFlowOpt(layers=(9, 28), depth=None))
-    with pytest.raises(vtprune.MethodError, match="a layer for each of the 2 later"):
+    with pytest.raises(vtprune.MethodError, match="at least as many layers as the 2 shares of later"):
         VFlowOpt(layers=(9,))
     with pytest.raises(vtprune.MethodError, match="falling shares"):
         vtprune.patch(model, ratio=0.1, method=TransPrune((7, 9), (0.2, 0.5)))

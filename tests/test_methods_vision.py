@@ -16,7 +16,7 @@ from vtprune.methods.vflowopt.grid_recycling import grid_cells, mark_exactly, re
 from vtprune.methods.vflowopt.importance_map import selected_rows
 from vtprune.methods.visionzip import contextual_targets
 from vtprune.methods.visionzip import merge as contextual
-from vtprune.methods.vispruner import remove_doubles, select
+from vtprune.methods.vispruner import remove_duplicates, select
 from vtprune.methods.zoo_prune import sensitivity
 from vtprune.vision.crops import by_crop, share
 
@@ -85,7 +85,7 @@ def test_equal_tokens_are_kept_from_the_left() -> None:
     first, second = select(torch.ones(9, 4), torch.ones(9), 5, 2)
     assert first.tolist() == [0, 1] and len(set(second.tolist()) | {0, 1}) == 5
     assert mark_exactly(torch.ones(9), torch.full((9,), -1), 4).tolist() == [False] * 4 + [True] * 5
-    assert remove_doubles(torch.ones(9, 4), order, 9).tolist() == order.tolist()
+    assert remove_duplicates(torch.ones(9, 4), order, 9).tolist() == order.tolist()
 
 
 def test_share_is_exact_and_never_more_than_there_is() -> None:
@@ -158,10 +158,10 @@ def test_two_linears_are_told_from_other_projectors() -> None:
 def test_removing_doubles_meets_any_count() -> None:
     features = torch.randn(13, 5, generator=torch.Generator().manual_seed(1))
     for count in range(14):
-        left = remove_doubles(features, torch.arange(13), count, step=3)
+        left = remove_duplicates(features, torch.arange(13), count, step=3)
         assert len(set(left.tolist())) == count
     doubled = torch.cat([features, features])[torch.arange(26).view(2, 13).T.flatten()]  # a, a, b, b, ...
-    assert sorted(i // 2 for i in remove_doubles(doubled, torch.arange(26), 13, step=13).tolist()) == list(range(13))
+    assert sorted(i // 2 for i in remove_duplicates(doubled, torch.arange(26), 13, step=13).tolist()) == list(range(13))
 
 
 def test_contextual_tokens_are_sums_or_averages() -> None:

@@ -216,7 +216,7 @@ def test_relevance_by_clip_depends_on_the_question() -> None:
     options = {"clip": clip, "clip_tokenizer": Words(), "tokenizer": Words()}
     (short,), (long,) = cdpruner_scores([[3, Image(0), 5]], **options), cdpruner_scores([[3, Image(0), 90]], **options)
     assert short.shape == long.shape == (25,) and not torch.allclose(short, long)
-    with pytest.raises(vtprune.MethodError, match="go together"):
+    with pytest.raises(vtprune.MethodError, match="pass all three or none"):
         methods.CDPruner(clip=clip)
     clip.visual_projection = nn.Linear(7, 12)
     with pytest.raises(vtprune.MethodError, match="width 7"):

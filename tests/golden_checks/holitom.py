@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of HoliTom before the decoder: windows, still places, picks and clusters; counts as the release's."""
+"""Golden check of HoliTom before the decoder: windows, static places, picks and clusters; counts as the release's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_clip(case: dict[str, np.ndarray]) -> None:
     close(similarity, case["similarity"], extra=1e-6)
     parts = split(similarity, clip, float(case["threshold"]))
     assert [list(window) for window in parts.windows] == case["windows"].tolist()
-    assert [rows.shape[1] for rows in parts.still] == case["static_places"].tolist()
+    assert [rows.shape[1] for rows in parts.static] == case["static_places"].tolist()
     assert parts.saved == int(case["reduced"])
 
     ratio = min(1, float(case["ratio"]) / (1 - parts.saved / len(x)))
@@ -31,9 +31,9 @@ def check_clip(case: dict[str, np.ndarray]) -> None:
         beta=float(case["beta"]),
         plain_mean=bool(case["plain_mean"]),
     )
-    still = [round(rows.shape[1] * ratio) for rows in parts.still]
+    static = [round(rows.shape[1] * ratio) for rows in parts.static]
     moving = [math.ceil(len(rows) * ratio) for rows in parts.moving]
-    chosen = method.merge(x, torch.from_numpy(case["attention"]).flatten(), parts, still, moving)
+    chosen = method.merge(x, torch.from_numpy(case["attention"]).flatten(), parts, static, moving)
     assert len(chosen.keep) == int(case["kept_count"])
 
     expected = case["out_frame"] * clip.sizes[0] + case["out_place"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CDPruner: a diverse subset of the visual tokens, conditioned on the instruction."""
+"""CDPruner: a diverse subset of the visual tokens that is relevant to the instruction."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vtprune_kernels import dpp_map
 
@@ -24,13 +25,12 @@ from ..vision.tower import Vision, crops_seen, projector_tap
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
-from torch.nn.functional import normalize
-
-_SEGMENT = 77  # tokens that CLIP's text tower reads at once
+_SEGMENT = 77  # context length of CLIP's text tower
+_TEXT = "cdpruner.text"  # key of the recorded embedding layer
 
 
 def similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """Mean over the text rows of the cosine.
+    """Cosine of every image embedding with every text embedding, averaged over the texts.
 
     Args:
         image_embeds: `[..., C]`.
@@ -51,22 +51,19 @@ def clip_patches(clip: Any, features: Tensor) -> Tensor:
     weights = clip.visual_projection.weight
     if features.shape[1] != weights.shape[1]:
         raise MethodError(
-            f"clip projects features of width {weights.shape[1]}, the model's are {features.shape[1]} wide; "
-            "expected the CLIP model that the vision tower was taken from"
+            f"the features before the projector are {features.shape[1]} wide, but clip projects features of width "
+            f"{weights.shape[1]}; pass the CLIP model that the vision tower was taken from"
         )
     return clip.visual_projection(clip.vision_model.post_layernorm(features.to(weights)))
 
 
 def clip_text(clip: Any, clip_tokenizer: Any, text: str) -> Tensor:
-    """`[m, C]` CLIP embeddings of a text, one for every 77 tokens of it."""
+    """`[m, C]` CLIP embeddings of a text, one for every segment of 77 tokens."""
     tokens = torch.tensor(clip_tokenizer(text.strip())["input_ids"])
-    offsets = tokens.new_zeros(-(-len(tokens) // _SEGMENT), _SEGMENT)
-    offsets.view(-1)[: len(tokens)] = tokens
-    output = clip.get_text_features(input_ids=offsets.to(clip.device))
+    segments = tokens.new_zeros(-(-len(tokens) // _SEGMENT), _SEGMENT)
+    segments.view(-1)[: len(tokens)] = tokens
+    output = clip.get_text_features(input_ids=segments.to(clip.device))
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-_TEXT = "cdpruner.text"
 
 
 def scale(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -85,23 +82,23 @@ def scale(values: Tensor, group: Tensor, groups: int) -> Tensor:
 @register("cdpruner")
 @dataclass
 class CDPruner(Method):
-    """Greedy MAP of a determinantal point process conditioned on relevance, crop by crop, before the decoder.
+    """Keeps a diverse and relevant subset by greedy MAP of a determinantal point process, before the decoder.
 
     Paper: CDPruner, arXiv 2506.10967 (NeurIPS 2025), method section. With relevance `r_i` of token `i` to the
     instruction and the projected features `z`, the kernel is `L_ij = r_i cos(z_i, z_j) r_j`; tokens are picked one by
-    one, each adding most to the determinant. `r` is min-max scaled over the crops of a sample.
+    one in each crop, each increasing the determinant most. `r` is min-max scaled over the crops of a sample.
 
     Relevance: with `clip` as published, the NEGATIVE cosine of CLIP-space patches (features before the projector
-    through CLIP's last norm and projection), which are anti-correlated with text, and CLIP embeddings of the question,
-    in segments of 77 tokens. No model of transformers carries CLIP's text tower; without `clip` the visual embeddings
-    are compared with the decoder's embeddings of the text after the image, the paper's way for models without CLIP.
-    They are not anti-correlated: there it is the cosine itself, and it enters the kernel as `exp(theta / (2 - 2 theta)
-    r_i)`, the bounded form with a weight of relevance `theta` that the release has beside the other, because a
-    relevance of 0 bars a token whatever else it shows (`benchmarks/cdpruner_relevance.py`).
+    through CLIP's last norm and projection) and CLIP embeddings of the question, in segments of 77 tokens: these
+    patches are anti-correlated with text. Models of transformers do not include CLIP's text tower; without `clip` the
+    visual embeddings are compared with the decoder's embeddings of the text after the image, as the paper does for
+    models without CLIP. Those are not anti-correlated, so the cosine itself is used. It enters the kernel in the
+    release's bounded form `exp(theta / (2 - 2 theta) r_i)`, because a relevance of 0 would exclude a token altogether
+    (`benchmarks/cdpruner_relevance.py`).
 
     Differences from the release: min and max are taken per sample, unless `scale_over="batch"`; crops share the exact
-    budget evenly, and LLaVA-NeXT keeps its unpadded layout (there every crop is full), newlines going first; with
-    `clip` the question is all text after the image, chat template included.
+    budget evenly, and LLaVA-NeXT keeps its unpadded layout (there every crop is full), newlines being dropped first;
+    with `clip` the question is all text after the image, chat template included.
 
     Attributes:
         relevance: `"none"` leaves the text out: the plain determinantal point process, as with `theta=0`.
@@ -110,9 +107,9 @@ class CDPruner(Method):
         scale_over: "sample", or "batch" as released.
         clip: A `CLIPModel` whose vision tower is the one of the model.
         clip_tokenizer: Its tokenizer.
-        tokenizer: Tokenizer of the vision-language model, to read the question back from the prompt.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        tokenizer: Tokenizer of the vision-language model, to decode the question from the prompt.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     relevance: Literal["text", "none"] = "text"
@@ -127,7 +124,7 @@ class CDPruner(Method):
         super().__post_init__()
         given = [v is not None for v in (self.clip, self.clip_tokenizer, self.tokenizer)]
         if any(given) and not all(given):
-            raise MethodError("clip, clip_tokenizer and tokenizer go together: give all three or none")
+            raise MethodError("CDPruner got only some of clip, clip_tokenizer and tokenizer; pass all three or none")
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0, 0.1112),)
@@ -152,7 +149,7 @@ class CDPruner(Method):
         return Choice(keep, scores=relevance)
 
     def in_kernel(self, relevance: Tensor) -> Tensor:
-        """What scaled relevance `[M]` is on both sides of the cosine in the kernel."""
+        """`[M]` factors on both sides of the cosine in the kernel, from scaled relevance `[M]`."""
         theta = self.theta
         if theta == "auto":
             theta = "released" if self.clip is not None else 0.5
@@ -162,14 +159,16 @@ class CDPruner(Method):
         """`[M]` relevance of every visual token to the text after the image of its sample, scaled.
 
         Raises:
-            MethodError: The embedded text holds NaN or Inf.
+            MethodError: The text embeddings contain NaN or Inf.
         """
         cosine = self.cosine(tokens)
         if not bool(torch.isfinite(cosine).all()):
             bad = ", ".join(map(str, tokens.sample[~torch.isfinite(cosine)].unique().tolist()))
-            raise MethodError(f"the embedded text of sample {bad} holds NaN or Inf: relevance would be meaningless")
+            raise MethodError(
+                f"the text embeddings of sample {bad} contain NaN or Inf, so relevance cannot be computed"
+            )
         group = tokens.group if self.scale_over == "sample" else torch.zeros_like(tokens.group)
-        # Negation belongs to the space of CLIP alone.
+        # Only in CLIP space are patches anti-correlated with text.
         return scale(cosine if self.clip is None else -cosine, group, len(tokens.offsets) - 1)
 
     def cosine(self, tokens: Tokens) -> Tensor:
@@ -180,28 +179,28 @@ class CDPruner(Method):
         out = tokens.hidden.new_zeros(len(tokens), dtype=torch.float32)
         patches = None if self.clip is None else self._clip_patches(tokens)
         for rows in prompt.text.split(prompt.text_offsets.diff().tolist()):
-            place = prompt.batch[rows].to(embeds.device), prompt.slot[rows].to(embeds.device)
+            index = prompt.batch[rows].to(embeds.device), prompt.slot[rows].to(embeds.device)
             mine = tokens.sample == prompt.batch[rows[0]]
             if patches is None:
-                out[mine] = similarity(tokens.hidden[mine], embeds[place].to(out.device)).float()
+                out[mine] = similarity(tokens.hidden[mine], embeds[index].to(out.device)).float()
             else:
-                out[mine] = similarity(patches[mine], self._clip_text(ids[place]).to(out.device)).float()
+                out[mine] = similarity(patches[mine], self._clip_text(ids[index]).to(out.device)).float()
         return out
 
     def _text(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """`[B, T]` ids and `[B, T, D]` embeddings of the prompt."""
         assert tokens.prompt is not None
-        rows, columns = int(tokens.prompt.batch.max()), int(tokens.prompt.slot.max())
+        last_row, last_slot = int(tokens.prompt.batch.max()), int(tokens.prompt.slot.max())
         for *inputs, output in reversed(tokens.recorded.get(_TEXT, [])):
-            if output.dim() == 3 and output.shape[0] > rows and output.shape[1] > columns:
+            if output.dim() == 3 and output.shape[0] > last_row and output.shape[1] > last_slot:
                 return inputs[0], output
         raise MethodError(
             f"{self.name} reads the instruction from the embedding layer, which was not called for this prompt; pass "
-            "input_ids, not inputs_embeds"
+            "input_ids instead of inputs_embeds"
         )
 
     def _clip_patches(self, tokens: Tokens) -> Tensor:
-        """`[M, C]`; newlines are in no image: relevance 0 lies between the extremes of a cosine."""
+        """`[M, C]` CLIP embeddings of the visual tokens; 0 for newlines, whose cosine is then 0."""
         vision = Vision(tokens, self.name)
         return vision.to_tokens(clip_patches(self.clip, vision.features)).nan_to_num(0.0)
 

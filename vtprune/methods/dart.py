@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DART: duplication matters more than importance."""
+"""DART: drops visual tokens that duplicate a few pivot tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Count, Positive
@@ -19,22 +20,20 @@ from ..core.tokens import Tokens
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
-from torch.nn.utils.rnn import pad_sequence
-
 
 def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offsets: Tensor, quota: Tensor) -> Tensor:
-    """Takes, pivot by pivot, the tokens that resemble the pivot least among those not taken yet.
+    """Takes, pivot by pivot, the remaining tokens that are least similar to the pivot.
 
     Args:
         hidden: `[M, D]` states of the candidates.
-        start: `[M]` bool, what is taken from the start.
-        pivots: For each group `[P, D]` states of its pivots, in the order in which they take.
+        start: `[M]` bool, the tokens taken beforehand.
+        pivots: For each group `[P, D]` states of its pivots, in the order in which they take tokens.
         offsets: `[S + 1]` offsets of the groups.
-        quota: `[S]` how many tokens the pivots of a group take together: each the same number, and one more for as many
-            of the first ones as the division leaves over. No more than there are.
+        quota: `[S]` tokens that the pivots of a group take together, divided evenly; the first pivots take the
+            remainder, one each. At most the number of tokens that are left.
 
     Returns:
-        Tensor: `[M]` bool, `start` and what the pivots took. Equal similarities go to the smaller row.
+        Tensor: `[M]` bool, `start` and the tokens taken. Ties go to the smaller row.
     """
     lengths = offsets.diff().tolist()
     unit = nn.functional.normalize(torch.nan_to_num(hidden.float()), dim=-1)
@@ -45,7 +44,7 @@ def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offs
     similarity = axes @ dense.mT  # [S, P, N]
     for p in range(axes.shape[1]):
         share = torch.where(p < number, quota // number + (p < quota % number), 0)
-        # Of cosines near 1 only the last bits tell duplicates apart: what ties them is smaller than `ragged.TIE`.
+        # Cosines of near-duplicates differ only in their last bits, hence a smaller tolerance than `ragged.TIE`.
         distance = (-similarity[:, p]).masked_fill(taken, -torch.inf)  # [S, N]
         edges = torch.arange(0, distance.numel() + 1, distance.shape[1], device=distance.device)
         distance = settle_ties(distance.flatten(), edges, tolerance=4e-7).view_as(distance)
@@ -65,7 +64,7 @@ def duplication_aware(
     pivots: int = 4,
     exact: bool = True,
 ) -> Tensor:
-    """The choice of DART.
+    """Selects the pivots and the tokens least similar to them.
 
     Args:
         hidden: `[M, D]` normed states of the visual tokens.
@@ -83,42 +82,42 @@ def duplication_aware(
     """
     budgets = budgets.to(hidden.device)
     image = top_k(size, offsets, budgets.clamp_max(pivots))
-    chosen = top_k(text_size, text_offsets, text_offsets.diff().clamp_max(pivots))
-    pools = group_ids(offsets, len(size))[image], group_ids(text_offsets, len(text_size))[chosen]
-    ours, theirs = (pool.bincount(minlength=len(budgets)).tolist() for pool in pools)
-    # Visual pivots lie before those of the text: together they ascend.
-    groups = [torch.cat(pair) for pair in zip(hidden[image].split(ours), text[chosen].split(theirs), strict=True)]
+    words = top_k(text_size, text_offsets, text_offsets.diff().clamp_max(pivots))
+    groups = group_ids(offsets, len(size))[image], group_ids(text_offsets, len(text_size))[words]
+    of_image, of_text = (group.bincount(minlength=len(budgets)).tolist() for group in groups)
+    # Visual pivots come before text pivots, as they do in the prompt.
+    states = [torch.cat(pair) for pair in zip(hidden[image].split(of_image), text[words].split(of_text), strict=True)]
     room = offsets.diff().to(hidden.device) - budgets.clamp_max(pivots)
     quota = budgets - budgets.clamp_max(pivots)
     if not exact:
-        quota = budgets // (2 * pivots) * torch.tensor([len(g) for g in groups], device=hidden.device)
-    return take_least_similar(hidden, image, groups, offsets, torch.minimum(quota, room))
+        quota = budgets // (2 * pivots) * torch.tensor([len(s) for s in states], device=hidden.device)
+    return take_least_similar(hidden, image, states, offsets, torch.minimum(quota, room))
 
 
 def key_size(keys: Tensor) -> Tensor:
-    """L1 norm of the keys `[n, G, dh]` over all their heads, `[n]` in float32."""
+    """`[n]` float32 L1 norm of keys `[n, G, dh]`, summed over all KV heads."""
     return keys.float().abs().sum(dim=(-2, -1))
 
 
 @register("dart")
 @dataclass
 class DART(Method):
-    """Keeps pivots and the tokens that resemble the pivots least, in the decoder before layer K.
+    """Keeps pivot tokens and the tokens least similar to them, in the decoder before layer K.
 
     Paper: Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More, arXiv 2502.11494.
     Reads the keys of layer K-1 and the states entering layer K; no attention.
 
     Pivots are the `pivots` visual tokens and the `pivots` text tokens after the last image with the largest L1 norm of
-    their keys (all KV heads together). One pivot after the other, in ascending order of columns, takes the tokens with
-    the smallest cosine to it, of the states after the decoder's final norm, among those not taken yet.
+    their keys (all KV heads together). One pivot after the other, in the order of the prompt, takes from the remaining
+    tokens those with the smallest cosine to it, measured on the states after the decoder's final norm.
 
     Differences from the release: keys are read before rotation, because the L1 norm of a rotated key changes with the
-    padding in front of the prompt (`rope=True` is the release). The count is exactly the budget: the pivots share what
-    the visual ones leave over, the first ones one more each where it does not divide evenly (`exact=False` is the
-    released count, `pivots + 2 pivots * floor(budget / (2 pivots))`, which `patch` refuses where it is not the budget).
-    The order of the pivots is fixed. Text pivots come after the last image of a sample. K is clamped to the last layer.
-    Before the decoder (K = 0, or a decoder of one layer) there is no layer K-1: the keys are those of layer 0, and
-    there are no text pivots.
+    padding in front of the prompt (`rope=True` is the release). The count is exactly the budget: the pivots divide what
+    the visual ones leave of it, the first ones taking one more each where it does not divide evenly (`exact=False` is
+    the released count, `pivots + 2 pivots * floor(budget / (2 pivots))`, which `patch` refuses where it is not the
+    budget). The order of the pivots is fixed. Text pivots come after the last image of a sample. K is clamped to the
+    last layer. Before the decoder (K = 0, or a decoder of one layer) there is no layer K-1: the keys are those of layer
+    0, and there are no text pivots.
 
     Attributes:
         layer: K, the layer before which tokens are dropped.
@@ -151,16 +150,16 @@ class DART(Method):
         if records and prompt is not None:
             text = norm(over_prompt(records[-1], tokens)[prompt.text]).to(size.device)  # [R, D]
             ends = inputs.query_offsets
-            asked = inputs.query_order + inputs.key_offsets[:-1][group_ids(ends, len(inputs.query_order))]
+            text_rows = inputs.query_order + inputs.key_offsets[:-1][group_ids(ends, len(inputs.query_order))]
         else:
-            text, ends, asked = hidden[:0], torch.zeros_like(inputs.query_offsets), inputs.query_order[:0]
+            text, ends, text_rows = hidden[:0], torch.zeros_like(inputs.query_offsets), inputs.query_order[:0]
         keep = duplication_aware(
             hidden,
             size[inputs.visual],
             tokens.offsets,
             tokens.budgets,
             text,
-            size[asked],
+            size[text_rows],
             ends,
             self.pivots,
             self.exact,

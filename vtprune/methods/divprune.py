@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DivPrune: the subset of visual tokens whose members are farthest from each other."""
+"""DivPrune: a subset of visual tokens with maximal minimum distance."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..core.tokens import Tokens
 @register("divprune")
 @dataclass
 class DivPrune(Method):
-    """Max-min diversity of the projected features, before the decoder.
+    """Keeps a subset of maximal minimum distance between projected features, before the decoder.
 
     Paper: DivPrune, arXiv 2503.02175 (CVPR 2025), section 3. Reads only the visual embeddings in the prompt; the whole
     sample is one group (thumbnail, tiles and newlines together). With `D = 1 - cos` the first pick is the token whose
-    nearest neighbor is farthest away; then, again and again, `argmax_i min_{j picked} D_ij`.
+    nearest neighbor is farthest away; every further one is `argmax_i min_{j picked} D_ij`.
 
     Differences from the release: picked tokens are masked (there they only have a distance near 0, and with half
     precision can be picked twice); the distance is float32; images after the first are pruned too.
 
     Attributes:
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     positions: Literal["original", "compact"] = "original"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DyCoke: of every four frames the first stays whole, the others keep what changed."""
+"""DyCoke: keeps every fourth frame whole, and in the others the tokens that changed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..core.frame_budget import frame_budgets
 from ..core.registry import register
 from ..errors import MethodError
 
-_GROUP = 4
-NOT_COMPARED = 2.0
+_GROUP = 4  # frames
+NOT_COMPARED = 2.0  # above every cosine
 
 
 def similarity(x: Tensor, clip: Clip) -> Tensor:
-    """Cosine `[n]` of every token with its place in the frame compared with.
+    """Cosine `[n]` of every token with the one at the same place in its reference frame.
 
-    In a group of four, frames 1 and 3 are compared with the frame before as it came, frame 2 with frame 0. Tokens of
-    frame 0 have 2, places that the other frame lacks -2.
+    In a group of four, the reference of frames 1 and 3 is the unpruned frame before, that of frame 2 is frame 0. Tokens
+    of frame 0 get 2, places that the reference frame lacks -2.
     """
     reference = [(-1, t - 1, t - 2, t - 1)[t % _GROUP] for t in range(clip.frames)]
     first = (clip.frame % _GROUP == 0).to(x.device)
@@ -32,17 +32,16 @@ def similarity(x: Tensor, clip: Clip) -> Tensor:
 @register("dycoke")
 @dataclass
 class DyCoke(ClipMethod):
-    """Groups of four frames: the first whole, the others thinned by similarity to a neighbor.
+    """Keeps the first of every four frames whole, and thins the others by similarity to a neighboring frame.
 
     Paper: DyCoke, arXiv 2411.15024 (CVPR 2025), the temporal part. Stage: before the decoder. Frames 1 and 3 of a group
     keep the places least similar to the frame before, frame 2 those least similar to frame 0; nothing is averaged. What
-    the whole frames leave of the budget is shared equally over the thinned ones. The published share is
+    the whole frames leave of the budget is divided equally among the thinned ones. The published ratio is
     `(1 + 3 * 0.3) / 4 = 0.475`.
 
-    Differences from the release: all groups are thinned, the last one too; frames of an odd clip are not lost; clips of
-    four frames or fewer work; tokens stay in the order of the prompt; the count is exact. A budget below the whole
-    frames, a quarter of the clip, is refused by name. The part of the method that reads a smaller cache while decoding
-    is not here.
+    Differences from the release: the last group is thinned too; no frame of an odd clip is lost; clips of four frames
+    or fewer work; tokens stay in the order of the prompt; the count is exact. A budget below the whole frames, a
+    quarter of the clip, raises an error. The paper's cache pruning during decoding is not implemented.
     """
 
     needs_frames: ClassVar[bool] = True
@@ -51,9 +50,9 @@ class DyCoke(ClipMethod):
         whole = sum(clip.sizes[::_GROUP])
         if budget < whole:
             raise MethodError(
-                f"dycoke keeps every fourth frame whole: {whole} of the {len(x)} tokens of a clip of {clip.frames} "
-                f"frames, and the budget of this clip is {budget}; keep a share of {whole / len(x):.3f} or more, or "
-                "use 'vcast', which thins every frame"
+                f"dycoke keeps every fourth frame whole: {whole} of the {len(x)} tokens of this clip of {clip.frames} "
+                f"frames, but the budget of the clip is {budget}; use a ratio of {whole / len(x):.3f} or more, or "
+                "'vcast', which thins every frame"
             )
         thinned = [0 if t % _GROUP == 0 else n for t, n in enumerate(clip.sizes)]
         extra = frame_budgets([float(n > 0) for n in thinned], budget - whole, thinned)

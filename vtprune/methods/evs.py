@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EVS: the tokens that changed since the frame before."""
+"""EVS: keeps the tokens that changed since the previous frame."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..core.clips import Clip, ClipChoice, ClipMethod, largest, similarity_to
 from ..core.registry import register
 from ..errors import MethodError
 
-FIRST_FRAME = 255.0
+FIRST_FRAME = 255.0  # as released; above every cosine distance
 
 
 def dissimilarity(x: Tensor, clip: Clip) -> Tensor:
-    """`1 - cosine` `[n]` of every token with the one at its place in the frame before; 255 where there is none."""
+    """`1 - cosine` `[n]` of every token with the one at its place in the previous frame; 255 where there is none."""
     before = clip.at_same_place(range(-1, clip.frames - 1))
     return 1 - similarity_to(x, before, missing=1 - FIRST_FRAME)
 
@@ -24,15 +24,16 @@ def dissimilarity(x: Tensor, clip: Clip) -> Tensor:
 @register("evs")
 @dataclass
 class EVS(ClipMethod):
-    """Efficient Video Sampling: the first frame whole, then the tokens least like the frame before.
+    """Keeps the first frame whole, and of the others the tokens least similar to the previous frame.
 
-    Paper: EVS, arXiv 2510.14624. Stage: before the decoder. `1 - cos(X[t, p], X[t - 1, p])` with the frame before as it
-    came, not with what was kept of it; the largest stay, over the whole clip. A place that the frame before lacks
-    counts as new. The paper compares pixels of patches; the release (vLLM's) and this method compare projected tokens.
+    Paper: EVS (Efficient Video Sampling), arXiv 2510.14624. Stage: before the decoder. The tokens with the largest `1 -
+    cos(X[t, p], X[t - 1, p])` of the whole clip are kept; the previous frame is compared unpruned. A place that it
+    lacks counts as new. The paper compares pixels of patches; the release (vLLM's) and this method compare projected
+    tokens.
 
-    Differences from the release: the count is exact. A budget below the tokens of the first frame is refused, where the
-    release raises it: a clip of `T` frames needs a share of `1 / T` at least. Pictures are refused, where the release
-    leaves them whole.
+    Differences from the release: the count is exact. A budget below the tokens of the first frame raises an error,
+    where the release raises the budget: a clip of `T` frames needs a ratio of at least `1 / T`. Pictures are refused;
+    the release leaves them whole.
     """
 
     needs_frames: ClassVar[bool] = True
@@ -40,9 +41,9 @@ class EVS(ClipMethod):
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         if budget < clip.sizes[0]:
             raise MethodError(
-                f"evs keeps the first frame whole: {clip.sizes[0]} tokens of a clip of {clip.frames} frames, and the "
-                f"budget of this clip is {budget}; keep a share of {clip.sizes[0] / len(x):.3f} or more, or use "
-                "'vcast', which thins every frame"
+                f"evs keeps the first frame whole: {clip.sizes[0]} tokens of this clip of {clip.frames} frames, but "
+                f"the budget of the clip is {budget}; use a ratio of {clip.sizes[0] / len(x):.3f} or more, or 'vcast', "
+                "which thins every frame"
             )
         scores = dissimilarity(x, clip)
         return ClipChoice(largest(scores, budget), scores=scores)

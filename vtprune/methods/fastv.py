@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastV: what the last token no longer looks at."""
+"""FastV: drops the tokens that the last prompt token attends to least, after an early layer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class FastV(ScoreMethod):
 
     `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
 
-    Differences from the release: tokens are really removed, once, at the prefill (the accuracy tables of the paper
-    come from a mask that is ranked anew at every decoding step); the span of the image is found, not given by an
-    offset that was one column too large; positions are kept, as in the release. K is clamped to the last layer. With K
+    Differences from the release: tokens are removed once, at the prefill (the accuracy tables of the paper come from a
+    mask that is recomputed at every decoding step); the image's tokens are located, not given by an offset, which was
+    one token too large; positions are kept, as in the release. K is clamped to the last layer. With K
     = 0 (or in a decoder of one layer) there is no layer K-1 to read and the choice is random, as in the release.
 
     Attributes:
         layer: K, the layer before which tokens are dropped.
-        seed: Start of the generator for K = 0.
+        seed: Seed of the generator for K = 0.
     """
 
     layer: Count = 2

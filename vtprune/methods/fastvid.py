@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FastVID: salient tokens of every frame, and density-peak centers of anchor frames that sum up their segment."""
+"""FastVID: salient tokens of every frame, and anchor frames whose cluster centers summarize their segment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def anchor_counts(length: int, context: int, stride: int) -> list[int]:
     Args:
         length: Frames of the segment.
         context: Centers that each frame would have on its own.
-        stride: Distance of anchors.
+        stride: Frames from one anchor to the next.
 
     Returns:
         list[int]: `(context * length) // anchors` at anchors.
@@ -43,12 +43,12 @@ def anchor_counts(length: int, context: int, stride: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Counts for one clip.
+    """How many tokens each frame of a clip keeps and merges into.
 
     Attributes:
-        salient: Tokens of each frame that stay as they are.
+        salient: Tokens that each frame keeps unchanged.
         centers: Merged tokens of each frame.
-        alone: Whether the centers of a frame sum up that frame only.
+        alone: Whether the centers of a frame summarize that frame only.
     """
 
     salient: list[int]
@@ -57,18 +57,18 @@ class FramePlan:
 
 
 def plan(sizes: Sequence[int], segments: Sequence[int], budget: int, context_share: float, stride: int) -> FramePlan:
-    """Shares a budget over salient tokens and centers, exactly.
+    """Divides a budget exactly among the salient tokens and centers of the frames.
 
-    A frame's even part of the budget is split by `context_share`; the centers of a segment move to its anchors. What
-    division leaves over goes to the first anchors, what an anchor cannot hold and the rest of the budget to further
-    salient tokens, equally over frames.
+    Each frame's equal part of the budget is split by `context_share`; the centers of a segment move to its anchors. The
+    first anchors take the remainder of the division; what an anchor cannot hold, and the rest of the budget, goes to
+    further salient tokens, equally over frames.
 
     Args:
         sizes: Tokens of each frame.
         segments: Frames of each segment.
-        budget: Tokens of the clip that stay.
-        context_share: Share of centers.
-        stride: Distance of anchors.
+        budget: Tokens that the clip keeps.
+        context_share: Share of the budget for centers.
+        stride: Frames from one anchor to the next.
     """
     each = budget // len(sizes)
     context = int(each * context_share)
@@ -93,10 +93,10 @@ def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tens
     Args:
         x: `[n, D]` float32.
         centers: `[C]` rows of the centers.
-        members: `[m]` rows that are merged, the centers among them or not; each joins the center with the largest
+        members: `[m]` rows that are merged, with or without the centers; each joins the center with the largest
             cosine.
-        least: The least weight of the center. With `k` members it is `max(least, 1 / (k + 1))`, the rest goes to the
-            mean of the members.
+        least: Smallest weight of the center. With `k` members it is `max(least, 1 / (k + 1))`, and the mean of the
+            members has the rest.
 
     Returns:
         Tensor: `[C, D]`.
@@ -112,29 +112,29 @@ def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tens
 @register("fastvid")
 @dataclass
 class FastVID(ClipMethod):
-    """Segments of like frames; in each, salient tokens stay and anchor frames hold centers that sum up the others.
+    """Keeps, in segments of similar frames, salient tokens, and cluster centers that summarize the others.
 
-    Paper: FastVID (NeurIPS 2025), arXiv 2503.11187. Stage: before the decoder. Frames are cut into segments where
-    neighbors are unlike. Of a frame's even part of the budget, `1 - context_share` goes to the tokens with the most
-    attention in the vision tower, unchanged. The others of a segment are merged: every `anchor_stride`-th frame,
+    Paper: FastVID (NeurIPS 2025), arXiv 2503.11187. Stage: before the decoder. The clip is cut into segments where
+    neighboring frames differ. Of a frame's equal part of the budget, `1 - context_share` goes to the tokens with the
+    most attention in the vision tower, unchanged. The others of a segment are merged: every `anchor_stride`-th frame,
     counted from the last, holds density-peak centers (DPC-kNN, 4 neighbors), and every other token of the segment joins
     its most similar center of every anchor, `w * center + (1 - w) * mean`, `w = max(beta, 1 / (members + 1))`. A center
-    keeps its own column and position.
+    keeps its own place in the prompt and its position id.
 
     A picture is a segment of one frame.
 
     Differences from the release: a frame is compared by the mean of its projected tokens and ranked by mean attention
     received, or that of the class token, as in the release's port to Qwen2.5-VL; the one for LLaVA-OneVision reads
-    SigLIP's pooling head, which models of transformers leave out. The count is exact: what division loses goes to the
-    first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than `segments` frames work. On
-    models that place tokens on several axes a merged token has its center's place, which a mean does not have.
+    SigLIP's pooling head, which models of transformers leave out. The count is exact: the remainder of the division
+    goes to the first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than `segments`
+    frames work. On models with position ids on several axes (M-RoPE) a merged token has the position of its center.
 
     Attributes:
-        segments: Segments of a clip at least.
+        segments: Minimum number of segments of a clip.
         threshold: Frames whose cosine is below it are in different segments.
         context_share: Share of the budget for centers.
-        anchor_stride: Distance of anchor frames.
-        beta: Least weight of a center in its mean.
+        anchor_stride: Frames from one anchor to the next.
+        beta: Smallest weight of a center in its mean.
     """
 
     segments: Positive = 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashVID: attended and diverse tokens of every frame, and trees of like tokens over time for the rest."""
+"""FlashVID: attended, diverse tokens of every frame; the others are merged along trees over time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NEIGHBORS = 7
 
 
 def diverse(x: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Picks tokens that are far from each other and have a large weight.
+    """Picks tokens with large weights that are far from each other.
 
     With `M[i, j] = (1 - cos(x_i, x_j)) * weight_j`, the first pick is the column with the largest second-smallest
     value, every further one the largest minimum over the rows picked; ties go to the smaller number.
@@ -48,25 +48,25 @@ def diverse(x: Tensor, weight: Tensor, count: int) -> Tensor:
     picks = [away.topk(2, dim=0, largest=False).values[1].argmax()]
     nearest = away[picks[0]].clone()
     for _ in range(count - 1):
-        nearest[picks[-1]] = -torch.inf  # a token with weight 0 is 0 away from everything, the picked one included
+        nearest[picks[-1]] = -torch.inf  # with weight 0 all distances are 0, so a picked token must be excluded
         picks.append(nearest.argmax())
         nearest = torch.minimum(nearest, away[picks[-1]])
     return torch.stack(picks).sort().values
 
 
 def event_weights(x: Tensor, means: Tensor) -> Tensor:
-    """`[n]` mean inner product of each token `[n, D]` with the frame means `[L, D]` of its segment; 0 at least."""
+    """`[n]` mean inner product of each token `[n, D]` with the frame means `[L, D]` of its segment, clamped at 0."""
     return (x @ means.mean(0)).clamp_min(0)
 
 
 def tree_links(x: Tensor, frames: Sequence[Tensor], threshold: float, most: int) -> Tensor:
-    """For every token of a segment the one in the frame before that it is merged into, or -1.
+    """For every token of a segment, the token of the previous frame that it is merged into, or -1.
 
     Args:
         x: `[n, D]` float32 tokens of the clip.
         frames: For each frame of the segment, its tokens that take part.
         threshold: Cosine above which a token is merged into its most similar one.
-        most: Merges at most: with more the threshold rises to the `most`-th largest cosine.
+        most: Largest number of merges; the threshold rises to the `most`-th largest cosine where there would be more.
 
     Returns:
         Tensor: `[n]` int64.
@@ -89,7 +89,7 @@ def tree_links(x: Tensor, frames: Sequence[Tensor], threshold: float, most: int)
 
 
 def tree_means(x: Tensor, links: Tensor, clip: Clip) -> Tensor:
-    """`[n, D]` mean of every token `[n, D]` and all tokens that hang on it, directly or not."""
+    """`[n, D]` mean of every token `[n, D]` and all its descendants in the tree."""
     total, members = x.clone(), torch.ones(len(x), 1, device=x.device)
     for rows in reversed(torch.arange(len(x), device=x.device).split(clip.sizes)):
         rows = rows[links[rows] >= 0]
@@ -102,7 +102,7 @@ def tree_means(x: Tensor, links: Tensor, clip: Clip) -> Tensor:
 
 
 def cluster(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Density-peak centers `[count]` of `x` `[n, D]`, ascending, and the means `[count, D]` of the rows nearest."""
+    """Density-peak centers `[count]` of `x` `[n, D]`, ascending, and the means `[count, D]` of their clusters."""
     if count == 0:
         return torch.empty(0, dtype=torch.long, device=x.device), x[:0]
     distances = pairwise_distances(x)
@@ -115,30 +115,31 @@ def cluster(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 @register("flashvid")
 @dataclass
 class FlashVID(ClipMethod):
-    """Attention and diversity pick tokens of every frame; the others are merged along trees over time.
+    """Picks tokens of every frame by attention and diversity, and merges the others along trees over time.
 
-    Paper: FlashVID (ICLR 2026), arXiv 2602.08024, the part before the decoder. Stage: before the decoder. Frames are
-    cut into segments where their means are unlike. Of a frame's budget the share `selected` goes to tokens picked one
-    by one, far from those before, weighted by attention in the vision tower and by closeness to the segment's frames.
-    In a segment every other token is merged into its most similar one of the frame before, if the cosine is above
-    `temporal`; what is left are trees, whose roots become the mean of all their members, and are clustered frame by
-    frame (DPC-kNN, at most 7 neighbors) into what is left of the budget. A root keeps its column and position.
+    Paper: FlashVID (ICLR 2026), arXiv 2602.08024, the part before the decoder. Stage: before the decoder. The clip is
+    cut into segments where the means of neighboring frames differ. Of a frame's budget the share `selected` goes to
+    tokens picked one by one, far from those before, weighted by attention in the vision tower and by closeness to the
+    segment's frames. In a segment every other token is merged into the most similar one of the previous frame, if the
+    cosine is above `temporal`. This makes trees, whose roots become the mean of all their members, and are clustered
+    frame by frame (DPC-kNN, at most 7 neighbors) into what is left of the budget. A root keeps its place in the prompt
+    and its position id.
 
-    A picture is a segment of one frame: picks and clusters.
+    A picture is a segment of one frame: tokens are picked and clustered.
 
-    Differences from the release: a tree's sum is divided by all its members (there by direct children plus one, so that
-    what stands still comes out too long); tokens picked cannot be picked or clustered again; segments cannot be empty.
-    The count is exact: equal budgets per frame, clusters by largest remainder. The budget is not stretched by 1.25,
-    because the second cut inside the language model, which takes that back, is not here. Attention is the mean
-    received, or that of the class token. On models that place tokens on several axes a merged token has its root's
-    place, which a mean does not have.
+    Differences from the release: a tree's sum is divided by all its members (there by its direct children plus one, so
+    that static content gets too large a norm); picked tokens are not picked or clustered again; segments are not empty.
+    The count is exact: equal budgets per frame, clusters by largest remainder. The budget is not multiplied by 1.25,
+    because the second cut inside the language model, which makes up for it, is not implemented. Attention is the mean
+    received, or that of the class token. On models with position ids on several axes (M-RoPE) a merged token has the
+    position of its root.
 
     Attributes:
         selected: Share of a frame's budget that is picked.
-        temporal: Cosine above which a token is merged into the frame before.
+        temporal: Cosine above which a token is merged into one of the previous frame.
         threshold: Frames whose cosine is below it are in different segments.
-        segments: Segments of a clip at least.
-        events: Whether closeness to the segment's frames weighs in.
+        segments: Minimum number of segments of a clip.
+        events: Whether weights include closeness to the segment's frames.
     """
 
     selected: Share = 0.7
@@ -151,7 +152,7 @@ class FlashVID(ClipMethod):
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "last"))
 
     def attention(self, tokens: Tokens) -> Tensor:
-        return Vision(tokens, self.name).importance().clamp_min(0)  # it is a factor, and a wrapper may go below 0
+        return Vision(tokens, self.name).importance().clamp_min(0)  # it is a factor, and wrappers may make it negative
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         assert attention is not None
@@ -172,7 +173,7 @@ class FlashVID(ClipMethod):
     def pick(
         self, x: Tensor, clip: Clip, attention: Tensor, segments: Sequence[int], counts: Sequence[int]
     ) -> list[Tensor]:
-        """For each frame the tokens `[counts[t]]` picked by attention and diversity, numbered through the clip."""
+        """For each frame the tokens `[counts[t]]` picked by attention and diversity, as indices in the clip."""
         means, start, out = clip.frame_means(x), 0, []
         of_frame = list(torch.arange(len(x), device=x.device).split(clip.sizes))
         for length in segments:
@@ -188,7 +189,7 @@ class FlashVID(ClipMethod):
     def links(
         self, x: Tensor, clip: Clip, picked: Sequence[Tensor], segments: Sequence[int], budgets: Sequence[int]
     ) -> Tensor:
-        """`[n]` token in the frame before that each token is merged into, or -1."""
+        """`[n]` token of the previous frame that each token is merged into, or -1."""
         links, start = torch.full((len(x),), -1, device=x.device), 0
         rest = self._rest(clip, picked)
         for length in segments:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HoliTom: places that stand still are averaged over time, the moving ones are picked by attention."""
+"""HoliTom: static places of a clip are averaged over time, tokens of the others are picked by attention."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ if TYPE_CHECKING:
 
 
 def next_similarity(x: Tensor, clip: Clip) -> Tensor:
-    """`[T - 1, Q]` cosine of each place with itself in the next frame, on the CPU; -2 where either frame lacks it."""
+    """`[T - 1, Q]` cosine of each place between a frame and the next, on the CPU; -2 where either frame lacks it."""
     after = clip.at_same_place([*range(1, clip.frames), -1])
     similarity = torch.full((clip.frames, clip.table.shape[1]), -2.0)
     similarity[clip.frame, clip.place] = similarity_to(x, after, missing=-2.0).cpu()
     return similarity[:-1]
 
 
-def still_runs(similarity: Tensor, threshold: float) -> Tensor:
-    """`[T, Q]` how many steps in a row each place has stood still before each frame."""
-    still = similarity > threshold
-    runs = torch.zeros(len(still) + 1, still.shape[1], dtype=torch.long)
-    for t, row in enumerate(still):
+def static_runs(similarity: Tensor, threshold: float) -> Tensor:
+    """`[T, Q]` number of consecutive static steps of each place up to each frame."""
+    static = similarity > threshold
+    runs = torch.zeros(len(static) + 1, static.shape[1], dtype=torch.long)
+    for t, row in enumerate(static):
         runs[t + 1] = torch.where(row, runs[t] + 1, 0)
     return runs
 
 
 def windows(runs: Tensor) -> list[tuple[int, int]]:
-    """Cuts a clip into windows so that averaging what stands still in each saves the most tokens.
+    """Cuts a clip into windows such that averaging the static places of each saves the most tokens.
 
     Args:
-        runs: `[T, Q]` of `still_runs`. A window of `L` frames saves `L - 1` tokens for every place still in all of it.
+        runs: `[T, Q]` of `static_runs`. A window of `L` frames saves `L - 1` tokens for every place static throughout.
 
     Returns:
-        list: First and last frame of each window. Of windows that end at a frame and save equally much the shortest.
+        list: First and last frame of each window. Where several windows save equally much, the shortest is taken.
     """
     frames, places = runs.shape
     best, length = [0], []
     for end in range(frames):
         steps = torch.arange(end + 1)
-        still = places - torch.bincount(runs[end], minlength=end + 1)[: end + 1].cumsum(0)  # runs longer than a step
-        still = torch.cat([torch.tensor([places]), still[:-1]])  # runs of that many steps at least
-        total = torch.tensor(best[::-1]) + still * steps  # best up to the window's first frame
+        static = places - torch.bincount(runs[end], minlength=end + 1)[: end + 1].cumsum(0)  # places with longer runs
+        static = torch.cat([torch.tensor([places]), static[:-1]])  # runs of at least that many steps
+        total = torch.tensor(best[::-1]) + static * steps  # and the best cut of the frames before
         length.append(int(total.argmax()) + 1)
         best.append(int(total.max()))
     out, end = [], frames - 1
@@ -66,36 +66,36 @@ def windows(runs: Tensor) -> list[tuple[int, int]]:
 
 
 @dataclass
-class StillPlaces:
-    """What a clip is split into.
+class StaticPlaces:
+    """Static and moving tokens of a clip.
 
     Attributes:
         windows: First and last frame of each window.
-        still: For each window, `[L, n]` tokens of the places that stand still in it, frame after frame; `[L, 0]` in
+        static: For each window, `[L, n]` tokens of the places that are static in it, frame by frame; `[L, 0]` in
             windows of one frame.
         moving: For each frame, `[n]` its other tokens.
     """
 
     windows: list[tuple[int, int]]
-    still: list[Tensor]
+    static: list[Tensor]
     moving: list[Tensor]
 
     @property
     def saved(self) -> int:
-        """Tokens fewer than the clip has, if every still place becomes one token per window."""
-        return sum(max(len(s) - 1, 0) * s.shape[1] for s in self.still)
+        """Tokens saved if every static place becomes one token per window."""
+        return sum(max(len(s) - 1, 0) * s.shape[1] for s in self.static)
 
 
-def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = None) -> StillPlaces:
-    """Finds what stands still.
+def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = None) -> StaticPlaces:
+    """Splits the tokens of a clip into static and moving ones.
 
     Args:
         similarity: `[T - 1, Q]` of `next_similarity`.
         clip: Frames and places.
-        threshold: Cosine above which a place stands still from one frame to the next.
-        most: Tokens that may be saved; beyond it places are taken as moving, the least similar ones first.
+        threshold: Cosine above which a place is static from one frame to the next.
+        most: Most tokens to save; where it would be more, the least similar places count as moving.
     """
-    runs = still_runs(similarity, threshold)
+    runs = static_runs(similarity, threshold)
     found = windows(runs)
     marks = [runs[last] >= last - first if last > first else torch.zeros(runs.shape[1]) > 0 for first, last in found]
     saved = sum(int(m.sum()) * (last - first) for m, (first, last) in zip(marks, found, strict=True))
@@ -110,25 +110,25 @@ def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = N
                 break
             marks[number][place] = False
             saved -= found[number][1] - found[number][0]
-    still = [clip.table[first : last + 1, mark] for (first, last), mark in zip(found, marks, strict=True)]
+    static = [clip.table[first : last + 1, mark] for (first, last), mark in zip(found, marks, strict=True)]
     moving = []
     for (first, last), mark in zip(found, marks, strict=True):
         for t in range(first, last + 1):
             row = clip.table[t, ~mark]
             moving.append(row[row >= 0])
-    return StillPlaces(found, still, [rows.sort().values for rows in moving])
+    return StaticPlaces(found, static, [rows.sort().values for rows in moving])
 
 
 def merge(x: Tensor, count: int, neighbors: int, beta: float, plain: bool) -> tuple[Tensor, Tensor]:
-    """Density-peak centers of `x` `[n, D]` and what they become.
+    """Clusters rows around density peaks and merges each cluster into its center.
 
     Args:
         x: `[n, D]` float32.
         count: Centers.
-        neighbors: Of the density, at most the number of centers; with one center, of which all densities would be
-            equal, as given.
-        beta: Weight of a center; `1 - beta` has the mean of the others that are nearest to it. Alone it is unchanged.
-        plain: The mean of center and members instead.
+        neighbors: Neighbors for the density, at most the number of centers; with a single center, for which that would
+            make all densities equal, as given.
+        beta: Weight of a center; the mean of its other members has `1 - beta`. A center alone is unchanged.
+        plain: Use the mean of center and members instead.
 
     Returns:
         tuple: `[count]` rows of the centers, ascending, and `[count, D]`.
@@ -148,29 +148,29 @@ def merge(x: Tensor, count: int, neighbors: int, beta: float, plain: bool) -> tu
 @register("holitom")
 @dataclass
 class HoliTom(ClipMethod):
-    """Windows of frames whose still places are averaged and clustered; moving places by attention, frame by frame.
+    """Averages and clusters the static places of windows of frames, and picks moving ones by attention in each frame.
 
     Paper: HoliTom (NeurIPS 2025), arXiv 2505.21334, the part before the decoder. Stage: before the decoder. A place
-    stands still in a window if its cosine from frame to frame is above `threshold` throughout; the clip is cut into the
-    windows that save the most tokens. Still places are averaged over their window and clustered (DPC-kNN, at most 7
+    is static in a window if its cosine from frame to frame is above `threshold` throughout; the clip is cut into the
+    windows that save the most tokens. Static places are averaged over their window and clustered (DPC-kNN, at most 7
     neighbors), a cluster being `beta * center + (1 - beta) * mean of the others`. Of the moving places each frame keeps
-    those with the most attention in the vision tower. A still token has the column of its place in the window's first
-    frame.
+    those with the most attention in the vision tower. A static token takes the place in the prompt that it has in the
+    window's first frame.
 
-    On a picture everything moves: the most attended tokens stay.
+    In a picture every token counts as moving: the most attended ones are kept.
 
-    Differences from the release: the count is exact, shared over windows and frames by the tokens they have, a window
-    with still places getting one at least where the budget allows; if averaging would save more than the budget asks,
-    the least similar places count as moving. `context_share` above 0 works (there it stops with an error). Attention is
-    the mean received, or that of the class token. The second cut inside the language model is not here. On models that
-    place tokens on several axes a merged token has its center's place, which a mean does not have.
+    Differences from the release: the count is exact, shared over windows and frames by the tokens they have, at
+    least one for a window with static places where the budget allows; if averaging would save more than the budget
+    asks, the least similar places count as moving. `context_share` above 0 works (there it raises an error). Attention
+    is the mean received, or that of the class token. The second cut inside the language model is not implemented. On
+    models with position ids on several axes (M-RoPE) a merged token has the position of its center.
 
     Attributes:
-        threshold: Cosine above which a place stands still; published: 0.65 at a share of 0.1, 0.8 at 0.15.
-        context_share: Share of a frame's moving tokens that are clusters instead of picks.
-        neighbors: Neighbors that a density looks at.
+        threshold: Cosine above which a place is static; published: 0.65 at a ratio of 0.1, 0.8 at 0.15.
+        context_share: Share of a frame's moving tokens that are cluster centers instead of picks.
+        neighbors: Neighbors from which a density is computed.
         beta: Weight of a cluster's center.
-        plain_mean: Clusters are plain means of center and others.
+        plain_mean: Clusters become plain means of center and others.
     """
 
     threshold: Cosine = 0.8
@@ -188,25 +188,25 @@ class HoliTom(ClipMethod):
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         assert attention is not None
         parts = split(next_similarity(x, clip), clip, self.threshold, most=len(x) - budget)
-        sizes = [s.shape[1] for s in parts.still] + [len(m) for m in parts.moving]
-        floors = [1] * len(parts.still) + [0] * len(parts.moving)
+        sizes = [s.shape[1] for s in parts.static] + [len(m) for m in parts.moving]
+        floors = [1] * len(parts.static) + [0] * len(parts.moving)
         counts = frame_budgets([float(n) for n in sizes], budget, sizes, floors)
-        return self.merge(x, attention, parts, counts[: len(parts.still)], counts[len(parts.still) :])
+        return self.merge(x, attention, parts, counts[: len(parts.static)], counts[len(parts.static) :])
 
     def merge(
-        self, x: Tensor, attention: Tensor, parts: StillPlaces, still: Sequence[int], moving: Sequence[int]
+        self, x: Tensor, attention: Tensor, parts: StaticPlaces, static: Sequence[int], moving: Sequence[int]
     ) -> ClipChoice:
         """Picks and merges with given counts.
 
         Args:
             x: `[n, D]` float32 states of a clip.
             attention: `[n]`.
-            parts: What stands still and what moves.
-            still: Tokens for the still places of each window.
+            parts: Static and moving tokens.
+            static: Tokens for the static places of each window.
             moving: Tokens for the moving places of each frame.
         """
         keep, states = [], []
-        for rows, count in zip(parts.still, still, strict=True):
+        for rows, count in zip(parts.static, static, strict=True):
             rows = rows.to(x.device)
             centers, merged = self._merge(x[rows].mean(0), count)
             keep.append(rows[0, centers])

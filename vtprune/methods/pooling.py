@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Average pooling of the visual grid: what a smaller image would have cost."""
+"""Average pooling of the visual grid, as a smaller image would have it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
     The rows are cut into bands, every band into pieces from left to right.
 
     Args:
-        row, col: `[n]` place of each token.
-        count: Cells, from 1 to `n`.
+        row, col: `[n]` grid row and column of each token.
+        count: Number of cells, from 1 to `n`.
 
     Returns:
-        Tensor: `[n]` cell of each token; every cell has one at least.
+        Tensor: `[n]` cell of each token; no cell is empty.
     """
     line = torch.unique(row, return_inverse=True)[1]
     height = int(line.max()) + 1
@@ -47,7 +47,7 @@ def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
 
 
 def centers(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
-    """`[cells]` the token of each cell that is nearest to its middle; ties to the smaller number."""
+    """`[cells]` index of the token nearest to the middle of each cell; ties go to the smaller index."""
     sizes = torch.bincount(cell)
     away = torch.zeros(len(cell))
     for axis in (row.float(), col.float()):
@@ -61,11 +61,11 @@ def centers(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
 @register("pooling")
 @dataclass
 class Pooling(Method):
-    """Averages the tokens of each crop and frame over as many cells of its grid as the budget has tokens.
+    """Averages the tokens of each crop and frame over as many grid cells as its budget has tokens.
 
     No paper; the control for methods that merge. Crops and frames share the budget in proportion to their sizes. A
-    merged token takes the column of the token nearest to the middle of its cell. Tokens without a place in the grid
-    (newlines) go first; in models that tell no places, neighbors in the prompt are averaged.
+    merged token takes the place of the token nearest to the middle of its cell. Tokens outside the grid (newlines) are
+    dropped first; for models without grid positions, neighbors in the prompt are averaged.
 
     Attributes:
         layer: Decoder layer before which hidden states are averaged; 0 is before the decoder.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PruMerge and PruMerge+: patches that the class token looks at, each with its neighbors folded in."""
+"""PruMerge and PruMerge+: the patches that the class token attends to, each merged with its neighbors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Count, Range
@@ -21,11 +22,9 @@ from ..vision.tower import Attention, Vision, layer_tap, projector_tap, warn_onc
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
-from torch.nn.functional import normalize
-
 
 def neighbors(keys: Tensor, kept: Tensor, count: int = 32) -> Tensor:
-    """`[K, count]` rows most similar to each kept row by cosine of keys `[N, C]`, itself left out; ascending."""
+    """`[K, count]` rows most similar to each kept row by cosine of keys `[N, C]`, without itself; ascending."""
     unit = normalize(keys.float(), dim=-1)
     similar = unit[kept] @ unit.T  # [K, N]
     similar[torch.arange(len(kept), device=kept.device), kept] = -torch.inf
@@ -34,7 +33,7 @@ def neighbors(keys: Tensor, kept: Tensor, count: int = 32) -> Tensor:
 
 
 def merge(features: Tensor, attention: Tensor, kept: Tensor, near: Tensor, average: bool = False) -> Tensor:
-    """Folds neighbors into the kept rows, and all rows that are not kept into one more.
+    """Merges neighbors into the kept rows, and all rows that are not kept into one extra row.
 
     Args:
         features: `[N, F]`.
@@ -64,7 +63,7 @@ def outlier_ratio(attention: Tensor) -> float:
 
 
 def grid_places(total: int, ratio: float) -> Tensor:
-    """Places that PruMerge+ adds for an adaptive ratio: every `int(int(1 / ratio) / 3)`-th, the last one left out.
+    """Patches that PruMerge+ adds for an adaptive ratio: every `int(int(1 / ratio) / 3)`-th, except the last one.
 
     The released code divides by zero where there is no outlier and has no step above ratio 1/3; both give step 1 here.
     """
@@ -72,7 +71,7 @@ def grid_places(total: int, ratio: float) -> Tensor:
 
 
 def one_head(attention: Attention) -> Attention:
-    """The same queries and keys as one head of the layer's full width."""
+    """Joins all heads of a layer's queries and keys into one head of the full width."""
     query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (attention.query, attention.key))  # [B, 1, N, H dh]
     return replace(attention, query=query, key=key, scaling=query.shape[-1] ** -0.5)
 
@@ -80,31 +79,29 @@ def one_head(attention: Attention) -> Attention:
 @register("prumerge")
 @dataclass
 class PruMerge(Method):
-    """Patches with the largest class-token attention, and a grid of others, each with its neighbors merged in.
+    """Keeps the patches with the largest class-token attention and a grid of others, each merged with its neighbors.
 
     Paper: LLaVA-PruMerge, arXiv 2403.15388 (ICCV 2025), method section. Stage: the projector, hence before the
     decoder. Reads queries and keys of the LAST vision layer, taken as one head, and the features before the projector.
     A kept patch becomes `x_i + sum_j a_j x_j` over its 32 nearest others by key cosine, `a` the class-token attention
-    (without a class token: the mean attention received); one more token is `sum a_j x_j` over all patches that are not
-    kept. They go through the projector. PruMerge+ (`plus`, the release's default) keeps few by attention and adds an
-    even grid.
-
-    Columns: kept patches stay where they are, the extra token takes the first column of its crop that is not kept.
+    (without a class token: the mean attention received); an extra token is `sum a_j x_j` over all patches that are not
+    kept. They go through the projector. PruMerge+ (`plus`, the release's default) keeps fewer by attention and adds an
+    even grid. Kept patches stay where they are; the extra token takes the first free place of its crop.
 
     Differences from the release: there the number of outliers decides how many tokens stay (`outlier_ratio`,
-    `grid_places`); here the budget is given and exact, the extra token counts, and the outliers decide how the crops of
-    a sample share it (`adaptive`); order in the image is kept (there: by attention, then grid, then extra);
-    any-resolution layouts work, newlines going first; where a projector takes whole images only, merging is done on
-    its output.
+    `grid_places`); here the budget is given and exact, the extra token counts, and the budget is divided among the
+    crops of a sample by their outliers (`adaptive`); order in the image is kept (there: by attention, then grid, then
+    extra); any-resolution layouts work, newlines being dropped first; where a projector accepts whole images only, its
+    output is merged.
 
     Attributes:
         plus: PruMerge+; False is PruMerge.
-        important: Share of the kept patches that PruMerge+ chooses by attention (about a quarter results as released).
-        near: Neighbors merged into a kept patch.
-        adaptive: Crops with more outliers get more of the budget.
-        average: Merged tokens are weighted averages; the released sums are not normalized.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        important: Share of the kept patches that PruMerge+ picks by attention (about a quarter in the release).
+        near: Number of neighbors merged into a kept patch.
+        adaptive: Give crops with more outliers more of the budget.
+        average: Merge by weighted averages; the released sums are not normalized.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     plus: bool = True
@@ -144,15 +141,15 @@ class PruMerge(Method):
         return Choice(keep, self._states(tokens, vision, scores, groups), scores)
 
     def _pick(self, scores: Tensor, count: int) -> Tensor:
-        """`[count]` patches of one crop: the best, then (plus) evenly spaced ones of the rest."""
+        """`[count]` patches of one crop: the highest scores, then (PruMerge+) evenly spaced ones of the rest."""
         order = settle_ties(scores).sort(descending=True, stable=True).indices
         best = max(1, round(self.important * count)) if self.plus else count
         rest = order[best:].sort().values
-        places = (2 * torch.arange(count - best, device=rest.device) + 1) * len(rest) // (2 * max(count - best, 1))
-        return torch.cat([order[:best], rest[places]])
+        spaced = (2 * torch.arange(count - best, device=rest.device) + 1) * len(rest) // (2 * max(count - best, 1))
+        return torch.cat([order[:best], rest[spaced]])
 
     def _states(self, tokens: Tokens, vision: Vision, scores: Tensor, groups: list) -> Tensor | None:
-        """States of the prompt `[M, D]` with merged ones in the columns they take."""
+        """`[M, D]` states of the visual tokens with the merged ones in place; None where nothing is merged."""
         if not groups:
             return None
         changed = torch.cat([torch.cat([rows[kept], extra]) for rows, kept, _, extra in groups])
@@ -166,7 +163,7 @@ class PruMerge(Method):
 
         projected = vision.project(merged(vision.to_tokens(vision.features), self.average))
         if projected is None:
-            warn_once(f"{self.name}: the projector takes whole images only; its outputs are merged, as averages")
+            warn_once(f"{self.name}: the projector accepts whole images only, so its outputs are averaged instead")
             projected = merged(tokens.hidden, True)
         hidden = tokens.hidden.clone()
         hidden[changed] = projected.to(hidden)

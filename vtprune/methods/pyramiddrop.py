@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidDrop: fewer tokens, stage by stage."""
+"""PyramidDrop: drops the least attended tokens at several decoder layers."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class PyramidDrop(ScoreMethod):
     """Keeps, at several depths, the tokens with the largest attention of the last prompt token.
 
     Paper: PyramidDrop, arXiv 2410.17247, section 3.2. Cuts before layers 8, 16 and 24 of 32; reads queries and keys of
-    the layer that comes next, so nothing is kept from layers that already ran.
+    the layer after the cut, so nothing is stored from layers that already ran.
 
     `score_i = mean over heads of softmax_j(q_last . k_j / sqrt(dh))_i`, the softmax over all keys of the sample.
 
-    Differences from the release: KV heads shared by several query heads are handled; all images of a sample are one
-    group; counts are rounded, not cut off; survivors keep their positions, unless `positions="compact"`. The release
-    ranks by the end of the answer header, like here; the paper speaks of the last instruction token.
+    Differences from the release: grouped-query attention is supported; all images of a sample are one group; counts
+    are rounded, not truncated; kept tokens keep their positions, unless `positions="compact"`. The release and this
+    method rank by the last token of the answer header, the paper by the last instruction token.
 
     Attributes:
-        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
-            one).
-        shares: Share of the original tokens that is left after each cut.
-        depth: Decoder length that `layers` refers to; None takes them as they are.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released; by default they keep
-            their positions. Not for models that place tokens on several axes.
+        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the actual depth (cuts at the same layer
+            become one).
+        shares: Share of the original tokens kept after each cut.
+        depth: Decoder depth that `layers` refers to; None uses them unscaled.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released; by default they keep
+            their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     layers: Layers = (8, 16, 24)

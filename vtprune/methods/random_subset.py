@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random tokens: the baseline that a method has to beat."""
+"""Random pruning, the baseline of all other methods."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..core.tokens import Tokens
 class Random(ScoreMethod):
     """Keeps a uniformly drawn subset of each group, before the decoder.
 
-    No paper; the control of the pruning literature. The draws come from a generator of the method's own, started
-    afresh with `seed` for every pool: two runs agree, a sample alone agrees with the same sample in a batch, and the
-    global generator is neither read nor moved.
+    No paper; the control of the pruning literature. The draws come from a generator of the method's own, seeded
+    with `seed` for every group: two runs agree, a sample alone agrees with the same sample in a batch, and the global
+    random state is not touched.
 
     `score_i` is uniform in [0, 1): each token of a group is as likely to stay as any other.
 
     Attributes:
-        seed: Start of the generator, on the CPU whatever the device of the model.
+        seed: Seed of the generator, which runs on the CPU so that every device keeps the same tokens.
     """
 
     seed: Seed = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual selection: the tokens from which the others can best be rebuilt."""
+"""ResPrune: selects the tokens that best reconstruct all tokens linearly."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..core.tokens import Tokens
 @register("resprune")
 @dataclass
 class ResPrune(Method):
-    """Greedy selection by residual energy, before the decoder.
+    """Keeps tokens by greedy selection on residual energy, before the decoder.
 
     Paper: ResPrune, arXiv 2603.21105. Reads only the visual embeddings in the prompt; all pictures of a sample are one
     group. Every pick is the token with the largest energy `|x_i - P x_i|^2` outside the span of the tokens picked
-    before: QR with column pivoting of the transposed features. What the picks explain of all tokens' energy grows
-    about as fast as picks of whole tokens can make it.
+    before: QR with column pivoting of the transposed features. The share of all tokens' energy that the picks explain
+    grows about as fast as for any selection of tokens.
 
     Differences from the paper, for which no code was released: tokens are not weighted by their relevance to the text;
-    rows keep their lengths; a token of which less than 1e-6 of its own energy is left counts as explained, and such
-    tokens come last, by energy; newline tokens take no part and go first.
+    rows are not normalized; a token with a residual below 1e-6 of its own energy counts as explained, and such tokens
+    come last, by energy; newline tokens are not candidates and are dropped first.
 
     Attributes:
-        unit: Directions only: every token is divided by its length first.
-        center: The mean token of each group is subtracted first.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ...; by default they keep their positions. Not for
-            models that place tokens on several axes.
+        unit: Normalize every token first, so that only directions count.
+        center: Subtract the mean token of each group first.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ...; by default they keep their position ids. Not for
+            models with position ids on several axes (M-RoPE).
     """
 
     unit: bool = False
@@ -56,15 +56,15 @@ class ResPrune(Method):
 
 
 def centered(features: Tensor, group: Tensor, groups: int) -> Tensor:
-    """`[M, D]` float32 features less the mean of their group; rows of zeros stay and do not count.
+    """`[M, D]` float32 features minus the mean of their group; rows of zeros are left alone and not counted.
 
     Args:
         features: `[M, D]`.
         group: `[M]` group of each row.
-        groups: Their number.
+        groups: Number of groups.
     """
     features = features.float()
-    shown = (features != 0).any(1, keepdim=True)
-    count = features.new_zeros(groups, 1).index_add_(0, group, shown.to(features))
+    nonzero = (features != 0).any(1, keepdim=True)
+    count = features.new_zeros(groups, 1).index_add_(0, group, nonzero.to(features))
     mean = features.new_zeros(groups, features.shape[1]).index_add_(0, group, features) / count.clamp_min(1)
-    return torch.where(shown, features - mean[group], 0)
+    return torch.where(nonzero, features - mean[group], 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SCOPE: salient tokens that cover the others."""
+"""SCOPE: selects salient tokens that cover the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def class_saliency(attention: Attention) -> Tensor:
-    """`[B, N]` attention of the class token, softmax over the patches of its crop only, mean over heads; prefix 0."""
+    """`[B, N]` attention of the class token, softmax over the patches of its crop, mean over heads; prefix 0."""
     query, key = attention.query[:, :, :1].float(), attention.key[:, :, attention.prefix :].float()
     logits = query @ key.mT * attention.scaling  # [B, H, 1, P]
     if attention.valid is not None:
@@ -49,26 +49,26 @@ def received_saliency(attention: Attention) -> Tensor:
 @register("scope")
 @dataclass
 class Scope(Method):
-    """Greedy coverage of the projected features, weighted by the attention of the vision tower, before the decoder.
+    """Keeps salient tokens by greedy coverage of the projected features, before the decoder.
 
     Paper: SCOPE, arXiv 2510.24214 (NeurIPS 2025), section 3. Let `m_j` be the largest cosine of token `j` to a picked
-    token, 0 at first. Every pick maximises `s_i^alpha * sum_j max(0, cos_ij - m_j)`: what token `i` would add to the
-    coverage of all tokens, times its saliency. All pictures of a sample are one group. Saliency, as in the release of
+    token, 0 at first. Every pick maximizes `s_i^alpha * sum_j max(0, cos_ij - m_j)`: the coverage of all tokens that
+    token `i` would add, times its saliency. All pictures of a sample are one group. Saliency, as in the release of
     AngelSlim: attention of the class token over the patches, read in the layer whose output is projected; for towers
     without one, attention received in the last layer, summed over queries and over the patches of a token.
 
     With `alpha=0` nothing is read from the vision tower, and the choice is greedy facility location, whose coverage is
     at least 1 - 1/e of the best possible.
 
-    Differences from the releases: gains are evaluated lazily, so that not every pick goes over all pairs, with the same
-    result; a feature of zeros covers nothing (there it makes every later pick NaN); newline tokens take no part and go
-    first; every query is counted in large pictures (there the mean query stands for 6,144 patches or more).
+    Differences from the releases: gains are evaluated lazily, with the same result; a feature of zeros covers nothing
+    (there it makes every later pick NaN); newline tokens are not candidates and are dropped first; in large pictures
+    all queries count (there the mean query stands for 6,144 patches or more).
 
     Attributes:
         alpha: Exponent of the saliency, 0 or more.
-        combine: `"sum"` adds saliency and gain instead, an option of both releases.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release for LLaVA; by default they keep
-            their positions, as in AngelSlim. Not for models that place tokens on several axes.
+        combine: `"product"` of saliency and gain, or their `"sum"`, an option of both releases.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as in the release for LLaVA; by default they keep
+            their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     alpha: AtLeastZero = 1.0
@@ -98,7 +98,7 @@ class Scope(Method):
         return Choice(from_order(order, len(tokens)), scores=saliency)
 
     def saliency(self, tokens: Tokens) -> Tensor:
-        """`[M]` float32 saliency of every token, NaN for those that show no patch."""
+        """`[M]` float32 saliency of every token, NaN for tokens without a patch (newlines)."""
         vision = Vision(tokens, self.name)
         by_class = has_class_token(vision.anatomy)
         found = vision.tokens_of_patches(class_saliency if by_class else received_saliency)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A wrapper that takes attention sinks of clips out of the attention that its host ranks by."""
+"""SinkAware: removes the attention sinks of clips from the attention that another method ranks by."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from ..core.wrapper import Wrapper
 from ..errors import MethodError
 from .visionzip import VisionZip
 
-_STILL = 1e-3  # of the mean attention: frames whose attention differs by less show one picture
+_STATIC = 1e-3  # share of the mean attention; a clip whose frames differ by less is one still picture
 
 
 def without_sinks(attention: Tensor, clip: Tensor, place: Tensor, strength: float, power: float) -> Tensor:
-    """Attention less what its place gets in all frames.
+    """Attention minus the excess that its place gets in all frames.
 
     Args:
         attention: `[M]`, NaN for tokens that have none.
-        clip: `[M]` int64 number of the clip that each token belongs to.
-        place: `[M]` int64 number of its place in the frame, -1 for none.
-        strength: What is taken from the place with the largest mean, in units of the clip's mean attention.
+        clip: `[M]` int64 index of the clip that each token belongs to.
+        place: `[M]` int64 index of its place in the frame, -1 for none.
+        strength: Amount subtracted at the place with the largest mean, in units of the clip's mean attention.
         power: Exponent of the mean over frames.
 
     Returns:
-        Tensor: `[M]` float32. Tokens without a place, and clips of one frame or of frames that are all alike, keep
-        what they have.
+        Tensor: `[M]` float32. Tokens without a place, and clips of one frame or of equal frames, are unchanged.
     """
     attention = attention.float()
     known = (place >= 0) & torch.isfinite(attention)
@@ -46,7 +45,7 @@ def without_sinks(attention: Tensor, clip: Tensor, place: Tensor, strength: floa
 
     mean = values.new_zeros(len(places)).index_add_(0, inverse, values) / frames
     level = by_clip(values, clip[known], "mean")
-    moved = by_clip((values - mean[inverse]).abs(), clip[known], "amax") > _STILL * level
+    moved = by_clip((values - mean[inverse]).abs(), clip[known], "amax") > _STATIC * level
     several = by_clip(frames.to(values), owner, "amax") > 1
     sink = mean.clamp_min(0) ** power
     low, high = by_clip(sink, owner, "amin")[owner], by_clip(sink, owner, "amax")[owner]
@@ -59,22 +58,22 @@ def without_sinks(attention: Tensor, clip: Tensor, place: Tensor, strength: floa
 @register("sink_aware")
 @dataclass
 class SinkAware(Wrapper):
-    """Another method with attention sinks of clips taken out: `SinkAware(VisionZip())`, `SinkAware(FastVID())`
+    """Removes attention sinks of clips from another method's scores: `SinkAware(VisionZip())`, `SinkAware(FastVID())`.
 
-    Paper: SToP, arXiv 2604.20937. Some places get much attention in every frame, whatever they show. With `a[t, p]` the
-    attention of place `p` in frame `t`, `sink_p = minmax_p((mean_t a[t, p])^power)` within a clip, and the host ranks
-    by `a - strength * mean(a) * sink`. Hosts: every method with scores, and every one that ranks by the attention of
-    the vision tower. Pictures, and clips whose frames are all alike, are left alone: there the mean over frames is the
+    Paper: SToP, arXiv 2604.20937. Some places get much attention in every frame, regardless of content. With `a[t, p]`
+    the attention of place `p` in frame `t`, `sink_p = minmax_p((mean_t a[t, p])^power)` within a clip, and the host
+    ranks by `a - strength * mean(a) * sink`. Hosts: every method with scores, and every one that ranks by the attention
+    of the vision tower. Pictures and clips of equal frames are not corrected: there the mean over frames is the
     saliency of the picture itself.
 
     Differences from the paper: the strength is in units of the clip's mean attention (published is an absolute 0.03 for
-    VisionZip on a tower of 729 patches, which is 22 of them); later cuts inside the decoder, which see part of the
-    tokens only, are not corrected.
+    VisionZip on a tower of 729 patches, which is 22 of them); later cuts inside the decoder, which see only part
+    of the tokens, are not corrected.
 
     Attributes:
         host: The method to correct.
-        strength: Not negative; 0 corrects nothing.
-        power: Exponent inside the scaling, above 0.
+        strength: Strength of the correction, 0 (none) or more.
+        power: Exponent of the mean attention before scaling, above 0.
     """
 
     host: Method = field(default_factory=VisionZip)
@@ -96,13 +95,13 @@ class SinkAware(Wrapper):
         choice = self.host.choose(dataclasses.replace(tokens, correct_attention=correct))
         if not read and bool((tokens.frame > 0).any()):
             raise MethodError(
-                f"SinkAware corrects attention, and {type(self.host).__name__} ranked a clip without reading any; use "
-                "a method with attention scores, such as VisionZip or FastV"
+                f"SinkAware corrects attention, but {type(self.host).__name__} ranked a clip without reading any; use "
+                "a host with attention scores, such as VisionZip or FastV"
             )
         return choice
 
     def corrected(self, attention: Tensor, tokens: Tokens) -> Tensor:
-        """`[M]` attention without the sinks of clips."""
+        """`[M]` attention with the sinks of clips removed."""
         columns = int(tokens.grid_col.max()) + 1 if len(tokens) else 1
         rows = int(tokens.grid_row.max()) + 1 if len(tokens) else 1
         place = (tokens.crop * rows + tokens.grid_row) * columns + tokens.grid_col

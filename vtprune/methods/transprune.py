@@ -1,40 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TransPrune: how much a layer changes a token, and how much the instruction looks at it."""
+"""TransPrune: keeps the tokens that layers change most and that the instruction attends to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vtprune_kernels import transition_variation
 
 from ..core.attention import visual_attention
 from ..core.method import Choice, ScoreMethod, Stage, Tap
 from ..core.options import Layers, Positive, Share, Shares
+from ..core.ragged import group_ids
 from ..core.registry import register
 from ..core.schedule import scale_schedule
-from ..core.taps import over_prompt
+from ..core.taps import layer_input, layer_output, over_prompt
 from ..core.tokens import Tokens
 from ..errors import MethodError
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
-from typing import Any
-
-from torch import nn
-
-from vtprune_kernels import transition_variation
-
-from ..core.ragged import group_ids
-from ..core.taps import layer_input, layer_output
-
 Direction = Literal["signed", "absolute"]
-
-
 MODULES = {
     "attention": ("attn", "attention"),
     "mlp": ("mlp", "feed_forward", "feedforward", "ffn", "moe"),
@@ -52,7 +44,7 @@ def submodule(layer: nn.Module, part: Literal["attention", "mlp"]) -> nn.Module 
 
 
 def change(x_in: Tensor, x_out: Tensor, direction: Direction = "signed") -> Tensor:
-    """Change of every token by a module, before it is set in proportion to the other tokens.
+    """Change of every token by a module, not yet normalized over tokens.
 
     Args:
         x_in: `[..., D]` normed input of the module.
@@ -69,18 +61,18 @@ def change(x_in: Tensor, x_out: Tensor, direction: Direction = "signed") -> Tens
 
 
 def recorded_change(args: tuple, kwargs: dict[str, Any], output: Any, direction: Direction) -> Tensor | None:
-    """Record of a tap on a module: `change` as `[B, T, 2]`, but not of decoding steps.
+    """`change` of a module as `[B, T, 2]`, for a tap; None at decoding steps.
 
     Raises:
-        MethodError: The module does not turn `[B, T, D]` into as many numbers.
+        MethodError: Input and output of the module are not both `[B, T, D]`.
     """
     x_in, x_out = layer_input(args, kwargs, output), layer_output(args, kwargs, output)
     if x_in.dim() == 3 and x_in.shape[1] == 1:
         return None
     if x_in.dim() != 3 or x_out.numel() != x_in.numel():
         raise MethodError(
-            f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expected "
-            "[batch, columns, width] on both sides; use a method that reads attention alone"
+            f"a module of a decoder layer turns {tuple(x_in.shape)} into {tuple(x_out.shape)}; TransPrune expects "
+            "[batch, length, width] on both sides; use a method that reads attention only, such as fastv"
         )
     return change(x_in, x_out.reshape(x_in.shape), direction)
 
@@ -97,18 +89,18 @@ def variation(changes: Tensor, offsets: Tensor) -> Tensor:
     """
     ratio, turn = changes.unbind(-1)
     weight = torch.exp(turn)  # turn is at most 2
-    return ratio * weight / pool_sum(weight, offsets)
+    return ratio * weight / group_sum(weight, offsets)
 
 
-def pool_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """`[M]`: the sum of each row's group."""
-    pools = group_ids(offsets, len(values))
-    return values.new_zeros(len(offsets) - 1).index_add_(0, pools, values)[pools]
+def group_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """`[M]` sum over the group of each row."""
+    groups = group_ids(offsets, len(values))
+    return values.new_zeros(len(offsets) - 1).index_add_(0, groups, values)[groups]
 
 
 def combine(ttv: Tensor, attention: Tensor, offsets: Tensor, alpha: float = 0.5) -> Tensor:
     """Score of a cut: both parts as shares of their group's sum, weighted `2 alpha` and `2 (1 - alpha)`, `[M]`."""
-    parts = [x / (pool_sum(x, offsets) + 1e-8) for x in (ttv, attention)]
+    parts = [x / (group_sum(x, offsets) + 1e-8) for x in (ttv, attention)]
     return 2 * alpha * parts[0] + 2 * (1 - alpha) * parts[1]
 
 
@@ -119,28 +111,28 @@ class TransPrune(ScoreMethod):
 
     Paper: TransPrune, arXiv 2507.20630, sections 3.2 and 3.3. Cuts before layers 7, 9 and 12 of 32. Reads input and
     output of the attention and of the MLP in the layers from the one before the first cut to the one before the last,
-    and queries and keys of the layer that comes next.
+    and queries and keys of the layer after the cut.
 
     For a module with normed input `x` and output `y` before the residual: `TTV = |y|/|x| * softmax(1 - cos(y, x))`,
     added up over both modules of the layers seen so far. `IGA` is the attention from the text after the image, mean
-    over heads and rows. `score = alpha * TTV / sum(TTV) + (1 - alpha) * IGA / sum(IGA)`.
+    over heads and text tokens. `score = alpha * TTV / sum(TTV) + (1 - alpha) * IGA / sum(IGA)`.
 
     As in the release and unlike the paper: the sign of the cosine counts (`direction="absolute"` is the paper's form),
     the softmax runs over text and visual tokens (`support="visual"` is the paper's), both parts are normalized before
-    they are added. Differences from the release: the softmax ends at the sample instead of running over the whole
-    batch, counts are rounded, KV heads may be grouped, all images of a sample are one group, everything is in float32;
-    survivors keep their positions, unless `positions="compact"`.
+    they are added. Differences from the release: the softmax runs over a sample instead of the whole batch, counts are
+    rounded, grouped-query attention is supported, all images of a sample are one group, everything is in float32; kept
+    tokens keep their positions, unless `positions="compact"`.
 
     Attributes:
-        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet become
-            one).
-        shares: Share of the original tokens that is left after each cut.
-        depth: Decoder length that `layers` refers to; None takes them as they are.
+        layers: Cuts, as layers of a decoder of `depth` layers, scaled to the actual depth (cuts at the same layer
+            become one).
+        shares: Share of the original tokens kept after each cut.
+        depth: Decoder depth that `layers` refers to; None uses them unscaled.
         alpha: Weight of TTV.
         direction: `"signed"` or `"absolute"` change of direction.
         support: Tokens that the softmax runs over, `"all"` or `"visual"`.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released; by default they keep
-            their positions. Not for models that place tokens on several axes.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released; by default they keep
+            their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     layers: Layers = (7, 9, 12)
@@ -167,8 +159,8 @@ class TransPrune(ScoreMethod):
         if watched and not found:
             raise MethodError(
                 f"TransPrune found neither attention nor MLP in {type(anatomy.layers[watched[0]]).__name__}: expected "
-                f"children named like {MODULES['attention']} and {MODULES['mlp']}; use a method that needs attention "
-                "alone"
+                f"children named like {MODULES['attention']} or {MODULES['mlp']}; use a method that reads attention "
+                "only, such as fastv"
             )
         return found
 
@@ -185,7 +177,7 @@ class TransPrune(ScoreMethod):
         return choice
 
     def _new_variation(self, tokens: Tokens) -> Tensor:
-        """TTV of the visual tokens in the modules that ran since the last cut, `[M]`."""
+        """`[M]` TTV of the visual tokens in the modules that ran since the last cut."""
         records, prompt = tokens.recorded.get("transprune.change", []), tokens.prompt
         seen = tokens.memory.get("transprune.seen", 0)
         tokens.memory["transprune.seen"] = len(records)

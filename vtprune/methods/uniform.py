@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evenly spaced tokens: what plain downsampling of the grid would keep."""
+"""Evenly spaced tokens, as plain downsampling of the grid would keep them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Uniform(Method):
     """Keeps an evenly spaced subset of each group, before the decoder.
 
     No paper; the control for methods that claim to know which tokens matter. Each image, frame and crop of a group gets
-    its proportional share of the budget (long videos: evenly over time), and inside it as regular a sub-grid as the
-    exact count allows. Tokens without a place in a grid (newlines, separators, models that tell no geometry) are
-    spaced by their index in a group of their own per image and frame.
+    its proportional share of the budget (long videos: evenly over time) and keeps as regular a sub-grid as the exact
+    count allows. Tokens outside a grid (newlines, separators, models without grid positions) are spaced by their index,
+    separately for each image and frame.
     """
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
@@ -30,16 +30,16 @@ class Uniform(Method):
     def choose(self, tokens: Tokens) -> Choice:
         crop = torch.where(tokens.grid_row < 0, -1, tokens.crop)
         keys = torch.stack([tokens.group, tokens.image, tokens.frame, crop]).cpu()  # [4, M]
-        groups, group = torch.unique(keys, dim=1, return_inverse=True)  # sorted: groups first
+        parts, part = torch.unique(keys, dim=1, return_inverse=True)  # sorted by group first
         rows = tokens.grid_row.cpu()
-        sizes = torch.bincount(group, minlength=groups.shape[1])
+        sizes = torch.bincount(part, minlength=parts.shape[1])
         keep = torch.zeros(len(tokens), dtype=torch.bool)
-        members = torch.sort(group, stable=True).indices.split(sizes.tolist())
-        for pool, budget in enumerate(tokens.budgets.tolist()):
-            mine = (groups[0] == pool).nonzero().flatten()
+        members = torch.sort(part, stable=True).indices.split(sizes.tolist())
+        for group, budget in enumerate(tokens.budgets.tolist()):
+            mine = (parts[0] == group).nonzero().flatten()
             for number, count in zip(mine.tolist(), spread(sizes[mine], budget).tolist(), strict=True):
                 where = members[number]
-                if groups[3, number] < 0:
+                if parts[3, number] < 0:
                     marked = spread(torch.ones_like(where), count) > 0
                 else:
                     where = where[torch.sort(rows[where], stable=True).indices]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""V-CAST: frames where the motion turns get more tokens, and in a frame the unusual ones stay."""
+"""V-CAST: frames at turns of the motion get more tokens, and each frame keeps its unusual ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..core.registry import register
 
 
 def curvature(means: Tensor) -> Tensor:
-    """How much the path of the frame means turns at each frame: `[T]` in [0, 2].
+    """`[T]` turn of the path of the frame means at each frame, in [0, 2].
 
     Args:
         means: `[T, D]` frame means of unit length.
@@ -43,21 +43,21 @@ def token_scores(x: Tensor, clip: Clip, means: Tensor) -> Tensor:
 @register("vcast")
 @dataclass
 class VCast(ClipMethod):
-    """Frame budgets by the curvature of the clip's path, then tokens far from the mean of their frame.
+    """Gives frames budgets by the curvature of the clip's path, and keeps tokens far from their frame's mean.
 
     Paper: V-CAST, arXiv 2603.27650. Stage: before the decoder. With `u_t` the normalized mean of a frame's tokens,
     `q_t = 1 - cos(u_t - u_{t-1}, u_{t+1} - u_t)`, 1 at the ends; a frame's share of the budget is `softmax(q / 0.7)`,
-    one token at least. In a frame the largest `(1 - cos(x, u_t)) + minmax(|x|)` stay. `q` rewards turns in motion; a
+    at least one token. A frame keeps the largest `(1 - cos(x, u_t)) + minmax(|x|)`. `q` is high where motion turns; a
     hard cut between still scenes has 1.0, less than the 1.5 of independent noise around it.
 
-    On a picture there is one frame, which gets the whole budget.
+    A picture is one frame, which gets the whole budget.
 
-    Differences from the release: leftovers of rounding go to the frames with the largest fractions, one each; in the
-    release all of them go to one frame. A budget below one token a frame is not raised: then frames have no floor.
-    Clips of one frame are pruned; the release returns them whole.
+    Differences from the release: the remainder of rounding goes to the frames with the largest fractions, one token
+    each; in the release to a single frame. A budget below one token per frame is not raised: frames then have no
+    minimum. Clips of one frame are pruned; the release returns them whole.
 
     Attributes:
-        temperature: Of the softmax over frames.
+        temperature: Temperature of the softmax over frames.
     """
 
     temperature: AboveZero = 0.7

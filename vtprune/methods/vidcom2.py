@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VidCom2: distinct frames get more tokens, and in a frame the distinct tokens stay."""
+"""VidCom2: distinct frames get more tokens, and each frame keeps its distinct tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEMPERATURE = 0.01
 
 
 def calm_channels(x: Tensor) -> Tensor:
-    """`[D // 2]` channels with the lowest variance over all tokens, ascending; equal ones: the smaller number."""
+    """`[D // 2]` channels with the lowest variance over all tokens, ascending; ties go to the smaller index."""
     return x.var(0, unbiased=False).sort(stable=True).indices[: x.shape[1] // 2].sort().values
 
 
@@ -35,24 +35,24 @@ def similarities(x: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
 
 
 def frame_shares(to_clip: Tensor, clip: Clip, share: float) -> Tensor:
-    """`[T]` share of each frame's tokens that stays, at most 1; frames unlike the clip get more."""
+    """`[T]` share of each frame's tokens to keep, at most 1; more for frames that differ from the clip."""
     distinct = -clip.frame_means(to_clip[:, None])[:, 0]
     distinct = torch.softmax(distinct / _TEMPERATURE, 0)
     return (share * (1 + distinct - 1 / clip.frames)).clamp_max(1)
 
 
 def most_distinct(scores: Tensor, clip: Clip, counts: list[int], budget: int) -> Tensor:
-    """The smallest scores of each frame, corrected over the whole clip to exactly `budget` tokens.
+    """Tokens with the smallest scores of each frame, corrected over the whole clip to exactly `budget` tokens.
 
     Args:
         scores: `[n]` similarities; smaller is more distinct.
         clip: Frames of the tokens.
-        counts: Tokens wanted of each frame.
-        budget: Tokens wanted of the clip. What is too much loses the largest scores, what is too little gains the
-            smallest ones that are left; ties go to the smaller number.
+        counts: Target number of tokens of each frame.
+        budget: Exact number of tokens of the clip: of too many the largest scores are dropped, of too few the smallest
+            remaining ones are added; ties go to the smaller index.
 
     Returns:
-        Tensor: `[budget]` numbers of tokens, ascending.
+        Tensor: `[budget]` token indices, ascending.
     """
     keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     for part, marks, count in zip(scores.split(clip.sizes), keep.split(clip.sizes), counts, strict=True):
@@ -65,18 +65,18 @@ def most_distinct(scores: Tensor, clip: Clip, counts: list[int], budget: int) ->
 @register("vidcom2")
 @dataclass
 class VidCom2(ClipMethod):
-    """Tokens unlike the center of the clip and of their frame, more of them in frames unlike the rest.
+    """Keeps tokens that differ from the mean of the clip and of their frame, more of them in distinct frames.
 
     Paper: VidCom2, arXiv 2505.14454 (EMNLP 2025). Stage: before the decoder. On the half of the channels with the
     lowest variance, rows normalized: similarity `v` to the mean of the clip and `f` to the mean of the frame, each a
     sum of five Gaussian kernels. Frame `t` keeps the share `min(1, r (1 + s_t - 1/T))`, `s = softmax(-mean v / 0.01)`,
-    one token at least, by the smallest `v + f`. No order of frames is used.
+    at least one token, by the smallest `v + f`. The order of frames does not matter.
 
-    On a picture the clip is one frame and both centers are the same.
+    A picture is a clip of one frame; both means are the same.
 
-    Differences from the release: the count is exact, as in vLLM's version: what rounding and the limit of 1 leave over
-    or take too much is corrected over the whole clip by `v + f`; a frame may lose its last token then. Every prompt of
-    a batch is pruned; newlines take no part.
+    Differences from the release: the count is exact, as in vLLM's version: what rounding and the limit of 1 add or
+    remove is corrected over the whole clip by `v + f`, which may take the last token of a frame. Every prompt of a
+    batch is pruned; newlines are not candidates.
     """
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisionZip: the patches that the class token looks at, and a few tokens that sum up the rest."""
+"""VisionZip: the patches that the class token attends to, and a few merged tokens for the rest."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def contextual_targets(rest: int, count: int) -> Tensor:
-    """`[count]` places among `rest` patches in raster order: every `rest // count`-th, from the first on."""
+    """`[count]` indices into `rest` patches in raster order: every `rest // count`-th, from the first on."""
     return torch.arange(count) * max(1, rest // max(count, 1))
 
 
 def assign(metric: Tensor, targets: Tensor) -> Tensor:
-    """Gives every patch the target with the most similar key.
+    """Assigns every patch to the target with the most similar key.
 
     Args:
         metric: `[n, d]` mean keys of the patches that are not dominant.
-        targets: `[C]` rows of `metric`; they belong to themselves.
+        targets: `[C]` rows of `metric`, each assigned to itself.
 
     Returns:
-        Tensor: `[n]` number of the target.
+        Tensor: `[n]` index of the target.
     """
     unit = normalize(metric.float(), dim=-1)
     nearest = (unit @ unit[targets].T).argmax(1)
@@ -45,13 +45,13 @@ def assign(metric: Tensor, targets: Tensor) -> Tensor:
 
 
 def merge(features: Tensor, targets: Tensor, assignment: Tensor, average: bool = False) -> Tensor:
-    """Contextual tokens `[C, F]`: target + mean of the others that belong to it, as released; or the mean of them all.
+    """`[C, F]` contextual tokens: target + mean of the others assigned to it, as released, or the mean of all of them.
 
     Args:
         features: `[n, F]`.
         targets: `[C]` rows of `features`.
         assignment: `[n]` from `assign`.
-        average: The mean of target and others instead.
+        average: Use the mean of target and others.
     """
     features = features.float()
     others = torch.ones(len(features), device=features.device)
@@ -67,7 +67,7 @@ def merge(features: Tensor, targets: Tensor, assignment: Tensor, average: bool =
 @register("visionzip")
 @dataclass
 class VisionZip(Method):
-    """Dominant patches by the attention of the class token plus merged contextual tokens, crop by crop.
+    """Keeps dominant patches by class-token attention plus merged contextual tokens, crop by crop.
 
     Paper: VisionZip, arXiv 2412.04467 (CVPR 2025), section 3.2. Stage: the projector, hence before the decoder. Reads
     queries and keys of the vision layer whose output is projected, and the features before the projector. Dominant: the
@@ -75,20 +75,20 @@ class VisionZip(Method):
     the remaining patches in raster order every `step`-th is a target, each other one joins the target with the most
     similar key (mean over heads), and the token is target + mean of the others, sent through the projector.
 
-    Columns: a contextual token takes the column of its target, so that it keeps a place in the image; the class token
-    of `keep_class_token` takes the first column of its crop that is not taken otherwise.
+    Places: a contextual token takes the place of its target; with `keep_class_token` the class token takes the first
+    free place of its crop.
 
     Differences from the release: the class token is not passed on (the projector never saw one in training) but counts
     as one more dominant patch, unless `keep_class_token`; tokens keep their order in the prompt (there contextual
     tokens come last); crops share the exact budget evenly, and any-resolution layouts keep their unpadding, newlines
-    going first; where a projector takes whole images only, tokens are averaged after it.
+    being dropped first; where a projector accepts whole images only, its outputs are averaged.
 
     Attributes:
-        contextual: Share of the budget that goes to contextual tokens (10 of 64 and 20 of 128 published).
-        keep_class_token: As released.
-        average: Contextual tokens are true averages; the released sum of two terms has about twice the length.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        contextual: Share of the budget for contextual tokens (published: 10 of 64 and 20 of 128).
+        keep_class_token: Pass the class token on, as released.
+        average: Merge by averages; the released sum of two terms has about twice the norm.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     contextual: Annotated[float, Range(0, 1, open=(1,))] = 10 / 64
@@ -129,7 +129,7 @@ class VisionZip(Method):
         return Choice(keep, self._states(tokens, vision, groups, class_rows), scores)
 
     def _states(self, tokens: Tokens, vision: Vision, groups: list, class_rows: list[Tensor]) -> Tensor | None:
-        """States of the prompt `[M, D]` with contextual and class tokens in the columns they take."""
+        """`[M, D]` states of the visual tokens with contextual and class tokens in place; None where there are none."""
         if not groups and not class_rows:
             return None
         changed = [rest[targets] for rest, targets, _ in groups] + class_rows
@@ -140,7 +140,7 @@ class VisionZip(Method):
             states.append(vision.class_states()[vision.crop[torch.cat(class_rows)]].float())
         projected = vision.project(torch.cat(states))
         if projected is None:
-            warn_once(f"{self.name}: the projector takes whole images only; contextual tokens are averaged after it")
+            warn_once(f"{self.name}: the projector accepts whole images only, so its outputs are averaged instead")
             projected = torch.cat([merge(tokens.hidden[r], t, belongs, average=True) for r, t, belongs in groups])
         hidden = tokens.hidden.clone()
         hidden[torch.cat(changed)] = projected.to(hidden)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VisPruner: the patches that the class token looks at, and among the rest those without a double."""
+"""VisPruner: the patches that the class token attends to, and of the rest those without near-duplicates."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 
-def remove_doubles(features: Tensor, order: Tensor, count: int, step: int = 8) -> Tensor:
-    """Thins a list out until `count` are left, `step` at a time.
+def remove_duplicates(features: Tensor, order: Tensor, count: int, step: int = 8) -> Tensor:
+    """Removes near-duplicates from a list, `step` per round, until `count` rows remain.
 
-    Each round splits the list into its even and its odd places, and deletes those even ones that are most similar to
-    some odd one; the next list is the even ones left, by descending similarity, then the odd ones.
+    Each round splits the list into its even and odd entries and removes the even ones most similar to some odd one; the
+    next list is the remaining even ones, by descending similarity, then the odd ones.
 
     Args:
         features: `[n, F]`.
         order: `[R]` rows of `features`, by descending importance.
-        count: How many are to be left, at most `R`.
-        step: Rows deleted per round.
+        count: Number of rows to keep, at most `R`.
+        step: Rows removed per round.
 
     Returns:
         Tensor: `[count]` rows, in the final order of the list.
@@ -53,32 +53,32 @@ def remove_doubles(features: Tensor, order: Tensor, count: int, step: int = 8) -
 def select(features: Tensor, scores: Tensor, budget: int, important: int, step: int = 8) -> tuple[Tensor, Tensor]:
     """Important rows by descending score `[important]`, and diverse ones `[budget - important]` of the rest."""
     order = settle_ties(scores).sort(descending=True, stable=True).indices
-    return order[:important], remove_doubles(features, order[important:], budget - important, step)
+    return order[:important], remove_duplicates(features, order[important:], budget - important, step)
 
 
 @register("vispruner")
 @dataclass
 class VisPruner(Method):
-    """Important patches by the attention of the class token, diverse ones by removing doubles, crop by crop.
+    """Keeps important patches by class-token attention, and diverse ones by removing near-duplicates, crop by crop.
 
     Paper: VisPruner, arXiv 2412.01818 (ICCV 2025), method section. Stage: before the decoder. Reads queries and keys of
     the vision layer whose output is projected, and the features before the projector. Of a budget `T`, `int(T * share)`
     patches have the largest class-token attention, mean over heads (without a class token: mean attention received).
-    The rest, by descending attention, is thinned out by cosine similarity until `T` is met (`remove_doubles`).
+    The rest, by descending attention, is thinned by cosine similarity until `T` is met (`remove_duplicates`).
 
-    The thinning is chaotic: one swapped neighbor changes everything after it, so features that went through half
-    precision can give a kept set that differs in a third of its members. Everything after the model is float32 here.
+    Thinning is sensitive to rounding: one swapped neighbor changes all later rounds, so that half-precision features
+    can change a third of the kept set. Everything after the model is float32 here.
 
-    Differences from the release: lists of odd length work, and short ones lose what they have; crops share the exact
-    budget evenly, any-resolution layouts keep their unpadding, newlines going first; above `largest` patches the step
+    Differences from the release: lists of odd length and lists shorter than a step work; crops share the exact budget
+    evenly; any-resolution layouts keep their unpadding, newlines being dropped first; above `largest` patches the step
     grows, because the published one needs `n / 8` rounds over all pairs.
 
     Attributes:
-        important: Share of the budget given to attention.
-        step: Rows deleted per round.
-        largest: Crops with more patches than this delete `step * n / largest` per round.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        important: Share of the budget for patches picked by attention.
+        step: Patches removed per round.
+        largest: In crops of `n` patches, more than this, `step * n / largest` are removed per round.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     important: Share = 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention debiasing: the scores of another method, without its preference for late tokens and for padding."""
+"""Debiased: removes from the scores of another method their bias toward late tokens and padding."""
 
 from .method import Debiased
 

@@ -18,14 +18,16 @@ def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, f
     """Coefficients of a `Curve` of the given form; see `Curve.fit` for arguments and errors."""
     places, values = _mean_by_place(scores, shown)
     if len(places) < 4:
-        raise MethodError(f"a curve is fitted to 4 places or more; the score vectors have {len(places)}")
+        raise MethodError(
+            f"the score vectors have {len(places)} places; a curve needs at least 4, so collect longer vectors"
+        )
     if not bool(torch.isfinite(values).all()):
-        raise MethodError("a score vector is zero everywhere, or not finite; a curve cannot be fitted to it")
+        raise MethodError("a score vector is zero everywhere or not finite, so no curve can be fitted; leave it out")
     return (_fit_exponential(places, values),) if form == "exponential" else _fit_cubic(places, values)
 
 
 def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Places with data, and the mean normalized score there. Vectors of other lengths go to the nearest place."""
+    """Places in [0, 1] with data, and the mean normalized score at each; shorter vectors go to the nearest places."""
     last = max((len(s) for s in scores), default=1) - 1
     total, count = torch.zeros(last + 1, dtype=torch.float64), torch.zeros(last + 1, dtype=torch.float64)
     for number, score in enumerate(scores):
@@ -39,7 +41,7 @@ def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> 
 
 
 def _fit_exponential(x: Tensor, y: Tensor) -> float:
-    """Least-squares `sigma` of `mu exp(sigma x)` by Gauss-Newton steps, halved where they do not help."""
+    """Least-squares `sigma` of `mu exp(sigma x)` by Gauss-Newton steps, halved until they reduce the loss."""
 
     def residual(sigma: float) -> tuple[Tensor, Tensor, float]:
         e = torch.exp(sigma * x)

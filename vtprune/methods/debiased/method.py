@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention debiasing: the scores of another method, without its preference for late tokens and for padding."""
+"""Debiased: removes from the scores of another method their bias toward late tokens and padding."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ _RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bi
 @register("debiased")
 @dataclass
 class Debiased(Wrapper, ScoreMethod):
-    """Another method with its scores corrected: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
+    """Corrects the scores of another method: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
     `Debiased(SparseVLM())`.
 
     Paper: Attention Debiasing for Token Pruning, arXiv 2508.17807. Cuts where the host cuts, reads what the host reads.
 
-    `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the number of the token among the `N` original visual tokens
-    of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is known from
-    the size of the picture alone (`methods.padding.shown`). LLaVA-1.5, whose processor pads with `do_pad=True`, takes
-    no sizes in its call: tell them in `sizes`.
+    `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the index of the token among the `N` original visual tokens
+    of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is computed
+    from the size of the picture. LLaVA-1.5, whose processor pads with `do_pad=True`, gets no sizes in its call: pass
+    them as `sizes`.
 
-    Differences from the release: curves go over to any number of tokens by `x`; the budget is kept where fewer tokens
-    than that show the picture, and padding fills it in order of columns (the release lowers the budget for FastV);
-    `stages="all"` corrects later cuts too, by original numbers; SparseVLM recycles by corrected scores, so that
-    padding does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576
-    tokens of one model: the defaults, that of FastV and those of GQA, are not fitted to yours; `fit` does that.
+    Differences from the release: curves apply to any number of tokens; the budget is kept where fewer tokens than that
+    show the picture, and padding fills it in the order of the prompt (the release lowers the budget for FastV);
+    `stages="all"` corrects later cuts too, by original indices; SparseVLM recycles by corrected scores, so that padding
+    does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576 tokens of
+    one model. The defaults are the one of FastV and those of GQA; use `fit` for a curve of your own model.
 
     Attributes:
         host: The method to correct.
-        curve: A curve, the name of a released one (`"sparsevlm/pope"`), the path of a saved one (`.json`), `"flat"` to
-            suppress padding alone; None for the host's default.
+        curve: A curve, the name of a released one (`"sparsevlm/pope"`), the path of a saved one (`.json`), or `"flat"`
+            to suppress padding only; None for the host's default.
         padding: Whether padding is suppressed.
-        rule: How cells at the border are judged; None as released (FastV: half of the area; PyramidDrop: 1 %;
-            SparseVLM: a shrunk mask).
+        rule: When a cell at the border counts as padding; None as released (FastV: more than half of its area;
+            PyramidDrop: more than 1 %; SparseVLM: by a downscaled mask).
         stages: Which cuts are corrected, the `"first"` or `"all"`.
-        recycle: What SparseVLM recycles by, `"debiased"` or `"raw"` scores.
-        sizes: Height and width of every picture of the coming call, in order, `[n, 2]`; None where the call says them
-            in `image_sizes`, or nothing is padded. May be set anew before each call.
+        recycle: Scores that SparseVLM recycles by, `"debiased"` or `"raw"`.
+        sizes: Height and width of every picture of the next call, in order, `[n, 2]`; None where the call has
+            `image_sizes`, or nothing is padded. May be set before each call.
     """
 
     host: ScoreMethod = field(default_factory=FastV)
@@ -75,22 +75,22 @@ class Debiased(Wrapper, ScoreMethod):
         form: Form = "exponential",
         path: str | Path | None = None,
     ) -> Curve:
-        """Fits the curve to scores of the host, see `vtprune.study.calibration.fit`, which collects them from a model.
+        """Fits the curve to scores of the host, such as `vtprune.study.calibration.fit` collects from a model.
 
         The mean over samples of the scores, each divided by its mean over the tokens that are not padding, is fitted by
-        least squares (see `Curve.fit`). From then on this method uses the curve.
+        least squares (see `Curve.fit`). This method uses the curve from then on.
 
         Args:
             scores: For every sample `[N]` first scores of the host.
             seen: For every sample `[N]` bool, False for padding.
             form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
-            path: Where to save the curve as JSON, for `curve=path` later on.
+            path: File to save the curve to as JSON, for a later `curve=path`.
 
         Returns:
             Curve: The fitted curve.
 
         Raises:
-            MethodError: The scores do not suffice for the form.
+            MethodError: There are too few scores for the form.
         """
         self.curve = self._curve = Curve.fit(scores, seen, form)
         if path is not None:
@@ -99,11 +99,11 @@ class Debiased(Wrapper, ScoreMethod):
 
     @property
     def padding_rule(self) -> PaddingRule | None:
-        """How padding is told from the picture; None where `padding` is off."""
+        """Rule for padding; None where `padding` is off."""
         return self._rule if self.padding else None
 
     def weights(self, tokens: Tokens) -> Tensor:
-        """`[M]` factors of the host's scores, by numbers among all visual tokens that there were at first."""
+        """`[M]` factors of the host's scores, from the indices of the tokens before any cut."""
         sample = tokens.sample[tokens.offsets[:-1]]  # of each group
         counts = torch.zeros(int(sample.max()) + 1, dtype=torch.int64, device=sample.device)
         counts.index_add_(0, sample, tokens.originals.to(sample.device))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens of a picture that was padded to a square show the picture, from its size alone."""
+"""Padding tokens of pictures that were padded to a square, computed from the picture's size."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...core.options import Share, check_options
 from ...core.tokens import Tokens
 from ...errors import MethodError, one_line
 
-_CELL = 14  # pixels of a grid cell in the released formula; its rounding depends on them
+_CELL = 14  # side of a grid cell in pixels, as in the released formula, whose rounding depends on it
 
 
 @dataclass(frozen=True)
 class PaddingRule:
-    """How a cell that is part picture, part padding is judged.
+    """When a grid cell that is partly padding counts as padding.
 
     Attributes:
-        kind: `"area"`: padding if more than `threshold` of its area is; `"bilinear"`: by a 0/1 picture shrunk to the
-            grid; `"integer"`: a centered band of `int(short * cells / long)` cells.
-        threshold: For `"area"`.
+        kind: `"area"`: if more than `threshold` of its area is padding; `"bilinear"`: by a 0/1 mask resized to the
+            grid; `"integer"`: outside a centered band of `int(short * cells / long)` cells.
+        threshold: Share of the area, for `"area"`.
     """
 
     kind: Literal["area", "bilinear", "integer"] = "area"
@@ -35,7 +35,7 @@ class PaddingRule:
         check_options(self)
 
     def band(self, short: int, long: int, cells: int) -> Tensor:
-        """`[cells]` bool across a square of side `long`: True where the picture, `short` wide, shows."""
+        """`[cells]` bool across a square of side `long`: True inside the centered picture of width `short`."""
         if self.kind == "integer":
             shown = int(short * cells / long)
             margin = (cells - shown) // 2
@@ -50,28 +50,28 @@ class PaddingRule:
         return torch.tensor([1 - o * _CELL / (_CELL * _CELL) <= self.threshold for o in overlap])
 
     def grid(self, height: int, width: int, cells: int) -> Tensor:
-        """`[cells, cells]` bool, True where a picture of this size shows after padding to a square."""
+        """`[cells, cells]` bool, True inside a picture of this size after padding to a square."""
         band = self.band(min(height, width), max(height, width), cells)
         return band[:, None].expand(-1, cells) if height < width else band[None].expand(cells, -1)
 
 
 def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """Which visual tokens are not padding.
+    """Mask of the visual tokens that are not padding.
 
     A picture counts as padded if its size is known and not square, and the picture is one undivided square grid of
     tokens: crops of any-resolution layouts are stretched or unpadded by their models, and grids of native resolution
     follow the picture.
 
     Args:
-        tokens: All visual tokens, before any was dropped.
-        rule: How cells at the border are judged.
-        sizes: Height and width of every picture of the call, in order; by default what the call says in `image_sizes`.
+        tokens: All visual tokens, before any cut.
+        rule: When a cell at the border counts as padding.
+        sizes: Height and width of every picture of the call, in order; by default its `image_sizes`.
 
     Returns:
         Tensor: `[M]` bool.
 
     Raises:
-        MethodError: `sizes` are not as many as there are pictures.
+        MethodError: The number of `sizes` is not the number of pictures.
     """
     out = torch.ones(len(tokens), dtype=torch.bool)
     given = tokens.inputs.get("image_sizes") if sizes is None else sizes
@@ -84,9 +84,11 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
     first = torch.zeros(int(image.max()) + 1, dtype=feature.dtype).scatter_reduce_(
         0, image, feature, "amin", include_self=False
     )
-    pictures = torch.unique(first, return_inverse=True)[1].tolist()  # beams of a sample show the same ones
+    pictures = torch.unique(first, return_inverse=True)[1].tolist()  # beams share pictures
     if sizes is not None and len(known) != len(set(pictures)):
-        raise MethodError(f"there are sizes of {len(known)} pictures and {len(set(pictures))} pictures in the call")
+        raise MethodError(
+            f"sizes has {len(known)} entries, the call {len(set(pictures))} pictures; pass one entry per picture"
+        )
     for number, picture in enumerate(pictures):
         height, width = known[picture] if picture < len(known) else (1, 1)  # videos come after the images
         here = (image == number).nonzero().flatten()

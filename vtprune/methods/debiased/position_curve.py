@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How attention to visual tokens grows with their position, and the weights that undo it."""
+"""Curves of attention over token position, and the weights that undo them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIGMAS = {
     "tokencarve": (0.959, 0.745, 0.640, 0.845, 0.976, 0.986, 0.678, 0.679, 0.823, 0.976),
 }
 _DEFAULTS = {"fastv": "fastv", "pyramiddrop": "pyramiddrop/gqa", "sparsevlm": "sparsevlm/gqa"}
-# What a file of a curve holds; `Curve` checks forms and ranges.
+# Schema of a saved curve; `Curve` checks forms and ranges.
 _SAVED = {
     "type": "object",
     "required": ["form", "coefficients"],
@@ -40,13 +40,13 @@ _LAST = 575  # the released vectors have 576 entries
 
 @dataclass(frozen=True)
 class Curve:
-    """Weights over the place `x` in [0, 1] of a token among the visual tokens of its sample.
+    """Weights by the relative place `x` in [0, 1] of a token among the visual tokens of its sample.
 
     `"exponential"`: `exp(-sigma x)`; `"reciprocal-cubic"`: `1 / (1 + a x + b x^2 + c x^3)`. Both are 1 at the first
     token.
 
     Attributes:
-        form: Which of the two.
+        form: `"exponential"` or `"reciprocal-cubic"`.
         coefficients: `(sigma,)` or `(a, b, c)`.
     """
 
@@ -70,11 +70,11 @@ class Curve:
 
     @classmethod
     def preset(cls, name: str) -> Curve:
-        """A released curve.
+        """Returns a released curve.
 
         Args:
             name: `"fastv"`, or host and benchmark: `"pyramiddrop/gqa"`, `"sparsevlm/pope"`. Hosts are pyramiddrop,
-                sparsevlm, himap and tokencarve; sigma is known to three decimals.
+                sparsevlm, himap and tokencarve; their sigma has three decimals.
 
         Raises:
             MethodError: There is no such curve.
@@ -91,11 +91,11 @@ class Curve:
 
     @classmethod
     def of(cls, choice: Curve | str | None, host: str) -> Curve:
-        """What a user means by a curve.
+        """Returns the curve that the option `curve` stands for.
 
         Args:
-            choice: A curve, the name of a released one, the path of a saved one (`.json`), `"flat"` for no weights at
-                all, or None for the one that was released for the host (of several, that of GQA).
+            choice: A curve, the name of a released one, the path of a saved one (`.json`), `"flat"` for equal
+                weights, or None for the one that was released for the host (of several, that of GQA).
             host: Name of the method whose scores are weighted.
 
         Raises:
@@ -109,17 +109,17 @@ class Curve:
             return cls.load(choice) if choice.endswith(".json") else cls.preset(choice)
         if host not in _DEFAULTS:
             raise MethodError(
-                f"no curve was released for {host or 'this method'}; pass curve=, or start with curve='flat' and use "
-                "fit on pictures of your own"
+                f"no curve was released for {host or 'this method'}; pass curve=, or curve='flat' and then fit one to "
+                "pictures of your own"
             )
         return cls.preset(_DEFAULTS[host])
 
     @classmethod
     def fit(cls, scores: Sequence[Tensor], shown: Sequence[Tensor] | None = None, form: Form = "exponential") -> Curve:
-        """Fits a curve to score vectors of a host, collected on data that is not a test set.
+        """Fits a curve to score vectors of a host; do not collect them on a test set.
 
         Each vector is divided by its mean over the tokens that show the picture; the mean over samples at each place is
-        fitted by least squares: `mu exp(sigma x)`, from the log-linear fit on, or a cubic.
+        fitted by least squares: `mu exp(sigma x)`, starting at the log-linear fit, or a cubic.
 
         Args:
             scores: For each sample `[N]` scores before any weighting.
@@ -137,7 +137,7 @@ class Curve:
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:
-        """Reads what `save` wrote; `MethodError` where the file is missing, or holds something else."""
+        """Reads a file of `save`; raises `MethodError` where it is missing or holds something else."""
         try:
             data = read_json(path, _SAVED)
             return cls(data["form"], tuple(data["coefficients"]))

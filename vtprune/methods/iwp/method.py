@@ -27,28 +27,28 @@ logger = logging.getLogger("vtprune")
 @register("iwp")
 @dataclass
 class IWP(Method):
-    """Keeps the tokens whose key-value pairs change what attention computes most, and not twice the same way.
+    """Keeps the tokens whose key-value pairs change the output of attention most, without near-duplicates.
 
     Paper: arXiv 2604.00757, sections 3 and App. A. Softmax attention is a linear map built from one rank-one update
     `phi(k_i)^T v_i` per token. A token's relevance is the size of its update under the instruction's queries,
     `M_i = mean_{h,t} softmax_ti |v_i|`; two tokens duplicate each other by the cosine of their updates,
     `S_ij = mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`. Tokens are chosen by maximal marginal relevance,
-    `r_i - duplication * max(0, max_{j chosen} S_ij)`. Keys and queries are read at the layer before which is cut.
+    `r_i - duplication * max(0, max_{j chosen} S_ij)`. Keys and queries are read at the layer after the cut.
 
-    No code was published. Ours, where the paper is silent: the layer, the mean over the instruction, the normalization
-    of each head by its softmax sum, the mean over KV heads, and the schedule of the chunks. Of the layers 2 and 3 that
-    the paper's timings allow, 3 keeps clearly more of the built-in model's answers; the weight of the duplication
-    matters little there (`benchmarks/iwp_sweep.py`).
+    No code was published. Choices of this implementation, where the paper says nothing: the layer, the mean over the
+    instruction, the normalization of each head by its softmax sum, the mean over KV heads, and the size of the chunks.
+    Of the layers 2 and 3 that the paper's timings allow, 3 keeps clearly more of the built-in model's answers; the
+    weight of the duplication matters little there (`benchmarks/iwp_sweep.py`).
 
     Attributes:
         layer: The cut is before this decoder layer; a decoder with fewer layers is cut before its last one.
         duplication: Weight of duplication against relevance, in [0, 1]; 0 is top-k.
-        chunk: Most tokens chosen between two updates; 1 is the exact greedy choice.
-        growth: Tokens chosen in a round as a share of those already chosen.
-        pool_factor: Candidates per token to choose in a round, among which the choice is exact.
-        query: All text after the last visual token; the last token alone (also where there is no such text); or
-            `"none"`, each update's own size, for cuts that are made before the question is known.
-        relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token outweighs all.
+        chunk: Most tokens chosen per round, before similarities are updated; 1 is the exact greedy choice.
+        growth: Tokens chosen per round as a share of those already chosen.
+        pool_factor: Candidates per token chosen in a round; the choice among them is exact.
+        query: `"instruction_mean"`, all text after the last visual token; `"last"`, the last token only (also where
+            there is no such text); or `"none"`, each update's own size, for cuts made before the question is known.
+        relevance: `r = M / max M`, min-max of `log M`, or the rank of `M`; `"log"` helps where one token dominates.
         reduce: How heads and query rows are joined: mean, root mean square or maximum.
         normalize: Softmax over all keys that the query sees, or over the visual ones.
         rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favors near positions.
@@ -86,7 +86,7 @@ class IWP(Method):
         return (Stage(min(self.layer, num_layers - 1)),)
 
     def candidates(self, tokens: Tokens) -> Candidates:
-        """Reads queries, keys and values of the layer, and measures every visual token's update."""
+        """Relevance, keys and values of every visual token, read at the layer of the cut."""
         if self.query == "none":
             read = tokens.attention_inputs(rope=self.rope_in_duplication, queries="last")  # its queries are not used
             keys, values = read.keys[read.visual], read.values[read.visual]
@@ -103,7 +103,7 @@ class IWP(Method):
         return Candidates(relevance, read.keys[read.visual], read.values[read.visual], read.scaling, tokens.offsets)
 
     def scale(self, magnitude: Tensor, tokens: Tokens) -> Tensor:
-        """Turns log-magnitudes `[M]` into what the objective weighs against duplication, group by group."""
+        """`[M]` relevance from log-magnitudes `[M]`, scaled within each group as the objective needs it."""
         if self.objective == "log":
             return magnitude
         if self.relevance == "rank":
@@ -114,7 +114,7 @@ class IWP(Method):
         if self.relevance == "linear":
             return torch.nan_to_num(torch.exp(magnitude - top))
         low = ends.scatter_reduce(0, tokens.group, magnitude, "amin", include_self=False)[tokens.group]
-        return torch.nan_to_num((magnitude - low) / (top - low), nan=1.0)  # all equal: all relevant
+        return torch.nan_to_num((magnitude - low) / (top - low), nan=1.0)  # all equal: relevance 1
 
     def choose(self, tokens: Tokens) -> Choice:
         rows = self.candidates(tokens)
@@ -133,10 +133,10 @@ class IWP(Method):
         return Choice(keep, scores=rows.relevance)
 
     def statistics(self, tokens: Tokens, rows: Candidates | None = None) -> dict[str, float]:
-        """Medians that tell whether the terms of the objective say anything; costs `O(M^2)` time.
+        """Medians that show whether the terms of the objective are informative; costs `O(M^2)` time.
 
-        A median relevance below 0.01 means that a few tokens outweigh all others (prefer `relevance="log"`); a median
-        similarity near 0 that nothing is a duplicate and the choice is top-k (prefer `rope_in_duplication=False`).
+        A median relevance below 0.01 means that a few tokens dominate (prefer `relevance="log"`); a median similarity
+        near 0 means that there are no duplicates and the choice is top-k (prefer `rope_in_duplication=False`).
         """
         rows = rows or self.candidates(tokens)
         return {"relevance": float(rows.relevance.median()), "closest_similarity": float(rows.closest().median())}

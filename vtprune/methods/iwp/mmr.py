@@ -17,11 +17,11 @@ from ...core.ragged import from_order, group_ids
 
 @dataclass
 class Candidates:
-    """What the choice is made from.
+    """Rows to choose from, with their relevance, keys and values.
 
     Attributes:
         relevance: `[M]` float, higher is better; logarithms for the objective `"log"`.
-        keys, values: `[M, G, dk]`, `[M, G, dv]`: two rows duplicate each other by the cosine of their rank-one updates.
+        keys, values: `[M, G, dk]`, `[M, G, dv]`; the similarity of two rows is the cosine of their rank-one updates.
         scaling: Factor on the dot product of the attention.
         offsets: `[S + 1]` offsets of the groups.
     """
@@ -39,7 +39,7 @@ class Candidates:
 
 @dataclass
 class MMR:
-    """Chooses rows by relevance minus duplication with those chosen before; see `vtprune_kernels.progressive_mmr`."""
+    """Chooses rows by relevance minus similarity to those chosen before; see `vtprune_kernels.progressive_mmr`."""
 
     duplication: float = 0.5
     chunk: int = 16
@@ -85,33 +85,33 @@ class MMR:
 
     def stream(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
         """Keep mask `[M]`: block after block of each group, each with its share of the budget."""
-        pool, place, length, budgets = _places(rows.offsets, budgets)
-        kept = torch.zeros_like(pool, dtype=torch.bool)
+        group, place, length, budgets = _places(rows.offsets, budgets)
+        kept = torch.zeros_like(group, dtype=torch.bool)
         given = torch.zeros_like(budgets)
         for start in range(0, int(length.max()), block):
             inside = (place >= start) & (place < start + block)
             due = budgets * length.clamp_max(start + block) // length.clamp_min(1)  # [S] until the end of this block
-            kept = self._pick(rows, inside, pool, due - given, kept)
+            kept = self._pick(rows, inside, group, due - given, kept)
             given = due
         return kept
 
     def tournament(self, rows: Candidates, budgets: Tensor, block: int) -> Tensor:
         """Keep mask `[M]`: twice the share of each block first, then the budget among these."""
-        pool, place, length, budgets = _places(rows.offsets, budgets)
-        nothing = torch.zeros_like(pool, dtype=torch.bool)
-        group, size, of = _runs(pool, place // block)
+        group, place, length, budgets = _places(rows.offsets, budgets)
+        nothing = torch.zeros_like(group, dtype=torch.bool)
+        part, size, of = _runs(group, place // block)
         quota = -(-2 * budgets[of] * size // length[of])
-        winners = self._pick(rows, ~nothing, group, torch.minimum(quota, size), nothing)
-        return self._pick(rows, winners, pool, budgets, nothing)
+        winners = self._pick(rows, ~nothing, part, torch.minimum(quota, size), nothing)
+        return self._pick(rows, winners, group, budgets, nothing)
 
     def floored(self, rows: Candidates, budgets: Tensor, labels: Tensor, floor: float) -> Tensor:
         """Keep mask `[M]`: every run of equal `labels` `[M]` first gets `floor` times its fair part of the budget."""
-        pool, _, length, budgets = _places(rows.offsets, budgets)
-        nothing = torch.zeros_like(pool, dtype=torch.bool)
-        group, size, of = _runs(pool, labels)
+        group, _, length, budgets = _places(rows.offsets, budgets)
+        nothing = torch.zeros_like(group, dtype=torch.bool)
+        part, size, of = _runs(group, labels)
         sure = (floor * (budgets[of] * size / length[of])).floor().long()
-        kept = self._pick(rows, ~nothing, group, sure, nothing)
-        return self._pick(rows, ~nothing, pool, budgets - torch.zeros_like(budgets).scatter_add(0, of, sure), kept)
+        kept = self._pick(rows, ~nothing, part, sure, nothing)
+        return self._pick(rows, ~nothing, group, budgets - torch.zeros_like(budgets).scatter_add(0, of, sure), kept)
 
     def _pick(self, rows: Candidates, among: Tensor, group: Tensor, budgets: Tensor, kept: Tensor) -> Tensor:
         """`kept` and `budgets[g]` more rows of each `group` `[M]`, chosen `among` `[M]` against those kept."""
@@ -124,15 +124,15 @@ class MMR:
 
 
 def _places(offsets: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Group and place in it of every row, length of every group, and the budgets beside them."""
-    pool = group_ids(offsets)
-    place = torch.arange(len(pool), device=pool.device) - offsets[:-1][pool]
-    return pool, place, offsets.diff(), budgets.to(offsets.device)
+    """Group of every row and its index in the group, length of every group, and the budgets on the same device."""
+    group = group_ids(offsets)
+    place = torch.arange(len(group), device=group.device) - offsets[:-1][group]
+    return group, place, offsets.diff(), budgets.to(offsets.device)
 
 
-def _runs(pool: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _runs(group: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Runs of equal group and label: `[M]` the run of each row, `[P]` their sizes, `[P]` their groups."""
-    changed = (pool.diff() != 0) | (labels.diff() != 0)
+    changed = (group.diff() != 0) | (labels.diff() != 0)
     run = torch.cat([changed.new_zeros(1), changed]).cumsum(0)
     size = torch.bincount(run)
-    return run, size, torch.zeros_like(size).scatter(0, run, pool)
+    return run, size, torch.zeros_like(size).scatter(0, run, group)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Size of a key-value pair's rank-one update on its own, before any query asks (IWP, arXiv 2604.00757, section 3)."""
+"""Magnitude of a key-value pair's rank-one update without a query (IWP, arXiv 2604.00757, section 3)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def query_free_magnitude(
     scaling: float,
     reduce: Literal["mean", "rms", "max"] = "mean",
 ) -> Tensor:
-    """Logarithm of `M_i = reduce_g |phi(k_gi)| |v_gi| / sum_j |phi(k_gj)|`, in the log domain throughout.
+    """Logarithm of `M_i = reduce_g |phi(k_gi)| |v_gi| / sum_j |phi(k_gj)|`, computed in the log domain.
 
     `|phi(k)| = exp(scaling |k|^2 / 2)` is the length of a key in the feature space of softmax attention. It is the same
-    before and after rotation. The sum over the keys of the group stands where the softmax sum of a query would: raw
-    lengths differ between heads by factors like e^50, and one head alone would decide.
+    before and after rotation. The sum over the keys of the group replaces the softmax sum of a query: unnormalized
+    lengths differ between heads by factors like e^50, so that a single head would dominate.
 
     Args:
         keys: `[M, G, dk]` of the visual tokens.
@@ -35,12 +35,12 @@ def query_free_magnitude(
         Tensor: `[M]` float32, natural logarithm.
     """
     length = keys.float().square().sum(-1) * (scaling / 2)  # [M, G]
-    pools = group_ids(offsets, len(keys))
+    groups = group_ids(offsets, len(keys))
     shape = (len(offsets) - 1, keys.shape[1])
-    index = pools[:, None].expand_as(length)
+    index = groups[:, None].expand_as(length)
     top = length.new_full(shape, -torch.inf).scatter_reduce(0, index, length, "amax")
-    total = length.new_zeros(shape).scatter_add(0, index, torch.exp(length - top[pools]))
-    logs = length - top[pools] - total.log()[pools] + torch.log(values.float().norm(dim=-1) + 1e-12)
+    total = length.new_zeros(shape).scatter_add(0, index, torch.exp(length - top[groups]))
+    logs = length - top[groups] - total.log()[groups] + torch.log(values.float().norm(dim=-1) + 1e-12)
     if reduce == "max":
         return logs.amax(1)
     power = 2 if reduce == "rms" else 1

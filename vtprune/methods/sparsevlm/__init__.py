@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseVLM and SparseVLM+: text tokens that see the image rate it, and what is dropped is recycled."""
+"""SparseVLM and SparseVLM+: visually relevant text tokens rate the image; dropped tokens are recycled."""
 
 from .method import SparseVLM
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SparseVLM and SparseVLM+: text tokens that see the image rate it, and what is dropped is recycled."""
+"""SparseVLM and SparseVLM+: visually relevant text tokens rate the image; dropped tokens are recycled."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ _SHARES = {1: (300 / 576, 200 / 576, 110 / 576), 2: (300 / 576, 200 / 576, 118 /
 @register("sparsevlm")
 @dataclass
 class SparseVLM(ScoreMethod):
-    """Keeps, at three depths, the tokens that the visually relevant words attend to, and merges some of the others.
+    """Keeps, at three depths, the tokens that visually relevant text attends to, and merges some of the others.
 
     Paper: SparseVLM, arXiv 2410.04417, section 3; `version=2` is SparseVLM+ of its later versions. Cuts after layers
     2, 6 and 15 of 32 have run; reads queries and keys of those layers, and the input embeddings.
 
-    Raters are text tokens after the image with more than the mean of `mean_v softmax_t(H_v . H_t)`, chosen once, on
-    the input embeddings. `score_i` is the attention from the raters, mean over heads and raters. Version 1 recycles:
-    the best 30 % of the dropped tokens are clustered by density peaks, ten to a cluster, and each cluster lives on as
-    its mean, in the column of its center. Version 2 does not recycle; it divides the attention by what rotation alone
-    gives vectors of ones, and looks only at the heads with most attention from raters to the image.
+    Raters are text tokens after the image with more than the mean of `mean_v softmax_t(H_v . H_t)`, chosen once, on the
+    input embeddings. `score_i` is the attention from the raters, mean over heads and raters. Version 1 recycles: the
+    best 30 % of the dropped tokens are clustered by density peaks, ten to a cluster, and each cluster is replaced by
+    its mean, at the place of its center. Version 2 does not recycle; it divides the attention by the effect of rotation
+    alone on vectors of ones, and uses only the heads with the most attention from raters to the image.
 
     Differences from the release: kept tokens and clusters together are exactly the budget (the release adds the
-    clusters to its count); no noise in the densities, ties go to the smaller column; recycled tokens keep the place of
-    their center (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
-    rotation that of the model with positions taken along the prompt, its divisor at least `floor` (the release divides
-    by numbers near or below zero in long prompts); KV heads may be grouped; all images of a sample are one group; where
-    no word is above the mean, all are raters; survivors keep their positions, as in version 2 of the release, unless
-    `positions="compact"`.
+    clusters to its count); no noise in the densities, ties go to the smaller position; recycled tokens keep the place
+    of their center (the release puts them behind the visual tokens); the heads of version 2 are 14/32 of the heads, its
+    rotation that of the model with distances along the prompt, its divisor at least `floor` (the release divides by
+    numbers near or below zero in long prompts); grouped-query attention is supported; all images of a sample are one
+    group; where no text token is above the mean, all are raters; kept tokens keep their positions, as in version 2 of
+    the release, unless `positions="compact"`.
 
     Attributes:
         version: 1, or 2 for SparseVLM+.
-        layers: Cuts, before these layers of a decoder of `depth` layers, scaled to the decoder at hand (cuts that meet
-            become one). Each reads the layer before it.
-        shares: Share of the original tokens left after each cut, clusters included; by default that of the version's
-            192-token setting. `released` makes them of released counts.
-        depth: Decoder length that `layers` refers to; None takes them as they are.
+        layers: Cuts, before these layers of a decoder of `depth` layers, scaled to the actual depth (cuts at the same
+            layer become one). Each reads the layer before it.
+        shares: Share of the original tokens kept after each cut, clusters included; by default that of the version's
+            192-token setting. `released` computes them from released counts.
+        depth: Decoder depth that `layers` refers to; None uses them unscaled.
         heads: Version 2: number of heads, or None for 14/32 of them.
-        floor: Version 2: least divisor, as a share of the divisor at distance 0.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut, as released for version 1; by
-            default they keep their positions. Not for models that place tokens on several axes.
+        floor: Version 2: smallest divisor, as a share of the divisor at distance 0.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released for version 1; by
+            default they keep their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     version: Literal[1, 2] = 1
@@ -71,7 +71,7 @@ class SparseVLM(ScoreMethod):
 
     @classmethod
     def released(cls, counts: Sequence[int], total: int = 576, **options: Any) -> SparseVLM:
-        """With the counts of a released schedule, to which version 1 adds its clusters: `released((303, 110, 36))`.
+        """Creates the method with released counts, such as `released((303, 110, 36))`; version 1 adds clusters.
 
         Args:
             counts: Tokens kept by score at each cut.
@@ -101,7 +101,7 @@ class SparseVLM(ScoreMethod):
         return visual_attention(inputs, rate.float()) if self.version == 1 else self._corrected(tokens, inputs, rate)
 
     def select(self, tokens: Tokens, scores: Tensor, recycle_by: Tensor | None = None) -> Choice:
-        """Chooses by `scores`, and what to recycle by `recycle_by`, if that is given."""
+        """Keeps tokens by `scores` and recycles others by `recycle_by`, by default the same scores."""
         if self.version == 2:
             choice = super().select(tokens, scores)
         else:
@@ -112,17 +112,17 @@ class SparseVLM(ScoreMethod):
         return choice
 
     def _find_raters(self, tokens: Tokens, inputs: AttentionInputs) -> Tensor:
-        """`[R]` bool; before the decoder, where text has not been seen yet, all."""
+        """`[R]` bool, the text tokens that rate; all of them before the decoder, where nothing is recorded yet."""
         records = tokens.recorded.get("sparsevlm.embeddings")
         if not records or tokens.prompt is None:
             return torch.ones(len(inputs.queries), dtype=torch.bool, device=tokens.hidden.device)
         return find_raters(records[0], tokens)
 
     def _corrected(self, tokens: Tokens, inputs: AttentionInputs, rate: Tensor) -> Tensor:
-        """The score of SparseVLM+, `[M]`."""
-        asked = tokens.memory["sparsevlm.text_place"].split(inputs.query_offsets.diff().tolist())
+        """`[M]` score of SparseVLM+."""
+        text = tokens.memory["sparsevlm.text_place"].split(inputs.query_offsets.diff().tolist())
         rating = rate.split(inputs.query_offsets.diff().tolist())
         place = tokens.memory["sparsevlm.place"].split(tokens.offsets.diff().tolist())
-        distances = [a[r][:, None] - p for a, r, p in zip(asked, rating, place, strict=True)]  # [r, n] each
+        distances = [t[r][:, None] - p for t, r, p in zip(text, rating, place, strict=True)]  # [r, n] each
         base = rope_base(tokens.anatomy)
         return corrected_attention(inputs, rate, distances, tokens.offsets, base, self.heads, self.floor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recycling of dropped tokens: the best of them are clustered, and each cluster lives on as its mean."""
+"""Recycling of dropped tokens: the best of them are clustered, and each cluster is replaced by its mean."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from torch import Tensor
 
 from ...core.ragged import rank_in_group, top_k
 
-_BLOCK = 1 << 22  # distances alive at once
+_BLOCK = 1 << 22  # distances in memory at once
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Clusters rows around those that are dense and far from any denser one (density peaks, Rodriguez and Laio 2014).
+    """Clusters rows around dense ones that are far from any denser row (density peaks, Rodriguez and Laio 2014).
 
     Distances are Euclidean, divided by the root of the width. Density is `exp(-mean d^2)` to the `clusters` nearest
     rows (a row is its own nearest); a row's score is its density times the distance to the nearest denser row (for the
-    densest, the largest distance of all). Of equally dense rows the earlier counts as denser, so nothing is left to
-    chance.
+    densest, the largest distance of all). Of equally dense rows the earlier one counts as denser.
 
     Args:
         x: `[m, D]`.
         clusters: Number of clusters, at most `m`.
 
     Returns:
-        tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows that are the centers, by falling score.
+        tuple: `[m]` int64 cluster of each row, and `[clusters]` int64 rows of the centers, by descending score.
     """
     x = x.float()
     blocks = torch.arange(len(x), device=x.device).split(max(1, _BLOCK // len(x)))
 
-    def distances(rows: Tensor, columns: Tensor) -> Tensor:
-        # Exact, so that equal rows have distance 0.
-        return torch.cdist(x[rows], x[columns], compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
+    def distances(rows: Tensor, others: Tensor) -> Tensor:
+        # Without matrix products, whose rounding gives equal rows distances above 0.
+        return torch.cdist(x[rows], x[others], compute_mode="donot_use_mm_for_euclid_dist") * x.shape[1] ** -0.5
 
     everything = torch.arange(len(x), device=x.device)
     whole = distances(everything, everything) if len(blocks) == 1 else None
@@ -58,13 +57,13 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def recycled(dropped: int) -> tuple[int, int]:
-    """How many of `dropped` tokens are recycled, and into how many clusters, as released."""
+    """Number of `dropped` tokens to recycle, and of clusters to merge them into, as released."""
     members = min(int(0.3 * dropped) + 1, dropped)
     return members, min(members // 10 + 1, members)
 
 
 def with_clusters(counts: Sequence[int], total: int) -> list[int]:
-    """Tokens left of `total` after each cut, as released: those that `counts` says, by score, and clusters on top."""
+    """Tokens left of `total` after each cut, as released: `counts` of them by score, and the clusters."""
     left = [total]
     for count in counts:
         kept = min(count, left[-1] - 1)
@@ -73,9 +72,9 @@ def with_clusters(counts: Sequence[int], total: int) -> list[int]:
 
 
 def split_budget(total: int, budget: int) -> tuple[int, int]:
-    """Splits a budget into kept tokens and clusters, so that the clusters are those of the tokens dropped.
+    """Splits a budget into kept tokens and clusters: as many clusters as the release makes of the dropped tokens.
 
-    Clusters get at most half of the budget, where the released count would leave them more.
+    Clusters get at most half of the budget.
     """
     kept = budget
     while kept + recycled(total - kept)[1] > budget and kept > 0:  # the sum falls by 0 or 1 with each step
@@ -91,26 +90,26 @@ def recycle(
 
     Args:
         hidden: `[M, D]` states.
-        scores: `[M]` by which tokens are kept.
-        recycle_by: `[M]` by which the others enter the clusters.
+        scores: `[M]` scores by which tokens are kept.
+        recycle_by: `[M]` scores by which the others are recycled.
         offsets: `[S + 1]` offsets of the groups.
         budgets: `[S]` counts.
 
     Returns:
-        tuple: `[M]` bool, the kept tokens and the centers of the clusters; `[M, D]` states, where a center has the mean
-        of its cluster.
+        tuple: `[M]` bool, the kept tokens and the centers of the clusters; `[M, D]` states, with each
+        center replaced by the mean of its cluster.
     """
     edges = offsets.tolist()
-    pools = list(zip(edges[:-1], edges[1:], strict=True))
-    splits = [split_budget(end - start, b) for (start, end), b in zip(pools, budgets.tolist(), strict=True)]
+    groups = list(zip(edges[:-1], edges[1:], strict=True))
+    splits = [split_budget(end - start, b) for (start, end), b in zip(groups, budgets.tolist(), strict=True)]
     keep = top_k(scores, offsets, torch.tensor([kept for kept, _ in splits]))
     rest = rank_in_group(recycle_by.masked_fill(keep, -torch.inf), offsets)
     out = hidden.clone()
-    for (start, end), (kept, clusters) in zip(pools, splits, strict=True):
+    for (start, end), (kept, clusters) in zip(groups, splits, strict=True):
         if clusters == 0:
             continue
         members = max(recycled(end - start - kept)[0], clusters)
-        rows = start + rest[start:end].argsort()[:members]  # by falling score
+        rows = start + rest[start:end].argsort()[:members]  # by descending score
         group, centers = density_peaks(hidden[rows], clusters)
         total = torch.zeros(clusters, hidden.shape[1], device=hidden.device).index_add_(0, group, hidden[rows].float())
         out[rows[centers]] = (total / torch.bincount(group, minlength=clusters)[:, None]).to(hidden.dtype)

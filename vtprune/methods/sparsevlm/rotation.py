@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention without the part that rotary positions alone bring about, as in SparseVLM+ (arXiv 2410.04417)."""
+"""Attention corrected for the effect of rotary positions, as in SparseVLM+ (arXiv 2410.04417)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...core.tokens import AttentionInputs
 if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
 
-HEADS = 14 / 32  # of the heads, where the release takes 14 of 32
+HEADS = 14 / 32  # share of the heads; the release takes 14 of 32
 
 
 def rope_weights(distance: Tensor, head_size: int, base: float = 10000.0) -> Tensor:
@@ -27,7 +27,7 @@ def rope_weights(distance: Tensor, head_size: int, base: float = 10000.0) -> Ten
 
 
 def rope_base(anatomy: Anatomy | None) -> float:
-    """Base of the decoder's rotation, from its config; 10000 where that does not say."""
+    """Base of the decoder's rotary embedding, from its config; 10000 where the config has none."""
     config = getattr(getattr(anatomy, "decoder", None), "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     bases = [p["rope_theta"] for p in (parameters, *parameters.values()) if isinstance(p, dict) and "rope_theta" in p]
@@ -49,16 +49,16 @@ def corrected_attention(
     heads: int | None = None,
     floor: float = 0.05,
 ) -> Tensor:
-    """Attention from some text rows, divided by `rope_weights`, mean over rows and over the heads with most of it.
+    """Attention from some text tokens, divided by `rope_weights`, mean over these and over the heads with most of it.
 
     Args:
         inputs: Queries and keys of one layer.
-        rate: `[R]` bool, the rows that count.
-        distances: For every sample `[r, n]` distances between these rows and the visual tokens, along the prompt.
+        rate: `[R]` bool, the text tokens that rate.
+        distances: For every sample `[r, n]` distances from these to the visual tokens, along the prompt.
         offsets: `[S + 1]` offsets of the visual tokens.
-        base: Base of the rotation.
+        base: Base of the rotary embedding.
         heads: Number of heads, or None for 14/32 of them.
-        floor: Least divisor, as a share of the divisor at distance 0.
+        floor: Smallest divisor, as a share of the divisor at distance 0.
 
     Returns:
         Tensor: `[M]` float32.
@@ -77,10 +77,10 @@ def corrected_attention(
         inputs.softcap,
         reduce="none",
     )  # [H, r, L]
-    column = inputs.visual - inputs.key_offsets[:-1][group_ids(offsets, len(inputs.visual))]  # [M]
+    position = inputs.visual - inputs.key_offsets[:-1][group_ids(offsets, len(inputs.visual))]  # [M]
     size, count = inputs.queries.shape[-1], heads or max(1, round(HEADS * len(attention)))
     scores = []
-    parts = zip(attention.split(counts.tolist(), 1), column.split(offsets.diff().tolist()), distances, strict=True)
+    parts = zip(attention.split(counts.tolist(), 1), position.split(offsets.diff().tolist()), distances, strict=True)
     for received, places, distance in parts:
         divisor = rope_weights(distance, size, base).clamp_min(floor * size**0.5)
         corrected = received[:, :, places] / divisor  # [H, r, n]

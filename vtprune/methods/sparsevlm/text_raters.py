@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which words of the instruction have to do with the image: the raters of SparseVLM, arXiv 2410.04417."""
+"""Raters of SparseVLM (arXiv 2410.04417): the text tokens of the instruction that relate to the image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...core.tokens import Tokens
 
 
 def rater_scores(visual: Tensor, text: Tensor) -> Tensor:
-    """How much the image has to do with each text token: softmax over the text of `visual text^T`, mean over the image.
+    """Relation of each text token to the image: softmax over the text of `visual text^T`, mean over the image.
 
     Args:
         visual: `[n, D]` input embeddings of the visual tokens.
@@ -32,23 +32,20 @@ def raters(scores: Tensor) -> Tensor:
 
 
 def embeddings(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor | None:
-    """Record of a tap on the first decoder layer: the input embeddings `[B, T, D]`, but not of decoding steps."""
+    """`[B, T, D]` input embeddings, for a tap on the first decoder layer; None at decoding steps."""
     states = layer_input(args, kwargs, output)
     return states if states.shape[1] > 1 else None
 
 
 def find_raters(record: Tensor, tokens: Tokens) -> Tensor:
-    """Raters among the text after the image of every sample.
+    """Finds the raters in the text after the image of every sample.
 
     Args:
         record: `[B, T, D]` from `embeddings`.
-        tokens: Tokens of the present stage, which come with a prompt.
+        tokens: Tokens of the current stage, with a prompt.
 
     Returns:
         Tensor: `[R]` bool, in the order of `tokens.prompt.text`.
-
-    Raises:
-        MethodError: The tokens come without a prompt.
     """
     states, prompt = over_prompt(record, tokens), tokens.prompt  # [C, D]
     assert prompt is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VFlowOpt: an importance map from the vision encoder drives a first cut with recycling and two cuts in the decoder."""
+"""VFlowOpt: cuts by an importance map of the vision encoder, once before the decoder and twice inside."""
 
 from .method import VFlowOpt
 

@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 def grid_cells(row: Tensor, col: Tensor, crop: Tensor, a: float) -> Tensor:
-    """`[M]` recycling cell of each token, by crop, `floor(row / a)`, `floor(col / a)`; -1 without a place."""
+    """`[M]` recycling cell of each token, by crop, `floor(row / a)`, `floor(col / a)`; -1 outside the grid."""
     keys = torch.stack([crop, torch.floor(row / a).long(), torch.floor(col / a).long()])
     cell = torch.unique(torch.where(row >= 0, keys, -1), dim=1, return_inverse=True)[1]
     return torch.where(row >= 0, cell, -1)
 
 
 def fitting_cells(row: Tensor, col: Tensor, crop: Tensor, a: float, budget: int) -> Tensor:
-    """`grid_cells`, doubled in side until there are no more of them than the `budget` of tokens to keep."""
+    """`grid_cells` whose side is doubled until there are at most `budget` of them."""
     while True:
         cell = grid_cells(row, col, crop, a)
         if int(cell.max()) < budget:
             return cell
         if a > max(int(row.max()), int(col.max())):
-            return torch.full_like(cell, -1)  # more crops than tokens to keep: nothing is merged
+            return torch.full_like(cell, -1)  # more crops than tokens to keep: no merging
         a *= 2
 
 
 def mark_exactly(importance: Tensor, cell: Tensor, keep: int) -> Tensor:
-    """Marks the least important tokens, as many as leave `keep` once every cell merged its marked ones into one.
+    """`[M]` bool, the least important tokens: as many as leave `keep` when each cell merges its marked ones into one.
 
-    Marking a token of a cell that has one already loses a token, marking the first of a cell does not, so some number
-    of marks always fits, unless there are more cells than `keep`.
+    The first mark of a cell removes no token, every further one removes one, so some number of marks always fits,
+    unless there are more cells than `keep`.
     """
     order = rank_in_group(importance, torch.tensor([0, len(importance)], device=importance.device)).argsort().flip(0)
     inside = cell[order]
@@ -62,8 +62,8 @@ def recycle(
         marked: `[M]` bool.
 
     Returns:
-        tuple: Kept `[M]` bool; features `[M, D]` float32 with merged ones in place; group of every token `[M]`,
-        numbered in the order of the cells, -1 where not marked; the row that each group was merged into `[G]`.
+        tuple: `[M]` bool mask of kept tokens; `[M, D]` float32 features with the merged ones in place; `[M]` merge
+        group of every token, in the order of the cells, -1 where not marked; `[G]` row that each group was merged into.
     """
     used, group = torch.unique(torch.where(marked & (cell >= 0), cell, -1), return_inverse=True)
     group = group - int(used[0] < 0)  # -1 comes first
@@ -82,13 +82,13 @@ def recycle(
     return keep, merged, group, best
 
 
-def recycle_pools(tokens: Tokens, importance: Tensor, keep: Tensor, a: float) -> Tensor | None:
-    """Recycles what a cut takes from still pictures that are alone in their sample, as released.
+def recycle_single_images(tokens: Tokens, importance: Tensor, keep: Tensor, a: float) -> Tensor | None:
+    """Recycles the dropped tokens of images that are alone in their sample, as released.
 
     Args:
         tokens: Tokens of the stage, one group for each image.
         importance: `[M]`.
-        keep: `[M]` bool, changed in place: the choice of the other groups stays as it is.
+        keep: `[M]` bool, changed in place for these images only.
         a: Side of the cells of the grid.
 
     Returns:

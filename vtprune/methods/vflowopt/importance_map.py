@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The importance map of VFlowOpt (arXiv 2508.05211): attention from the tokens that receive most, and entropy."""
+"""Importance map of VFlowOpt (arXiv 2508.05211): attention from the most attended tokens, and patch entropy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...vision.tower import Attention, Vision, pixel_crops
 
 
 def selected_rows(received: Tensor, part: Tensor, t: float) -> Tensor:
-    """Tokens that receive more than `t` times the mean of their part.
+    """Tokens that receive more than `t` times the mean attention of their crop.
 
     Args:
         received: `[N]` mean attention received.
@@ -21,7 +21,7 @@ def selected_rows(received: Tensor, part: Tensor, t: float) -> Tensor:
         t: Threshold factor.
 
     Returns:
-        Tensor: `[N]` bool; all tokens of a part where none reaches the threshold (the release averages nothing there).
+        Tensor: `[N]` bool; all tokens of a crop where none reaches the threshold (the release averages nothing there).
     """
     real = part >= 0
     parts = int(part.max()) + 1
@@ -76,7 +76,7 @@ def importance_map(vision: Vision, threshold: float, alpha: float) -> Tensor:
         alpha: Weight of the softmax of the patches' entropies.
 
     Raises:
-        MethodError: There is an `alpha`, and the pixels do not come as square crops.
+        MethodError: `alpha` is not 0, and the pixels are not square crops.
     """
     table = vision.tokens_of_patches(lambda attention: attention_map(attention, threshold))
     if alpha:

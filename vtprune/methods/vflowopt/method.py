@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VFlowOpt: an importance map from the vision encoder drives a first cut with recycling and two cuts in the decoder."""
+"""VFlowOpt: cuts by an importance map of the vision encoder, once before the decoder and twice inside."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ...core.taps import layer_input
 from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.tower import Vision, layer_tap, projector_tap
-from .grid_recycling import recycle_pools
+from .grid_recycling import recycle_single_images
 from .importance_map import importance_map
 
 if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
 
 _INPUT = "vflowopt.input"
-# What a strategy file holds, by JSON's types; ranges are those of the options.
+# Schema of a strategy file; the ranges of the options are checked by the class.
 _SAVED: dict[str, Any] = {
     **dict.fromkeys(("threshold", "alpha", "grid", "first"), {"type": "number"}),
     "later": {"type": "array", "items": {"type": "number"}, "maxItems": 100},
@@ -46,33 +46,32 @@ _RELEASED = {
 @register("vflowopt")
 @dataclass
 class VFlowOpt(Method):
-    """An importance map from the vision encoder: one cut with recycling before the decoder, two by the same map inside.
+    """Cuts by an importance map of the vision encoder: once with recycling before the decoder, twice inside.
 
     Paper: VFlowOpt, arXiv 2508.05211 (ICCV 2025), method section; `vtprune.study.tune` searches strategies. Reads
-    queries and
-    keys of the vision layer whose output is projected. With the attention `A` of a crop, mean over heads, and `R` the
-    tokens that receive more than `t` times the mean, `I_i = mean_{k in R} A_ki + alpha softmax(entropy)_i`. Newlines
-    have importance 1. First cut: the least important tokens are marked; the marked ones of each `a x a` cell of the
-    grid are merged, weighted by importance, and take the column of the most important of them. Before layers 9/28 and
-    18/28 of the decoder the least important go. Pool: the image, or the clip.
+    queries and keys of the vision layer whose output is projected. With the attention `A` of a crop, mean over heads,
+    and `R` the tokens that receive more than `t` times the mean, `I_i = mean_{k in R} A_ki + alpha softmax(entropy)_i`.
+    Newlines have importance 1. First cut: the least important tokens are marked; the marked ones of each `a x a` cell
+    of the grid are merged, weighted by importance, at the place of the most important of them. Before layers 9/28 and
+    18/28 of the decoder the least important tokens are dropped. Each image or clip has its own budget.
 
     Differences from the release: it marks a fixed number and reserves `int(N / a^2)` places for merged tokens, so that
-    the count is only near the nominal one; here as many are marked as leave the exact budget after merging, and cells
-    grow where there are more of them than tokens to keep. Newlines are never merged. Where no token reaches the
-    threshold all rows count (there nothing is averaged). As released, only a single image is recycled, no videos and
-    not several images. In a tower with a class token the mean runs over patches. Cuts in the decoder go by shares of
-    the original count, so a count can be one off where the release rounds twice.
+    the count is only approximate; here as many are marked as leave the exact budget after merging, and cells grow where
+    there are more of them than tokens to keep. Newlines are never merged. Where no token reaches the threshold all rows
+    count (there nothing is averaged). As released, recycling is for a single image per sample, not for videos or
+    several images. In a tower with a class token the mean runs over patches. Cuts in the decoder go by shares of the
+    original count, so a count can be one off where the release rounds twice.
 
     Attributes:
-        preset: Released strategy to take the following from: 0.5, 0.25 or 0.1, the mean share of tokens that it keeps
-            in LLaVA-OneVision-7B (other budgets stretch its schedule).
+        preset: Released strategy that gives the defaults below: 0.5, 0.25 or 0.1, the mean share of tokens that it
+            keeps in LLaVA-OneVision-7B (its schedule is scaled to other budgets).
         threshold, alpha, grid: `t`, `alpha` (0 in all releases) and `a`.
-        first, later: Share that the first cut keeps, and what each cut in the decoder keeps of the tokens before it.
-        layers: Cuts in the decoder, as layers of one with `depth` layers, scaled down to the decoder at hand.
-        depth: Decoder length that `layers` refers to; None takes them as they are.
-        recycle: Merge what the first cut takes away.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ... after every cut (the release: only after the first);
-            by default they keep their positions. Not for models that place tokens on several axes.
+        first, later: Share that the first cut keeps, and share of the tokens before it that each later cut keeps.
+        layers: Cuts in the decoder, as layers of one with `depth` layers, scaled to the actual depth.
+        depth: Decoder depth that `layers` refers to; None uses them unscaled.
+        recycle: Merge the tokens that the first cut drops.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut (the release: only after the
+            first); by default they keep their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     group: ClassVar[Group] = "image"
@@ -91,7 +90,7 @@ class VFlowOpt(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in _RELEASED:
-            raise MethodError(f"preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
+            raise MethodError(f"VFlowOpt has preset={self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
         t, alpha, grid, first, *later = _RELEASED[self.preset]
         self.threshold = t if self.threshold is None else self.threshold
         self.alpha = alpha if self.alpha is None else self.alpha
@@ -99,10 +98,10 @@ class VFlowOpt(Method):
         self.first = first if self.first is None else self.first
         self.later = tuple(later) if self.later is None else tuple(self.later)
         if len(self.later) > len(self.layers):
-            raise MethodError(f"{self}: expected a layer for each of the {len(self.later)} later ratios")
+            raise MethodError(f"{self}: expected at least as many layers as the {len(self.later)} shares of later")
 
     def save(self, path: str | Path, **about: Any) -> None:
-        """Writes the strategy as JSON, with what is to be remembered `about` it."""
+        """Writes the strategy as JSON, with the further fields `about` it."""
         save_options(self, tuple(_SAVED), path, about)
 
     @classmethod
@@ -114,13 +113,13 @@ class VFlowOpt(Method):
             options: Other options, `recycle` or `positions`.
 
         Raises:
-            MethodError: The file is missing, or holds no strategy.
+            MethodError: The file is missing or is not a strategy.
         """
         source = f"strategy of {cls.name}, such as `vtprune tune` writes"
         return load_options(cls, _SAVED, path, source, options)
 
     def cuts(self, num_layers: int) -> list[int]:
-        """Layers of the later cuts; in a shallow decoder several can meet, or lie before it."""
+        """Layers of the later cuts; in a shallow decoder several can coincide, or be layer 0."""
         layers = self.layers[: len(self.later or ())]
         return [layer if self.depth is None else num_layers * layer // self.depth for layer in layers]
 
@@ -135,7 +134,7 @@ class VFlowOpt(Method):
         return tuple(stages)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        # Where the first cut rounds to nothing, the map is made at a later one, from what the decoder was given.
+        # Where the first cut drops no token, the map is computed at a later one, from the inputs of the decoder.
         states = Tap(_INPUT, anatomy.layers[0], layer_input, columns=True)
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"), states)
 
@@ -146,10 +145,10 @@ class VFlowOpt(Method):
         if tokens.stage or tokens.layer or not self.recycle:
             return Choice(keep, scores=scores)
         assert self.grid is not None
-        return Choice(keep, recycle_pools(tokens, scores, keep, self.grid), scores)
+        return Choice(keep, recycle_single_images(tokens, scores, keep, self.grid), scores)
 
     def _remember(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The importance of all visual tokens of the prefill, kept for the cuts in the decoder."""
+        """Stores the importance of all visual tokens of the prefill for the cuts in the decoder."""
         assert self.threshold is not None and self.alpha is not None
         if tokens.layer:
             tokens = replace(tokens, hidden=tokens.recorded[_INPUT][0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZOO-Prune: tokens to which the projector is sensitive, and which differ from each other."""
+"""ZOO-Prune: diverse tokens to which the projector is most sensitive."""
 
 from .method import ZOOPrune
 

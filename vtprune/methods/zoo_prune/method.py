@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZOO-Prune: tokens to which the projector is sensitive, and which differ from each other."""
+"""ZOO-Prune: diverse tokens to which the projector is most sensitive."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Estimator = Literal["auto", "exact", "jvp", "difference"]
 
 
 def scaled(sensitivity: Tensor, offsets: Tensor) -> Tensor:
-    """Min-max scaling to `[0, 1)` inside each segment; all ones where it is constant."""
-    segment, ends = group_ids(offsets, len(sensitivity)), sensitivity.new_zeros(len(offsets) - 1)
-    low = ends.scatter_reduce(0, segment, sensitivity, "amin", include_self=False)[segment]
-    high = ends.scatter_reduce(0, segment, sensitivity, "amax", include_self=False)[segment]
+    """Min-max scaling to `[0, 1)` inside each group; ones where all values are equal."""
+    group, ends = group_ids(offsets, len(sensitivity)), sensitivity.new_zeros(len(offsets) - 1)
+    low = ends.scatter_reduce(0, group, sensitivity, "amin", include_self=False)[group]
+    high = ends.scatter_reduce(0, group, sensitivity, "amax", include_self=False)[group]
     return torch.where(high > low, (sensitivity - low) / (high - low + 1e-8), 1.0)
 
 
@@ -41,41 +41,41 @@ def select(
     sensitivity: Tensor,
     offsets: Tensor,
     budgets: Tensor,
-    width: int | None = None,
-    longest: int | None = None,
+    max_budget: int | None = None,
+    max_length: int | None = None,
 ) -> Tensor:
     """Picks by `scaled sensitivity * distance to the nearest pick`; `[S, max(budgets)]` rows, padded with -1."""
-    return weighted_farthest_point(features, scaled(sensitivity, offsets), offsets, budgets, width, longest)
+    return weighted_farthest_point(features, scaled(sensitivity, offsets), offsets, budgets, max_budget, max_length)
 
 
 @register("zoo_prune")
 @dataclass
 class ZOOPrune(Method):
-    """Sensitivity of the projector times diversity of its output, crop by crop, before the decoder.
+    """Keeps tokens by the projector's sensitivity times the diversity of its output, crop by crop, before the decoder.
 
     Paper: ZOO-Prune, arXiv 2509.24837 (CVPR 2026), method section. Reads the features before the projector and the
     visual embeddings. Sensitivity of token `i`: `S_i = mean_j |M(x_i + h u_j) - M(x_i - h u_j)| / 2h` over `m` unit
     directions. Inside each crop `S` is scaled to [0, 1]; the first pick is the most sensitive token, then
     `argmax_i S_i * min_{j picked} (1 - cos_ij)`. Where several patches are merged into a token, `x_i` is all of them.
 
-    Differences from the release: differences are taken in float32, unless `half` (half precision measures rounding:
-    rank correlation 0.6 with float16, -0.95 with bfloat16; derivatives do not suffer from it); directions come from a
-    seeded generator, the same for every image, so that a batch equals its samples; crops share the exact budget evenly,
-    and an unpadded crop that is too small passes the rest on; newline tokens are no candidates and go (there an index
-    error drops them and keeps as many unrelated tokens), unless `keep_newlines`; the projector itself is used for
-    LLaVA-NeXT too, not a rank-128 stand-in.
+    Differences from the release: differences are taken in float32, unless `half` (in half precision they measure
+    rounding: rank correlation 0.6 with float16, -0.95 with bfloat16; derivatives are not affected); directions come
+    from a seeded generator, the same for every image, so that a batch equals its samples; crops share the exact budget
+    evenly, and an unpadded crop that is too small passes the rest on; newline tokens are not candidates and are dropped
+    (there an indexing error drops them and keeps as many unrelated tokens), unless `keep_newlines`; LLaVA-NeXT uses the
+    projector itself, not a rank-128 approximation.
 
     Attributes:
         estimator: "exact" is the closed form of the root mean square over all directions, for projectors that are
             linear - activation - linear; "jvp" the mean over the drawn directions by forward-mode differentiation;
-            "difference" the released central differences; "auto" the first of them that the projector allows.
+            "difference" the released central differences; "auto" the first of these that the projector supports.
         directions: Number of directions `m`.
         step: `h` of "difference".
-        seed: Start of the generator.
-        keep_newlines: Newline tokens stay, within the budget, as long as they fit into half of it.
-        half: "difference" in the dtype of the model, as released.
-        positions: `"compact"` renumbers the survivors 0, 1, 2, ..., as in the release, where ids are made after the
-            cut; by default they keep their positions. Not for models that place tokens on several axes.
+        seed: Seed of the generator.
+        keep_newlines: Keep newline tokens, within the budget, as long as they fit into half of it.
+        half: Compute "difference" in the dtype of the model, as released.
+        positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
+            position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
     estimator: Estimator = "auto"
@@ -107,8 +107,8 @@ class ZOOPrune(Method):
         return Choice(keep, scores=sensitivity)
 
     def sensitivity(self, vision: Vision) -> Tensor:
-        """`[R]` float32 for every row that the projector gave out."""
-        # Inference mode switches forward-mode differentiation off; tensors made in it need a copy outside.
+        """`[R]` float32 sensitivity of every output row of the projector."""
+        # Forward-mode differentiation is disabled in inference mode; tensors created in it must be cloned outside.
         with torch.inference_mode(False), torch.no_grad():
             return torch.cat([self._of_call(vision, number) for number in range(len(vision.calls()))])
 
@@ -121,12 +121,12 @@ class ZOOPrune(Method):
                 return exact
         if self.estimator == "exact":
             raise MethodError(
-                f"estimator='exact' needs a projector that is linear - activation - linear; "
-                f"{type(vision.anatomy.projector).__name__} is not: use 'jvp'"
+                f"estimator='exact' needs a projector of the form linear - activation - linear, which "
+                f"{type(vision.anatomy.projector).__name__} is not; use estimator='jvp'"
             )
         patches, rows = x.shape[1], y.shape[1]
         k = patches // rows
-        generator = torch.Generator().manual_seed(self.seed)  # on the CPU, so that every device draws the same
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws for every device
         u = unit_directions(torch.randn(self.directions, k * x.shape[2], generator=generator)).to(x)
         shifts = [over_patches(v.reshape(k, -1), patches, rows, packed) for v in u]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How strongly a function answers to small changes of its input: by differences, by derivatives, in closed form."""
+"""Sensitivity of a function to small changes of its input: by differences, by derivatives, in closed form."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# PyTorch counts the levels of forward-mode differentiation for the process, not for the thread: two at once are refused
-# or get each other's derivatives.
+# PyTorch tracks the levels of forward-mode differentiation per process, not per thread: two threads at once raise an
+# error or get each other's derivatives.
 _FORWARD_MODE = threading.Lock()
 
 
 def slope_along(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
-    """Derivative of a function at `x` in a direction of the same shape; threads take turns."""
+    """Derivative of a function at `x` in a direction of the same shape; one thread at a time."""
     with _FORWARD_MODE:
         return torch.func.jvp(function, (x,), (direction,))[1]
 
@@ -46,7 +46,7 @@ def difference_sensitivity(
 
 
 def jvp_sensitivity(project: Callable[[Tensor], Tensor], x: Tensor, shifts: Iterable[Tensor]) -> Tensor:
-    """The limit of `difference_sensitivity` for small steps, by forward-mode differentiation, free of rounding."""
+    """The limit of `difference_sensitivity` for small steps, by forward-mode differentiation."""
     precise = torch.promote_types(x.dtype, torch.float32)
     norms = []
     for u in shifts:
@@ -58,7 +58,7 @@ def jvp_sensitivity(project: Callable[[Tensor], Tensor], x: Tensor, shifts: Iter
 def exact_sensitivity(
     x: Tensor, w1: Tensor, b1: Tensor | None, act: Callable[[Tensor], Tensor], quadratic: Tensor
 ) -> Tensor:
-    """Root mean square of `|J_i u|` over all unit directions, in closed form: nothing is drawn.
+    """Root mean square of `|J_i u|` over all unit directions, in closed form, without random draws.
 
     With `g_i = act'(W1 x_i + b1)` and `u` uniform on the sphere, `E |J_i u|^2 = g_i^T Q g_i / d_in`.
 
@@ -77,7 +77,7 @@ def exact_sensitivity(
 
 
 def two_linears(projector: nn.Module) -> tuple[Any, nn.Module, Any] | None:
-    """The leaves of a projector that look like linear - activation - linear; whether they are has to be tried."""
+    """Leaf modules of a projector that look like linear - activation - linear; the caller has to check the output."""
     leaves = [m for m in projector.modules() if not list(m.children())]
     if [_is_linear(m) for m in leaves] != [True, False, True] or list(leaves[1].parameters()):
         return None
@@ -85,7 +85,7 @@ def two_linears(projector: nn.Module) -> tuple[Any, nn.Module, Any] | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix `weight` `[out, in]`: PyTorch's, or a serving engine's in its place."""
+    """Whether a module multiplies by a matrix `weight` `[out, in]`: `nn.Linear`, or a serving engine's replacement."""
     weight = getattr(module, "weight", None)
     plain = type(module) is nn.Linear or (hasattr(module, "input_size") and hasattr(module, "output_size"))
     return plain and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
@@ -97,9 +97,9 @@ def quadratic_form(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 class ClosedForms:
-    """`exact_sensitivity` of projectors, with the matrix `Q` of each kept for as long as the projector lives.
+    """`exact_sensitivity` of projectors, with the matrix `Q` of each cached as long as the projector lives.
 
-    What is kept stays behind when an instance is copied or pickled.
+    Copies and pickles of an instance have an empty cache.
     """
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class ClosedForms:
 
         Args:
             projector: The module.
-            x: `[n, R, d_in]` float32, what it was given.
-            y: `[n, R', D]` what it gave out, by which the form is tried.
+            x: `[n, R, d_in]` float32 input of the projector.
+            y: `[n, R', D]` its output, with which the closed form is checked.
 
         Returns:
             Tensor: `[n R]` float32.
@@ -125,12 +125,12 @@ class ClosedForms:
         first, act, second = parts
         w1, w2 = first.weight.detach().float(), second.weight.detach().float()
         b1, b2 = (None if part.bias is None else part.bias.detach().float() for part in (first, second))
-        rows, shown = x.flatten(0, 1), y.flatten(0, 1).float()
+        rows, output = x.flatten(0, 1), y.flatten(0, 1).float()
         if w1.shape[1] != rows.shape[1] or w2.shape[1] != w1.shape[0]:
-            return None  # packed or split over devices
+            return None  # quantized (packed) or sharded weights
         tried = nn.functional.linear(act(nn.functional.linear(rows[:16], w1, b1)), w2, b2)
-        if tried.shape != shown[:16].shape or (tried - shown[:16]).norm() > 0.05 * shown[:16].norm():
-            return None  # something else happens between the layers
+        if tried.shape != output[:16].shape or (tried - output[:16]).norm() > 0.05 * output[:16].norm():
+            return None  # not the plain composition of the three
         version = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in (first.weight, second.weight))
         if self._known.get(projector, (None,))[0] != version:
             self._known[projector] = (version, quadratic_form(w1, w2))
