@@ -12,7 +12,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from vtprune.core.ragged import top_k
 from vtprune.methods.vflowopt.grid_recycling import grid_cells, recycle
 from vtprune.methods.vflowopt.importance_map import patch_entropy, selected_rows
-from vtprune.vision.crops import arrangements, tiles_per_image
+from vtprune.models.any_resolution import tiles_per_image
+from vtprune.vision.crops import arrangements
 from vtprune.vision.tower import Attention
 
 SIDE = 27  # patches per side of a crop
@@ -62,7 +63,7 @@ def assembled(case: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     composite = Packing(config)
     inputs = {"pixel_values": crops, "image_sizes": torch.tensor([[height, width]])}
     tokens = SimpleNamespace(anatomy=SimpleNamespace(composite=composite, config=config), inputs=inputs)
-    assert tiles_per_image(tokens) == [len(crops)]
+    assert tiles_per_image(tokens.anatomy, tokens.inputs) == [len(crops)]
     packed = arrangements(tokens, [len(crops)])[0].apply(crops[..., None])[:, 0]
     newline = torch.zeros(len(case["importance"]), dtype=torch.bool)
     newline[SIDE * SIDE + int(case["local_width"]) - 1 :: int(case["local_width"])] = True

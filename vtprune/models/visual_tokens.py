@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 from ..errors import NothingPrunedError
 from . import row_tokens
 from .anatomy import Anatomy
+from .any_resolution import tiles_per_image
 from .encoder_outputs import Encoded
 
 # Models whose processors cut an image into crops without text between them. In all others, each of the encoder's
@@ -326,19 +326,11 @@ def _from_grid(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tens
 
 
 def _from_packed_layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> list[Tensor] | None:
-    sizes, pack = inputs.get("image_sizes"), getattr(anatomy.composite, "pack_image_features", None)
-    count = getattr(sys.modules[type(anatomy.composite).__module__], "image_size_to_num_patches", None)
-    if kind != "image" or sizes is None or pack is None or count is None:
+    tiles = tiles_per_image(anatomy, inputs) if kind == "image" else None
+    if tiles is None:
         return None
-    config = anatomy.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    sizes = torch.as_tensor(sizes).cpu()
-    per_sample = inputs.get("batch_num_images")
-    single = [True] * len(sizes) if per_sample is None else [n == 1 for n in per_sample for _ in range(n)]
-    tiles = [
-        count(size, config.image_grid_pinpoints, config.vision_config.image_size) if alone else 1
-        for size, alone in zip(sizes, single, strict=True)
-    ]
+    vision, sizes = anatomy.config.vision_config, torch.as_tensor(inputs["image_sizes"]).cpu()
+    side = vision.image_size // vision.patch_size
     return pack_planes(anatomy, [_coordinates(n, side) for n in tiles], sizes, newline=torch.full((3,), -1.0))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..core.tokens import Tokens
 from ..core.transfer import to_device
 from ..errors import MethodError
+from ..models.any_resolution import tiles_per_image
 
 _PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
 
@@ -54,7 +54,7 @@ def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
     kinds = kinds if len(kinds) == len(crops) else ["image"] * len(crops)
     out = []
     for kind, n in zip(kinds, crops, strict=True):
-        tiles = tiles_per_image(tokens) if kind == "image" else None
+        tiles = tiles_per_image(tokens.anatomy, tokens.inputs) if kind == "image" else None
         if tiles is not None and sum(tiles) == n:
             out.append(Arrangement(functools.partial(_pack, tokens, tiles), blends=True))
         elif kind == "video" and hasattr(composite, "apply_pooling"):
@@ -62,25 +62,6 @@ def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
         else:
             out.append(Arrangement(lambda x: x.flatten(0, 1)))
     return out
-
-
-def tiles_per_image(tokens: Tokens) -> list[int] | None:
-    """Number of crops of each image in an any-resolution model, thumbnail included; None for other models."""
-    assert tokens.anatomy is not None
-    composite, inputs = tokens.anatomy.composite, tokens.inputs
-    modules = [sys.modules[cls.__module__] for cls in type(composite).__mro__]
-    count = next((f for module in modules if (f := getattr(module, "image_size_to_num_patches", None))), None)
-    sizes = inputs.get("image_sizes")
-    if count is None or sizes is None or not hasattr(composite, "pack_image_features"):
-        return None
-    per_sample = inputs.get("batch_num_images")  # several images in a sample: OneVision leaves them undivided
-    alone = [True] * len(sizes) if per_sample is None else [int(n) == 1 for n in per_sample for _ in range(int(n))]
-    config = tokens.anatomy.config
-    side = config.vision_config.image_size
-    return [
-        int(count(size, config.image_grid_pinpoints, side)) if single else 1
-        for size, single in zip(torch.as_tensor(sizes).cpu(), alone, strict=True)
-    ]
 
 
 def _pool(tokens: Tokens, x: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from ..core.method import Tap
 from ..core.tokens import Tokens
 from ..errors import MethodError
+from ..models.any_resolution import tiles_per_image
 from .attention import LAYER, Attention, has_class_token, layer_tap, read_attention, warn_once
-from .crops import arrangements, match_rows, tiles_per_image
+from .crops import arrangements, match_rows
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -291,9 +292,10 @@ def crops_seen(tokens: Tokens, method: str) -> Tensor | None:
 
 def pixel_crops(vision: Vision) -> list[Tensor]:
     """Normalized pixels `[n, 3, H, W]` of the crops of each projector call; raises `MethodError` for other layouts."""
+    assert vision.tokens.anatomy is not None
     names = ("pixel_values", "pixel_values_videos")
     given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
-    tiles, calls = tiles_per_image(vision.tokens), vision.calls()
+    tiles, calls = tiles_per_image(vision.tokens.anatomy, vision.tokens.inputs), vision.calls()
     crops = []
     for pixels in given:
         if pixels.dim() == 5 and tiles is not None and len(tiles) == len(pixels):

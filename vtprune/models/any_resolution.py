@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number of tiles per image in any-resolution models (LLaVA-NeXT, LLaVA-OneVision), by the model's own rule."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
+
+
+def tiles_per_image(anatomy: Anatomy, inputs: Mapping[str, Any]) -> list[int] | None:
+    """Number of crops of each image, the downscaled whole image included; None for other models.
+
+    Args:
+        anatomy: Parts of the model.
+        inputs: Keyword arguments of the call, with `image_sizes` and, where a sample may hold several images,
+            `batch_num_images`.
+    """
+    composite, sizes = anatomy.composite, inputs.get("image_sizes")
+    modules = [sys.modules[cls.__module__] for cls in type(composite).__mro__]
+    count = next((f for module in modules if (f := getattr(module, "image_size_to_num_patches", None))), None)
+    if count is None or sizes is None or not hasattr(composite, "pack_image_features"):
+        return None
+    images = inputs.get("batch_num_images")  # LLaVA-OneVision does not divide the images of a sample with several
+    alone = [True] * len(sizes) if images is None else [int(n) == 1 for n in images for _ in range(int(n))]
+    pinpoints, side = anatomy.config.image_grid_pinpoints, anatomy.config.vision_config.image_size
+    return [
+        int(count(size, pinpoints, side)) if single else 1
+        for size, single in zip(torch.as_tensor(sizes).cpu(), alone, strict=True)
+    ]
