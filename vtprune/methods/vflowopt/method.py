@@ -90,7 +90,7 @@ class VFlowOpt(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.preset not in _RELEASED:
-            raise MethodError(f"VFlowOpt has preset={self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
+            raise MethodError(f"VFlowOpt.preset is {self.preset!r}; expected one of {', '.join(map(str, _RELEASED))}")
         t, alpha, grid, first, *later = _RELEASED[self.preset]
         self.threshold = t if self.threshold is None else self.threshold
         self.alpha = alpha if self.alpha is None else self.alpha
