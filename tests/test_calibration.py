@@ -125,7 +125,7 @@ def test_what_cannot_be_calibrated_is_refused(model_and_batches: Any) -> None:
     with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.MethodError, match="remove the patch"):
         calibration.fit(methods.Debiased(), model, batches)
     words = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    with pytest.raises(vtprune.MethodError, match="no prompt held a visual token"):
+    with pytest.raises(vtprune.MethodError, match="no prompt has a visual token"):
         calibration.fit(methods.Debiased(), model, [words])
     with pytest.raises(vtprune.MethodError, match="not finite"):
         Curve.fit([torch.zeros(20)])

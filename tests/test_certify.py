@@ -217,8 +217,8 @@ def test_a_method_that_no_file_holds_has_to_be_passed(prompts, monkeypatch) -> N
     ("options", "words"),
     [
         ({"risk": 0}, "risk is 0"), ({"risk": 1.5}, "1.5"), ({"confidence": 1}, "confidence is 1"),
-        ({"risk": math.nan}, "nan"), ({"candidates": ()}, "no candidates"), ({"candidates": (0.2, 0.5)}, "falling"),
-        ({"candidates": (0,)}, "no ratio"), ({"candidates": (0.5, vtprune.Auto(0.4))}, "falling"),
+        ({"risk": math.nan}, "nan"), ({"candidates": ()}, "no candidates"), ({"candidates": (0.2, 0.5)}, "descending"),
+        ({"candidates": (0,)}, "not a ratio"), ({"candidates": (0.5, vtprune.Auto(0.4))}, "descending"),
         ({"pictures": [1]}, "6 prompts and 1 pictures"),
     ],
 )  # fmt: skip

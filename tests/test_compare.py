@@ -110,7 +110,7 @@ def test_what_cannot_be_compared_is_refused(model: torch.nn.Module) -> None:
         compare(model, batches(), 2, ["fastv"])
     with pytest.raises(vtprune.VTPruneError, match="no prompts"):
         compare(model, [], 0.5, ["fastv"])
-    with pytest.raises(vtprune.VTPruneError, match="holds no visual token"):
+    with pytest.raises(vtprune.VTPruneError, match="has no visual token"):
         compare(model, [FAMILIES["llava"].batch([[5]])], 0.5, ["fastv"])
     with vtprune.patch(model, ratio=0.5) as patch, pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         compare(model, batches(), 0.5, ["fastv"])

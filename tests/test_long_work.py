@@ -287,7 +287,7 @@ def test_long_work(
     assert run(stop=2) == (130, 2)
     said = capfd.readouterr().err
     assert "━" in said and f"1/{STEPS}" in said, said
-    assert "interrupted: what is done is in" in said and "the same command goes on" in said
+    assert "interrupted: finished results are in" in said and "run the same command" in said
     assert found(command, tmp_path) == 1
 
     assert run() == (0, STEPS - 1)  # what was done is not done again
@@ -340,7 +340,7 @@ def test_a_signal_loses_nothing(
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 130, said
-    assert "interrupted: what is done is in" in said and "Traceback" not in said, said
+    assert "interrupted: finished results are in" in said and "Traceback" not in said, said
     kept = done(json.loads((tmp_path / file).read_text(encoding="utf-8")))
     assert kept >= 1 and f"{kept}/" in said, said
     assert [path.name for path in tmp_path.iterdir()] == [file]  # no half-written one beside it

@@ -72,7 +72,7 @@ def test_what_came_before_an_interrupt_was_handed_over(tmp_path: Path, capfd: py
             done.append(job)
             progress.save(path, {"done": done})
     assert raised.value.code == 130 and json.loads(path.read_text()) == {"done": [0, 1]}
-    assert "interrupted: what is done is in" in capfd.readouterr().err
+    assert "interrupted: finished results are in" in capfd.readouterr().err
 
 
 def test_the_bar_counts_from_what_was_done() -> None:

@@ -136,7 +136,7 @@ def test_a_search_is_repeatable_resumable_and_saved(
     with pytest.raises(vtprune.VTPruneError, match="mean_ratio=0.25, this one has 0.3"):
         tune.tune(model, batches, 0.3, trials=1, seed=3, path=path, resume=True)
 
-    with pytest.raises(vtprune.VTPruneError, match="exists: --resume goes on .* --force overwrites it"):
+    with pytest.raises(vtprune.VTPruneError, match="exists; use --resume .* or --force to overwrite it"):
         tune.tune(model, batches, 0.25, trials=1, seed=3, path=path)
     path.write_text(json.dumps(saved | {"about": about | {"versions": about["versions"] | {"torch": "1.0"}}}))
     with pytest.raises(vtprune.VTPruneError, match='versions.torch is "1.0" there'):
@@ -162,7 +162,7 @@ def test_what_cannot_be_searched_is_refused(
     model: Any, batches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for budget in (1.0, 0.5):
-        with pytest.raises(vtprune.VTPruneError, match="expected a share below 1 and 1 trial"):
+        with pytest.raises(vtprune.VTPruneError, match="expected a share below 1 and at least 1 trial"):
             tune.tune(model, batches, budget, trials=int(budget))
     with pytest.raises(vtprune.BudgetError, match="mean_ratio is 0"):
         tune.tune(model, batches, 0)
@@ -170,7 +170,7 @@ def test_what_cannot_be_searched_is_refused(
         tune.tune(model, [], 0.5)
     with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         tune.tune(model, batches, 0.5)
-    with pytest.raises(vtprune.VTPruneError, match="holds no search"):
+    with pytest.raises(vtprune.VTPruneError, match="not a saved search"):
         tune.tune(model, batches, 0.5, path=tmp_path / "none.json", resume=True)
     (tmp_path / "list.json").write_text("[1]")
     for path in (tmp_path / "none.json", tmp_path / "list.json"):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality and cost of pruning measured on prompts of your own, without labels."""
+"""Quality and cost of pruning, measured on your own prompts without labels."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the energy at which automatic ratios keep a wanted mean share of the tokens of one's own pictures."""
+"""Calibration of automatic ratios: the energy that keeps a given mean share of tokens on your pictures."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ..core.tokens import Tokens
 from ..engine.patching import find_patch, patch
 from ..errors import BudgetError, VTPruneError
 
-STEPS = 20  # of the bisection
+STEPS = 20  # bisection steps
 
 
 @dataclass
 class Curves(Method):
-    """Writes down how the residual energy of each picture falls, before the decoder.
+    """Records how the residual energy of each picture falls with the number of picks, before the decoder.
 
     Attributes:
-        most: Share of a picture's tokens that is picked at most.
+        most: Largest share of a picture's tokens to pick.
         left: Filled with `[k]` energies left after 1, 2, ... picks, one for every picture.
         sizes: Filled with the number of tokens of every picture.
     """
@@ -47,10 +47,10 @@ class Curves(Method):
 
 
 def shares(left: Sequence[Tensor], sizes: Sequence[int], auto: Auto) -> list[float]:
-    """The share of its tokens that each picture would keep.
+    """Share of its tokens that each picture would keep.
 
     Args:
-        left, sizes: Of `Curves`, with `most` at least `auto.max`.
+        left, sizes: Fields of `Curves`, recorded with `most` of at least `auto.max`.
         auto: Energy and bounds.
     """
     out = []
@@ -68,35 +68,37 @@ def calibrate(
     least: float = 0.02,
     most: float = 0.5,
 ) -> tuple[Auto, list[float]]:
-    """The automatic ratio whose mean over pictures is nearest to a given one from below.
+    """Finds the automatic ratio with the largest mean share over pictures that is not above a given one.
 
     The mean share of tokens kept rises with the energy, so the energy is found by bisection in 20 steps. The model runs
     once over every batch.
 
     Args:
-        model: A vision-language model without a patch; it has none afterwards.
-        batches: Keyword arguments of its calls, as processors make them.
+        model: An unpatched vision-language model; it is unpatched afterwards.
+        batches: Keyword arguments of its calls, as its processor returns them.
         ratio: Mean share of tokens to keep.
         least, most: `Auto.min` and `Auto.max`.
 
     Returns:
-        tuple: The `Auto`, and the share that every picture keeps by it.
+        tuple: The `Auto`, and the share that each picture keeps with it.
 
     Raises:
         BudgetError: The mean is not between the bounds.
-        VTPruneError: The model is patched, or no prompt holds a visual token.
+        VTPruneError: The model is patched, or no prompt has a visual token.
     """
     Auto(min=least, max=most)  # raises where the bounds are wrong
     if not least <= ratio <= most:
-        raise BudgetError(f"a mean ratio of {ratio:g} is not between the bounds {least:g} and {most:g}")
+        raise BudgetError(f"the mean ratio is {ratio:g}; expected a number from {least:g} to {most:g}, or other bounds")
     if find_patch(model) is not None:
-        raise VTPruneError("the model is patched: remove the patch before an energy is calibrated on it")
+        raise VTPruneError("the model is patched; remove the patch before calibrating an energy")
     curves = Curves(most)
     with patch(model, ratio=0.5, method=curves), torch.no_grad():
         for batch in batches:
             model(**batch)
     if not curves.sizes:
-        raise VTPruneError("no prompt held a visual token; expected batches as the processor makes them, with pictures")
+        raise VTPruneError(
+            "no prompt has a visual token; expected batches with pictures, as the processor returns them"
+        )
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2

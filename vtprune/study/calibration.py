@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collecting a method's own scores over a user's pictures, for position curves to be fitted to."""
+"""Collection of a method's scores on your pictures, to fit position curves to."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Collector(Method):
-    """Cuts once, where its host cuts first, and writes down what the host would have ranked by.
+    """Cuts once, at the first cut of its host, and records the scores that the host ranks by.
 
     Attributes:
-        host: Whose scores are collected.
-        rule: How padding is told, or None where nothing is padding.
-        sizes: Heights and widths of the pictures of the next call, where it does not say them itself.
+        host: Method whose scores are collected.
+        rule: Rule for padding, or None if nothing is padding.
+        sizes: Heights and widths of the pictures of the next call, if its arguments lack them.
         scores: Filled with `[N]` scores of the visual tokens of every sample, on the CPU.
         shown: Filled with `[N]` bool, False for padding.
     """
@@ -72,27 +72,26 @@ def collect(
 
     Args:
         host: The method.
-        rule: How padding is told, or None where nothing is padding.
-        model: A model without a patch; it has none afterwards.
-        batches: Keyword arguments of the model's calls, as processors make them; answers are not needed.
-        sizes: For every batch the heights and widths of its pictures, where the calls do not say them.
+        rule: Rule for padding, or None if nothing is padding.
+        model: An unpatched model; it is unpatched afterwards.
+        batches: Keyword arguments of the model's calls, as its processor returns them, without answers.
+        sizes: For every batch the heights and widths of its pictures, if the calls lack them.
 
     Returns:
         tuple: For every sample with visual tokens `[N]` scores, and `[N]` bool, False for padding.
 
     Raises:
-        MethodError: The model has a patch already, or no prompt held a visual token.
+        MethodError: The model is patched, or no prompt has a visual token.
     """
     if find_patch(model) is not None:
-        raise MethodError("the model is patched: remove the patch before scores are collected from it")
+        raise MethodError("the model is patched; remove the patch before collecting scores")
     collector = Collector(host, rule)
     with patch(model, ratio=0.5, method=collector), torch.no_grad():
-        # Without sizes, None for every batch; with them, as many as there are batches.
         pairs = zip(batches, repeat(None)) if sizes is None else zip(batches, sizes, strict=True)
         for batch, collector.sizes in pairs:
             model(**batch)
     if not collector.scores:
-        raise MethodError("no prompt held a visual token; expected batches as the processor makes them, with pictures")
+        raise MethodError("no prompt has a visual token; expected batches with pictures, as the processor returns them")
     return collector.scores, collector.shown
 
 
@@ -104,23 +103,23 @@ def fit(
     path: str | Path | None = None,
     sizes: Iterable[Sequence[Sequence[int]] | None] | None = None,
 ) -> Curve:
-    """Fits a method's curve to its host's scores on pictures of your own; labels are not needed.
+    """Fits a method's curve to its host's scores on your own pictures, without labels.
 
-    Calibrate on pictures that are not a test set. From then on the method uses the curve.
+    Do not calibrate on a test set. The method uses the curve from then on.
 
     Args:
         method: The method to calibrate.
-        model: The model that the method is for, without a patch; it is run once over every batch.
-        batches: Keyword arguments of its calls, as processors make them.
+        model: The unpatched model that the method is for; it runs once over every batch.
+        batches: Keyword arguments of its calls, as its processor returns them.
         form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
-        path: Where to save the curve as JSON, for `curve=path` later on.
-        sizes: For every batch the heights and widths of its pictures, where the calls do not say them.
+        path: File to save the curve to as JSON, for a later `curve=path`.
+        sizes: For every batch the heights and widths of its pictures, if the calls lack them.
 
     Returns:
         Curve: The fitted curve.
 
     Raises:
-        MethodError: The model is patched, no prompt has a picture, or the scores do not suffice for the form.
+        MethodError: The model is patched, no prompt has a picture, or there are too few scores for the form.
     """
     scores, seen = collect(method.host, method.padding_rule, model, batches, sizes)
     return method.fit(scores, seen, form, path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest ratio that changes few answers, certified on pictures and questions of one's own, without labels."""
+"""Certification of the smallest ratio that changes few answers on your own pictures and questions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import progress
 from .intervals import group_means
 from .risk import exact_p_value, p_value, pictures_needed, rejected
 
-# From all tokens downwards. Every step is tested at the full level, so a fine sequence costs time, not certainty.
+# Every candidate is tested at the full level, so a finer sequence costs time but no statistical power.
 CANDIDATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.075, 0.05)
 
 
@@ -35,42 +35,42 @@ def certify(
     max_new_tokens: int = 16,
     log: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
-    """Finds the smallest ratio at which few greedy answers differ from the unpruned model's.
+    """Finds the smallest ratio at which few greedy answers differ from those of the unpruned model.
 
     With probability `confidence` over the draw of the pictures, the expected share of changed answers at the certified
     ratio is at most `risk`, for pictures and questions of the same kind. Several questions about one picture count as
     one observation. See `study.risk` for the test.
 
     Args:
-        model: A vision-language model without a patch; it has none afterwards. Batch size, dtype and attention stay
-            what they are here for the certificate to hold.
-        prompts: Keyword arguments of the model's calls as the processor makes them, each a batch of one. Answers are
-            not needed.
+        model: An unpatched vision-language model; it is unpatched afterwards. The certificate holds only for the same
+            batch size, dtype and attention implementation.
+        prompts: Keyword arguments of the model's calls as its processor returns them, each a batch of one, without
+            answers.
         method: Name, class or instance of the method.
-        risk: The share of changed answers that is allowed, in (0, 1).
-        confidence: Probability with which it is kept, in (0, 1).
-        candidates: Ratios, or `vtprune.Auto`s, in the order in which they are tested, fixed before anything is seen;
-            the test ends at the first that fails.
+        risk: Largest allowed share of changed answers, in (0, 1).
+        confidence: Probability that the risk is not exceeded, in (0, 1).
+        candidates: Ratios or `vtprune.Auto`s in the order of testing, fixed before any data is seen; the test ends at
+            the first one that fails.
         pictures: The picture of each prompt; by default every prompt has its own.
-        max_new_tokens: Length limit of the answers that are compared.
+        max_new_tokens: Length limit of the compared answers.
         log: Called with a line for every candidate.
 
     Returns:
         Certificate: With ratio 1.0 where no candidate could be certified.
 
     Raises:
-        CertificateError: There is no prompt, or a number out of range.
+        CertificateError: There is no prompt, or a number is out of range.
         VTPruneError: The model is patched.
     """
     _check(risk, confidence, candidates)
     if find_patch(model) is not None:
-        raise VTPruneError("the model is patched: remove the patch before a ratio is certified on it")
-    chosen, prompts = resolve(method), list(prompts)
+        raise VTPruneError("the model is patched; remove the patch before certifying a ratio")
+    pruner, prompts = resolve(method), list(prompts)
     names: Sequence[Hashable] = range(len(prompts)) if pictures is None else pictures
     if not prompts or len(names) != len(prompts):
         raise CertificateError(
-            f"found {len(prompts)} prompts and {len(names)} pictures; expected one prompt or more, and the picture of "
-            "each"
+            f"found {len(prompts)} prompts and {len(names)} pictures; expected at least one prompt and one picture "
+            "per prompt"
         )
     n, single = len(set(names)), len(set(names)) == len(prompts)
     reference = [answer(model, prompt, max_new_tokens) for prompt in prompts]
@@ -78,7 +78,7 @@ def certify(
     tried: list[dict[str, Any]] = []
     changed = 0.0
     for candidate in candidates:
-        losses = _losses(model, prompts, reference, chosen, candidate, max_new_tokens)
+        losses = _losses(model, prompts, reference, pruner, candidate, max_new_tokens)
         mean = float(group_means(losses, names).mean())
         p = exact_p_value(round(mean * n), n, risk) if single else p_value(mean, n, risk)
         tried.append({"candidate": str(candidate), "changed": mean, "p_value": p})
@@ -91,19 +91,19 @@ def certify(
     about["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     about["attention"] = str(getattr(model.config, "_attn_implementation", None))
     return Certificate.of(
-        model, chosen, certified, risk=risk, confidence=confidence, pictures=n, questions=len(prompts), changed=changed,
+        model, pruner, certified, risk=risk, confidence=confidence, pictures=n, questions=len(prompts), changed=changed,
         tried=tried, about=about,
     )  # fmt: skip
 
 
 def describe(row: Mapping[str, Any], risk: float, confidence: float, passed: bool) -> str:
-    """One line about a candidate; of one that failed, how many pictures it would take."""
+    """One line about a candidate; if it failed, with the number of pictures that a certificate would need."""
     text = f"ratio {row['candidate']}: {row['changed']:.1%} of answers changed, p = {row['p_value']:.2g}"
     if passed:
         return f"{text}: certified"
     needed = pictures_needed(row["changed"], risk, 1 - confidence)
     if needed is None:
-        return f"{text}: not certified; so many changed answers are more than {risk:g} allows"
+        return f"{text}: not certified; the share of changed answers is above the allowed {risk:g}"
     return f"{text}: not certified; with this share of changed answers it would take {needed:,} pictures"
 
 
@@ -112,23 +112,23 @@ def _check(risk: float, confidence: float, candidates: Sequence[float | Auto]) -
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1:
             raise CertificateError(f"{name} is {value!r}; expected a probability above 0 and below 1")
     if not candidates:
-        raise CertificateError("there are no candidates; expected ratios to test, the largest first")
+        raise CertificateError("there are no candidates; expected at least one ratio, the largest first")
     for candidate in candidates:
         if not isinstance(candidate, Auto) and not (isinstance(candidate, (int, float)) and 0 < candidate <= 1):
-            raise CertificateError(f"candidate {candidate!r} is no ratio; expected a share in (0, 1], or an Auto")
+            raise CertificateError(f"candidate {candidate!r} is not a ratio; expected a share in (0, 1], or an Auto")
     keys = [c.energy if isinstance(c, Auto) else float(c) for c in candidates]
     if len({type(c) is Auto for c in candidates}) > 1 or keys != sorted(keys, reverse=True):
         raise CertificateError(
-            "candidates are tested from mild to strong; expected falling ratios, or falling energies"
+            "candidates are not in descending order; expected all ratios or all energies, the largest first"
         )
 
 
 @torch.no_grad()
 def answer(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[int]:
-    """Tokens of the greedy answer to a prompt, a batch of one."""
+    """Token ids of the greedy answer to a prompt, a batch of one."""
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     if len(out) != 1:
-        raise CertificateError(f"a prompt is a batch of {len(out)}; expected batches of one")
+        raise CertificateError(f"a prompt has {len(out)} samples; expected batches of one")
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -140,12 +140,12 @@ def _losses(
     candidate: float | Auto,
     max_new_tokens: int,
 ) -> list[float]:
-    """For every prompt 1.0 if its answer changed, else 0.0."""
+    """For every prompt, 1.0 if its answer changed, else 0.0."""
     losses = []
     with patch(model, ratio=candidate, method=method):
         for prompt, expected in zip(prompts, reference, strict=True):
             try:
                 losses.append(float(answer(model, prompt, max_new_tokens) != expected))
-            except NothingPrunedError:  # the ratio rounds to all of so few tokens
+            except NothingPrunedError:  # with so few tokens the ratio rounds to all of them
                 losses.append(0.0)
     return losses

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Line charts of results, drawn with matplotlib: the same data gives the same file, without a date in it."""
+"""Line charts of results, drawn with matplotlib; the same data always gives the same file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 from ..errors import VTPruneError
 
-# Colors that can be told apart in pairs, and then markers: enough for every registered method.
-_COLOURS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
+# Distinguishable colors, then markers: enough combinations for every registered method.
+_COLORS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
 _MARKERS = "osD^vP"
-_DRAWING = 1  # raised when charts are drawn differently: then all of them are out of date
+_DRAWING = 1  # version of the drawing code: raise it when charts are to be drawn again
 _STYLE = {
     "svg.hashsalt": "vtprune",
-    "svg.fonttype": "none",  # text stays text: small files
+    "svg.fonttype": "none",  # keep text as text, which makes smaller files
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,12 +31,12 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line.
+    """One line of a chart.
 
     Attributes:
-        label: Its name in the legend.
-        x, y: Points, in the order in which they are joined.
-        low, high: Ends of the bars of `y`, or None.
+        label: Name in the legend.
+        x, y: Points, in drawing order.
+        low, high: Ends of the error bars of `y`, or None.
     """
 
     label: str
@@ -48,14 +48,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a line chart shows.
+    """Content of a line chart.
 
     Attributes:
         title, x_label, y_label: Text.
         series: Lines.
-        frontier: Points to be joined by a broad gray line behind the others, by rising `x`.
-        log_x, log_y: Logarithmic axes; zeros are left out there.
-        mark: A point of comparison (the unpruned model): `(label, x, y)`, drawn as dashed lines; either may be None.
+        frontier: Points of a broad gray line behind the others, by ascending `x`.
+        log_x, log_y: Use logarithmic axes; zeros are left out there.
+        mark: Reference point (the unpruned model): `(label, x, y)`, drawn as dotted lines; either may be None.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Chart:
 
 
 def digest(charts: Sequence[Chart]) -> str:
-    """SHA-256 of what charts show: kept in a file's metadata, it tells whether the file is of these charts."""
+    """SHA-256 of the content of charts; stored in a file's metadata, it shows whether the file is up to date."""
     shown = json.dumps([_DRAWING, *map(dataclasses.asdict, charts)], sort_keys=True)
     return hashlib.sha256(shown.encode()).hexdigest()
 
@@ -80,19 +80,19 @@ def available() -> bool:
 
 
 def save(charts: Sequence[Chart], path: str | Path) -> None:
-    """Draws charts of the same series one above the other, with one legend.
+    """Draws charts of the same series below each other, with one legend.
 
     Args:
         charts: One or several.
-        path: File to write; its ending (.svg, .png, .pdf) tells the format. An SVG has their `digest` in its metadata.
+        path: File to write; its ending (.svg, .png, .pdf) selects the format. An SVG has `digest` in its metadata.
 
     Raises:
         VTPruneError: matplotlib is not installed.
         OSError, ValueError: The file cannot be written, or its format is unknown.
     """
     if not available():
-        raise VTPruneError("a chart needs matplotlib: pip install matplotlib")
-    # By name: matplotlib is no requirement, and type checkers run without it.
+        raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib")
+    # Imported by name, because type checkers run without matplotlib, which is optional.
     matplotlib: Any = importlib.import_module("matplotlib")
     figures: Any = importlib.import_module("matplotlib.figure")
     with matplotlib.rc_context(_STYLE):
@@ -135,18 +135,18 @@ def _line(axes: Any, series: Series, number: int, log_y: bool) -> None:
     x, y = [series.x[i] for i in shown], [series.y[i] for i in shown]
     bars = None
     if series.low is not None and series.high is not None:
-        # A bar that ends at 0 has no end on a logarithmic axis; matplotlib draws it to the bottom.
+        # On a logarithmic axis, matplotlib draws a bar that ends at 0 down to the edge.
         bars = [
             [max(0.0, series.y[i] - series.low[i]) for i in shown],
             [max(0.0, series.high[i] - series.y[i]) for i in shown],
         ]
-    marker = _MARKERS[number // len(_COLOURS) % len(_MARKERS)]
+    marker = _MARKERS[number // len(_COLORS) % len(_MARKERS)]
     axes.errorbar(
         x,
         y,
         yerr=bars,
         label=series.label,
-        color=_COLOURS[number % len(_COLOURS)],
+        color=_COLORS[number % len(_COLORS)],
         marker=marker,
         markersize=4,
         linewidth=1,

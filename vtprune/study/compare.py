@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All methods on the same prompts at equal cost, by how near they come to the unpruned model."""
+"""Comparison of methods on the same prompts at equal cost, by their distance to the unpruned model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ BASELINES = ("random", "uniform")
 
 @dataclass(frozen=True)
 class Row:
-    """One method over all prompts. The numbers are None where the method cannot be run, and then `reason` says why.
+    """Results of one method over all prompts; all numbers are None if it cannot run.
 
     Attributes:
-        method: Its label.
+        method: Label of the method.
         visual: Visual tokens of a prompt (mean over prompts).
-        kept: Those that reach the last layer.
-        mean_ratio: Mean share of visual tokens over the inputs of the decoder layers, as it came out.
-        kl: Divergence of the next-token distribution from the unpruned one's, in nats (mean).
+        kept: Visual tokens that reach the last layer (mean over prompts).
+        mean_ratio: Measured mean share of visual tokens over the inputs of the decoder layers.
+        kl: Divergence of the next-token distribution from the unpruned model's, in nats (mean).
         top1: Share of prompts whose most likely next token is that of the unpruned model.
-        seconds: Time to decide and compact, of one call (median).
-        reason: TokenExplanation there are no numbers.
+        seconds: Selection time of one call, with the removal of the dropped tokens (median).
+        reason: Why the method cannot run, or None.
     """
 
     method: str
@@ -44,14 +44,14 @@ class Row:
 
 
 def common_ratio(methods: Iterable[str | Method], num_layers: int) -> float:
-    """The smallest cost that all of some methods can meet, in full tenths (0.95 where that is 1).
+    """Smallest `mean_ratio` that all given methods can meet, rounded up to a tenth (0.95 instead of 1).
 
     Args:
         methods: Names or methods.
         num_layers: Layers of the decoder.
 
     Returns:
-        float: A `mean_ratio` above the share of layers that run before any of the methods cuts.
+        float: A `mean_ratio` above the share of layers before the latest first cut.
     """
     first = max((tuple(resolve(method).schedule(num_layers))[0].layer for method in methods), default=0)
     tenths = first * 10 // num_layers + 1
@@ -66,18 +66,18 @@ def compare(
     repeats: int = 3,
     log: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Runs methods on the same prompts at the same mean share of visual tokens over the decoder-layer inputs.
+    """Runs methods on the same prompts at the same mean share of visual tokens over the decoder layers' inputs.
 
     Args:
-        model: A vision-language model without a patch; it has none afterwards.
-        batches: Keyword arguments of its calls, one prompt or several each, all with pictures.
+        model: An unpatched vision-language model; it is unpatched afterwards.
+        batches: Keyword arguments of its calls, each with one or more prompts, all with pictures.
         mean_ratio: The cost, in (0, 1].
-        methods: Names, or methods by label; all registered ones by default. `random` and `uniform` are always run.
-        repeats: Calls per batch, for the time; the very first of a method is not counted if there are others.
+        methods: Names, or methods by label; by default all registered ones. `random` and `uniform` always run.
+        repeats: Timed calls per batch; the first one of a method is a warm-up if there are others.
         log: Called with a line of text after every method.
 
     Returns:
-        list[Row]: By rising divergence; methods that cannot be run on this model at this cost come last.
+        list[Row]: By ascending divergence; methods that cannot run on this model at this cost come last.
 
     Raises:
         BudgetError: `mean_ratio` is out of range.
@@ -89,12 +89,12 @@ def compare(
     asked = dict(given) if isinstance(given, Mapping) else dict(zip(given, given, strict=True))
     chosen = {label: resolve(method) for label, method in ({name: name for name in BASELINES} | asked).items()}
     if find_patch(model) is not None:
-        raise VTPruneError("the model is patched: remove the patch before methods are compared on it")
-    inspect(model)  # what no method can do without is an error, not a row
+        raise VTPruneError("the model is patched; remove the patch before comparing methods")
+    inspect(model)  # raises for models that no method supports
     patch(model, mean_ratio=mean_ratio, method="uniform").remove()
     batches = list(batches)
     if not batches:
-        raise VTPruneError("there are no prompts to compare methods on")
+        raise VTPruneError("there are no prompts; expected at least one batch")
     reference = [metrics.next_token_logits(model, batch) for batch in batches]
     rows = []
     for label, method in chosen.items():
@@ -117,7 +117,7 @@ def _run(
 ) -> Row:
     visual: list[int] = []
     kept: list[int] = []
-    inputs: list[float] = []  # visual tokens at the inputs of layers, mean over layers
+    inputs: list[float] = []  # visual tokens at the layers' inputs, mean over layers
     kl: list[float] = []
     same: list[bool] = []
     seconds: list[float] = []
@@ -127,7 +127,7 @@ def _run(
                 got = metrics.next_token_logits(model, batch)
                 last = running.last
                 if last is None:
-                    raise VTPruneError("a prompt holds no visual token; expected pictures in every prompt")
+                    raise VTPruneError("a prompt has no visual token; expected pictures in every prompt")
                 seconds.append(last.selection_time)
                 if repeat:
                     continue

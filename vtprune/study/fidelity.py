@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much pruning changes what a model says, without labels, beside the time that it takes.
+"""Fidelity of pruned models to the unpruned one, without labels, together with their time.
 
-Every prompt is answered by the unpruned model and then by every method at every ratio; all are timed side by side, in
-an order that turns from prompt to prompt. Nothing but the pictures is needed: the unpruned model is the reference.
+Every prompt is answered by the unpruned model, the reference, and then by every method at every ratio; all are timed
+side by side, in an order that rotates from prompt to prompt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _ESTIMATE = {
 
 
 def record_schema(variants: Sequence[Variant]) -> dict[str, Any]:
-    """JSON Schema of what `measure_prompt` returns."""
+    """JSON Schema of the return value of `measure_prompt`."""
     answered = {"type": "object", "required": [*_MEASURED], "properties": _MEASURED}
     keys = [variant.key for variant in variants]
     unpruned = {"type": "object", "required": ["seconds"], "properties": {"seconds": _MEASURED["seconds"]}}
@@ -63,7 +63,7 @@ def record_schema(variants: Sequence[Variant]) -> dict[str, Any]:
 
 
 def rows_schema(variants: Sequence[Variant]) -> dict[str, Any]:
-    """JSON Schema of what `summarize` returns."""
+    """JSON Schema of the return value of `summarize`."""
     estimates = dict.fromkeys(("kl", "cosine", "prefix", "top1", "answers", "relative_time"), _ESTIMATE)
     numbers = dict.fromkeys(("kept", "visual", "mean_ratio", "seconds", "deciding"), _NUMBER)
     measured = {**estimates, **numbers, "frontier": {"type": "boolean"}}
@@ -78,7 +78,7 @@ def rows_schema(variants: Sequence[Variant]) -> dict[str, Any]:
     return {"type": "array", "items": row, "minItems": len(variants), "maxItems": len(variants)}
 
 
-# What a row holds of every quantity: shares get a Wilson interval, means and medians a bootstrap over pictures.
+# Shares get Wilson intervals, means and medians a bootstrap over pictures.
 SHARES = ("top1", "answers")
 MEANS = ("kl", "cosine", "prefix", "attention_error")
 
@@ -89,7 +89,7 @@ class Prompt:
 
     Attributes:
         inputs: Keyword arguments of the model's call, batch of one, on the model's device.
-        picture: Name of the picture; prompts about one picture are not independent of each other.
+        picture: Identifier of the picture; prompts about the same picture are not independent.
     """
 
     inputs: Mapping[str, Any]
@@ -101,7 +101,7 @@ class Variant:
     """A method at a ratio.
 
     Attributes:
-        label: What it is called in results.
+        label: Name in results.
         method: The method.
         ratio: Share of visual tokens kept.
     """
@@ -124,9 +124,9 @@ class _Settings:
 
 @dataclass
 class _Reference:
-    """The unpruned model on one prompt. `rows` are the text columns after the last visual token, 1 at least."""
+    """The unpruned model on one prompt; `rows` is the number of tokens after the last visual one, at least 1."""
 
-    reading: metrics.PrefillOutputs
+    outputs: metrics.PrefillOutputs
     rows: int
     answer: list[int]
     seconds: float
@@ -142,29 +142,29 @@ def measure_prompt(
     repeats: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
-    """One prompt, unpruned and every variant.
+    """Measures one prompt with the unpruned model and every variant.
 
     Args:
-        model: A vision-language model without a patch; it has none afterwards.
-        prompt: With at least one visual token.
-        variants: What is compared with the unpruned model.
-        turn: Number of the prompt: which of the variants comes first.
+        model: An unpatched vision-language model; it is unpatched afterwards.
+        prompt: A prompt with at least one visual token.
+        variants: Methods and ratios to compare with the unpruned model.
+        turn: Index of the prompt, by which the order of the variants rotates.
         max_new_tokens: Length limit of the greedy answers.
-        repeats: Timed calls of each.
-        clock: What `seconds` are counted with; `time.process_time` where other programs disturb.
+        repeats: Timed calls of each variant.
+        clock: Clock of `seconds`; `time.process_time` on a machine that other programs share.
 
     Returns:
-        dict: Key of a variant to its numbers, or to `{"refused": reason}`; `"unpruned"` to its `seconds`. The numbers:
+        dict: Numbers of each variant by its key, or `{"refused": reason}`; for `"unpruned"` its `seconds`. The numbers:
         `kl` in nats and `top1` (next token), `answers` and `prefix` (greedy answers: equal or not, share of the
         unpruned one before the first difference), `cosine` (last hidden state), `attention_errors` (a relative error
-        for every cut: see `attention_errors`), `seconds` from inputs to the first token's logits with vision tower and
-        deciding, `deciding`, `visual`, `kept` and `mean_ratio`.
+        per cut: see `attention_errors`), `seconds` from inputs to the first token's logits including vision tower and
+        selection, `deciding` (the selection time), `visual`, `kept` and `mean_ratio`.
 
     Raises:
-        VTPruneError: The model is patched, or the prompt holds no visual token.
+        VTPruneError: The model is patched, or the prompt has no visual token.
     """
     if find_patch(model) is not None:
-        raise VTPruneError("the model is patched: remove the patch before it is measured")
+        raise VTPruneError("the model is patched; remove the patch before measuring")
     settings = _Settings(max_new_tokens, repeats, clock)
     reference = _reference(model, prompt.inputs, settings)
     records: dict[str, dict[str, Any]] = {"unpruned": {"seconds": reference.seconds}}
@@ -178,16 +178,15 @@ def measure_prompt(
 
 
 def _reference(model: nn.Module, inputs: Mapping[str, Any], settings: _Settings) -> _Reference:
-    with patch(
-        model, ratio=1.0, method="uniform"
-    ) as finding:  # keeps all; warms up, and tells which columns are visual
+    # Keeps all tokens: warms up, and finds the visual positions.
+    with patch(model, ratio=1.0, method="uniform") as everything:
         metrics.next_token_logits(model, inputs)
-        last = finding.last
+        last = everything.last
     if last is None or not len(last.visual[0]):
-        raise VTPruneError("a prompt holds no visual token; expected a picture in every prompt")
+        raise VTPruneError("a prompt has no visual token; expected a picture in every prompt")
     rows = max(1, last.columns - 1 - int(last.visual[0].max()))
-    reading = metrics.capture(model, inputs, rows)
-    return _Reference(reading, rows, _answer(model, inputs, settings), _seconds(model, inputs, settings))
+    outputs = metrics.capture(model, inputs, rows)
+    return _Reference(outputs, rows, _answer(model, inputs, settings), _seconds(model, inputs, settings))
 
 
 def _against(
@@ -197,12 +196,12 @@ def _against(
         got = metrics.capture(model, inputs, reference.rows)
         last, cuts = running.last, [stage.layer for stage in running.schedule]
         assert last is not None
-        deciding: list[float] = []
+        selection: list[float] = []
         seconds = _seconds(
-            model, inputs, settings, lambda: deciding.append(running.last.selection_time if running.last else 0)
+            model, inputs, settings, lambda: selection.append(running.last.selection_time if running.last else 0)
         )
         answer = _answer(model, inputs, settings)
-    want = reference.reading
+    want = reference.outputs
     same = [a == b for a, b in zip(reference.answer, answer, strict=False)]
     common = same.index(False) if False in same else len(same)
     return {
@@ -213,7 +212,7 @@ def _against(
         "cosine": float(metrics.cosine(want.state.double(), got.state.double())),
         "attention_errors": attention_errors(want.attention, got.attention, cuts),
         "seconds": seconds,
-        "deciding": statistics.median(deciding),
+        "deciding": statistics.median(selection),
         "visual": len(last.visual[0]),
         "kept": len(last.kept[0]),
         "mean_ratio": last.mean_ratio,
@@ -223,18 +222,18 @@ def _against(
 def attention_errors(
     reference: Mapping[int, Tensor], pruned: Mapping[int, Tensor], cuts: Iterable[int]
 ) -> list[float | None]:
-    """How far the output of attention lies from the unpruned model's, at each cut of a method.
+    """Relative error of the attention output against the unpruned model, at each cut of a method.
 
     `|a - b| / |b|` over the text after the last visual token and all heads, before the output projection, in the layer
-    before which is cut; where that layer has no attention function, in the next one that has. At a method's first cut
-    the layer's input is that of the unpruned model, so the error is that of the choice alone; at later ones it adds up.
+    after the cut, or the next one with an attention function. At a method's first cut the layer's input is that of the
+    unpruned model, so the error is due to the selection alone; at later cuts it accumulates.
 
     Args:
         reference, pruned: `PrefillOutputs.attention` of the unpruned and the pruned model.
-        cuts: Layers before which is cut.
+        cuts: Layers before which tokens are dropped.
 
     Returns:
-        list: One number per cut; None where no layer from the cut on attends.
+        list: One number per cut; None if no layer after the cut has attention.
     """
     layers = [min((n for n in reference if n >= cut), default=None) for cut in cuts]
     return [None if n is None else metrics.relative_error(reference[n], pruned[n]) for n in layers]
@@ -249,7 +248,7 @@ def _answer(model: Any, inputs: Mapping[str, Any], settings: _Settings) -> list[
 def _seconds(
     model: nn.Module, inputs: Mapping[str, Any], settings: _Settings, after: Callable[[], None] = lambda: None
 ) -> float:
-    """Median time of a call from inputs to next-token logits; the caller has made one before."""
+    """Median seconds of a call from inputs to next-token logits; the caller has warmed up."""
     device, times = inputs["input_ids"].device, []
     for _ in range(settings.repeats):
         stopwatch.synchronize(device)
@@ -264,22 +263,22 @@ def _seconds(
 def summarize(
     records: Sequence[Mapping[str, Mapping[str, Any]]], pictures: Sequence[Hashable], variants: Sequence[Variant]
 ) -> list[dict[str, Any]]:
-    """Sums the records of all prompts up, a row per variant.
+    """Summarizes the records of all prompts, one row per variant.
 
-    Intervals are of 95 %. Prompts about one picture count as one observation: means are bootstrapped over pictures,
-    and the Wilson intervals of shares have the number of pictures for their size.
+    Intervals are 95 % intervals. Prompts about one picture count as one observation: means are bootstrapped over
+    pictures, and the Wilson intervals of shares use the number of pictures as the sample size.
 
     Args:
-        records: What `measure_prompt` returned.
-        pictures: The picture of each.
-        variants: Rows wanted.
+        records: Return values of `measure_prompt`.
+        pictures: The picture of each record.
+        variants: Variants to summarize.
 
     Returns:
         list: `method`, `ratio`, and either `refused` or `kept`, `visual`, `mean_ratio`, `seconds` and `deciding`
-        (medians), `cuts_error` (mean attention error of every cut), for each of `kl`, `cosine`, `prefix`,
-        `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time over the unpruned
-        one of the same prompt) a `value` and an `interval` (None for means of one picture); and `frontier`, whether
-        nothing else, the unpruned model included, is both faster and nearer (`kl`).
+        (medians), `cuts_error` (mean attention error of each cut), for each of `kl`, `cosine`, `prefix`,
+        `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time relative to the
+        unpruned model on the same prompt) a `value` and an `interval` (None for means of one picture); and `frontier`,
+        whether no other row, nor the unpruned model, is both faster and closer (`kl`).
     """
     rows = [_row(variant, [record[variant.key] for record in records], records, pictures) for variant in variants]
     ran = [row for row in rows if "refused" not in row]
@@ -319,18 +318,18 @@ def _row(
 
 
 def _bootstrap(values: np.ndarray, statistic: Callable[..., np.ndarray] = np.mean) -> tuple[float, float] | None:
-    """One picture tells nothing about others."""
+    """Bootstrap interval; None for a single picture."""
     return bootstrap(values, statistic) if len(values) > 1 else None
 
 
 def _with(value: float, interval: tuple[float, float] | None) -> dict[str, Any]:
-    """Six significant digits are more than the intervals allow."""
+    """A value and its interval, rounded to six significant digits."""
     bounds = None if interval is None else [float(f"{bound:.6g}") for bound in interval]
     return {"value": float(f"{value:.6g}"), "interval": bounds}
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: none is at most as large in both numbers and smaller in one."""
+    """Whether each point is Pareto-optimal: no other point is at most as large in both numbers and smaller in one."""
 
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
         return a[0] <= b[0] and a[1] <= b[1] and a != b

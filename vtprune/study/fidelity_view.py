@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `vtprune fidelity` found, as a table for the terminal and as a chart."""
+"""Results of `vtprune fidelity` as a table for the terminal and as a chart."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOTES = (
-    "KL, top-1, last hidden state (cosine): the token after the prompt; answers: greedy, word for word; all against "
-    "the unpruned model. Attention error: relative, at the last cut. Time: to the first token, vision tower and "
-    "deciding included, over the unpruned time; * nothing is both faster and nearer."
+    "KL, top-1, last hidden state (cosine): of the token after the prompt; answer: greedy, word for word; all compared "
+    "with the unpruned model. Attention error: relative, at the last cut. Time: to the first token, with vision tower "
+    "and selection, relative to unpruned; * nothing is both faster and closer."
 )
-
-
-_HEADINGS = ("method", "kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "deciding", "time")
+_HEADINGS = ("method", "kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "selection", "time")
 
 
 def chart(data: dict[str, Any]) -> Chart:
@@ -36,7 +34,7 @@ def chart(data: dict[str, Any]) -> Chart:
     best = [(row["relative_time"]["value"], row["kl"]["value"]) for row in rows if row["frontier"]]
     return Chart(
         title=_title(data),
-        x_label=f"{'CPU ' if data['clock'] == 'cpu' else ''}time to the first token, deciding included; unpruned = 1",
+        x_label=f"{'CPU ' if data['clock'] == 'cpu' else ''}time to the first token, selection included; unpruned = 1",
         y_label="KL of the next token, nats",
         series=series,
         frontier=sorted(point for point in best if point[1] > 0),
@@ -46,7 +44,7 @@ def chart(data: dict[str, Any]) -> Chart:
 
 
 def print_table(data: dict[str, Any], console: Console) -> None:
-    """Prints a row per method and ratio; intervals where the terminal is wide enough, fewer columns where it is not."""
+    """Prints a row per method and ratio, with intervals on wide terminals and fewer columns on narrow ones."""
     from rich.table import Table
     from rich.text import Text
 

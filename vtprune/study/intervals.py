@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a measured share or mean can be trusted: 95 % intervals."""
+"""95 % confidence intervals of measured shares and means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 2000
 def wilson(right: float, total: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share: `(low, high)`.
 
-    Unlike a bootstrap it is not of width 0 where all of `total` are right. `right` may be a sum of shares.
+    Unlike a bootstrap interval it has a width above 0 where all of `total` are right. `right` may be a sum of shares.
     """
     if total == 0:
         return 0.0, 1.0
@@ -26,7 +26,7 @@ def wilson(right: float, total: float, z: float = 1.96) -> tuple[float, float]:
 
 
 def group_means(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
-    """Means of `values` by group, in the order in which groups first come: float64 `[number of groups]`."""
+    """Means of `values` by group, in order of first appearance: float64 `[number of groups]`."""
     sums: dict[Hashable, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         sums.setdefault(group, []).append(value)
@@ -42,13 +42,13 @@ def bootstrap(
     """The 95 % percentile bootstrap interval of a statistic: `(low, high)`.
 
     Args:
-        values: Independent observations. Several of one picture are not: average them first (`group_means`).
-        statistic: Called with `axis=1`: `np.mean`, `np.median`.
-        resamples: Draws with replacement.
-        seed: Of a generator of its own, so that the same values give the same interval.
+        values: Independent observations; average several of one picture first (`group_means`).
+        statistic: A function that takes `axis=1`, such as `np.mean` or `np.median`.
+        resamples: Number of resamples.
+        seed: Seed of a generator of its own, so that the same values give the same interval.
 
     Returns:
-        tuple: Both the statistic itself where there is one value alone.
+        tuple: For a single value, the statistic itself twice.
     """
     values = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))

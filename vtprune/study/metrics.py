@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How near a pruned model comes to the unpruned one: last hidden states and next-token distributions of prompts."""
+"""Distances between a pruned and an unpruned model: last hidden states and next-token distributions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..models import anatomy, attention_probe
 
 
-def last_columns(inputs: Mapping[str, Any]) -> Tensor:
-    """`[B]` column of the last prompt token of every sample, from `attention_mask`; without one, the last column."""
+def last_positions(inputs: Mapping[str, Any]) -> Tensor:
+    """`[B]` position of the last prompt token of every sample, from `attention_mask` if there is one."""
     mask = inputs.get("attention_mask")
     if mask is None:
         batch, length = inputs["input_ids"].shape
@@ -30,17 +30,17 @@ def next_token_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: A vision-language model, patched or not.
-        inputs: Keyword arguments of its call, `[B, T]` columns.
+        inputs: Keyword arguments of its call, for `[B, T]` token ids.
 
     Returns:
         Tensor: `[B, V]` float32.
     """
-    columns = last_columns(inputs)
+    positions = last_positions(inputs)
     length = inputs["input_ids"].shape[1]
-    one = bool((columns == length - 1).all()) and "logits_to_keep" in inspect.signature(model.forward).parameters
+    one = bool((positions == length - 1).all()) and "logits_to_keep" in inspect.signature(model.forward).parameters
     logits = model(**inputs, **({"logits_to_keep": 1} if one else {})).logits
-    where = torch.full_like(columns, -1) if one else columns
-    return logits[torch.arange(len(columns)), where.to(logits.device)].float()
+    where = torch.full_like(positions, -1) if one else positions
+    return logits[torch.arange(len(positions)), where.to(logits.device)].float()
 
 
 @torch.no_grad()
@@ -56,17 +56,17 @@ def last_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
     with _decoder_states(model) as seen:
         model(**inputs)
-    return _at(seen[-1], last_columns(inputs))
+    return _at(seen[-1], last_positions(inputs))
 
 
 @dataclass(frozen=True)
 class PrefillOutputs:
-    """What one prefill of a single prompt gave.
+    """Outputs of the prefill of a single prompt.
 
     Attributes:
-        logits: `[1, V]` float32, of the next token.
-        state: `[1, D]` float32, hidden state of the last token after the final norm.
-        attention: Number of a decoder layer to `[1, R, H * dv]`: what its attention gave to the last `R` columns.
+        logits: `[1, V]` float32 logits of the next token.
+        state: `[1, D]` float32 hidden state of the last token after the final norm.
+        attention: For each decoder layer index, `[1, R, H * dv]` attention output at the last `R` positions.
     """
 
     logits: Tensor
@@ -75,32 +75,31 @@ class PrefillOutputs:
 
 
 def capture(model: nn.Module, inputs: Mapping[str, Any], rows: int) -> PrefillOutputs:
-    """Reads everything that pruned and unpruned models are compared by from one call.
+    """Captures from one call all outputs by which pruned and unpruned models are compared.
 
     Args:
         model: A vision-language model, patched or not.
         inputs: Keyword arguments of its call, one prompt without padding.
-        rows: Last columns of the prompt, whose attention outputs are read; all of them text.
+        rows: Number of last positions whose attention outputs are captured, all of them text.
 
     Returns:
-        PrefillOutputs: Layers without an attention function (linear attention, state space) are left out of
-            `attention`.
+        PrefillOutputs: Without layers that have no attention function (linear attention, state space).
     """
     layers = list(anatomy.find(model).layers)
     with _decoder_states(model) as seen, attention_probe.attention_outputs(layers, rows) as attention:
         logits = next_token_logits(model, inputs)
-    return PrefillOutputs(logits, _at(seen[-1], last_columns(inputs)), attention)
+    return PrefillOutputs(logits, _at(seen[-1], last_positions(inputs)), attention)
 
 
 @contextmanager
 def _decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Last hidden states of the decoder's calls, `[B, T, D]`."""
+    """Records the last hidden states `[B, T, D]` of the decoder's calls."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         seen.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-    # Registered after a patch, the hook sees states of the caller's length.
+    # Registered after the hooks of a patch, so it sees states of the caller's length.
     handle = anatomy.find(model).decoder.register_forward_hook(keep)
     try:
         yield seen
@@ -108,8 +107,8 @@ def _decoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _at(states: Tensor, columns: Tensor) -> Tensor:
-    return states[torch.arange(len(columns)), columns.to(states.device)].float()
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    return states[torch.arange(len(positions)), positions.to(states.device)].float()
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -119,13 +118,13 @@ def divergence(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def cosine(reference: Tensor, states: Tensor) -> Tensor:
-    """`[B]` cosine between rows `[B, D]`, in float32 at least; 0 where it is not a number."""
-    kind = torch.promote_types(reference.dtype, torch.float32)
-    return torch.nn.functional.cosine_similarity(reference.to(kind), states.to(kind), dim=-1).nan_to_num(0.0)
+    """`[B]` cosine between rows `[B, D]`, in float32 or the wider dtype; 0 instead of NaN."""
+    dtype = torch.promote_types(reference.dtype, torch.float32)
+    return torch.nn.functional.cosine_similarity(reference.to(dtype), states.to(dtype), dim=-1).nan_to_num(0.0)
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
-    """`|other - reference| / |reference|`, Frobenius norms over everything; 0 where both are 0."""
+    """`|other - reference| / |reference|`, Frobenius norms; 0 where both are 0."""
     reference, difference = reference.double(), other.double() - reference.double()
     size = float(reference.norm())
     return float(difference.norm()) / size if size else float(difference.any())

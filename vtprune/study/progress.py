@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long work: a progress bar, results written as they come, going on after an interrupt, nothing overwritten unasked.
+"""Long-running work: progress bars, incremental result files, and resuming after an interrupt.
 
-A result file is a JSON object. Some of its entries, the *header*, say what its results are comparable under: versions,
-machine, weights, settings. Work goes on with a file of the same header and refuses one of another.
+A result file is a JSON object. Some of its entries, the *header*, describe the conditions of its results: versions,
+machine, weights, settings. Work resumes with a file of the same header and refuses one with another header.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class StaleResultError(VTPruneError, ValueError):
-    """A result file holds results of another version or other settings, or none that can be read."""
+    """A result file is of another version or other settings, or unreadable."""
 
 
 def versions() -> dict[str, str]:
@@ -41,26 +41,26 @@ def versions() -> dict[str, str]:
 
 
 def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, on average; None where the system does not count them."""
+    """Load average of the last minute; None where the system has none."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def load(
     path: str | Path | None, header: Mapping[str, Any], force: bool = False, schema: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Reads earlier results that work can go on with.
+    """Reads earlier results to resume from.
 
     Args:
         path: The result file, or None.
-        header: What results must have in common.
-        force: Begin anew, whatever the file holds.
+        header: Entries that the file must have.
+        force: Ignore the file.
         schema: A JSON Schema of the rest of the file.
 
     Returns:
-        dict: What the file holds; empty without a file, and with `force`.
+        dict: Content of the file; empty without a file or with `force`.
 
     Raises:
-        StaleResultError: The file is of another header, or cannot be read; the message names what differs.
+        StaleResultError: The header differs, and the message says where, or the file is unreadable.
     """
     if path is None or force or not Path(path).exists():
         return {}
@@ -70,11 +70,11 @@ def load(
     except FileError as error:
         raise StaleResultError(f"{path} cannot be read as a result ({error}); {advice}") from error
     if not isinstance(data, dict):
-        raise StaleResultError(f"{path} holds no result (a JSON object was expected); {advice}")
+        raise StaleResultError(f"{path} is not a result file (expected a JSON object); {advice}")
     wanted = json.loads(json.dumps(dict(header)))
     differing = list(_differences(data, wanted))
     if differing:
-        raise StaleResultError(f"{path} holds results of another version or setting: {'; '.join(differing)}; {advice}")
+        raise StaleResultError(f"{path} has results of another version or setting: {'; '.join(differing)}; {advice}")
     try:
         check_schema(data, schema or {})
     except FileError as error:
@@ -97,14 +97,14 @@ def _short(value: Any) -> str:
 
 
 def save(path: str | Path | None, data: Mapping[str, Any]) -> None:
-    """Writes results as JSON at once or not at all: an interrupt leaves the old file or the new one.
+    """Writes results as JSON atomically: an interrupt leaves either the old file or the new one.
 
     Args:
-        path: The result file, whose folder is made; None writes nothing.
-        data: What it shall hold.
+        path: The result file, whose folder is created; None writes nothing.
+        data: The results.
 
     Raises:
-        StaleResultError: There is something else than a regular file, such as a device, which would be replaced.
+        StaleResultError: The path exists and is not a regular file, such as a device.
     """
     if path is None:
         return
@@ -122,16 +122,16 @@ def save(path: str | Path | None, data: Mapping[str, Any]) -> None:
 
 @contextmanager
 def bar(what: str, total: int, done: int = 0, console: Console | None = None) -> Iterator[Callable[[str], None]]:
-    """Shows a progress bar on standard error while work is done; where that is no terminal, its end only.
+    """Shows a progress bar on standard error; if that is not a terminal, only its final state.
 
     Args:
-        what: What is done.
-        total: Steps in all.
-        done: Steps that an earlier run has done.
-        console: Another place to show it.
+        what: Description of the work.
+        total: Total number of steps.
+        done: Steps done by an earlier run.
+        console: Console to use instead of standard error.
 
     Yields:
-        Callable: To be called after each step, with the name of the next one or of what was done.
+        Callable: Function to call after each step, with a text to show beside the bar.
     """
     from rich.console import Console
     from rich.progress import (
@@ -146,7 +146,7 @@ def bar(what: str, total: int, done: int = 0, console: Console | None = None) ->
     columns: tuple = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     place = console or Console(stderr=True)
     columns += (TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    # Where standard output goes to a file, what is printed must go on going there.
+    # Redirected standard output, such as to a file, must not be captured by the bar.
     with Progress(*columns, console=place, redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total, completed=done, now="")
 
@@ -165,17 +165,17 @@ def work(
     processes: int = 1,
     name: Callable[[Job], str] = str,
 ) -> Iterator[tuple[Job, Result]]:
-    """Does jobs under a progress bar and yields each with its result as soon as it is there.
+    """Runs jobs under a progress bar and yields each with its result as soon as it is done.
 
-    An interrupt ends it after the jobs that are running; what was yielded before is the caller's, and saved.
+    An interrupt ends the work after the running jobs.
 
     Args:
-        jobs: What is left to do.
-        run: Does one; with several processes it must be importable, as must the jobs.
+        jobs: Jobs to run.
+        run: Runs one job; with several processes it and the jobs must be picklable.
         what: Text of the bar.
-        done: Jobs that an earlier run has done.
-        processes: How many at a time. Results then come in any order.
-        name: What the bar says of a job that is done.
+        done: Number of jobs done by an earlier run.
+        processes: Number of processes; with several, results come in any order.
+        name: Text of a finished job for the bar.
     """
     with bar(what, done + len(jobs), done) as step:
         if processes == 1 or len(jobs) <= 1:
@@ -204,17 +204,18 @@ def each(
     *,
     processes: int = 1,
 ) -> Iterator[tuple[str, Result]]:
-    """Does checks by name, again if they were done before, as code changes between two runs of one version.
+    """Runs checks by name and resumes an interrupted run.
 
-    Only an interrupted run is gone on with: `data["left"]` holds what is still to be done, and is gone at the end.
+    Checks of a finished run are run again, because code can change within one version. `data["left"]` has the names
+    that remain to be run, and is removed at the end.
 
     Args:
-        data: What the result file holds; the caller adds each result when it is yielded.
-        names: What shall be done.
-        run: Does one, as in `work`.
+        data: Content of the result file; the caller adds each result when it is yielded.
+        names: Names of the checks.
+        run: Runs one, as in `work`.
         what: Text of the bar.
         write: Writes `data`; called after each result.
-        processes: How many at a time.
+        processes: Number of processes.
     """
     left = data.get("left", [])
     todo = [name for name in names if name in left] if left and set(left) <= set(names) else list(names)
@@ -229,7 +230,7 @@ def each(
 
 @contextmanager
 def script(path: str | Path | None) -> Iterator[None]:
-    """For `main` of a script: as `interruptible`, and a refused result file ends it with one line and exit code 2."""
+    """`interruptible` for `main` of a script; a refused result file also ends it, with one line and exit code 2."""
     try:
         with interruptible(path):
             yield
@@ -240,12 +241,12 @@ def script(path: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def interruptible(path: str | Path | None) -> Iterator[None]:
-    """Ends a script that is interrupted with exit code 130, and where it has a file with a word on how to go on."""
+    """Ends an interrupted script with exit code 130 and, if it has a result file, a hint on how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        where = f"what is done is in {path}; " if path is not None and Path(path).exists() else ""
-        _say(f"interrupted: {where}the same command goes on from there" if path is not None else "interrupted")
+        where = f"finished results are in {path}; " if path is not None and Path(path).exists() else ""
+        _say(f"interrupted: {where}run the same command to resume" if path is not None else "interrupted")
         raise SystemExit(130) from None
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learn then test: which settings keep a risk below a limit, with a given probability.
+"""Learn then Test: settings whose risk is below a limit, with a given probability.
 
 Angelopoulos, Bates, Candes, Jordan and Lei, "Learn then Test" (arXiv 2110.01052): every setting has a p-value for the
-hypothesis that its risk is above the limit. Settings are tried in an order that is fixed beforehand, each at the full
-level, until the first is not rejected; the risk of none of the rejected ones is above the limit, with the probability
-asked for. Nothing is assumed about how the risk depends on the setting.
+hypothesis that its risk is above the limit. Settings are tested in a fixed order, each at the full level, until the
+first is not rejected; with the given probability, the risk of all rejected ones is below the limit. Nothing is assumed
+about how the risk depends on the setting.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def p_value(mean_loss: float, n: int, risk: float) -> float:
 
     Args:
         mean_loss: Mean of `n` independent losses in [0, 1].
-        n: Their number.
+        n: Number of losses.
         risk: The limit, in (0, 1).
     """
     if mean_loss >= risk:
@@ -43,18 +43,18 @@ def p_value(mean_loss: float, n: int, risk: float) -> float:
 
 
 def exact_p_value(changes: int, n: int, risk: float) -> float:
-    """The same for losses that are 0 or 1: the binomial tail, never larger."""
+    """`p_value` for losses that are 0 or 1, as the binomial tail, which is never larger."""
     return 1.0 if changes >= n * risk else binomial_cdf(changes, n, risk)
 
 
 def _divergence(a: float, b: float) -> float:
-    """Kullback-Leibler divergence of two coins, in nats."""
+    """Kullback-Leibler divergence of two Bernoulli distributions, in nats."""
     first = a * math.log(a / b) if a > 0 else 0.0
     return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
 
 
 def rejected(p_values: Sequence[float], level: float) -> int:
-    """How many settings, from the first on, are certified by fixed-sequence testing at `level`."""
+    """Number of settings, from the first on, that fixed-sequence testing at `level` certifies."""
     for number, value in enumerate(p_values):
         if value > level:
             return number
@@ -62,12 +62,12 @@ def rejected(p_values: Sequence[float], level: float) -> int:
 
 
 def pictures_needed(share: float, risk: float, level: float, most: int = 1_000_000) -> int | None:
-    """The least number of pictures with which a share of changed answers would be certified.
+    """Smallest number of pictures with which a share of changed answers would be certified.
 
     Args:
-        share: Share of changed answers that is expected.
+        share: Expected share of changed answers.
         risk, level: As for `p_value` and `rejected`.
-        most: Where the search ends.
+        most: Limit of the search.
 
     Returns:
         int: None where `share` is not below `risk`, or more than `most` pictures would be needed.

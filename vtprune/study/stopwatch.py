@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and memory of one `generate` call, by part: vision tower, prefill, each further token, cache.
 
-Marks are set before and after the image encoder and the model's forward calls. On a CUDA device a mark is an event in
-the current stream, which does not synchronize; elsewhere it is a reading of the clock, after synchronizing.
+Timestamps are taken before and after the image encoder and the model's forward calls. On a CUDA device a timestamp is
+an event in the current stream, which does not synchronize; elsewhere it is read from the clock after synchronizing.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..models.transformers_names import cache_of, encoder_method
 
 @dataclass
 class Run:
-    """What one generation took.
+    """Time and memory of one generation.
 
     Attributes:
         vision: Seconds in the image encoder and projector; 0 if they did not run.
-        prefill: Seconds of the first forward call, without vision; the selection is part of it.
-        decision: Seconds at the cuts: reading what the method reads, selecting tokens, gathering them.
+        prefill: Seconds of the first forward call, without vision but with selection.
+        decision: Selection time in seconds: reading the method's inputs, selecting tokens, gathering them.
         token: Seconds of a further forward call (median); None if there was none.
         total: Seconds of the whole call of `generate`.
         kv_bytes: Keys and values of all layers after the prefill.
-        peak_bytes: Most memory held at once: allocated on an accelerator, else resident in the process, weights
-            included. None where the system does not say.
-        cpu: The times above once more, in CPU seconds of all threads of the process, which other programs on a busy
-            machine do not lengthen; None on accelerators.
+        peak_bytes: Peak memory: allocated on an accelerator, else resident in the process, weights included; None
+            where the system does not report it.
+        cpu: The same times in CPU seconds of all threads of the process, which other programs do not affect; None on
+            accelerators.
     """
 
     vision: float
@@ -54,17 +54,17 @@ class Run:
 
 
 class Stopwatch:
-    """Takes marks on a device's time line.
+    """Takes timestamps on a device.
 
     Args:
-        device: Where the work that is measured runs.
+        device: Device of the measured work.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def mark(self) -> Any:
-        """A point in time, for `seconds`."""
+        """Returns a timestamp for `seconds`."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -73,7 +73,7 @@ class Stopwatch:
         return time.perf_counter(), time.process_time()
 
     def seconds(self, start: Any, end: Any, cpu: bool = False) -> float:
-        """From one mark to another; waits for the device. With `cpu` the CPU seconds of the process, not on CUDA."""
+        """Seconds between two timestamps, after waiting for the device; with `cpu`, CPU seconds (not on CUDA)."""
         if self.device.type == "cuda":
             end.synchronize()
             return start.elapsed_time(end) / 1000
@@ -92,7 +92,7 @@ class _Marks:
 
 @contextmanager
 def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[_Marks]:
-    """Takes marks around the encoders, the forward calls and the cuts of a model."""
+    """Takes timestamps around the encoders, the forward calls and the cuts of a model."""
     marks = _Marks()
     running: list[Any] = []
     undo: list[Callable[[], None]] = []
@@ -121,8 +121,8 @@ def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[
         if len(marks.forward) == 1 and cache_of(output) is not None:
             marks.kv_bytes = cache_bytes(cache_of(output))
 
-    # The patch cuts in a hook before a layer: one hook goes before it and one after it. While a method reads queries
-    # and keys, the layer is called a second time inside.
+    # The patch cuts in a pre-hook of a layer; these two hooks run before and after it. While a method reads queries and
+    # keys, the layer is called a second time, which is not counted.
     cutting: list[Any] = []
 
     def cut_begins(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -147,7 +147,7 @@ def _watched(parts: Anatomy, watch: Stopwatch, cuts: Sequence[int]) -> Iterator[
 
 
 def _replace(module: nn.Module, name: str, function: Callable) -> Callable[[], None]:
-    """Puts a function in the place of a method of an instance; what is returned puts things as they were."""
+    """Replaces a method of an instance; the function returned restores it."""
     before = vars(module).get(name)
     setattr(module, name, function)
 
@@ -160,27 +160,27 @@ def _replace(module: nn.Module, name: str, function: Callable) -> Callable[[], N
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values of all layers of a transformers cache; layers without any count nothing."""
+    """Bytes of the keys and values of all layers of a transformers cache; layers without any count as 0."""
     cache = getattr(cache, "self_attention_cache", cache)
     parts = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     return sum(part.nbytes for part in parts if part is not None)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until an accelerator has finished its queued work; nothing on the CPU."""
+    """Waits until an accelerator has finished its queued work; does nothing on the CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @torch.no_grad()
 def generate(parts: Anatomy, inputs: Mapping[str, Any], new_tokens: int, cuts: Sequence[int] = ()) -> Run:
-    """Generates exactly `new_tokens` tokens, greedily, and says what it took.
+    """Generates exactly `new_tokens` tokens greedily and measures it.
 
     Args:
         parts: Anatomy of the model.
         inputs: Arguments of `generate`.
-        new_tokens: How many, 1 or more.
-        cuts: The decoder layers before which the model's patch cuts.
+        new_tokens: Number of tokens, 1 or more.
+        cuts: Decoder layers before which the model's patch cuts.
     """
     device = next(parts.decoder.parameters()).device
     watch = Stopwatch(device)
@@ -220,7 +220,7 @@ def _reset_peak(device: torch.device) -> None:
     if device.type != "cpu":
         return
     with contextlib.suppress(OSError):
-        _CLEAR.write_text("5")  # Linux: the high-water mark of resident memory starts anew
+        _CLEAR.write_text("5")  # Linux: resets the high-water mark of resident memory
 
 
 def _peak(device: torch.device) -> int | None:

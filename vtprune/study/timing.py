@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One prompt answered with and without pruning, side by side: answers, tokens, time to first token, KV bytes."""
+"""Measurement of one prompt with and without pruning: answers, tokens, time to first token, KV bytes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """An answer of the pruned or the unpruned model, and what it cost.
+    """Answer of the pruned or the unpruned model, and its cost.
 
     Attributes:
         answer: The decoded answer.
         visual_tokens: Visual tokens that reach the last decoder layer.
-        prompt_tokens: All prompt tokens that do.
+        prompt_tokens: All prompt tokens that reach it.
         seconds: Time to first token, from the model inputs to the first new token (vision tower, selection and prefill
             included): the median of `repeats`.
         vision: The part of `seconds` in the vision tower and the projector (median).
         selection_time: The part of `seconds` that selecting tokens takes (median; 0 without pruning).
-        kv_bytes: Bytes of all keys and values that the prompt leaves in the cache.
-        repeats: Runs that `seconds` is the median of.
+        kv_bytes: Bytes of all keys and values in the cache after the prefill.
+        repeats: Number of timed runs.
     """
 
     answer: str
@@ -44,16 +44,15 @@ class Side:
 def measure_side_by_side(
     model: Any, processor: Any, inputs: Mapping[str, Any], patch: Patch, *, max_new_tokens: int = 32, repeats: int = 5
 ) -> tuple[Side, Side]:
-    """Answers one prompt (batch of one) unpruned and pruned.
+    """Answers one prompt (batch of one) unpruned and pruned, and times both.
 
-    The two take turns, so that a machine that grows slower or faster meanwhile treats them alike; each is warmed up by
-    answering in full before the clock runs.
+    The two alternate, so that changes of the machine's speed affect both alike; each is warmed up by a full answer.
 
     Args:
         model: A patched model.
         processor: Its processor, for decoding.
         inputs: Model inputs of one prompt, on the device of the model.
-        patch: What `vtprune.patch` returned for the model.
+        patch: The patch of the model.
         max_new_tokens: Length limit of the answers.
         repeats: Timed runs of each.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for a strategy of VFlowOpt on a user's own pictures, by Bayesian optimisation."""
+"""Bayesian optimization of a VFlowOpt strategy on your own pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TRIAL = {
     "second": _SHARE,
     "value": {"type": "number", "minimum": -1e9, "maximum": 1e9},
 }
-# What a strategy file has about a search.
+# Schema of the search in a strategy file.
 _SEARCH: dict[str, Any] = {
     "mean_ratio": _SHARE,
     "num_layers": {"type": "integer", "minimum": 1, "maximum": 10_000},
@@ -52,13 +52,13 @@ _SAVED = {"required": [*_SEARCH], "properties": _SEARCH, "additionalProperties":
 
 @dataclass
 class Search:
-    """What was tried, and the best of it.
+    """The trials of a search and its best strategy.
 
     Attributes:
         mean_ratio: Mean share of visual tokens over the decoder-layer inputs, the same in all trials.
         num_layers: Layers of the decoder.
-        samples: Prompts that a trial was judged on.
-        seed: Start of the generators.
+        samples: Number of prompts that a trial was evaluated on.
+        seed: Seed of the generators.
         trials: For every trial its parameters and, as `value`, the sum over prompts of the cosine between the last
             hidden states with and without pruning.
     """
@@ -71,12 +71,12 @@ class Search:
 
     @property
     def best(self) -> dict[str, float]:
-        """The trial with the largest value, of equals the first."""
+        """The trial with the largest value; the first one of equals."""
         return max(self.trials, key=lambda trial: trial["value"])
 
     @property
     def strategy(self) -> VFlowOpt:
-        """The best strategy, to be passed to `vtprune.patch` as the method."""
+        """The best strategy, a `method` for `vtprune.patch`."""
         return strategy(self.best, self.mean_ratio, self.num_layers)
 
     def save(self, path: str | Path) -> None:
@@ -85,27 +85,27 @@ class Search:
         about = {"agreement": self.best["value"] / self.samples, "versions": progress.versions()}
         try:
             self.strategy.save(part, **about, **vars(self))
-            os.replace(part, path)  # an interrupt leaves the old file or the new one
+            os.replace(part, path)  # atomic: an interrupt leaves the old file or the new one
         finally:
             part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Search:
-        """Reads what `save` wrote.
+        """Reads a search written by `save`.
 
         Raises:
-            VTPruneError: The file is missing, or no search was saved there.
+            VTPruneError: The file is missing or is not a saved search.
         """
         try:
             VFlowOpt.load(path)
             data = read_json(path, {"required": ["about"], "properties": {"about": _SAVED}}, MAX_RESULTS)["about"]
         except (FileError, MethodError) as error:
-            raise VTPruneError(f"{path} holds no search that could be resumed: {error}") from error
+            raise VTPruneError(f"{path} is not a saved search and cannot be resumed: {error}") from error
         return cls(**{field.name: data[field.name] for field in fields(cls)})
 
 
 def bounds(mean_ratio: float) -> Bounds:
-    """Where parameters are searched: the released ranges, those of the first two cuts in proportion to the budget.
+    """Search ranges of the parameters: as released, those of the first two cuts in proportion to the budget.
 
     Args:
         mean_ratio: The budget. Above 0.5 the first cut is kept below 1.
@@ -123,7 +123,7 @@ def bounds(mean_ratio: float) -> Bounds:
 
 
 def strategy(params: Mapping[str, float], mean_ratio: float, num_layers: int) -> VFlowOpt:
-    """VFlowOpt with the given parameters; what the last cut keeps follows from the budget.
+    """VFlowOpt with the given parameters and, at the last cut, the share that meets the budget.
 
     Args:
         params: `threshold`, `alpha`, `grid`, `first` and `second`, the share that the second cut keeps of the first.
@@ -131,7 +131,7 @@ def strategy(params: Mapping[str, float], mean_ratio: float, num_layers: int) ->
         num_layers: Layers of the decoder.
 
     Returns:
-        VFlowOpt: Where even keeping all at the last cut costs less than `mean_ratio`, it keeps all.
+        VFlowOpt: It keeps all tokens at the last cut if even that costs less than `mean_ratio`.
     """
     start, end = VFlowOpt().cuts(num_layers)
     first, second = params["first"], params["second"]
@@ -140,7 +140,7 @@ def strategy(params: Mapping[str, float], mean_ratio: float, num_layers: int) ->
     if third <= 0:
         raise VTPruneError(
             f"first={first:g} and second={second:g} cost more than mean_ratio={mean_ratio:g} in {num_layers} layers "
-            "before the last cut; expected smaller shares"
+            "before the last cut; use smaller shares"
         )
     return VFlowOpt(
         threshold=params["threshold"],
@@ -163,23 +163,22 @@ def tune(
     force: bool = False,
     log: Callable[[Search], None] = lambda search: None,
 ) -> Search:
-    """Searches the parameters of VFlowOpt that leave the last token's hidden state nearest to the unpruned one.
+    """Searches parameters of VFlowOpt that keep the last token's hidden state closest to the unpruned one.
 
-    Paper: arXiv 2508.05211, the section on strategies. Maximises the sum over prompts of the cosine between the states
-    of the last prompt token after the final norm, unpruned and pruned, in float32; NaN counts 0. A Gaussian process
-    proposes the trials (the paper's 27 random ones and 300 in all are 10 and `trials` here); the first trial is the
-    released strategy that is nearest to the budget. The same seed gives the same search, also when it is interrupted
-    and resumed.
+    Paper: arXiv 2508.05211, the section on strategies. Maximizes the sum over prompts of the cosine between the states
+    of the last prompt token after the final norm, unpruned and pruned, in float32; NaN counts as 0. A Gaussian process
+    proposes the trials (the paper: 27 random ones of 300; here: 10 of `trials`); the first trial is the released
+    strategy nearest to the budget. The same seed gives the same search, even if it is interrupted and resumed.
 
     Args:
-        model: A vision-language model without a patch; it has none afterwards.
-        batches: Keyword arguments of its calls; about 30 pictures are enough, and answers are not needed.
-        mean_ratio: The cost that every trial has, in (0, 1).
-        trials: Trials in all, those of a resumed search included.
-        seed: Start of the generators.
-        path: The file that is written after every trial (`Search.save`).
-        resume: Go on from what `path` holds.
-        force: Begin anew and overwrite what `path` holds.
+        model: An unpatched vision-language model; it is unpatched afterwards.
+        batches: Keyword arguments of its calls, without answers; about 30 pictures are enough.
+        mean_ratio: Cost of every trial, in (0, 1).
+        trials: Total number of trials, including those of a resumed search.
+        seed: Seed of the generators.
+        path: File to write after every trial (`Search.save`).
+        resume: Resume the search saved in `path`.
+        force: Overwrite `path`.
         log: Called after every trial.
 
     Returns:
@@ -187,22 +186,24 @@ def tune(
 
     Raises:
         BudgetError: `mean_ratio` is out of range.
-        VTPruneError: optuna is not installed, the model is patched, the search to resume was another one, or `path`
+        VTPruneError: optuna is not installed, the model is patched, the saved search has other settings, or `path`
             exists without `resume` or `force`.
-        StaleResultError: The search to resume was made with another version.
+        StaleResultError: The saved search is of another version.
     """
     optuna = _optuna()
     if not Budget(mean_ratio=mean_ratio).may_drop or trials < 1:
-        raise VTPruneError(f"mean_ratio={mean_ratio} and trials={trials}: expected a share below 1 and 1 trial or more")
+        raise VTPruneError(
+            f"found mean_ratio={mean_ratio} and trials={trials}; expected a share below 1 and at least 1 trial"
+        )
     if find_patch(model) is not None:
-        raise VTPruneError("the model is patched: remove the patch before a strategy is searched on it")
+        raise VTPruneError("the model is patched; remove the patch before searching a strategy")
     if path is not None and Path(path).exists() and not resume and not force:
-        raise VTPruneError(f"{path} exists: --resume goes on with the search it holds, --force overwrites it")
+        raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
     batches = list(batches)
     reference = [metrics.last_states(model, batch) for batch in batches]
     search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed)
     if search.samples == 0:
-        raise VTPruneError("there are no prompts to search a strategy on")
+        raise VTPruneError("there are no prompts; expected at least one batch")
     if resume:
         search = _resumed(search, path)
     space = bounds(mean_ratio)
@@ -217,7 +218,7 @@ def tune(
     while (number := len(search.trials)) < trials:
         asked, params = None, _released(space, mean_ratio)
         if number:
-            # A sampler of its own for every trial: then a resumed search does not differ from an unbroken one.
+            # A new sampler for every trial, so that a resumed search equals an uninterrupted one.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.sampler = optuna.samplers.GPSampler(seed=seed + number, deterministic_objective=True)
@@ -244,7 +245,7 @@ def _value(
 
 
 def _released(space: Bounds, mean_ratio: float) -> dict[str, float]:
-    """The released strategy for the nearest budget, moved into the ranges of this one."""
+    """Parameters of the released strategy for the nearest budget, clamped to the search ranges."""
     preset = min(_PRESETS, key=lambda share: abs(math.log(share / mean_ratio)))
     known = VFlowOpt(preset=preset)
     assert known.first is not None and known.later is not None
@@ -260,14 +261,14 @@ def _released(space: Bounds, mean_ratio: float) -> dict[str, float]:
 
 def _resumed(fresh: Search, path: str | Path | None) -> Search:
     if path is None:
-        raise VTPruneError("resume=True needs the path of the file to resume from")
+        raise VTPruneError("resume=True needs a path; pass the file of the search to resume")
     old = Search.load(path)
-    progress.load(path, {"about": {"versions": progress.versions()}})  # refuses those of another version
+    progress.load(path, {"about": {"versions": progress.versions()}})  # raises for another version
     for name in ("mean_ratio", "num_layers", "samples", "seed"):
         if getattr(old, name) != getattr(fresh, name):
             raise VTPruneError(
-                f"{path} holds a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "
-                "with the same, or start anew with another file"
+                f"{path} has a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "
+                "with the same settings, or use another file"
             )
     return old
 
@@ -275,8 +276,10 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
 def _optuna() -> Any:
     try:
         optuna = importlib.import_module("optuna")
-        importlib.import_module("scipy")  # the sampler imports it only when it is used
+        importlib.import_module("scipy")  # the sampler imports it lazily
     except ImportError as error:
-        raise VTPruneError("the search needs optuna and scipy: pip install 'vtprune[tune]'") from error
+        raise VTPruneError(
+            "the search needs optuna and scipy, which are not installed: pip install 'vtprune[tune]'"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
