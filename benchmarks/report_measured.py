@@ -58,8 +58,8 @@ def latency(data: Data) -> str:
 
 
 _LATENCY = (
-    "way", "kept", "vision", "deciding", "prefill", "times as fast", "of the gain", "FLOPs bound", "a token",
-    "end to end", "times as fast", "peak", "KV cache",
+    "variant", "kept", "vision", "selection", "prefill", "speedup", "of the gain", "FLOPs bound", "per token",
+    "end to end", "speedup", "peak", "KV cache",
 )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_limit_is_the_model_on_the_kept_tokens(family: str) -> None:
     with vtprune.patch(model, ratio=0.5, method="uniform") as patch:
         pruned = stopwatch.generate(parts, inputs, 2, [0])
         kept = len(patch.last.kept[0])
-    assert limit.left(budget, int(visual[0].sum())) == kept
+    assert limit.tokens_left(budget, int(visual[0].sum())) == kept
     assert pruned.kv_bytes == run.kv_bytes and not find_patch(model)
 
     @torch.no_grad()
@@ -202,8 +202,8 @@ def test_shares_of_the_possible_gain() -> None:
 @pytest.mark.parametrize(
     ("unpruned", "pruned", "verdict"),
     [
-        (2.05, 2.2, "nothing to gain: even without deciding the prefill would be only 50.0 ms shorter"),
-        (3.0, 3.5, "does not pay: deciding takes 1500.0 ms, and the limit saves 1000.0 ms"),
+        (2.05, 2.2, "nothing to gain: even without selection the prefill would be only 50.0 ms shorter"),
+        (3.0, 3.5, "does not pay: selection takes 1500.0 ms, and the limit saves 1000.0 ms"),
         (3.0, 2.5, ""),
     ],
 )
@@ -229,8 +229,8 @@ def test_variants_are_read(plain: list[str]) -> None:
     assert "plain-visionzip keep=7" in keys and len(keys) == len(set(keys))
     assert (found[4].method.layer, found[4].method.relevance) == (0, "log")
     for text, words in {
-        "iwp:layer": "cannot read 'layer'",
-        "iwp:depth=3": "does not take 'depth=3'",
+        "iwp:layer": "cannot parse 'layer'",
+        "iwp:depth=3": "has no such options: 'depth=3'",
         "iwpp": "did you mean 'iwp'",
     }.items():
         with pytest.raises(vtprune.VTPruneError, match=words):

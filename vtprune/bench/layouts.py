@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How pictures reach a model, and prompts of random pictures and text with about as many visual tokens as asked for."""
+"""Random prompts with a given number of visual tokens, for the picture layouts of different model families."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# For each model the picture size that was found for a number of tokens: trying all takes a while.
+# For each model, the picture size found for a number of tokens, because the search is slow.
 _SIZES: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
@@ -20,8 +20,8 @@ class Pictures:
     """The pictures of one sample.
 
     Attributes:
-        tokens: Visual tokens they take in the prompt.
-        data: Arguments of the model; their first dimension counts over the pictures of all samples, or the samples.
+        tokens: Number of their visual tokens in the prompt.
+        data: Arguments of the model, whose first dimension runs over the pictures of all samples, or over samples.
     """
 
     tokens: int
@@ -29,10 +29,10 @@ class Pictures:
 
 
 class Layout:
-    """Makes pictures for a model."""
+    """Creates pictures for a model."""
 
     def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
-        """Random pictures with as nearly `tokens` visual tokens as the layout can have."""
+        """Random pictures whose number of visual tokens is as close to `tokens` as the layout allows."""
         raise NotImplementedError
 
     def around(self, config: Any) -> tuple[list[int], list[int]]:
@@ -53,7 +53,7 @@ class Fixed(Layout):
 
 @dataclass(frozen=True)
 class Tiles(Layout):
-    """One picture in many tiles, each squeezed into few tokens (SmolVLM)."""
+    """One picture in many tiles of few tokens each (SmolVLM)."""
 
     def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
         vision, factor = model.config.vision_config, model.config.scale_factor
@@ -72,7 +72,7 @@ class Grid(Layout):
         vision = model.config.vision_config
         merge, patch = vision.spatial_merge_size, vision.patch_size
         rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
-        if 4 * rows * rows < tokens:  # no rectangle of about this shape has exactly so many tokens
+        if 4 * rows * rows < tokens:  # no rectangle with an aspect ratio below 4 has exactly this many tokens
             rows = math.isqrt(tokens)
         columns = round(tokens / rows)
         grid = [1, rows * merge, columns * merge]
@@ -86,7 +86,7 @@ class Grid(Layout):
 
 @dataclass(frozen=True)
 class AnyRes(Layout):
-    """A thumbnail and tiles of every picture, with the padding taken out again (LLaVA-NeXT, LLaVA-OneVision)."""
+    """A thumbnail and tiles of every picture, without padding (LLaVA-NeXT, LLaVA-OneVision)."""
 
     def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
         known = _SIZES.setdefault(model, {})
@@ -99,7 +99,7 @@ class AnyRes(Layout):
         return Pictures(count * self._tokens(model, size), data)
 
     def _size(self, model: Any, tokens: int) -> tuple[int, int]:
-        """Height and width of pictures that come nearest to `tokens`, as few and as square as possible."""
+        """Height and width of pictures that come closest to `tokens`, as few and as square as possible."""
 
         def rank(size: tuple[int, int]) -> tuple[int, int, float]:
             each = self._tokens(model, size)
@@ -119,7 +119,7 @@ class AnyRes(Layout):
         return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
     def _tokens(self, model: Any, size: tuple[int, int]) -> int:
-        """The model's own packed layout says how many tokens are left of a picture."""
+        """Number of tokens of a picture after the model's own packing."""
         config, vision = model.config, model.config.vision_config
         empty = torch.zeros(self._tiles(model, size), (vision.image_size // vision.patch_size) ** 2, 1)
         select = {"vision_feature_select_strategy": "default"} if config.model_type == "llava_next" else {}
@@ -130,15 +130,15 @@ class AnyRes(Layout):
 
 
 def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed: int = 0) -> dict[str, Tensor]:
-    """Model inputs of random pictures between random text, on the model's device.
+    """Model inputs with random pictures between random text, on the model's device.
 
     Args:
         model: A model of the layout.
-        layout: How its pictures come.
-        batch: Samples; all have pictures of the same sizes.
-        tokens: Visual tokens of each, as near as the layout can come.
+        layout: Layout of its pictures.
+        batch: Number of samples, all with pictures of the same sizes.
+        tokens: Visual tokens of each, as closely as the layout allows.
         text: Text tokens of each, half of them after the pictures.
-        seed: Of the generator.
+        seed: Seed of the generator.
 
     Returns:
         dict: `input_ids` and `attention_mask` `[B, T]`, and the pictures in the model's dtype.
@@ -150,8 +150,8 @@ def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed:
     ids = []
     for pictures in samples:
         words = torch.randint(3, vocabulary * 3 // 5, (text,), generator=generator).tolist()
-        place = [*before, *[config.image_token_id] * pictures.tokens, *after]
-        ids.append([1, *words[: text // 2], *place, *words[text // 2 :]])
+        middle = [*before, *[config.image_token_id] * pictures.tokens, *after]
+        ids.append([1, *words[: text // 2], *middle, *words[text // 2 :]])
     inputs = {"input_ids": torch.tensor(ids)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for name in samples[0].data:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark: all variants answer a prompt in turns, round after round, and every round is written down."""
+"""The benchmark: all variants answer a prompt in rounds, and every round is saved."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ..study import progress, stopwatch
 from . import limit
 from .variants import Variant
 
-WARM = 576  # visual tokens that a CPU is warmed up with at most
+WARM = 576  # most visual tokens of a warm-up on a CPU
 REFUSALS = (BudgetError, MethodError, NothingPrunedError, UnsupportedModelError)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One prompt.
+    """Sizes of one prompt.
 
     Attributes:
-        batch: Samples, each the same length.
-        tokens: Visual tokens of each that were asked for; None for a picture of the user's own.
+        batch: Number of samples, all of the same length.
+        tokens: Requested visual tokens of each; None for the user's own picture.
     """
 
     batch: int
@@ -45,12 +45,12 @@ class Setting:
 
 @dataclass
 class Bench:
-    """A model and what is asked of it.
+    """A model and the variants to time on it.
 
     Attributes:
-        model: Without a patch.
-        prompt: Makes the arguments of `generate` for a setting.
-        variants: What takes turns.
+        model: An unpatched model.
+        prompt: Function that returns the arguments of `generate` for a setting.
+        variants: Variants to time, in order.
         new_tokens: Tokens generated in every run.
     """
 
@@ -67,13 +67,13 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        """Of the decoder's embeddings, where prompts are put."""
+        """Device of the decoder's embeddings and of the prompts."""
         weight = self.parts.embeddings.weight
         assert isinstance(weight, Tensor)
         return weight.device
 
     def about(self) -> dict[str, Any]:
-        """Sizes of the model, for the result."""
+        """Sizes of the model, for the result file."""
         size = {name: sum(p.numel() for p in part.parameters()) for name, part in self._counted()}
         return {**size, "layers": self.parts.num_layers}
 
@@ -81,7 +81,7 @@ class Bench:
         return [("parameters", self.parts.model), ("decoder_parameters", self.parts.decoder)]
 
     def prepare(self, setting: Setting) -> Prompt:
-        """Makes a setting's prompt and what its limits need.
+        """Creates the prompt of a setting, with the embeddings that its limits need.
 
         Raises:
             VTPruneError: The prompt has no visual tokens, or samples with different numbers of them.
@@ -91,17 +91,19 @@ class Bench:
         visual = torch.isin(inputs["input_ids"], ids)
         counts = visual.sum(1).tolist()
         if not counts[0] or len(set(counts)) > 1:
-            raise VTPruneError(f"the samples have {counts} visual tokens; expected the same number, above 0, in each")
+            raise VTPruneError(
+                f"the samples have {counts} visual tokens; expected the same number, at least 1, in each"
+            )
         return Prompt(inputs, visual, limit.embedded_prompt(self.parts, inputs))
 
     def warming(self, setting: Setting, prompt: Prompt) -> Prompt:
-        """What to warm up on: the prompt itself, except on a CPU, which is warm after a short one."""
+        """Prompt for the warm-up: the prompt itself, but a short one on a CPU, for which that is enough."""
         if self.device.type != "cpu" or setting.tokens is None or setting.tokens <= WARM:
             return prompt
         return self.prepare(Setting(setting.batch, WARM))
 
     def round(self, prompt: Prompt) -> dict[str, dict[str, Any]]:
-        """Every variant once, in order: by its key, what it took."""
+        """Runs every variant once, in order; returns the measurements by key."""
         return {variant.key: self._answer(variant, prompt) for variant in self.variants}
 
     def _answer(self, variant: Variant, prompt: Prompt) -> dict[str, Any]:
@@ -152,8 +154,8 @@ class Prompt:
 
     Attributes:
         inputs: Arguments of `generate`.
-        visual: `[B, T]` bool, columns that hold visual tokens.
-        embeds: `[B, T, D]` what the decoder is given.
+        visual: `[B, T]` bool, True at visual tokens.
+        embeds: `[B, T, D]` inputs of the decoder.
     """
 
     inputs: Mapping[str, Any]
@@ -175,23 +177,23 @@ def run(
     force: bool = False,
     warm_up: int = 1,
 ) -> dict[str, Any]:
-    """Runs a benchmark, or what is left of it.
+    """Runs a benchmark, or resumes one.
 
     Args:
         bench: The model and the variants.
         settings: Prompts, one after the other.
-        rounds: How often each variant runs on each of them.
-        header: What results are only comparable under; see `header`.
+        rounds: Runs of each variant on each prompt.
+        header: Conditions of the results; see `header`.
         out: The result file, written after every round.
-        force: Overwrite a result of another header, and measure anew what is there.
-        warm_up: Rounds before, which are not counted.
+        force: Overwrite the result file.
+        warm_up: Rounds before the timed ones.
 
     Returns:
         dict: The header, `about` the model, and `settings`: for each setting its `batch`, `tokens` and `rounds`, each
-        with the `load` of the machine when it began and its `runs`.
+        with the load average at its start (`load`) and its `runs`.
 
     Raises:
-        StaleResultError: `out` holds a result of another header.
+        StaleResultError: `out` is a result with another header.
     """
     data = {**header, "about": bench.about(), "settings": {}}
     data["settings"] = progress.load(out, header, force).get("settings", {})
@@ -220,13 +222,13 @@ def run(
 
 
 def header(bench: Bench, name: str, text: int | None, seed: int = 0) -> dict[str, Any]:
-    """What times are only comparable under.
+    """Conditions under which times are comparable.
 
     Args:
         bench: The model and the variants.
-        name: Of the model.
-        text: Text tokens of the prompts, None for prompts of the user's own.
-        seed: Of weights and prompts.
+        name: Name of the model.
+        text: Text tokens of the prompts, None for the user's own prompts.
+        seed: Seed of weights and prompts.
     """
     device = bench.device
     return {

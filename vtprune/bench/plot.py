@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a benchmark: where the time of each variant goes, beside the limit."""
+"""Chart of a benchmark: the time of each variant by part, beside the limit."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from . import summary
 
 _PARTS = (
     ("vision", "#b8c4ce"),
-    ("deciding", "#d1495b"),
+    ("selection", "#d1495b"),
     ("rest of the prefill", "#1b6ca8"),
     ("further tokens and the rest", "#8fbcd4"),
 )
 
 
 def check(path: str | Path) -> None:
-    """Refuses early what `save` could not write.
+    """Checks before a benchmark that `save` will be able to write a chart.
 
     Raises:
-        InputError: The file's ending is not that of a picture.
+        InputError: The file has no ending of an image file.
         VTPruneError: matplotlib is not installed.
     """
     if Path(path).suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"cannot write a plot to {path}; expected a file name that ends in .svg, .png or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
-        raise VTPruneError("a plot needs matplotlib: pip install matplotlib, or leave --plot out")
+        raise VTPruneError("a plot needs matplotlib, which is not installed: pip install matplotlib, or omit --plot")
 
 
 def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
-    """Draws a bar for every variant in every setting, in parts, and the limits as dashed lines.
+    """Draws a bar of parts for every variant in every setting, and the limits as dashed lines.
 
     Args:
-        data: What `vtprune.bench.measure.run` returns.
-        path: File to write; its ending (.svg, .png, .pdf) tells the format. The same data gives the same file.
-        cpu: CPU time of the process in place of time by the clock.
+        data: Return value of `vtprune.bench.measure.run`.
+        path: File to write; its ending (.svg, .png, .pdf) selects the format. The same data gives the same file.
+        cpu: Use CPU time of the process instead of wall-clock time.
     """
     check(path)
     import matplotlib
@@ -69,7 +69,7 @@ def _groups(data: Mapping[str, Any], cpu: bool) -> list[tuple[str, list[dict[str
         if mine:
             groups.append((name, mine))
     if not groups:
-        raise VTPruneError("the result holds no run to draw")
+        raise VTPruneError("the result has no successful run to draw; see its refusals")
     return groups
 
 
@@ -79,8 +79,8 @@ def _bars(ax: Any, rows: list[dict[str, Any]]) -> None:
     lengths = []
     for row in rows:
         seen = vision if row["variant"].startswith("limit ") else row["vision"]["median"]
-        deciding, prefill = row["decision"]["median"], row["prefill"]["median"]
-        lengths.append((seen, deciding, prefill - deciding, row["end_to_end"]["median"] - seen - prefill))
+        selection, prefill = row["decision"]["median"], row["prefill"]["median"]
+        lengths.append((seen, selection, prefill - selection, row["end_to_end"]["median"] - seen - prefill))
     for part, (label, color) in enumerate(_PARTS):
         widths = [1e3 * max(0.0, length[part]) for length in lengths]
         ax.barh(range(len(rows)), widths, left=starts, color=color, label=label, height=0.7)

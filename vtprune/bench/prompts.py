@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for a model with a processor: a picture of the user's own, or gray noise of about the tokens asked for."""
+"""Prompts for a model with a processor: the user's picture, or noise with a given number of visual tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from .measure import Setting
 
-SIDES = (224, 336, 448, 672, 896, 1344, 1792)  # of the pictures that are tried
+SIDES = (224, 336, 448, 672, 896, 1344, 1792)  # sides of the pictures to try, in pixels
 MOST_PICTURES = 16
 QUESTION = "What is in the picture?"
 
@@ -24,17 +24,17 @@ QUESTION = "What is in the picture?"
 def of_processor(
     model: Any, processor: Any, picture: Image | None, question: str | None, setting: Setting
 ) -> dict[str, Any]:
-    """Model inputs of a setting: the same prompt in every sample.
+    """Model inputs of a setting, with the same prompt in every sample.
 
     Args:
         model: The model.
         processor: Its processor.
-        picture: The user's own, or None for noise with about `setting.tokens` visual tokens.
+        picture: The user's picture, or None for noise with about `setting.tokens` visual tokens.
         question: The text; by default a plain question.
-        setting: How many samples, and how many visual tokens of each.
+        setting: Number of samples, and of visual tokens of each.
 
     Raises:
-        InputError: The processor refuses the prompt.
+        InputError: The processor rejects the prompt.
     """
     pictures = [picture] if picture is not None else _pictures(model, processor, setting.tokens or 576)
     return _inputs(model, processor, pictures, question or QUESTION, setting.batch)
@@ -51,7 +51,7 @@ def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, ba
                 return_tensors="pt",
                 padding=batch > 1,
             )
-        except Exception as error:  # processors raise what they like
+        except Exception as error:  # processors raise any type of error
             what = f"{type(processor).__name__} cannot make a prompt of {len(pictures)} pictures"
             raise InputError(f"{what}: {one_line(error)}") from error
     made = made.to(model.device)
@@ -62,7 +62,7 @@ def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, ba
 
 
 def _text(processor: Any, count: int, question: str) -> str:
-    """The prompt as text, with a placeholder for every picture."""
+    """Text of the prompt, with a placeholder for every picture."""
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -71,7 +71,7 @@ def _text(processor: Any, count: int, question: str) -> str:
 
 
 def _pictures(model: Any, processor: Any, tokens: int) -> list[Image]:
-    """Pictures of noise, as few as possible, that come nearest to the visual tokens asked for."""
+    """Noise pictures, as few as possible, that come closest to the requested number of visual tokens."""
     from PIL import Image
 
     ids = torch.tensor(list(inspect(model).placeholders.values()))
@@ -88,5 +88,7 @@ def _pictures(model: Any, processor: Any, tokens: int) -> list[Image]:
         if best is None or found < best:
             best, chosen = found, image
     if best is None:
-        raise InputError(f"{type(processor).__name__} puts no image placeholder into a prompt")
+        raise InputError(
+            f"{type(processor).__name__} puts no image placeholder into a prompt; expected a processor of images"
+        )
     return [chosen] * best[1]

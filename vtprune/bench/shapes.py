@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named architectures with random weights, so that speed can be measured anywhere without a download.
+"""Named architectures with random weights, to measure speed without a download.
 
-Times depend on the sizes of a model and not on what it has learned. Sizes are those of the published configurations,
-built from the stock classes of transformers.
+Times depend on the sizes of a model, not on its weights. Sizes are those of the published configurations, and the
+models are built from the classes of transformers.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Shape:
     """An architecture.
 
     Attributes:
-        name: As given on the command line.
-        about: What it is, in a few words.
-        config: Makes its transformers config.
-        layout: How its pictures come.
+        name: Name on the command line.
+        about: Short description.
+        config: Function that returns its transformers config.
+        layout: Layout of its pictures.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Shape:
     def build(
         self, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
     ) -> torch.nn.Module:
-        """The model in eval mode, with weights drawn from a seeded generator; the global one is left as it was.
+        """Builds the model in eval mode with random weights, without changing the global random state.
 
         Args:
-            device: Where it is made.
-            dtype: Of the weights.
+            device: Device of the model.
+            dtype: Dtype of the weights.
             attention: Attention implementation of transformers.
-            seed: Start of the generator.
+            seed: Seed of the weights.
         """
         import torch
         from transformers import AutoModelForImageTextToText
@@ -60,10 +60,10 @@ class Shape:
 
 
 def get(name: str) -> Shape:
-    """The shape of that name.
+    """Returns the shape of a name.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such shape.
     """
     if name not in SHAPES:
         raise InputError(f"no shape {name!r}; expected one of {', '.join(SHAPES)}")
@@ -199,11 +199,11 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("llava-1.5-7b", "CLIP-L at 336 pixels, 576 tokens a picture; Vicuna 7B", _llava, Fixed()),
-        Shape("llava-next-7b", "the same with tiles of any resolution", _llava_next, AnyRes()),
+        Shape("llava-next-7b", "CLIP-L on tiles of any resolution; Vicuna 7B", _llava_next, AnyRes()),
         Shape("llava-onevision-7b", "SigLIP at 384 pixels, up to 9 tiles; Qwen2 7B", _llava_onevision, AnyRes()),
-        Shape("qwen2.5-vl-7b", "own tower at any resolution; Qwen2.5 7B with M-RoPE", _qwen2_5_vl, Grid()),
+        Shape("qwen2.5-vl-7b", "native-resolution tower; Qwen2.5 7B with M-RoPE", _qwen2_5_vl, Grid()),
         Shape("smolvlm-500m", "SigLIP-B on tiles of 512 pixels, 64 tokens each; SmolLM2 360M", _smolvlm, Tiles()),
-        Shape("small", "for CPUs: ViT-S, 576 tokens a picture; a decoder as Qwen2 0.5B", _small, Fixed()),
+        Shape("small", "for CPUs: ViT-S, 576 tokens a picture; a decoder of the size of Qwen2 0.5B", _small, Fixed()),
         Shape("tiny", "to try the command: 144 tokens a picture, 4 layers", _tiny, Fixed()),
     )
 }

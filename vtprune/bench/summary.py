@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the rounds of a benchmark to rows: medians, spread, distance to the limit, and whether pruning paid.
+"""Summary rows of a benchmark: medians, spread, distance to the limit, and whether pruning pays.
 
-Ratios are medians over rounds of the ratio inside a round, whose runs stood next to each other in time: on a machine
-that is busy now and idle then they are far steadier than ratios of medians.
+Ratios are medians of the ratios within each round, whose runs are adjacent in time: under varying load they are far
+more stable than ratios of medians.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-NOTHING_TO_GAIN = 0.95  # a limit above this share of the unpruned prefill leaves nothing worth having
+NOTHING_TO_GAIN = 0.95  # with a limit above this share of the unpruned time, the gain is too small to measure
 
 
 def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
     """One row for every variant in every setting of a result.
 
     Args:
-        data: What `vtprune.bench.measure.run` returns.
-        cpu: CPU time of the process in place of time by the clock.
+        data: Return value of `vtprune.bench.measure.run`.
+        cpu: Use CPU time of the process instead of wall-clock time.
 
     Returns:
         list[dict]: With `batch`, `tokens` and `variant`, and either `refused`, the reason, or
@@ -27,12 +27,12 @@ def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
         * `visual`, `text`, `kept`, `mean_ratio`: tokens of a sample;
         * `vision`, `decision`, `prefill`, `token`, `end_to_end`: seconds as `median`, `low` and `high`;
         * `peak_bytes`, `kv_bytes`, `kv_bytes_formula`;
-        * `speedup`, `speedup_end_to_end`: times as fast as unpruned; `decision_share`, deciding as a share of the
-          unpruned prefill;
-        * `flops_bound`: seconds the prefill would take if time fell as operations do, and `flops_gain`, the share of
-          that gain that was had;
-        * and where a limit was measured `over_limit` (0.05 is 5 % more than the limit's prefill), `gain`, the share of
-          the possible gain in prefill that was had, `gain_end_to_end`; and `verdict`.
+        * `speedup`, `speedup_end_to_end`: unpruned time divided by this time; `decision_share`, selection time divided
+          by the unpruned prefill;
+        * `flops_bound`: seconds of the prefill if time were proportional to FLOPs, and `flops_gain`, the achieved share
+          of that gain;
+        * and where a limit was measured `over_limit` (0.05 is 5 % more than the limit's prefill), `gain` and
+          `gain_end_to_end`, the achieved shares of the possible gain; and `verdict`.
     """
     return [row for setting in data["settings"].values() for row in _setting(setting, data["variants"], cpu)]
 
@@ -57,8 +57,8 @@ def _row(setting: Mapping[str, Any], rounds: list[dict], variant: str) -> dict[s
     for name in ("vision", "decision", "prefill", "token"):
         row[name] = _spread([run[name] for run in mine if run[name] is not None])
     both = [runs for runs in good if "refused" not in runs["unpruned"]]
-    limit = f"limit {variant.split()[-1]}"  # of the same budget
-    if variant.startswith("limit "):  # it is given embeddings, and its pictures would cost the same
+    limit = f"limit {variant.split()[-1]}"  # the limit of the same budget
+    if variant.startswith("limit "):  # it starts from embeddings; encoding its pictures would cost the same
         both_total = [runs[variant]["total"] + runs["unpruned"]["vision"] for runs in both]
         row["end_to_end"] = _spread(both_total)
     else:
@@ -112,7 +112,7 @@ def _against_limit(rounds: list[dict], variant: str, limit: str) -> dict[str, An
 
 
 def _gain(rounds: list[dict], time: Callable[[dict, str], float], variant: str, limit: str) -> float | None:
-    """Share of the possible gain that was had; None where there was hardly any to be had."""
+    """Achieved share of the possible gain; None where hardly any gain is possible."""
     if _median(rounds, lambda runs: time(runs, limit) / time(runs, "unpruned")) > NOTHING_TO_GAIN:
         return None
     return _median(
@@ -122,13 +122,13 @@ def _gain(rounds: list[dict], time: Callable[[dict, str], float], variant: str, 
 
 
 def _verdict(row: Mapping[str, Any], rounds: list[dict], variant: str, limit: str) -> str:
-    """Empty where pruning pays; else why it does not."""
+    """Why pruning does not pay; empty if it does."""
     saved = 1e3 * _median(rounds, lambda runs: runs["unpruned"]["prefill"] - runs[limit]["prefill"])
-    deciding = 1e3 * row["decision"]["median"]
+    selection = 1e3 * row["decision"]["median"]
     if row["gain"] is None:
-        return f"nothing to gain: even without deciding the prefill would be only {saved:.1f} ms shorter"
+        return f"nothing to gain: even without selection the prefill would be only {saved:.1f} ms shorter"
     if row["speedup"] <= 1:
-        return f"does not pay: deciding takes {deciding:.1f} ms, and the limit saves {saved:.1f} ms"
+        return f"does not pay: selection takes {selection:.1f} ms, and the limit saves {saved:.1f} ms"
     if row["speedup_end_to_end"] <= 1:
-        return "does not pay: the prefill is shorter, the whole answer is not"
+        return "does not pay: the prefill is faster, the whole answer is not"
     return ""

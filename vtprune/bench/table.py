@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of a benchmark, for a terminal."""
+"""Table of a benchmark for a terminal."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ _COLUMNS = (
     "",
     "kept",
     "vision",
-    "deciding",
+    "selection",
     "prefill",
     "speed-up",
     "of the gain",
     "FLOPs bound",
-    "a token",
+    "per token",
     "end to end",
     "speed-up",
     "peak",
     "KV",
 )
 _EXPLAINED = (
-    "Milliseconds, medians (prefill: lowest to highest in brackets), of runs in turn. "
-    "limit: the same model given a prompt that had only the kept tokens from the start. "
-    "of the gain: share of the prefill time between unpruned and the limit that was saved. "
-    "FLOPs bound: the prefill if time fell as operations do."
+    "Medians in milliseconds over alternating runs (prefill: minimum to maximum in brackets). "
+    "limit: the same model on a prompt that has only the kept tokens. "
+    "of the gain: achieved share of the prefill time between unpruned and the limit. "
+    "FLOPs bound: prefill time if it were proportional to FLOPs."
 )
 
 
 def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
-    """Prints a table for every setting of a result, and below it what does not pay and what was refused.
+    """Prints a table for every setting of a result, and below it the variants that do not pay or were refused.
 
     Args:
-        data: What `vtprune.bench.measure.run` returns.
-        console: Where to.
-        cpu: CPU time of the process in place of time by the clock.
+        data: Return value of `vtprune.bench.measure.run`.
+        console: Console to print to.
+        cpu: Use CPU time of the process instead of wall-clock time.
     """
     from rich.text import Text
 
@@ -54,12 +54,12 @@ def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
         console.print(_table(data, name, mine))
         for line in notes(mine):
             console.print(Text(line))
-    clock = " Time is CPU time of the process." if cpu else ""
+    clock = " All times are CPU times of the process." if cpu else ""
     console.print(Text(_EXPLAINED + clock))
 
 
 def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Lines about rows: what did not pay, what was refused, what differs from the formula."""
+    """Notes on rows that do not pay, were refused, or differ from the KV formula."""
     for row in rows:
         if "refused" in row:
             yield f"{row['variant']}: {row['refused']}"
@@ -67,7 +67,7 @@ def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{row['variant']}: {row['verdict']}"
         if row.get("kv_bytes") != row.get("kv_bytes_formula"):
             found, formula = row["kv_bytes"], row["kv_bytes_formula"]
-            yield f"{row['variant']}: the KV cache holds {found:,} B, its formula says {formula:,} B"
+            yield f"{row['variant']}: the KV cache has {found:,} bytes, its formula gives {formula:,} bytes"
 
 
 def _table(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> Table:

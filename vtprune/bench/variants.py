@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The variants to answer a prompt that a benchmark takes turns with: unpruned, the limits, and methods at budgets."""
+"""Variants that a benchmark times: the unpruned model, the limits, and methods at budgets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Kind = Literal["unpruned", "limit", "method"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant to answer.
+    """A way to answer a prompt.
 
     Attributes:
-        kind: "unpruned"; "limit", a prompt that had only the kept tokens; or "method".
-        label: What its row is called.
-        budget: None for the unpruned model.
-        method: For methods.
+        kind: "unpruned"; "limit", a prompt that has only the kept tokens; or "method".
+        label: Name of its row.
+        budget: Its budget; None for the unpruned model.
+        method: Its method; None for other kinds.
     """
 
     kind: Kind
@@ -34,15 +34,15 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Its name in a result file."""
+        """Name in a result file."""
         return self.label if self.budget is None else f"{self.label} {self.budget}"
 
 
 def method_of(text: str) -> Method:
-    """Reads `NAME` or `NAME:option=value,option=value`.
+    """Parses `NAME` or `NAME:option=value,option=value`.
 
     Raises:
-        InputError: The options cannot be read.
+        InputError: The options cannot be parsed.
         MethodError: There is no such method, or it has no such option.
     """
     name, _, options = text.partition(":")
@@ -50,7 +50,7 @@ def method_of(text: str) -> Method:
     for part in filter(None, options.split(",")):
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
-            raise InputError(f"cannot read {part!r} in {text!r}; expected NAME:option=value,option=value")
+            raise InputError(f"cannot parse {part!r} in {text!r}; expected NAME:option=value,option=value")
         try:
             values[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -59,15 +59,15 @@ def method_of(text: str) -> Method:
     try:
         return resolve(cls(**values))
     except TypeError as error:
-        raise InputError(f"{name} does not take {options!r} ({error}); see vtprune methods") from error
+        raise InputError(f"{name} has no such options: {options!r} ({error}); vtprune methods lists them") from error
 
 
 def variants(methods: Iterable[str], budgets: Iterable[Budget]) -> list[Variant]:
-    """All variants of one benchmark, in the order in which they take turns.
+    """All variants of a benchmark, in running order.
 
     Args:
-        methods: As `method_of` reads them; `random` and `pooling` come along always.
-        budgets: Each of `ratio` or `keep`.
+        methods: Texts for `method_of`; `random` and `pooling` are always added.
+        budgets: Budgets, each a `ratio` or `keep`.
     """
     chosen = {name: method_of(name) for name in dict.fromkeys([*ALWAYS, *methods])}
     found = [Variant("unpruned", "unpruned")]
