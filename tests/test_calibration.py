@@ -103,7 +103,7 @@ def test_padding_is_left_out_of_the_fit(model_and_batches: Any) -> None:
         != Curve.fit(scores)
     )
     assert calibration.fit(methods.Debiased(padding=False), *model_and_batches, sizes=sizes) == Curve.fit(scores)
-    with pytest.raises(vtprune.MethodError, match="sizes of 1 pictures and 2 pictures"):
+    with pytest.raises(vtprune.MethodError, match="sizes has 1 entries, the call 2 pictures"):
         collect(methods.FastV(), PaddingRule(), *model_and_batches, [sizes[0]] * 3)
 
 

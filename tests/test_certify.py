@@ -118,7 +118,7 @@ def test_the_smallest_ratio_before_the_first_failure_is_certified(prompts, monke
     needed = int(lines[2].split("take ")[1].split(" ")[0].replace(",", ""))
     assert needed == pictures_needed(3 / 120, 0.05, 0.05)
     assert made(many, monkeypatch, {0.8: 20}, log=lines.append).ratio == 1.0
-    assert "more than 0.05 allows" in lines[-1]
+    assert "above the allowed 0.05" in lines[-1]
 
 
 def test_questions_about_one_picture_are_one_observation(prompts, monkeypatch) -> None:
