@@ -81,7 +81,7 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
         and data["about"]["mean_ratio"] <= 0.2
         and f"energy {data['energy']:.6g}" in printed
     )
-    assert "exists: --force" in _refused(capfd, *arguments, "--out", out)
+    assert "exists; use --force" in _refused(capfd, *arguments, "--out", out)
     demo = ["demo", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report"]
     assert _run(*demo, "--auto", out, "--method", "divprune") == 0
     assert "auto (energy" in capfd.readouterr().out
@@ -98,7 +98,7 @@ def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa:
     assert "certified: ratio 0.5 with divprune changes at most 0.4 of the answers" in printed
     found = vtprune.Certificate.load(out)
     assert found.ratio == 0.5 and found.pictures == 12 and found.method == "divprune"
-    assert "exists: --force" in _refused(capfd, *arguments)
+    assert "exists; use --force" in _refused(capfd, *arguments)
     demo = ["demo", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report", "--certificate", out]
     assert _run(*demo) == 0
     printed = capfd.readouterr().out
@@ -108,4 +108,4 @@ def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa:
     assert _run(*few) == 0
     printed = capfd.readouterr().out
     assert "it would take 59 pictures" in printed and "no ratio below 1 is certified with 3 pictures" in printed
-    assert "no probability" in _refused(capfd, "certify", "--risk", 1)
+    assert "not a probability" in _refused(capfd, "certify", "--risk", 1)

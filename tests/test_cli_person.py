@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line(command):
     [
         (MemoryError(), 1, "not enough memory"),
         (RecursionError("too deep"), 1, "not enough stack"),
-        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (with --debug"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (use --debug"),
         (OSError(28, "No space left on device"), 1, "No space left"),
         (KeyboardInterrupt(), 130, ""),
     ],

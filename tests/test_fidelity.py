@@ -239,7 +239,7 @@ def test_the_command_refuses_in_one_line(command: Any, capfd: Any, tmp_path: Pat
         (["--images", tmp_path / "none"], "expected a file, or a folder"),
         (["--images", tmp_path / "empty"], "no picture in the folder"),
         (["--images", tmp_path / "broken"], "as a picture"),
-        (["--questions", tmp_path / "blank.txt"], "holds no question"),
+        (["--questions", tmp_path / "blank.txt"], "has no question"),
         (["--questions", tmp_path / "none.txt"], "as questions"),
         (["--methods", "fastvv"], "did you mean 'fastv'"),
         (["--ratios", "0"], "(0, 1]"),

@@ -22,39 +22,39 @@ if TYPE_CHECKING:
     from ..report.pruning import Pruning
     from ..study.timing import Side
 
-# A held-out scene of the built-in model's own kind, and which of its questions the demo asks.
+# The held-out scene that the demo shows, and the kind of question that it asks.
 DEMO_SCENE, DEMO_KIND = 7, "digit"
-_MARK = "vtprune"  # what a picture written here says about its program
+_MARK = "vtprune"  # "Software" field of the pictures written here
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the subparsers of the command line."""
     demo = commands.add_parser(
         "demo",
-        help="the model inside the package, with and without pruning, in seconds",
+        help="run the model inside the package with and without pruning",
         description=description(
             "Asks the small model inside the package a question about a picture, with all visual tokens and with few. "
-            "Writes a picture in which the dropped ones are dark."
+            "Writes a picture in which dropped tokens are dark."
         ),
         examples=("demo", "demo --image photo.png --question 'how many stars are there?' --ratio 0.2"),
     )
-    demo.add_argument("--image", metavar="FILE", help="a picture of your own; - is standard input")
-    demo.add_argument("--question", type=words, metavar="TEXT", help="a question of your own")
+    demo.add_argument("--image", metavar="FILE", help="your own picture; - is standard input")
+    demo.add_argument("--question", type=words, metavar="TEXT", help="your own question")
     _pruning(demo, max_new_tokens=8, repeats=5, output="vtprune-demo.png")
     demo.set_defaults(command=_demo, model=EMBEDDED, device="cpu", dtype="auto")
 
     run = commands.add_parser(
         "run",
-        help="the same with any vision-language model of transformers",
+        help="run any vision-language model of transformers with and without pruning",
         description=description(
             "Asks a model a question about a picture, with all visual tokens and with few. Writes a picture in which "
-            "the dropped ones are dark."
+            "dropped tokens are dark."
         ),
         examples=("run --model OWNER/NAME --image photo.png --question 'What is on the table?' --ratio 0.1",),
     )
     add_model(run, required=True)
     run.add_argument("--image", required=True, metavar="FILE", help="the picture; - is standard input")
-    run.add_argument("--question", required=True, type=words, metavar="TEXT", help="what is asked about it")
+    run.add_argument("--question", required=True, type=words, metavar="TEXT", help="the question about it")
     _pruning(run, max_new_tokens=32, repeats=3, output="vtprune-run.png")
     add_device(run)
     run.set_defaults(command=_run)
@@ -66,7 +66,7 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
         "--ratio",
         type=ratio,
         metavar="SHARE",
-        help="share of visual tokens KEPT, or auto for one of each picture's own (default: 0.1)",
+        help="share of visual tokens KEPT, or auto to choose it per picture (default: 0.1)",
     )
     budget.add_argument("--keep", type=count, metavar="N", help="number of visual tokens kept instead")
     budget.add_argument("--auto", metavar="FILE", help="automatic ratio calibrated by vtprune tune --auto")
@@ -77,8 +77,8 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
         "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help="timed runs (default: %(default)s)")
-    parser.add_argument("--output", default=output, metavar="FILE", help="the picture written (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="overwrite a picture that vtprune did not write")
+    parser.add_argument("--output", default=output, metavar="FILE", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite a file that vtprune did not write")
     parser.add_argument("--report", action="store_true", help="print the full report of the pruned prefill as well")
     add_json(parser, "both answers and their costs")
 
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _budget(args: argparse.Namespace) -> dict[str, Any]:
-    """The budget among the arguments of `vtprune.patch`."""
+    """Budget arguments for `vtprune.patch`."""
     from ..core.certificate import Certificate
     from ..core.energy import Auto
 
@@ -111,7 +111,7 @@ def _budget(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | None) -> None:
-    """Everything that can be refused is refused before the model is loaded."""
+    """Runs both variants; checks all arguments before loading the model."""
     from .. import methods
     from ..engine.patching import patch
     from ..refvlm import loading
@@ -132,43 +132,43 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
         )
         last, args.method = patched.last, patched.method.name
     if last is None:
-        raise InputError("the prompt held no visual token: the processor put no image placeholder into it")
+        raise InputError("the prompt has no visual token, because the processor put no image placeholder into it")
     _print_sides(output, args, before, after)
     for note in _notes(args, before, after, truth):
         output.say(note)
     if args.report:
         output.say(last.report())
     _write_picture(args.output, image, last, (before.answer, after.answer))
-    output.say(f"picture written to {args.output}: what was dropped is dark")
+    output.say(f"picture written to {args.output}; dropped tokens are dark")
     about = {"model": args.model, "question": args.question, "method": args.method, "budget": str(last.budget)}
     output.write(about | {"all_tokens": dataclasses.asdict(before), "pruned": dataclasses.asdict(after)})
 
 
 def _check_output(path: str, force: bool) -> None:
-    """Refuses a picture file that cannot be written, or that is not vtprune's to overwrite."""
+    """Raises if a picture cannot be written to a file, or would overwrite a file that vtprune did not write."""
     from PIL import Image
 
     check_file(path)
     place = Path(path).expanduser()
     kind = Image.registered_extensions().get(place.suffix.lower())
     if kind not in Image.SAVE:
-        raise InputError(f"cannot write {path} as a picture: expected a file name that ends in .png or .jpg")
+        raise InputError(f"cannot write {path} as a picture; expected a file name that ends in .png or .jpg")
     if place.exists() and not force and not _is_ours(place):
         raise InputError(f"{path} exists and was not written by vtprune; expected another --output, or --force")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a picture that `_write_picture` wrote."""
+    """Whether a file is a picture written by `_write_picture`."""
     from PIL import Image
 
     if not path.is_file():
         return False
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
-            said = image.info.get("Software") or image.info.get("comment")
-    except Exception:  # not a picture at all
+            program = image.info.get("Software") or image.info.get("comment")
+    except Exception:  # not a picture
         return False
-    return said in (_MARK, _MARK.encode())
+    return program in (_MARK, _MARK.encode())
 
 
 def _write_picture(path: str, image: Image, last: Pruning, answers: tuple[str, str]) -> None:
@@ -213,15 +213,15 @@ def _shown(value: Any, unit: str) -> str:
 
 
 def _notes(args: argparse.Namespace, before: Side, after: Side, truth: str | None) -> list[str]:
-    """What has to be known to read the table."""
+    """Notes below the table."""
     of = "Times are of one run" if args.repeats == 1 else f"Times are medians of {plural(args.repeats, 'run')}"
     notes = [f"The right answer is {truth!r}."] if truth else []
-    notes.append(f"{of} in turn, after a warm-up.")
+    notes.append(f"{of}, alternating, after a warm-up.")
     if args.keep and args.keep >= before.visual_tokens:
         notes.append(f"--keep {args.keep}: the prompt has {before.visual_tokens} visual tokens, so none was dropped.")
     elif after.seconds > before.seconds and args.model.startswith(EMBEDDED):
         notes.append(
             "In a model this small, selection takes longer than it saves; in a model of billions of parameters it is a "
-            "small part of the prefill. What can be judged here is the answer and the memory."
+            "small part of the prefill. Judge the answer and the memory here."
         )
     return notes

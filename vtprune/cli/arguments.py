@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of command-line arguments, and what several commands share."""
+"""Types of command-line arguments, and arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..refvlm.loading import EMBEDDED
 if TYPE_CHECKING:
     from ..methods import Method
 
-MAX_QUESTION = 100_000  # characters; far more than models have positions for
+MAX_QUESTION = 100_000  # characters; far more than the context length of models
 MODEL_HELP = "a local folder, or a name on the hub"
 
 
 def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Methods by label: registered names and strategy files of `vtprune tune`; all that prune pictures for None."""
+    """Methods by label, from registered names and strategy files of `vtprune tune`; for None, all for pictures."""
     from .. import methods
     from ..methods.vflowopt.method import VFlowOpt
 
@@ -48,7 +48,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def share(text: str) -> float:
-    """A share of visual tokens to keep, in (0, 1]."""
+    """Parses a share of visual tokens to keep, in (0, 1]."""
     try:
         value = float(text)
     except ValueError:
@@ -59,22 +59,23 @@ def share(text: str) -> float:
 
 
 def probability(text: str) -> float:
+    """Parses a number in (0, 1)."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no probability; expected a number above 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability; expected a number above 0 and below 1")
     return value
 
 
 def ratio(text: str) -> float | str:
-    """A share, or `auto`."""
+    """Parses a share, or `auto`."""
     return text if text == "auto" else share(text)
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a count; expected a whole number of at least 1")
@@ -82,11 +83,11 @@ def count(text: str) -> int:
 
 
 def words(text: str) -> str:
-    """A question."""
+    """Checks a question."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; expected a question")
+        raise argparse.ArgumentTypeError("the text is empty; expected a question")
     if len(text) > MAX_QUESTION:
-        raise argparse.ArgumentTypeError(f"it has {len(text):,} characters; expected at most {MAX_QUESTION:,}")
+        raise argparse.ArgumentTypeError(f"the text has {len(text):,} characters; expected at most {MAX_QUESTION:,}")
     return text
 
 
@@ -97,7 +98,7 @@ def short(text: str, limit: int = 60) -> str:
 
 
 def quiet() -> None:
-    """Keeps the progress bars and hints of transformers and the hub out of a command's output."""
+    """Turns off the progress bars and hints of transformers and the hub."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as hf
 

@@ -27,10 +27,10 @@ def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
         "bench",
-        help="speed and memory with and without pruning, beside what is possible",
+        help="measure speed and memory with and without pruning, beside the possible gain",
         description=description(
-            "Measures prefill, decoding and memory with and without pruning, beside the limit: a prompt that had only "
-            "the kept tokens from the start. Without a model, an architecture with random weights is used."
+            "Measures prefill, decoding and memory with and without pruning, beside the limit: a prompt that has only "
+            "the kept tokens. By default, an architecture with random weights is used."
         ),
         examples=(
             "bench --model llava-1.5-7b",
@@ -65,34 +65,38 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=count,
         metavar="N",
-        help="of a sample, as near as the model can come (default: 576 2880 8192; on a CPU 576 2880)",
+        help="per sample, as closely as the model allows (default: 576 2880 8192; on a CPU 576 2880)",
     )
-    parser.add_argument("--image", metavar="FILE", help="a picture of your own instead, as it comes (not for shapes)")
-    parser.add_argument("--question", type=words, metavar="TEXT", help="asked with it")
+    parser.add_argument(
+        "--image", metavar="FILE", help="use your own picture instead (not for architectures with random weights)"
+    )
+    parser.add_argument("--question", type=words, metavar="TEXT", help="the question about it")
     parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=count, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs of each (default: %(default)s)")
     add_device(parser)
-    parser.add_argument("--attention", default="sdpa", help="attention of shapes (default: %(default)s)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: as PyTorch decides)")
+    parser.add_argument(
+        "--attention", default="sdpa", help="attention of architectures with random weights (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="what table and plot show: time by the clock, or CPU time of the process, which other programs on a busy "
-        "machine do not lengthen; the JSON has both (default: %(default)s)",
+        help="time in table and plot: wall-clock time, or CPU time of the process, which other programs do not affect; "
+        "the JSON has both (default: %(default)s)",
     )
-    add_json(parser, "what was measured after every round, with which the same command goes on,")
-    parser.add_argument("--plot", metavar="FILE", help="a picture, .svg, .png or .pdf")
-    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite a result of another version")
+    add_json(parser, "results after every round, from which the same command resumes,")
+    parser.add_argument("--plot", metavar="FILE", help="a chart, .svg, .png or .pdf")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the command. Everything that can be refused is refused before a model is made.
+    """Runs the command; checks all arguments before building a model.
 
     Returns:
-        dict: What was measured, see `vtprune.bench.measure.run`, with its `rows`.
+        dict: Measurements, see `vtprune.bench.measure.run`, with their `rows`.
     """
     from ..bench import measure, plot, summary, table
     from ..bench.variants import variants
@@ -127,9 +131,9 @@ def _check(args: argparse.Namespace) -> None:
     from ..bench import plot
 
     if _is_shape(args.model) and (args.image or args.question):
-        raise InputError(f"{args.model} is an architecture with random weights: it has no processor for --image")
+        raise InputError(f"{args.model} is an architecture without a processor; leave --image and --question out")
     if args.image and args.visual_tokens:
-        raise InputError("--image says how many visual tokens there are; leave --visual-tokens out")
+        raise InputError("--image determines the number of visual tokens; leave --visual-tokens out")
     if args.plot:
         check_file(args.plot)
         plot.check(args.plot)
@@ -160,7 +164,7 @@ def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
-    """The model, what makes its prompts, and its name."""
+    """The model, a function that returns its prompts, and its name."""
     from ..refvlm import loading
 
     if not _is_shape(args.model):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune certify`: the smallest ratio that changes few answers, with a stated risk, on pictures of one's own."""
+"""`vtprune certify`: the smallest ratio that changes few answers on your pictures, with a stated risk."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ from .fidelity import prompt_pairs, prompts
 from .output import Output, add_json, check_file
 from .parser import description
 
-# As in main.py, everything heavy is imported where it is used.
-
 
 def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
         "certify",
-        help="the smallest ratio that changes at most a given share of the answers, with a stated confidence",
+        help="find the smallest ratio that changes at most a given share of answers, with a given confidence",
         description=description(
             "Finds the smallest ratio at which a method changes at most a given share of the model's answers, with a "
-            "stated confidence, on pictures of your own and without labels."
+            "given confidence, on your own pictures and without labels."
         ),
         examples=("certify --images FOLDER --question 'what is this?' --risk 0.05 --out certificate.json",),
     )
@@ -42,12 +40,16 @@ def add(commands: Any) -> None:
         type=probability,
         default=0.05,
         metavar="SHARE",
-        help="of answers that may change (default: %(default)s)",
+        help="largest share of changed answers (default: %(default)s)",
     )
     parser.add_argument("--confidence", type=probability, default=0.95, metavar="P", help="default: %(default)s")
     tested = parser.add_mutually_exclusive_group()
-    tested.add_argument("--ratios", nargs="+", type=share, metavar="SHARE", help="tested from the largest down")
-    tested.add_argument("--energies", nargs="+", type=probability, metavar="SHARE", help="of automatic ratios, instead")
+    tested.add_argument(
+        "--ratios", nargs="+", type=share, metavar="SHARE", help="ratios to test, from the largest down"
+    )
+    tested.add_argument(
+        "--energies", nargs="+", type=probability, metavar="SHARE", help="energies of automatic ratios to test instead"
+    )
     parser.add_argument("--max-new-tokens", type=count, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--out", default="certificate.json", metavar="FILE", help="default: %(default)s")
     add_device(parser)
@@ -57,7 +59,7 @@ def add(commands: Any) -> None:
 
 
 def _certify(args: argparse.Namespace) -> None:
-    """Everything that can be refused is refused before the model is loaded."""
+    """Certifies a ratio; checks all arguments before loading the model."""
     from ..core.energy import Auto
     from ..refvlm import loading
     from ..study.certify import CANDIDATES, certify
@@ -68,7 +70,7 @@ def _certify(args: argparse.Namespace) -> None:
     check_file(args.out)
     path = Path(args.out).expanduser()
     if path.exists() and not args.force:
-        raise InputError(f"{args.out} exists: --force overwrites it")
+        raise InputError(f"{args.out} exists; use --force to overwrite it")
     candidates: tuple[float | Auto, ...] = tuple(sorted(set(args.ratios or CANDIDATES), reverse=True))
     if args.energies:
         candidates = tuple(Auto(energy) for energy in sorted(set(args.energies), reverse=True))

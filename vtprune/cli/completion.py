@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune completion`: a script with which a shell completes commands and options."""
+"""`vtprune completion`: a shell completion script."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
         "completion",
-        help="a script with which your shell completes commands and options",
-        description=description("Prints a completion script. It has to be made anew after an upgrade of vtprune."),
+        help="print a shell completion script",
+        description=description("Prints a completion script. Create it again after an upgrade of vtprune."),
         examples=(
             "completion bash > ~/.local/share/bash-completion/completions/vtprune",
             "completion zsh > ~/.zfunc/_vtprune",
@@ -31,5 +31,5 @@ def _completion(args: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError as error:
-        raise InputError("completion scripts are made by shtab: pip install shtab") from error
+        raise InputError("completion scripts need shtab, which is not installed: pip install shtab") from error
     print(shtab.complete(args.program, shell=args.shell))

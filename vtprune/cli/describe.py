@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune methods` and `vtprune inspect`: what there is, and what of a model pruning touches."""
+"""`vtprune methods` and `vtprune inspect`: the pruning methods, and the parts of a model that pruning uses."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from .arguments import add_model, quiet
 from .output import Output, add_json, width, wrap
 from .parser import description
 
-LAYERS = 32  # of the decoder that depths of cuts are shown for
+LAYERS = 32  # depth of the decoder for which cuts are shown
 
 
 def add(commands: Any) -> None:
     """Adds the commands to the subparsers of the command line."""
     listing = commands.add_parser(
         "methods",
-        help="the pruning methods, where they cut, and their options",
-        description=description(
-            f"Lists the pruning methods; where they cut is shown for a decoder of {LAYERS} layers."
-        ),
+        help="list the pruning methods, where they cut, and their options",
+        description=description(f"Lists the pruning methods, with their cuts in a decoder of {LAYERS} layers."),
         examples=("methods", "methods --json -"),
     )
     add_json(listing, "the list")
@@ -29,8 +27,8 @@ def add(commands: Any) -> None:
 
     look = commands.add_parser(
         "inspect",
-        help="the parts of a model that pruning touches",
-        description=description("Finds the parts of a model that pruning touches, from its configuration alone."),
+        help="show the parts of a model that pruning uses",
+        description=description("Finds the parts of a model that pruning uses, from its configuration alone."),
         examples=("inspect --model OWNER/NAME",),
     )
     add_model(look)
@@ -73,7 +71,7 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; what JSON does not know as text."""
+    """Converts a value to a JSON type; unknown types become text."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune doctor`: what is installed, what of a model will work, and where time goes on this machine."""
+"""`vtprune doctor`: installed packages, methods that work with a model, and the parts of a prompt's time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .output import Output, add_json, width, wrap
 from .parser import description
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "pillow", "rich", "jsonschema")
-# Package -> what it is for.
+# Package -> purpose.
 OPTIONAL = {
     "triton": "kernels on a GPU",
     "kernels": "kernels from the hub, VTPRUNE_KERNELS",
@@ -36,18 +36,18 @@ def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
         "doctor",
-        help="what is installed, what of a model will work, where time goes",
+        help="check the installation and a model, and time a prompt",
         description=description(
-            "Says what is installed, which attention and which kernels there are, which methods work with a model, and "
-            "where the time of a prompt goes on this machine. For a model other than those inside the package only its "
-            "configuration is read, unless --time is given."
+            "Shows the installed packages, attention implementations and kernels, the methods that work with a model, "
+            "and the time of the parts of a prompt. For a model outside the package only its configuration is read, "
+            "unless --time is given."
         ),
         examples=("doctor", "doctor --model OWNER/NAME", "doctor --model FOLDER --time --json -"),
     )
     add_model(parser)
     parser.add_argument("--time", action="store_true", help="load the weights of --model and time a prompt")
     add_device(parser)
-    add_json(parser, "all of it")
+    add_json(parser, "the report")
     parser.set_defaults(command=_doctor)
 
 
@@ -67,7 +67,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def installed() -> dict[str, str | None]:
-    """Versions of what vtprune needs and can use; None for what is not installed."""
+    """Versions of required and optional packages; None if not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "vtprune": _version("vtprune")}
     return found | {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
 
@@ -86,7 +86,7 @@ def _version(name: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, accelerator and the attention implementations of transformers that run here."""
+    """Processor, accelerator, and available attention implementations of transformers."""
     import torch
     from transformers.utils import import_utils
 
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, str]:
-    """Where the tensor operations come from, and what runs them."""
+    """Location of the kernels, and the back end that runs them."""
     import importlib.util
 
     import torch
@@ -121,7 +121,7 @@ def kernels() -> dict[str, str]:
 
 
 def examine(name: str) -> dict[str, Any]:
-    """The parts of a model as its configuration describes them, and the methods that it can be pruned with."""
+    """Parts of a model, built from its configuration, and the methods that can prune it."""
     from .. import methods
     from ..engine.patching import inspect, patch
     from ..refvlm import loading
@@ -143,7 +143,7 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def time_prompt(name: str, device: str, dtype: str) -> dict[str, Any]:
-    """Median seconds of the parts of one prompt, unpruned and with the default method at a tenth."""
+    """Median seconds of the parts of one prompt, unpruned and with the default method at ratio 0.1."""
     import statistics
 
     from ..engine.patching import inspect, patch
@@ -169,7 +169,7 @@ def time_prompt(name: str, device: str, dtype: str) -> dict[str, Any]:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    """What people read."""
+    """The report as text."""
     have, lines = found["installed"], ["installed"]
     lines += wrap(", ".join(f"{n} {have[n] or 'MISSING'}" for n in ("python", "vtprune", *NEEDED)), width(), "  ")
     lines.append("optional")
@@ -196,9 +196,9 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
 
 def _time_lines(time: dict[str, Any]) -> list[str]:
     lines = [f"time of a prompt, ms, medians of {REPEATS} ({time['model']}, {time['device']}, {time['dtype']})"]
-    lines.append(f"  {'':<11} {'vision':>8} {'selection':>10} {'prefill':>8} {'a token':>8}")
+    lines.append(f"  {'':<11} {'vision':>8} {'selection':>10} {'prefill':>8} {'per token':>10}")
     for variant in ("all tokens", "pruned"):
         cells = time[variant]
         shown = [1e3 * cells[part] for part in ("vision", "decision", "prefill", "token")]
-        lines.append(f"  {variant:<11} {shown[0]:8.1f} {shown[1]:10.1f} {shown[2]:8.1f} {shown[3]:8.1f}")
+        lines.append(f"  {variant:<11} {shown[0]:8.1f} {shown[1]:10.1f} {shown[2]:8.1f} {shown[3]:10.1f}")
     return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune fidelity`: how much pruning changes what a model says about pictures without labels, beside its time."""
+"""`vtprune fidelity`: how much pruning changes a model's answers, without labels, and its time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..study.charts import Chart
     from ..study.fidelity import Prompt, Variant
 
-# What can be asked about any picture. The built-in model knows few words: of a picture of your own it is asked for all.
+# Questions that suit any picture. The built-in model has a small vocabulary and gets its own question.
 GENERIC = (
     "Describe this picture in one sentence.",
     "What is the most important thing in this picture?",
@@ -34,17 +34,16 @@ GENERIC = (
 )
 GENERIC_EMBEDDED = ("describe the image",)
 RATIOS = (0.5, 0.25, 0.1, 0.05)
-# As in cli.py, everything heavy is imported where it is used.
 
 
 def add(commands: Any) -> None:
     """Adds the command to the subparsers of the command line."""
     parser = commands.add_parser(
         "fidelity",
-        help="how much pruning changes what a model says about any pictures, and the time it takes",
+        help="measure how much pruning changes a model's answers, and its time",
         description=description(
-            "Measures, without labels, how much every method changes the answers of a model at several shares, beside "
-            "the time to the first token. Results are written after every prompt; the same command goes on with them."
+            "Measures, without labels, how much every method changes the answers of a model at several ratios, and the "
+            "time to the first token. Results are saved after every prompt; the same command resumes from them."
         ),
         examples=(
             "fidelity --images FOLDER",
@@ -71,19 +70,17 @@ def add(commands: Any) -> None:
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: processor time, which other programs on a busy machine do not lengthen (default: %(default)s)",
+        help="cpu: CPU time of the process, which other programs do not affect (default: %(default)s)",
     )
-    add_json(parser, "what was measured", default="vtprune-fidelity.json")
+    add_json(parser, "the results", default="vtprune-fidelity.json")
     parser.add_argument("--plot", metavar="FILE", help=".svg, .png or .pdf (default: the JSON file's name, .svg)")
     add_device(parser)
-    parser.add_argument(
-        "--force", action="store_true", help="overwrite a result of another version or setting, or measure anew"
-    )
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     parser.set_defaults(command=_fidelity)
 
 
 def _fidelity(args: argparse.Namespace) -> None:
-    """Everything that can be refused is refused before the model is loaded."""
+    """Runs the command; checks all arguments before loading the model."""
     from ..refvlm import loading
     from ..study import fidelity_view, progress
 
@@ -95,7 +92,9 @@ def _fidelity(args: argparse.Namespace) -> None:
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     if args.clock == "cpu" and model.device.type != "cpu":
-        raise InputError(f"--clock cpu counts the time of processors, but the model runs on {model.device}")
+        raise InputError(
+            f"--clock cpu needs a model on the CPU, but this one runs on {model.device}; leave --clock out"
+        )
     header = _header(args, model, pairs, methods)
     path, variants = output.file, _variants(args, methods)
     data = progress.load(path, header, args.force, _schema(variants, len(pairs))) or dict(header)
@@ -121,7 +120,7 @@ def _variants(args: argparse.Namespace, methods: Mapping[str, Method]) -> list[V
 
 
 def _schema(variants: Sequence[Variant], prompts: int) -> dict[str, Any]:
-    """JSON Schema of a result file; its records are JSON texts, checked when they are read."""
+    """JSON Schema of a result file; its records are JSON strings, which `_check_records` checks."""
     from ..study.fidelity import rows_schema
 
     records = {"type": "array", "items": {"type": "string"}, "maxItems": prompts}
@@ -137,11 +136,11 @@ def _measure(
     data: dict[str, Any],
     path: Path | None,
 ) -> list[dict[str, Any]]:
-    """Goes through the prompts that `data` does not hold yet; it is written after each, with the largest load seen."""
+    """Measures the prompts missing in `data`, and saves it after each, with the largest load average."""
     from ..study import progress
     from ..study.fidelity import measure_prompt, summarize
 
-    done: list[str] = data.setdefault("records", [])  # a JSON text per prompt: writing many numbers stays quick
+    done: list[str] = data.setdefault("records", [])  # one JSON string per prompt, which is faster to write
     _check_records(done, variants, path)
     with progress.bar("prompts", len(pairs), len(done)) as step:
         for prompt in prompts(pairs[len(done) :], model, processor):
@@ -172,7 +171,7 @@ def _ratios(args: argparse.Namespace) -> list[float]:
 
 
 def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
-    """`(name of the picture, the picture or its path, question)` of every prompt; each picture is tried once."""
+    """`(name of the picture, the picture or its path, question)` of every prompt; every picture is opened once."""
     from .. import refvlm
     from ..refvlm import evaluate
 
@@ -191,14 +190,14 @@ def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     else:
         found = images.picture_files(args.images)[: args.limit]
         for file in found:
-            images.picture(file)  # a broken file is found now, not after hours
+            images.picture(file)  # finds broken files before a long run
         pictures = [(Path(file).name, file) for file in found]
     asked = asked or list(GENERIC_EMBEDDED if args.model in EMBEDDED_MODELS else GENERIC)
     return [(name, picture, question) for name, picture in pictures for question in asked]
 
 
 def _lines(path: str) -> list[str]:
-    """The questions of a file, one per line."""
+    """Reads questions from a file, one per line."""
     name = "standard input" if path == "-" else path
     try:
         if path == "-":
@@ -210,12 +209,12 @@ def _lines(path: str) -> list[str]:
         raise InputError(f"cannot read {name} as questions: {error}") from error
     found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
-        raise InputError(f"{name} holds no question; expected one per line")
+        raise InputError(f"{name} has no question; expected one per line")
     return found
 
 
 def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -> Iterator[Prompt]:
-    """Model inputs of one prompt after the other, so that only one picture is in memory."""
+    """Yields the model inputs of each prompt, with only one picture in memory at a time."""
     from ..refvlm import loading
     from ..study.fidelity import Prompt
 
@@ -227,14 +226,14 @@ def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -
 def _header(
     args: argparse.Namespace, model: Any, pairs: Sequence[tuple[str, Any, str]], methods: Mapping[str, Method]
 ) -> dict[str, Any]:
-    """What was measured, and what the numbers are only comparable under."""
+    """Settings and conditions of the results."""
     import torch
 
     from .. import refvlm
     from ..study import progress
 
     own = args.images is None and args.model in EMBEDDED_MODELS and not (args.question or args.questions)
-    # Pictures, questions and the options of methods are compared by their digest when a measurement goes on.
+    # Pictures, questions and options are compared by their digest when a run is resumed.
     digest = hashlib.sha256(repr(methods).encode())
     for name, picture, question in pairs:
         content = files.read_bytes(picture, images.MAX_BYTES) if isinstance(picture, str) else picture.tobytes()
@@ -264,19 +263,19 @@ def _header(
 
 
 def _plot_file(args: argparse.Namespace) -> Path | None:
-    """Where the plot goes; without matplotlib None, unless a plot was asked for."""
+    """File of the plot; None if matplotlib is missing and no plot was requested."""
     from ..study import charts
 
     if args.json == "-" and not args.plot:
         return None
     path = Path(args.plot or Path(args.json).with_suffix(".svg")).expanduser()
     if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise InputError(f"cannot write {path} as a plot: expected a file name that ends in .svg, .png or .pdf")
+        raise InputError(f"cannot write {path} as a plot; expected a file name that ends in .svg, .png or .pdf")
     check_file(str(path))
     if charts.available():
         return path
     if args.plot:
-        raise InputError(f"cannot draw {path}: it needs matplotlib (pip install matplotlib)")
+        raise InputError(f"cannot draw {path} without matplotlib: pip install matplotlib, or leave --plot out")
     return None
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vtprune`. Whatever goes wrong is one line on standard error and an exit code; see `EXIT_CODES`.
+"""The command `vtprune`. Errors are one line on standard error and an exit code; see `EXIT_CODES`.
 
-Modules of this package import nothing heavy at their top, so that `vtprune --help` does not wait for PyTorch.
+Modules of this package import PyTorch and transformers inside functions, so that `vtprune --help` is fast.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: Arguments without the program's name; by default those of the process.
+        argv: Arguments without the program name; by default those of the process.
 
     Returns:
         int: The exit code, see `EXIT_CODES`.
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _run(arguments)
-        sys.stdout.flush()  # a full disk is noticed here, and not when the interpreter ends
+        sys.stdout.flush()  # raises for a full disk here instead of at interpreter exit
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of the program with all its commands."""
+    """Builds the parser with all commands."""
     parser = Parser(
         "vtprune",
         description="Prune redundant visual tokens of vision-language models.",
@@ -70,7 +70,7 @@ def build_parser() -> Parser:
 def _run(arguments: list[str]) -> None:
     try:
         args = build_parser().parse_args(arguments)
-    except SystemExit:  # after --help and --version
+    except SystemExit:  # raised by --help and --version
         sys.stdout.flush()
         raise
     _show_warnings()
@@ -78,17 +78,17 @@ def _run(arguments: list[str]) -> None:
 
 
 def _add_help(parser: Parser, commands: argparse._SubParsersAction) -> None:
-    """`vtprune help [COMMAND]` and `vtprune version`, as people type them."""
+    """Adds `vtprune help [COMMAND]` and `vtprune version`."""
 
     def show(args: argparse.Namespace) -> None:
         topic = parser if args.topic is None else commands.choices[args.topic]
         print(topic.format_help(), end="")
 
     topics = [*commands.choices]
-    helper = commands.add_parser("help", help="the help of a command", examples=("help fidelity",))
+    helper = commands.add_parser("help", help="show the help of a command", examples=("help fidelity",))
     helper.add_argument("topic", nargs="?", choices=topics, metavar="COMMAND")
     helper.set_defaults(command=show)
-    version = commands.add_parser("version", help="the version", examples=("version",))
+    version = commands.add_parser("version", help="show the version", examples=("version",))
     version.set_defaults(command=lambda args: print(f"vtprune {__version__}"))
 
 
@@ -102,24 +102,24 @@ def _explain(error: Exception) -> int:
     elif isinstance(error, (MemoryError, RecursionError)):
         text = f"not enough {'memory' if isinstance(error, MemoryError) else 'stack'}: {one_line(error)}"
     else:
-        text = f"{type(error).__name__}: {one_line(error)} (with --debug there is a traceback)"
+        text = f"{type(error).__name__}: {one_line(error)} (use --debug for a traceback)"
     print(f"vtprune: error: {text}", file=sys.stderr)
     if isinstance(error, OSError) and error.filename is None:
-        _discard_output()  # what could not be written is not tried again when the interpreter ends
+        _discard_output()  # otherwise the interpreter tries to write again at exit
     return BAD_INPUT if known else FAILED
 
 
 def _discard_output() -> None:
-    """Sends what is left in the buffer of standard output nowhere, where it would fail once more."""
+    """Redirects standard output to the null device, so that flushing its buffer at exit does not fail."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # standard output is no file of the system: a test has replaced it
+    except (OSError, ValueError, AttributeError):  # standard output has no file descriptor, as in tests
         return
 
 
 def _show_warnings() -> None:
-    """What the library warns of goes to standard error, once, whoever else has set up logging."""
-    # Pillow's words about damaged metadata name its own source files; whether a picture can be read is said by us.
+    """Sends warnings of the library to standard error, unless it already has a log handler."""
+    # Pillow's warnings about damaged metadata name its source files; unreadable pictures raise our own errors.
     warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
     log = logging.getLogger("vtprune")
     if not log.handlers:

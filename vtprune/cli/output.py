@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a command's words, tables and JSON go: with `--json -` the JSON has standard output to itself."""
+"""Output of a command: text, tables and JSON; with `--json -` only the JSON goes to standard output."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from ..errors import InputError, one_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDE = 220  # columns where the output is no terminal and nobody says how wide it is: nothing is cut
+WIDE = 220  # columns if the output is not a terminal, so that nothing is cut off
 
 
 def add_json(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
-    """Adds `--json [FILE]`; without a file, or with `-`, it is standard output."""
+    """Adds `--json [FILE]`; without a file, or with `-`, for standard output."""
     shown = f"; default: {default}" if default else ""
     text = f"write {what} as JSON; FILE - or none is standard output, and the rest goes to standard error{shown}"
     parser.add_argument("--json", nargs="?", const="-", default=default, metavar="FILE", help=text)
 
 
 class Output:
-    """What a command prints.
+    """Output of a command.
 
     Args:
-        args: Of the command; `json` is where its JSON goes, None for nowhere.
+        args: Arguments of the command; `json` is the JSON file, `-` for standard output, None for no JSON.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -43,11 +43,11 @@ class Output:
 
     @property
     def file(self) -> Path | None:
-        """The JSON file, None for none and for standard output."""
+        """The JSON file; None without one, or for standard output."""
         return Path(self.json).expanduser() if self.json and not self.to_stdout else None
 
     def console(self) -> Console:
-        """Where people read: standard output, or standard error where that is taken."""
+        """Console for text: standard output, or standard error if the JSON goes to standard output."""
         from rich.console import Console
 
         stream = sys.stderr if self.to_stdout else sys.stdout
@@ -55,16 +55,16 @@ class Output:
         return Console(stderr=self.to_stdout, width=width)
 
     def say(self, text: str) -> None:
-        """Prints lines for people."""
+        """Prints text."""
         print(text, file=sys.stderr if self.to_stdout else sys.stdout, flush=True)
 
     def table(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table, or where it is wider than the terminal every row as a block of lines.
+        """Prints a table; if it is wider than the terminal, every row as a block of lines.
 
         Args:
-            title: One line; it is cut where it is too long.
-            headings: Of the columns, the first of which names a row.
-            rows: As many cells each.
+            title: One line, truncated if too long.
+            headings: Headings of the columns; the first column names the row.
+            rows: Cells of each row.
         """
         from rich.measure import Measurement
         from rich.table import Table
@@ -87,7 +87,7 @@ class Output:
         self.say("\n".join(lines))
 
     def write(self, data: Any) -> None:
-        """Writes the JSON, if it was asked for."""
+        """Writes the JSON, if requested."""
         if self.json is None:
             return
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -102,9 +102,9 @@ class Output:
 
 
 def check_file(path: str) -> None:
-    """Refuses a file that cannot be written before anything long is begun."""
+    """Raises if a file cannot be written, before any long work."""
     if path == "-":
-        raise InputError("- is standard output, which only --json can be sent to; expected the name of a file")
+        raise InputError("- is standard output, which only --json accepts; expected a file name")
     place = Path(path).expanduser().absolute()
     if not place.parent.is_dir():
         raise InputError(f"cannot write {path}: its folder does not exist")
@@ -113,16 +113,16 @@ def check_file(path: str) -> None:
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """The text in lines; words, such as `mean_ratio=0.2`, are never broken."""
+    """Wraps text without breaking words such as `mean_ratio=0.2`."""
     options = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.wrap(text, max(width, 20), initial_indent=indent, subsequent_indent=indent + "  ", **options)  # type: ignore[arg-type]
 
 
 def width() -> int:
-    """Columns of the terminal, 100 at most; 80 where there is none."""
+    """Columns of the terminal, at most 100; 80 without a terminal."""
     return min(100, shutil.get_terminal_size((80, 24)).columns)
 
 
 def plural(number: int, what: str) -> str:
-    """`1 run`, `3 runs`."""
+    """A number and a noun: `1 run`, `3 runs`."""
     return f"{number:,} {what}{'s' * (number != 1)}"

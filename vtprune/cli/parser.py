@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parser of the command line: an example first, suggestions for what was misspelled, errors of one line."""
+"""Command-line parser with examples, suggestions for misspelled words, and one-line errors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..errors import InputError
 
 EXIT_CODES = """exit codes:
   0    done
-  1    failed for another reason than the input, such as a full disk or a defect of vtprune
-  2    input that cannot be used
+  1    failure not caused by the input, such as a full disk or a bug in vtprune
+  2    invalid input
   130  interrupted
-  141  the reader of the output went away"""
+  141  the reader of the output closed it"""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help begins with examples and whose errors are exceptions.
+    """Argument parser whose help begins with examples and whose errors are exceptions.
 
     Args:
-        examples: Command lines without the program's name.
-        options: As for `argparse.ArgumentParser`.
+        examples: Command lines without the program name.
+        options: Options of `argparse.ArgumentParser`.
     """
 
     def __init__(self, *positional: Any, examples: Sequence[str] = (), **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*positional, **options)
         self.examples = tuple(examples)
-        # On every command, so that it may stand anywhere; without a default, so that none overwrites another's.
+        # On every command, so that it can stand anywhere; no default, so that no parser overwrites another's value.
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
 
     def format_help(self) -> str:
@@ -41,12 +41,12 @@ class Parser(argparse.ArgumentParser):
         return f"examples:\n{examples}\n{super().format_help()}" if examples else super().format_help()
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse keeps it to itself when help cannot be written.
+        # argparse ignores errors when it writes help.
         if message:
             (file or sys.stderr).write(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Here and not in parse_args, so that the parser of the command complains and not that of the program.
+        # Here and not in parse_args, so that the error comes from the parser of the command.
         found, extra = super().parse_known_args(args, namespace)
         if extra:
             self.error(f"unrecognized arguments: {' '.join(extra)}{self._near_options(extra)}")
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         if wrong:
             message = f"{message}{_did_you_mean(wrong[1], re.split(', ', wrong[2].replace(chr(39), '')))}"
         elif "unrecognized arguments" not in message and re.search(r"required: COMMAND", message):
-            message = f"{message}; there are: {', '.join(self.commands())}"
+            message = f"{message}; expected one of {', '.join(self.commands())}"
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def commands(self) -> list[str]:
@@ -75,5 +75,5 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def description(text: str) -> str:
-    """A command's description, wrapped."""
+    """Wraps the description of a command."""
     return textwrap.fill(" ".join(text.split()), 88)

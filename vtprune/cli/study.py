@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune compare` and `vtprune tune`: methods side by side, and a search for a strategy, on one's own pictures."""
+"""`vtprune compare` and `vtprune tune`: comparison of methods, and tuning, on your own pictures."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def add(commands: Any) -> None:
     """Adds the commands to the subparsers of the command line."""
     compare = commands.add_parser(
         "compare",
-        help="all methods at equal cost, against the unpruned model",
+        help="compare methods at equal cost with the unpruned model",
         description=description(
             "Runs methods at the same mean share of visual tokens and compares the next token after the prompt with "
-            "what the unpruned model says."
+            "that of the unpruned model."
         ),
         examples=(
             "compare --image photo.png --question 'how many stars are there?'",
             "compare --images FOLDER --question 'what is this?' --methods iwp fastv strategy.json --json table.json",
         ),
     )
-    _prompts(compare, mean_ratio=None, default="the least, in tenths, that all methods shown can meet")
+    _prompts(compare, mean_ratio=None, default="the smallest tenth that all shown methods can meet")
     compare.add_argument(
         "--methods",
         nargs="+",
@@ -44,9 +44,9 @@ def add(commands: Any) -> None:
     compare.add_argument(
         "--clip",
         action="store_true",
-        help="the pictures of the folder are the frames of one clip, by their names; an even number",
+        help="the pictures of the folder are the frames of one clip, ordered by name; an even number",
     )
-    compare.add_argument("--repeats", type=count, default=3, metavar="N", help="calls per picture, for the time")
+    compare.add_argument("--repeats", type=count, default=3, metavar="N", help="timed calls per picture")
     add_json(compare, "the table")
     compare.set_defaults(command=_compare)
 
@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
         "tune",
         help="search a strategy of vflowopt, or calibrate automatic ratios, on your own pictures",
         description=description(
-            "Searches the parameters of vflowopt that leave the last hidden state nearest to the unpruned one. Needs "
-            "the packages optuna and scipy."
+            "Searches parameters of vflowopt that keep the last hidden state closest to the unpruned one. Needs the "
+            "packages optuna and scipy."
         ),
         examples=(
             "tune --images FOLDER --question 'what is this?' --mean-ratio 0.25 --out strategy.json",
@@ -66,17 +66,17 @@ def add(commands: Any) -> None:
     tune.add_argument(
         "--auto",
         action="store_true",
-        help="find the energy at which automatic ratios keep --mean-ratio of the tokens, mean over the pictures",
+        help="calibrate automatic ratios: find the energy that keeps --mean-ratio of the tokens on average",
     )
     tune.add_argument("--min", type=share, default=0.02, metavar="SHARE", help="with --auto (default: %(default)s)")
     tune.add_argument("--max", type=share, default=0.5, metavar="SHARE", help="with --auto (default: %(default)s)")
     tune.add_argument("--trials", type=count, default=30, metavar="N", help="default: %(default)s")
     tune.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     tune.add_argument(
-        "--out", default="strategy.json", metavar="FILE", help="written after every trial (default: %(default)s)"
+        "--out", default="strategy.json", metavar="FILE", help="file to write after every trial (default: %(default)s)"
     )
-    tune.add_argument("--resume", action="store_true", help="go on with the search that the file holds")
-    tune.add_argument("--force", action="store_true", help="overwrite a strategy that the file holds")
+    tune.add_argument("--resume", action="store_true", help="resume the search in the file")
+    tune.add_argument("--force", action="store_true", help="overwrite the file")
     add_json(tune, "the best strategy and its agreement")
     tune.set_defaults(command=_tune)
 
@@ -102,7 +102,7 @@ def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default:
 
 
 def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    """The model, and one prompt per picture, or one for all frames of a clip."""
+    """The model, and one prompt per picture, or one prompt with all frames of a clip."""
     from ..refvlm import loading
 
     pictures = images.pictures(args.image)
@@ -148,11 +148,11 @@ def _print_rows(output: Output, args: argparse.Namespace, rows: list[Row], pictu
         )
     some = "a clip" if args.clip else plural(pictures, "picture")
     title = f"{args.model}, {some}, mean ratio {args.mean_ratio:g}: {short(args.question)}"
-    output.table(title, ("method", "survivors", "mean ratio", "KL (nats)", "same top-1", "deciding"), cells)
+    output.table(title, ("method", "kept", "mean ratio", "KL (nats)", "same top-1", "selection"), cells)
     for row in rows:
         if row.reason is not None:
             output.say(f"{row.method}: {row.reason}")
-    output.say("KL and top-1: distribution of the next token after the prompt, against the unpruned model.")
+    output.say("KL and top-1 compare the distribution of the next token after the prompt with the unpruned model's.")
 
 
 def _tune(args: argparse.Namespace) -> None:
@@ -186,7 +186,7 @@ def _tune(args: argparse.Namespace) -> None:
         )
     first, best = search.trials[0]["value"] / search.samples, search.best["value"] / search.samples
     output.say(
-        f"cosine to the unpruned last state: {first:.6f} with the released strategy, {best:.6f} with the best found"
+        f"cosine to the unpruned last state: {first:.6f} for the released strategy, {best:.6f} for the best one found"
     )
     output.say(f"strategy written to {args.out}; use it with vtprune.methods.VFlowOpt.load({args.out!r})")
     output.write(
@@ -199,14 +199,14 @@ def _calibrate(args: argparse.Namespace, output: Output) -> None:
 
     path = Path(args.out).expanduser()
     if path.exists() and not args.force:
-        raise InputError(f"{args.out} exists: --force overwrites it")
+        raise InputError(f"{args.out} exists; use --force to overwrite it")
     model, batches = _batches(args)
     auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
     mean = sum(kept) / len(kept)
     auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)
     output.say(
-        f"energy {auto.energy:.6g} keeps {mean:.3f} of the tokens, mean over {len(kept)} pictures; {min(kept):.3f} of "
-        f"the simplest and {max(kept):.3f} of the richest"
+        f"energy {auto.energy:.6g} keeps {mean:.3f} of the tokens on average over {len(kept)} pictures, from "
+        f"{min(kept):.3f} to {max(kept):.3f}"
     )
     output.say(f"written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Auto.load({args.out!r}))")
     output.write({"energy": auto.energy, "min": auto.min, "max": auto.max, "kept": kept})
