@@ -26,7 +26,7 @@ REAL_VENV ?= .venv-real
 REAL_PY := $(REAL_VENV)/bin/python
 REAL := $(REAL_VENV)/.stamp-real
 
-# vLLM for CPUs, too: it wants other versions of torch's neighbours.
+# vLLM for CPUs, too: it needs other versions of torchvision and the like.
 VLLM_VENV ?= .venv-vllm
 VLLM_PY := $(VLLM_VENV)/bin/python
 VLLM := $(VLLM_VENV)/.stamp-vllm

@@ -5,7 +5,7 @@
     python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
 
 Questions are about held-out scenes, answers are generated greedily in padded batches and are right only word for word.
-Every run writes its row at once, and an interrupted benchmark goes on where it stopped. A result of other weights or
+Every run writes its row at once, and an interrupted benchmark resumes where it stopped. A result of other weights or
 versions is not overwritten without `--force`.
 `oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
 is measured against. `answer_patches` is the share of answer patches that survive the last cut.
@@ -138,7 +138,7 @@ def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iter
 
 
 def header(questions: int, embedded: str = "llava") -> dict[str, Any]:
-    """What a result is only comparable under."""
+    """Conditions under which results are comparable."""
     weights = refvlm.MODELS[embedded] / "model.safetensors"
     return {
         "model": embedded,
@@ -159,7 +159,7 @@ def measure(
     force: bool = False,
     embedded: str = "llava",
 ) -> dict[str, Any]:
-    """Runs all jobs that `out` does not hold yet.
+    """Runs all jobs that are missing in `out`.
 
     Args:
         jobs: Method (None for unpruned) and budget of every row.
@@ -171,7 +171,7 @@ def measure(
         embedded: Which of the reference models is asked.
 
     Returns:
-        dict: What the file holds.
+        dict: Content of the file.
 
     Raises:
         StaleResultError: `out` holds rows of other weights or versions.
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help=f"default: {OUT.name}, or accuracy-MODEL.json beside it")
-    parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
     args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]

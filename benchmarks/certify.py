@@ -98,7 +98,7 @@ def judge(losses: np.ndarray, risk: float, confidence: float, splits: int = SPLI
 
 
 def measure(models: list[str], methods: list[str], pictures: int, out: Path | None, force: bool) -> dict[str, Any]:
-    """Answers are collected once for every model and method that `out` does not hold yet."""
+    """Collects answers once for every model and method that is missing in `out`."""
     torch.set_num_threads(1)
     data: dict[str, Any] = {
         "pictures": pictures,
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--pictures", type=int, default=300)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite a result of another version or setting")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
     with progress.script(args.out):
         data = measure(args.models, args.methods, args.pictures, args.out, args.force)

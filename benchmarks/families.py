@@ -5,7 +5,7 @@
     python -m benchmarks.families -n 2       # other arguments go to pytest
     python -m benchmarks.families -k llava   # some of the tests; the result says so
 
-Law after law is written as its tests end: an interrupted run goes on with the next one, a finished one is run again.
+Law after law is written as its tests end: an interrupted run resumes with the next one, a finished one starts again.
 Results of another version or choice of tests are overwritten with `--force` only. A law holds on a family if at least
 one of its tests ran there and none failed. Tests in which a method refuses a model are skipped, and counted as such.
 `python -m benchmarks.report` turns the result into the README's table.
@@ -131,7 +131,7 @@ def run(
 
 
 def header(chosen: str | None) -> dict[str, Any]:
-    """What results are only comparable under."""
+    """Conditions under which results are comparable."""
     machine = f"{os.cpu_count()} {platform.machine()} cores, float32"
     return {"tests": chosen or "all", "versions": progress.versions(), "machine": machine}
 
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--junit", type=Path, help="read this report of a run of the tests instead of running them")
     parser.add_argument("-k", metavar="EXPRESSION", help="pytest's choice of tests")
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args, rest = parser.parse_known_args()
     sys.path.insert(0, str(ROOT / "tests"))
     from families import FAMILIES

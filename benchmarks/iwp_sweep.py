@@ -4,7 +4,7 @@
     python -m benchmarks.iwp_sweep            # writes benchmarks/results/iwp_sweep.json
 
 Development scenes are not those that accuracy is reported on. Every row is the mean over ratios 0.1 and 0.05. Rows are
-written as they come; an interrupted sweep goes on where it stopped, and one of other weights or versions is not
+written as they come; an interrupted sweep resumes where it stopped, and one of other weights or versions is not
 overwritten without `--force`.
 """
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--duplication", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite a result, also one of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
     settings = [{"layer": k, "duplication": d} for k, d in itertools.product(args.layers, args.duplication)]
     with progress.script(args.out):
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def sweep(settings: list[dict[str, Any]], questions: int, processes: int, out: Path, force: bool) -> dict[str, Any]:
-    """Measures the settings that `out` does not hold yet, and the unpruned model.
+    """Measures the settings that are missing in `out`, and the unpruned model.
 
     Raises:
         StaleResultError: `out` holds a sweep of other weights or versions, or of other questions.

@@ -10,7 +10,7 @@ bandwidth of a large copy and operations over the rate of a large matrix product
 counts what the definition needs, so that lazy evaluation can be above 100 %. An operation whose result is not the
 specification's, nor a perfect choice by its own rule up to rounding, gets no times. On a GPU, the decisions with an aim
 (`benchmarks.kernel_targets`) are measured as well, and the exit status is 1 where one is missed. No time here comes
-from another machine: every case is written at once, an interrupted benchmark goes on where it stopped, and times of
+from another machine: every case is written at once, an interrupted benchmark resumes where it stopped, and times of
 another device or version are overwritten with `--force` only.
 """
 
@@ -188,7 +188,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def header(device: torch.device, budget: float, sizes: dict[str, int]) -> dict[str, Any]:
-    """What times are only comparable under."""
+    """Conditions under which times are comparable."""
     triton = sys.modules.get("triton")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
@@ -213,7 +213,7 @@ def benchmark(
     force: bool = False,
     **sizes: int,
 ) -> dict[str, Any]:
-    """All cases in all dtypes that `out` does not hold yet; it is written after each.
+    """Measures all cases in all dtypes that are missing in `out`, which is written after each.
 
     Raises:
         StaleResultError: `out` holds times of another device, version or size.
@@ -273,7 +273,7 @@ def main() -> int:
     parser.add_argument("--keep", type=int, default=160, help="tokens kept (default: %(default)s)")
     parser.add_argument("--scale", type=int, default=1, help="divides widths and heads, to try the command")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite times of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -6,7 +6,7 @@
 
 Counting needs every object, reading a digit needs fine detail, a color needs one patch: one accuracy over all
 questions hides what pruning costs. Questions are about held-out scenes, answers are right only word for word. Every
-finished run is written at once, an interrupted benchmark goes on where it stopped, and results of other weights or
+finished run is written at once, an interrupted benchmark resumes where it stopped, and results of other weights or
 versions are overwritten with `--force` only.
 """
 
@@ -37,7 +37,7 @@ def run(model: Any, processor: Any, samples: list[evaluate.Sample], method: str 
 
 
 def measure(methods: list[str], ratios: list[float], questions: int, out: Path, force: bool = False) -> dict[str, Any]:
-    """Runs what `out` does not hold yet, and returns what it then holds."""
+    """Runs everything that is missing in `out` and returns its new content."""
     data: dict[str, Any] = header(questions)
     data["rows"] = progress.load(out, data, force).get("rows", [])
     done = {(row.get("method"), row.get("ratio")) for row in data["rows"]}
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):
         measure(args.methods, args.ratios, args.questions, args.out, args.force)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory with and without pruning, beside what is possible: the same as `vtprune bench`.
+"""Speed and memory with and without pruning, beside the possible gain: the same as `vtprune bench`.
 
     python -m benchmarks.latency                    # the CPU run whose result is committed
     python -m benchmarks.latency --device cuda --out DIR    # the GPU run of benchmarks.gpu_all

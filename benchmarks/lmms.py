@@ -183,7 +183,7 @@ def with_table(text: str, data: Mapping[str, Any]) -> str:
 
 
 def header(limit: int, batch: int) -> dict[str, Any]:
-    """What results are only comparable under."""
+    """Conditions under which results are comparable."""
     return {
         "questions": f"the first {limit} of every task",
         "batch": batch,
@@ -194,7 +194,7 @@ def header(limit: int, batch: int) -> dict[str, Any]:
 
 
 def measure(methods: Sequence[str], limit: int, batch: int, out: Path, force: bool) -> dict[str, Any]:
-    """Runs what `out` does not hold yet, and returns what it then holds."""
+    """Runs everything that is missing in `out` and returns its new content."""
     data = header(limit, batch)
     data["rows"] = progress.load(out, data, force).get("rows", [])
     jobs = [Job(name) for name in ("none", *methods)]
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=150, help="questions of every task")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite results of other versions or settings")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
 
     with progress.script(args.out):

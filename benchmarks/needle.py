@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=[n for n in vtprune.methods.names() if n != "debiased"])
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with progress.script(args.out):

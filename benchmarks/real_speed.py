@@ -5,8 +5,8 @@
     .venv-real/bin/python -m benchmarks.real_speed
 
 Time to the first token, time per token and KV bytes with 256, 1,024 and 2,304 visual places, beside the unpruned
-decoder and beside the limit: a prompt that had only the kept tokens from the start. All variants take turns, round
-after round, on one thread, and what is compared is CPU time, which other programs on the machine do not lengthen.
+decoder and beside the limit: a prompt that has only the kept tokens. All variants alternate, round
+after round, on one thread, and what is compared is CPU time, which other programs do not affect.
 The visual places hold the words of a text (see `benchmarks.real`), so there is no vision tower, and its time is none.
 
 Methods that need a vision tower's attention are refused, with their reason in the result.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=methods())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite a result of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     chosen = variants(args.methods, [Budget(ratio=RATIO)])

@@ -36,7 +36,7 @@ def latency(data: Data) -> str:
     clock = "CPU time of the process, which other programs do not lengthen" if cpu else "by the clock"
     parts = [
         f"{data['model']}, {data['dtype']}, {data['attention']} attention, {data['device']}; medians of runs in turn, "
-        f"{clock}. `limit`: the same model given a prompt that had only the kept tokens from the start; `of the gain`: "
+        f"{clock}. `limit`: the same model given a prompt that has only the kept tokens; `of the gain`: "
         "share of the prefill time between unpruned and the limit that was saved; FLOPs bound: the prefill if time "
         f"fell as operations do. {versions(data)}"
     ]

@@ -15,7 +15,7 @@ Data = dict[str, Any]
 
 
 def refvlm(data: Data) -> str:
-    """Accuracy of an built-in model, unpruned."""
+    """Accuracy of a built-in model, unpruned."""
     kinds = {name: value for name, value in data.items() if isinstance(value, dict) and "all" in value}
     rows = [
         (

@@ -64,7 +64,7 @@ class Plan:
     alone: bool = False
 
     def header(self) -> dict[str, Any]:
-        """What results are only comparable under."""
+        """Conditions under which results are comparable."""
         return {
             "model": self.model,
             "about": serving_model.about() if self.model == BUILT_IN else {},
@@ -130,7 +130,7 @@ class Pool:
 
 
 def measure(plan: Plan, out: Path | None, force: bool = False) -> dict[str, Any]:
-    """Runs what `out` does not hold yet, and returns what it then holds."""
+    """Runs everything that is missing in `out` and returns its new content."""
     data = plan.header()
     old = progress.load(out, data, force)
     data.update(rows=old.get("rows", []), parts=old.get("parts", {}), load=old.get("load"))
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--serve", default="", help="further arguments of vllm serve, as one text")
     parser.add_argument("--alone", action="store_true", help="never two servers at a time")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--force", action="store_true", help="overwrite results of other versions or settings")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     serve = shlex.split(args.serve)
     if args.model == BUILT_IN:

@@ -70,7 +70,7 @@ def build(folder: Path) -> Path:
 
 
 def about() -> dict[str, Any]:
-    """What results with this model are comparable under."""
+    """Conditions under which results with this model are comparable."""
     return {"text": TEXT, "vision": VISION}
 
 

@@ -232,7 +232,7 @@ def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str,
 
 
 def measure(count: int, out: Path, force: bool = False, real: Callable[[], dict[str, Frames]] = real_clips) -> dict:
-    """Runs what `out` does not hold yet, and returns what it then holds."""
+    """Runs everything that is missing in `out` and returns its new content."""
     data: dict[str, Any] = header(0, "qwen2_5_vl") | {
         "questions": f"{count} windows of each real clip, {len(QUESTIONS)} questions each, and {3 * count} drawn clips",
         "frames": FRAMES,
@@ -268,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pruning of clips beside fewer and smaller frames.")
     parser.add_argument("--prompts", type=int, default=2, help="windows of each real clip; three times as many drawn")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):
         measure(args.prompts, args.out, args.force)

@@ -5,7 +5,7 @@
 
 Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, 144 tokens of different lengths, float32, 64
 directions, side by side in one run. The reference is the derivative over 256 directions with the slopes in float64.
-Every projector is written at once, an interrupted benchmark goes on where it stopped, and results of another version
+Every projector is written at once, an interrupted benchmark resumes where it stopped, and results of another version
 are overwritten with `--force` only.
 """
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--projectors", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):
         run(args.projectors, args.runs, args.out, args.force)

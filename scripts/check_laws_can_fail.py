@@ -4,7 +4,7 @@
     python scripts/check_laws_can_fail.py
 
 Works on a copy of the tree. Prints a line per fault and exits with 1 if a law let one pass. With `--out FILE`, what was
-caught is written there fault by fault: an interrupted run goes on with the next one, a finished one is run again, and
+caught is written there fault by fault: an interrupted run resumes with the next one, a finished one starts again, and
 results of another version are overwritten with `--force` only.
 """
 
@@ -177,7 +177,7 @@ def check(out: Path | None, force: bool) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Breaks the engine on purpose: does the offended law fail?")
     parser.add_argument("--out", type=Path, help="JSON file for what was caught")
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):
         caught = check(args.out, args.force)["caught"].values()

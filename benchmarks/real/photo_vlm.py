@@ -87,7 +87,7 @@ def load(images: list[Image.Image], grid: int, dtype: torch.dtype = torch.float3
 
 
 def inputs(images: list[Image.Image], grid: int, question: str) -> dict[str, Tensor]:
-    """What `forward` and `generate` take: the same question about every picture."""
+    """Arguments of `forward` and `generate`: the same question about every picture."""
     tokenizer = parts.tokenizer()
     place = tokenizer.convert_tokens_to_ids(text_vlm.PLACEHOLDER)
     head = tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]

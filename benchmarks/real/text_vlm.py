@@ -38,7 +38,7 @@ class WordTower(PreTrainedModel):
 
 
 def load(dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """The model, in eval mode."""
+    """Loads the model in eval mode."""
     decoder = parts.decoder(dtype)
     vision = CLIPVisionConfig(
         hidden_size=decoder.config.hidden_size, num_hidden_layers=1, num_attention_heads=9, intermediate_size=8,
@@ -64,7 +64,7 @@ def load(dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
 
 
 def inputs(before: str, words: list[list[int]], after: list[str]) -> dict[str, Tensor]:
-    """What `forward` and `generate` take.
+    """Arguments of `forward` and `generate`.
 
     Args:
         before: text before every picture.

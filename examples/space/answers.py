@@ -26,14 +26,14 @@ _log = logging.getLogger("vtprune.space")
 
 @dataclass(frozen=True)
 class Answer:
-    """What one method made of a question.
+    """Answers to a question without and with one method.
 
     Attributes:
         model, method: Names.
-        before, after: Without and with pruning; None where it failed.
-        pruning: The account of the pruned prefill, with recorded states; None where it failed.
-        pictures: What it shows; None where it failed, or where the places of the tokens are not known.
-        error: TokenExplanation something is None, or "".
+        before, after: Answers without and with pruning; None if it failed.
+        pruning: Record of the pruned prefill, with its states; None if it failed.
+        pictures: The pictures to show; None if it failed, or if the places of the tokens are unknown.
+        error: Why a field is None, or "".
     """
 
     model: str
@@ -65,7 +65,7 @@ class Models:
         self._locks = {name: threading.Lock() for name in self.names}
 
     def ask(self, name: str, image: Image.Image, question: str, ratio: float, methods: Sequence[str]) -> list[Answer]:
-        """Answers a question about a picture with some methods; what cannot be done is an answer with an error."""
+        """Answers a question about a picture with several methods; failures are answers with an error."""
         with self._locks[name]:
             try:
                 model, processor = self._get(name)

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="architectures at a time (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=300, help="seconds for each (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for models.json and models.md")
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     parser.add_argument(
         "--towers", action="store_true", help="only cuts inside vision towers; what is known otherwise stays as it is"
     )

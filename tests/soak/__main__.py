@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000, help="prompts")
     parser.add_argument("--generations", type=int, default=1000, help="while memory is watched")
     parser.add_argument("--only", nargs="+", choices=list(parts.PARTS), default=list(parts.PARTS))
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     import torch
 

@@ -15,7 +15,7 @@ SHOTS = ROOT / os.environ.get("VTPRUNE_SHOTS", "out")
 
 
 def missing() -> str | None:
-    """TokenExplanation these tests cannot run here, or None."""
+    """Reason why these tests cannot run here, or None."""
     if os.environ.get("VTPRUNE_WEB") != "1":
         return "tests of the web demo run with `make test-web`"
     for module in ("gradio", "gradio_client", "selenium"):
@@ -25,7 +25,7 @@ def missing() -> str | None:
 
 
 def browser_missing() -> str | None:
-    """TokenExplanation there is no browser, or None."""
+    """Reason why there is no browser, or None."""
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
             return f"{program} is not installed; on Debian: apt-get install chromium chromium-driver"

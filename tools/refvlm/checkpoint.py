@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def save(path: Path, learner: nn.Module, optimizers: Iterable[torch.optim.Optimizer], step: int) -> None:
-    """Writes weights, optimisers and the number of steps; an older file stays until the new one is whole."""
+    """Writes weights, optimizers and the number of steps; an older file stays until the new one is whole."""
     tensors: dict[str, Tensor] = {f"learner/{name}": value for name, value in learner.state_dict().items()}
     about: list[dict[str, Any]] = []
     for number, optimizer in enumerate(optimizers):
@@ -38,7 +38,7 @@ def load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], list[dict
     """Reads what `save` wrote.
 
     Returns:
-        tuple: State of the learner, states of the optimisers, number of steps.
+        tuple: State of the learner, states of the optimizers, number of steps.
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary

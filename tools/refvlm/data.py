@@ -35,7 +35,7 @@ Sizes = tuple[tuple[int, int], ...]  # height and width in pixels
 
 @dataclass
 class Batch:
-    """One optimiser step of one worker.
+    """One optimizer step of one worker.
 
     Attributes:
         images: uint8 `[B, H, W, 3]`.
@@ -99,20 +99,20 @@ def patch_words(objects: tuple[scenes.SceneObject, ...]) -> np.ndarray:
     """What each patch shows, int8 `[144, len(GROUPS)]`; every patch of an object knows the whole object."""
     table = np.array([[len(words) for words in GROUPS.values()]] * VISUAL_TOKENS, dtype=np.int8)
     table[:, list(GROUPS).index("background")] = 0
-    for thing in objects:
-        cells = list(thing.patches)
+    for item in objects:
+        cells = list(item.patches)
         for column, (group, words) in enumerate(GROUPS.items()):
             if group == "center":
                 table[cells[0], column] = 0
             elif group == "background":
                 table[cells, column] = 1
-            elif (word := getattr(thing, group)) is not None:
+            elif (word := getattr(item, group)) is not None:
                 table[cells, column] = words.index(word) if word else IGNORE
     return table
 
 
 def describe(array: np.ndarray) -> tuple[scenes.SceneObject, ...]:
-    """The one object of an easy-VQA training picture, found by its colour against the plain background.
+    """The one object of an easy-VQA training picture, found by its color against the plain background.
 
     Args:
         array: uint8 `[144, 144, 3]`.
@@ -265,8 +265,8 @@ def pack(
             labels[row, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
             used += len(words)
         kept.append(fitted)
-        for thing in objects:
-            for word in (thing.color, thing.shape, thing.digit):
+        for item in objects:
+            for word in (item.color, item.shape, item.digit):
                 if word:
                     present[row, PRESENT.index(word)] = 1
     pictures, shown = zip(*(resized(row[0], patch_words(row[1]), size) for row in rows), strict=True)

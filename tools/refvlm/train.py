@@ -161,7 +161,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
         state, states, step = checkpoint.load(file, device)
         learner.load_state_dict(state)
     optims = optimizers(learner, step < args.look)
-    if step not in (0, args.look):  # each phase starts with fresh optimisers
+    if step not in (0, args.look):  # each phase starts with fresh optimizers
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     total = args.look + args.answer
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite a run of other settings")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing run")
     args = parser.parse_args(argv)
     args.out = args.out or Path("out") / args.model
     usual = learner_class(args.model)

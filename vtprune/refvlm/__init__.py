@@ -59,12 +59,12 @@ CHAT_TEMPLATE = (
 
 
 def prompt(question: str) -> str:
-    """The text that the model was trained to continue with the answer to `question`."""
+    """Prompt for a question, as in training: the model continues it with the answer."""
     return f"<image> {question} answer:"
 
 
 def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A trained model in eval mode and its processor, from the files inside the package; never the network.
+    """Loads a trained model in eval mode and its processor from the files inside the package.
 
     Args:
         dtype: of the weights in memory, float32 by default (the file holds float16).
@@ -77,7 +77,7 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if name not in MODELS:
-        raise ValueError(f"no built-in model {name!r}; there are {', '.join(MODELS)}")
+        raise ValueError(f"no built-in model {name!r}; expected one of {', '.join(MODELS)}")
     folder = MODELS[name]
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True

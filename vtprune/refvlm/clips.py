@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeded short clips in which something moves, changes or follows something else, with known answer tokens.
+"""Seeded short clips of objects that move, change or follow each other, with known answer tokens.
 
 A clip has two to five steps of two frames each; Qwen2.5-VL joins the two frames of a step into one layer of visual
 tokens. Three kinds of clips: one object moves among others that rest, one object changes its color, or objects appear
@@ -26,7 +26,7 @@ FRAMES = 2  # of one step
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip and what happens in it; `frames` are drawn on first use.
+    """A clip and its objects; `frames` are drawn on first use.
 
     Attributes:
         steps: for every step, the objects that it shows. Their `patches` are numbers within the step's own grid.
@@ -54,11 +54,11 @@ class Clip:
     def cells(self, *shown: tuple[int, CrowdObject]) -> tuple[int, ...]:
         """Visual tokens of objects, each with the number of its step, counted over the whole clip."""
         size = self.grid[0] * self.grid[1]
-        return tuple(dict.fromkeys(step * size + cell for step, thing in shown for cell in thing.patches))
+        return tuple(dict.fromkeys(step * size + cell for step, item in shown for cell in item.patches))
 
 
 def clip(seed: int, grid: tuple[int, int] | None = None, steps: int | None = None, event: str | None = None) -> Clip:
-    """The clip of this seed; grid, number of steps and event are drawn where they are not given."""
+    """Creates the clip of a seed; grid, number of steps and event are drawn by default."""
     rng = random.Random(f"clip {seed}")
     grid = grid or rng.choice(GRIDS)
     steps = steps or rng.choice((3, 4, 4, 5))
@@ -81,9 +81,9 @@ def clip(seed: int, grid: tuple[int, int] | None = None, steps: int | None = Non
         changed = dataclasses.replace(hero, color=other, rgb=COLORS[other])
         path = [hero if step < when else changed for step in range(steps)]
     for shape in shapes[1 : 1 + rng.choice((0, 1, 2))]:
-        thing = _somewhere(rng, grid, [*path, *resting], rng.choice(tuple(COLORS)), shape, tries=20)
-        if thing is not None:
-            resting.append(thing)
+        item = _somewhere(rng, grid, [*path, *resting], rng.choice(tuple(COLORS)), shape, tries=20)
+        if item is not None:
+            resting.append(item)
     return Clip(seed, grid, event, tuple((moved, *resting) for moved in path))
 
 
@@ -98,17 +98,17 @@ def _somewhere(rng, grid, others, color, shape, tries: int = 0):
             continue
         if any(max(abs(x - o.x), abs(y - o.y)) <= radius + o.half_width + 3 for o in others):
             continue
-        thing = CrowdObject(shape, color, "", None, x, y, radius, radius, rgb, (), (height, width))
-        thing = dataclasses.replace(thing, patches=covered(thing, grid))
-        if not any(set(thing.patches) & set(other.patches) for other in others):
-            return thing
+        item = CrowdObject(shape, color, "", None, x, y, radius, radius, rgb, (), (height, width))
+        item = dataclasses.replace(item, patches=covered(item, grid))
+        if not any(set(item.patches) & set(other.patches) for other in others):
+            return item
     return None
 
 
 def _between(start: CrowdObject, end: CrowdObject, share: float, grid: tuple[int, int]) -> CrowdObject:
     x, y = (round(a + (b - a) * share) for a, b in ((start.x, end.x), (start.y, end.y)))
-    thing = dataclasses.replace(start, x=x, y=y)
-    return dataclasses.replace(thing, patches=covered(thing, grid))
+    item = dataclasses.replace(start, x=x, y=y)
+    return dataclasses.replace(item, patches=covered(item, grid))
 
 
 def ask(on: Clip) -> list[Question]:
@@ -132,7 +132,7 @@ def ask(on: Clip) -> list[Question]:
             Question(f"what color does the {name} become?", final.color, "becomes", after + before),
             Question("what changes?", name, "changes", after + before),
         ]
-    place, origin = (f"{thing.vertical} {thing.horizontal}" for thing in (final, first))
+    place, origin = (f"{item.vertical} {item.horizontal}" for item in (final, first))
     ends = on.cells((last, final)), on.cells((0, first))
     return [
         Question(f"where does the {name} go?", place, "goes", ends[0] + ends[1]),

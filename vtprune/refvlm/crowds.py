@@ -43,7 +43,7 @@ class CrowdObject(SceneObject):
 
 @dataclasses.dataclass(frozen=True)
 class Crowd:
-    """A picture and what is in it; `image` and `questions` are made on first use."""
+    """A picture and its objects; `image` and `questions` are created on first use."""
 
     seed: int
     grid: tuple[int, int]
@@ -62,19 +62,19 @@ class Crowd:
 
 
 def crowd(seed: int, grid: tuple[int, int] | None = None) -> Crowd:
-    """The crowd of this seed.
+    """Creates the crowd of a seed.
 
     Args:
-        seed: same seed and grid, same picture and questions.
+        seed: the same seed and grid give the same picture and questions.
         grid: rows and columns of visual tokens; one of `GRIDS` by default.
     """
     rng = random.Random(f"crowd {seed}")
     grid = grid or rng.choice(GRIDS)
     objects: list[CrowdObject] = []
     for color, shape in kinds(rng, wanted=max(3, min(16, grid[0] * grid[1] // 22))):
-        thing = place(rng, objects, color, shape, grid)
-        if thing is not None:
-            objects.append(thing)
+        item = place(rng, objects, color, shape, grid)
+        if item is not None:
+            objects.append(item)
     return Crowd(seed, grid, tuple(objects))
 
 
@@ -101,27 +101,27 @@ def place(
     for _ in range(40):
         x, y = rng.randint(radius + 1, width - radius - 1), rng.randint(radius + 1, height - radius - 1)
         if min(abs(2 * x - width), abs(2 * y - height)) < 12:
-            continue  # its quadrant would be in doubt
+            continue  # its quadrant would be ambiguous
         if any(max(abs(x - o.x), abs(y - o.y)) <= radius + o.half_width + 4 for o in others):
             continue
-        thing = CrowdObject(shape, color, "", digit, x, y, radius, radius, rgb, (), (height, width))  # type: ignore[arg-type]
-        cells = covered(thing, grid)
+        item = CrowdObject(shape, color, "", digit, x, y, radius, radius, rgb, (), (height, width))  # type: ignore[arg-type]
+        cells = covered(item, grid)
         if not any(set(cells) & set(other.patches) for other in others):
-            return dataclasses.replace(thing, patches=cells)
+            return dataclasses.replace(item, patches=cells)
     return None
 
 
-def covered(thing: SceneObject, grid: tuple[int, int]) -> tuple[int, ...]:
+def covered(item: SceneObject, grid: tuple[int, int]) -> tuple[int, ...]:
     """Visual tokens of which the object covers at least a fifth, the one at its center first."""
     rows, columns = grid
-    left, top = max(0, (thing.x - thing.half_width) // CELL), max(0, (thing.y - thing.half_height) // CELL)
-    right = min(columns, (thing.x + thing.half_width) // CELL + 1)
-    bottom = min(rows, (thing.y + thing.half_height) // CELL + 1)
-    part = dataclasses.replace(thing, x=thing.x - left * CELL, y=thing.y - top * CELL)
+    left, top = max(0, (item.x - item.half_width) // CELL), max(0, (item.y - item.half_height) // CELL)
+    right = min(columns, (item.x + item.half_width) // CELL + 1)
+    bottom = min(rows, (item.y + item.half_height) // CELL + 1)
+    part = dataclasses.replace(item, x=item.x - left * CELL, y=item.y - top * CELL)
     mask = Image.new("L", ((right - left) * CELL, (bottom - top) * CELL))
     _fill(ImageDraw.Draw(mask), part, 255)
     share = np.asarray(mask, dtype=np.float32).reshape(bottom - top, CELL, right - left, CELL).mean((1, 3)) / 255
-    center = min(thing.y // CELL, rows - 1) * columns + min(thing.x // CELL, columns - 1)
+    center = min(item.y // CELL, rows - 1) * columns + min(item.x // CELL, columns - 1)
     cells = {
         (top + row) * columns + left + column: float(share[row, column])
         for row, column in np.argwhere(share >= 0.2).tolist()
@@ -140,8 +140,8 @@ def draw(objects: Sequence[SceneObject], grid: tuple[int, int], background: Imag
     """`background` with the objects on it."""
     image = background.copy()
     pen = ImageDraw.Draw(image)
-    for thing in objects:
-        _fill(pen, thing, thing.rgb)
-        if thing.digit:
-            _write_digit(pen, thing)
+    for item in objects:
+        _fill(pen, item, item.rgb)
+        if item.digit:
+            _write_digit(pen, item)
     return image

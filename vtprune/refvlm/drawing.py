@@ -48,48 +48,48 @@ def place(rng: random.Random, others: Sequence[SceneObject], color: str, shape: 
             x, y = round(x / 12) * 12, round(y / 12) * 12
         clear = all(abs(x - t.x) > wide + t.half_width + 8 or abs(y - t.y) > high + t.half_height + 8 for t in others)
         if clear and min(abs(x - SIZE // 2), abs(y - SIZE // 2)) >= 16:
-            thing = SceneObject(shape, color, size, digit, x, y, wide, high, rgb)  # type: ignore[arg-type]
-            patches = _patches(thing)
+            item = SceneObject(shape, color, size, digit, x, y, wide, high, rgb)  # type: ignore[arg-type]
+            patches = _patches(item)
             if not any(set(patches) & set(other.patches) for other in others):  # one patch, one object
-                return dataclasses.replace(thing, patches=patches)
+                return dataclasses.replace(item, patches=patches)
     return None
 
 
-def _outline(thing: SceneObject) -> list[tuple[float, float]]:
-    x, y, w, h = thing.x, thing.y, thing.half_width, thing.half_height
-    if thing.shape == "triangle":
+def _outline(item: SceneObject) -> list[tuple[float, float]]:
+    x, y, w, h = item.x, item.y, item.half_width, item.half_height
+    if item.shape == "triangle":
         return [(x, y - h), (x + w, y + h), (x - w, y + h)]
-    if thing.shape == "cross":
+    if item.shape == "cross":
         a = w * 0.36
         signs = ((-a, -w), (a, -w), (a, -a), (w, -a), (w, a), (a, a), (a, w), (-a, w), (-a, a), (-w, a), (-w, -a))
         return [(x + dx, y + dy) for dx, dy in (*signs, (-a, -a))]
-    if thing.shape == "star":
+    if item.shape == "star":
         turns = [(math.pi * k / 5 - math.pi / 2, w if k % 2 == 0 else w * 0.45) for k in range(10)]
         return [(x + r * math.cos(turn), y + r * math.sin(turn)) for turn, r in turns]
     return [(x - w, y - h), (x + w, y - h), (x + w, y + h), (x - w, y + h)]
 
 
-def _fill(draw: ImageDraw.ImageDraw, thing: SceneObject, color: int | tuple[int, int, int]) -> None:
+def _fill(draw: ImageDraw.ImageDraw, item: SceneObject, color: int | tuple[int, int, int]) -> None:
     box = (
-        thing.x - thing.half_width,
-        thing.y - thing.half_height,
-        thing.x + thing.half_width,
-        thing.y + thing.half_height,
+        item.x - item.half_width,
+        item.y - item.half_height,
+        item.x + item.half_width,
+        item.y + item.half_height,
     )
-    if thing.shape == "circle":
+    if item.shape == "circle":
         draw.ellipse(box, fill=color)
-    elif thing.shape == "sign":
+    elif item.shape == "sign":
         draw.rounded_rectangle(box, radius=8, fill=color)
     else:
-        draw.polygon(_outline(thing), fill=color)
+        draw.polygon(_outline(item), fill=color)
 
 
-def _patches(thing: SceneObject) -> tuple[int, ...]:
-    """Grid cells of which the object covers at least a fifth, the one at its centre of mass first."""
+def _patches(item: SceneObject) -> tuple[int, ...]:
+    """Grid cells of which the object covers at least a fifth, the one at its center of mass first."""
     mask = Image.new("L", (SIZE, SIZE))
-    _fill(ImageDraw.Draw(mask), thing, 255)
+    _fill(ImageDraw.Draw(mask), item, 255)
     cover = np.asarray(mask, dtype=np.float32).reshape(GRID, CELL, GRID, CELL).mean((1, 3)).ravel() / 255
-    center = min(thing.y // CELL, GRID - 1) * GRID + min(thing.x // CELL, GRID - 1)
+    center = min(item.y // CELL, GRID - 1) * GRID + min(item.x // CELL, GRID - 1)
     order = sorted(np.flatnonzero(cover >= 0.2).tolist(), key=lambda cell: (cell != center, -cover[cell], cell))
     return tuple(order) if order and order[0] == center else (center, *order)
 
@@ -128,10 +128,10 @@ def draw_scene(seed: int, objects: Sequence[SceneObject]) -> Image.Image:
         end = (x + length * math.cos(turn), y + length * math.sin(turn))
         shade = rng.randint(150, 190)
         draw.line((x, y, *end), fill=(shade, shade, rng.randint(150, 190)), width=3)
-    for thing in objects:
-        _fill(draw, thing, thing.rgb)
-        if thing.digit:
-            _write_digit(draw, thing)
+    for item in objects:
+        _fill(draw, item, item.rgb)
+        if item.digit:
+            _write_digit(draw, item)
     return image
 
 

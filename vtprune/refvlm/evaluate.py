@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of the reference model through its public face: `python -m vtprune.refvlm.evaluate --easy-vqa`.
+"""Accuracy of the built-in models: `python -m vtprune.refvlm.evaluate --easy-vqa`.
 
-Every answer is generated greedily with `model.generate` from what the processor makes of picture and prompt, and is
-right only if it equals the reference word for word. The functions are reused by `benchmarks/` for pruned models.
+Every answer is generated greedily with `model.generate` from the processor's inputs, and is right only if it equals the
+reference word for word. The functions are reused by `benchmarks/` for pruned models.
 
-Answers are written as they come: an interrupted evaluation goes on where it stopped, and a result of another model or
-version is overwritten with `--force` only.
+Answers are saved batch by batch: an interrupted evaluation resumes where it stopped. Only `--force` overwrites a result
+of another model or version.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Sample(NamedTuple):
 def held_out_scenes(n_scenes: int, questions_per_scene: int = 1) -> Iterator[Sample]:
     """Questions on scenes that training never draws, about the same number of each kind (not every scene has all)."""
     if n_scenes > scenes.TRAIN_SEEDS:
-        raise ValueError(f"only {scenes.TRAIN_SEEDS:,} scenes are held out, not {n_scenes:,}")
+        raise ValueError(f"found n_scenes={n_scenes:,}; expected at most the {scenes.TRAIN_SEEDS:,} held-out scenes")
     total: Counter[str] = Counter()
     for seed in range(n_scenes):
         drawn = scenes.scene(seed)
-        # The kinds asked least so far come first: rare kinds (a scene needs a sign for a digit) catch up.
+        # The least frequent kinds so far come first, so that rare kinds (a digit needs a sign) catch up.
         questions = sorted(drawn.questions, key=lambda question: total[question.kind])
         for question in questions[:questions_per_scene]:
             total[question.kind] += 1
@@ -82,7 +82,7 @@ def answer(model: Any, processor: Any, samples: Iterable[Any], batch_size: int =
 
 
 def tally(samples: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Exact-match accuracy over everything (`all`) and by kind, with what always giving one answer would reach.
+    """Exact-match accuracy over everything (`all`) and by kind, with that of a constant answer.
 
     `majority` of a kind is the share of its most frequent answer; that of `all` is the best guess made kind by kind.
     """
@@ -121,7 +121,7 @@ def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int) -> dict[str, Any]:
-    """What results are only comparable under."""
+    """Conditions under which results are comparable."""
     return {
         "model": name,
         "weights_sha256": hashlib.sha256((MODELS[name] / "model.safetensors").read_bytes()).hexdigest(),
@@ -135,7 +135,7 @@ def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int)
 def measure(
     name: str, n_scenes: int, questions: int, easy: bool, batch: int, out: Path | None, force: bool = False
 ) -> dict[str, Any]:
-    """Asks what `out` does not hold yet; answers are written batch by batch until a set of questions is through.
+    """Asks all questions that are missing in `out`, which is written after every batch.
 
     Args:
         name: Which of the reference models.
@@ -143,10 +143,10 @@ def measure(
         easy: Also the easy-VQA test split.
         batch: Prompts at a time.
         out: The result file, or None.
-        force: Begin anew, whatever the file holds.
+        force: Ignore the existing file.
 
     Returns:
-        dict: What the file then holds.
+        dict: Content of the file.
 
     Raises:
         StaleResultError: `out` holds results of another model, other weights, versions or scenes.
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--easy-vqa", action="store_true", help="also the easy-VQA test split")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--force", action="store_true", help="ask anew, and overwrite results of another version")
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     with progress.script(args.out):
         data = measure(args.model, args.scenes, args.questions, args.easy_vqa, args.batch, args.out, args.force)

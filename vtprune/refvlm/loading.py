@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models, pictures and prompts for the command line, with errors of one line each."""
+"""Loading of models and prompts for the command line, with one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMBEDDED = "embedded"
 EMBEDDED_MODELS = {EMBEDDED: "llava", f"{EMBEDDED}-qwen2_5_vl": "qwen2_5_vl"}
 # Share of a model's parameters that may be missing from its files: new heads and tied weights, not a whole model.
 MAX_MISSING = 0.5
-# Of configurations. The largest open models have 126 layers, a width of 18,432 and 262,144 words.
+# Limits of configurations. The largest open models have 126 layers, a width of 18,432 and 262,144 words.
 MAX_SIZES = {
     "num_hidden_layers": 1_024,
     "depth": 1_024,
@@ -73,7 +73,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
             output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # whatever is wrong with the files of a model, the user gets one line
+    except Exception as error:  # broken model files raise any type of error; the user gets one line
         raise InputError(f"cannot load the model {name}: {one_line(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
@@ -82,7 +82,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
 
 
 def _check_weights(name: str, model: Any, missing: Any) -> None:
-    """Refuses a model most of whose weights were not in its files, and warns where some were not."""
+    """Raises if most of a model's weights are missing in its files, and warns if some are."""
     if not missing:
         return
     some, total = ", ".join(sorted(missing)[:3]), sum(p.numel() for p in model.parameters())
@@ -97,7 +97,7 @@ def _check_weights(name: str, model: Any, missing: Any) -> None:
 
 
 def _check_sizes(found: Any, name: str) -> None:
-    """Refuses a configuration that describes no model which anybody has: it would take hours to build."""
+    """Raises for absurd sizes in a configuration, which would take hours to build."""
     for part in (found, *(getattr(found, key, None) for key in getattr(found, "sub_configs", ()) or ())):
         for attribute, most in MAX_SIZES.items():
             value = getattr(part, attribute, None)
@@ -106,10 +106,10 @@ def _check_sizes(found: Any, name: str) -> None:
 
 
 def refuse_pickles(name: str) -> None:
-    """Looks at a local model folder before its weights are read.
+    """Checks the weight files of a local model folder before they are read.
 
     Raises:
-        InputError: The weights are pickles, which can run code when they are read.
+        InputError: The weights are pickles, which can run code when loaded.
     """
     folder = Path(name).expanduser()
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
@@ -122,7 +122,7 @@ def refuse_pickles(name: str) -> None:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model is read from this machine only; looks at no more than the name and the folder.
+    """Whether a model is local, by its name and folder alone.
 
     Raises:
         InputError: It is neither a model folder nor a possible name on the hub.
@@ -168,7 +168,7 @@ def config(name: str) -> tuple[Any, bool]:
 
 
 def skeleton(name: str) -> Any:
-    """The model without its weights, on the meta device: enough to look at its parts."""
+    """The model without weights, on the meta device, to inspect its parts."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -198,7 +198,7 @@ def prompt(processor: Any, image: Image, question: str) -> Any:
             )
         placeholder = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
         return processor(images=image, text=f"{placeholder}\n{question}".lstrip("\n"), return_tensors="pt")
-    except Exception as error:  # processors raise what they like
+    except Exception as error:  # processors raise any type of error
         raise InputError(f"{type(processor).__name__} cannot make a prompt of this: {one_line(error)}") from error
 
 
@@ -209,10 +209,10 @@ def inputs(model: Any, processor: Any, image: Image, question: str, new_tokens: 
         model, processor: From `model_and_processor`.
         image: A picture.
         question: A question.
-        new_tokens: How many tokens the model is going to write.
+        new_tokens: Number of tokens to generate.
 
     Raises:
-        InputError: The processor refuses them, or the model has fewer positions than the prompt and the answer need.
+        InputError: The processor rejects them, or the model has too few positions for prompt and answer.
     """
     made = prompt(processor, image, question).to(model.device)
     length = made["input_ids"].shape[1]
@@ -260,7 +260,7 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
             made = clip_inputs.inputs(model, processor, frames, f" {question} answer:")
         else:
             raise InputError(f"{type(model).__name__} takes no clips")
-    except Exception as error:  # processors raise what they like
+    except Exception as error:  # processors raise any type of error
         raise InputError(
             f"{type(processor).__name__} cannot make a prompt of this clip: {one_line(error)}; expected an even number "
             "of frames of one size, and a model that takes clips"

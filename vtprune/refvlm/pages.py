@@ -25,7 +25,7 @@ ORDER = ("first", "second", "third")
 KINDS = ("line", "word", "which line", "lines", "page presence")
 GRIDS = ((8, 8), (8, 10), (10, 10), (12, 12), (16, 12), (14, 14), (18, 14), (20, 20), (24, 18), (28, 24), (36, 36))
 ADVANCE, HIGH = 6, 7  # pixels from one character to the next, and of a character's height
-# Five rows of columns would do, but seven rows of five bits each read better: one hexadecimal number a row.
+# Seven rows of five bits per character, as one hexadecimal number a row.
 _FONT = {
     "a": "0E11111F111111", "b": "1E11111E11111E", "c": "0E11101010110E", "d": "1E11111111111E", "e": "1F10101E10101F",
     "f": "1F10101E101010", "g": "0E11101713110F", "h": "1111111F111111", "i": "0E04040404040E", "j": "0702020202120C",
@@ -50,7 +50,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Page:
-    """A page and what it says; `image` is drawn on first use."""
+    """A page and its words; `image` is drawn on first use."""
 
     seed: int
     grid: tuple[int, int]
@@ -88,10 +88,10 @@ def glyph(character: str) -> np.ndarray:
 
 
 def page(seed: int, grid: tuple[int, int] | None = None) -> Page:
-    """The page of this seed.
+    """Creates the page of a seed.
 
     Args:
-        seed: same seed and grid, same page and questions.
+        seed: the same seed and grid give the same page and questions.
         grid: rows and columns of visual tokens; one of `GRIDS` by default.
     """
     rng = random.Random(f"page {seed}")

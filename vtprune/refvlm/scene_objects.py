@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be in a scene: the words for it, and one object."""
+"""Objects of scenes, and the words that describe them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GRID = 12
 SIZE = 288  # drawn at twice the model's 144 pixels, so that pictures still look good when shown to people
 CELL = SIZE // GRID
 
-# The eight colours of easy-VQA, so that both kinds of pictures share one vocabulary.
+# The eight colors of easy-VQA, so that both kinds of pictures share one vocabulary.
 COLORS: dict[str, tuple[int, int, int]] = {
     "black": (12, 12, 12),
     "gray": (128, 128, 128),

@@ -2,11 +2,11 @@
 """Seeded pictures of a few objects, with questions whose answer patches are known.
 
 `scene(seed)` always draws the same picture: two to five objects (circle, rectangle, triangle, star, cross, or a sign
-that carries a digit) in eight colours and two sizes on a textured background with clutter. Every question names the
+that carries a digit) in eight colors and two sizes on a textured background with clutter. Every question names the
 patches that hold its answer, as row-major indices into the 12 x 12 grid that the reference model sees, so a pruning
-method can be compared with an oracle that knows where to look.
+method can be compared with a selection of the answer's patches.
 
-Seeds below `TRAIN_SEEDS` are held out: `refvlm.train` only ever draws seeds from there on.
+Seeds below `TRAIN_SEEDS` are held out: training draws only seeds from there on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it; `image` and `questions` are made on first use."""
+    """A picture and its objects; `image` and `questions` are created on first use."""
 
     seed: int
     objects: tuple[SceneObject, ...]
@@ -64,14 +64,14 @@ class Scene:
 
 
 def scene(seed: int) -> Scene:
-    """The scene of this seed: same seed, same picture and questions."""
+    """Creates the scene of a seed; the same seed gives the same picture and questions."""
     rng = random.Random(f"scene {seed}")
     wanted = rng.choice((2, 3, 3, 4, 4, 5))
-    # Counting needs repetition: in most scenes some objects share their colour or their shape.
+    # Counting needs repetition: in most scenes some objects share their color or their shape.
     shared = rng.choice((1, 2, 2, 3, 3, 3)) if wanted > 2 else rng.choice((1, 2))
     by_color = rng.random() < 0.5
     color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES[:-1])
-    things: list[SceneObject] = []
+    objects: list[SceneObject] = []
     with_sign = rng.random() < 0.75
     for index in range(wanted):
         if index < shared:
@@ -80,14 +80,14 @@ def scene(seed: int) -> Scene:
             mine = (rng.choice(tuple(COLORS)), rng.choice(SHAPES[:-1]))
         if index == wanted - 1 and with_sign:
             mine = (mine[0], "sign")
-        thing = place(rng, things, *mine)
-        if thing is not None:
-            things.append(thing)
-    if with_sign and things[-1].shape != "sign":  # no room was left for it: the sign replaces the last object
-        last = things.pop()
-        things.append(place(rng, things, last.color, "sign") or last)
-    rng.shuffle(things)
-    return Scene(seed, tuple(things))
+        item = place(rng, objects, *mine)
+        if item is not None:
+            objects.append(item)
+    if with_sign and objects[-1].shape != "sign":  # there was no room: the sign replaces the last object
+        last = objects.pop()
+        objects.append(place(rng, objects, last.color, "sign") or last)
+    rng.shuffle(objects)
+    return Scene(seed, tuple(objects))
 
 
 def ask(objects: Sequence[SceneObject], kind: str, rng: random.Random) -> Question | None:
@@ -96,8 +96,8 @@ def ask(objects: Sequence[SceneObject], kind: str, rng: random.Random) -> Questi
 
 
 def caption(objects: Sequence[SceneObject]) -> str:
-    """Every object in reading order of its centre patch: "big red star top left , ..."."""
-    ordered = sorted(objects, key=lambda thing: thing.patches[0])
+    """Every object in reading order of its center patch: "big red star top left , ..."."""
+    ordered = sorted(objects, key=lambda item: item.patches[0])
     return " , ".join(
         f"{t.size} {t.color} {t.shape} {t.digit or ''} {t.vertical} {t.horizontal}".replace("  ", " ") for t in ordered
     )
@@ -105,7 +105,7 @@ def caption(objects: Sequence[SceneObject]) -> str:
 
 def interleave(objects: Sequence[SceneObject]) -> tuple[int, ...]:
     """The patches of several objects, the most central ones first, without repetition."""
-    longest = max((len(thing.patches) for thing in objects), default=0)
+    longest = max((len(item.patches) for item in objects), default=0)
     ranked = (t.patches[rank] for rank in range(longest) for t in objects if rank < len(t.patches))
     return tuple(dict.fromkeys(ranked))
 
@@ -117,46 +117,46 @@ def _only(objects: Sequence[SceneObject], **want: str) -> bool:
 def _descriptions(objects: Sequence[SceneObject], hide: str = "") -> list[tuple[str, SceneObject]]:
     """Phrases that fit exactly one object and do not mention the attribute `hide`."""
     found = []
-    for thing in objects:
-        if hide != "shape" and _only(objects, shape=thing.shape):
-            found.append((thing.shape, thing))
-        if hide != "color" and _only(objects, color=thing.color):
-            found.append((f"{thing.color} object", thing))
-        if not hide and _only(objects, color=thing.color, shape=thing.shape):
-            found += [(f"{thing.color} {thing.shape}", thing)] * 2
+    for item in objects:
+        if hide != "shape" and _only(objects, shape=item.shape):
+            found.append((item.shape, item))
+        if hide != "color" and _only(objects, color=item.color):
+            found.append((f"{item.color} object", item))
+        if not hide and _only(objects, color=item.color, shape=item.shape):
+            found += [(f"{item.color} {item.shape}", item)] * 2
     return found
 
 
 def _ask_color(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects, hide="color")):
         return None
-    name, thing = rng.choice(options)
+    name, item = rng.choice(options)
     text = rng.choice(("what color is the {}?", "what is the color of the {}?")).format(name)
-    return Question(text, thing.color, "color", thing.patches)
+    return Question(text, item.color, "color", item.patches)
 
 
 def _ask_shape(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects, hide="shape")):
         return None
-    weights = [0.5 if thing.shape == "sign" else 1.0 for _, thing in options]  # else "sign" would be a good guess
-    _, thing = rng.choices(options, weights)[0]
+    weights = [0.5 if item.shape == "sign" else 1.0 for _, item in options]  # else "sign" would be a good guess
+    _, item = rng.choices(options, weights)[0]
     text = rng.choice(("what shape is the {} object?", "what is the {} shape?", "what is the {} object?"))
-    return Question(text.format(thing.color), thing.shape, "shape", thing.patches)
+    return Question(text.format(item.color), item.shape, "shape", item.patches)
 
 
 def _ask_size(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects)):
         return None
-    name, thing = rng.choice(options)
+    name, item = rng.choice(options)
     text = rng.choice(("is the {} big or small?", "what size is the {}?")).format(name)
-    return Question(text, thing.size, "size", thing.patches)
+    return Question(text, item.size, "size", item.patches)
 
 
 def _ask_position(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
     if not (options := _descriptions(objects)):
         return None
-    name, thing = rng.choice(options)
-    return Question(f"where is the {name}?", f"{thing.vertical} {thing.horizontal}", "position", thing.patches)
+    name, item = rng.choice(options)
+    return Question(f"where is the {name}?", f"{item.vertical} {item.horizontal}", "position", item.patches)
 
 
 def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> Question | None:
@@ -180,10 +180,10 @@ def _ask_presence(objects: Sequence[SceneObject], rng: random.Random) -> Questio
     form = rng.choice(("color", "shape", "both", "both"))
     colors, shapes = {t.color for t in objects}, {t.shape for t in objects}
     if yes:
-        thing = rng.choice(objects)
-        color, shape = thing.color, thing.shape
+        item = rng.choice(objects)
+        color, shape = item.color, item.shape
     elif form == "both":
-        # Mostly near misses: a colour and a shape that both occur, but on different objects.
+        # Mostly near misses: a color and a shape that both occur, but on different objects.
         near = rng.random() < 0.6
         pairs = [(c, s) for c in COLORS for s in SHAPES if (c in colors) + (s in shapes) == (2 if near else 1)]
         pairs = [pair for pair in pairs if pair not in {(t.color, t.shape) for t in objects}]

@@ -114,14 +114,14 @@ def blank(count: int) -> np.ndarray:
 def object_cells(objects, count: int, offset: int = 0, table: np.ndarray | None = None) -> np.ndarray:
     """What visual tokens show of `objects`; every token of an object knows the whole object."""
     table = blank(count) if table is None else table
-    for thing in objects:
-        cells = [offset + cell for cell in thing.patches]
+    for item in objects:
+        cells = [offset + cell for cell in item.patches]
         for column, (group, words) in enumerate(GROUPS.items()):
             if group == "center":
                 table[cells[0], column] = 0
             elif group == "background":
                 table[cells, column] = 1
-            elif group not in ("word", "line", "order") and (word := getattr(thing, group)) is not None:
+            elif group not in ("word", "line", "order") and (word := getattr(item, group)) is not None:
                 table[cells, column] = words.index(word) if word else IGNORE
     return table
 
@@ -171,10 +171,10 @@ def ask_pair(first, second, rng: random.Random) -> list[Dialogue]:
         number = rng.randrange(2)
         mine, other = (first, second)[number], (first, second)[1 - number]
         if rng.random() < 0.3:
-            thing = rng.choice(mine)
+            item = rng.choice(mine)
             form = rng.choice(("shape", "both"))
-            name = thing.shape if form == "shape" else f"{thing.color} {thing.shape}"
-            same = [o for o in other if o.shape == thing.shape and (form == "shape" or o.color == thing.color)]
+            name = item.shape if form == "shape" else f"{item.color} {item.shape}"
+            same = [o for o in other if o.shape == item.shape and (form == "shape" or o.color == item.color)]
             if not same:
                 asked.append(("which image", f"which image has a {name}?", pages.ORDER[number]))
             continue

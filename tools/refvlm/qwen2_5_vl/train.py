@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=2, help="batches of a step")
     parser.add_argument("--look-budget", type=int, default=2200)
     parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
-    parser.add_argument("--fresh", action="store_true", help="begin anew; by default a run goes on where it stopped")
+    parser.add_argument("--fresh", action="store_true", help="start again; by default an interrupted run resumes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
