@@ -249,8 +249,8 @@ def test_what_was_not_measured_is_said(tmp_path):
 
 
 def test_includes_and_links():
-    text = "<!-- include: CONTRIBUTING.md#A kernel -->"
-    assert pages.complete(text, "docs/extend/kernel.md") == pages.section("CONTRIBUTING.md", "A kernel")
+    text = "<!-- include: CONTRIBUTING.md#Add a kernel -->"
+    assert pages.complete(text, "docs/extend/kernel.md") == pages.section("CONTRIBUTING.md", "Add a kernel")
     links = "[a](../README.md) [b](../LICENSE) [c](https://x.y/z) [d](models.md#x) [e](nothing.md) `[f](g)`"
     assert pages.complete(links, "docs/serving.md") == (
         "[a](index.md) `b` [c](https://x.y/z) [d](models.md#x) [e](nothing.md) `[f](g)`"
