@@ -4,8 +4,8 @@
     python -m benchmarks.accuracy                       # all methods, 1,000 questions, two processes
     python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
 
-Questions are about held-out scenes, answers are generated greedily in padded batches and are right only word for word.
-Every run writes its row at once, and an interrupted benchmark resumes where it stopped. A result of other weights or
+Questions are about held-out scenes; answers are generated greedily in padded batches and must be equal word for word.
+Every row is saved at once, and an interrupted benchmark resumes where it stopped. A result of other weights or
 versions is not overwritten without `--force`.
 `oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
 is measured against. `answer_patches` is the share of answer patches that survive the last cut.
@@ -67,7 +67,7 @@ class Oracle(Method):
 def prepared(
     questions: int, batch: int, embedded: str = "llava"
 ) -> tuple[Any, Any, list[tuple[list[evaluate.Sample], Any]]]:
-    """Model, processor, and the batches with their processed inputs; made once per process."""
+    """Model, processor, and batches with their processed inputs, cached per process."""
     torch.set_num_threads(1)
     model, processor = refvlm.load(name=embedded)
     samples = list(itertools.islice(evaluate.held_out_scenes(questions), questions))
@@ -84,7 +84,7 @@ def prepared(
 def run(
     name: str | None, budget: dict[str, float], questions: int, batch: int, embedded: str = "llava"
 ) -> dict[str, Any]:
-    """One row: the model's answers with a method at a budget, or unpruned.
+    """Measures one row: the model's answers with a method at a budget, or unpruned.
 
     Args:
         name: Registered name, "oracle", or None for the unpruned model.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether certified ratios keep their promise: writes `benchmarks/results/certify.json`.
+"""Validity of certified ratios: writes `benchmarks/results/certify.json`.
 
     python -m benchmarks.certify                                  # both built-in models, 300 pictures each
     python -m benchmarks.certify --pictures 40 --models llava --out /tmp/c.json
@@ -43,7 +43,7 @@ SPLITS = 200
 
 
 def changed(name: str, method: str, pictures: int) -> np.ndarray:
-    """`[candidates, pictures]` bool: whose greedy answer is not the unpruned model's."""
+    """`[candidates, pictures]` bool: whether the greedy answer differs from the unpruned model's."""
     model, processor = refvlm.load(name=name)
     samples = itertools.islice(evaluate.held_out_scenes(pictures), pictures)
     prompts = [

@@ -35,7 +35,7 @@ LAWS = tuple(path.stem for path in (ROOT / "tests" / "laws").glob("test_*.py"))
 
 
 def collect(cases: Iterable[tuple[str, str, str]], families: Iterable[str]) -> list[dict[str, Any]]:
-    """Sums test outcomes up by family.
+    """Counts test outcomes by family.
 
     Args:
         cases: `(module, test, outcome)`: a module such as `tests.laws.test_1_identity`, a test such as
@@ -75,7 +75,7 @@ def read_junit(path: Path) -> list[tuple[str, str, str]]:
 
 
 def together(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Rows of several laws as one row per family."""
+    """Merges the rows of several laws into one row per family."""
     rows: dict[str, dict[str, Any]] = {}
     for mine in itertools.chain.from_iterable(parts):
         row = rows.setdefault(mine["model_type"], {"model_type": mine["model_type"], "laws": {}, "tests": {}})

@@ -6,7 +6,7 @@
 Runs the kernel tests on the GPU, the times of the kernels, the end-to-end latency of a model of 7 billion random
 parameters (`benchmarks.latency`, with its targets), where a cut waits for the GPU, and the tests marked `gpu`. Logs and
 results go to DIR, a summary to `DIR/gpu_all.json`. The exit status is 1 if a step failed or a target was missed. A step
-that a machine cannot take (no pytest, say) fails with its reason: it is never left out in silence. An interrupted run
+that cannot run on a machine (without pytest, for example) fails with its reason. An interrupted run
 goes on with the step that it was at. Nothing stops at older results: DIR is for this run alone, and what other versions
 left there is overwritten.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where IWP's defaults come from: layer and duplication weight swept on development scenes of the built-in model.
+"""Sweep of IWP's layer and duplication weight on development scenes of the built-in model, for its defaults.
 
     python -m benchmarks.iwp_sweep            # writes benchmarks/results/iwp_sweep.json
 

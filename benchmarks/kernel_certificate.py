@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a greedy choice by itself: every pick has to be the best one, given the picks before it.
+"""Checks a greedy selection against its own rule: every pick must be the best one, given the picks before it.
 
-Two correct programs may choose differently where two rows are worth the same up to rounding, and then go separate ways.
-So a choice that is not the specification's is held against its own rule: `shortfall` says how far its worst pick was
-from the best row at that time, in values computed as the specification computes them.
+Two correct programs can differ where two rows are equal up to rounding, and then diverge. So a selection that differs
+from the specification is checked by its rule: `shortfall` is the distance of its worst pick from the best row at that
+time, in values computed as the specification does.
 """
 
 from __future__ import annotations
@@ -124,15 +124,15 @@ RULES = {
 
 
 def shortfall(operation: str, order: Tensor, *inputs: Any) -> float:
-    """How much less than the best row the worst pick was worth.
+    """Largest difference between the value of the best row and that of the pick.
 
     Args:
-        operation: Name of one of the choosing operations of `vtprune_kernels`.
+        operation: Name of a selection operation of `vtprune_kernels`.
         order: `[K]` picks from one group.
         inputs: Arguments of the operation before `offsets`.
 
     Returns:
-        float: 0 for a perfect choice, infinity where a row was chosen twice.
+        float: 0 for a perfect selection, infinity if a row was picked twice.
     """
     if len(order.unique()) < len(order):
         return float("inf")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels are meant to reach on one H200, beside what they reach on the GPU at hand.
+"""Targets of the kernels on one H200, and their measurement on the current GPU.
 
     python -m benchmarks.kernels --device cuda     # measures these, too, and fails where one is missed
 
@@ -28,15 +28,15 @@ GROUPS, HEADS, SIZE, WIDTH, QUESTION = 8, 32, 128, 4096, 40
 
 @dataclass
 class Decision:
-    """One decision and what is aimed at.
+    """One selection and its targets.
 
     Attributes:
-        what: In words.
-        run: Makes the decision, `[1, K]` rows.
+        what: Description.
+        run: Runs the selection; returns `[1, K]` rows.
         check: Shortfall of an order, by `benchmarks.kernel_certificate`.
-        seconds: Aim for the time.
-        plain: The published formulation, or None where only the time is aimed at.
-        times: Aim for the speed against it.
+        seconds: Target time.
+        plain: The published formulation, or None if there is only a target time.
+        times: Target speedup over it.
     """
 
     what: str

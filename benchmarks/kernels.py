@@ -69,7 +69,7 @@ class Memory(TorchDispatchMode):
 
 
 def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Largest number of bytes that a call has allocated at once."""
+    """Peak number of bytes that a call allocates."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -83,7 +83,7 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def seconds(device: torch.device, budget: float, *runs: Callable[[], Any], least: int = 3) -> list[list[float]]:
-    """Times of repeated calls, in turn, so that a busy machine slows all of them; on a GPU with a cache made cold."""
+    """Times of repeated, alternating calls, so that load affects all of them; on a GPU with a cold cache."""
     times: list[list[float]] = [[] for _ in runs]
     wipe = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if device.type == "cuda" else None
     for run in runs:
@@ -133,7 +133,7 @@ def agrees(case: Case, dtype: torch.dtype) -> str:
 
 
 def about(case: Case, dtype: torch.dtype) -> dict[str, str]:
-    """What tells a row from others."""
+    """Key of a row."""
     kind = str(dtype).removeprefix("torch.")
     return {"operation": case.operation, "size": case.size, "data": case.data, "dtype": kind}
 
@@ -223,7 +223,9 @@ def benchmark(
     old = progress.load(out, data, force)
     data["time"] = old.get("time", datetime.now(timezone.utc).isoformat(timespec="seconds"))
     data |= {"load": old.get("load", 0.0), "ceilings": old.get("ceilings", {})}
-    data["rows"] = [row for row in old.get("rows", []) if row["agrees"] is not None]  # what differed is tried again
+    data["rows"] = [
+        row for row in old.get("rows", []) if row["agrees"] is not None
+    ]  # results that differed are measured again
     done = {_key(row) for row in data["rows"]}
     each = sum(1 for _ in cases(torch.device("cpu"), torch.float32, rows=8, keep=2, scale=16))
     with progress.bar("cases", each * len(dtypes), len(done)) as step:
@@ -234,7 +236,7 @@ def benchmark(
                     progress.save(out, data)
                     step(case.operation)
     if device.type == "cuda":
-        data["targets"] = [row for row in old.get("targets", []) if row["met"]]  # what was missed is tried again
+        data["targets"] = [row for row in old.get("targets", []) if row["met"]]  # missed targets are measured again
         for decision in kernel_targets.all_decisions(device):
             if decision.what not in {row["what"] for row in data["targets"]}:
                 data["targets"].append(kernel_targets.measure(decision, seconds, extra_memory, device, budget))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pruning does to each kind of question: writes `benchmarks/results/kinds.json`.
+"""Accuracy by kind of question: writes `benchmarks/results/kinds.json`.
 
     python -m benchmarks.kinds                                  # 490 questions, about 70 of each kind
     python -m benchmarks.kinds --questions 70 --methods random --out /tmp/kinds.json

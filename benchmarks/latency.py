@@ -51,14 +51,14 @@ CUDA: dict[str, Any] = {
 
 
 def targets(data: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """What was aimed at, beside what was measured.
+    """Targets and measurements.
 
     Args:
         data: Result with its `rows`, on a CPU with its `rows_in_cpu_time`.
         device: "cpu" or "cuda".
 
     Returns:
-        list[dict]: `what`, `aim`, `measured` and `met`, in words, number, number, bool.
+        list[dict]: `what` (text), `aim` and `measured` (numbers) and `met` (bool).
     """
     found: list[dict[str, Any]] = []
 

@@ -48,7 +48,7 @@ KEPT, DROPPED = "fact always kept", "only the fact dropped"
 
 @dataclass
 class FactControl(Method):
-    """A control that knows where the fact is.
+    """A control that is given the position of the fact.
 
     Attributes:
         layer: The cut is before this decoder layer.
@@ -96,7 +96,7 @@ def answers(chosen: list[needles.Needle], inputs: dict[str, torch.Tensor]) -> li
 
 
 def run(name: str, budget: dict[str, float], places: int, count: int, start: int, stop: int) -> dict[str, Any]:
-    """What one row gains from trials `start` to `stop`: outcomes as "0" and "1", or why the method refuses."""
+    """Outcomes of one row in trials `start` to `stop`, as "0" and "1", or the reason why the method refuses."""
     chosen, inputs = trials(places, count, start, stop)
     if name == "unpruned":
         return {"outcomes": "".join(map(str, map(int, answers(chosen, inputs))))}
@@ -126,7 +126,7 @@ def run(name: str, budget: dict[str, float], places: int, count: int, start: int
 
 
 def summary(row: dict[str, Any], count: int) -> dict[str, Any]:
-    """The row with what its outcomes come to: right answers, an interval, and right answers by depth of the fact."""
+    """Adds a summary to a row: right answers, an interval, and right answers by depth of the fact."""
     outcomes = row["outcomes"]
     right, total = outcomes.count("1"), len(outcomes)
     depths = [needles.wanted_depth(number, count) for number in range(total)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pruning adds to a prefill and to a decoding step, counted: writes `benchmarks/results/overhead.json`.
+"""Operations that pruning adds to a prefill and to a decoding step: writes `benchmarks/results/overhead.json`.
 
     python -m benchmarks.overhead                                # all settings
     python -m benchmarks.overhead --settings built-in --methods iwp random --out /tmp/overhead.json
@@ -44,13 +44,13 @@ READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "
 
 @dataclass
 class Counts:
-    """What one call did.
+    """Counts of one call.
 
     Attributes:
         operations: Tensor operations that reach a backend.
-        reads: Those of them that hand a value, or a shape that depends on one, to the host.
-        calls: Python functions that were entered.
-        allocations: Operations that returned a tensor with memory of its own.
+        reads: Operations that return a value, or a shape that depends on one, to the host.
+        calls: Python function calls.
+        allocations: Operations that allocate their result.
     """
 
     operations: int
@@ -74,7 +74,7 @@ class _Operations(TorchDispatchMode):
 
 
 def count(run: Callable[[], Any]) -> Counts:
-    """Counts of a call that was made before, so that nothing is made for the first time."""
+    """Counts of a call, after a warm-up call."""
     with _Operations() as operations:
         run()
     entered = 0
@@ -93,7 +93,7 @@ def count(run: Callable[[], Any]) -> Counts:
 
 
 def seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of calls in turn."""
+    """Median CPU seconds of alternating calls."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -155,7 +155,7 @@ class Setting:
 
 @contextmanager
 def _layers(decoder: Any, which: slice) -> Iterator[None]:
-    """A decoder that has some of its layers only."""
+    """Runs a decoder with some of its layers only."""
     layers = decoder.layers
     decoder.layers = layers[which]
     for number, layer in enumerate(decoder.layers):
@@ -253,7 +253,7 @@ def _row(name: str, variant: str, run: Callable[[], Any], where: Setting, length
 
 
 def show(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for every row."""
+    """Prints a line for every row."""
     base = {row["setting"]: row for row in rows if row["variant"] == "unpruned"}
     for row in rows:
         own, step = base[row["setting"]]["prefill"], base[row["setting"]]["step"]
@@ -265,7 +265,7 @@ def show(rows: list[dict[str, Any]]) -> Iterator[str]:
             possible = times["unpruned"] - times["own_limit"]
             gain = f"gain {(times['unpruned'] - times['pruned']) / possible:5.0%} of {1e3 * possible:.1f} ms"
             pace = row["step_seconds"]["pruned"] / row["step_seconds"]["unpruned"]
-            gain += f", choosing {row['selection_seconds'] / times['unpruned']:.0%}, a step {pace:.3f}"
+            gain += f", selection {row['selection_seconds'] / times['unpruned']:.0%}, a step {pace:.3f}"
         yield f"{row['setting']:12} {row['variant']:10} {share} step {steps} " + gain
 
 

@@ -3,8 +3,8 @@
 
     python -m benchmarks.peers --model llava-1.5-7b
 
-runs `vtprune bench` with the options given and these methods in addition: `plain-divprune`, `plain-cdpruner` and
-`plain-visionzip` beside vtprune's own, in the same engine and the same run. None is anybody's released code.
+runs `vtprune bench` with the given options and three further methods, `plain-divprune`, `plain-cdpruner` and
+`plain-visionzip`, in the same engine and the same run. None is the authors' released code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do methods keep what a photograph shows, or where it shows it? Writes `benchmarks/results/position-bias.json`.
+"""Position bias of methods on photographs: writes `benchmarks/results/position-bias.json`.
 
     make real
     .venv-real/bin/python -m benchmarks.position_bias
@@ -63,7 +63,7 @@ def kept(method: str, image: Image.Image, ratio: float) -> tuple[np.ndarray, np.
 
 
 def compared(upright: np.ndarray, turned: np.ndarray) -> dict[str, float]:
-    """What two choices have in common, see the head of this file."""
+    """Overlap of two selections, see the module docstring."""
     rows = np.arange(GRID * GRID) // GRID / (GRID - 1)
     top, bottom = rows[upright].mean(), rows[turned].mean()
     return {

@@ -30,7 +30,7 @@ ROOT = report_readme.ROOT
 
 @dataclass(frozen=True)
 class Section:
-    """What becomes of a kind of result file.
+    """Rendering of a kind of result file.
 
     Attributes:
         files: Pattern of its names.
@@ -133,7 +133,7 @@ def load(results: Path) -> list[tuple[str, Section, Any]]:
         try:
             found.append((path.stem, section, json.loads(path.read_text(encoding="utf-8"))))
         except ValueError as error:
-            raise ValueError(f"benchmarks/results/{path.name} is no JSON: {error}") from error
+            raise ValueError(f"benchmarks/results/{path.name} is not JSON: {error}") from error
         if found[-1][2].get("left"):
             left = ", ".join(found[-1][2]["left"])
             raise ValueError(f"benchmarks/results/{path.name} is of an interrupted run; left to do: {left}")
@@ -180,7 +180,7 @@ def stale(root: Path) -> list[str]:
 
 
 def write(root: Path) -> list[str]:
-    """Writes what is stale; returns its paths. Charts that nothing stands behind are removed."""
+    """Writes stale pages and charts, removes charts without results, and returns the paths."""
     loaded = load(root / "benchmarks" / "results")
     old, texts, wanted = stale(root), _texts(root, loaded), drawings(loaded)
     for name in old:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests for `benchmarks.serving`: pictures that no cache knows, so many clients at a time, and what they saw."""
+"""Requests for `benchmarks.serving`: uncached pictures, concurrent clients, and their measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTION = " ".join(f"word{number}" for number in range(32))
 
 @dataclass(frozen=True)
 class Seen:
-    """What a client saw of one answer, in seconds from its request."""
+    """Times of one answer at the client, in seconds from its request."""
 
     first: float
     last: float
@@ -42,7 +42,7 @@ def run(server: Server, urls: Sequence[str], concurrency: int, tokens: int) -> d
     """Sends a request for every picture, `concurrency` at a time.
 
     Args:
-        server: Is ready.
+        server: A running server.
         urls: One picture for each request.
         concurrency: Clients, each of which asks again as soon as it has its answer.
         tokens: Length of the answers.

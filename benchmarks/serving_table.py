@@ -13,19 +13,19 @@ Data = dict[str, Any]
 UNPRUNED = "unpruned"
 LOAD = (
     "clients",
-    "way",
+    "variant",
     "prompt tokens",
     "requests/s",
     "first token",
     "95 %",
-    "a further token",
+    "per further token",
     "peak of the KV cache",
 )
-PARTS = ("asked", "way", "preparing images", "vision", "choosing", "decoder", "all", "choosing's share")
+PARTS = ("asked", "variant", "preparing images", "vision", "selection", "decoder", "all", "selection's share")
 
 
 def load_rows(data: Data) -> list[tuple[str, ...]]:
-    """A row for each number of clients and way: values, and in brackets what they are of the unpruned ones."""
+    """A row for each number of clients and variant: values, and in brackets their share of the unpruned ones."""
     found = []
     for clients in sorted({row["concurrency"] for row in data["rows"]}):
         mine = [row for row in data["rows"] if row["concurrency"] == clients]
@@ -112,11 +112,11 @@ def markdown(data: Data) -> str:
     )
     parts = (
         "Where the time of a request goes, in the engine itself: preparing images by vLLM's own clock, vision tower "
-        "and projector, choosing, decoder (the whole prompt and one token), and all that there is."
+        "and projector, selection, decoder (the whole prompt and one token), and the total."
     )
     said = [
-        f"* `{way}` at the highest load: {measured:.2f} times the requests per second; vision, choosing and decoder of "
-        f"8 at once let expect {expected:.2f}. What the server itself does for a request is not among these, and stays."
+        f"* `{way}` at the highest load: {measured:.2f} times the requests per second; vision, selection and decoder "
+        f"of 8 requests at once predict {expected:.2f}, without the time that the server itself needs per request."
         for way, measured, expected in gains(data)
     ]
     return "\n\n".join((text, table(LOAD, load_rows(data)), parts, table(PARTS, part_rows(data)), "\n".join(said)))

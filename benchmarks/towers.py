@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cuts inside the vision tower save: writes `benchmarks/results/towers-cpu.json`.
+"""Time saved by cuts inside the vision tower: writes `benchmarks/results/towers-cpu.json`.
 
     python -m benchmarks.towers [--scale 4] [--rounds 3]
     python -m benchmarks.towers --device cuda --scale 1 --dtype bfloat16 --out benchmarks/results/towers-cuda.json
@@ -134,7 +134,7 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
 
 
 class Calls:
-    """The blocks' calls of one run of a tower, to be made again without anything around them."""
+    """The block calls of one run of a tower, to be repeated in isolation."""
 
     def __init__(self, tower: nn.Module, blocks: nn.ModuleList) -> None:
         self.calls: list[tuple[nn.Module, tuple, dict]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which versions the test suite was run with: writes `docs/versions.json`.
+"""Versions that the test suite was run with: writes `docs/versions.json`.
 
     python -m pytest tests --junitxml=suite.xml
     python -m benchmarks.versions suite.xml      # with the same Python, which says which versions these were
@@ -28,7 +28,7 @@ OUT = ROOT / "docs" / "versions.json"
 
 
 def summary(first: Path, *later: Path) -> dict[str, Any]:
-    """Sums a run up.
+    """Summarizes a run.
 
     Args:
         first: What `pytest --junitxml` wrote of the whole suite.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning of clips beside what a user would do instead: writes `benchmarks/results/video.json`.
+"""Pruning of clips compared with fewer or smaller frames: writes `benchmarks/results/video.json`.
 
     pip install --no-deps -r requirements/video.txt
     python -m benchmarks.video                            # real and drawn clips
@@ -92,7 +92,7 @@ def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames
 
 
 def shown(frames: Frames, rule: str, kept: int) -> Frames:
-    """What the model is shown under a rule that changes the clip instead of pruning it."""
+    """Frames for the model under a rule that changes the clip instead of pruning it."""
     if rule == "fewer frames":
         steps = len(frames) // 2
         left = max(1, round(steps * kept / TOKENS))
@@ -115,7 +115,7 @@ def first_token(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tens
 def one_prompt(
     model: Any, processor: Any, prompt: tuple[Frames, str, str | None], kept: int, rules: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-    """What every rule, and no rule (`""`), makes of a prompt, one after the other."""
+    """Measures a prompt under every rule, and unpruned (`""`), one after the other."""
     frames, text, answer = prompt
     out: dict[str, dict[str, Any]] = {}
     made = {
@@ -179,7 +179,7 @@ def summary(rule: str, kept: int, found: list[dict[str, dict[str, Any]]]) -> dic
 
 
 def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str, Any]]:
-    """What the curvature of frame means is at a cut, in still scenes and where a camera turns.
+    """Curvature of frame means at a cut, in still scenes and where a camera turns.
 
     Returns:
         list: For each case the curvature, and the share of an even budget that V-CAST's weights give, at the frame (two

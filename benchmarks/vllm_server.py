@@ -21,7 +21,9 @@ from typing import Any
 
 from vtprune.errors import VTPruneError
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of this machine's ports
+_DIRECT = urllib.request.build_opener(
+    urllib.request.ProxyHandler({})
+)  # without a proxy, which cannot reach local ports
 
 
 class ServerError(VTPruneError, RuntimeError):
@@ -61,11 +63,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens, without `/v1`."""
+        """URL of the server, without `/v1`."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> Server:
-        """Starts it and does not wait."""
+        """Starts the server without waiting."""
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, env=self._environment, start_new_session=True
@@ -73,7 +75,7 @@ class Server:
         return self
 
     def ready(self) -> bool:
-        """Whether it says that it is healthy."""
+        """Whether the server is healthy."""
         try:
             with _DIRECT.open(f"{self.url}/health", timeout=5) as answer:
                 return answer.status == 200
@@ -81,7 +83,7 @@ class Server:
             return False
 
     def wait(self) -> Server:
-        """Waits until it answers.
+        """Waits until the server answers.
 
         Raises:
             ServerError: It ended, or takes longer than `patience`.

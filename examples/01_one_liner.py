@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line prunes a vision-language model; what it kept, and the answer with and without it."""
+"""Prunes a vision-language model with one line, and prints its answer with and without pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> None:
         return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     whole = answer()
-    patch = vtprune.patch(model, ratio=0.1)  # this is all: keep 10 % of the visual tokens
+    patch = vtprune.patch(model, ratio=0.1)  # keep 10 % of the visual tokens
     pruned = answer()
 
     print(f"{question.text} unpruned: {whole}, pruned: {pruned}, right: {question.answer}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods side by side at equal cost: how far they move the next token, and how many answers stay right.
+"""Compares methods at equal cost: change of the next-token distribution, and right answers.
 
 python examples/02_compare_methods.py --questions 200 --methods iwp divprune fastv
 """

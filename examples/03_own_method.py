@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pruning method of one's own: ten lines, from the decorator to its use."""
+"""Your own pruning method in ten lines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Unusual(vtprune.methods.ScoreMethod):
     """Keeps the tokens that are farthest from the mean of their picture."""
 
     def score(self, tokens):
-        pool = tokens.group[:, None].expand_as(tokens.hidden)  # [M, D]
+        group = tokens.group[:, None].expand_as(tokens.hidden)  # [M, D]
         means = tokens.hidden.new_zeros(len(tokens.budgets), tokens.hidden.shape[1])  # [S, D]
-        means.scatter_reduce_(0, pool, tokens.hidden, "mean", include_self=False)
+        means.scatter_reduce_(0, group, tokens.hidden, "mean", include_self=False)
         return (tokens.hidden - means[tokens.group]).norm(dim=-1)  # [M], higher stays
 
 

@@ -6,7 +6,7 @@
 
     curl -s localhost:8000 -d '{"question": "what digit is on the sign?", "image": "'$(base64 -w0 photo.png)'"}'
 
-Requests that arrive close together are answered by one call of the pipeline. That it is pruned is one line.
+Requests that arrive close together are answered by one call of the pipeline. Pruning takes one line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Batcher:
         threading.Thread(target=self._work, daemon=True).start()
 
     def ask(self, image: Image.Image, question: str) -> str:
-        """The answer; blocks until it is there."""
+        """Returns the answer; blocks until it is available."""
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         future: Future = Future()
         self.waiting.put(([{"role": "user", "content": content}], future))
@@ -59,7 +59,7 @@ class Batcher:
                 answers = self.pipe(list(chats), batch_size=len(chats), return_full_text=False, max_new_tokens=8)
                 for future, answer in zip(futures, answers, strict=True):
                     future.set_result(answer[0]["generated_text"].strip())
-            except Exception as error:  # those who wait must hear of it, and the server goes on
+            except Exception as error:  # waiting clients get the error, and the server keeps running
                 for future in futures:
                     if not future.done():
                         future.set_exception(error)
@@ -74,7 +74,7 @@ def serve(batcher: Batcher, port: int) -> ThreadingHTTPServer:
             try:
                 length = int(self.headers["Content-Length"])
                 if length > LARGEST:
-                    raise ValueError(f"at most {LARGEST} bytes, please")
+                    raise ValueError(f"the request is too large; expected at most {LARGEST} bytes")
                 request = json.loads(self.rfile.read(length))
                 image = Image.open(io.BytesIO(base64.b64decode(request["image"]))).convert("RGB")
                 code, reply = 200, {"answer": batcher.ask(image, request["question"])}
@@ -94,7 +94,7 @@ def serve(batcher: Batcher, port: int) -> ThreadingHTTPServer:
 
 
 def post(url: str, image: Image.Image, question: str) -> str:
-    """What a client does."""
+    """Sends a request as a client."""
     picture = io.BytesIO()
     image.save(picture, "PNG")
     body = json.dumps({"question": question, "image": base64.b64encode(picture.getvalue()).decode()})

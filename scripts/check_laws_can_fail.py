@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breaks the engine on purpose, one fault at a time, and checks that the law it offends fails.
+"""Injects faults into the engine one at a time, and checks that a law fails for each.
 
     python scripts/check_laws_can_fail.py
 
@@ -134,7 +134,7 @@ FAULTS = (
 
 
 def survives(fault: Fault, tree: Path) -> bool:
-    """Whether the tests pass in spite of the fault."""
+    """Whether the tests pass despite the fault."""
     file = tree / "vtprune" / fault.file
     source = file.read_text()
     if source.count(fault.old) < 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards on what is shipped. Prints a line for each and ends with `N passed, N failed`.
+"""Checks of the packages to publish. Prints a line for each and ends with `N passed, N failed`.
 
     python scripts/check_packaging.py [--kernels FOLDER]
 
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Import package -> folder in the repository.
 SOURCES = {"vtprune": "vtprune", "vtprune_kernels": "kernels/torch-ext/vtprune_kernels"}
-# What must travel with the code, by folder.
+# Data files of the packages, by folder.
 DATA = {
     "vtprune": ("py.typed",),
     "vtprune/refvlm/weights": ("*",),

@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# From a checkout that was not installed the kernels are found where they lie.
+# Finds the kernels in a checkout that is not installed.
 if importlib.util.find_spec("vtprune_kernels") is None:
     sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
 
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of the embedded one's architecture, saved as a user would have it."""
+    """Folder with an untrained model of the built-in architecture, saved with save_pretrained."""
     from vtprune.refvlm import model
 
     place = tmp_path_factory.mktemp("models") / "tiny"

@@ -3,7 +3,7 @@
 
 A prompt is a list of parts: a number is that many text tokens, `Image(i)` is a picture of the family's i-th size,
 `Video(i)` a clip. `Family.batch` turns prompts into what a processor would return: `input_ids` with placeholders,
-pixels, padding on the side asked for.
+pixels, padding on the requested side.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Pixels:
 
 @dataclass
 class Family:
-    """A model family: how to build a tiny one, and how its pictures come.
+    """A model family: config of a tiny model, and layout of its pictures.
 
     Attributes:
         name: For test ids.
-        config: Makes the model's config.
+        config: Function that returns the model's config.
         image, video: `(size, generator) -> Pixels`; None where the family has no such input.
-        join: Puts the pixel tensors of a batch together.
+        join: Joins the pixel tensors of a batch.
         needs_types: Whether the model wants `mm_token_type_ids`.
     """
 
@@ -86,7 +86,7 @@ class Family:
     needs_types: bool = False
 
     def build(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-        """A fresh random model. Weights are drawn wider than usual so that logits and attention differ visibly."""
+        """Builds a random model, with weights wider than usual so that logits and attention differ visibly."""
         from transformers import AutoModelForImageTextToText
 
         torch.manual_seed(seed)
@@ -165,10 +165,6 @@ def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-# --- LLaVA-1.5
-# ------------------------------------------------------------------------------------------------------------
-
-
 def _clip(image_size: int, patch: int) -> dict[str, Any]:
     return {
         "model_type": "clip_vision_model",
@@ -196,9 +192,6 @@ def _llava_config() -> Any:
 def _llava_image(size: int, generator: torch.Generator) -> Pixels:
     return Pixels(25, {"pixel_values": _random(generator, 1, 3, 20, 20)})
 
-
-# --- any-resolution tiles
-# ---------------------------------------------------------------------------------------------------
 
 _SIZES = [(30, 14), (16, 16), (12, 31), (40, 40)]  # heights and widths of the original pictures
 _PINPOINTS = [[16, 32], [32, 16], [32, 32]]
@@ -259,9 +252,6 @@ def _onevision_video(size: int, generator: torch.Generator) -> Pixels:
 def _join_onevision(samples: list[list[Pixels]], kind: str) -> dict[str, torch.Tensor]:
     return _cat(samples)
 
-
-# --- Qwen-VL
-# ------------------------------------------------------------------------------------------------------------------
 
 _GRIDS = [(1, 8, 8), (1, 4, 12), (1, 12, 8), (1, 4, 4)]
 _CLIPS = [(2, 4, 8), (3, 4, 4), (8, 4, 8), (5, 4, 4)]
@@ -326,10 +316,6 @@ def _qwen3_video(size: int, generator: torch.Generator) -> Pixels:
     for frame in range(frames):
         clip.ids += [FIRST_TEXT + frame, VISION_START, *[VIDEO] * (clip.tokens // frames), VISION_END]
     return clip
-
-
-# --- InternVL, SmolVLM
-# ----------------------------------------------------------------------------------------------------------
 
 
 def _internvl_config() -> Any:

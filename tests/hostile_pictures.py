@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small files that make a careless reader of pictures take minutes or gigabytes, and broken ones."""
+"""Malicious small picture files that take a naive reader minutes or gigabytes, and broken files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def picture(size: tuple[int, int] = (64, 64), form: str = "PNG", mode: str = "RGB", **options: object) -> bytes:
-    """An honest picture file."""
+    """A valid picture file."""
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, form, **options)
     return buffer.getvalue()

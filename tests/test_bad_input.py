@@ -40,10 +40,6 @@ def without_pixels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if name not in PIXELS}
 
 
-# --- NaN and Inf
-# ------------------------------------------------------------------------------------------------------------------
-
-
 @every_method
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_features_that_are_not_finite(method: str, bad: float) -> None:
@@ -94,10 +90,6 @@ def test_text_that_is_not_finite(method: str) -> None:
         assert kept == [k.tolist() for k in patch.last.kept], "the set depends on NaN"
 
 
-# --- placeholders and features that do not fit
-# ------------------------------------------------------------------------------------------------------------------
-
-
 @every_family
 def test_placeholders_without_features(family: str) -> None:
     """Nothing was looked at: the ids are text, to the model and to the patch."""
@@ -138,10 +130,6 @@ def test_features_without_placeholders(family: str) -> None:
         with pytest.raises((vtprune.NothingPrunedError, ValueError)):
             model.generate(**batch, max_new_tokens=2)
         assert patch.last is None
-
-
-# --- nothing to see
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -201,10 +189,6 @@ def same_as_unpatched(model: torch.nn.Module, batch: dict[str, Any], pruned_toke
         else:
             assert len(patch.last.visual[0]) == pruned_tokens
             assert len(patch.last.kept[0]) == max(1, round(0.3 * pruned_tokens))
-
-
-# --- layers that are not there
-# ------------------------------------------------------------------------------------------------------------------
 
 
 class Elsewhere(Middle):

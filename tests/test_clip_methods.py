@@ -52,9 +52,6 @@ def least_budget(method: ClipMethod, clip: Clip) -> int:
     return {EVS: clip.sizes[0], DyCoke: sum(clip.sizes[::4])}.get(type(method), 1)
 
 
-# --- frame budgets
-
-
 @pytest.mark.parametrize(
     ("weights", "total", "capacity", "floor", "expected"),
     [
@@ -86,9 +83,6 @@ def test_frame_budgets_are_exact() -> None:
         assert all(0 <= k <= c for k, c in zip(counts, capacity, strict=True))
         if sum(min(floor, c) for c in capacity) <= total:
             assert all(k >= min(floor, c) for k, c in zip(counts, capacity, strict=True))
-
-
-# --- every budget, every clip
 
 
 CLIPS = {
@@ -147,9 +141,6 @@ def test_merging_equal_tokens_changes_nothing(kind: type) -> None:
     span = torch.linalg.lstsq(picture.T, chosen.states.T).solution  # [12, 48] of what places each is made
     torch.testing.assert_close(span.sum(0), torch.ones(48), rtol=0, atol=1e-4)
     assert bool((span > -1e-4).all())
-
-
-# --- what each paper says
 
 
 def test_evs_keeps_the_first_frame_and_what_a_cut_brings() -> None:

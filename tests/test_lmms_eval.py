@@ -24,9 +24,6 @@ needs_lmms_eval = pytest.mark.skipif(
 SCENES, BATCH = 6, 4
 
 
-# --- everywhere -------------------------------------------------------------------------------------------------------
-
-
 def test_options_of_the_method_are_read_as_lmms_eval_hands_them_over():
     iwp = options.method("iwp", {"layer": 2}, ())
     assert isinstance(iwp, methods.get("iwp")) and iwp.layer == 2
@@ -76,9 +73,6 @@ def test_committed_numbers_are_the_same_in_one_process_and_in_two():
     assert bench.README.read_text(encoding="utf-8") == bench.with_table(bench.README.read_text(encoding="utf-8"), data)
     changed = [row if row["processes"] == 1 else row | {"tasks": {"vtprune_scenes": {}}} for row in data["rows"]]
     assert len(bench.differences(changed)) == len(bench.TWICE)
-
-
-# --- with lmms-eval ---------------------------------------------------------------------------------------------------
 
 
 def model(**arguments):

@@ -52,10 +52,6 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return place
 
 
-# --- what the package's source may say
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def offences(tree: ast.AST) -> Iterator[str]:
     """Imports and calls that read pickles or run what they read, and whatever lets a model bring its own code."""
     for node in ast.walk(tree):
@@ -118,10 +114,6 @@ def test_every_model_is_asked_for_safetensors() -> None:
 def test_shipped_files_are_not_pickles() -> None:
     kinds = {file.suffix for file in (ROOT / "vtprune").rglob("*") if file.is_file() and "__pycache__" not in str(file)}
     assert kinds <= {".py", ".typed", ".md", ".json", ".safetensors", ".jinja", ".txt", ".png"}
-
-
-# --- what loading does
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.ckpt"])

@@ -25,9 +25,6 @@ BUDGETS = st.one_of(
 )
 
 
-# --- settings
-
-
 @pytest.mark.parametrize("method", QUESTION_FREE)
 def test_methods_that_need_no_question_are_taken(method: str) -> None:
     found = parse({"method": method, "ratio": 0.25})
@@ -81,9 +78,6 @@ def test_counts_are_exact(runs: list[int], budget: dict[str, Any]) -> None:
     assert all(0 <= count <= length for count, length in zip(counts, runs, strict=True))
 
 
-# --- prompts
-
-
 @given(st.lists(st.booleans(), max_size=60))
 def test_runs_are_those_that_a_loop_finds(mask: list[bool]) -> None:
     runs = [len(part) for part in "".join("x" if m else " " for m in mask).split()]
@@ -134,9 +128,6 @@ def test_an_update_says_which_of_its_tokens_are_placeholders() -> None:
     assert runs == [8] and all_of_it.content.full == [1] * 3
 
 
-# --- features
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), min_size=1, max_size=3),
@@ -164,8 +155,6 @@ def test_features_that_do_not_fill_placeholders_are_refused() -> None:
     with pytest.raises(ServingError, match="image 1 has 5 features and 4 placeholders"):
         choosing.prune([torch.randn(4, 2), torch.randn(5, 2)], [[4], [4]], parse({"ratio": 0.5}), 2)
 
-
-# --- positions on several axes
 
 IMAGE, VIDEO = 90, 91
 

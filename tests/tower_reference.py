@@ -134,9 +134,6 @@ def hiding(tower: nn.Module, shown: list[Shown]) -> Iterator[None]:
         registry._global_mapping.pop(NAME, None)
 
 
-# --- what methods say of dropped patches, naively
-
-
 def follows_neighbors(count: int = 10) -> Callable:
     """IPCV: the state at the cut plus the mean change of the nearest kept patches."""
 

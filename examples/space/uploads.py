@@ -11,10 +11,10 @@ from vtprune.core.files import FileError
 from vtprune.core.images import open_picture
 
 MAX_BYTES = 20 * 2**20
-MAX_PIXELS = 40_000_000  # of the file; what a phone takes fits
+MAX_PIXELS = 40_000_000  # of the file; enough for phone cameras
 MIN_SIDE = 8
-SHOWN_SIDE = 1024  # larger pictures are made smaller before a model sees them
-MAX_SECONDS = 4.0  # of processor time; an honest picture of 40 million pixels takes one or two
+SHOWN_SIDE = 1024  # larger pictures are downscaled before a model sees them
+MAX_SECONDS = 4.0  # CPU time; a regular picture of 40 million pixels takes one or two
 
 
 class UploadError(ValueError):

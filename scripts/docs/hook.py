@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MkDocs hook: completes the written pages, adds the made ones, and refuses a site that loads from elsewhere."""
+"""MkDocs hook: completes written pages, adds generated ones, and rejects a site that loads external resources."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """The site must be readable without a network, and must tell nobody that it is read."""
+    """Checks that the site loads no external resources, so that it works offline and without tracking."""
     for path in sorted(Path(config.site_dir).rglob("*.html")):
         text = path.read_text(encoding="utf-8")
         if _SHIM in text:
@@ -56,4 +56,4 @@ def on_post_build(config: Any) -> None:
             path.write_text(text, encoding="utf-8")
         loads = _LOADS.findall(text)
         if loads:
-            raise PluginError(f"{path.name} loads from elsewhere: {loads[0]}")
+            raise PluginError(f"{path.name} loads an external resource: {loads[0]}")

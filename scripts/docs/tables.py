@@ -43,7 +43,7 @@ def front(results: Path = RESULTS) -> str:
 
 
 def floor(results: Path = RESULTS) -> str:
-    """How far each method can go: the smallest `ratio` tried whose loss stays inside a bound, all larger ones too."""
+    """Limit of each method: the smallest `ratio` tried whose loss stays inside a bound, all larger ones too."""
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
@@ -207,7 +207,7 @@ def clips(results: Path = RESULTS) -> str:
 
 
 def curvature(results: Path = RESULTS) -> str:
-    """What V-CAST's frame weights do at a cut, at a turn and where nothing happens."""
+    """V-CAST's frame weights at a cut, at a turn and where nothing happens."""
     data = _read(results / "video.json")
     if data is None or not data.get("curvature"):
         return MISSING

@@ -105,7 +105,7 @@ def _close(got: Tensor, want: Tensor, what: str, plain: Tensor | None = None) ->
 
 
 def identity(subject: Subject, method: Any) -> None:
-    """`ratio=1.0` changes no bit of logits and no generated token."""
+    """`ratio=1.0` gives bit-identical logits and the same generated tokens."""
     tokens, logits = subject.generate(subject.one)
     with vtprune.patch(subject.model, ratio=1.0, method=method):
         if not torch.equal(subject.logits(subject.one), subject.plain):
@@ -128,7 +128,7 @@ def drop_is_mask(subject: Subject, method: Any) -> None:
 
 def _survivors(subject: Subject, last: Any) -> Tensor:
     if last is None:
-        raise Failed("nothing was pruned and nothing was said")
+        raise Failed("no token was pruned, and no error was raised")
     visual, kept = last.visual[0], last.kept[0]
     wanted = max(1, round(RATIO * len(visual)))
     if len(kept) != wanted:
@@ -148,7 +148,7 @@ def decode(subject: Subject, method: Any) -> None:
         tokens, logits = subject.generate(subject.one)
         last = patch.last
     if last is None:
-        raise Failed("decode: generate was not pruned and nothing was said")
+        raise Failed("decode: generate was not pruned, and no error was raised")
     with subject.reference(last):
         if at_once:
             want = subject.logits(extended(subject.one, tokens[:, :-1]), use_cache=False)[:, -STEPS:]
@@ -224,7 +224,7 @@ def _own(got: Tensor, want: Tensor, what: str) -> None:
 
 
 def no_trace(subject: Subject, method: Any) -> None:
-    """After `remove` hooks, attributes, state and outputs are as before."""
+    """`remove` restores hooks, attributes, state and outputs."""
     before = _inventory(subject.model)
     patch = vtprune.patch(subject.model, ratio=RATIO, method=method)
     subject.logits(subject.one)

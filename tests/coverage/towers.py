@@ -66,9 +66,6 @@ def examine(model: nn.Module, fed: Prompts) -> str:
     return "passes"
 
 
-# --- inputs
-
-
 def _from_model(model: nn.Module, tower: nn.Module, fed: Prompts) -> tuple[Inputs, Inputs] | None:
     """What the model calls its tower with for one picture and for three."""
     found: list[Inputs] = []
@@ -160,9 +157,6 @@ def _forms(cut: TowerCut) -> Iterator[Callable[[int], dict[str, Any]]]:
             yield rows(depth, True)
     yield squares
     yield patches
-
-
-# --- checks
 
 
 @torch.no_grad()

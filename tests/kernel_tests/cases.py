@@ -37,7 +37,7 @@ def exact_rows(rows: int, width: int, seed: int) -> Tensor:
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values behind other strides: every second row of a longer tensor."""
+    """The same values as a non-contiguous tensor: every second row of a longer one."""
     return torch.stack([tensor, torch.full_like(tensor, 7)], 1).flatten(0, 1)[::2]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way in which the Triton operations are launched, at sizes of real models."""
+"""All launches of the Triton operations, at sizes of real models."""
 
 from __future__ import annotations
 

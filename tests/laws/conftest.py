@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix: a new method or family is in it by existing."""
+"""Test matrix of all registered methods and all families."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention implementations that take masks as flash attention and flex attention do, and compute on a CPU.
+"""CPU replacements of flash attention and flex attention that take the same masks.
 
 Flash attention gets no mask, or one of live keys only (`[B, KV]`); flex attention gets a `BlockMask`. What the kernels
 do with them is done here with dense masks, so that every path of the engine runs where the kernels do not.

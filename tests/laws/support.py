@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the laws share: models built once, spied methods, the masked reference of a pruned call."""
+"""Helpers of the laws: cached models, spied methods, the masked reference of a pruned call."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def model_of(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.fl
 
 
 def patched(model: torch.nn.Module, method: Any, **budget: Any) -> vtprune.Patch:
-    """Patches, or skips where the method says that this model cannot serve it."""
+    """Patches a model, or skips the test if the method refuses the model."""
     import pytest
 
     try:
@@ -80,7 +80,7 @@ def patched(model: torch.nn.Module, method: Any, **budget: Any) -> vtprune.Patch
 
 
 class Spy:
-    """Watches a patch's method, so that the reference can be given the states that a merging method wrote."""
+    """Records the choices of a patch's method, with the states that a merging method wrote, for the reference."""
 
     def __init__(self, patch: vtprune.Patch) -> None:
         self.patch, self.choose = patch, patch.method.choose
@@ -93,7 +93,7 @@ class Spy:
         return choice
 
     def drops(self) -> Drops:
-        """What the most recent prefill dropped and replaced."""
+        """Tokens that the most recent prefill dropped and replaced."""
         last = self.patch.last
         assert last is not None
         drop = Drops.of(last)
@@ -122,7 +122,7 @@ def pruned(model: torch.nn.Module, method: Any, **budget: Any) -> Iterator[tuple
 
 
 def survivors(drops: list[Drops], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[B, T]` columns that hold a token and were not dropped anywhere."""
+    """`[B, T]` bool, positions with a token that no cut dropped."""
     rows, length = batch["input_ids"].shape
     alive = batch["attention_mask"].bool().clone()
     for drop in drops:

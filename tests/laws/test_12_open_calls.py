@@ -92,9 +92,6 @@ class Case:
         return got, want
 
 
-# --- outputs and arguments -------------------------------------------------------------------------------------------
-
-
 @way
 def flags_with_text(family: str, method: Method) -> None:
     """Every flag with a text prompt gives what the unpatched model gives."""
@@ -160,9 +157,6 @@ def gradients_of_hidden_states(family: str, method: Method) -> None:
         out.logits[0, -1].max().backward()
         case.model.zero_grad()
         assert all(state.grad is not None and state.grad.any() for state in out.hidden_states)
-
-
-# --- columns that are read -------------------------------------------------------------------------------------------
 
 
 @way
@@ -232,9 +226,6 @@ def answers_do_not_choose(family: str, method: Method) -> None:
                 case.model(**call)
             seen.append(case.kept)
         assert all(kept == seen[0] for kept in seen)
-
-
-# --- features and caches ---------------------------------------------------------------------------------------------
 
 
 @way
@@ -354,9 +345,6 @@ def small_picture(family: str, method: Method) -> None:
         assert case.kept == [v.tolist() for v in case.patch.last.visual]
         with case.patch.paused():
             assert torch.equal(case.model.generate(**case.batch, max_new_tokens=2, do_sample=False), got)
-
-
-# --- requests --------------------------------------------------------------------------------------------------------
 
 
 @way

@@ -83,9 +83,6 @@ def spied(method: towers.TowerMethod) -> list[towers.TowerChoice]:
     return choices
 
 
-# --- T1
-
-
 @every_method
 def test_all_patches_kept_changes_no_bit(family: str, name: str) -> None:
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
@@ -104,9 +101,6 @@ def test_a_share_of_one_changes_no_bit(family: str) -> None:
     want = model(**batch).logits
     with vtprune.patch(model, tower=1.0):
         assert torch.equal(model(**batch).logits, want)
-
-
-# --- T2
 
 
 @every_method
@@ -166,9 +160,6 @@ def test_clips() -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# --- T3
-
-
 @every_method
 def test_a_picture_alone_is_as_in_a_batch(family: str, name: str) -> None:
     model, maker = model_of(family), FAMILIES[family]
@@ -213,9 +204,6 @@ def test_pictures_that_decide_for_themselves(family: str) -> None:
     with last_states(model) as seen, hiding(tower, shown):
         model(**batch)
     torch.testing.assert_close(got[0], seen[0], rtol=1e-5, atol=1e-5)
-
-
-# --- T4
 
 
 @every_method
@@ -306,9 +294,6 @@ def test_two_runs_keep_the_same(family: str, name: str) -> None:
         model(**batch)
         assert all(map(torch.equal, first, patch.last.tower.kept))
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-# --- T5
 
 
 @every_method
@@ -523,9 +508,6 @@ def test_replacing_and_repr(family: str) -> None:
         assert not second.removed
         second.remove()
     assert trace(model) == before
-
-
-# --- what is asked for
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.5, -1, 0, True, "half"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight threads at once, on one patched model and on two that are patched differently."""
+"""Thread tests: eight threads on one patched model, or on two models with different patches."""
 
 from __future__ import annotations
 

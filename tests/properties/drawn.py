@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hypothesis strategies: prompts, methods with their options and stages, and budgets.
 
-Methods come from the registry, options from their annotations: a new method or option is drawn by existing.
+Methods come from the registry, options from their annotations, so new ones are included automatically.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Drawn(Method):
 
 @dataclass(frozen=True)
 class Case:
-    """One example: what is asked of which model, and how."""
+    """One example: a model, a prompt, a method and a budget."""
 
     family: str
     prompts: tuple[tuple[Part, ...], ...]
@@ -87,10 +87,6 @@ class Case:
         return FAMILIES[self.family]
 
 
-# --- prompts
-# ------------------------------------------------------------------------------------------------------------------
-
-
 @st.composite
 def prompts(draw: Any, family: str) -> tuple[Part, ...]:
     """Text anywhere, 0 to 5 pictures (clips, where the family takes them) of different sizes, none of it required."""
@@ -102,10 +98,6 @@ def prompts(draw: Any, family: str) -> tuple[Part, ...]:
         largest = 1 if kind is Video and family == "llava_onevision" else 3
         out += [draw(st.integers(0, 6)), kind(draw(st.integers(0, largest)))]
     return tuple(part for part in (*out, draw(st.integers(0, 8))) if part != 0)
-
-
-# --- methods
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -184,10 +176,6 @@ def schedules(draw: Any) -> Drawn:
     )
     stages = tuple(Stage(layer, share / 100) for layer, share in zip(layers, shares, strict=True))
     return Drawn(stages, draw(st.booleans()))
-
-
-# --- cases
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @st.composite

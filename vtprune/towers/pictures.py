@@ -277,9 +277,6 @@ def _units(grids: list[Grid | None], counts: list[int], consecutive: int) -> tup
     return torch.cat(units), torch.tensor([0, *totals]).cumsum(0)
 
 
-# --- windows
-
-
 def _permute_windows(layout: Layout, given: dict[str, Any], parts: TowerParts) -> None:
     """Brings places and units into the order in which a tower with windows lists its patches."""
     index = window_order(layout, given, parts)
@@ -315,9 +312,6 @@ def window_order(layout: Layout, given: dict[str, Any], parts: TowerParts) -> Te
     return get_vision_window_index(
         grids, spatial_merge_size=parts.packed_merge, window_size=window, patch_size=parts.patch[0]
     )[0]
-
-
-# --- pixels
 
 
 def _image_tensor(given: dict[str, Any], batch: int) -> Tensor | None:
