@@ -66,7 +66,7 @@ def test_merged_by_hand(family: str, scale: float) -> None:
         last = patch.last
         with patch.paused():
             decoder(inputs_embeds=embeds)
-        with pytest.raises(vtprune.VTPruneError, match="this very call"), patch.visual(ids[:, 1:]):
+        with pytest.raises(vtprune.VTPruneError, match="for each of them"), patch.visual(ids[:, 1:]):
             decoder(inputs_embeds=embeds)
         assert patch.last is last
     with pruned(model, "random", ratio=1.0):

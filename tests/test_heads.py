@@ -107,5 +107,5 @@ def test_scatter_puts_late_states_back() -> None:
         norm = patch.anatomy.decoder.norm
         torch.testing.assert_close(norm(full)[patch.last.mask], hidden[-1][patch.last.mask])
         assert not full[~patch.last.mask].any()
-        with pytest.raises(vtprune.VTPruneError, match="columns that were kept"):
+        with pytest.raises(vtprune.VTPruneError, match="one row per kept token"):
             patch.last.scatter(hidden[0])

@@ -129,5 +129,5 @@ def test_a_frame_that_does_not_fit_and_caches_that_cannot_forget() -> None:
     with vtprune.patch(model, window=30), pytest.raises(vtprune.UnsupportedModelError, match="StaticLayer"):
         model.generate(**batch, cache_implementation="static", max_new_tokens=2)
     compact = vtprune.methods.VisionZip(positions="compact")
-    with pytest.raises(vtprune.MethodError, match="more leaves later"):
+    with pytest.raises(vtprune.MethodError, match="drops more of them later"):
         vtprune.patch(model, ratio=0.5, method=compact, window=30)

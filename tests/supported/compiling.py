@@ -110,7 +110,7 @@ def fullgraph(folder: Path) -> str:
     with patched(model), torch.no_grad():
         compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
         said = refused(lambda: compiled(**inputs), torch._dynamo.exc.Unsupported)
-    reason = "pruning decides by values which columns stay"
+    reason = "which tokens stay depends on values"
     assert reason in said, said
     return said[said.index(reason) :].split(")")[0]
 

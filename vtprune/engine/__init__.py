@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: attaches to a model, asks the method what stays, and cuts the decoder's columns."""
+"""The engine: hooks into a model, lets the method select tokens, and removes the others from the decoder's layers."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one call of the decoder knows, from its first layer to its last."""
+"""State of one call of the decoder, from its first layer to its last."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .spec import MethodUse, PruneSpec
 
 @dataclass
 class BudgetGroups:
-    """The visual tokens of a call, grouped as the method's budget asks.
+    """The visual tokens of a call by budget group: a sample, or an image.
 
     Attributes:
         of_token: `[M]` group number of each visual token; -1 for those of other methods.
-        sizes: Tokens in each group.
+        sizes: Number of tokens in each group.
         by_sample: For each row of the batch that has visual tokens, the numbers of its groups.
     """
 
@@ -33,7 +33,7 @@ class BudgetGroups:
 
     @classmethod
     def of(cls, visual: VisualTokens, by: str, members: Tensor) -> BudgetGroups:
-        """Makes a group of every sample, or of every image of a sample; of the tokens `members` `[m]` only."""
+        """Groups the tokens `members` `[m]` by "sample" or by "image"."""
         sample, image = visual.sample[members], visual.image[members]
         new = torch.ones(len(members), dtype=torch.bool)
         new[1:] = sample.diff() != 0
@@ -48,25 +48,25 @@ class BudgetGroups:
         return cls(of_token, torch.bincount(numbers).tolist(), groups)
 
     def count(self, tokens: Tensor) -> list[int]:
-        """How many of some tokens `[m]` are in each group."""
+        """Number of the given tokens `[m]` in each group."""
         numbers = self.of_token[tokens]
         return torch.bincount(numbers[numbers >= 0], minlength=len(self.sizes)).tolist()
 
     def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
-        """`[M]` bool: which of the tokens `flat` are in groups of which fewer are `kept`."""
+        """Mask `[M]` of the tokens `flat` whose group keeps fewer tokens than it has, given the tokens `kept`."""
         before, after = (torch.bincount(self.of_token[x], minlength=len(self.sizes)) for x in (flat, kept))
         return (after < before)[self.of_token[flat]]
 
 
 @dataclass
 class Decision:
-    """What was decided at one stage.
+    """The selection of one stage.
 
     Attributes:
-        kept: `[M']` numbers of the surviving tokens among all visual tokens of the call.
+        kept: `[M']` numbers of the kept tokens among all visual tokens of the call.
         merged: Numbers `[m]` of tokens that get new states, and the states `[m, D]`, for methods that merge; or None.
-        scores: The method's scores of the tokens that were alive; or None.
-        states: Their states, where a call is recorded (`explain`); or None.
+        scores: The method's scores of the tokens left before the stage; or None.
+        states: Their states, if the call is recorded (`explain.recording`); or None.
     """
 
     kept: Tensor
@@ -77,13 +77,13 @@ class Decision:
 
 @dataclass
 class MethodCall:
-    """What one method has to do in a call: all visual tokens, or those of one kind.
+    """The task of one method in a call: the tokens it prunes, and how many it keeps at each cut.
 
     Attributes:
         use: The method.
-        groups: The tokens it prunes, grouped as its budget asks.
-        counts: Layer of each of its cuts -> tokens left in each group.
-        memory: The method's own, from stage to stage.
+        groups: The tokens it prunes, by budget group.
+        counts: Number of tokens left in each group, by the layer of the cut.
+        memory: State that the method carries from stage to stage.
     """
 
     use: MethodUse
@@ -93,13 +93,13 @@ class MethodCall:
 
     @property
     def members(self) -> Tensor:
-        """`[M]` bool: which visual tokens of the call the method prunes."""
+        """Mask `[M]` of the visual tokens of the call that the method prunes."""
         return self.groups.of_token >= 0
 
 
 @dataclass
 class Snapshot:
-    """A layer's input as it was when the layer was about to run, and how many slots its cache cached_tokens then."""
+    """Arguments of a layer just before it ran, its packed layout, and the number of tokens cached in it by then."""
 
     layer: nn.Module
     args: tuple
@@ -115,19 +115,19 @@ class Snapshot:
 
     @property
     def hidden(self) -> Tensor:
-        """`[B, K, D]` the hidden states entering the layer."""
+        """Hidden states `[B, K, D]` entering the layer."""
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
 
 
 @dataclass(frozen=True)
 class CallOptions:
-    """What a call asks for beside its inputs.
+    """Settings of a call besides its inputs.
 
     Attributes:
-        budget: How many visual tokens stay.
-        question_end: Where the caller says that an answer begins, see `Patch.question`.
-        arguments: Keyword arguments of the outermost model, labels among them.
-        own_budget: Whether the caller gave this call a budget of its own, see `Patch.using`.
+        budget: Number of visual tokens to keep.
+        question_end: Position at which the answer begins, see `Patch.question`; None if not given.
+        arguments: Keyword arguments of the outermost model, such as labels.
+        own_budget: Whether the call has a budget of its own, see `Patch.using`.
     """
 
     budget: Budget
@@ -141,26 +141,26 @@ class CallState:
     """State of one call of the decoder.
 
     Attributes:
-        spec: Whose method applies.
-        options: Budget, question, and what the caller reads.
+        spec: Methods, budget and model of the patch.
+        options: Settings of the call.
         caches: The caches that the patch knows.
-        columns: The columns that are left, and what layers are given.
-        visual: The visual columns, or None where nothing is to be cut.
+        columns: The positions that are left, from which the arguments of layers are made.
+        visual: The visual tokens, or None if there are none to prune.
         inputs: Keyword arguments of the composite's call and of its encoders.
-        real_past: `[B, past]` bool or None: columns in the cache that are not padding.
-        embeds: `[B, T, D]` embeddings that the decoder was given, or None.
-        memo: Decisions of an earlier call without a cache that this one continues.
-        deepstack: DeepStack features, where the decoder has them.
+        real_past: `[B, past]` bool or None: positions in the cache that are not padding.
+        embeds: `[B, T, D]` embeddings passed to the decoder, or None.
+        memo: Selections of an earlier call without a cache that this one continues.
+        deepstack: DeepStack features, if the decoder has them.
         recorded: Records of the method's taps.
         selection_time: Host seconds spent at the cuts.
-        snapshots: Inputs of the layers that the method asked to read, by layer.
-        decisions: What was decided at each stage so far.
-        stages: For each stage so far, its layer and the surviving columns of every sample.
-        required: `[M]` bool, visual tokens that the caller reads and that stay for it; None for none.
-        answer_starts: Of each row, the column at which an answer begins; None where nothing tells.
-        differentiable: Whether hidden states that are returned may be asked for gradients.
-        cuts: Layer of each cut -> the methods that cut there.
-        live: `[M]` bool, the visual tokens that no cut has dropped so far; set where there are visual tokens.
+        snapshots: Inputs of the layers that the method reads, by layer.
+        decisions: Selections of the stages so far.
+        stages: For each stage so far, its layer and the kept positions of every sample.
+        required: `[M]` bool, visual tokens whose outputs the caller reads, so that they have to stay; None for none.
+        answer_starts: For each row, the position at which an answer begins; None if unknown.
+        differentiable: Whether gradients of returned hidden states may be requested.
+        cuts: Methods that cut before a layer, by layer.
+        live: `[M]` bool, the visual tokens that no cut has dropped so far; set if there are visual tokens.
     """
 
     spec: PruneSpec

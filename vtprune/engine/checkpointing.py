@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers that the backward pass runs again (gradient checkpointing), hooks included.
+"""Gradient checkpointing of layers together with their hooks.
 
-From 5.23 on, transformers checkpoints a layer's `forward`, inside its hooks. Before, it checkpoints `__call__`: the
-backward pass calls the layer, hooks and all, with what the decoder gave it, long after the decoder's call is over. What
-the layer was given instead is then needed once more. It is kept on a tensor among its keyword arguments, which the
-backward pass hands over as the very same object, and which dies with the graph.
+From 5.23 on, transformers checkpoints a layer's `forward`, inside its hooks. Earlier versions checkpoint `__call__`:
+the backward pass calls the layer with its hooks and the decoder's arguments, long after the decoder has returned, and
+the hooks have to replace these arguments again. The replacements are stored on a tensor among the keyword arguments:
+the backward pass passes the same object, and it is freed with the graph.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _ATTRIBUTE = "_vtprune_given"
 
 @dataclass
 class _Given:
-    """What a layer was given in place of its arguments."""
+    """Arguments that replaced those of a layer."""
 
     rest: tuple  # positional arguments after the hidden states
     changed: dict[str, Any]  # keyword arguments that differ
-    narrow: Callable[[Tensor], Tensor] | None  # from its hidden states to those of the columns that are left
+    narrow: Callable[[Tensor], Tensor] | None  # cuts hidden states down to the positions that are left
 
 
 def runs_hooks_again(layer: nn.Module) -> bool:
-    """Whether the backward pass will call `layer` once more, hooks included."""
+    """Whether the backward pass will call `layer` again, including its hooks."""
     checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     return bool(checkpointed) and type(layer).__call__ is not nn.Module.__call__
 
@@ -43,24 +43,24 @@ def save_arguments(
     instead: tuple[tuple, dict[str, Any]],
     narrow: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Keeps what layer `number` is given instead of `given` until its graph is gone.
+    """Stores the arguments `instead` that replace `given` for layer `number`, for as long as its graph lives.
 
     Raises:
-        UnsupportedModelError: No tensor among the keyword arguments could carry it.
+        UnsupportedModelError: The keyword arguments contain no tensor to store them on.
     """
     anchor = _anchor(given[1])
     if anchor is None:
         raise UnsupportedModelError(
-            f"{type(layer).__name__} is checkpointed together with its hooks and has no tensor among its keyword "
-            "arguments by which the backward pass could find what it was given; install a newer transformers, or call "
-            "gradient_checkpointing_disable()"
+            f"{type(layer).__name__} is checkpointed together with its hooks, and none of its keyword arguments is a "
+            "tensor, on which pruning could store its arguments for the backward pass; install transformers 5.23 or "
+            "newer, or call gradient_checkpointing_disable()"
         )
     changed = {n: v for n, v in instead[1].items() if n != "hidden_states" and v is not given[1].get(n)}
     vars(anchor).setdefault(_ATTRIBUTE, {})[number] = _Given(instead[0][1:], changed, narrow)
 
 
 def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments of layer `number` in the backward pass; None where it is not a repetition of a pruned call."""
+    """Arguments of layer `number` in the backward pass; None unless it repeats a pruned call."""
     if not runs_hooks_again(layer):
         return None
     known: dict[int, _Given] = getattr(_anchor(kwargs), _ATTRIBUTE, {})
@@ -75,7 +75,7 @@ def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _anchor(kwargs: dict[str, Any]) -> Tensor | None:
-    """A tensor among a layer's arguments; the rotation where there is one, for the decoder makes it anew every time."""
+    """The tensor to store arguments on: preferably the rotation, which the decoder makes anew in every call."""
     found: list[Tensor] = []
     for name in sorted(kwargs, key=lambda n: n != "position_embeddings"):
         if name != "hidden_states" and not hasattr(kwargs[name], "get_mask_sizes"):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompt columns the layers of a decoder hold during one call, and what the layers are given because of it.
+"""The prompt positions that the layers of a decoder hold during one call, and the layers' arguments for them.
 
-The decoder makes rotations, positions and masks for all columns and passes the same ones to every layer. `Columns`
-cuts them down to the columns that are left, layer by layer, and translates masks to the slots that a layer's cache
-holds.
+The decoder makes rotations, position ids and masks for all positions and passes the same ones to every layer. `Columns`
+cuts them down to the positions that are left, layer by layer, and translates masks to the slots of a layer's cache.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from . import gather, kv_cache, masks, positions
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """How the decoder attends: what a mask made from nothing must look like.
+    """The form of attention mask that the decoder takes, for masks that the engine makes itself.
 
     Attributes:
         name: Name of transformers' mask function for the attention implementation.
-        dtype: Of masks that are added to logits.
-        device: Of the masks.
-        mixing: Whether some layers mix neighboring columns without a look at masks.
+        dtype: Dtype of masks that are added to logits.
+        device: Device of the masks.
+        mixing: Whether some layers mix neighboring positions regardless of masks.
     """
 
     name: str
@@ -38,16 +37,16 @@ class AttentionForm:
 
 
 class Columns:
-    """The columns of one decoder call.
+    """The prompt positions that are left in one decoder call.
 
     Attributes:
         batch, length: Shape `[B, T]` of the call.
-        past: Columns of the conversation before it.
-        real: `[B, T]` bool, False for padding; without it none is.
-        state: Slots of a cache that earlier calls pruned, or None.
-        cache: The KV cache, once a layer has shown it.
-        index, valid: The present packed layout (see `compact`), `[B, K]` on the CPU.
-        is_cut: Whether this call has lost columns.
+        past: Length of the conversation before it.
+        real: `[B, T]` bool, False for padding; all True if not given.
+        state: State of a cache that earlier calls pruned, or None.
+        cache: The KV cache, known from the first layer on.
+        index, valid: The current packed layout (see `gather`), `[B, K]` on the CPU.
+        is_cut: Whether this call has dropped positions.
         layouts: The packed layout of every layer that ran.
     """
 
@@ -68,15 +67,15 @@ class Columns:
         self.is_cut, self.ragged = False, False
         self._layouts: list[tuple[Tensor, Tensor] | None] = []  # of every layer that ran; None before the first cut
         self.shifts: list[positions.Shift | None] = []
-        self.inputs: dict[int, Tensor] = {}  # of layers, in the caller's length, where the caller may want gradients
+        self.inputs: dict[int, Tensor] = {}  # of layers, at all positions, if gradients of them may be requested
         self.renumber = renumber
         self.shift: positions.Shift | None = None
-        self._gathered: dict[
-            Any, Any
-        ] = {}  # what was made for the present packed layout; values keep their sources valid
+        # Tensors made for the current packed layout, by ids of their sources; values reference the sources, so that
+        # the ids stay unique.
+        self._gathered: dict[Any, Any] = {}
         self._slots: dict[Any, tuple[Tensor, Tensor, bool]] = {}
 
-    # Decoding steps, the most frequent calls, do without the tables below.
+    # Cached, because decoding steps, the most frequent calls, never need these.
 
     @functools.cached_property
     def real(self) -> Tensor:
@@ -102,7 +101,7 @@ class Columns:
 
     @functools.cached_property
     def source(self) -> Tensor:
-        """`[B, K]` columns that positions are taken from; others than `index` for methods that renumber."""
+        """Prompt positions `[B, K]` that rotations and position ids are taken from; not `index` if renumbered."""
         return self.index
 
     @property
@@ -111,18 +110,18 @@ class Columns:
         return self.is_cut or self.state is not None
 
     def slot_of_position(self) -> Tensor:
-        """`[B, T]` slot of each prompt column, -1 for dropped ones."""
+        """Slot `[B, T]` of each prompt position, -1 for dropped ones."""
         return slot_of_position(self.index, self.valid, self.length) if self.is_cut else self.index
 
     def keep(self, stays: Tensor, rotation: Any) -> Tensor:
-        """Goes over to the columns `stays`.
+        """Drops all positions but `stays`.
 
         Args:
-            stays: `[B, T]` bool, a subset of the present columns.
-            rotation: The decoder's `position_embeddings` for all columns; needed to renumber.
+            stays: `[B, T]` bool, a subset of the current positions.
+            rotation: The decoder's `position_embeddings` for all positions; needed to renumber.
 
         Returns:
-            Tensor: `[B, K]` for each new slot the old one.
+            Tensor: `[B, K]` the old slot of each new slot.
         """
         slot = self.slot_of_position() if self.is_cut else None
         self.index, self.valid = gather.pack(stays, self.real, self.attention_form.mixing)
@@ -137,18 +136,15 @@ class Columns:
         return self.index if slot is None else slot.gather(1, self.index).clamp(min=0)
 
     def record_layer(self, number: int) -> None:
-        """Notes that layer `number` runs on the present columns."""
+        """Records that layer `number` runs on the current packed layout."""
         self._layouts.append((self.index, self.valid) if self.is_cut else None)
         old = self.state.shift(number) if self.state is not None else None
         both = old.plus(self.shift) if old is not None and self.shift is not None else (old or self.shift)
         self.shifts.append(both)
 
-    # --- arguments of a layer -----------------------------------------------------------------------------------------
-
     def arguments(self, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of layer `number`, from what the decoder passes for all columns. Hidden states are left as
-        they are."""
-        if self._nothing_to_do(number, args, kwargs):
+        """Cuts the arguments of layer `number`, except hidden states, down from all positions to those left."""
+        if self._needs_no_change(number, args, kwargs):
             return args, kwargs
         if self.is_cut and "together" not in self._gathered:
             self._gather_together({**kwargs, **{str(place): value for place, value in enumerate(args[1:])}})
@@ -156,8 +152,8 @@ class Columns:
         rest = tuple(self._argument(number, "", value) for value in args[1:])
         return (*args[:1], *rest), {**kwargs, **new}
 
-    def _nothing_to_do(self, number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a decoding step without a mask, the most frequent call by far, passes as it is."""
+    def _needs_no_change(self, number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether arguments stay as they are: in decoding steps without a mask, the most frequent calls by far."""
         state = self.state
         if self.is_cut or state is None or state.shift(number) is not None or state.is_ragged(number):
             return False
@@ -175,7 +171,7 @@ class Columns:
         return value if turned is None else turned.apply(name, value)
 
     def _index_for(self, name: str) -> Tensor:
-        """`[B, K]` columns that an argument is gathered from."""
+        """Prompt positions `[B, K]` that an argument is gathered from."""
         index = self.index
         if name in positions.NAMES:
             index = self.source
@@ -188,7 +184,7 @@ class Columns:
         return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[2:]) == square
 
     def _gather_together(self, arguments: dict[str, Any]) -> None:
-        """Gathers the columns of all that a layer is given, in as few launches as possible, for `_cut` to find."""
+        """Gathers all arguments of a layer in as few kernel launches as possible; `_cut` uses the results."""
         self._gathered["together"] = True
         groups: dict[Any, dict[int, tuple[Tensor, int]]] = {}
         for name, value in arguments.items():
@@ -206,7 +202,7 @@ class Columns:
                 self._gathered[id(x)] = (x, cut)
 
     def _cut(self, x: Tensor, index: Tensor) -> Tensor:
-        """Gathers the surviving columns of a tensor that has all of them; other tensors pass."""
+        """Gathers the kept positions of a tensor that has all positions; returns other tensors unchanged."""
         dim = gather.column_dim(x, self.batch, self.length)
         if dim is None:
             return x
@@ -216,14 +212,11 @@ class Columns:
         return known[1]
 
     def _on(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """`tensor` on a device, moved once."""
+        """`tensor` on a device, copied once."""
         key = (id(tensor), device)
         if key not in self._gathered:
             self._gathered[key] = (tensor, to_device(tensor, device))
         return self._gathered[key][1]
-
-    # --- masks and slots
-    # ------------------------------------------------------------------------------------------------
 
     def _mask(self, number: int, mask: Any) -> Any:
         if mask is None and not self.ragged and not (self.state is not None and self.state.is_ragged(number)):
@@ -246,13 +239,13 @@ class Columns:
         if masks.is_block_mask(mask):
             return masks.translate_block_mask(mask, self.index if self.is_cut else None, slots, valid)
         if mask.dim() == 2 and mask.shape[1] == self.length and self.past:
-            slots, valid = self.index, self.valid  # a mask of this call's columns only
+            slots, valid = self.index, self.valid  # a mask of this call's positions only
         rows = self._on(self.index, mask.device) if self.is_cut else None
         return masks.translate_mask(mask, rows, self._on(slots, mask.device), self._on(valid, mask.device))
 
     def slots(self, number: int) -> tuple[Tensor, Tensor, bool]:
-        """What layer `number` attends to: columns `[B, k]` in its slots, which are valid, and whether all that are
-        filled are."""
+        """Slots that layer `number` attends to: their positions `[B, k]`, which are valid `[B, k]`, and whether all
+        filled ones are."""
         cached = kv_cache.cached_tokens(self.cache, number)
         queries = self.index.shape[1] if self.is_cut else self.length
         count, start = cached + queries, 0
@@ -264,13 +257,13 @@ class Columns:
             filled = torch.cat([self._before(number, cached), self._new_slots(self.index, self.valid)], 1)
             filled = filled[:, start : start + count]
             plain = not bool((filled < 0).any())
-            # A static cache shows its empty slots too.
+            # A static cache includes empty slots.
             filled = nn.functional.pad(filled, (0, count - filled.shape[1]), value=-1)
             self._slots[key] = filled.clamp(min=0), filled >= 0, plain
         return self._slots[key]
 
     def _before(self, number: int, cached: int) -> Tensor:
-        """`[B, cached]` columns in the slots that earlier calls filled."""
+        """Positions `[B, cached]` in the slots that earlier calls filled."""
         slots = self.state.slots(number, cached) if self.state is not None else None
         return torch.arange(max(cached, 0)).expand(self.batch, -1) if slots is None else slots
 
@@ -278,7 +271,7 @@ class Columns:
         return torch.where(valid, index + self.past, -1)
 
     def state_after(self) -> kv_cache.CacheState:
-        """Slots and shifts of every layer after this call, for the cache to keep."""
+        """State of the cache after this call: slots and shifts of every layer."""
         made: dict[Any, Tensor | None] = {}
         bases: list[Tensor | None] = []
         for number, (index, valid) in enumerate(self.layouts):
@@ -294,11 +287,8 @@ class Columns:
         state.mark = kv_cache.mark_of(self.cache)
         return state
 
-    # --- back to the caller's length
-    # --------------------------------------------------------------------------------------
-
     def restore(self, output: Any) -> Any:
-        """Puts a decoder's output back among all columns; dropped ones are zero.
+        """Scatters a decoder's output to all positions of the call; dropped ones are zero.
 
         Hidden states become `[B, T, D]`, attention maps `[B, H, T, past + T]`, router logits `[B * T, E]`.
         """
@@ -318,7 +308,7 @@ class Columns:
         return output
 
     def _restored_group(self, group: Any) -> Any:
-        """Hidden states (one more than layers), attention maps or router logits of the layers, told by their shapes."""
+        """Restores hidden states (one more than layers), attention maps or router logits, recognized by their shape."""
         if not isinstance(group, (tuple, list)) or not any(isinstance(x, Tensor) for x in group):
             return group
         dims = next(x.dim() for x in group if isinstance(x, Tensor))
@@ -331,7 +321,7 @@ class Columns:
         return tuple(x if x is None else function(x, layer) for x, layer in zip(group, layers, strict=True))
 
     def _layers_of(self, group: Any, dims: int) -> list[int]:
-        """The layer of each entry; decoders of mixed layers list only those that have one, in their order."""
+        """The layer of each entry; decoders with several kinds of layers return entries for some layers only."""
         if len(group) == len(self.layouts):
             return list(range(len(group)))
         layers: list[int] = []
@@ -342,8 +332,8 @@ class Columns:
             layers.append(next(fitting, start))
         if layers and layers[-1] >= len(self.layouts):
             raise UnsupportedModelError(
-                f"the decoder returned {len(group)} maps for {len(self.layouts)} layers, and vtprune cannot tell which "
-                "layers they belong to; ask for them inside patch.paused()"
+                f"the decoder returned {len(group)} attention maps or router logits for {len(self.layouts)} layers, "
+                "and it is unknown which layers they belong to; request them inside patch.paused()"
             )
         return layers
 
@@ -360,27 +350,27 @@ class Columns:
         return gather.scatter(x, to_device(index, x.device), places, self.length)
 
     def _full_rows(self, x: Tensor, layer: int) -> Tensor:
-        """`[B * K, E]` to `[B * T, E]`."""
+        """Scatters router logits `[B * K, E]` to `[B * T, E]`."""
         return self._full(x.unflatten(0, (self.batch, -1)), layer).flatten(0, 1)
 
     def _full_attention(self, x: Tensor, layer: int) -> Tensor:
-        """`[B, H, q, k]` to `[B, H, T, past + T]`."""
+        """Scatters an attention map `[B, H, q, k]` to `[B, H, T, past + T]`."""
         index, valid = self.layouts[layer]
         held = kv_cache.cached_tokens(self.cache, layer)
         before = self._before(layer, max(held - index.shape[1], 0))
-        slots = torch.cat([before, self._new_slots(index, valid)], 1)  # -1 where nothing may be attended to
-        seen = x.shape[-1]
-        # A sliding window shows the last slots, a static cache its empty ones as well.
-        empty = max(seen - slots.shape[1], 0)
-        slots = nn.functional.pad(slots, (0, empty), value=-1)[:, -seen:]
+        slots = torch.cat([before, self._new_slots(index, valid)], 1)  # -1 for slots that must not be attended to
+        keys_seen = x.shape[-1]
+        # A sliding window attends to the last slots only; a static cache includes empty slots.
+        empty = max(keys_seen - slots.shape[1], 0)
+        slots = nn.functional.pad(slots, (0, empty), value=-1)[:, -keys_seen:]
         total = self.past + self.length
         keys = x.movedim(3, 1)  # [B, k, H, q]
         keys = gather.scatter(keys, to_device(slots.clamp(min=0), x.device), to_device(slots >= 0, x.device), total)
         return self._full(keys.movedim(1, 3).transpose(1, 2), layer).transpose(1, 2)
 
-    def through(self, number: int, hidden: Tensor) -> Tensor:
-        """Hidden states `[B, K, D]` of the present columns by way of the caller's length, so that what is returned as
-        the input of layer `number` is part of the graph."""
+    def through_full_length(self, number: int, hidden: Tensor) -> Tensor:
+        """Scatters hidden states `[B, K, D]` to all positions and gathers them again, so that the full-length input of
+        layer `number`, which the caller gets, is part of the autograd graph."""
         on = hidden.device
         full = gather.scatter(hidden, to_device(self.index, on), to_device(self.valid, on), self.length)
         self.inputs[number] = full
@@ -388,7 +378,7 @@ class Columns:
 
 
 def slot_of_position(index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """Inverts a packed layout: `[B, length]` slot of each column, -1 for columns that are gone."""
+    """Inverts a packed layout: slot `[B, length]` of each position, -1 for dropped positions."""
     slot = torch.full((index.shape[0], length + 1), -1)
     slot.scatter_(1, torch.where(valid, index, length), torch.arange(index.shape[1]).expand_as(index))
     return slot[:, :length]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepStack: visual features that a decoder adds to its visual columns between its first layers (Qwen3-VL)."""
+"""DeepStack: visual features that a decoder adds to its visual tokens between its first layers (Qwen3-VL)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from ..core.transfer import to_device
 
 
 class RedirectingMask(Tensor):
-    """A mask that the decoder holds on to, and that stands for another one after every cut.
+    """A mask passed to the decoder once, whose operations use another mask, `current`, after every cut.
 
-    Every operation on it is done with `current`. It is not changed in place, because autograd keeps the masks that it
-    stood for.
+    It is not changed in place, because autograd keeps the earlier masks.
     """
 
     current: Tensor
@@ -44,8 +43,11 @@ def _plain(value: Any) -> Any:
 
 
 class _LaterList(list):
-    """Features of which the decoder gets `rows`, picked when it asks and not where the cut is: a layer that is run
-    again in the backward pass (`recompute`) must not hold them in its graph."""
+    """List of features of which the decoder gets `rows`, selected on access.
+
+    If they were selected at the cut, a layer that is run again in the backward pass (`checkpointing`) would hold them
+    in its graph.
+    """
 
     rows: Tensor | None = None
 
@@ -54,7 +56,7 @@ class _LaterList(list):
 
 
 class _LaterDict(dict):
-    """The same by layer."""
+    """`_LaterList` for features in a dict by layer."""
 
     rows: Tensor | None = None
 
@@ -72,14 +74,13 @@ def _picked(features: Tensor, rows: Tensor | None) -> Tensor:
 
 @dataclass
 class DeepStackFeatures:
-    """Features that the decoder adds to visual columns around its first layers.
+    """Features that the decoder adds to visual tokens around its first layers, and the mask of these tokens.
 
     Attributes:
-        mask: `[B, T]` or `[B, T, 1]` the mask that the decoder was given in place of its own.
-        full: Its own.
-        embeds: The list, or dict by layer, that the decoder was given: `[visual columns, D]` each, replaced at every
-            cut.
-        originals: Its own features.
+        mask: `[B, T]` or `[B, T, 1]` mask passed to the decoder instead of `full`.
+        full: The original mask.
+        embeds: List, or dict by layer, of features `[visual tokens, D]` passed to the decoder, replaced at every cut.
+        originals: The original features.
     """
 
     mask: RedirectingMask
@@ -88,7 +89,7 @@ class DeepStackFeatures:
     originals: Any
 
     def cut(self, index: Tensor, valid: Tensor) -> None:
-        """Makes mask and features those of the packed columns `index`, `valid` (`[B, K]`, CPU)."""
+        """Cuts mask and features to the packed layout `index`, `valid` (`[B, K]`, CPU)."""
         full = self.full.cpu().flatten(1)  # [B, T]
         rank = (full.flatten().cumsum(0) - 1).view(full.shape)
         picked = full.gather(1, index) & valid
@@ -113,11 +114,11 @@ def intercept_deepstack(
     Args:
         kwargs: Arguments of the decoder.
         shape: `(B, T)` of the call.
-        later: Whether features are picked when the decoder asks for them, and not at the cut.
+        later: Whether features are selected on access instead of at the cut, see `_LaterList`.
 
     Returns:
-        tuple: The planes and new arguments; None if there is not exactly one mask `[B, T]` or `[B, T, 1]` and one list,
-        or dict by layer, of tensors.
+        tuple: The features and the new arguments; None unless there is exactly one mask `[B, T]` or `[B, T, 1]` and one
+        list, or dict by layer, of tensors.
     """
     tensors = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and n != "attention_mask"}
     masks = {n: v for n, v in tensors.items() if v.dtype == torch.bool and v.shape in (shape, (*shape, 1))}
@@ -129,5 +130,5 @@ def intercept_deepstack(
     name, features = next(iter(groups.items()))
     kinds = (_LaterDict, _LaterList) if later else (dict, list)
     copy = kinds[0](features) if isinstance(features, dict) else kinds[1](features)
-    planes = DeepStackFeatures(RedirectingMask.of(mask), mask, copy, features)
-    return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}
+    deepstack = DeepStackFeatures(RedirectingMask.of(mask), mask, copy, features)
+    return deepstack, {**kwargs, mask_name: deepstack.mask, name: deepstack.embeds}

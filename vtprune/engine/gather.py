@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keep mask -> gathered tensors, and back. Pure functions; nothing here knows a model.
+"""Gathering of kept positions into a packed layout, and scattering back. Pure functions on tensors.
 
-A *packed layout* is a pair `index`, `valid`, both `[B, K]`: slot `j` of row `b` holds prompt column `index[b, j]`;
-slots that are not valid fill up rows that kept fewer columns and repeat some column's content, never to be attended to.
+A *packed layout* is a pair `index`, `valid`, both `[B, K]`: slot `j` of row `b` holds prompt position `index[b, j]`.
+Slots that are not valid pad rows that kept fewer tokens; they repeat some token and are never attended to.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["column_dim", "gather", "gather_all", "map_tensors", "pack", "scatter
 
 
 def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tensor]:
-    """Packs the kept columns of every row to the left, in order.
+    """Packs the kept positions of every row to the left, in order.
 
-    Padding columns are cheap to lose and needed only to make the rows equally long, so of a row's padding just as much
-    survives as the longest row asks for, the rightmost first: with right padding `generate` reads the last column.
+    Of a row's padding, only as much is kept as the longest row requires, the rightmost first: with right padding
+    `generate` reads the last position.
 
     Args:
-        keep: `[B, T]` bool, columns that stay if they are real.
+        keep: `[B, T]` bool, positions that stay unless they are padding.
         real: `[B, T]` bool, False for padding.
-        mixing: Whether layers mix neighboring columns without a look at masks (convolution, linear attention). Then all
-            padding behind a row's first token stays, as in the unpruned model, whatever the other rows need; and rows
-            are packed to the right, because what fills them up may stand in front only.
+        mixing: Whether layers mix neighboring positions regardless of masks (convolution, linear attention). Then all
+            padding after a row's first token stays, as in the unpruned model, and rows are packed to the right, because
+            only invalid slots in front of a row do not affect its tokens.
 
     Returns:
         tuple: `index` int64 and `valid` bool, both `[B, K]`.
@@ -61,22 +61,21 @@ def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tens
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gathers columns: dimension `dim` of `x` is the column, the one before it the batch (or 1 for all rows).
+    """Gathers positions along dimension `dim` of `x`, which follows the batch dimension (of size 1 for all rows).
 
     Args:
-        x: `[..., B or 1, T, ...]`, with one dimension before the batch at most.
+        x: `[..., B or 1, T, ...]`, with at most one dimension before the batch.
         index: `[B, K]` on the device of `x`.
-        dim: Place of `T`; 0 for a tensor without a batch dimension.
+        dim: Dimension of `T`; 0 for a tensor without a batch dimension.
 
     Returns:
-        Tensor: `[..., B, K, ...]`, differentiable in `x`; a batch dimension of 1, or none, stays so where `index` has
-        one row.
+        Tensor: `[..., B, K, ...]`, differentiable in `x`; without batch dimension if `x` has none and `index` one row.
     """
     return gather_all([(x, dim)], index)[0]
 
 
 def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Tensor]:
-    """`gather` of several tensors, each with its `dim`, in one launch where all of them have the same batch."""
+    """`gather` of several tensors, each with its `dim`, in one kernel launch for all of the same batch size."""
     batch = len(index)
     flat = [_batched(x, dim, batch) for x, dim in tensors]  # [B, T, ...] or [n B, T, ...]
     results: list[Tensor] = [index] * len(flat)
@@ -92,7 +91,7 @@ def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Ten
 
 
 def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
-    """`x` as `[rows, T, ...]`, a multiple of the batch many rows."""
+    """Reshapes `x` to `[rows, T, ...]`, where `rows` is a multiple of the batch size."""
     if dim == 0:
         return x.expand(batch, *x.shape)
     if dim == 1 and x.shape[0] == batch:
@@ -102,7 +101,7 @@ def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
 
 
 def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
-    """What `_batched` made of `x`, undone."""
+    """Reverts the reshaping of `x` by `_batched`."""
     if dim == 0:
         return result[0] if batch == 1 else result
     if dim == 1 and x.shape[0] == batch:
@@ -111,7 +110,7 @@ def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
 
 
 def column_dim(x: Tensor, batch: int, length: int) -> int | None:
-    """Where the prompt columns are in a tensor that a decoder hands to its layers, or None.
+    """Dimension of the prompt positions in a tensor that a decoder passes to its layers, or None.
 
     Known layouts: `[B or 1, T, ...]` (states, rotations, position ids), `[n, B or 1, T, ...]` (three or four position
     axes, stacked states) and `[T]`.

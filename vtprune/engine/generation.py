@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` does around a prompt: assistants' first proposals, and prompts that are run in chunks."""
+"""Wrappers of `generate`: assisted generation drafts only after the prompt, and chunked prefill is refused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import UnsupportedModelError
 
 
 class DelayedCandidates:
-    """A transformers candidate generator whose first proposal is not used.
+    """A transformers candidate generator whose first proposal is discarded.
 
     Args:
-        inner: The generator. It is asked all the same, so that an assistant's cache holds the prompt.
+        inner: The generator. It is called for the first proposal too, so that an assistant's cache holds the prompt.
     """
 
     def __init__(self, inner: Any) -> None:
@@ -30,11 +30,11 @@ class DelayedCandidates:
         """Proposes tokens.
 
         Args:
-            input_ids: `[1, T]` int, the text so far.
-            kwargs: What the generator takes beside it.
+            input_ids: `[1, T]` int token ids so far.
+            kwargs: Further arguments of the generator.
 
         Returns:
-            tuple: `[1, T + C]` the text with its proposal, and its logits `[1, C, V]` or None.
+            tuple: `[1, T + C]` token ids with the proposal, and its logits `[1, C, V]` or None.
         """
         proposal = self.inner.get_candidates(input_ids, **kwargs)
         if self.prompt_passed:
@@ -44,17 +44,17 @@ class DelayedCandidates:
 
 
 def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) -> Callable:
-    """Wraps a model's `MAKE_CANDIDATES`.
+    """Wraps a model's `MAKE_CANDIDATES` so that its generator proposes nothing before a pruned prompt has run.
 
     Args:
         make: The bound method.
-        applies: Whether the prompt `[B, T]` is one that is pruned.
+        applies: Tells whether a prompt `[B, T]` is pruned.
     """
 
     def make_later(*args: Any, **kwargs: Any) -> Any:
         inner = make(*args, **kwargs)
         prompt = kwargs.get("input_ids")
-        # Generators that read the model's own outputs have nothing to propose before the prompt has passed.
+        # Generators that read the model's own outputs propose nothing before the prompt has run anyway.
         if getattr(inner, "requires_model_outputs", False) or prompt is None or not applies(prompt):
             return inner
         return DelayedCandidates(inner)
@@ -63,12 +63,12 @@ def delay_first_candidates(make: Callable, applies: Callable[[Tensor], bool]) ->
 
 
 def refuse_chunks(prefill: Callable, applies: Callable[[Tensor], bool], see: Callable[[Any], Any]) -> Callable:
-    """Wraps a model's `RUN_PROMPT` so that a prompt that will be pruned is not run in chunks.
+    """Wraps a model's `RUN_PROMPT` so that it refuses to run a prompt that is pruned in chunks.
 
     Args:
         prefill: The bound method.
-        applies: Whether the prompt `[B, T]` is one that is pruned.
-        see: Is shown the KV cache before anybody asks for its length.
+        applies: Tells whether a prompt `[B, T]` is pruned.
+        see: Called with the KV cache before its length is read.
     """
 
     @functools.wraps(prefill)
@@ -78,9 +78,9 @@ def refuse_chunks(prefill: Callable, applies: Callable[[Tensor], bool], see: Cal
         ids, size = named.get("input_ids"), getattr(named.get("generation_config"), "prefill_chunk_size", None)
         if size is not None and isinstance(ids, Tensor) and ids.shape[1] > size and applies(ids):
             raise UnsupportedModelError(
-                f"prefill_chunk_size={size} splits a prompt of {ids.shape[1]} columns, and each chunk would choose "
-                "among its own visual tokens; pass prefill_chunk_size=None (a pruned prefill needs less memory), or "
-                "run it inside patch.paused()"
+                f"prefill_chunk_size={size} splits a prompt of {ids.shape[1]} tokens, and each chunk would be pruned "
+                "by itself; pass prefill_chunk_size=None (a pruned prefill needs less memory), or run it inside "
+                "patch.paused()"
             )
         return prefill(*args, **kwargs)
 

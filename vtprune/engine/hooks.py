@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two things a patch puts on modules: forward hooks, and methods replaced for a while."""
+"""Forward hooks and replaced methods, the two changes that a patch makes to modules."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from torch._C._dynamo import eval_frame as _eval_frame
 from ..errors import VTPruneError
 from ..models import attention_probe
 
-_BY_VALUES = (
-    "pruning decides by values which columns stay, so the graph ends where it decides; compile without fullgraph"
-)
+_GRAPH_BREAK = "which tokens stay depends on values, so the selection breaks the graph; compile without fullgraph"
 
 
 def is_compiled() -> bool:
-    """Whether dynamo traces this call, or would trace what it calls."""
+    """Whether dynamo traces this call, or would trace the functions that it calls."""
     return torch.compiler.is_dynamo_compiling() or bool(_eval_frame.get_eval_frame_callback())
 
 
 class Hook:
-    """A forward hook that knows the patch it belongs to.
+    """A forward hook with a reference to its patch.
 
-    A model that carries one can be saved, but not copied or pickled.
+    A model with such hooks can be saved, but not copied or pickled.
     """
 
     def __init__(self, owner: Any, function: Callable) -> None:
         self.owner = owner
         self.function = function
-        self.uncompiled = torch.compiler.disable(self._run, reason=_BY_VALUES)
+        self.uncompiled = torch.compiler.disable(self._run, reason=_GRAPH_BREAK)
 
     def __call__(self, *args: Any) -> Any:
         return (self.uncompiled if is_compiled() else self._run)(*args)
@@ -50,7 +48,7 @@ class Hook:
 
 
 class Override:
-    """A method of a module instance that is replaced for a while; `remove` puts things as they were."""
+    """Replaces a method of a module instance until `remove` is called."""
 
     def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
         self.module, self.name = module, name
@@ -64,7 +62,7 @@ class Override:
 
 
 def owner_of(model: nn.Module) -> Any:
-    """The patch whose hooks a model carries, or None."""
+    """The patch whose hooks are on a model, or None."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, Hook):

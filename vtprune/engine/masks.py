@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks over the columns that a layer holds, made from masks over all columns of the prompt.
+"""Attention masks over the positions that a layer holds, cut out of masks over all positions of the prompt.
 
-A model makes its masks for the unpruned conversation: a 4-D tensor of bools or of numbers that are added to logits, a
-2-D tensor of padding, a flex-attention `BlockMask`, or None for plain causal attention. Here each is cut down to the
-queries and KV slots that are left.
+A model makes its masks for the unpruned conversation: a 4-D tensor of bools or of floats that are added to logits, a
+2-D padding mask, a flex-attention `BlockMask`, or None for plain causal attention. Here each is cut down to the queries
+and KV slots that are left.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .gather import gather
 
 
 def is_block_mask(value: Any) -> bool:
-    """Whether `value` is a flex-attention mask; the class itself need not be imported for that."""
+    """Whether `value` is a flex-attention mask, without importing its class."""
     return type(value).__name__ == "BlockMask"
 
 
 def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
-    """Turns an attention mask over all prompt columns into one over the columns that a layer holds.
+    """Turns an attention mask over all prompt positions into one over the positions that a layer holds.
 
     Args:
         mask: `[B or 1, heads or 1, Q, KV]` bool (True attends) or float (added to logits), or `[B, KV]` (non-zero
-            attends). `Q` and `KV` count columns of the unpruned prompt.
-        rows: `[B, q]` query columns, or None when all queries are there.
-        slots: `[B, k]` column in each KV slot of the layer.
-        valid: `[B, k]` False for slots that nothing may attend to.
+            attends). `Q` and `KV` count positions of the unpruned prompt.
+        rows: `[B, q]` positions of the queries, or None for all.
+        slots: `[B, k]` position in each KV slot of the layer.
+        valid: `[B, k]` False for slots that must not be attended to.
 
     Returns:
         Tensor: The same kind of mask, `[B, heads, q, k]` or `[B, k]`.
@@ -46,10 +46,10 @@ def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tens
 
 
 def causal_mask(columns: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
-    """Builds the mask that `None` stood for: every query sees the live slots up to its own column.
+    """Builds the causal mask that None stands for: a query attends to valid slots up to its own position.
 
     Args:
-        columns: `[B, q]` columns of the queries.
+        columns: `[B, q]` positions of the queries.
         slots, valid: `[B, k]`.
 
     Returns:
@@ -59,12 +59,12 @@ def causal_mask(columns: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
 
 
 def causal_in_form(form: str, columns: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
-    """`causal_mask` in the form that an attention implementation takes.
+    """Builds `causal_mask` in the form that an attention implementation takes.
 
     Args:
-        form: Name of transformers' mask function: flash attention takes the live slots alone, eager adds numbers.
+        form: Name of transformers' mask function: flash attention takes the mask of valid slots, eager a float mask.
         columns, slots, valid: As for `causal_mask`.
-        dtype: Of the numbers that eager attention adds.
+        dtype: Dtype of the float mask.
     """
     if "flash" in form:
         return valid
@@ -82,11 +82,11 @@ def causal_in_form(form: str, columns: Tensor, slots: Tensor, valid: Tensor, dty
 
 
 def translate_block_mask(mask: Any, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Any:
-    """Flex attention: the old pattern, asked at the columns behind the new rows and slots.
+    """`translate_mask` for flex attention: the mask function is evaluated at the positions of rows and slots.
 
     Args:
-        mask: `BlockMask` over all columns.
-        rows: `[B, q]` query columns, or None when all queries are there.
+        mask: `BlockMask` over all positions.
+        rows: `[B, q]` positions of the queries, or None for all.
         slots, valid: `[B, k]`.
     """
     from torch.nn.attention.flex_attention import create_block_mask

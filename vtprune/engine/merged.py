@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts given as embeddings, into which a caller put the visual features by hand.
+"""Visual tokens in `inputs_embeds` into which the caller merged the visual features.
 
-No placeholder is left in them that would tell which columns are visual. They are told by what the caller says
-(`patch.visual`), by `mm_token_type_ids`, by ids that the outermost model was given, or by the features themselves: what
-encoders return is remembered by a few channels of every row, and found again in the embeddings up to a cast. A column
-that is none of this and no token's embedding either is foreign: such a call is refused, because it may hold features
-that were scaled, stored or made elsewhere, and nothing of them would be pruned.
+Such prompts have no placeholders. Visual positions are known from the caller (`patch.visual`), from
+`mm_token_type_ids`, from ids passed to the outermost model, or from the features themselves: a few channels of every
+row that an encoder returns are kept, and matched with the embeddings up to a cast. An embedding that matches neither
+features nor the embedding table is foreign. Calls with foreign embeddings are refused, because these may be features
+that were scaled, stored or made elsewhere, and would not be pruned.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from torch import Tensor, nn
 from ..errors import NothingPrunedError, VTPruneError
 from ..models.encoder_outputs import Encoded
 
-_CHANNELS = 16  # of a row, enough to tell rows apart
+_CHANNELS = 16  # of a row, enough to identify it
 _CHUNK = 8192  # rows of the embedding table at a time
 
 
 def _channels(x: Tensor) -> Tensor:
-    """`[..., D]` to `[N, C]`, evenly spaced channels."""
+    """Evenly spaced channels `[N, C]` of rows `[..., D]`."""
     x = x.detach().flatten(0, -2)
     return x[:, :: max(1, x.shape[1] // _CHANNELS)][:, :_CHANNELS]
 
 
 def _hashes(channels: Tensor) -> Tensor:
-    """`[N]` int64 hashes of rows `[N, C]`, equal for equal numbers."""
+    """Hashes `[N]` int64 of rows `[N, C]`, equal for equal values."""
     bits = (channels.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: -0 is 0
     factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0))
-    return (bits * (2 * factors + 1).to(bits.device)).sum(1)  # wraps around
+    return (bits * (2 * factors + 1).to(bits.device)).sum(1)  # modulo 2^64
 
 
 def _casts(channels: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[n]` hashes of rows as they would be in `dtype`, on a direct way or through half precision."""
-    ways = [channels.to(dtype), *(channels.to(half).to(dtype) for half in (torch.bfloat16, torch.float16))]
-    return torch.cat([_hashes(way) for way in ways])
+    """Hashes `[n]` of rows cast to `dtype`, directly and through half precision."""
+    variants = [channels.to(dtype), *(channels.to(half).to(dtype) for half in (torch.bfloat16, torch.float16))]
+    return torch.cat([_hashes(variant) for variant in variants])
 
 
 class Features:
-    """What encoders of one model returned lately, and the model's own embeddings, by hashes."""
+    """Hashes of the recent outputs of a model's encoders, and of its embedding table."""
 
     def __init__(self) -> None:
         self.recent: deque[tuple[Tensor, Encoded]] = deque(maxlen=64)
         self._table: tuple[Any, Tensor] | None = None
 
     def note(self, output: Any, known: Encoded) -> None:
-        """Remembers what an encoder returned, outside the model's own call."""
+        """Adds the output of an encoder that ran outside the model's own call."""
         parts = getattr(output, "pooler_output", None)
         parts = output if parts is None else parts
         parts = list(parts) if isinstance(parts, (list, tuple)) else [parts]
@@ -59,21 +59,22 @@ class Features:
             self.recent.append((torch.cat([_channels(r).to(rows[0]) for r in rows]), known))
 
     def forget(self, known: Encoded) -> None:
-        """Drops what is known to have come to the model by its arguments."""
+        """Removes an encoder run whose features were passed to the model as arguments."""
         self.recent = deque((entry for entry in self.recent if entry[1] is not known), maxlen=self.recent.maxlen)
 
     def found(self, embeds: Tensor) -> tuple[Tensor, list[Encoded]]:
-        """`[B, T]` bool on the CPU: which columns hold remembered features; and the encodings that they are from."""
-        mine, seen, sources = _hashes(_channels(embeds)), torch.zeros(embeds.shape[:2].numel(), dtype=torch.bool), []
+        """Mask `[B, T]` on the CPU of positions that hold recent features, and the encoder runs that they are from."""
+        hashes = _hashes(_channels(embeds))
+        mask, sources = torch.zeros(embeds.shape[:2].numel(), dtype=torch.bool), []
         for rows, known in list(self.recent):
             if rows.shape[1] == _channels(embeds[:1, :1]).shape[1]:
-                here = torch.isin(mine, _casts(rows.to(embeds.device), embeds.dtype)).cpu()
-                seen |= here
-                sources += [known] if bool(here.any()) else []
-        return seen.view(embeds.shape[:2]), sources
+                matches = torch.isin(hashes, _casts(rows.to(embeds.device), embeds.dtype)).cpu()
+                mask |= matches
+                sources += [known] if bool(matches.any()) else []
+        return mask.view(embeds.shape[:2]), sources
 
     def foreign(self, embeds: Tensor, embeddings: nn.Module) -> Tensor:
-        """`[B, T]` bool on the CPU: which columns of `embeds` `[B, T, D]` hold no token's embedding."""
+        """Mask `[B, T]` on the CPU of positions of `embeds` `[B, T, D]` that hold no token's embedding."""
         table = self._hashed_table(embeddings, embeds)
         return ~torch.isin(_hashes(_channels(embeds)), table).cpu().view(embeds.shape[:2])
 
@@ -94,13 +95,13 @@ class Features:
         return self._table[1]
 
 
-def said_columns(said: Tensor, shape: tuple[int, int], placeholders: dict[str, int]) -> Tensor | None:
-    """The kinds that `patch.visual` names for a call.
+def kinds_from_mask(said: Tensor, shape: tuple[int, int], placeholders: dict[str, int]) -> Tensor | None:
+    """Kinds of the positions of a call, from the argument of `patch.visual`.
 
     Args:
-        said: `[B, T]`, a bool mask, one of 0 and 1, or token ids with placeholders.
+        said: `[B, T]`, a mask of bools or of 0 and 1, or token ids with placeholders.
         shape: `(B', T')` of the call; `generate` may have copied every row for beams.
-        placeholders: Kind to token id.
+        placeholders: Token id by kind.
 
     Returns:
         Tensor: `[B', T']` uint8 on the CPU, 1 + the number of the kind; None for a decoding step.
@@ -114,8 +115,8 @@ def said_columns(said: Tensor, shape: tuple[int, int], placeholders: dict[str, i
         return None
     if said.dim() != 2 or said.shape[1] != shape[1] or shape[0] % said.shape[0]:
         raise VTPruneError(
-            f"patch.visual was given {tuple(said.shape)} columns, but the call has {shape[0]} x {shape[1]}; expected "
-            "one bool or token id for each column of this very call"
+            f"patch.visual was given shape {tuple(said.shape)}, but the call has {shape[0]} x {shape[1]} tokens; "
+            "expected one bool or token id for each of them"
         )
     kinds = torch.zeros(said.shape, dtype=torch.uint8)
     if said.dtype == torch.bool or not bool(((said != 0) & (said != 1)).any()):
@@ -127,10 +128,10 @@ def said_columns(said: Tensor, shape: tuple[int, int], placeholders: dict[str, i
 
 
 def refuse_foreign(count: int) -> None:
-    """Raises for a call whose embeddings hold `count` columns of which nothing is known."""
+    """Raises for a call with `count` foreign embeddings."""
     raise NothingPrunedError(
-        f"inputs_embeds hold {count} columns that are no token's embedding, as if features were put there by hand, and "
-        "it is not known which of them are visual, so nothing would be pruned; pass input_ids with pixels or "
-        "mm_encoder_outputs, say which columns are visual (with patch.visual(mask): ..., [B, T] bools or the prompt's "
-        "token ids), or run the call inside patch.paused()"
+        f"inputs_embeds hold {count} embeddings that are no token's, probably merged features, and it is not known "
+        "which positions are visual, so nothing would be pruned; pass input_ids with pixels or mm_encoder_outputs, "
+        "name the visual positions (with patch.visual(mask): ..., [B, T] bools or the prompt's token ids), or run the "
+        "call inside patch.paused()"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`patch`, `unpatch` and `Patch`: attaching a method to a model, and taking it off again."""
+"""`patch`, `unpatch` and `Patch`: attaching a pruning method to a model, and removing it again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .. import methods as registered_methods  # noqa: F401  # whoever can patch has the methods registered
+from .. import methods as registered_methods  # noqa: F401  # registers the methods that come with the package
 from .. import towers
 from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
@@ -34,22 +34,22 @@ MethodLike = str | Method | type[Method]
 
 
 class Patch:
-    """A method at work on a model. Made by `patch`; comes off with `remove` or at the end of a `with` block.
+    """Handle of a patched model, returned by `patch`; `remove`, or the end of a `with` block, restores the model.
 
     Attributes:
-        model: As it was passed in.
-        spec: What was asked for, and of which model.
+        model: The model that was passed in.
+        spec: Methods, budget and parts of the model.
     """
 
     def __init__(self, model: nn.Module, spec: PruneSpec, instead_of: Patch | None = None) -> None:
         self.model = model
         self.spec = spec
         self._session = Session(model, spec)
-        # Only now, when nothing can be refused any more; and before anything is attached: what both replace on a module
-        # could not come off in the wrong order.
+        # After everything that can raise, so that an error leaves the old patch in place; and before attaching, because
+        # two patches that replace the same method must be removed in reverse order.
         if instead_of is not None:
             instead_of.remove()
-        self._certificates: list[Certificate] = []  # that are for this model and method
+        self._certificates: list[Certificate] = []  # checked to be for this model and method
         self._depth = 0  # of nested `with` blocks
         self._attach()
 
@@ -59,50 +59,50 @@ class Patch:
 
     @property
     def anatomy(self) -> Anatomy:
-        """The parts of the model that were found."""
+        """The parts of the model."""
         return self.spec.anatomy
 
     @property
     def method(self) -> Method:
-        """The method's instance; the one for pictures where there are two."""
+        """The method's instance; of two, the one for pictures."""
         return self.spec.method
 
     @property
     def video_method(self) -> Method | None:
-        """The method for clips, where another one prunes pictures."""
+        """The method for clips, or None if one method prunes both pictures and clips."""
         return self.spec.uses[1].method if len(self.spec.uses) > 1 else None
 
     @property
     def tower(self) -> TowerMethod | None:
-        """What cuts the vision tower, or None."""
+        """The method that cuts the vision tower, or None."""
         return self.spec.tower
 
     @property
     def budget(self) -> Budget:
-        """What was asked for."""
+        """The budget."""
         return self.spec.budget
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
-        """Where the method cuts this decoder."""
+        """Cuts of the method in this decoder."""
         return self.spec.schedule
 
     @property
     def mean_ratio(self) -> float:
-        """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets."""
+        """Expected share of visual tokens, averaged over layer inputs, for `ratio` and `mean_ratio` budgets."""
         return self.spec.mean_ratio
 
     @property
     def last(self) -> Pruning | None:
-        """The most recent prefill: of the calling thread if it ran one, else of any. None before the first."""
+        """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first."""
         return self._session.last
 
     @contextmanager
     def paused(self) -> Iterator[Patch]:
-        """Prefills of this request are not pruned inside; caches that were pruned before go on working.
+        """Context in which prefills are not pruned; caches that were pruned before can still be used.
 
-        This and the blocks below hold for the calling thread or asyncio task, and for tasks and threads started inside.
-        Worker threads of a pool are not among them: submit `contextvars.copy_context().run` to it.
+        Like `using`, `visual` and `question`, it applies to the calling thread or asyncio task, and to tasks and
+        threads started inside, but not to worker threads of a pool: submit `contextvars.copy_context().run` to it.
         """
         with requests.asking(self._session, paused=True):
             yield self
@@ -115,14 +115,14 @@ class Patch:
         keep: int | None = None,
         mean_ratio: float | None = None,
     ) -> Iterator[Patch]:
-        """Gives prefills of this request a budget of their own inside, in place of the patch's.
+        """Context in which prefills have another budget than that of the patch.
 
         Args:
             ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one. A certificate has to be for the patch's
                 method.
 
         Raises:
-            BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+            BudgetError: There is not exactly one budget, or it is out of range or cannot be met.
             CertificateError: The certificate is for another model or method.
         """
         if isinstance(ratio, Certificate):
@@ -131,23 +131,23 @@ class Patch:
         budget = Budget(ratio, keep, mean_ratio)
         if budget.mean_ratio is not None:
             for use in self.spec.uses:
-                solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises where it cannot be met
+                solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises if it cannot be met
         with requests.asking(self._session, budget=budget):
             yield self
 
     def _check(self, certificate: Certificate) -> None:
-        """Refuses a certificate of another model or method; one that has passed is not looked at again."""
+        """Refuses a certificate of another model or method; each certificate is checked once."""
         if certificate in self._certificates:
             return
         if len(self.spec.uses) > 1:
-            raise CertificateError("the certificate is for one method; this patch has another one for clips beside it")
+            raise CertificateError("the certificate is for one method, but this patch has another one for clips")
         certificate.check_method(self.method)
         certificate.check_model(self.model)
         self._certificates.append(certificate)
 
     @contextmanager
     def visual(self, columns: torch.Tensor) -> Iterator[Patch]:
-        """Says which columns of a prompt are visual, where features came to the model by the caller's own hands.
+        """Context that tells which positions of `inputs_embeds` are visual, if the caller merged features into them.
 
         Args:
             columns: `[B, T]` for the call inside: a bool mask, or the prompt's token ids with placeholders.
@@ -157,19 +157,19 @@ class Patch:
 
     @contextmanager
     def question(self, end: int | Sequence[int] | torch.Tensor) -> Iterator[Patch]:
-        """Says where the prompt ends and an answer begins: what is kept does not depend on the answer.
+        """Context that tells where the prompt ends and an answer begins, so that the answer does not affect selection.
 
-        Where a call brings `labels`, the first labeled token after the last visual one begins the answer by itself.
+        Not needed for calls with `labels`: the answer begins at the first labeled token after the last visual one.
 
         Args:
-            end: Column of the call's `input_ids` at which the answer begins, one for all rows or one for each; negative
-                numbers count from the end.
+            end: Position in the call's `input_ids` at which the answer begins, one for all rows or one for each;
+                negative numbers count from the end.
         """
         with requests.asking(self._session, question_end=end):
             yield self
 
     def remove(self) -> None:
-        """Takes everything off the model. Calling it again does nothing."""
+        """Removes the patch from the model. Calling it again does nothing."""
         if not self._handles:
             return
         for handle in self._handles:
@@ -179,7 +179,7 @@ class Patch:
 
     @property
     def removed(self) -> bool:
-        """Whether the patch is off the model."""
+        """Whether the patch was removed from the model."""
         return not self._handles
 
     def __enter__(self) -> Patch:
@@ -220,30 +220,30 @@ def patch(
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
     Args:
-        model: Any transformers vision-language model whose visual tokens are columns of the decoder's prompt.
-        ratio: Share of the visual tokens to KEEP, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
-            `vtprune.Auto` chooses one for each picture, from how much of its tokens' energy few of them explain. A
-            `vtprune.Certificate` brings the ratio that was certified for this model and its method.
-        keep: A number of visual tokens per sample instead.
-        mean_ratio: Mean share over the inputs of the decoder layers instead, so that methods that cut at different
-            depths cost the same.
-        method: Name, class or instance of the method; or one for each of "image" and "video". By default the
-            certificate's, or `iwp`, or, on decoders whose layers it cannot read, `divprune`, which is logged once.
-        video_method: Another method for clips, of models that take them as such; `method` prunes the pictures then.
-        window: Visual tokens of a sample that a KV cache may hold between calls, for frames that are appended for as
-            long as one likes: after each prefill the oldest frames leave the cache until it holds no more. Without a
-            budget nothing else is pruned.
-        tower: Cuts inside the vision tower as well: the share of the patches that go through its later blocks, or a
-            method of `vtprune.towers`. Allowed alone: then no visual token is pruned.
+        model: Any transformers vision-language model whose visual tokens are part of the decoder's prompt.
+        ratio: Share of the visual tokens to keep, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
+            `vtprune.Auto` chooses one for each picture: as many tokens as explain a given share of its energy. A
+            `vtprune.Certificate` gives the ratio that was certified for this model and its method.
+        keep: Number of visual tokens per sample to keep, instead of `ratio`.
+        mean_ratio: Share of the visual tokens that is left, averaged over the inputs of the decoder layers, instead of
+            `ratio`; methods that cut at different depths then cost the same.
+        method: Name, class or instance of the method; or a mapping with one for each of "image" and "video". By default
+            the certificate's, or `iwp`, or, on decoders whose layers it cannot read, `divprune`, which is logged once.
+        video_method: Another method for clips, for models with video inputs; `method` then prunes pictures only.
+        window: Largest number of visual tokens of a sample in a KV cache between calls, for streams of frames: after
+            each prefill, the oldest frames beyond it are removed from the cache. Without a budget nothing else is
+            pruned.
+        tower: Also cuts inside the vision tower: the share of the patches that go through its later blocks, or a method
+            of `vtprune.towers`. Without a budget no visual token is pruned.
 
     Returns:
         Patch: Also a context manager; it replaces an earlier patch of the same model.
 
     Raises:
-        BudgetError: Not exactly one budget, or one that is out of range or cannot be met.
+        BudgetError: There is not exactly one budget, or it is out of range or cannot be met.
         CertificateError: The certificate is for another model or method.
-        MethodError: No such method, or a need of it that the model cannot meet.
-        UnsupportedModelError: A part of the model was not found.
+        MethodError: The method is unknown, or the model does not meet a requirement of it.
+        UnsupportedModelError: A part of the model was not found, or its structure is not supported.
     """
     certificate, ratio = (ratio, ratio.budget) if isinstance(ratio, Certificate) else (None, ratio)
     by_default = method is None and certificate is None
@@ -261,7 +261,7 @@ def patch(
         raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
     if certificate is not None:
         if for_clips is not None:
-            raise CertificateError("the certificate is for one method; found another one for clips beside it")
+            raise CertificateError("the certificate is for one method, but another one was given for clips")
         certificate.check_method(chosen)
         certificate.check_model(model)
     spec = replace(PruneSpec.of(model, chosen, budget, for_clips, window, cut), by_default=by_default)
@@ -271,7 +271,7 @@ def patch(
 def _methods(
     method: MethodLike | Mapping[str, MethodLike], video_method: MethodLike | None
 ) -> tuple[Method, Method | None]:
-    """The method, or the one for pictures, and the one for clips if that is another."""
+    """The method, or the one for pictures; and the one for clips if it is another."""
     if not isinstance(method, Mapping):
         return resolve(method), None if video_method is None else resolve(video_method)
     if video_method is not None or set(method) != {"image", "video"}:
@@ -283,7 +283,7 @@ def _methods(
 
 
 def find_patch(model: nn.Module) -> Patch | None:
-    """The patch that a model carries, or None."""
+    """The patch of a model, or None."""
     return owner_of(_anatomy.unwrap(model))
 
 
@@ -295,5 +295,5 @@ def unpatch(model: nn.Module) -> None:
 
 
 def inspect(model: nn.Module) -> Anatomy:
-    """The parts of a model that pruning would use; printable."""
+    """Finds the parts of a model that pruning uses; print the result to see them."""
     return _anatomy.find(model)

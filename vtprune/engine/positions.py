@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compact positions: survivors renumbered 0, 1, 2, ... as some methods' official code does (methods'
-`positions="compact"`).
+"""Compact positions: kept tokens are renumbered 0, 1, 2, ... (option `positions="compact"` of methods).
 
-By default a kept token keeps its position and decoding goes on after the unpruned length; then nothing here is used. A
-renumbered layer needs the rotation of lower positions. For columns of the prompt it is looked up at the column that
-has that position. For later tokens the rotation that arrives is turned back by the number of dropped tokens, with the
-addition theorem on cos and sin, so no knowledge of the rotary module is needed.
+Some methods' official code renumbers. By default a kept token keeps its position, decoding continues after the unpruned
+length, and nothing here is used. A renumbered layer needs the rotation of lower positions. For prompt tokens it is
+taken from the token that had this position. For later tokens the given rotation is turned back by the number of dropped
+tokens, with the angle subtraction formulas for cos and sin, so the rotary module is not needed.
 """
 
 from __future__ import annotations
@@ -24,30 +23,30 @@ NAMES = ("position_embeddings", "position_ids")
 
 
 def sources(index: Tensor, real: Tensor) -> Tensor:
-    """For each slot the column whose original position is the slot's new one.
+    """For each slot, the prompt position whose original position id is the slot's new one.
 
     Args:
-        index: `[B, K]` surviving columns in order.
-        real: `[B, T]` False for padding, which has no place in the numbering.
+        index: `[B, K]` kept prompt positions in order.
+        real: `[B, T]` False for padding, which is not numbered.
 
     Returns:
         Tensor: `[B, K]`.
     """
     out = index.clone()
     for b, row in enumerate(index):
-        columns = real[b].nonzero()[:, 0]
+        unpadded = real[b].nonzero()[:, 0]
         tokens = real[b, row]
-        out[b, tokens] = columns[: int(tokens.sum())]
+        out[b, tokens] = unpadded[: int(tokens.sum())]
     return out
 
 
 @dataclass
 class Shift:
-    """How far positions are turned back, per sample.
+    """Number of positions by which position ids are lowered, per sample.
 
     Attributes:
-        count: `[B]` positions.
-        cos, sin: `[B, 1, d]` of the angle of that many positions.
+        count: `[B]` number of positions.
+        cos, sin: `[B, 1, d]` cosine and sine of the rotation by that many positions.
     """
 
     count: Tensor
@@ -59,12 +58,12 @@ class Shift:
         return Shift(function(self.count), function(self.cos), function(self.sin))
 
     def plus(self, other: Shift) -> Shift:
-        """Both, one after the other."""
+        """The sum of two shifts."""
         cos = self.cos * other.cos - self.sin * other.sin
         return Shift(self.count + other.count, cos, self.sin * other.cos + self.cos * other.sin)
 
     def apply(self, name: str, value: Any) -> Any:
-        """Turns back an argument called `name`: position ids, or a rotation `(cos, sin)`."""
+        """Shifts an argument called `name`: position ids, or a rotation `(cos, sin)`."""
         if name == "position_ids":
             return None if value is None else value - to_device(self.count, value.device)[:, None]
         cos, sin = value
@@ -74,23 +73,23 @@ class Shift:
 
 
 def shift_of(rotation: tuple[Tensor, Tensor], real: Tensor, index: Tensor) -> Shift:
-    """The shift that a cut brings, from the rotations of all columns.
+    """The shift of later tokens after a cut, from the rotations of all prompt positions.
 
     Args:
         rotation: `(cos, sin)`, `[B or 1, T, d]`.
-        real: `[B, T]`.
-        index: `[B, K]` surviving columns.
+        real: `[B, T]` False for padding.
+        index: `[B, K]` kept prompt positions.
 
     Returns:
-        Shift: By the number of real columns that each sample lost.
+        Shift: By the number of tokens that each sample lost.
     """
     cos, sin = (x.float() for x in rotation)
     lost = real.sum(1) - torch.stack([real[b, row.unique()].sum() for b, row in enumerate(index)])
     first = real.long().argmax(1)
-    at = torch.stack([real[b].nonzero()[:, 0][n] for b, n in enumerate(lost)])  # the column that many positions on
+    at = torch.stack([real[b].nonzero()[:, 0][n] for b, n in enumerate(lost)])  # the token `lost` positions later
     places = to_device(torch.stack([first, at], 1), cos.device)
     c, s = gather(cos, places, 1), gather(sin, places, 1)
     c, s = c.expand(len(lost), -1, -1), s.expand(len(lost), -1, -1)
-    scale = (c[:, :1] ** 2 + s[:, :1] ** 2).clamp(min=1e-12)  # scaled rotary embeddings carry a factor
+    scale = (c[:, :1] ** 2 + s[:, :1] ** 2).clamp(min=1e-12)  # scaled rotary embeddings include a factor
     turn = (c[:, 1:] * c[:, :1] + s[:, 1:] * s[:, :1]) / scale, (s[:, 1:] * c[:, :1] - c[:, 1:] * s[:, :1]) / scale
     return Shift(to_device(lost, cos.device), *turn)

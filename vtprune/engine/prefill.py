@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder call, stage by stage: observe, decide, compact.
+"""One decoder call: at each stage the method selects tokens, and the others are cut from the layers' inputs.
 
-The decoder itself is called with the full prompt and goes on making masks and rotations for all of it. What changes is
-what its layers receive: from the first cut on every layer gets the surviving columns only, with the rotation, positions
-and masks of just these columns (`columns`). When the decoder returns, its last hidden state is put back into the
-caller's length. The same object serves later calls on a pruned cache, where nothing is cut and masks have to be
-translated.
+The decoder is called with the full prompt and makes masks and rotations for all of it. From the first cut on, every
+layer gets only the kept positions, with the rotation, position ids and masks of just these (`columns`). When the
+decoder returns, its last hidden state is scattered to the length of the full prompt. The same class handles later calls
+on a pruned cache, in which nothing is cut and masks have to be translated.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Sn
 from .columns import Columns
 from .spec import MethodUse, PruneSpec
 
-FALLBACK = "divprune"  # reads nothing of the model but the tokens' states
+FALLBACK = "divprune"  # needs only the tokens' states, which every model has
 
 
 @dataclass
 class DecoderCall(CallState):
-    """One call of the decoder: cuts where a stage stands, and gives every layer the arguments of the columns left."""
+    """One call of the decoder: makes the cuts, and gives every layer the arguments for the positions that are left."""
 
     required_layer_inputs: set[int] = field(default_factory=set)
-    narrow: Callable[[Tensor], Tensor] | None = None  # of the cut before the present layer
-    ran_instead: str | None = None  # name of the method that ran where the default one could not
+    narrow: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
+    ran_instead: str | None = None  # name of the method that replaced a default method that cannot run on this model
 
     def __post_init__(self) -> None:
         if self.visual is not None:
@@ -60,7 +59,7 @@ class DecoderCall(CallState):
         groups = self._groups(visual)
         for (use, mine), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
             plan = budgets.plan(budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
-            if self.required is not None:  # what is read counts in the budget, and stays where that is too small
+            if self.required is not None:  # required tokens count in the budget, and exceed it if necessary
                 needed = mine.count(self.required.nonzero()[:, 0])
                 plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
             if plan[-1] == mine.sizes:
@@ -74,7 +73,7 @@ class DecoderCall(CallState):
             self.answer_starts = readers.answer_starts(self.options.question_end, arguments, real, visual.mask)
 
     def _groups(self, visual: VisualTokens) -> list[tuple[MethodUse, BudgetGroups]]:
-        """The methods that have tokens to prune, and their groups."""
+        """The methods that have tokens to prune in this call, and their budget groups."""
         if len(self.spec.uses) == 1:
             use, by = self.spec.uses[0], self.spec.method.group
             everything = token_view.everything(visual)
@@ -84,7 +83,7 @@ class DecoderCall(CallState):
         return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
 
     def _last_counts(self, visual: VisualTokens, groups: list[BudgetGroups]) -> list[list[int] | None]:
-        """What is left of the groups of each method in the end, where the budget is not a share of every group."""
+        """Final count of each method's groups, for budgets that are not the same share of every group; else None."""
         auto = self.options.budget.auto
         if auto is None:
             return _split_keep(self.options.budget, groups)
@@ -102,20 +101,19 @@ class DecoderCall(CallState):
 
     @torch.no_grad()
     def _features(self, visual: VisualTokens) -> Tensor:
-        """`[M, D]` what the decoder receives of the visual tokens; zeros where one has no place, but others do."""
+        """Features `[M, D]` of the visual tokens in the decoder's input; zero for tokens without a place in an image
+        (unless none has one)."""
         if self.embeds is None:
             raise UnsupportedModelError(
-                'ratio="auto" reads the features that the decoder receives, and this call gave it none '
-                "(inputs_embeds); give a number"
+                'ratio="auto" reads the visual features in inputs_embeds of the decoder, and this call passed none; '
+                "use a fixed ratio"
             )
         sample, position = (to_device(t, self.embeds.device) for t in (visual.sample, visual.position))
         features, placed = self.embeds[sample, position], visual.grid_row >= 0
         return features * to_device(placed, features.device)[:, None] if bool(placed.any()) else features
 
-    # --- what the hooks call ------------------------------------------------------------------------------------------
-
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Cuts if a stage stands here, and gives the layer the arguments of the surviving columns."""
+        """Makes the cut before layer `number`, if any, and returns the layer's arguments; None if unchanged."""
         columns = self.columns
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
         changed, self.narrow = None, None
@@ -137,18 +135,18 @@ class DecoderCall(CallState):
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments with hidden states that went by way of the caller's length, see `Columns.through`."""
+        """The arguments, with hidden states that have passed `Columns.through_full_length`."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return (
-            _with_hidden(args, kwargs, self.columns.through(number, hidden)) if hidden.requires_grad else (args, kwargs)
-        )
+        if not hidden.requires_grad:
+            return args, kwargs
+        return _with_hidden(args, kwargs, self.columns.through_full_length(number, hidden))
 
     def finish(self, output: Any) -> Any:
-        """Puts hidden states back into the caller's length and leaves the slots with the cache."""
+        """Scatters the output to the length of the full prompt, and attaches the state of slots to the cache."""
         if len(self.stages) < len(self.cuts):
             missed = sorted(set(self.cuts) - {layer for layer, _ in self.stages})
             raise NothingPrunedError(
-                f"the method cuts before layer {', '.join(map(str, missed))}, but the decoder finished without calling "
+                f"the method cuts before layer {', '.join(map(str, missed))}, but the decoder returned without calling "
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
                 "report the model"
             )
@@ -165,7 +163,7 @@ class DecoderCall(CallState):
         return self.columns.restore(output)
 
     def record(self) -> PruningRecord:
-        """What was kept in this call, and what it cost."""
+        """The record of this call: kept tokens and costs."""
         visual, columns = self.visual, self.columns
         assert visual is not None
         where = list((visual.position + columns.past).split(visual.counts))
@@ -191,12 +189,10 @@ class DecoderCall(CallState):
             tower_runs=[run for runs in self.recorded.get(RUNS, []) for run in runs],
         )
 
-    # --- the cut ------------------------------------------------------------------------------------------------------
-
     def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         visual, columns = self.visual, self.columns
         assert visual is not None
-        incoming = (args, kwargs)  # all but the hidden states still have the caller's length
+        incoming = (args, kwargs)  # hidden states may be cut already; all others have the length of the full prompt
         if columns.is_modified:
             args, kwargs = columns.arguments(number, args, kwargs)
         here = Snapshot.take(self, number, layer, args, kwargs)
@@ -221,7 +217,7 @@ class DecoderCall(CallState):
         return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
 
     def _follow(self, relative: Tensor) -> None:
-        """Cuts what runs along with the columns: records of column taps and DeepStack features."""
+        """Cuts the records of column taps, and DeepStack features, in the same way as the prompt."""
         for name in self.spec.column_taps:
             records = self.recorded.get(name, [])
             self.recorded[name] = [gather.gather(r, to_device(relative, r.device), 1) for r in records]
@@ -230,14 +226,14 @@ class DecoderCall(CallState):
 
     @torch.no_grad()
     def _decide(self, number: int, flat: Tensor, here: Snapshot) -> Decision:
-        """Asks the method which of the live visual tokens `flat` stay before layer `number`."""
+        """Lets the methods select from the live visual tokens `flat` `[M]` before layer `number`."""
         if self.memo is not None:
             return self.memo[len(self.stages)]
         decisions = [self._ask(call, number, flat, here) for call in self.cuts[number]]
         return decisions[0] if len(self.spec.uses) == 1 else _together(flat, decisions)
 
     def _ask(self, call: MethodCall, number: int, live: Tensor, here: Snapshot) -> Decision:
-        """Asks one method which of its tokens among the live ones stay before layer `number`."""
+        """Lets one method select from its tokens among the live ones before layer `number`."""
         method, counts = call.use.method, call.counts[number]
         members = None if len(self.spec.uses) == 1 else call.members[live]
         flat = live if members is None else live[members]
@@ -254,10 +250,10 @@ class DecoderCall(CallState):
                 raise
             method = resolve(FALLBACK)
             self.ran_instead = FALLBACK
-            warn_once(f"the default method cannot run on this model ({error}); {FALLBACK!r} runs in its place")
+            warn_once(f"the default method cannot run on this model ({error}); {FALLBACK!r} is used instead")
             choice = method.choose(tokens)
         except Exception:
-            checks.raise_if_failed()  # where numbers are broken, that is what is wrong
+            checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
             raise
         keep, *scores = checks.raise_if_failed(choice.keep, *([] if choice.scores is None else [choice.scores.float()]))
         got = _sizes(groups[keep], counts) if keep.shape == flat.shape else None
@@ -270,9 +266,9 @@ class DecoderCall(CallState):
         if self.required is not None:
             keep = self._with_required(keep, flat, groups, scores[0] if scores else None)
         if choice.hidden is not None:
-            # In a group that loses nothing nothing is merged: alone, its sample would not have been asked.
+            # A group that loses no token is not merged, as for its sample alone, which would not be pruned.
             some = call.groups.losing(flat, flat[keep])
-            some &= chosen | ~keep  # what only the caller reads keeps the states that it has
+            some &= chosen | ~keep  # tokens that stay only because they are required keep their states
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         if members is None:
@@ -283,7 +279,7 @@ class DecoderCall(CallState):
         return Decision(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
 
     def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
-        """`keep` `[M]` with the tokens that are read, each in place of the lowest chosen one of its group."""
+        """`keep` `[M]` with the required tokens, each instead of the lowest selected token of its group."""
         assert self.required is not None
         required = self.required[flat]
         missing = required & ~keep
@@ -307,12 +303,12 @@ class DecoderCall(CallState):
 
 
 def _sizes(groups: Tensor, counts: list[int]) -> list[int]:
-    """How many tokens are in each group, from the group of every token; as many groups as `counts`."""
+    """Number of tokens in each of `len(counts)` groups, from the group number of every token."""
     return [len(groups)] if len(counts) == 1 else torch.bincount(groups, minlength=len(counts)).tolist()
 
 
 def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
-    """What `keep` leaves of the groups of each method: a sample's count is shared over the groups of all of them."""
+    """Final counts of each method's groups for `keep`, which is split over all groups of a sample; None for a ratio."""
     if budget.keep is None:
         return [None] * len(groups)
     sizes = [size for mine in groups for size in mine.sizes]
@@ -327,7 +323,7 @@ def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list
 
 
 def _among_all(members: Tensor, values: Tensor) -> Tensor:
-    """Values `[m, ...]` of some tokens among all `[M]`; the others have NaN."""
+    """Scatters values `[m, ...]` of the tokens `members` `[M]` to all tokens; the others get NaN."""
     if bool(members.all()):
         return values
     out = values.new_full((len(members), *values.shape[1:]), torch.nan)
@@ -336,7 +332,7 @@ def _among_all(members: Tensor, values: Tensor) -> Tensor:
 
 
 def _together(flat: Tensor, decisions: list[Decision]) -> Decision:
-    """One decision from those of methods that prune different tokens."""
+    """Combines the selections of methods that prune different tokens."""
     stays = torch.stack([torch.isin(flat, decision.kept) for decision in decisions]).all(0)
     merged = [decision.merged for decision in decisions if decision.merged is not None]
     kinds = ("scores", "states")
@@ -349,7 +345,7 @@ def _together(flat: Tensor, decisions: list[Decision]) -> Decision:
 
 
 def _first_known(values: list[Tensor]) -> Tensor:
-    """For every token the value of the first tensor that has one."""
+    """For every token, the value of the first tensor in which it is not NaN."""
     out = values[0]
     for other in values[1:]:
         out = torch.where(out.isnan(), other, out)
@@ -365,18 +361,18 @@ def begin(
     kwargs: dict,
     visual: VisualTokens | None,
 ) -> DecoderCall | None:
-    """Looks at a call of the decoder.
+    """Creates the state of a call of the decoder, before it runs.
 
     Args:
-        spec: What was asked for.
-        options: What this call asks for beside its inputs.
+        spec: Methods, budget and model of the patch.
+        options: Settings of the call.
         caches: The caches that the patch knows.
         inputs: Keyword arguments of the composite's call around it, None if the decoder was called directly.
         args, kwargs: Arguments of the decoder.
-        visual: The visual columns to prune, or None.
+        visual: The visual tokens to prune, or None.
 
     Returns:
-        DecoderCall: None if the call has nothing to prune and no pruned cache: then it passes untouched.
+        DecoderCall: None if the call has nothing to prune and no pruned cache, so that nothing has to be changed.
     """
     cache = cache_of(kwargs)
     state = caches.state_of(cache)
@@ -386,9 +382,9 @@ def begin(
         follows = state.open and state.length == kv_cache.length(cache)
         if visual is not None and follows and not options.own_budget and spec.window is None:
             raise UnsupportedModelError(
-                "this call brings more visual tokens right after a prompt with visual tokens, as if one prompt came in "
-                "several calls: each would have a budget and a choice of its own; pass the whole prompt in one call, "
-                "or give this call a budget of its own inside patch.using(...)"
+                "this call adds visual tokens right after a prompt with visual tokens, as if one prompt were passed in "
+                "several calls, each of which would be pruned by itself; pass the whole prompt in one call, or give "
+                "this call a budget of its own inside patch.using(...)"
             )
         state.reading = True
     states = kwargs.get("inputs_embeds")
@@ -398,15 +394,14 @@ def begin(
     batch, length = states.shape[:2]
     if visual is not None and visual.mask.shape != (batch, length):
         raise UnsupportedModelError(
-            f"the decoder was given {batch} x {length} columns, but the prompt has {tuple(visual.mask.shape)}: this "
-            "model "
-            "changes the length of its prompt, and vtprune cannot tell which columns are visual"
+            f"the decoder was called with {batch} x {length} tokens, but the prompt has {tuple(visual.mask.shape)}; "
+            "this model changes the length of its prompt, so the positions of visual tokens are unknown"
         )
     past = kv_cache.length(cache)
     real, real_past = None, None
-    if visual is not None:  # decoding steps need no look at the mask, which would wait for the device
+    if visual is not None:  # decoding steps do not need the mask, and reading it would synchronize with the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
-        visual = visual.visible(real)  # what the mask hides is padding, whatever it shows
+        visual = visual.visible(real)  # visual tokens that the mask hides are padding
     columns = Columns((batch, length), real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
     return DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
@@ -416,10 +411,10 @@ def begin(
 def _real_columns(
     inputs: dict[str, Any], kwargs: dict[str, Any], batch: int, length: int, past: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Which columns are not padding: `[B, T]` of this call and, where known, `[B, past]` before it. On the CPU."""
+    """Positions that are not padding, on the CPU: `[B, T]` of this call, and `[B, past]` before it, if known."""
     given = [kwargs.get("attention_mask"), inputs.get("attention_mask")]
     flat = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
-    # Where only a prepared 4-D mask came, a column is padding if no query may see it.
+    # In a prepared 4-D mask, a position is padding if no query attends to it.
     square = [m.get("full_attention", next(iter(m.values()), None)) if isinstance(m, dict) else m for m in given]
     for m in square:
         if isinstance(m, Tensor) and m.dim() == 4:
@@ -432,7 +427,7 @@ def _real_columns(
 
 
 def _narrow(index: Tensor, put: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
-    """From hidden states `[B, K, D]` to those of the slots `index` `[B, K']`, merged ones put in before."""
+    """Gathers the slots `index` `[B, K']` of hidden states `[B, K, D]`, after writing merged states into them."""
     if put is not None:
         rows, slots, merged = put
         hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns of a prompt somebody reads after the decoder, and where its question ends.
+"""Positions of a prompt whose outputs are read after the decoder, and the position where its question ends.
 
-A column that is read is never dropped: generation and classification heads read the last token of a row, a loss reads
-the column before every labeled token, and `logits_to_keep` names columns. Where labels or the caller say that an
+A token whose output is read is never dropped: generation and classification heads read the last token of a row, a loss
+reads the token before every labeled one, and `logits_to_keep` names positions. If labels or the caller tell where an
 answer begins, methods see the prompt as if it ended there.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..errors import VTPruneError
 
-_IGNORED = -100  # transformers' label of columns that predict nothing
+_IGNORED = -100  # label that transformers' losses ignore
 
 
 def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
-    """Marks the columns whose outputs are used.
+    """Marks the positions whose outputs are read.
 
     Args:
         arguments: Keyword arguments of the outermost model's forward.
@@ -50,27 +50,27 @@ def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: T
     """Finds where the answer begins in every row.
 
     Args:
-        asked: What the caller said, see `Patch.question`; None for nothing.
+        asked: Argument of `Patch.question`, or None.
         arguments: Keyword arguments of the outermost model's forward.
         real: `[B, T]` bool on the CPU, False for padding.
         visual: `[B, T]` bool on the CPU.
 
     Returns:
-        list[int]: Column of each row, `T` where all of it is prompt; None where nothing tells.
+        list[int]: Position for each row, `T` if all of it is prompt; None if unknown.
 
     Raises:
-        VTPruneError: There is not one column for each row, or it lies outside the call.
+        VTPruneError: The number of positions does not fit the batch, or one lies outside the call.
     """
     batch, length = real.shape
     if asked is not None:
         ends = _ends(asked, batch)
         if any(not -length <= end <= length for end in ends):
-            raise VTPruneError(f"question(end={ends}) names columns outside a call of {length}; expected 0 to {length}")
+            raise VTPruneError(f"question(end={ends}) is outside a call of {length} tokens; expected 0 to {length}")
         return [end + length if end < 0 else end for end in ends]
     labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
     if labels is None and shifted is None:
         return None
-    if shifted is not None:  # the label of a token stands one column before it
+    if shifted is not None:  # a shifted label is one position before its token
         labeled = torch.zeros_like(real)
         labeled[:, 1:] = shifted[:, :-1] != _IGNORED
     else:
@@ -82,7 +82,7 @@ def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: T
 
 
 def _matrix(labels: Any, real: Tensor) -> Tensor | None:
-    """Labels on the CPU, if there is one for every column."""
+    """Labels on the CPU if there is one for every position, else None."""
     return labels.cpu() if isinstance(labels, Tensor) and labels.shape == real.shape else None
 
 
@@ -92,6 +92,6 @@ def _ends(asked: int | Sequence[int] | Tensor, batch: int) -> list[int]:
     ends = ends * batch if len(ends) == 1 else ends
     if len(ends) != batch or not all(isinstance(end, int) for end in ends):
         raise VTPruneError(
-            f"question(end={asked!r}) does not fit a batch of {batch}; expected one column, or one a row"
+            f"question(end={asked!r}) does not fit a batch of {batch}; expected one position, or one for each row"
         )
     return ends

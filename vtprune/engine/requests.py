@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one request asks of a patch: `paused`, `using`, `visual` and `question` blocks, kept in a context variable.
+"""Settings of one request, made by `paused`, `using`, `visual` and `question` blocks, in a context variable.
 
-A block applies to the code that runs inside it, in its thread or asyncio task, and to the tasks and plain threads that
-this code starts (transformers' streaming recipe runs `generate` in one). Other requests never see it. Python hands
-context variables to tasks and to `asyncio.to_thread` by itself; threads get them from a `threading.Thread.start` that
-is wrapped while a block is open. Worker threads of pools outlive the request that started them and get nothing: submit
+A block applies to the code inside it, in its thread or asyncio task, and to the tasks and plain threads that this code
+starts (transformers' streaming recipe runs `generate` in one). Other requests are not affected. Python itself passes
+context variables to tasks and to `asyncio.to_thread`; threads get them from `threading.Thread.start`, which is wrapped
+while a block is open. Worker threads of pools outlive the request that started them and get nothing: submit
 `contextvars.copy_context().run` to a pool instead.
 """
 
@@ -28,13 +28,13 @@ _POOLS = ("concurrent.futures", "multiprocessing", "joblib", "anyio")
 
 @dataclass(frozen=True)
 class Request:
-    """What the running request asked for; the defaults stand for nothing.
+    """Settings of the current request; the defaults change nothing.
 
     Attributes:
-        paused: Prefills are not pruned.
-        budget: In place of the patch's own.
-        visual: `[B, T]` which columns of the prompt are visual: a bool mask, or token ids with placeholders.
-        question_end: Column at which the answer begins, one for all rows or one for each.
+        paused: Whether prefills are left unpruned.
+        budget: Budget that replaces the patch's own.
+        visual: `[B, T]` visual positions of the prompt: a bool mask, or token ids with placeholders.
+        question_end: Position at which the answer begins, one for all rows or one for each.
     """
 
     paused: bool = False
@@ -43,21 +43,21 @@ class Request:
     question_end: int | Sequence[int] | Tensor | None = None
 
 
-_NOTHING = Request()
+_DEFAULT = Request()
 _requests: ContextVar[tuple[tuple[weakref.ref, Request], ...]] = ContextVar("vtprune_requests", default=())
 
 
 def current(patch: Any) -> Request:
-    """The request of the running context to `patch`."""
+    """Settings of the current request for `patch`."""
     for owner, request in _requests.get():
         if owner() is patch:
             return request
-    return _NOTHING
+    return _DEFAULT
 
 
 @contextmanager
 def asking(patch: Any, **changes: Any) -> Iterator[None]:
-    """Changes the request to `patch` for the code inside, and for the tasks and threads that it starts."""
+    """Changes the request's settings for `patch` in the code inside, and in the tasks and threads that it starts."""
     before = _requests.get()
     others = tuple(entry for entry in before if entry[0]() is not patch)
     token = _requests.set((*others, (weakref.ref(patch), replace(current(patch), **changes))))
@@ -68,12 +68,12 @@ def asking(patch: Any, **changes: Any) -> Iterator[None]:
         _Following.end()
         try:
             _requests.reset(token)
-        except ValueError:  # left in another context than entered, as some frameworks do with generators
+        except ValueError:  # exited in another context than entered, as some frameworks do with generators
             _requests.set(before)
 
 
 class _Following:
-    """Hands requests to plain threads, while any block is open."""
+    """Wraps `threading.Thread.start`, while any block is open, to pass requests to plain threads."""
 
     lock = threading.Lock()
     blocks = 0
@@ -92,7 +92,7 @@ class _Following:
     def end(cls) -> None:
         with cls.lock:
             cls.blocks -= 1
-            # Where another library wrapped `start` after this one, its wrapper goes on calling `_start`.
+            # If another library has wrapped `start` since, its wrapper still calls `_start`.
             if cls.blocks == 0 and threading.Thread.start is _start:
                 threading.Thread.start, cls.installed = cls.original, False  # type: ignore[method-assign]
 

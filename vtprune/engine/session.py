@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks of a patched model: what they are attached to, what they do, and what they remember between each other.
+"""The hooks of a patched model, and the state that they share.
 
-What belongs to a call lives in the calling thread and is gone when the call returns; what belongs to a generation lives
-with its cache.
+State of a call is kept per thread until the call returns; state of a generation is kept with its cache.
 """
 
 from __future__ import annotations
@@ -42,42 +41,41 @@ from .spec import PruneSpec
 
 
 class ThreadState(threading.local):
-    """What one thread is doing with a patched model."""
+    """State of a patched model in one thread: the calls in progress and the last prefill."""
 
     def __init__(self) -> None:
-        self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's running call
+        self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
         self.finished: Pruning | None = None  # the last prefill of that call
-        self.balanced: torch.Tensor | None = None  # mask over which that call balances experts
-        self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's running call
-        self.encoded: dict[str, Encoded] = {}  # the last encoding of each kind of features
-        self.fresh: set[str] = set()  # kinds encoded inside the composite's running call
-        self.encoding: dict[str, list] | None = None  # taps of the running encoder
-        self.tower_ran = False  # the vision tower, inside the composite's running call
-        self.found_visual: bool | None = (
-            None  # whether visual tokens were found in it; None before its decoder is called
-        )
-        self.call: prefill.DecoderCall | None = None  # the decoder's running call
-        self.records: dict[str, list] = {}  # taps of the running call
+        self.balanced: torch.Tensor | None = None  # its mask in the load-balancing loss of experts
+        self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
+        self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
+        self.fresh: set[str] = set()  # kinds encoded inside the composite's call in progress
+        self.encoding: dict[str, list] | None = None  # records of taps in the encoder run in progress
+        self.tower_ran = False  # whether the vision tower ran inside the composite's call in progress
+        # Whether visual tokens were found in it; None before its decoder is called.
+        self.found_visual: bool | None = None
+        self.call: prefill.DecoderCall | None = None  # the decoder's call in progress
+        self.records: dict[str, list] = {}  # records of taps in the call in progress
         self.last: Pruning | None = None
-        self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continued`
+        self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continue_cacheless`
 
 
 class Session:
-    """A patch at work: per-thread state and the bodies of the hooks.
+    """The hooks of one patch and their state.
 
     Attributes:
-        model: As it was patched, wrappers included.
-        spec: What was asked for, and of which model.
-        features: Lately returned by encoders outside a call of the model.
-        caches: That the model was shown.
-        thread: State of the calling thread.
+        model: The patched model, including wrappers.
+        spec: Methods, budget and parts of the model.
+        features: Recent outputs of encoders that ran outside a call of the model.
+        caches: The KV caches that the model was called with.
+        thread: State of the current thread.
     """
 
     def __init__(self, model: nn.Module, spec: PruneSpec) -> None:
         self.model = model
         self.spec = spec
         self.thread = ThreadState()
-        self.features = merged.Features()  # that encoders returned outside a call of the model
+        self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
         self._last: Pruning | None = None
@@ -86,21 +84,21 @@ class Session:
 
     @property
     def budget(self) -> Budget:
-        """The budget of the running request."""
+        """The budget of the current request."""
         return requests.current(self).budget or self.spec.budget
 
     @property
     def drops(self) -> bool:
-        """Whether a prompt with visual tokens of the running request may lose some."""
+        """Whether visual tokens may be dropped in the current request."""
         return not requests.current(self).paused and self.budget.may_drop
 
     @property
     def last(self) -> Pruning | None:
-        """The most recent prefill: of the calling thread if it ran one, else of any. None before the first."""
+        """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first."""
         return self.thread.last or self._last
 
     def _tower_cut(self) -> TowerCut | None:
-        """What cuts the vision tower, or counts its work; None where it has no blocks and none was asked to be cut."""
+        """The hooks that cut the vision tower or count its work; None if it has no blocks and no cut is requested."""
         try:
             return TowerCut(self.spec.anatomy, self.spec.tower, lambda: not requests.current(self).paused)
         except UnsupportedModelError:
@@ -109,13 +107,13 @@ class Session:
             return None
 
     def attach(self, owner: Any) -> list[Any]:
-        """Puts the hooks on the model.
+        """Registers the hooks on the model.
 
         Args:
-            owner: What `hooks.owner_of` finds on the model from now on.
+            owner: The object that `hooks.owner_of` returns for the model from now on.
 
         Returns:
-            list: Handles with `remove`, in the order of attaching.
+            list: Handles with `remove`, in the order of registration.
         """
         parts = self.spec.anatomy
         handles: list[Any] = []
@@ -147,7 +145,7 @@ class Session:
         after(parts.vision_tower, self._after_tower)
         if parts.projector is not None:
             after(parts.projector, self._after_projector)
-        # Early-fusion models are both at once: the decoder's call ends first.
+        # In early-fusion models both are the same module: the decoder's hook has to run first.
         after(parts.decoder, self._after_decoder)
         after(parts.composite, self._after_composite, always=True)
         for number, layer in enumerate(parts.layers):
@@ -163,7 +161,7 @@ class Session:
     def _encoder(self, kind: str, encode: Callable) -> Callable:
         def watch(*args: Any, **kwargs: Any) -> Any:
             thread = self.thread
-            if thread.encoding is not None:  # some encoders of clips call that of pictures, on what are clips
+            if thread.encoding is not None:  # some encoders of clips call that of pictures
                 return encode(*args, **kwargs)
             records: dict[str, list] = {}
             thread.encoding = records
@@ -176,7 +174,7 @@ class Session:
             thread.fresh.add(kind)
             return output
 
-        uncompiled = torch.compiler.disable(watch, reason="pruning notes what encoders are given")
+        uncompiled = torch.compiler.disable(watch, reason="pruning records the inputs of encoders")
 
         @functools.wraps(encode)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -185,7 +183,7 @@ class Session:
         return watched
 
     def _prunes(self, ids: torch.Tensor) -> bool:
-        """Whether a prompt `[B, T]` has visual tokens that will be pruned."""
+        """Whether a prompt `[B, T]` has visual tokens that are pruned."""
         if not self.drops:
             return False
         tokens = torch.tensor(list(self.spec.anatomy.placeholders.values()), device=ids.device)
@@ -203,9 +201,9 @@ class Session:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self.thread
         thread.outer, thread.finished, thread.records = kwargs, None, {}
-        if not self.drops or not _asks_for("output_router_logits", kwargs, module):
+        if not self.drops or not _requests_output("output_router_logits", kwargs, module):
             return None
-        # The loss that balances experts is taken over the columns of this mask; those that are dropped leave it.
+        # The load-balancing loss of experts is computed over this mask, from which dropped tokens are removed later.
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
@@ -234,7 +232,7 @@ class Session:
         thread.inputs = {**bound, **extra}
 
     def _signature_of(self, forward: Callable) -> inspect.Signature:
-        """Signature of the composite's forward, read anew only where another function took its place."""
+        """Signature of the composite's forward, cached until that is replaced."""
         known = self._signature
         if known is None or known[0] != forward:
             self._signature = known = forward, inspect.signature(forward)
@@ -243,13 +241,11 @@ class Session:
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
         thread.inputs, thread.call, thread.records = None, None, {}
-        late = (
-            thread.tower_ran and thread.found_visual is False and output is not None
-        )  # the tower ran inside the decoder
-        if late and self.drops:
+        tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
+        if tower_in_decoder and self.drops:
             raise NothingPrunedError(
                 f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
-                "recognized as pixels or features, so nothing was pruned; pass them as pixel_values"
+                "recognized as pixels or features, so nothing was pruned; pass the pixels as pixel_values"
             )
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -259,14 +255,14 @@ class Session:
             encoded = encoder_outputs.supplied(
                 thread.inputs, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
             )
-            if not encoded and thread.tower_ran:  # pictures came by a name that nobody knows
+            if not encoded and thread.tower_ran:  # pixels were passed in an argument with an unknown name
                 encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
             if encoded:
                 unsupported.refuse_tracing(thread.inputs)
                 visual = self._layouts.locate(thread.inputs, self.spec.anatomy, encoded)
             if encoded and visual is None and self.drops:
                 raise NothingPrunedError(
-                    f"{' and '.join(encoded)} features came with a prompt that has none of the placeholder tokens "
+                    f"{' and '.join(encoded)} features were passed with a prompt without the placeholder tokens "
                     f"{self.spec.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
                     "visual token"
                 )
@@ -289,17 +285,17 @@ class Session:
                 visual_tokens.refuse_single_placeholders(visual, encoded, str(options.budget))
             for source in encoded.values():
                 self.features.forget(source)
-                # `generate` hands the pictures to the encoder and names them again, as None, to the model.
+                # `generate` passes the pixels to the encoder, and None in their place to the model.
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
                     thread.records.setdefault(name, []).extend(records)
-            self._continued(call, kwargs)
+            self._continue_cacheless(call, kwargs)
         call.recorded = thread.records
-        call.differentiable = torch.is_grad_enabled() and _asks_for("output_hidden_states", kwargs, module)
-        if call.differentiable and call.cuts and _asks_for("output_attentions", kwargs, module):
+        call.differentiable = torch.is_grad_enabled() and _requests_output("output_hidden_states", kwargs, module)
+        if call.differentiable and call.cuts and _requests_output("output_attentions", kwargs, module):
             warn_once(
-                "attention maps of pruned layers are put back into the prompt's length as copies: gradients can be "
-                "taken of hidden states, but retain_grad() on such a map stays None"
+                "attention maps of pruned layers are returned as copies of the unpruned length: gradients are "
+                "available for hidden states, but retain_grad() on such a map stays None"
             )
         if not call.cuts:
             return None
@@ -311,10 +307,10 @@ class Session:
         return args, kwargs
 
     def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
-        """Visual tokens of a call that brings no features as such: those that the caller put into its embeddings.
+        """Visual tokens of a call whose features the caller merged into `inputs_embeds`.
 
         Raises:
-            NothingPrunedError: There are some, and nobody can tell where.
+            NothingPrunedError: There are merged features, and their positions are unknown.
         """
         thread, said = self.thread, requests.current(self).visual
         inputs = kwargs if thread.inputs is None else thread.inputs
@@ -323,7 +319,7 @@ class Session:
         embeds, states = inputs.get("inputs_embeds"), kwargs.get("inputs_embeds")
         placeholders = self.spec.anatomy.placeholders
         if said is not None and isinstance(states, torch.Tensor):
-            kinds = merged.said_columns(said, (states.shape[0], states.shape[1]), placeholders)
+            kinds = merged.kinds_from_mask(said, (states.shape[0], states.shape[1]), placeholders)
         elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
             unsupported.refuse_tracing(inputs)
             with attention_probe.hooks_disabled():
@@ -331,7 +327,7 @@ class Session:
             foreign[:, : _virtual_tokens(self.model)] = False
             if not bool(foreign.any()):
                 return None, {}
-            kinds = self._kinds_told(inputs, foreign.shape)
+            kinds = self._known_kinds(inputs, foreign.shape)
             if kinds is None:
                 found, sources = self.features.found(embeds)
                 names = list(placeholders)
@@ -346,18 +342,18 @@ class Session:
             encoded = {sources[0].kind: sources[0]}
         return visual_tokens.locate({**(thread.outer or {}), **inputs}, self.spec.anatomy, encoded, kinds), encoded
 
-    def _kinds_told(self, inputs: dict, shape: torch.Size) -> torch.Tensor | None:
-        """Kinds of the columns, `[B, T]`, by token types or by ids that only the outermost model was given."""
+    def _known_kinds(self, inputs: dict, shape: torch.Size) -> torch.Tensor | None:
+        """Kinds `[B, T]` of the positions, from token types, or from ids passed to the outermost model; else None."""
         outer = self.thread.outer or {}
         types, ids = inputs.get("mm_token_type_ids", outer.get("mm_token_type_ids")), outer.get("input_ids")
         if isinstance(types, torch.Tensor) and types.shape == shape:
-            order = {"image": 1, "video": 2}  # transformers' numbers
+            order = {"image": 1, "video": 2}  # numbers of transformers' processors
             kinds = torch.zeros(shape, dtype=torch.uint8)
             for number, name in enumerate(self.spec.anatomy.placeholders):
                 kinds[types.cpu() == order.get(name, 0)] = number + 1 if name in order else 0
             return kinds
         if isinstance(ids, torch.Tensor) and ids.shape == shape:
-            return merged.said_columns(ids, (shape[0], shape[1]), self.spec.anatomy.placeholders)
+            return merged.kinds_from_mask(ids, (shape[0], shape[1]), self.spec.anatomy.placeholders)
         return None
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -402,10 +398,10 @@ class Session:
 
         return record
 
-    def _continued(self, call: prefill.DecoderCall, kwargs: dict) -> None:
-        """Without a cache every step of a generation is a prefill of its own; it must keep the first one's tokens.
+    def _continue_cacheless(self, call: prefill.DecoderCall, kwargs: dict) -> None:
+        """Lets a generation without a cache, in which every step is a prefill, keep the tokens of its first prefill.
 
-        A prompt that is the previous one and one more column, on the very same feature tensors, continues it.
+        A prompt continues the previous one if it has one more token and the same feature tensors.
         """
         thread = self.thread
         previous, thread.cacheless = thread.cacheless, None
@@ -423,18 +419,18 @@ class Session:
             )
             if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
                 call.memo = decisions
-        # `decisions` is filled while the call runs.
+        # The call appends to `decisions` while it runs.
         thread.cacheless = (ids, sources, call.decisions)
 
 
 def _virtual_tokens(model: nn.Module) -> int:
-    """Columns that an adapter puts in front of every prompt (PEFT's prompt tuning)."""
+    """Number of virtual tokens that an adapter prepends to every prompt (PEFT's prompt tuning)."""
     config: Any = getattr(model, "active_peft_config", None)
     return int(getattr(config, "num_virtual_tokens", 0) or 0) if getattr(config, "is_prompt_learning", False) else 0
 
 
-def _asks_for(name: str, kwargs: dict[str, Any], module: nn.Module) -> bool:
-    """Whether a call, or else the model's config, asks for an output."""
+def _requests_output(name: str, kwargs: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a call, or else the model's config, requests an output."""
     given = kwargs.get(name)
     if given is not None:
         return given is not False

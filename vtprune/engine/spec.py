@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a patch was asked for, and of which model: fixed when the model is patched."""
+"""Methods, budget and model of a patch, fixed when the model is patched."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .columns import AttentionForm
 
 @dataclass(frozen=True)
 class MethodUse:
-    """A method and the visual tokens that it prunes.
+    """A method, with its cuts and taps in one model, and the kinds of visual tokens that it prunes.
 
     Attributes:
         method: The method's instance.
-        schedule: Where it cuts the decoder.
-        taps: What it records while the model runs, under names that begin with `prefix`.
+        schedule: Its cuts in the decoder.
+        taps: Its taps, with names that begin with `prefix`.
         kinds: Numbers of the kinds of visual tokens that it prunes, among the anatomy's placeholders; None for all.
-        prefix: Keeps the records of two methods apart.
+        prefix: Distinguishes the records of two methods.
     """
 
     method: Method
@@ -43,12 +43,12 @@ class MethodUse:
     def of(
         cls, method: Method, anatomy: Anatomy, budget: Budget, kinds: frozenset[int] | None = None, prefix: str = ""
     ) -> MethodUse:
-        """Checks that a method and a budget fit a model; raises what `PruneSpec.of` does."""
+        """Checks that a method and a budget fit a model; raises the same errors as `PruneSpec.of`."""
         layers = anatomy.num_layers
         schedule = tuple(method.schedule(layers))
         check_schedule(schedule, layers, type(method).__name__)
         if budget.mean_ratio is not None:
-            solve_mean(schedule, budget.mean_ratio, layers)  # raises where it cannot be met
+            solve_mean(schedule, budget.mean_ratio, layers)  # raises if it cannot be met
         taps = tuple(replace(tap, name=prefix + tap.name) for tap in method.taps(anatomy))
         return cls(method, schedule, taps, kinds, prefix)
 
@@ -58,7 +58,7 @@ class MethodUse:
         return frozenset(tap.name for tap in self.taps)
 
     def members(self, kind: Tensor) -> Tensor:
-        """Which visual tokens it prunes: `[m]` numbers, from the kind of each token `[M]`."""
+        """Numbers `[m]` of the visual tokens that it prunes, from the kind `[M]` of each."""
         if self.kinds is None:
             return torch.arange(len(kind))
         return torch.isin(kind, torch.tensor(sorted(self.kinds))).nonzero()[:, 0]
@@ -66,16 +66,16 @@ class MethodUse:
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """What was asked for.
+    """Methods, budget and model of a patch.
 
     Attributes:
         uses: The method, or the one for pictures and the one for clips.
-        budget: How many visual tokens are kept.
+        budget: Number of visual tokens to keep.
         anatomy: The parts of the model.
         renumbers: Whether kept tokens get consecutive position ids.
-        window: Visual tokens of a sample that a cache may hold after a prefill; None for any number.
-        tower: Cuts inside the vision tower, or None.
-        by_default: Whether nobody chose the method.
+        window: Largest number of visual tokens of a sample in a cache after a prefill; None for no limit.
+        tower: Method that cuts inside the vision tower, or None.
+        by_default: Whether the method is the default and not the user's choice.
     """
 
     uses: tuple[MethodUse, ...]
@@ -99,8 +99,8 @@ class PruneSpec:
         """Finds the parts of a model and checks that the methods and the budget fit it.
 
         Raises:
-            UnsupportedModelError: A part of the model was not found.
-            MethodError: A need of the method that the model cannot meet.
+            UnsupportedModelError: A part of the model was not found, or its structure is not supported.
+            MethodError: The model does not meet a requirement of the method.
             BudgetError: The budget cannot be met at the layers where the method cuts.
         """
         anatomy = _anatomy.find(model)
@@ -111,7 +111,7 @@ class PruneSpec:
         if "video" not in kinds:
             raise MethodError(
                 f"video_method was given, but {type(model).__name__} has no placeholder for clips (it has "
-                f"{', '.join(kinds)}): to this model the frames of a clip are pictures, which method= prunes"
+                f"{', '.join(kinds)}): it takes the frames of a clip as pictures, which method= prunes"
             )
         clips = frozenset({kinds.index("video")})
         uses = (
@@ -121,24 +121,24 @@ class PruneSpec:
         renumbers = {_renumbers(each, anatomy, window) for each in (method, video_method)}
         if len(renumbers) > 1:
             raise MethodError(
-                'one of the methods renumbers what it keeps (positions="compact") and the other does not; give both '
-                "the same"
+                'one of the methods renumbers kept tokens (positions="compact") and the other does not; set the same '
+                "`positions` for both"
             )
         return cls(uses, budget, anatomy, renumbers.pop(), window, tower)
 
     @property
     def method(self) -> Method:
-        """The method's instance; the one for pictures where there are two."""
+        """The method's instance; of two, the one for pictures."""
         return self.uses[0].method
 
     @property
     def schedule(self) -> tuple[Stage, ...]:
-        """Where it cuts this decoder."""
+        """Its cuts in this decoder."""
         return self.uses[0].schedule
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What the methods record while the model runs."""
+        """Taps of all methods."""
         return tuple(tap for use in self.uses for tap in use.taps)
 
     @property
@@ -148,12 +148,12 @@ class PruneSpec:
 
     @cached_property
     def column_taps(self) -> frozenset[str]:
-        """Names of the taps whose records follow the prompt's columns."""
+        """Names of the taps whose records are cut together with the prompt."""
         return frozenset(tap.name for tap in self.taps if tap.columns)
 
     @property
     def mean_ratio(self) -> float:
-        """Expected mean share over layer inputs for `ratio` and `mean_ratio` budgets.
+        """Expected share of visual tokens, averaged over layer inputs, for `ratio` and `mean_ratio` budgets.
 
         Raises:
             VTPruneError: The budget is `keep` or an automatic ratio, or two methods cut at different depths.
@@ -175,20 +175,20 @@ class PruneSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the decoder's embeddings, which masks are made in."""
+        """Dtype of the decoder's embeddings, and of float masks."""
         weight: torch.Tensor = self.anatomy.embeddings.weight  # type: ignore[assignment]
         return weight.dtype
 
     @property
     def attention_form(self) -> AttentionForm:
-        """Which form of mask the decoder's attention takes; may change while the model is patched."""
+        """The form of mask that the decoder's attention takes; it may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)
         device = next(self.anatomy.decoder.parameters()).device
         return AttentionForm(name, self.dtype, device, self.anatomy.mixes_columns)
 
     @cached_property
     def work(self) -> Work:
-        """What projector and decoder cost for a token."""
+        """Cost of a token in projector and decoder."""
         parts = self.anatomy
         config = parts.decoder.config
         inside = parts.projector is None or any(m is parts.projector for m in parts.vision_tower.modules())
@@ -198,24 +198,24 @@ class PruneSpec:
 
     @property
     def shape(self) -> DecoderShape:
-        """Sizes of the decoder that its costs follow from."""
+        """Sizes of the decoder from which its costs are computed."""
         return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
 
 
 def _renumbers(method: Method, anatomy: Anatomy, window: int | None) -> bool:
-    """Whether the method wants survivors renumbered; raises where the model's positions have several axes."""
+    """Whether the method renumbers kept tokens; raises if the model's positions have several axes."""
     policy = getattr(method, "positions", "original")
     if policy not in ("original", "compact"):
         raise MethodError(f'{type(method).__name__}.positions is {policy!r}; expected "original" or "compact"')
     rope = rope_parameters(anatomy.decoder.config)
     if policy == "compact" and "mrope_section" in str(rope):
         raise MethodError(
-            'positions="compact" numbers tokens on one axis, but this model places them by time, height and '
-            'width; use positions="original"'
+            'positions="compact" numbers tokens on one axis, but positions of this model have three (time, height and '
+            'width); use positions="original"'
         )
     if policy == "compact" and window is not None:
         raise MethodError(
-            'positions="compact" numbers what is left after a cut, and with window= more leaves later; use '
+            'positions="compact" renumbers the tokens left after a cut, and window= drops more of them later; use '
             'positions="original"'
         )
     return policy == "compact"

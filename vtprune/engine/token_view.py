@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is handed at a stage: the visual tokens laid out flat, and q, k, v of decoder layers on request."""
+"""Inputs of a method at a stage: the visual tokens laid out flat, and q, k, v of decoder layers on request."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", 
 
 
 def everything(visual: VisualTokens) -> Tensor:
-    """`[M]` numbers of all visual tokens."""
+    """Numbers `[M]` of all visual tokens."""
     return remembered(visual, "everything", lambda: torch.arange(len(visual)))
 
 
 def remembered(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
-    """What `make` makes of a call's columns alone, made once for all calls with the same layout."""
+    """Result of `make`, which depends on the layout of the prompt only; cached for all calls with the same layout."""
     found = visual.derived.get(key)
     if found is None:
         found = visual.derived[key] = make()
@@ -35,12 +35,12 @@ def remembered(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def _is_whole(call: CallState) -> bool:
-    """Whether nothing was cut yet and one method prunes all visual tokens: then all places follow from the layout."""
+    """Whether nothing was cut yet and one method prunes all visual tokens, so that only the layout matters."""
     return not call.columns.is_cut and len(call.spec.uses) == 1
 
 
 def _text_key(call: CallState) -> tuple:
-    """What decides, beside the visual columns, where the text of a prompt is."""
+    """Cache key of the positions of a prompt's text, besides those of its visual tokens."""
     starts = call.answer_starts
     return call.columns.real.numpy().tobytes(), None if starts is None else tuple(starts)
 
@@ -57,13 +57,13 @@ def tokens(
     """Lays out the live visual tokens before layer `number`.
 
     Args:
-        call: The running call.
-        mine: What the method has to do in it.
-        number: The layer that the stage stands before.
+        call: The call in progress.
+        mine: The method's task in it.
+        number: The layer after the cut.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         wanted: `[S]` budgets of the groups.
         here: The layer's input.
-        checks: Takes that no visual token holds NaN or Inf, which raises `MethodError`, and what the method reads.
+        checks: Gets the checks that states, and queries and keys that the method reads, are finite.
     """
     visual, spec = call.visual, call.spec
     assert visual is not None
@@ -83,9 +83,8 @@ def tokens(
         finite = torch.isfinite(states).all(-1)
         bad = ", ".join(map(str, rows[~finite.cpu()].unique().tolist()))
         raise MethodError(
-            f"visual tokens of sample {bad} hold NaN or Inf before layer {number}: scores would be meaningless; "
-            "check the "
-            "image features"
+            f"visual tokens of sample {bad} hold NaN or Inf before layer {number}, so scores would be meaningless; "
+            "check the image features"
         )
 
     checks.add(torch.isfinite(states).all(), refuse)
@@ -93,7 +92,7 @@ def tokens(
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if which != number and which not in call.snapshots:
             raise MethodError(
-                f"the input of layer {which} was not kept; name it in the `required_layer_inputs` of "
+                f"the input of layer {which} was not kept; return the layer from `required_layer_inputs` of "
                 f"{type(mine.use.method).__name__}"
             )
         return attention_inputs(call, mine, which, call.snapshots.get(which, here), flat, rope, queries, checks)
@@ -147,9 +146,9 @@ class _Sample:
 
     Attributes:
         row: Row of the batch.
-        here: Columns that hold a token at this stage, text or visual.
-        text: Those of the text after the last visual token; the last column if there is none.
-        mine: Columns of the live visual tokens.
+        here: Positions of the tokens that are left at this stage, text or visual.
+        text: Positions of the text after the last visual token; the last position if there is none.
+        mine: Positions of the live visual tokens.
     """
 
     row: int
@@ -173,7 +172,7 @@ def _each_sample(
     for row in mine.groups.by_sample:
         here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
-        if call.answer_starts is not None:  # the answer is not there yet
+        if call.answer_starts is not None:  # the selection must not depend on the answer
             here = here[here < max(call.answer_starts[row], int(last) + 1)]
         text = here[(here > last) & ~visual.mask[row, here]]
         own = visual.position[flat[visual.sample[flat] == row]]
@@ -181,7 +180,7 @@ def _each_sample(
 
 
 def _prompt(call: CallState, mine: MethodCall, flat: Tensor) -> Prompt:
-    """Where every token of the samples with visual tokens stands at this stage, on the CPU."""
+    """Positions of all tokens at this stage, in samples with visual tokens, on the CPU."""
     slot = call.columns.slot_of_position()
     batch, column, text, visual_rows = [], [], [], []
     lengths: list[int] = []
@@ -219,15 +218,15 @@ def attention_inputs(
     """Probes a layer and lays out its queries, keys and values over the samples that have visual tokens.
 
     Args:
-        call: The running call.
-        mine: What the method has to do in it.
+        call: The call in progress.
+        mine: The method's task in it.
         number: The layer.
         snapshot: Its input.
         flat: `[M]` numbers of the live visual tokens.
-        rope: False for queries and keys before rotation; then keys that an earlier call left in the cache, which are
-            rotated, are left out.
+        rope: False for queries and keys before rotation; cached keys of earlier calls, which are rotated, are then left
+            out.
         queries: "text" or "last".
-        checks: Takes that queries and keys are finite.
+        checks: Gets the checks that queries and keys are finite.
     """
     probed = attention_probe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
     device = probed.key.device
@@ -274,11 +273,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @dataclass
 class _KeyLayout:
-    """Where a layer's queries and keys are, see `AttentionInputs`.
+    """Slots of a layer's queries and keys; for the other attributes see `AttentionInputs`.
 
     Attributes:
-        samples: For each sample its row of the batch, the slots of its keys (None: all, in order), and those of its
-            queries.
+        samples: For each sample, its row of the batch, the slots of its keys (None for all, in order), and the slots of
+            its queries.
     """
 
     samples: list[tuple[int, Tensor | None, Tensor]]
@@ -298,7 +297,7 @@ class _KeyLayout:
         befores: list[int] | None,
         device: torch.device,
     ) -> _KeyLayout:
-        """Lays out the keys of a snapshot, each sample's after those that earlier calls left (`befores`)."""
+        """Lays out the keys of a snapshot, each sample's after its `befores` cached keys of earlier calls."""
         slot = slot_of_position(snapshot.index, snapshot.valid, call.columns.length)
         samples, query_order, visual_rows = [], [], []
         query_lengths: list[int] = []
@@ -326,23 +325,22 @@ class _KeyLayout:
 
 
 def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor], number: int) -> None:
-    """Raises `MethodError`: text or visual tokens of some sample have queries or keys that are NaN or Inf."""
+    """Raises `MethodError` with the samples whose queries or keys hold NaN or Inf."""
     pairs = zip(rows, queries, keys, strict=True)
     bad = ", ".join(str(row) for row, q, k in pairs if not bool(torch.isfinite(q).all() & torch.isfinite(k).all()))
     raise MethodError(
-        f"queries or keys of sample {bad} hold NaN or Inf in layer {number}: attention would be meaningless; check the "
-        "embeddings of its text and the image features"
+        f"queries or keys of sample {bad} hold NaN or Inf in layer {number}, so attention would be meaningless; check "
+        "the embeddings of its text and the image features"
     )
 
 
 def _past_keys(call: CallState, number: int, held: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values of the `held` slots that earlier calls left in a layer, `[C, G, d]` per sample, without
-    padding."""
+    """Keys and values `[C, G, d]` of each sample in the `held` cached slots of a layer, without padding."""
     cache, state = call.columns.cache, call.columns.state
     layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
     keys = getattr(layer, "keys", None)
     if layer is None or held == 0 or not isinstance(keys, Tensor) or keys.dim() < 4 or layer.is_sliding:
-        return None  # a sliding window has forgotten part of the past; all of it is left out then
+        return None  # a sliding window has lost part of the past; all of it is left out then
     slots = state.slots(number, held) if state is not None else None
     slots = torch.arange(held).expand(call.columns.batch, -1) if slots is None else slots.cpu()
     visible = slots >= 0

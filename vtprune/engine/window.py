@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams: a bound on the visual tokens that a KV cache holds, kept by letting the oldest frames go.
+"""Sliding window over the frames in a KV cache (`window=`), for streams.
 
-After a prefill that brought pictures or clips, whole frames leave every layer, the oldest first, until no layer holds
-more visual tokens of a sample than the window. Text stays. The slots that are left keep their columns and positions, as
-after any other cut, so later calls compute what a masked model would that cannot see those frames.
+After a prefill with pictures or clips, whole frames are removed from every layer, the oldest first, until no layer
+holds more visual tokens of a sample than the window. Text stays. The remaining slots keep their positions, as after any
+other cut, so later calls compute the same as the unpruned model with these frames masked.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .kv_cache import CacheState
 
 
 def evict(call: CallState, window: int) -> list[Tensor]:
-    """Lets the oldest frames go after a prefill.
+    """Removes the oldest frames from the cache after a prefill.
 
     Args:
-        call: The call that has just ended; its cache holds the new columns.
-        window: Visual tokens of each sample that a layer may hold.
+        call: The call that has just ended; its cache holds the new tokens.
+        window: Largest number of visual tokens of each sample in a layer.
 
     Returns:
-        list: For each sample the columns of the conversation that left the cache, ascending.
+        list: For each sample, the positions in the conversation of the removed tokens, ascending.
 
     Raises:
         BudgetError: The newest frame alone has more tokens than the window.
-        UnsupportedModelError: The cache has layers whose columns cannot be taken out.
+        UnsupportedModelError: The cache has layers from which tokens cannot be removed.
     """
     cache, visual = call.columns.cache, call.visual
     assert visual is not None
@@ -44,36 +44,35 @@ def evict(call: CallState, window: int) -> list[Tensor]:
     before = call.columns.state
     held = _with_new(before.held if before is not None else None, call, visual)
     stays = _newest(held, window)
-    gone = [row[~keep & (row[:, 0] >= 0)][:, 0] for row, keep in zip(held, stays, strict=True)]
+    evicted = [row[~keep & (row[:, 0] >= 0)][:, 0] for row, keep in zip(held, stays, strict=True)]
     after = CacheState(list(state.base), kv_cache.length(cache), state.shifts)
-    if any(map(len, gone)):
-        dropped = torch.zeros(len(gone), after.length, dtype=torch.bool)
-        for row, columns in enumerate(gone):
-            dropped[row, columns] = True
+    if any(map(len, evicted)):
+        dropped = torch.zeros(len(evicted), after.length, dtype=torch.bool)
+        for row, positions in enumerate(evicted):
+            dropped[row, positions] = True
         after.base = _drop(cache, state, dropped)
         after.ragged = [bool((base < 0).any()) if base is not None else False for base in after.base]
     after.held = _packed(held, stays)
     kv_cache.attach(cache, after)
-    return gone
+    return evicted
 
 
 def _check(cache: Any) -> None:
-    """Refuses caches that do not simply hold keys and values of all columns."""
+    """Refuses caches with layers other than `DynamicLayer`."""
     from transformers.cache_utils import DynamicLayer
 
     other = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
     if other:
         raise UnsupportedModelError(
-            f"window= takes columns out of the KV cache, and this one has layers of kind {', '.join(other)}, which "
-            "forget by themselves, cannot forget, or keep their tensors elsewhere; expected a DynamicCache of a "
-            "decoder whose layers all attend to everything"
+            f"window= removes tokens from the KV cache, which has layers of kind {', '.join(other)}; expected a "
+            "DynamicCache of a decoder whose layers all have full attention"
         )
 
 
 def _with_new(held: Tensor | None, call: CallState, visual: VisualTokens) -> Tensor:
-    """`[B, V, 2]` column and frame number of the visual tokens that the first layer holds, -1 for none.
+    """Position and frame number `[B, V, 2]` of the visual tokens in the first layer, -1 for none.
 
-    Frames count through the conversation of a sample. Tokens without a place (newlines) go with the frame before.
+    Frames count through the conversation of a sample. Tokens without a place (newlines) belong to the frame before.
     """
     kept = torch.ones(len(visual), dtype=torch.bool)
     if call.stages and call.stages[0][0] == 0:
@@ -81,27 +80,27 @@ def _with_new(held: Tensor | None, call: CallState, visual: VisualTokens) -> Ten
         kept[call.decisions[0].kept] = True
     rows = []
     for row in range(call.columns.batch):
-        mine = (visual.sample == row).nonzero()[:, 0]
+        own = (visual.sample == row).nonzero()[:, 0]
         before = held[row][held[row][:, 0] >= 0] if held is not None else torch.empty(0, 2, dtype=torch.long)
-        placed = visual.grid_row[mine] >= 0
-        new = placed & ((visual.image[mine].diff(prepend=visual.image[mine][:1] - 1) != 0) | _changed(visual, mine))
+        placed = visual.grid_row[own] >= 0
+        new = placed & ((visual.image[own].diff(prepend=visual.image[own][:1] - 1) != 0) | _changed(visual, own))
         number = new.cumsum(0) + (int(before[:, 1].max()) + 1 if len(before) else 0)
-        entry = torch.stack([visual.position[mine] + call.columns.past, number], 1)[kept[mine]]
+        entry = torch.stack([visual.position[own] + call.columns.past, number], 1)[kept[own]]
         rows.append(torch.cat([before, entry]))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def _changed(visual: VisualTokens, mine: Tensor) -> Tensor:
-    """`[m]` bool: whether a token is in another frame than the last token with a place before it."""
-    frame = visual.frame[mine]
-    placed = visual.grid_row[mine] >= 0
-    order = torch.where(placed, torch.arange(len(mine)), -1)
-    last = torch.cat([order.new_full((1,), -1), order.cummax(0).values[:-1]]) if len(mine) else order
+def _changed(visual: VisualTokens, own: Tensor) -> Tensor:
+    """Mask `[m]` of tokens that are in another frame than the token with a place before them."""
+    frame = visual.frame[own]
+    placed = visual.grid_row[own] >= 0
+    order = torch.where(placed, torch.arange(len(own)), -1)
+    last = torch.cat([order.new_full((1,), -1), order.cummax(0).values[:-1]]) if len(own) else order
     return (last < 0) | (frame != frame[last.clamp_min(0)])
 
 
 def _newest(held: Tensor, window: int) -> Tensor:
-    """`[B, V]` bool: the tokens of the newest frames that fit into the window together."""
+    """Mask `[B, V]` of the tokens of the newest frames that fit into the window together."""
     stays = torch.zeros(held.shape[:2], dtype=torch.bool)
     for row, entries in enumerate(held):
         numbers = entries[:, 1][entries[:, 0] >= 0]
@@ -110,8 +109,8 @@ def _newest(held: Tensor, window: int) -> Tensor:
         frames, sizes = numbers.unique(return_counts=True)
         if int(sizes[-1]) > window:
             raise BudgetError(
-                f"the newest frame of sample {row} has {int(sizes[-1])} visual tokens, and window={window} holds "
-                "fewer; use a larger window, or a smaller ratio"
+                f"the newest frame of sample {row} has {int(sizes[-1])} visual tokens, more than window={window}; use "
+                "a larger window, or a smaller ratio"
             )
         fits = sizes.flip(0).cumsum(0).flip(0) <= window
         stays[row] = torch.isin(entries[:, 1], frames[fits]) & (entries[:, 0] >= 0)
@@ -119,14 +118,14 @@ def _newest(held: Tensor, window: int) -> Tensor:
 
 
 def _packed(held: Tensor, stays: Tensor) -> Tensor:
-    """`[B, V', 2]` the entries that stay."""
+    """The entries `[B, V', 2]` that stay."""
     rows = [row[keep] for row, keep in zip(held, stays, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def _drop(cache: Any, state: CacheState, dropped: Tensor) -> list[Tensor | None]:
-    """Takes columns `[B, length]` out of every layer and returns the layers' new slots."""
-    made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # layers cut alike share their slots
+    """Removes the positions `dropped` `[B, length]` from every layer and returns the layers' new slots."""
+    made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # layers with the same cuts share their slots
     bases: list[Tensor | None] = []
     for number, layer in enumerate(cache.layers):
         count, old = kv_cache.cached_tokens(cache, number), state.base_of(number)
