@@ -94,8 +94,8 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
         ("hunyuan_vl", "passes"),  # packed in raster order, merged by a convolution
         ("paddleocr_vl", "passes"),  # packed in raster order
         ("video_llava", "second vision tower"),
-        ("got_ocr2", "distances between patches"),
-        ("lfm3_vl", "something else than attention"),
+        ("got_ocr2", "use relative positions"),
+        ("lfm3_vl", "have no attention"),
         ("chameleon", "convolution"),
         ("fuyu", "list of blocks"),
         ("deepseek_ocr2", "one after another"),

@@ -4,10 +4,10 @@
 ```python
 vtprune.patch(model, ratio=0.1, tower=0.35)  # 35 % of the patches go through the tower's later blocks
 vtprune.patch(model, ratio=0.1, tower=vtprune.towers.Change(keep=0.35, block=7))
-vtprune.patch(model, ratio=0.1, tower=vtprune.towers.Pixels(tolerance=0.0))  # the picture decides how many stay
+vtprune.patch(model, ratio=0.1, tower=vtprune.towers.Pixels(tolerance=0.0))  # how many stay depends on the picture
 ```
 
-A method of one's own is a subclass of `TowerMethod` with one function from states `[N, D]` to scores:
+A custom method is a subclass of `TowerMethod` with one function from states `[N, D]` to scores:
 
 ```python
 @dataclass
@@ -41,10 +41,10 @@ __all__ = [
 
 
 def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
-    """Turns what a user passes as `tower` into a method: a share of the patches is `Change(keep=share)`.
+    """Turns the `tower` that a user passes into a method: a share of the patches becomes `Change(keep=share)`.
 
     Raises:
-        MethodError: It is neither.
+        MethodError: It is neither a share nor a method.
         BudgetError: The share is out of range.
     """
     if isinstance(tower, TowerMethod):

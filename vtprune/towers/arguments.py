@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of a tower's block, cut to the rows that are left. They are known by their shapes."""
+"""Cuts the arguments of a tower's block, recognized by their shapes, to the rows that are left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UnsupportedModelError
 
 
 class Offsets:
-    """Which arguments of one tower call are offsets of a packed sequence; each tensor is read once.
+    """Recognizes offsets of packed sequences (`cu_seqlens`) among the arguments of one tower call; reads each once.
 
     Args:
         batch, length: Shape `[B, L]` of the tower's states.
@@ -25,7 +25,7 @@ class Offsets:
         self._known: dict[int, tuple[Any, Tensor | None]] = {}
 
     def read(self, value: Any) -> Tensor | None:
-        """`[S + 1]` int64 on the host where `value` holds offsets from 0 to the number of tokens, else None."""
+        """`value` as `[S + 1]` int64 on the host if it holds offsets from 0 to the number of tokens, else None."""
         if self.batch != 1 or not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
             return None
         if value.dtype == torch.bool or not 2 <= len(value) <= self.length + 1:
@@ -37,20 +37,20 @@ class Offsets:
         return self._known[id(value)][1]
 
     def among(self, values: dict[Any, Any]) -> Tensor | None:
-        """The offsets among a block's arguments."""
+        """The offsets among a block's arguments, or None."""
         return next((o for v in values.values() if (o := self.read(v)) is not None), None)
 
 
 @dataclass
 class Rows:
-    """Rows of a tower's states that run together: the same number of each of some entries of the batch.
+    """Rows of a tower's states that run in one call of a block: the same number in each of some entries of the batch.
 
     Attributes:
         batch, length: Shape `[B, L]` of the full states.
         entries: `[g]` entries of the batch, ascending.
         index: `[g, K]` rows of each, ascending.
-        offsets: Reads offsets.
-        made: What was already cut, by the identity of what it was cut from; holds both.
+        offsets: Recognizes offsets.
+        made: Cache of cut arguments by `id` of the uncut one; values hold both.
     """
 
     batch: int
@@ -61,19 +61,19 @@ class Rows:
     made: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
     def take(self, x: Tensor, dim: int, of_entries: bool) -> Tensor:
-        """The rows along `dim`; `of_entries` says that dimension 0 is the batch (or 1, for all entries alike)."""
+        """Gathers the rows along `dim`; with `of_entries`, dimension 0 is the batch (or 1 for all entries)."""
         if self.batch == 1:
             return x.index_select(dim, self.index[0])
         if not of_entries:
             return x.index_select(dim, self.index[0])  # one entry at a time, see `RunningTower`
         x = x.expand(self.batch, *x.shape[1:]) if x.shape[0] == 1 else x
         picked = x.movedim(dim, 1)[self.entries[:, None], self.index] if len(x) == self.batch else None
-        if picked is None:  # the entries were picked before
+        if picked is None:  # `x` has the entries of this group only
             picked = x.movedim(dim, 1).gather(1, _like(self.index, x.movedim(dim, 1)))
         return picked.movedim(1, dim)
 
     def put(self, full: Tensor, rows: Tensor) -> Tensor:
-        """`[B, L, D]` states with `rows` `[g, K, D]` in their places."""
+        """Returns states `[B, L, D]` with `rows` `[g, K, D]` written into them."""
         if self.batch == 1:
             return full.index_copy(1, self.index[0], rows)
         return full.index_put((self.entries[:, None], self.index), rows)
@@ -84,7 +84,7 @@ def _like(index: Tensor, x: Tensor) -> Tensor:
 
 
 def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, extra ones included."""
+    """Arguments of a call by name, including those in `*args` and `**kwargs`."""
     signature = inspect.signature(module.forward)
     bound = signature.bind_partial(*args, **kwargs).arguments
     for parameter in signature.parameters.values():
@@ -96,13 +96,13 @@ def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
 
 
 def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The states among a block's arguments: the first of them."""
+    """The hidden states among a block's arguments, which come first."""
     value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     return value if isinstance(value, Tensor) else None
 
 
 def with_states(args: tuple, kwargs: dict[str, Any], states: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments with other states."""
+    """The arguments with other hidden states."""
     if args:
         return (states, *args[1:]), kwargs
     name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
@@ -118,14 +118,14 @@ def mask_among(values: dict[str, Any]) -> Tensor | None:
     found = next((v for name, v in values.items() if "mask" in name and v is not None), None)
     if found is not None and not isinstance(found, Tensor):
         raise UnsupportedModelError(
-            f"the vision tower was given a {type(found).__name__} as its mask; tower= supports tensors: load the model "
+            f"the mask of the vision tower is a {type(found).__name__}; tower= supports tensors only: load the model "
             'with attn_implementation="sdpa", "eager" or "flash_attention_2"'
         )
     return found
 
 
 def tables_among(values: dict[str, Any], length: int) -> list[Tensor]:
-    """`[L, ...]` tensors that blocks are given beside the states, such as rotations; one for all of a batch."""
+    """Tensors `[L, ...]` among a block's arguments that are shared by the whole batch, such as rotations."""
     found: list[Tensor] = []
     for name, value in values.items():
         if "mask" not in name:
@@ -147,7 +147,7 @@ def map_tensors(value: Any, function: Any) -> Any:
 
 
 def cut(args: tuple, kwargs: dict[str, Any], rows: Rows, states: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """A block's arguments for `rows`, with `states` as its states."""
+    """Cuts a block's arguments to `rows`, and replaces its hidden states by `states`."""
     first = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
     longest = _longest(args, kwargs, rows)
     rest = tuple(_cut("", value, rows, longest) for value in args[1:])
@@ -159,7 +159,7 @@ def cut(args: tuple, kwargs: dict[str, Any], rows: Rows, states: Tensor) -> tupl
 
 
 def _longest(args: tuple, kwargs: dict[str, Any], rows: Rows) -> tuple[int, int] | None:
-    """Longest stretch that attends to each other, before and after the cut."""
+    """Length of the longest sequence of a packed one, before and after the cut; None without offsets."""
     found = next((o for v in (*args[1:], *kwargs.values()) if (o := rows.offsets.read(v)) is not None), None)
     return None if found is None else (int(found.diff().max()), int(cut_offsets(found, rows).diff().max()))
 
@@ -202,7 +202,7 @@ def _made(name: str, x: Tensor, rows: Rows) -> Tensor:
 
 
 def _again(x: Tensor, dim: int, rows: Rows) -> Tensor:
-    """A second dimension of a tensor whose entries were picked with the first."""
+    """Gathers the rows along a second dimension, after the entries were selected with the first."""
     if rows.batch == 1:
         return x.index_select(dim, rows.index[0])
     moved = x.movedim(dim, 1)
@@ -210,7 +210,7 @@ def _again(x: Tensor, dim: int, rows: Rows) -> Tensor:
 
 
 def cut_offsets(offsets: Tensor, rows: Rows) -> Tensor:
-    """Offsets of what is left, int64 on the host; what lost all its rows is gone."""
+    """Offsets after the cut, int64 on the host, without sequences that lost all their rows."""
     key = ("offsets", id(offsets))
     if key not in rows.made:
         left = torch.zeros(rows.length + 1, dtype=torch.int64)

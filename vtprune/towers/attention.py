@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that the others attend to most."""
+"""Tower method that keeps the patches with the most attention."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .method import Patches, TowerMethod
 
 @dataclass
 class Attention(TowerMethod):
-    """Patches that receive the most attention stay; the others hold their states at the cut.
+    """Keeps the patches that receive the most attention; the others keep their states at the cut.
 
-    The score of a patch is the attention that it receives, mean over heads and over the tokens of its picture (class
-    tokens included), in the last block before the cut that sees whole pictures; in the block at the cut where no
-    earlier one does. Queries and keys are computed once more for it; no attention map is stored.
+    The score of a patch is the attention that it receives, averaged over heads and over the tokens of its picture
+    (including class tokens), in the last block with full attention before the cut (in the block at the cut if there is
+    none). Queries and keys are computed again for it; no attention map is stored.
     """
 
     def score(self, patches: Patches) -> Tensor:

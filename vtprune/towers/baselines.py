@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The controls: random and evenly spaced patches."""
+"""Baseline tower methods: random and evenly spaced patches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .method import Patches, TowerChoice, TowerMethod
 
 @dataclass
 class Random(TowerMethod):
-    """A uniformly drawn subset of every picture; dropped patches hold their states at the cut.
+    """Keeps a random subset of every picture, drawn uniformly; dropped patches keep their states at the cut.
 
-    No paper; the control. The draws come from a generator of the method's own that starts afresh with `seed` for every
-    picture, so that a picture alone keeps what it keeps in a batch.
+    A baseline without a paper. Every picture has a generator of its own with the same seed, so that it keeps the same
+    patches alone and in a batch.
 
     Attributes:
-        seed: Start of the generator, on the CPU whatever the device of the tower.
+        seed: Seed of the generators, which are on the CPU.
     """
 
     seed: Seed = 0
@@ -36,10 +36,10 @@ class Random(TowerMethod):
 
 @dataclass
 class Uniform(TowerMethod):
-    """An evenly spaced subset of every picture; dropped patches hold their states at the cut.
+    """Keeps an evenly spaced subset of every picture; dropped patches keep their states at the cut.
 
-    No paper; the control, and what a coarser grid would keep. Clips share their budget evenly over their frames.
-    Pictures whose grid is not known are spaced along the order of their patches.
+    A baseline without a paper, similar to a coarser grid. The budget of a clip is split evenly over its frames.
+    Pictures without a known grid are subsampled in the order of their patches.
     """
 
     def choose(self, patches: Patches) -> TowerChoice:

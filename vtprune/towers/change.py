@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches that the last block changed most; the others follow their nearest neighbors."""
+"""Tower method IPCV: keeps the patches that the last block changed most; the others follow their nearest neighbors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from ..core.options import Count, Positive
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
-_CHUNK = 1 << 24  # distances held at a time
+_CHUNK = 1 << 24  # distances in memory at a time
 
 
 @dataclass
 class Change(TowerMethod):
-    """IPCV: patches whose state the block before the cut moved furthest stay.
+    """IPCV: keeps the patches whose state was changed most by the block before the cut.
 
     Paper: https://arxiv.org/abs/2512.18747. The score of a patch is `|h_block - h_(block-1)|`, the length of the change
-    between the states entering the two blocks. A dropped patch `j` is from then on
+    between the states entering the two blocks. After the cut, the state of a dropped patch `j` is
     `h_j^cut + mean over its neighbors n of (h_n^now - h_n^cut)`, where its neighbors are the nearest kept patches by
     Euclidean distance at the cut.
 
@@ -29,8 +29,8 @@ class Change(TowerMethod):
     release lets 3 to 7 blocks attend to all rebuilt patches, which costs their attention in full).
 
     Attributes:
-        neighbors: Kept patches that a dropped one follows.
-        stabilize: Blocks from the cut on that still run on all patches, the dropped ones rebuilt after each.
+        neighbors: Number of kept patches that a dropped one follows.
+        stabilize: Number of blocks after the cut that still run on all patches; dropped ones are rebuilt after each.
     """
 
     neighbors: Positive = 10
@@ -49,22 +49,22 @@ class Change(TowerMethod):
 
 
 def change(before: Tensor, after: Tensor) -> Tensor:
-    """`[N]` Euclidean length of the change between two states `[N, D]`, in float32."""
+    """Euclidean length `[N]` of the change between two states `[N, D]`, in float32."""
     return (after.float() - before.float()).norm(dim=-1)
 
 
 def nearest_kept(states: Tensor, keep: Tensor, offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The nearest kept patches of every dropped patch, inside its picture.
+    """The nearest kept patches of every dropped patch, within its picture.
 
     Args:
         states: `[N, D]`.
         keep: `[N]` bool; at least one of every picture.
         offsets: `[S + 1]` offsets of the pictures, on the host.
-        count: Neighbors asked for.
+        count: Number of neighbors.
 
     Returns:
-        tuple: `[R]` numbers of the dropped patches, and `[R, count]` those of their neighbors, nearest first; -1 where
-        a picture keeps fewer than `count`.
+        tuple: `[R]` numbers of the dropped patches, and `[R, count]` those of their neighbors, nearest first, padded by
+        -1 if a picture keeps fewer than `count`.
     """
     dropped_of, sources_of = [], []
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cut of one model's vision tower: what its hooks do, thread by thread.
+"""The hooks that cut a model's vision tower, and their state per thread.
 
-`engine.patching` attaches the hooks. They come before those by which transformers captures hidden states, so that
-what is captured is the full sequence with the rows put back.
+`engine.session` attaches the hooks. They run before the hooks by which transformers captures hidden states, so that
+full sequences are captured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RUNS = "towers.runs"
 
 
 class _Stop(Exception):
-    """Raised where the first block would run, with the states that it would get."""
+    """Raised instead of running the first block; carries the states that it would get."""
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
@@ -35,26 +35,26 @@ class _Stop(Exception):
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.given: dict[str, Any] = {}  # arguments of the tower's running call
+        self.given: dict[str, Any] = {}  # arguments of the tower's call in progress
         self.running: RunningTower | None = None
-        self.block: nn.Module | None = None  # the running block
+        self.block: nn.Module | None = None  # the block in progress
         self.finished: list[TowerRun] = []
-        self.first: Tensor | None = None  # states entering block 0, where it was cut
-        self.cut = False  # whether the running call was cut
-        self.stopping = False  # inside a call that ends at block 0
+        self.first: Tensor | None = None  # states entering block 0, if it was cut
+        self.cut = False  # whether the call in progress was cut
+        self.stopping = False  # whether the call in progress ends at block 0
 
 
 class TowerCut:
-    """A tower method at work on a model's vision tower.
+    """The hooks of a tower method on a model's vision tower.
 
     Args:
         anatomy: Parts of the model.
-        method: Chooses the patches; None only counts what the tower does.
-        active: Whether calls of the present thread are cut.
+        method: Method that selects patches; None only counts the tower's work.
+        active: Tells whether calls of the current thread are cut.
 
     Raises:
         UnsupportedModelError: The tower cannot be cut.
-        BudgetError: It has no such block.
+        BudgetError: The tower does not have the block before which the method cuts.
     """
 
     def __init__(self, anatomy: Anatomy, method: TowerMethod | None, active: Callable[[], bool]) -> None:
@@ -64,13 +64,13 @@ class TowerCut:
         self._constant: dict[Any, Tensor] = {}  # rows that do not depend on pixels, by the shape of a picture
 
     def attach(self, wrap: Callable[[Callable], Callable]) -> list[Any]:
-        """Attaches the hooks.
+        """Registers the hooks.
 
         Args:
-            wrap: Makes the callable that is registered.
+            wrap: Wraps each hook before it is registered.
 
         Returns:
-            list: Handles; their `remove` takes the hooks off.
+            list: Handles, whose `remove` removes the hooks.
         """
         tower, last = self.parts.tower, len(self.parts.blocks) - 1
         handles = [
@@ -84,16 +84,14 @@ class TowerCut:
         return handles
 
     def tap(self) -> Tap:
-        """Records what the tower's calls did, where the engine keeps the records of its encoders."""
+        """Tap that records the tower's calls among the records of its encoder."""
         return Tap(RUNS, self.parts.tower, lambda args, kwargs, output: self._take())
 
     def uncut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """What a block was called with, for taps that would otherwise see cut arguments."""
+        """The uncut arguments of a block, for taps."""
         running = self._thread.running
         called = None if running is None or self._thread.block is not module else running.uncut()
         return (args, kwargs) if called is None else called
-
-    # --- hooks --------------------------------------------------------------------------------------------------------
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self._thread
@@ -111,7 +109,7 @@ class TowerCut:
         first, thread.first, thread.running, thread.given = thread.first, None, None, {}
         if output is not None and not cut and self.method is not None and self._active():
             raise UnsupportedModelError(
-                f"the vision tower {type(module).__name__} cannot be cut: it finished without calling its "
+                f"the vision tower {type(module).__name__} cannot be cut: it returned without calling its "
                 f"{len(self.parts.blocks)} blocks one after another as modules; patch without tower="
             )
         return None if first is None or output is None else _with_first_states(output, first)
@@ -152,7 +150,7 @@ class TowerCut:
         if checkpointed and type(first).__call__ is not nn.Module.__call__ and self.method is not None:
             raise UnsupportedModelError(
                 f"{type(first).__name__} is checkpointed together with its hooks, which the backward pass would run "
-                "again; install a newer transformers, or call gradient_checkpointing_disable()"
+                "again; install transformers 5.23 or newer, or call gradient_checkpointing_disable()"
             )
         given = self._thread.given
         return RunningTower(self.parts, self.method, self.at, given, lambda: self._constant_rows(given))
@@ -161,12 +159,10 @@ class TowerCut:
         finished, self._thread.finished = self._thread.finished, []
         return finished or None
 
-    # --- class tokens -------------------------------------------------------------------------------------------------
-
     def _constant_rows(self, given: dict[str, Any]) -> Tensor:
-        """`[L]` bool, the rows of the states entering block 0 that stay the same when all pixels change.
+        """Mask `[L]` of rows entering block 0 that do not depend on the pixels: class and register tokens.
 
-        The tower runs up to its first block on other pixels, once for every size of pictures.
+        For every size of pictures, the tower is run up to its first block on two sets of artificial pixels.
         """
         pixels = {n: v for n, v in given.items() if isinstance(v, Tensor) and v.is_floating_point() and v.dim() == 4}
         key = tuple((name, tuple(value.shape[1:])) for name, value in pixels.items())
@@ -197,9 +193,9 @@ class TowerCut:
 
 
 def _with_first_states(output: Any, first: Tensor) -> Any:
-    """The tower's output with the full states entering block 0 among its hidden states.
+    """Replaces the first of the output's hidden states by the full states entering block 0.
 
-    transformers captures them from the first block's arguments, which are cut already.
+    transformers captures it from the first block's arguments, which are cut already.
     """
     hidden = getattr(output, "hidden_states", None)
     if isinstance(hidden, tuple) and hidden and hidden[0] is not None and hidden[0].shape != first.shape:

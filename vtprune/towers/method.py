@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tower method is: before which block it cuts, which patches stay, and what becomes of the others.
+"""The contract of a tower method: the block before which it cuts, the patches it keeps, and states for the others.
 
 A tower method never sees a model. It gets `Patches`, the patches of every picture of one tower call laid out flat, and
-answers with a `TowerChoice`. Class tokens, padding, windows, budgets and ties belong to the engine (`towers.run`).
+returns a `TowerChoice`. Class tokens, padding, windows and budgets are handled by `towers.run`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .pictures import Grid
 
 @dataclass
 class Rebuild:
-    """How the states of dropped patches follow from those of kept ones.
+    """How states of dropped patches are computed from those of kept ones after every block.
 
     Attributes:
         dropped: `[R]` numbers of the patches that are rebuilt, ascending.
-        sources: `[R, k]` numbers of the kept patches that each follows; -1 where it follows fewer than k.
+        sources: `[R, k]` numbers of the kept patches that each is rebuilt from; -1 for fewer than k.
         residual: True adds the mean change of the sources since the cut to the patch's own state at the cut; False
             copies the mean of the sources.
     """
@@ -38,11 +38,11 @@ class Rebuild:
 
 @dataclass
 class TowerChoice:
-    """The answer of a tower method.
+    """The patches that a tower method keeps.
 
     Attributes:
         keep: `[N]` bool, the patches that go through the later blocks.
-        rebuild: What the others are from then on; None holds them at their states at the cut.
+        rebuild: States of the others after the cut; None keeps them at their states at the cut.
     """
 
     keep: Tensor
@@ -53,7 +53,7 @@ class TowerChoice:
 class Patches:
     """The patches of all pictures of one tower call at the cut, flat; class tokens and padding are left out.
 
-    A unit is what is kept or dropped as a whole: the patches that the projector merges into one token, or one patch.
+    A unit is kept or dropped as a whole: the patches that the projector merges into one token, or a single patch.
 
     Attributes:
         states: `[N, D]` states entering the block at the cut.
@@ -61,12 +61,12 @@ class Patches:
         offsets: `[S + 1]` int64 offsets of the pictures, on the host.
         unit: `[N]` int64 unit of each patch; units count through the pictures in order, on the device of `states`.
         unit_offsets: `[S + 1]` offsets of the pictures in units, on the host.
-        budgets: `[S]` units of each picture that stay, None where the method asked for no budget; on the host.
-        grids: For each picture where its patches lie, None where that is not known.
-        pixels: Makes `[N, F]` the pixels of each patch, float32, as the processor normalized them, one of several
+        budgets: `[S]` number of units to keep of each picture, on the host; None if the method has no budget.
+        grids: For each picture, the places of its patches, or None if they are unknown.
+        pixels: Returns the pixels `[N, F]` of each patch, float32, as the processor normalized them, one of several
             equal temporal copies.
-        received: Makes `[N]` float32, the mean attention that each patch receives from its picture in the last block
-            before the cut that sees whole pictures (in the block at the cut where there is none).
+        received: Returns `[N]` float32, the mean attention that each patch receives from its picture in the last block
+            with full attention before the cut (in the block at the cut if there is none).
     """
 
     states: Tensor
@@ -103,18 +103,18 @@ class Patches:
         return top_k(scores, offsets, self.budgets.to(scores.device))[self.unit]
 
     def picture(self) -> Tensor:
-        """`[N]` number of each patch's picture, on the device of `states`."""
+        """Number `[N]` of each patch's picture, on the device of `states`."""
         return group_ids(self.offsets.to(self.states.device), len(self))
 
 
 @dataclass
 class TowerMethod:
-    """Base of the tower methods.
+    """Base of all tower methods.
 
     Attributes:
         keep: Share of the units of every picture that stays, in (0, 1], or a number of units.
         block: The cut is before this block (0-based); None is after a quarter of the blocks.
-        group: Keep or drop the patches that the projector merges into one token together.
+        group: Whether the patches that the projector merges into one token are kept or dropped together.
     """
 
     keep: float | int | None = 0.35
@@ -141,7 +141,7 @@ class TowerMethod:
         """The block before which the method cuts a tower of `count` blocks.
 
         Raises:
-            BudgetError: There is no such block.
+            BudgetError: The tower has no such block.
         """
         block = max(count // 4, self.first_block) if self.block is None else self.block
         if not self.first_block <= block < count:
@@ -152,7 +152,7 @@ class TowerMethod:
         return block
 
     def budgets(self, units: Tensor) -> Tensor | None:
-        """`[S]` units of each picture that stay, from the `[S]` units that it has."""
+        """Number `[S]` of units to keep of each picture, from its number of units `[S]`; None without a budget."""
         if self.keep is None:
             return None
         if isinstance(self.keep, float):
@@ -160,9 +160,9 @@ class TowerMethod:
         return units.clamp(max=min(self.keep, int(units.max()))) if len(units) else units
 
     def choose(self, patches: Patches) -> TowerChoice:
-        """Which patches stay, and how the others are rebuilt."""
+        """Selects the patches that stay, and how the others are rebuilt."""
         return TowerChoice(patches.largest(self.score(patches)))
 
     def score(self, patches: Patches) -> Tensor:
-        """`[N]` scores of patches or `[U]` of units; higher stays."""
+        """Scores `[N]` of patches or `[U]` of units; larger ones stay."""
         raise MethodError(f"{type(self).__name__} defines neither score nor choose; a tower method needs one of them")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a tower's states are patches of which picture, and where in the picture they lie.
+"""Finds the patches of each picture among the rows of a tower's states, and their places in it.
 
-Nothing is known of a tower but what it was called with: a grid is an argument whose products add up to the number of
-patches, pixels are a floating-point argument whose shape fits it.
+The only source is the tower's arguments: a grid is an argument whose products add up to the number of patches; pixels
+are a floating-point argument whose shape fits it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .structure import TowerParts
 
 @dataclass
 class Grid:
-    """Where the patches of one picture or clip lie.
+    """Places of the patches of one picture or clip.
 
     Attributes:
         frames, rows, cols: Patches along each axis.
@@ -36,7 +36,7 @@ class Grid:
     place: Tensor
 
     def cells(self) -> Tensor:
-        """`[C, merge**2]` numbers of the patches of each cell, cells and patches in raster order."""
+        """Numbers `[C, merge**2]` of the patches of each cell, cells and patches in raster order."""
         number = torch.empty_like(self.place)
         number[self.place] = torch.arange(len(self.place))
         m = self.merge
@@ -44,7 +44,7 @@ class Grid:
         return number.transpose(2, 3).reshape(-1, m * m)
 
     def units(self) -> Tensor:
-        """`[C]` unit of each cell: cells in the order in which the tower lists their first patch."""
+        """Unit `[C]` of each cell: units are numbered in the order of their first patch in the tower."""
         return torch.argsort(torch.argsort(self.cells().min(1).values))
 
 
@@ -54,13 +54,13 @@ class Layout:
 
     Attributes:
         batch, length: Shape `[B, L]` of the tower's states; 1 for a packed sequence.
-        rows: `[N]` where each patch is among the `B * L` rows, by picture.
+        rows: `[N]` index of each patch among the `B * L` rows, by picture.
         offsets: `[S + 1]` offsets of the pictures in `rows`.
         fixed: `[B, L]` bool, class and register tokens.
-        grids: For each picture, or None.
+        grids: Grid of each picture, or None if it is unknown.
         unit: `[N]` unit of each patch.
         unit_offsets: `[S + 1]` offsets of the pictures in units.
-        pixels: Makes `[N, F]` the pixels of each patch.
+        pixels: Returns the pixels `[N, F]` of each patch.
     """
 
     batch: int
@@ -87,15 +87,15 @@ def find_pictures(
     """Finds the pictures in the states of a tower call.
 
     Args:
-        parts: Of the tower.
+        parts: Parts of the tower.
         given: The tower's arguments by name.
-        shape: `[B, L]` of the states.
-        offsets: Offsets of what attends to each other in a packed sequence, the coarsest seen; or None.
-        mask: The attention mask that the blocks are given, or None.
-        constant_rows: Makes `[L]` bool, the rows that do not depend on the pixels; asked where there are more rows
-            than patches.
-        group: Whether patches that are merged later make one unit.
-        tables: `[L, ...]` what else the blocks are given for each row, such as rotations.
+        shape: Shape `[B, L]` of the states.
+        offsets: The coarsest offsets of sequences that attend to each other in a packed sequence; or None.
+        mask: The attention mask of the blocks, or None.
+        constant_rows: Returns `[L]` bool, the rows that do not depend on the pixels; called if there are more rows than
+            patches.
+        group: Whether patches that are merged later form one unit.
+        tables: Other arguments `[L, ...]` of the blocks, such as rotations.
     """
     batch, length = shape
     fixed = torch.zeros(shape, dtype=torch.bool)
@@ -135,7 +135,7 @@ def find_pictures(
 
 
 def _numbers(value: Any) -> list[list[int]] | None:
-    """Rows of two or three whole numbers, from a tensor or nested lists."""
+    """Rows of two or three positive integers, from a tensor or nested lists; None for anything else."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.dtype == torch.bool or value.dim() != 2 or not value.numel():
             return None
@@ -151,7 +151,7 @@ def _numbers(value: Any) -> list[list[int]] | None:
 def _sizes(
     given: dict[str, Any], parts: TowerParts, batch: int, length: int, valid: Tensor
 ) -> list[tuple[int, int, int]] | None:
-    """Frames, rows and columns of each picture's patches, from an argument that fits their number."""
+    """Frames, rows and columns of each picture's patches, from an argument whose values fit their number; or None."""
     for value in given.values():
         rows = _numbers(value)
         if rows is None:
@@ -170,7 +170,7 @@ def _sizes(
 def _picture_lengths(
     sizes: list[tuple[int, int, int]] | None, offsets: Tensor | None, mask: Tensor | None, total: int
 ) -> list[int]:
-    """Patches of each picture of a packed sequence."""
+    """Number of patches of each picture in a packed sequence."""
     if sizes is not None:
         return [math.prod(size) for size in sizes]
     if offsets is not None:
@@ -178,7 +178,7 @@ def _picture_lengths(
     if mask is not None and mask.dim() == 4 and mask.shape[-1] == mask.shape[-2] == total:
         seen = _allowed(mask)[0, 0]
         starts = torch.ones(total, dtype=torch.bool, device=seen.device)
-        starts[1:] = (seen[1:] != seen[:-1]).any(1)  # the first patch of a picture sees other patches
+        starts[1:] = (seen[1:] != seen[:-1]).any(1)  # the mask changes at the first patch of a picture
         edges = [*starts.nonzero()[:, 0].tolist(), total]
         return [end - start for start, end in zip(edges[:-1], edges[1:], strict=True)]
     return [total]
@@ -189,7 +189,7 @@ def _allowed(mask: Tensor) -> Tensor:
 
 
 def _valid(mask: Tensor | None, batch: int, length: int) -> Tensor:
-    """`[B, L]` bool on the host, False for padding: rows that no query may see."""
+    """Mask `[B, L]` on the host, False for padding: rows that no query attends to."""
     if mask is None or mask.shape[-1] != length:
         return torch.ones(batch, length, dtype=torch.bool)
     seen = _allowed(mask) if mask.dim() > 2 else mask > 0
@@ -205,11 +205,11 @@ def _merge(parts: TowerParts, counts: list[int]) -> int:
 
 
 def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: TowerParts) -> bool:
-    """Whether a packed picture lists its patches square by square, as processors of merging towers do.
+    """Whether the patches of a packed picture are ordered square by square, as processors of merging towers do.
 
-    The second patch of a square of 2 x 2 is beside the first and the third below it: their rotations differ from that
-    of the first in other places. In raster order both are beside it, and their rotations differ in the same places.
-    Without rotations, a convolution that merges patches tells raster order.
+    In a square of 2 x 2, the second patch is right of the first and the third below it, so their rotations differ from
+    that of the first in different channels; in raster order they differ in the same channels. Without rotations, the
+    order is raster order if a convolution merges patches.
     """
     m = parts.packed_merge
     if m == 1 or size[2] <= m:
@@ -222,7 +222,7 @@ def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: Tow
 
 
 def _grid(size: tuple[int, int, int], merge: int, squares: int) -> Grid:
-    """A picture in raster order, or square by square."""
+    """Grid of a picture in raster order, or square by square."""
     frames, rows, cols = size
     place = torch.arange(frames * rows * cols)
     if squares > 1 and rows % squares == 0 and cols % squares == 0:
@@ -232,7 +232,7 @@ def _grid(size: tuple[int, int, int], merge: int, squares: int) -> Grid:
 
 
 def _coordinates(given: dict[str, Any], batch: int, length: int) -> Tensor | None:
-    """`[B, L, 2]` column and row of each patch, from an argument of this shape; -1 for padding."""
+    """Column and row `[B, L, 2]` of each patch, from an argument of this shape; -1 for padding."""
     for value in given.values():
         if isinstance(value, Tensor) and value.shape == (batch, length, 2) and not value.is_floating_point():
             return value.cpu().long()
@@ -240,7 +240,7 @@ def _coordinates(given: dict[str, Any], batch: int, length: int) -> Tensor | Non
 
 
 def _placed(coordinates: Tensor, merge: int) -> Grid | None:
-    """A picture whose patches say where they are; None where they do not fill a rectangle."""
+    """Grid of a picture from the coordinates of its patches; None if they do not fill a rectangle."""
     cols, rows = (int(n) + 1 for n in coordinates.amax(0))
     place = coordinates[:, 1] * cols + coordinates[:, 0]
     if rows * cols != len(place) or int(coordinates.min()) < 0 or len(place.unique()) != len(place):
@@ -252,7 +252,7 @@ def _placed(coordinates: Tensor, merge: int) -> Grid | None:
 def _square(
     images: Tensor | None, number: int, count: int, fixed: Tensor, merge: int, parts: TowerParts
 ) -> Grid | None:
-    """The grid of a picture that has the tower's states to itself, in raster order."""
+    """Grid, in raster order, of a picture that is alone in its row of the batch; None if its size does not fit."""
     if images is None or len(images) != len(fixed):
         return None
     rows, cols = images.shape[-2] // parts.patch[0], images.shape[-1] // parts.patch[1]
@@ -268,22 +268,22 @@ def _units(grids: list[Grid | None], counts: list[int], consecutive: int) -> tup
     totals: list[int] = []
     for grid, count in zip(grids, counts, strict=True):
         step = consecutive**2 if count % consecutive**2 == 0 else 1
-        mine = torch.arange(count) // step
+        unit = torch.arange(count) // step
         if grid is not None:
-            mine = torch.empty(count, dtype=torch.int64)
-            mine[grid.cells()] = grid.units()[:, None]
-        units.append(mine + sum(totals))
-        totals.append(int(mine.max()) + 1 if count else 0)
+            unit = torch.empty(count, dtype=torch.int64)
+            unit[grid.cells()] = grid.units()[:, None]
+        units.append(unit + sum(totals))
+        totals.append(int(unit.max()) + 1 if count else 0)
     return torch.cat(units), torch.tensor([0, *totals]).cumsum(0)
 
 
 def _permute_windows(layout: Layout, given: dict[str, Any], parts: TowerParts) -> None:
-    """Brings places and units into the order in which a tower with windows lists its patches."""
+    """Reorders places and units in the way a tower with window attention reorders its patches."""
     index = window_order(layout, given, parts)
     if index is None:
         return
     order = index[:, None] * parts.packed_merge**2 + torch.arange(parts.packed_merge**2)
-    order = order.reshape(-1)  # [N] for each patch of the tower its number in the processor's order
+    order = order.reshape(-1)  # [N] number in the processor's order of each patch of the tower
     grids = layout.grids
     counts = layout.offsets.diff().tolist()
     for number, (start, count) in enumerate(zip(layout.offsets[:-1].tolist(), counts, strict=True)):
@@ -296,7 +296,7 @@ def _permute_windows(layout: Layout, given: dict[str, Any], parts: TowerParts) -
 
 
 def window_order(layout: Layout, given: dict[str, Any], parts: TowerParts) -> Tensor | None:
-    """`[N / m**2]` order in which a tower with windows lists its merge squares; None for the processor's order."""
+    """Order `[N / m**2]` of the merge squares in a tower with window attention; None for the processor's order."""
     config = parts.config
     tower: Any = parts.tower
     window = getattr(config, "window_size", None)
@@ -315,7 +315,7 @@ def window_order(layout: Layout, given: dict[str, Any], parts: TowerParts) -> Te
 
 
 def _image_tensor(given: dict[str, Any], batch: int) -> Tensor | None:
-    """`[n, channels, height, width]` pixels among the tower's arguments, or None."""
+    """Pixels `[n, channels, height, width]` among the tower's arguments, or None."""
     for value in given.values():
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4 and value.shape[1] in (1, 3):
             return value
@@ -323,7 +323,7 @@ def _image_tensor(given: dict[str, Any], batch: int) -> Tensor | None:
 
 
 def _packed_pixels(given: dict[str, Any], layout: Layout) -> Tensor | None:
-    """`[N, F]` rows of pixels among the tower's arguments, in the processor's order, or None."""
+    """Pixels `[N, F]` of patches among the tower's arguments, in the processor's order, or None."""
     for value in given.values():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
@@ -347,8 +347,8 @@ def _pixels(layout: Layout, given: dict[str, Any], images: Tensor | None, parts:
     pictures = len(layout.offsets) - 1
     if images is None or len(images) != pictures or any(grid is None for grid in layout.grids):
         raise UnsupportedModelError(
-            f"the pixels of the patches of {type(parts.tower).__name__} are not known: expected an argument with a row "
-            "of pixels for every patch, or pictures of a whole number of patches; choose a tower method that reads "
+            f"the pixels of the patches of {type(parts.tower).__name__} were not found: expected an argument with a "
+            "row of pixels for every patch, or pictures of a whole number of patches; choose a tower method that reads "
             "states, such as vtprune.towers.Change"
         )
     out = []

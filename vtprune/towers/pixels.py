@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches whose pixels a neighbor does not predict."""
+"""Tower method PixelPrune: keeps the patches whose pixels differ from those of a predicting neighbor."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ Distance = Literal["max", "mean", "rms"]
 
 @dataclass
 class Pixels(TowerMethod):
-    """PixelPrune: cells (merge groups) of patches that look like a predicted neighbor go, before the first block.
+    """PixelPrune: drops cells (merge groups) of patches that are similar to a predicting neighbor, before block 0.
 
     Paper: https://arxiv.org/abs/2604.00886. With A the cell to the left, B above and C above left, a cell is predicted
-    by A in the first row, by B in the first column, else by B where C looks like A and not like B, else by A. The first
-    cell stays; any other stays unless its distance to its prediction is at most `tolerance`. A dropped patch is from
-    then on the copy of the patch that represents it: what predicts it, or what that is represented by.
+    by A in the first row, by B in the first column, else by B if C is similar to A and not to B, else by A. The first
+    cell stays; any other stays unless its distance to its predictor is at most `tolerance`. After the cut, a dropped
+    patch is a copy of its representative: its predictor, or the representative of that.
 
-    By default the content decides how many stay. With `keep`, cells are ranked by the distance to their prediction:
-    the first cell, then what the rule keeps, then the rest, each with the largest distance first and ties in raster
-    order.
+    By default the number of kept cells depends on the picture. With `keep`, cells are ranked: the first cell, then the
+    others that the rule keeps, then the rest, each by falling distance to their predictor and ties in raster order.
 
-    Differences from the release: frames of a clip are predicted one by one; `keep`; any tower whose pixels arrive in
+    Differences from the release: frames of a clip are predicted one by one; `keep`; any tower whose pixels come in
     whole patches; a dropped patch has a state again after every block (the release removes it from the prompt too, see
     the decoder method "pixels").
 
     Attributes:
-        keep: None lets the content decide.
-        tolerance: Largest distance at which two cells look alike, on the scale on which pixels run from 0 to 1. 0 is
-            equality. Pictures from JPEG files need 0.02 to 0.05.
+        keep: Share or number of cells to keep; None keeps those that the rule keeps.
+        tolerance: Largest distance at which two cells are similar, for pixels in the range 0 to 1. 0 is equality.
+            Pictures from JPEG files need 0.02 to 0.05.
         distance: Largest, mean absolute or root mean square difference of the pixels.
-        anchored: Compare with neighbors as they are represented, so that errors do not add up along a chain.
+        anchored: Compare with the representatives of neighbors, so that errors do not add up along a chain.
         image_std: Standard deviation by which the processor divided, one or for each channel; matters above 0.
     """
 
@@ -61,7 +60,7 @@ class Pixels(TowerMethod):
             if grid is None:
                 raise UnsupportedModelError(
                     "vtprune.towers.Pixels predicts a patch from its neighbors, and the grid of a picture of "
-                    f"{end - start} patches is not known; choose a tower method that reads states, such as "
+                    f"{end - start} patches is unknown; choose a tower method that reads states, such as "
                     "vtprune.towers.Change"
                 )
             cells = grid.cells()  # [C, m * m]
@@ -74,10 +73,10 @@ class Pixels(TowerMethod):
             stays = new if patches.budgets is None else rank(new, off, int(patches.budgets[number]))
             source = torch.where(stays, torch.arange(len(stays)), source)
             source = _roots(source)
-            mine, copies = torch.empty(end - start, dtype=torch.bool), torch.empty(end - start, dtype=torch.int64)
-            mine[cells] = stays[:, None].expand_as(cells)
+            kept, copies = torch.empty(end - start, dtype=torch.bool), torch.empty(end - start, dtype=torch.int64)
+            kept[cells] = stays[:, None].expand_as(cells)
             copies[cells] = cells[source] + start
-            keep.append(mine)
+            keep.append(kept)
             represented.append(copies)
         stays = torch.cat(keep)
         dropped = (~stays).nonzero()[:, 0]
@@ -86,15 +85,15 @@ class Pixels(TowerMethod):
 
 
 def predict(cells: Tensor, tolerance: float, distance: Distance, anchored: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Compares the cells of one picture with their predictions.
+    """Compares the cells of one picture with their predictors.
 
     Args:
         cells: `[rows, cols, F]` pixels on the scale from 0 to 1.
         tolerance, distance, anchored: See `Pixels`.
 
     Returns:
-        tuple: `[rows, cols]` bool which are new; their distances to their predictions, infinite for the first cell;
-        and for each the raster number of the cell that predicts it (its own for the first).
+        tuple: `[rows, cols]` bool, cells that differ from their predictor; distances to it, infinite for the first
+        cell; and the raster number of the predictor (its own for the first cell).
     """
     if tolerance > 0 and anchored:
         return _predict_anchored(cells, tolerance, distance)
@@ -105,8 +104,8 @@ def predict(cells: Tensor, tolerance: float, distance: Distance, anchored: bool)
     source, off = number.clone(), torch.full((rows, cols), torch.inf, device=cells.device)
     source[:, 1:], off[:, 1:] = number[:, :-1], across
     source[1:, 0], off[1:, 0] = number[:-1, 0], down[:, 0]
-    above_left_is_left = down[:, :-1] <= tolerance  # C looks like A
-    above_left_is_above = across[:-1] <= tolerance  # C looks like B
+    above_left_is_left = down[:, :-1] <= tolerance  # C is similar to A
+    above_left_is_above = across[:-1] <= tolerance  # C is similar to B
     use_above = above_left_is_left & ~above_left_is_above
     source[1:, 1:] = torch.where(use_above, number[:-1, 1:], source[1:, 1:])
     off[1:, 1:] = torch.where(use_above, down[:, 1:], off[1:, 1:])
@@ -121,14 +120,14 @@ def _distance(a: Tensor, b: Tensor, kind: Distance) -> Tensor:
 
 
 def _predict_anchored(cells: Tensor, tolerance: float, kind: Distance) -> tuple[Tensor, Tensor, Tensor]:
-    """The scan in which every cell is compared with its neighbors as they are represented by then.
+    """`predict` with every cell compared to the representatives of its neighbors.
 
-    A cell needs those to the left, above and above left: the cells of an anti-diagonal are independent of each other.
+    A cell depends on those to the left, above and above left, so the cells of an anti-diagonal are independent.
     """
     rows, cols = cells.shape[:2]
     flat = cells.flatten(0, 1)
     source = torch.arange(rows * cols, device=cells.device)
-    stands = source.clone()  # the cell that represents each
+    stands = source.clone()  # the representative of each cell
     off = torch.full((rows * cols,), torch.inf, device=cells.device)
     for diagonal in range(1, rows + cols - 1):
         row = torch.arange(max(0, diagonal - cols + 1), min(diagonal, rows - 1) + 1, device=cells.device)
@@ -150,7 +149,7 @@ def _predict_anchored(cells: Tensor, tolerance: float, kind: Distance) -> tuple[
 
 
 def rank(new: Tensor, off: Tensor, budget: int) -> Tensor:
-    """`[C]` bool, the `budget` cells to keep: new ones first, by falling distance to their prediction, then raster."""
+    """Keep mask `[C]` of `budget` cells: new ones first, by falling distance to their predictor, then raster order."""
     order = torch.sort(off, descending=True, stable=True).indices
     order = torch.cat([order[new[order]], order[~new[order]]])
     keep = torch.zeros_like(new)
@@ -159,7 +158,7 @@ def rank(new: Tensor, off: Tensor, budget: int) -> Tensor:
 
 
 def _roots(source: Tensor) -> Tensor:
-    """Follows each number to the one that stands for itself."""
+    """Follows each number along `source` to one that is its own source."""
     while True:
         further = source[source]
         if torch.equal(further, source):

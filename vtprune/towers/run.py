@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of a vision tower: choose at the cut, hand the later blocks the rows that are left, put them back.
+"""One call of a vision tower: selects patches at the cut, and runs the later blocks on the rows that are left.
 
-Every block still takes and gives the full sequence to the world around it: class tokens, feature layers, DeepStack
-taps, mergers and projectors see the shapes they always see.
+Seen from outside, every block still takes and returns the full sequence, so class tokens, feature layers, DeepStack
+taps, mergers and projectors see the usual shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .structure import TowerParts
 
 @dataclass
 class BlockCall:
-    """What a block was called with."""
+    """A block and its arguments."""
 
     block: nn.Module
     args: tuple
@@ -42,8 +42,8 @@ class RunningTower:
     """State of one call of the tower.
 
     Attributes:
-        parts: Of the tower.
-        method: Chooses the patches; None only counts what the tower does.
+        parts: Parts of the tower.
+        method: Method that selects patches; None only counts the tower's work.
         at: The cut is before this block.
         given: The tower's arguments by name.
         constant_rows: See `find_pictures`.
@@ -54,7 +54,7 @@ class RunningTower:
     at: int
     given: dict[str, Any]
     constant_rows: Any
-    groups: list[Rows] = field(default_factory=list)  # empty where nothing is dropped
+    groups: list[Rows] = field(default_factory=list)  # empty if nothing is dropped
     choice: TowerChoice | None = None
     layout: Layout | None = None
     before: Tensor | None = None  # states entering the block before the cut
@@ -66,19 +66,17 @@ class RunningTower:
     def __post_init__(self) -> None:
         self.work: list[BlockWork] = []
         self._reader: Offsets | None = None
-        self._offsets: Tensor | None = None  # the coarsest seen
-        self._whole: BlockCall | None = None  # the last call before the cut that saw whole pictures
+        self._offsets: Tensor | None = None  # the coarsest so far
+        self._whole: BlockCall | None = None  # the last call before the cut with full attention
         self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
         self._called: tuple[tuple, dict[str, Any]] | None = None
 
-    # --- what the hooks call ------------------------------------------------------------------------------------------
-
     def uncut(self) -> tuple[tuple, dict[str, Any]] | None:
-        """The arguments that the running block was called with, before they were cut; None where they were not."""
+        """The uncut arguments of the block in progress; None if they were not cut."""
         return self._called
 
     def before_block(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Chooses at the cut, and cuts the arguments of the blocks after it."""
+        """Selects patches at the cut, and cuts the arguments of the blocks after it."""
         states, method, self._called = arguments.states_of(args, kwargs), self.method, None
         if method is None:
             self._count(number, states, args, kwargs, [])
@@ -108,12 +106,12 @@ class RunningTower:
         return self._arguments_of(self.groups[0], args, kwargs, full, states.dim() == 2)
 
     def after_block(self, number: int, block: nn.Module, output: Any) -> Any:
-        """Puts the rows that ran back into the full states, and rebuilds the others."""
+        """Writes the rows that ran into the full states, and rebuilds the others."""
         if self.method is None or not self.groups or number < self.at:
             return None
         rows = output[0] if isinstance(output, tuple) else output
         if number < self.at + self.method.stabilize:
-            full = _batched(rows)  # all of it ran; what was dropped is rebuilt all the same
+            full = _batched(rows)  # all rows ran; dropped ones are rebuilt nevertheless
             base = self._held(full)
         else:
             assert self._pending is not None
@@ -129,10 +127,8 @@ class RunningTower:
         whole = base[0] if rows.dim() == 2 else base
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
-    # --- the cut ------------------------------------------------------------------------------------------------------
-
     def _look(self, number: int, call: BlockCall) -> None:
-        """Keeps what the choice may need of the blocks before the cut."""
+        """Keeps the offsets, calls and states of blocks before the cut that the selection may need."""
         assert self._reader is not None
         offsets = self._reader.among(arguments.named(call.block, call.args, call.kwargs))
         coarsest = self._offsets is None or (offsets is not None and len(offsets) <= len(self._offsets))
@@ -186,11 +182,11 @@ class RunningTower:
         self.at_cut = full
 
     def _check(self, keep: Tensor, patches: Patches) -> None:
-        """The answer of a method is for all patches, of whole units, and as many as asked for."""
+        """Raises unless the method's keep mask has all patches, whole units, and as many as the budget."""
         name = type(self.method).__name__
         if keep.shape != (len(patches),) or keep.dtype != torch.bool:
             raise MethodError(
-                f"{name} answered {keep.dtype} of shape {tuple(keep.shape)}; expected bool of [{len(patches)}]"
+                f"{name} returned {keep.dtype} of shape {tuple(keep.shape)}; expected bool of [{len(patches)}]"
             )
         units = torch.zeros(int(patches.unit_offsets[-1]), dtype=torch.int64)
         units.index_add_(0, patches.unit.cpu(), keep.long())
@@ -200,13 +196,13 @@ class RunningTower:
         counts = torch.stack([part.sum() for part in (units > 0).split(patches.unit_offsets.diff().tolist())])
         if patches.budgets is not None and not torch.equal(counts, patches.budgets):
             raise MethodError(
-                f"{name} kept {counts.tolist()} groups of the pictures; the budget is {patches.budgets.tolist()}"
+                f"{name} kept {counts.tolist()} merge groups of the pictures; the budget is {patches.budgets.tolist()}"
             )
         if bool((counts == 0).any()):
             raise MethodError(f"{name} kept no patch of a picture; expected at least one of each")
 
     def _received(self, layout: Layout) -> Tensor:
-        """`[N]` mean attention that patches receive."""
+        """Mean attention `[N]` that patches receive."""
         call = self._whole
         assert call is not None
         values = arguments.named(call.block, call.args, call.kwargs)
@@ -229,8 +225,6 @@ class RunningTower:
         attention = Attention(read.query, read.key, read.scaling, segments, valid, 0)
         return attention.received().flatten()[to_device(layout.rows, full.device)]
 
-    # --- rows ---------------------------------------------------------------------------------------------------------
-
     def _arguments_of(
         self, group: Rows, args: tuple, kwargs: dict, full: Tensor, flat: bool
     ) -> tuple[tuple, dict[str, Any]]:
@@ -238,7 +232,7 @@ class RunningTower:
         return arguments.cut(args, kwargs, group, rows[0] if flat else rows)
 
     def _held(self, full: Tensor) -> Tensor:
-        """All rows at their states at the cut, but those that are kept."""
+        """The states `full` at kept rows, and the states at the cut at all others."""
         assert self.at_cut is not None
         base = self.at_cut
         for group in self.groups:
@@ -246,7 +240,7 @@ class RunningTower:
         return base
 
     def _count(self, number: int, states: Tensor | None, args: tuple, kwargs: dict, groups: list[Rows]) -> None:
-        """Notes what a block works on."""
+        """Records the work of a block."""
         if states is None:
             return
         width = states.shape[-1]
@@ -270,7 +264,7 @@ class RunningTower:
         self.work.append(work)
 
     def record(self) -> TowerRun | None:
-        """The account of this call; None where it ended before the cut."""
+        """The record of this call; None if it ended before the cut."""
         if self.method is None:
             tokens = self.work[0].batch * self.work[0].length if self.work else 0
             return TowerRun("", len(self.parts.blocks), [], [], self.work, self._outside(tokens))
@@ -291,10 +285,10 @@ class _Rebuilt:
 
     Attributes:
         dropped: `[R]` rows that are rebuilt.
-        used: `[K]` rows that they follow.
-        sources: `[R, k]` numbers in `used`; `len(used)` where a patch follows fewer than k.
-        own: `[R, D]` states of the dropped rows at the cut, None where they copy.
-        base: `[K, D]` states of `used` at the cut, None where they copy.
+        used: `[K]` rows that they are rebuilt from.
+        sources: `[R, k]` numbers in `used`; `len(used)` for fewer than k sources.
+        own: `[R, D]` states of the dropped rows at the cut, None if they are copies.
+        base: `[K, D]` states of `used` at the cut, None if they are copied.
     """
 
     dropped: Tensor
@@ -316,7 +310,7 @@ class _Rebuilt:
         return cls(dropped, used, place, own, flat[used] if rebuild.residual else None)
 
     def apply(self, full: Tensor) -> Tensor:
-        """`[B, L, D]` states with the dropped rows made from the kept ones."""
+        """States `[B, L, D]` in which the dropped rows are rebuilt from the kept ones."""
         flat = full.flatten(0, 1)
         now = flat[self.used]
         if self.base is not None:
@@ -332,7 +326,7 @@ def _batched(states: Tensor) -> Tensor:
 
 
 def _groups(layout: Layout, keep: Tensor, shared: bool, device: torch.device, offsets: Offsets) -> list[Rows]:
-    """The rows that run together: entries of the batch that keep equally many."""
+    """Groups of rows that run in one call of a block: entries of the batch that keep the same number of rows."""
     stays = layout.fixed.clone()
     stays.view(-1)[layout.rows[keep]] = True
     counts = stays.sum(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One of every pair of most similar patches goes."""
+"""Tower method that drops one patch of each of the most similar pairs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
 @dataclass
 class Similar(TowerMethod):
-    """Bipartite matching as in token merging: of the most similar pairs one patch goes and copies its partner.
+    """Bipartite matching as in token merging: of the most similar pairs, one patch is dropped and copies the other.
 
-    After https://arxiv.org/abs/2210.09461, without averaging. In every round the units that are left are dealt
-    alternately into two halves; each of the first half finds its partner of largest cosine in the second (ties: the
-    smaller number); the pairs of largest cosine lose their first, as many as the budget asks for. Where more than half
-    must go, further rounds follow among what is left. A dropped patch is from then on the copy of its partner, or of
-    its partner's partner where that went in a later round, at the same place in the merge group.
+    After https://arxiv.org/abs/2210.09461, without averaging. In every round, the remaining units are divided
+    alternately into two halves; each unit of the first half is paired with the unit of largest cosine similarity in the
+    second (ties: the smaller number); of the most similar pairs, the first unit is dropped, as many as the budget
+    requires. If more than half must be dropped, further rounds follow. After the cut, a dropped patch is a copy of its
+    partner (or of that one's partner, if it was dropped in a later round) at the same place in the merge group.
     """
 
     def choose(self, patches: Patches) -> TowerChoice:
@@ -36,14 +36,14 @@ class Similar(TowerMethod):
 
 
 def match(units: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """Rounds of bipartite matching.
+    """Selects units by rounds of bipartite matching.
 
     Args:
-        units: `[U, D]` of length one.
-        budget: How many stay.
+        units: `[U, D]` unit vectors.
+        budget: Number of units that stay.
 
     Returns:
-        tuple: `[U]` bool which stay, and `[U]` which of those each one is a copy of (itself where it stays).
+        tuple: `[U]` bool, the units that stay; and `[U]` the one that each is a copy of (itself if it stays).
     """
     left = torch.arange(len(units), device=units.device)
     copy = left.clone()
@@ -52,19 +52,19 @@ def match(units: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         if not len(second):
             break
         cosine, partner = (units[first] @ units[second].t()).max(1)
-        gone = torch.sort(cosine, descending=True, stable=True).indices[: len(left) - budget]
-        copy[first[gone]] = second[partner[gone]]
+        dropped = torch.sort(cosine, descending=True, stable=True).indices[: len(left) - budget]
+        copy[first[dropped]] = second[partner[dropped]]
         staying = torch.ones(len(units), dtype=torch.bool, device=units.device)
-        staying[first[gone]] = False
+        staying[first[dropped]] = False
         left = left[staying[left]]
-        copy = copy[copy]  # partners that went in this round are followed to theirs
+        copy = copy[copy]  # copies of a unit that was dropped in this round become copies of its partner
     stays = torch.zeros(len(units), dtype=torch.bool, device=units.device)
     stays[left] = True
     return stays, copy
 
 
 def _same_place(patches: Patches, copies: Tensor) -> Tensor:
-    """`[N]` for each patch the one at the same place of the unit that its unit is a copy of."""
+    """For each patch, the patch `[N]` at the same place in the unit that its unit is a copy of."""
     order = torch.sort(patches.unit, stable=True).indices
     sizes = torch.bincount(patches.unit, minlength=len(copies))
     starts = nn.functional.pad(sizes.cumsum(0), (1, 0))

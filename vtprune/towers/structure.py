@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a vision tower that a cut needs, found by structure, and the towers that cannot be cut."""
+"""Finds the parts of a vision tower by structure, and refuses towers that cannot be cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..report.tower import weights_per_token
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 _OWN_DISTANCES = re.compile("rel_pos|relative_position")
-# How configs call the side of the square of patches that becomes one projected token ...
+# Names in configs for the side of the square of patches that becomes one projected token ...
 _MERGES = (
     "spatial_merge_size",
     "merge_size",
@@ -26,22 +26,22 @@ _MERGES = (
     "pooling_kernel_size",
     "hidden_stride",
 )
-_RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")  # ... or one over it
+_RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")  # ... and for its inverse
 
 
 @dataclass(eq=False)
 class TowerParts:
-    """What a cut needs to know of a tower.
+    """The parts and sizes of a vision tower that a cut needs.
 
     Attributes:
-        tower: The vision tower, as the anatomy found it.
+        tower: The vision tower.
         blocks: Its blocks, in order.
-        config: The tower's config, or the composite's where it has none.
-        merge: Side of the square of patches that the projector merges into one token; 1 where it merges none.
-        packed_merge: Side of the squares in whose order a packed sequence lists its patches; 1 is raster order.
-        tokens: Projected tokens per picture where the config fixes them instead of a merge size, else None.
+        config: The tower's config, or the composite's if it has none.
+        merge: Side of the square of patches that the projector merges into one token; 1 if it does not merge.
+        packed_merge: Side of the squares by which patches are ordered in a packed sequence; 1 for raster order.
+        tokens: Projected tokens per picture if the config fixes them instead of a merge size, else None.
         patch: Height and width of a patch in pixels.
-        weights: Multiply-adds of one token in the matrices of each block.
+        weights: Multiply-adds of one token in the weight matrices of each block.
         embedding_weights: Multiply-adds of one patch in the patch embedding.
         merger_weights: Multiply-adds of one merged token in the rest of the tower outside its blocks.
         merges_by_convolution: Whether a convolution of the tower merges patches, which needs them in raster order.
@@ -109,22 +109,22 @@ def _find_blocks(tower: nn.Module) -> nn.ModuleList:
     inner = [path for path, _ in lists if any(path.startswith(other + ".") for other, _ in lists if other != path)]
     if inner:
         raise UnsupportedModelError(
-            f"the vision tower {name} cannot be cut: its blocks come in stages ({inner[0]}) with pooling or shifted "
-            "windows between them, so patches are not the same rows throughout; patch without tower="
+            f"the vision tower {name} cannot be cut: its blocks are in stages ({inner[0]}) with pooling or shifted "
+            "windows between them, so a patch is not the same row in all blocks; patch without tower="
         )
     if len(lists) > 1:
         raise UnsupportedModelError(
-            f"the vision tower {name} cannot be cut: it is {len(lists)} towers one after another "
-            f"({', '.join(path for path, _ in lists)}), and which patches of one are which of the next is not known; "
-            "patch without tower="
+            f"the vision tower {name} cannot be cut: it consists of {len(lists)} towers "
+            f"({', '.join(path for path, _ in lists)}), and the mapping of patches between them is unknown; patch "
+            "without tower="
         )
     path, blocks = lists[0]
     others = [block for block in blocks if not _attends(block)]
     if others:
         raise UnsupportedModelError(
-            f"the vision tower {name} cannot be cut: {len(others)} of its {len(blocks)} blocks mix patches by "
-            f"something else than attention ({', '.join(n for n, _ in others[0].named_children())}), which needs all "
-            "of them; patch without tower="
+            f"the vision tower {name} cannot be cut: {len(others)} of its {len(blocks)} blocks have no attention "
+            f"({', '.join(n for n, _ in others[0].named_children())}) and may mix patches in a way that needs all of "
+            "them; patch without tower="
         )
     for child, module in blocks.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and any(k > 1 for k in module.kernel_size):
@@ -135,14 +135,14 @@ def _find_blocks(tower: nn.Module) -> nn.ModuleList:
     for child, _ in blocks.named_parameters():
         if _OWN_DISTANCES.search(child):
             raise UnsupportedModelError(
-                f"the vision tower {name} cannot be cut: its blocks count distances between patches on the full grid "
+                f"the vision tower {name} cannot be cut: its blocks use relative positions on the full grid of patches "
                 f"({path}.{child}); patch without tower="
             )
     return blocks
 
 
 def _refuse_second_tower(anatomy: Anatomy) -> None:
-    """A model with a tower for pictures and one for clips, or one for each resolution."""
+    """Refuses models with several towers, such as one for pictures and one for clips, or one for each resolution."""
     known = set(anatomy.vision_tower.modules()) | set(anatomy.decoder.modules())
     for name, module in anatomy.composite.named_modules():
         if module in known or any(m in known for m in module.modules()) or not hasattr(module, "post_init"):
@@ -150,8 +150,8 @@ def _refuse_second_tower(anatomy: Anatomy) -> None:
         takes = "pixel" in str(getattr(module, "main_input_name", ""))
         if takes and any(isinstance(m, nn.ModuleList) and len(m) > 1 and _attends(m) for m in module.modules()):
             raise UnsupportedModelError(
-                f"{type(anatomy.composite).__name__} has a second vision tower ({name}) beside "
-                f"{type(anatomy.vision_tower).__name__}; tower= cuts models with one; patch without tower="
+                f"{type(anatomy.composite).__name__} has a second vision tower ({name}) besides "
+                f"{type(anatomy.vision_tower).__name__}; tower= supports models with one; patch without tower="
             )
 
 
