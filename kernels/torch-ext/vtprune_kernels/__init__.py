@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for choosing visual tokens: tensors in, row numbers out. They know nothing of models.
+"""Tensor operations for selecting visual tokens, independent of any model.
 
-Every operation is a folder: `naive.py` is its specification, `vectorized.py` the PyTorch path.
+Every operation is a folder: `naive.py` is its specification, `vectorized.py` the PyTorch and `triton.py` the GPU path.
 """
 
 from __future__ import annotations

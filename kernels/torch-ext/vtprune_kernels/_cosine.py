@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cosines between rows, block by block, without a normalized copy of the rows."""
+"""Cosine similarities of rows, computed in blocks without a normalized copy of the rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ._ragged import self_cosine, unit_rows
 
 
 class Cosine:
-    """Products of rows scaled by their inverse lengths; rows that are zero or not finite count as zero.
+    """Cosine similarities of the rows of a matrix; rows that are zero or not finite count as zero.
 
     Args:
         features: `[n, D]`, any float dtype.
         weights: `[n]` factors on the rows, or None; those that are not finite count as zero.
 
     Attributes:
-        squares: `[n]` products of the rows with themselves, without rounding where a row is neither zero nor tiny.
+        squares: `[n]` similarity of each row to itself; exact unless a row is zero or tiny.
     """
 
     def __init__(self, features: Tensor, weights: Tensor | None = None, eps: float = 1e-6) -> None:
@@ -39,34 +39,34 @@ class Cosine:
         return len(self.rows)
 
     def __call__(self, rows: Tensor | slice, columns: Tensor | None = None) -> Tensor:
-        """`[R, C]` products of `rows` with `columns`, with all rows by default."""
+        """Similarities `[R, C]` of `rows` and `columns`, by default all rows."""
         return self.between(rows, self if columns is None else self.subset(columns))
 
     def between(self, rows: Tensor | slice, others: Cosine) -> Tensor:
-        """`[R, m]` products of `rows` with all rows of `others`."""
+        """Similarities `[R, m]` of `rows` and all rows of `others`."""
         return (self.rows[rows] @ others.rows.T).float().mul_(self.factor[rows, None]).mul_(others.factor)
 
     def pairs(self, others: Tensor) -> Tensor:
-        """`[n]` products of every row with the one whose number stands beside it in `others`."""
+        """Similarity `[n]` of every row `i` and row `others[i]`."""
         pieces = zip(self.rows.split(64), others.split(64), strict=True)  # few enough to stay in the processor's cache
-        products = [self.rows[beside].mul_(rows).sum(1) for rows, beside in pieces]
+        products = [self.rows[numbers].mul_(rows).sum(1) for rows, numbers in pieces]
         return torch.cat(products).mul_(self.factor).mul_(self.factor[others])
 
     def rounded(self, dtype: torch.dtype) -> Cosine:
-        """One whose products are those of rounded rows, themselves rounded; rows given in `dtype` are not copied."""
+        """Copy that computes in `dtype`, from rows rounded to it; rows given in `dtype` are not copied."""
         part = copy(self)
         part.rows = part.given = self.given.to(dtype)
         return part
 
     def subset(self, rows: Tensor | slice) -> Cosine:
-        """One that holds `rows` only, a view for a slice."""
+        """Copy with the given rows only; a view for a slice."""
         part = copy(self)
         part.rows, part.factor = self.rows[rows], self.factor[rows]
         part.given = part.rows
         return part
 
     def nearby(self, width: int) -> Tensor:
-        """`[n // width, width, width]` products inside consecutive blocks of `width` rows; the rest is left out."""
+        """Similarities `[n // width, width, width]` within consecutive blocks of `width` rows; the rest is left out."""
         whole = len(self) - len(self) % width
         blocks, factor = self.rows[:whole].unflatten(0, (-1, width)), self.factor[:whole].unflatten(0, (-1, width))
         return (blocks @ blocks.mT).float().mul_(factor[:, :, None]).mul_(factor[:, None])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which source runs on which device."""
+"""Dispatch of operations to PyTorch or Triton, by device."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def _installed() -> bool:
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether the Triton source runs; elsewhere, or where Triton is not installed, the PyTorch path does."""
+    """Whether the Triton path is used: the tensor is on a GPU and Triton is installed."""
     return tensor.device.type in _DEVICES and _installed()
 
 
 def triton_source(operation: str) -> Callable[..., Any]:
-    """The Triton source of an operation, imported when it is first needed.
+    """The Triton path of an operation, imported when it is first needed.
 
-    Triton launches on the current device; the operation makes that of its first tensor current while it runs.
+    Triton launches on the current device, so the device of the first tensor is made current during the call.
     """
     run = getattr(importlib.import_module(f".{operation}.triton", __package__), operation)
 
-    def there(*arguments: Any, **options: Any) -> Any:
+    def run_on_device(*arguments: Any, **options: Any) -> Any:
         device = next(value.device for value in arguments if isinstance(value, Tensor))
         with torch.accelerator.device_index(device.index):
             return run(*arguments, **options)
 
-    return there
+    return run_on_device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ragged batch: flat rows, `offsets` `[S + 1]` with the offsets of the groups, `budgets` `[S]`."""
+"""Helpers for ragged batches: flat rows, `offsets` `[S + 1]` of the groups, `budgets` `[S]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def groups(offsets: Tensor, budgets: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Yields `(start, stop, count)` of every group; a budget above the group's length means the whole group."""
+    """Yields `(start, stop, count)` of every group; `count` is the budget, at most the group's length."""
     bounds = offsets.tolist()
     for start, stop, budget in zip(bounds[:-1], bounds[1:], budgets.tolist(), strict=True):
         yield start, stop, max(0, min(int(budget), stop - start))
@@ -25,12 +25,12 @@ def spans(offsets: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def on(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on a device; a copy from the host does not wait for it (memory that is not pinned is staged first)."""
+    """Copies `tensor` to a device; copies from the host do not wait (memory that is not pinned is staged first)."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def segment_maximum(values: Tensor, offsets: Tensor) -> Tensor:
-    """`[M]` the largest of `values` `[M]` in the group of each row."""
+    """For each row, the largest of `values` `[M]` in its group: `[M]`."""
     owner = torch.searchsorted(offsets[1:], torch.arange(len(values), device=offsets.device), right=True)
     owner = owner.to(values.device)
     largest = values.new_full((len(offsets),), -torch.inf)
@@ -38,14 +38,14 @@ def segment_maximum(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def output_columns(budgets: Tensor, max_budget: int | None) -> int:
-    """Columns of a result; budgets on a device are read once where no max_budget is given, and that waits for it."""
+    """Width of a result: `max_budget`, or else the largest budget, whose reading synchronizes with its device."""
     if max_budget is not None:
         return max_budget
     return max(0, int(budgets.max())) if len(budgets) else 0
 
 
 def longest_group(offsets: Tensor, total: int, max_length: int | None) -> int:
-    """Rows of the longest group; offsets on a device are read once where it is not given, and that waits for it."""
+    """Length of the longest group: `max_length`, or else read from `offsets`, which synchronizes with their device."""
     if max_length is not None:
         return min(max_length, total)
     return total if len(offsets) < 3 else int(offsets.diff().max())
@@ -54,29 +54,29 @@ def longest_group(offsets: Tensor, total: int, max_length: int | None) -> int:
 def plan(
     offsets: Tensor, budgets: Tensor, total: int, device: torch.device, max_budget: int | None, max_length: int | None
 ) -> tuple[Tensor, Tensor, int, int]:
-    """Offsets, rows to choose of each group, `max_budget` and `max_length`, as GPU kernels need them."""
+    """Offsets, number of rows to select from each group, `max_budget` and `max_length`, as GPU kernels need them."""
     max_length, max_budget = longest_group(offsets, total, max_length), output_columns(budgets, max_budget)
     offsets = on(offsets, device)
     return offsets, torch.minimum(on(budgets, device), offsets.diff()), max_budget, max_length
 
 
 def empty_order(budgets: Tensor, device: torch.device, max_budget: int | None = None) -> Tensor:
-    """`[S, max_budget]` int64, filled with the padding -1."""
+    """Result `[S, max_budget]` int64, filled with the padding -1."""
     return torch.full((len(budgets), output_columns(budgets, max_budget)), -1, dtype=torch.int64, device=device)
 
 
 def finite(scores: Tensor) -> Tensor:
-    """Float32 scores that stay above the minus infinity of rows already chosen: NaN and -inf become the lowest."""
+    """Scores as finite float32, above the minus infinity of selected rows: NaN and -inf become the lowest number."""
     return torch.nan_to_num(scores.float(), nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
 
 
 def self_cosine(length: Tensor, eps: float = 1e-6) -> Tensor:
-    """Cosine of each row with itself, from its length: 1 without rounding, 0 for rows that are zero or not finite."""
+    """Cosine of each row with itself, from its length: exactly 1, or 0 for rows that are zero or not finite."""
     return torch.where(torch.isfinite(length), (length / eps).clamp_max(1), 0.0).square()
 
 
 def unit_rows(rows: Tensor, eps: float = 1e-6) -> Tensor:
-    """Rows of length 1 in float32 along the last dimension; rows that are zero or not finite become zero."""
+    """Normalizes rows along the last dimension, in float32; rows that are zero or not finite become zero."""
     rows = rows.float()
     unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(eps)
     return torch.nan_to_num(unit, nan=0.0, posinf=0.0, neginf=0.0)

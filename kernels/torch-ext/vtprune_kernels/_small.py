@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which groups are small enough that all pairs at once cost less than lazy evaluation, on a CPU."""
+"""Sizes of groups for which a matrix of all pairs is faster than lazy evaluation on a CPU."""
 
 from __future__ import annotations
 
 _ALWAYS, _LARGEST = 192, 1024
-# Multiplications of the matrix of all pairs that a pick by lazy evaluation costs as much as, in the median of
-# `benchmarks/small_pools.py`; the first pick of the farthest-point choice alone costs as much as the second number.
+# Cost of a pick by lazy evaluation, in multiplications of the matrix of all pairs (medians of
+# `benchmarks/small_pools.py`); and the cost of the first pick of farthest-point selection.
 _A_PICK, _A_FIRST_PICK = 2_500_000, 2_500_000_000
 
 
@@ -13,9 +13,9 @@ def is_small(rows: int, width: int, picks: int) -> bool:
     """Whether the products of all pairs of rows cost no more than `picks` picks by lazy evaluation.
 
     Args:
-        rows: Rows of the group.
-        width: Multiplications for a pair of rows.
-        picks: Rows to choose.
+        rows: Number of rows in the group.
+        width: Number of multiplications for a pair of rows.
+        picks: Number of rows to select.
     """
     return rows <= _ALWAYS or (rows <= _LARGEST and rows * rows * width <= _A_PICK * picks)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton sources share: blocks of a ragged batch, and choices that do not depend on the order of execution."""
+"""Shared parts of the Triton kernels: blocks of a ragged batch, and keys for selection in any execution order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The interpreter's matrix product takes the bits of bfloat16 for integers: there it is widened first.
+# The interpreter's matrix product treats the bits of bfloat16 as integers, so inputs are widened there.
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -20,12 +20,12 @@ def power_of_two(number: int, least: int = 16) -> int:
 
 
 def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
-    """Splits the groups into blocks of `size` rows, without asking the device how long they are.
+    """Splits the groups into blocks of `size` rows, without reading their lengths from the device.
 
     Returns:
         tuple[Tensor, Tensor]: `[P]` group of each block (the number of groups for surplus ones), `[P]` its first row.
     """
-    if len(offsets) == 2:  # the usual case, in few launches
+    if len(offsets) == 2:  # a single group, in few launches
         first = offsets[0] + torch.arange(0, total, size, device=offsets.device)
         return torch.zeros_like(first), first
     count = -(-offsets.diff() // size)
@@ -38,14 +38,14 @@ def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def ordered(value):
-    """int32 that orders as the float32 numbers do."""
+    """int32 with the same order as the float32 values."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def rank_key(value, row):
-    """int64 that orders by value first (NaN lowest of all numbers) and by smaller row among equals."""
+    """int64 that orders by value (NaN is the lowest), then by falling row number."""
     lowest: tl.constexpr = -3.4028234663852886e38
     value = tl.where(value == value, tl.minimum(tl.maximum(value, lowest), -lowest), lowest)
     value = tl.where(value == 0, 0.0, value)  # minus zero equals zero

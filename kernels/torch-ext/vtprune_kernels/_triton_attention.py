@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention logits on a GPU that are reduced as they are made: by query row, by key, or not at all.
+"""Attention logits on a GPU, reduced over queries or over keys as they are computed, or written out.
 
-Query rows of one KV group lie behind each other as (row, head) pairs, so that grouped heads fill a tile together.
+Query rows of one KV group are ordered as (row, head) pairs, so that grouped heads share a tile.
 Products of half-precision inputs are exact in float32; float32 inputs are multiplied in full precision, never in TF32.
 """
 
@@ -66,7 +66,7 @@ def _logits(
     query_row, query_head, query_column, key_row, key_group, key_column,
     PER_GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """`[Q, K]` logits of (row, head) pairs with key rows; minus infinity where a row may not see a key."""
+    """Logits `[Q, K]` of (row, head) pairs and keys; minus infinity for masked keys."""
     column = tl.arange(0, SIZE_BLOCK)
     at = pairs // PER_GROUP
     head = group * PER_GROUP + pairs % PER_GROUP
@@ -94,7 +94,7 @@ def _normalize(
     CHOSEN: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of every (row, head) over the keys that it sees, or over those of them that are `chosen`."""
+    """Log-sum-exp of every (row, head) over its visible keys, or over those of them marked in `chosen`."""
     sample, group = tl.load(owner + tl.program_id(0)), tl.program_id(1)
     if sample >= samples:
         return
@@ -129,7 +129,7 @@ def _reduce(
     KIND: tl.constexpr, VALUE: tl.constexpr, VALUE_BLOCK: tl.constexpr, PER_GROUP: tl.constexpr, SIZE: tl.constexpr,
     SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Joins a block of columns over the (row, head) pairs of one KV group.
+    """Reduces a block of columns over the (row, head) pairs of one KV group.
 
     `KIND` "attention": weighted sum of the attention; "sum": log of the sum of (attention |v|)^power; "max": log of the
     largest attention |v|.
@@ -186,7 +186,7 @@ def _write(
     PER_GROUP: tl.constexpr, SIZE: tl.constexpr, SIZE_BLOCK: tl.constexpr, CAP: tl.constexpr, Q: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """Writes the attention of a block of (row, head) pairs to a block of their keys."""
+    """Writes the attention of a block of (row, head) pairs over a block of their keys."""
     sample, group = tl.load(owner + tl.program_id(0)), tl.program_id(1)
     if sample >= samples:
         return
@@ -207,7 +207,7 @@ def _write(
 
 
 def normalizers(rows: Rows, chosen: Tensor | None = None) -> Tensor:
-    """`[R, H]` log-sum-exp of the logits over the visible keys, or over those of them that are `chosen` `[C]` uint8."""
+    """Log-sum-exp `[R, H]` of the logits over the visible keys, or over those marked in `chosen` `[C]` uint8."""
     (count, heads, _), groups = rows.queries.shape, rows.keys.shape[1]
     tile = rows.tile
     pairs = rows.query_offsets * (heads // groups)
@@ -231,7 +231,7 @@ def reduce_columns(
     weights: Tensor | None = None,
     power: float = 1.0,
 ) -> Tensor:
-    """`[G, M]` one number per KV group and column: see `_reduce`."""
+    """Reduction `[G, M]` per KV group and column, see `_reduce`."""
     tile, groups = rows.tile, rows.keys.shape[1]
     values = rows.keys if values is None else values
     owner, first = blocks(column_offsets, len(columns), int(tile["K"]))
@@ -247,7 +247,7 @@ def reduce_columns(
 
 
 def write_rows(rows: Rows, normalizer: Tensor, max_length: int) -> Tensor:
-    """`[H, R, max_length]` attention, zero beyond a sample's keys."""
+    """Attention `[H, R, max_length]`, zero beyond a sample's keys."""
     (count, heads, _), groups, tile = rows.queries.shape, rows.keys.shape[1], rows.tile
     owner, first = blocks(rows.query_offsets * (heads // groups), count * (heads // groups), int(tile["Q"]))
     result = torch.zeros(heads, count, max_length, device=rows.keys.device)

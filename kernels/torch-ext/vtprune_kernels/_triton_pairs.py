@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the rows of a group with each other, in tiles on the matrix cores of a GPU.
+"""Products of all pairs of rows of a group, in tiles on the matrix cores of a GPU.
 
-A sequential rule asks for the products of one row at a time. Where the matrix of all pairs of a group fits into
-`MATRIX_BYTES`, it is made at once, and one program makes all picks of the group from it: reading one line of the
-matrix costs a few kilobytes from the cache, not all features, and no pick costs a launch.
+A sequential rule needs the products of one row at a time. If the matrix of all pairs of a group fits into
+`MATRIX_BYTES`, it is computed first, and one program makes all picks of the group from it: a pick then reads one line
+of the matrix, a few kilobytes from the cache, instead of all features, and needs no launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._triton import WIDEN
 
-MATRIX_BYTES = 60_000_000  # of the 64 MB that an operation may take beside its inputs
+MATRIX_BYTES = 60_000_000  # of the 64 MB that an operation may allocate
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -58,7 +58,7 @@ def _pairs(
             mirror = matrix + theirs[:, None] * side + mine[None, :]
             tl.store(mirror, tl.trans(total), mask=known[:, None] & inside[None, :])
     if NEAREST:
-        # Not negative, so that their bits order them.
+        # Clamped at 0, because only the bits of non-negative floats compare like integers.
         distance = tl.where(both & (mine[:, None] != theirs[None, :]), tl.maximum(1 - total, 0.0), float("inf"))
         tl.atomic_min(nearest + start + mine, tl.min(distance, 1).to(tl.int32, bitcast=True), mask=inside)
         if upper < lower:
@@ -85,16 +85,16 @@ def pairs(
     matrix: Tensor | None,
     nearest: Tensor | None,
 ) -> None:
-    """Makes the products `factor_i factor_j <x_i, x_j>` of all pairs of rows that share a group.
+    """Computes the products `factor_i factor_j <x_i, x_j>` of all pairs of rows in the same group.
 
     Args:
         features: `[M, D]` float; products of half-precision rows are summed in float32.
-        factor: `[M]` float32; where it is 0, products are 0 whatever the row holds.
+        factor: `[M]` float32; products with a factor of 0 are 0, even if the row is not finite.
         offsets: `[S + 1]` int64 offsets of the groups, on the device.
-        max_length: Rows of the longest group, or more.
-        first, groups: The first group and the number of those that are meant.
-        matrix: `[groups, side, side]` float32 that takes the products; beyond a group's rows it is not written.
-        nearest: `[M]` float32, infinite at first, that takes `1 - product` with the nearest other row, 0 at least.
+        max_length: Length of the longest group, or more.
+        first, groups: The first group, and the number of groups.
+        matrix: `[groups, side, side]` float32 output of the products; not written beyond a group's rows.
+        nearest: `[M]` float32 output, infinite at first, of `1 - product` with the nearest other row, at least 0.
     """
     half = features.element_size() == 2
     tile, block = (128, 64) if half else (64, 32)

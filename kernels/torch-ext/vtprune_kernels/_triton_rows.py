@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of one row with a block of rows, and the lengths that turn them into cosines, on a GPU."""
+"""Products of one row with a block of rows, and lengths of rows, on a GPU."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _lengths(
 
 
 def lengths(features: Tensor) -> Tensor:
-    """`[M]` float32 lengths of the rows `[M, D]`, not finite where a row is not."""
+    """Lengths `[M]` float32 of the rows `[M, D]`; not finite for rows that are not."""
     result = torch.empty(len(features), device=features.device)
     if len(features):
         _lengths[(-(-len(features) // ROWS),)](
@@ -64,6 +64,6 @@ def factors(length: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def decode(best: Tensor, offsets: Tensor, limit: Tensor) -> Tensor:
-    """`[S, max_budget]` row numbers from the keys of `rank_key`, -1 beyond each group's `limit`."""
+    """Row numbers `[S, max_budget]` from keys of `rank_key`, -1 beyond each group's `limit`."""
     rows = offsets[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
     return torch.where(torch.arange(best.shape[1], device=best.device) < limit[:, None], rows, -1)

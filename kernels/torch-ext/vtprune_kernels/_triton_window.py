@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a few promising rows with all others, made ahead of the picks of a long group on a GPU.
+"""Products of the most promising rows with all others, computed ahead of the picks of a long group on a GPU.
 
-A sequential rule over a group that is too long for a matrix of all pairs would read all features at every pick. Values
-only fall, though, so the next picks are mostly among the rows that are worth most now: their products with all rows are
-made together, on the matrix cores, in one pass over the features. A pick outside this window reads the features itself
-and asks for a new one. The device alone decides about that: launches that are not needed end at once.
+A sequential rule over a group that is too long for a matrix of all pairs would read all features at every pick. Since
+values never rise, the next picks are mostly among the rows with the largest values now: the products of this window
+with all rows are computed together, on the matrix cores, in one pass over the features. A pick outside the window reads
+the features itself and requests a new window. The host does not read these requests: unneeded launches return at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ._triton import WIDEN, ordered
 
 WINDOW_BYTES = 32_000_000
-EVERY = 8  # picks between two looks at whether a new window is needed
+EVERY = 8  # picks between two checks whether a new window is needed
 _SCAN, _LINES, _TILE = 4096, 64, 128
 
 
@@ -25,7 +25,7 @@ _SCAN, _LINES, _TILE = 4096, 64, 128
 def _select(
     values, offsets, limit, missed, fresh, taken, rows, slots, step, side, SCAN: tl.constexpr
 ):  # fmt: skip
-    """Puts about the `side` largest values of a group into its window, if a pick was outside the last one."""
+    """Fills a group's window with about the `side` largest values, if a pick was outside the last window."""
     group = tl.program_id(0)
     wanted = (tl.load(missed + group) != 0) & (step < tl.load(limit + group))
     tl.store(fresh + group, wanted.to(tl.int32))
@@ -71,7 +71,7 @@ def _products(
 ):  # fmt: skip
     """One tile of the scaled products of a window's rows with all rows of the group.
 
-    With `EXPLAINED`, what the first `taken` rows of a Cholesky factor `[K, M]` explain is taken out.
+    With `EXPLAINED`, the contribution of the first `taken` rows of a Cholesky factor `[K, M]` is subtracted.
     """
     group = tl.program_id(2)
     if tl.load(fresh + group) == 0:
@@ -113,20 +113,20 @@ def _products(
 
 
 class Window:
-    """Promising rows of every group, and their products with all rows.
+    """The most promising rows of every group, and their products with all rows.
 
     Args:
         features: `[M, D]`.
-        factor: `[M]` float32 on the rows.
-        offsets, limit: `[S + 1]` offsets, `[S]` rows to choose.
-        max_length: Rows of the longest group, or more.
+        factor: `[M]` float32 factors on the rows.
+        offsets, limit: `[S + 1]` offsets, and `[S]` number of rows to select.
+        max_length: Length of the longest group, or more.
 
     Attributes:
-        slots: `[M]` int32 place of each row in its group's window, -1 outside.
-        missed: `[S]` int32, not zero where a pick was outside the window: who picks writes it.
-        taken: `[S]` int32 rows of the Cholesky factor that are taken out of the products.
+        slots: `[M]` int32 slot of each row in its group's window, -1 outside.
+        missed: `[S]` int32, set by the picking kernel to a non-zero value after a pick outside the window.
+        taken: `[S]` int32 number of rows of the Cholesky factor that are subtracted from the products.
         lines: `[S, side, max_length]` float32 products.
-        side: Rows of a window; with 0 there is none, and every pick is outside.
+        side: Number of rows in a window; with 0 there is none, and every pick is outside.
     """
 
     def __init__(self, features: Tensor, factor: Tensor, offsets: Tensor, limit: Tensor, max_length: int) -> None:
@@ -139,12 +139,12 @@ class Window:
         self.lines = torch.empty(groups, self.side, max_length, device=device)
 
     def renew(self, values: Tensor, step: int, cholesky: Tensor | None = None) -> None:
-        """Looks before pick `step` is made whether new windows are needed, and makes them.
+        """Makes new windows before pick `step`, for groups that need one.
 
         Args:
-            values: `[M]` float32 what each row is worth; minus infinity for chosen rows.
+            values: `[M]` float32 value of each row; minus infinity for selected rows.
             step: Number of the pick.
-            cholesky: `[K, M]` float32 rows of a Cholesky factor, of which the first `step - 1` are taken out.
+            cholesky: `[K, M]` float32 rows of a Cholesky factor, of which the first `step - 1` are subtracted.
         """
         if step % EVERY or self.side == 0:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few query rows over all their keys, without an attention map of the layer."""
+"""Attention of a few query rows over all their keys, without the attention map of the layer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ def attention_rows(
         keys: `[C, G, dh]`, keys of all samples, not repeated for grouped heads.
         query_offsets: `[S + 1]` offsets of the samples' rows.
         key_offsets: `[S + 1]` offsets of the samples' keys.
-        query_order: `[R]` place of each row among its sample's keys: it sees keys `0..query_order`.
+        query_order: `[R]` index of each row among its sample's keys: it attends to keys `0..query_order`.
         scaling: Factor on the dot product.
         softcap: Tanh cap on the logits.
         reduce: `"mean"` over heads and rows of the sample; `"heads"` over heads only; `"none"`.
-        weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask chooses rows); they are divided by their
-            sum per sample. Used by `"mean"` only.
-        max_length: `L` below, or more; by default it is read from `key_offsets`, which waits for the device if they are
-            on one.
+        weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask selects rows), normalized to sum 1 per
+            sample. Used by `"mean"` only.
+        max_length: `L` below, or more; by default it is read from `key_offsets`, which synchronizes with their device.
 
     Returns:
         Tensor: float32. `"mean"`: `[C]`, zero for samples without rows; `"heads"`: `[R, L]` and `"none"`: `[H, R, L]`,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few query rows in matrix products, a block of rows at a time."""
+"""Attention of a few query rows as matrix products over blocks of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._ragged import spans
 
-_BLOCK = 1 << 22  # attention values alive at once
+_BLOCK = 1 << 22  # attention values in memory at a time
 
 
 def attention_rows(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering the surviving columns: the specification."""
+"""Gathering of kept columns: the specification."""
 
 from __future__ import annotations
 

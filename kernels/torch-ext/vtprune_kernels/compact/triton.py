@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering the surviving columns of several tensors on a GPU, all in one launch."""
+"""Gathering of kept columns of several tensors on a GPU, in one launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _gather(
     sources, results, index, kept, index_batch, index_column, batches, columns, outers, inners, sizes, lengths,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies one surviving column of every tensor; its inner dimensions are flattened to two, `[outer, inner]`."""
+    """Copies one kept column of every tensor; its inner dimensions are flattened to two, `[outer, inner]`."""
     place = tl.program_id(0)
     batch, slot = place // kept, place % kept
     column = tl.load(index + batch.to(tl.int64) * index_batch + slot.to(tl.int64) * index_column)
@@ -35,7 +35,7 @@ def _gather(
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """The same bits as numbers that Triton knows: it has neither bools nor complex numbers."""
+    """Views a tensor as integers of the same size, because Triton has no bool and complex dtypes."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.view(_INTEGERS[tensor.element_size()])
@@ -52,7 +52,7 @@ def compact(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         source, flat = _as_integers(tensor), _as_integers(result)
         source = source.reshape(*source.shape[:2], *([1] * (4 - source.dim())), *source.shape[2:])
         if source.dim() > 4:
-            source = source.flatten(2, -2)  # a view wherever these dimensions lie behind each other
+            source = source.flatten(2, -2)  # a view if these dimensions are contiguous
         outer, inner = source.shape[2:]
         todo.append((source, flat, *source.stride(), outer * inner, inner))
     for start in range(0, len(todo), _TOGETHER):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering the surviving columns of several tensors."""
+"""Gathering of kept columns of several tensors in PyTorch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 def compact(tensors: Sequence[Tensor], index: Tensor, padded: bool = True) -> list[Tensor]:
     """See `vtprune_kernels.compact`."""
-    empty = bool((index < 0).any()) if padded else False
-    gone, index = (index < 0, index.clamp_min(0)) if empty else (None, index)
+    has_padding = bool((index < 0).any()) if padded else False
+    padding, index = (index < 0, index.clamp_min(0)) if has_padding else (None, index)
     samples = torch.arange(len(index), device=index.device)[:, None] if len(index) > 1 else None
     results = []
     for tensor in tensors:
-        # Indexing reads any strides, so views of a cache or expanded rotations are not copied first.
+        # Indexing reads any strides, so that views of a cache and expanded rotations are not copied first.
         result = tensor.index_select(1, index[0]) if len(index) == 1 else tensor[samples, index]  # [B, K, ...]
-        if gone is not None:
-            result[gone] = 0  # of a fresh tensor: autograd follows
+        if padding is not None:
+            result[padding] = 0  # in place, but of a new tensor, so that autograd allows it
         results.append(result)
     return results

@@ -17,23 +17,23 @@ def dpp_map(
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Chooses rows that greedily maximize the determinant of `rel_i * cos_ij * rel_j` over the chosen rows.
+    """Selects rows that greedily maximize the determinant of `rel_i * cos_ij * rel_j` over the selected rows.
 
-    Rows whose remaining gain is rounding only (below 1e-6 of their own variance, where the published code divides by
+    Rows whose remaining gain is only rounding (below 1e-6 of their own variance, where the published code divides by
     the root of a number that may be negative) come last, by descending relevance.
 
     Args:
         features: `[M, D]` float; only directions count.
         relevance: `[M]` float weights of the rows.
         offsets: `[S + 1]` int64 offsets of the groups.
-        budgets: `[S]` int64 rows to choose from each group.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
-            their device.
-        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
-            needs it.
+        budgets: `[S]` int64 number of rows to select from each group.
+        max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
+            synchronizes with their device.
+        max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
+            used on a GPU.
 
     Returns:
-        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in order of selection, padded with -1. Ties go to the smaller row.
     """
     if on_gpu(features):
         return triton_source("dpp_map")(features, relevance, offsets, budgets, max_budget, max_length)

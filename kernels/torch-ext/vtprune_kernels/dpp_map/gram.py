@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy MAP of a conditional DPP in a small group, on one matrix of the whole kernel."""
+"""Greedy MAP of a conditional DPP in a small group, from the matrix of the whole kernel."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .naive import EXHAUSTED
 
 
 def choose(kernel: Cosine, budget: int) -> Tensor:
-    """`[budget]` int64 rows of one group in the order of choice.
+    """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
     Args:
-        kernel: Of the group's rows, with their relevance.
-        budget: Rows to choose, at least 1.
+        kernel: Kernel of the group's rows, including their relevance.
+        budget: Number of rows to select, at least 1.
     """
     variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]
     left, least = variance.clone(), EXHAUSTED * variance
@@ -36,6 +36,6 @@ def choose(kernel: Cosine, budget: int) -> Tensor:
         factor = torch.addmv(products[best], transposed, factors[:, best], alpha=-1) / math.sqrt(gained)
         factors[step] = factor
         left.addcmul_(factor, factor, value=-1)
-        least[best] = torch.inf  # a chosen row is out of the race
+        least[best] = torch.inf  # a selected row is not selected again
         chosen.append(best)
     return torch.tensor(chosen, dtype=torch.int64, device=left.device)

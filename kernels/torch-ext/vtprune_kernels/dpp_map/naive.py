@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._ragged import empty_order, finite, groups, self_cosine, unit_rows
 
-EXHAUSTED = 1e-6  # share of a row's own variance below which the chosen rows explain it, up to rounding
+EXHAUSTED = 1e-6  # share of a row's own variance below which the selected rows explain it, up to rounding
 
 
 def dpp_map(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy MAP of a conditional DPP on a GPU.
 
-Where the kernel matrix of a group fits into the memory allowed, it is made first. Then one program per group makes
-`_STEPS` picks from it, reading few rows of the Cholesky factor for each, and a launch over the whole matrix takes these
-rows out of it before the next picks. Longer groups take one launch a pick, which adds one row to the factor: gains are
-read from one buffer and written to another, so that no block sees another's new value; the next pick is a maximum of
-integers, the same in every order of execution.
+If the kernel matrix of a group fits into the allowed memory, it is computed first. Then one program per group makes
+`_STEPS` picks from it, reading few rows of the Cholesky factor for each, and a launch over the whole matrix subtracts
+the products of these rows before the next picks. Longer groups take one launch per pick, which adds one row to the
+factor: gains are read from one buffer and written to another, so that no block reads another's new value; the next pick
+is a maximum of integers, which is the same in every order of execution.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .._triton_rows import ROWS, column_block, decode, factors, lengths, product
 from .._triton_window import Window
 from .naive import EXHAUSTED
 
-_STEPS, _TILE = 32, 64  # picks between two changes of the matrix, and the tiles that it is changed in
+_STEPS, _TILE = 32, 64  # picks between two updates of the matrix, and the size of the updated tiles
 
 
 @triton.jit
 def _gain_key(gain, own, place, exhausted):
-    """Key of `rank_key` for a gain; explained rows come after all others, by their own variance moved below zero."""
+    """Key of `rank_key` for a gain; explained rows come after all others, by their own variance."""
     low = (own.to(tl.int32, bitcast=True).to(tl.int64) - 0x80000000) << 32
     key = tl.where(gain > exhausted * own, rank_key(gain, place), low | (0x7FFFFFFF - place).to(tl.int64))
     return tl.where(gain > -float("inf"), key, -0x7FFFFFFFFFFFFFFF)
@@ -35,9 +35,9 @@ def _gain_key(gain, own, place, exhausted):
 
 @triton.jit
 def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.constexpr):
-    """`row` less what the first `count` rows of the factor explain of it; `line` is from one of these to the next."""
+    """Subtracts from `row` what the first `count` rows of the factor, with row stride `line`, explain of it."""
     for begin in range(0, count, UNROLL):
-        for ahead in tl.static_range(UNROLL):  # so that several rows are on their way at once
+        for ahead in tl.static_range(UNROLL):  # so that several rows are loaded at a time
             there = cholesky + (tl.zeros([], tl.int64) + begin + ahead) * line
             known = begin + ahead < count
             row -= tl.load(there + one, mask=known, other=0.0) * tl.load(there + place, mask=inside & known, other=0.0)
@@ -49,7 +49,7 @@ def _choose(
     matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, exhausted,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Picks `begin` to `begin + STEPS` of one group; the matrix is what earlier picks leave unexplained."""
+    """Makes picks `begin` to `begin + STEPS` of one group, from the matrix that earlier picks leave unexplained."""
     group = first + tl.program_id(0)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     place = tl.arange(0, BLOCK)
@@ -64,12 +64,12 @@ def _choose(
         tl.store(order + group * max_budget + step, start + one)
         row = tl.load(matrix + one * side + place, mask=line, other=0.0)
         row = _explained(row, cholesky, side, one, place, line, step - begin, 4)
-        # A key below zero is a row that the chosen ones explain: there is nothing to divide by, and nothing to add.
+        # A negative key belongs to a row that the selected ones explain, whose row of the factor is zero.
         value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         row = tl.where(best < 0, 0.0, row / tl.sqrt(value))
         tl.store(cholesky + (step - begin) * side + place, row, mask=line)
         gain = tl.where(place == one, -float("inf"), gain - row * row)
-        tl.debug_barrier()  # the next picks read what other threads have written
+        tl.debug_barrier()  # the next picks read values that other threads have written
     tl.store(left + start + place, gain, mask=inside)
 
 
@@ -77,7 +77,7 @@ def _choose(
 def _take_out(
     matrix, cholesky, offsets, limit, first, begin, side, STEPS: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Takes the products of `STEPS` rows of the factor out of a tile of the matrix."""
+    """Subtracts the products of `STEPS` rows of the factor from a tile of the matrix."""
     group = first + tl.program_id(2)
     if begin + STEPS >= tl.load(limit + group):
         return
@@ -98,7 +98,7 @@ def _pick(
     limit, best, slots, missed, taken, lines, side, max_length, max_budget, step, groups, exhausted,
     START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Row `step - 1` of the factor, and the key of pick `step`."""
+    """Computes row `step - 1` of the factor, and the key of pick `step`."""
     group = tl.load(owner + tl.program_id(0))
     if group >= groups:
         return
@@ -156,7 +156,7 @@ def dpp_map(
 def _whole(
     features: Tensor, factor: Tensor, variance: Tensor, offsets: Tensor, limit: Tensor, max_budget: int, max_length: int
 ) -> Tensor:
-    """The choice from matrices of all pairs."""
+    """Selects from matrices of all pairs."""
     groups, device = len(limit), features.device
     together, side, tiles = (
         groups_at_once(max_length, groups, _STEPS),
@@ -182,7 +182,7 @@ def _whole(
 
 
 def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
-    """The choice for groups that are too long for a matrix of all pairs."""
+    """Selects from groups that are too long for a matrix of all pairs."""
     features, offsets, limit = window.features, window.offsets, window.limit
     total, groups, device = len(features), len(limit), features.device
     best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy MAP of a conditional DPP with `O(N K)` memory: rows of the Cholesky factor only where they can still win."""
+"""Greedy MAP of a conditional DPP with lazy evaluation and `O(N K)` memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def dpp_map(
     for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         if budget > 0:
             kernel = Cosine(features[start:stop], relevance[start:stop].float())
-            # Near the rank of the rows what is left is rounding, and each way of summing has its own.
+            # Near the rank of the rows, gains are only rounding, which differs between the two paths.
             small = budget < features.shape[1] // 2 and is_small(stop - start, features.shape[1], budget)
             order[number, :budget] = (gram.choose if small else choose)(kernel, budget) + start
     return order
 
 
 def choose(kernel: Cosine, budget: int) -> Tensor:
-    """As `gram.choose`, with lazy evaluation."""
+    """Same as `gram.choose`, with lazy evaluation."""
     return _Group(kernel, budget).choose()
 
 
@@ -42,7 +42,7 @@ class _Group:
         self.left = self.variance.clone()
         self.bounds = self.gains(self.left, self.variance)
         self.factors = self.left.new_zeros(budget, len(kernel))
-        self.triangle = self.left.new_zeros(budget, budget)  # L, the factor's columns of the chosen rows
+        self.triangle = self.left.new_zeros(budget, budget)  # L, the factor's columns of the selected rows
         self.seen = torch.zeros_like(self.left, dtype=torch.int64)
         self.chosen = self.seen.new_zeros(budget)
         self.done = 0
@@ -67,10 +67,10 @@ class _Group:
         self.update(rows, self.left[rows] - (new.square_() * unseen).sum(0))
 
     def pick(self, rows: Tensor, limit: int) -> None:
-        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        """Selects up to `limit` of `rows`, whose bounds are exact, as long as the best exceeds all bounds outside."""
         rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
         done, known = self.done, self.factors[: self.done, rows]
-        kernel = self.kernel.subset(rows)(slice(None)).sub_(known.T @ known)  # [w, w] given what is chosen
+        kernel = self.kernel.subset(rows)(slice(None)).sub_(known.T @ known)  # [w, w] given the selected rows
         left, variance = self.left[rows], self.variance[rows]
         new = left.new_zeros(limit, len(rows))
         taken = torch.zeros_like(left)
@@ -95,12 +95,12 @@ class _Group:
         self.update(rows, left)
 
     def choose(self) -> Tensor:
-        """`[budget]` rows in the order of choice."""
+        """Selects rows `[budget]`, returned in order of selection."""
         budget, window = len(self.chosen), Window()
         while self.done < budget:
             before, width = self.done, min(window.rows, len(self.kernel) - self.done)
             self.pick(lazy_top(self.bounds, self.seen, before, width, self.refresh), min(width, budget - before))
-            if self.done == before:  # nothing is left that the chosen rows do not explain
+            if self.done == before:  # the selected rows explain all others
                 rest = self.variance.masked_fill(self.bounds == -torch.inf, -torch.inf)
                 best_first = torch.sort(rest, descending=True, stable=True).indices
                 self.chosen[before:] = best_first[: budget - before]

@@ -20,27 +20,27 @@ def facility_location(
     max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
-    """Chooses rows that cover their group: every row should have a chosen row that points in its direction.
+    """Selects rows that cover their group: every row should be similar to a selected row.
 
-    With `m_j` the largest cosine of row j to a chosen row, 0 at first, the gain of row i is
+    With `m_j` the largest cosine of row j to a selected row, 0 at first, the gain of row i is
     `sum_j max(0, cos_ij - m_j)`. Every pick has the largest `gain_i * weight_i`, or the largest `gain_i + weight_i`.
     Without weights the picks maximize `sum_j m_j` greedily, which reaches at least `1 - 1/e` of the best value.
-    Cosines are rounded to 1/65536, and differences of one such step count as 0: rows that are worth the same tie, and
-    rounding does not rank copies of rows that are already chosen.
+    Cosines are rounded to 1/65536, and differences of one such step count as 0, so that rows of equal value tie, and
+    rounding does not rank copies of rows that are already selected.
 
     Args:
         features: `[M, D]` float; only directions count. A row that is zero or not finite covers nothing.
         weights: `[M]` float or None; negative numbers and those that are not finite count as 0.
         offsets: `[S + 1]` int64 offsets of the groups.
-        budgets: `[S]` int64 rows to choose from each group.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
-            their device.
-        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
-            needs it.
+        budgets: `[S]` int64 number of rows to select from each group.
+        max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
+            synchronizes with their device.
+        max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
+            used on a GPU.
         combine: Whether gain and weight are multiplied or added.
 
     Returns:
-        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in order of selection, padded with -1. Ties go to the smaller row.
     """
     if on_gpu(features):
         return triton_source("facility_location")(features, weights, offsets, budgets, max_budget, max_length, combine)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy facility location, with or without weights: the specification, which goes over all pairs at every pick."""
+"""Greedy facility location, with or without weights: the specification, which evaluates all pairs at every pick."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch.nn.functional import threshold
 
 from .._ragged import empty_order, groups, self_cosine, unit_rows
 
-GRID = 65536  # steps of a cosine of 1: sums of steps are exact, so that rows worth the same tie in any order of adding
+GRID = 65536  # steps in a cosine of 1; sums of steps are exact, so that equal gains tie in any order of summation
 
 
 def usable(weights: Tensor) -> Tensor:
-    """Float32 weights, 0 where they are negative or not finite."""
+    """Weights as float32; 0 for those that are negative or not finite."""
     return torch.nan_to_num(weights.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
 
 
 def steps(cosines: Tensor) -> Tensor:
-    """Cosines as float32 whole numbers of steps, in place."""
+    """Rounds cosines to integer numbers of steps, as float32, in place."""
     return cosines.mul_(GRID).round_()
 
 
 def symmetric(block: Tensor, own: Tensor) -> Tensor:
-    """A square block `[n, n]` that is its mirror image, with `own` `[n]` on its diagonal."""
+    """Symmetric matrix `[n, n]` from the upper triangle of a block, with `own` `[n]` on the diagonal."""
     upper = block.triu(1)
     return upper + upper.T + torch.diag(own)
 
 
 def gains(cosines: Tensor, covered: Tensor) -> Tensor:
-    """`[r]` float64 what rows would add to the coverage `[n]`, by their cosines `[r, n]`; all are numbers of steps."""
+    """Increase `[r]` float64 of the coverage `[n]` by rows with cosines `[r, n]`, all in steps."""
     return threshold(cosines - covered, 1.0, 0.0).sum(1, dtype=torch.float64)
 
 
 def values(gain: Tensor, weight: Tensor | None, combine: Literal["product", "sum"]) -> Tensor:
-    """`[r]` float32 what rows are worth, by gain and weight."""
+    """Values `[r]` float32 of rows from their gain in steps and their weight."""
     gain = gain / GRID
     if weight is not None:
         gain = gain * weight if combine == "product" else gain + weight

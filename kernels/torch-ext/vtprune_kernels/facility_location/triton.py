@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy facility location on a GPU.
 
-Where the cosines of all pairs of a group fit into the memory allowed, they are computed first, and every pick is one
-launch over the whole matrix: blocks of rows add the last pick to the coverage and compute their gains anew. For longer
+If the cosines of all pairs of a group fit into the allowed memory, they are computed first, and every pick is one
+launch over the whole matrix: blocks of rows add the last pick to the coverage and recompute their gains. For longer
 groups the gains are updated instead: a pick raises the coverage of some columns only, and three launches compute the
-products of the pick, list these columns, and subtract from each gain what it loses there. Cosines are whole numbers of
-steps, so that no sum is rounded. No pick depends on the order in which blocks finish, and the device alone decides how
-many columns there are.
+products of the pick, list these columns, and subtract the loss in these columns from each gain. Cosines are integer
+numbers of steps, so that sums are exact and no pick depends on the order in which blocks finish. The number of columns
+is never read by the host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TILE, _SCAN = 64, 4096
 
 @triton.jit
 def _gain(cosine, cover, known):
-    """Float64 sums over the columns `[R, C]` that are `known`: what is above the coverage `[C]`, in steps."""
+    """Float64 sums over the `known` columns of what the cosines `[R, C]` exceed the coverage `[C]` by, in steps."""
     more = tl.where(known[None, :], cosine - cover[None, :], 0.0)
     return tl.sum(tl.where(more > 1, more, 0.0), 1).to(tl.float64)
 
@@ -41,7 +41,7 @@ def _steps(cosine, grid):
 
 @triton.jit
 def _offer(gain, grid, weights, rows, inside, place, chosen, best, last, WEIGHTED: tl.constexpr, ADD: tl.constexpr):
-    """Raises the best key to that of the free rows; row `last` has just been chosen."""
+    """Raises the best key to that of the free rows; row `last` was selected just before."""
     value = gain / grid
     if WEIGHTED:
         weight = tl.load(weights + rows, mask=inside, other=0.0).to(tl.float64)
@@ -58,7 +58,7 @@ def _pick(
     matrix, own, weights, covered, covered_new, chosen, offsets, limit, best, side, max_budget, first, step, grid,
     WEIGHTED: tl.constexpr, ADD: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Takes pick `step - 1` into the coverage, and offers the gains of a block of rows for pick `step`."""
+    """Adds pick `step - 1` to the coverage, and offers the gains of a block of rows for pick `step`."""
     group = first + tl.program_id(1)
     if step >= tl.load(limit + group):
         return
@@ -96,7 +96,7 @@ def _cover(
     features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, offsets, limit, best,
     max_budget, step, groups, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The coverage of a block of rows with pick `step - 1`."""
+    """Adds pick `step - 1` to the coverage of a block of rows."""
     group = tl.load(owner + tl.program_id(0))
     if group >= groups:
         return
@@ -115,7 +115,7 @@ def _cover(
 
 @triton.jit(do_not_specialize=["step"])
 def _raised(covered, covered_new, columns, count, offsets, limit, step, SCAN: tl.constexpr):
-    """Lists the rows of a group whose coverage has risen."""
+    """Lists the rows of a group whose coverage has increased."""
     group = tl.program_id(0)
     if step >= tl.load(limit + group):
         return
@@ -136,9 +136,9 @@ def _change(
     owner, first, offsets, limit, best, max_budget, step, groups, grid, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
     START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Changes the gains of a tile of rows by the columns listed, and offers them for pick `step`.
+    """Updates the gains of a tile of rows for the listed columns, and offers them for pick `step`.
 
-    With `START` the columns are all rows of the group, and the gains those of an empty choice.
+    With `START` the columns are all rows of the group, and the gains are those of the first pick.
     """
     group = tl.load(owner + tl.program_id(0))
     if group >= groups:
@@ -218,7 +218,7 @@ def _whole(
     features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
     best: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
-    """The choice from matrices of all pairs."""
+    """Selects from matrices of all pairs."""
     groups, max_budget, side, device = *best.shape, side_of(max_length), features.device
     together = groups_at_once(max_length, groups)
     matrix = torch.empty(together, side, side, device=device)
@@ -241,7 +241,7 @@ def _stream(
     features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
     best: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
-    """The choice for groups that are too long for a matrix of all pairs."""
+    """Selects from groups that are too long for a matrix of all pairs."""
     (groups, max_budget), total, device = best.shape, len(features), features.device
     covered, covered_new = torch.zeros(2, total, device=device).unbind()
     columns = torch.empty(total, dtype=torch.int64, device=device)

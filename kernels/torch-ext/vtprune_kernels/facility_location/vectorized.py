@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy facility location that evaluates again only rows that can still be the best: gains only fall."""
+"""Greedy facility location with lazy evaluation: gains never rise, so only rows that may be the best are evaluated."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from .._lazy import Window, lazy_top
 from .._ragged import empty_order, groups
 from .naive import gains, steps, symmetric, usable, values
 
-MATRIX_BYTES = (
-    36_000_000  # a group of up to 3,000 rows keeps the cosines of all pairs, which the first gains need anyway
-)
-_BLOCK = 256  # rows that are compared with all rows at once
+# Groups of up to 3,000 rows keep the cosines of all pairs, which the first gains need anyway.
+MATRIX_BYTES = 36_000_000
+_BLOCK = 256  # rows that are compared with all rows at a time
 
 
 def facility_location(
@@ -38,7 +37,7 @@ def facility_location(
 
 
 class _Group:
-    """State of one group: how well each row is covered, and what each row would add when it was last looked at."""
+    """State of one group: the coverage of each row, and the value of each row when it was last evaluated."""
 
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int, combine: Literal["product", "sum"]) -> None:
         self.cosine, self.weight, self.combine = cosine, weight, combine
@@ -52,7 +51,7 @@ class _Group:
         self.done = 0
 
     def first_gains(self) -> Tensor:
-        """`[n]` gains while nothing is covered; every pair is multiplied once."""
+        """Gains `[n]` before the first pick; every pair is multiplied once."""
         total = torch.zeros_like(self.covered, dtype=torch.float64)
         for start in range(0, len(self.cosine), _BLOCK):
             stop = min(start + _BLOCK, len(self.cosine))
@@ -67,7 +66,7 @@ class _Group:
         return total
 
     def lines(self, rows: Tensor) -> Tensor:
-        """`[r, n]` cosines of `rows` with all rows, in steps."""
+        """Cosines `[r, n]` of `rows` and all rows, in steps."""
         if self.matrix is not None:
             return self.matrix[rows]
         lines = self.cosine(rows)
@@ -84,7 +83,7 @@ class _Group:
             self.update(part, gains(self.lines(part), self.covered))
 
     def pick(self, rows: Tensor, limit: int) -> None:
-        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        """Selects up to `limit` of `rows`, whose bounds are exact, as long as the best exceeds all bounds outside."""
         rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
         lines, value = self.lines(rows), self.bounds[rows]
         weight = None if self.weight is None else self.weight[rows]
@@ -106,7 +105,7 @@ class _Group:
         self.update(rows, gain)
 
     def choose(self) -> Tensor:
-        """`[budget]` rows in the order of choice."""
+        """Selects rows `[budget]`, returned in order of selection."""
         budget, window = len(self.chosen), Window()
         while self.done < budget:
             before, width = self.done, min(window.rows, len(self.cosine) - self.done)

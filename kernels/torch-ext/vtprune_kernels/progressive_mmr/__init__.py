@@ -30,36 +30,36 @@ def progressive_mmr(
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Chooses rows by relevance minus duplication with the rows already chosen.
+    """Selects rows by relevance minus duplication of the rows already selected.
 
     The duplication of two rows is the cosine of their rank-one weight updates `phi(k)^T v`, averaged over the KV heads:
-    `S_ij = mean_g cos(v_gi, v_gj) * exp(-scaling |k_gi - k_gj|^2 / 2)`. The similarity matrix is never formed: the
-    state is a few numbers per row.
+    `S_ij = mean_g cos(v_gi, v_gj) * exp(-scaling |k_gi - k_gj|^2 / 2)`. Its matrix is only formed for groups where that
+    is faster.
 
-    Each round chooses `c = max(1, floor(growth * chosen))` rows, at most `chunk`: exactly and greedily among the
-    `pool * c` best of the last round's values. `chunk=1` is the exact greedy choice.
+    Each round selects `c = max(1, floor(growth * selected))` rows, at most `chunk`: exactly and greedily among the
+    `pool * c` best by the last round's values. `chunk=1` is the exact greedy selection.
 
     Args:
         relevance: `[M]` float, higher is better; for `objective="log"` the logarithm of the magnitudes.
         keys: `[M, G, dk]` keys per KV head.
         values: `[M, G, dv]` values per KV head.
         offsets: `[S + 1]` int64 offsets of the groups in the rows.
-        budgets: `[S]` int64 rows to choose from each group.
-        duplication: Weight of the largest similarity with a chosen row, in `[0, 1]`.
-        chunk: Most rows chosen between two updates.
-        growth: Rows chosen in a round as a share of those already chosen.
-        pool: Candidates per row to choose; 1 takes the best `c` at once, without looking at each other.
+        budgets: `[S]` int64 number of rows to select from each group.
+        duplication: Weight of the largest similarity to a selected row, in `[0, 1]`.
+        chunk: Largest number of rows selected in a round.
+        growth: Rows selected in a round as a share of those already selected.
+        pool: Number of candidates per row to select; 1 takes the best `c`, regardless of their mutual similarity.
         objective: `"linear"`: `r - duplication * max(0, S_max)`;
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
-        preselected: `[M]` bool, rows chosen before, which are not returned and not part of the budgets.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
-            their device.
-        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
-            needs it.
+        preselected: `[M]` bool, rows selected before, which are not returned and not part of the budgets.
+        max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
+            synchronizes with their device.
+        max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
+            used on a GPU.
 
     Returns:
-        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in order of selection, padded with -1. Ties go to the smaller row.
     """
     if objective not in ("linear", "log"):
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
@@ -72,7 +72,7 @@ def progressive_mmr(
 
 
 def closest_other(keys: Tensor, values: Tensor, offsets: Tensor, scaling: float | None = None) -> Tensor:
-    """Largest similarity of each row with another row of its group, in blocks; a diagnostic that costs `O(N^2)` time.
+    """Largest similarity of each row to another row of its group; a diagnostic that takes `O(N^2)` time.
 
     Args:
         keys: `[M, G, dk]`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Similarity of rank-one updates as matrix products."""
+"""Similarities of rank-one updates, as matrix products."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Duplication:
 
     def __init__(self, keys: Tensor, values: Tensor, scaling: float | None = None) -> None:
         keys = keys.float()
-        # Distances do not change under a shift; without the shared part of the keys (their bias) less is cancelled.
+        # Distances are invariant under a shift; without the mean of the keys (their bias), less precision is lost.
         self.keys = keys - keys.mean(0)
         self.scale = keys.shape[-1] ** -0.5 if scaling is None else scaling
         self.half = self.keys.square().sum(-1) * (self.scale / 2)  # [n, G]
         self.values = unit_rows(values)
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """`[R, C]` similarity of `rows` `[R]` with `columns` `[C]`, averaged over the KV heads."""
+        """Similarity `[R, C]` of `rows` `[R]` and `columns` `[C]`, averaged over the KV heads."""
         key_rows, key_columns = (
             self.keys[rows].transpose(0, 1),
             self.keys[columns].permute(1, 2, 0),
@@ -38,7 +38,7 @@ class Duplication:
         return exponent.exp_().mul_(cosine).mean(0)
 
     def all_pairs(self) -> Tensor:
-        """`[n, n]` similarity of all rows; that of equal rows lacks the rounding of their keys' lengths."""
+        """Similarity `[n, n]` of all rows; distances of equal keys are exactly 0."""
         keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
         exponent = (keys @ keys.mT).mul_(self.scale)  # [G, n, n]
         half = exponent.diagonal(dim1=1, dim2=2) / 2

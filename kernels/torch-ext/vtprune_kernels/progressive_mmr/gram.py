@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked maximal marginal relevance of a small group, on one matrix of all similarities."""
+"""Progressive chunked maximal marginal relevance of a small group, from a matrix of all similarities."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def choose(
     objective: str,
     preselected: Tensor | None,
 ) -> Tensor:
-    """Rows of one group in the order of choice, `[budget]` int64.
+    """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
-    A row's value falls with its largest similarity to a chosen row. So it is the least of its values beside each of
-    them alone, and one matrix `[n, n]` of these values is all that the picks need.
+    A row's value falls with its largest similarity to a selected row. So it is the minimum of its values given each
+    selected row alone, and the picks only need one matrix `[n, n]` of these values.
 
     Args:
         relevance: `[n]`.
-        similarity: Of the group's rows.
-        budget: Rows to choose, at most those that are not preselected.
+        similarity: Similarities of the group's rows.
+        budget: Number of rows to select, at most those that are not preselected.
         duplication, chunk, growth, pool, objective: As for `progressive_mmr`.
-        preselected: `[n]` bool, rows chosen before, or None.
+        preselected: `[n]` bool, rows selected before, or None.
     """
     relevance = relevance.float()
     value = gains(relevance, torch.zeros_like(relevance), duplication, objective)
     beside = gains(relevance, similarity.all_pairs(), duplication, objective)  # [n, n]
-    beside.fill_diagonal_(-torch.inf)  # a chosen row is out of the race
+    beside.fill_diagonal_(-torch.inf)  # a selected row is not selected again
     if preselected is not None:
         value = torch.minimum(value, beside[preselected].amin(0)) if bool(preselected.any()) else value
     chosen: list[int] = []
@@ -47,7 +47,7 @@ def choose(
             value = torch.minimum(value, beside[picked].amin(0))
             chosen += picked.tolist()
             continue
-        outside = None  # minus infinity for rows that are no candidates of this round
+        outside = None  # minus infinity for rows that are not candidates of this round
         if count > 1:
             candidates = torch.sort(value, descending=True, stable=True).indices[: pool * count]
             outside = torch.full_like(value, -torch.inf).index_fill_(0, candidates, 0)

@@ -10,7 +10,7 @@ from .._ragged import empty_order, finite, groups, unit_rows
 
 
 def similarity(keys: Tensor, values: Tensor, one: int, scaling: float | None = None) -> Tensor:
-    """`[n]` duplication of every row with row `one`: `mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`."""
+    """Similarity `[n]` of every row to row `one`: `mean_g cos(v_i, v_j) exp(-scaling |k_i - k_j|^2 / 2)`."""
     scaling = keys.shape[-1] ** -0.5 if scaling is None else scaling
     keys, unit = keys.float(), unit_rows(values)
     distance = (keys - keys[one]).square().sum(-1)  # [n, G]
@@ -19,7 +19,7 @@ def similarity(keys: Tensor, values: Tensor, one: int, scaling: float | None = N
 
 
 def gains(relevance: Tensor, closest: Tensor, duplication: float, objective: str) -> Tensor:
-    """`[n]` value of each row, given its largest similarity with the rows chosen so far (0 while none is)."""
+    """Value `[n]` of each row, given its largest similarity to the rows selected so far (0 before the first)."""
     if objective == "log":
         return finite(relevance + 0.5 * torch.log(1 - duplication * closest.clamp_min(0).square() + 1e-6))
     return finite(relevance - duplication * closest.clamp_min(0))

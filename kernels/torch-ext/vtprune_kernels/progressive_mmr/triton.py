@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progressive chunked maximal marginal relevance on a GPU.
 
-Where the similarities of all pairs of a group fit into the memory allowed, they are computed first, and one program per
-group makes all rounds; `triton_rounds` chooses from longer groups. A chosen row has infinite similarity.
+If the similarities of all pairs of a group fit into the allowed memory, they are computed first, and one program per
+group runs all rounds; longer groups are handled by `triton_rounds`. A selected row gets infinite similarity.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .triton_similarity import Updates
 
 @triton.jit
 def _largest(key, wanted):
-    """Marks the `wanted` largest of int64 keys of `rank_key`, of which no two are equal."""
+    """Marks the `wanted` largest of distinct int64 keys of `rank_key`."""
     high = (key >> 32).to(tl.int32)
     least, most = tl.min(high, 0), tl.max(high, 0)
     found = tl.full([], 0x7FFFFFFF, tl.int32)
-    # The largest value that `wanted` keys or more reach, by halving the values between two bounds.
+    # Bisection for the largest value that at least `wanted` keys reach.
     while (least < most) & (found != wanted):
         middle = (least.to(tl.int64) + (most.to(tl.int64) - least.to(tl.int64) + 1) // 2).to(tl.int32)
         count = tl.sum((high >= middle).to(tl.int32), 0)
@@ -35,7 +35,7 @@ def _largest(key, wanted):
         most = tl.where(enough, most, middle - 1)
     result = high >= least
     over = tl.sum(result.to(tl.int32), 0) - wanted
-    if over > 0:  # equal values: the last rows of them go
+    if over > 0:  # of equal values, the last rows are removed
         equal = high == least
         result = result & (~equal | (tl.cumsum(equal.to(tl.int32), 0) <= tl.sum(equal.to(tl.int32), 0) - over))
     return result
@@ -46,7 +46,7 @@ def _choose(
     matrix, relevance, relevance_stride, near, offsets, limit, order, max_budget, first, side, duplication,
     CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All rounds of one group."""
+    """Runs all rounds of one group."""
     group, place = first + tl.program_id(0), tl.arange(0, BLOCK)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     inside = place < stop - start
@@ -62,11 +62,11 @@ def _choose(
         count = tl.minimum(tl.minimum(budget - done, CHUNK), tl.maximum(1, share))
         key = tl.where(closest < float("inf"), rank_key(gain(score, closest, duplication, LOG), place), nothing)
         among = inside
-        if POOL > 1:  # noqa: SIM102 - this is decided when it is compiled, the rest is not
+        if POOL > 1:  # noqa: SIM102 - a compile-time condition, the inner one is not
             if count > 1:
                 among = _largest(key, tl.minimum(POOL * count, free - done))
         for step in range(count):
-            # With POOL 1, the best of this round's values are taken without looking at each other.
+            # With POOL 1, the best by this round's values are taken, regardless of their mutual similarity.
             if POOL > 1:  # noqa: SIM102
                 if step > 0:
                     key = rank_key(gain(score, closest, duplication, LOG), place)
@@ -106,7 +106,7 @@ def progressive_mmr(
     updates = Updates(keys, values, scaling)
     rounds = Rounds(updates, relevance, offsets, limit, max_budget, max_length, duplication, log)
     if preselected is not None:
-        rounds.carry(preselected)
+        rounds.add_preselected(preselected)
     together = groups_at_once(max_length, groups)
     if not together:
         return rounds.choose(chunk, growth, pool)

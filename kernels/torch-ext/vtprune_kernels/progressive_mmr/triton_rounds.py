@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked MMR on a GPU for groups that are too long for a matrix of all pairs: a few launches a round.
+"""Progressive chunked MMR on a GPU for groups that are too long for a matrix of all pairs: a few launches per round.
 
-A round ranks all rows, compares the candidates with each other, chooses among them, and brings the largest similarities
-up to date, a block of rows with all that the round has chosen. A chosen row has infinite similarity.
+A round ranks all rows, compares the candidates with each other, selects from them, and updates the largest similarities
+of all rows, in blocks, with the rows selected in the round. A selected row gets infinite similarity.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from .._triton import NOTHING, key_row, power_of_two, rank_key
 from .triton_similarity import Updates, tile
 
-_PICKS = 16  # chosen rows that a block is compared with at once
+_PICKS = 16  # selected rows that a block is compared with at a time
 
 
 @triton.jit
 def gain(relevance, near, duplication, LOG: tl.constexpr):
-    """Value of a row, given its largest similarity with those chosen."""
+    """Value of a row, given its largest similarity to the selected ones."""
     near = tl.where(near < float("inf"), near, 0.0)
     if LOG:
         return relevance + 0.5 * tl.log(1 - duplication * near * near + 1e-6)
@@ -33,10 +33,11 @@ def _update(
     value_column, near, relevance, relevance_stride, ranks, offsets, limit, order, max_budget, done, count, max_length,
     duplication, PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
     PICKS: tl.constexpr, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-PART: tl.constexpr, ):  # fmt: skip
-    """Largest similarity of a block of rows with what the last round chose, and with `RANK` their rank keys.
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Updates the largest similarities of a block of rows with the last round's rows, and with `RANK` their rank keys.
 
-    With `PRESELECTED`, `order` marks the rows that were chosen before, and those are what the block is compared with.
+    With `PRESELECTED`, the block is compared with the rows that are marked in `order` instead.
     """
     group, place = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
@@ -76,7 +77,7 @@ def _pick(
     relevance, relevance_stride, near, best, similarity, offsets, limit, order, max_budget, done, count, side,
     duplication, LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The choice of one group's round among its candidates, whose keys are given best first."""
+    """Selects the rows of one group's round from its candidates, whose keys are sorted, best first."""
     group, slot = tl.program_id(0), tl.arange(0, BLOCK)
     start = tl.load(offsets + group)
     number = tl.minimum(count, tl.load(limit + group) - done)
@@ -100,19 +101,19 @@ def _pick(
 
 
 class Rounds:
-    """State of the choice over all groups.
+    """State of the selection in all groups.
 
     Args:
-        updates: What rows are compared by.
+        updates: Rank-one updates of the rows, by which they are compared.
         relevance: `[M]`.
-        offsets, limit: `[S + 1]` offsets, `[S]` rows to choose of each group.
-        max_budget: Most rows that are chosen of a group.
-        max_length: Rows of the longest group, or more.
+        offsets, limit: `[S + 1]` offsets, and `[S]` number of rows to select from each group.
+        max_budget: Largest number of rows to select from a group.
+        max_length: Length of the longest group, or more.
         duplication, log: The objective.
 
     Attributes:
-        near: `[M]` largest similarity with a chosen row, 0 at least; infinite for chosen rows.
-        order: `[S, max_budget]` int64 choice, -1 where nothing is chosen.
+        near: `[M]` largest similarity to a selected row, at least 0; infinite for selected rows.
+        order: `[S, max_budget]` int64 selected rows, padded with -1.
     """
 
     def __init__(
@@ -131,8 +132,8 @@ class Rounds:
         self.near = torch.zeros(len(relevance), device=relevance.device)
         self.order = torch.full((len(limit), max_budget), -1, dtype=torch.int64, device=relevance.device)
 
-    def carry(self, preselected: Tensor) -> None:
-        """Counts the rows that are marked in `preselected` `[M]` uint8 as chosen."""
+    def add_preselected(self, preselected: Tensor) -> None:
+        """Counts the rows that are marked in `preselected` `[M]` uint8 as selected."""
         self._update(0, 0, preselected, None)
 
     def _update(self, done: int, count: int, preselected: Tensor | None, ranks: Tensor | None) -> None:
@@ -146,7 +147,7 @@ class Rounds:
         )  # fmt: skip
 
     def choose(self, chunk: int, growth: float, pool: int) -> Tensor:
-        """`[S, max_budget]` rows in the order of choice."""
+        """Selects rows `[S, max_budget]`, returned in order of selection."""
         (groups, max_budget), done = self.order.shape, 0
         ranks = torch.full((groups, self.max_length), NOTHING, dtype=torch.int64, device=self.near.device)
         self._update(0, 0, None, ranks)

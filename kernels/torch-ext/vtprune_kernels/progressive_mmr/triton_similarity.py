@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Similarity of rank-one updates on a GPU, in tiles on the matrix cores.
+"""Similarities of rank-one updates on a GPU, in tiles on the matrix cores.
 
-`|k_i - k_j|^2` is taken apart into lengths and a product. Products of half-precision keys are exact in float32; float32
-keys are first shifted by their mean, which changes no distance, so that a shared bias does not cancel the rest away.
+`|k_i - k_j|^2` is computed from lengths and a product. Products of half-precision keys are exact in float32; float32
+keys are first shifted by their mean, which changes no distance but avoids cancellation due to a shared bias.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _measure(
     value_column, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`scaling |k|^2 / 2` and `1 / |v|` of a block of rows, 0 where a value is zero or not finite."""
+    """Computes `scaling |k|^2 / 2` and `1 / |v|` of a block of rows; the latter is 0 for values that are not finite."""
     kv_head = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, at = rows < total, rows.to(tl.int64)
@@ -52,7 +52,7 @@ def tile(
     value_column, mine, inside, theirs, known, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """`[A, B]` similarity of the rows `mine` `[A]` with `theirs` `[B]`, mean over the KV heads."""
+    """Similarity `[A, B]` of the rows `mine` `[A]` and `theirs` `[B]`, averaged over the KV heads."""
     mine, theirs = mine.to(tl.int64), theirs.to(tl.int64)
     total = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
     for kv_head in range(KV_HEADS):
@@ -94,7 +94,7 @@ def _matrix(
     value_column, rows, offsets, first, side, result, CHOSEN: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
     KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the similarities of a group's rows, or of those `CHOSEN` in `rows`, and its mirror image."""
+    """One tile of the similarities of a group's rows, or with `CHOSEN` of those in `rows`, and its mirror image."""
     upper, lower, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = tl.load(offsets + first + slot), tl.load(offsets + first + slot + 1)
     if (lower < upper) | ((start + lower * TILE >= stop) & (not CHOSEN)):
@@ -119,7 +119,7 @@ def _matrix(
 
 
 class Updates:
-    """Rank-one updates of all rows, measured once, in the form in which the kernels take them.
+    """Rank-one updates of all rows, in the form that the kernels take, with lengths computed once.
 
     Args:
         keys: `[M, G, dk]`.
@@ -127,9 +127,9 @@ class Updates:
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
 
     Attributes:
-        tensors: The arguments that `tile` starts with.
+        tensors: The first arguments of the function `tile`.
         sizes: Its compile-time arguments.
-        tile: Rows of a tile; what it needs fits into the registers of 256 threads.
+        tile: Number of rows of a tile, which fits into the registers of 256 threads.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, scaling: float | None) -> None:
@@ -145,13 +145,13 @@ class Updates:
         _measure[(triton.cdiv(total, 16), kv_heads)](*self.tensors[:5], total, *self.tensors[5:], ROWS=16, **self.sizes)
 
     def matrix(self, offsets: Tensor, first: int, result: Tensor, rows: Tensor | None = None) -> None:
-        """Writes similarities of all pairs of rows that share a group.
+        """Writes the similarities of all pairs of rows in the same group.
 
         Args:
             offsets: `[S + 1]` offsets of the groups.
-            first: The first group meant.
-            result: `[P, side, side]` float32, for groups `first` to `first + P`; `side` is no less than their rows.
-            rows: `[P, side]` int64 rows to take instead of all of the group, -1 for none.
+            first: The first group.
+            result: `[P, side, side]` float32 output for groups `first` to `first + P`; `side` is at least their length.
+            rows: `[P, side]` int64 rows to compare instead of all of the group, padded with -1.
         """
         groups, side, _ = result.shape
         tiles = triton.cdiv(side, self.tile)

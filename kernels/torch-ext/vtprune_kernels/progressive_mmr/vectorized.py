@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked maximal marginal relevance in matrix products, with lazy evaluation of the candidates."""
+"""Progressive chunked maximal marginal relevance as matrix products, with lazy evaluation of the candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .naive import gains
 
 
 class _Group:
-    """State of one group: the largest similarity of each row with the chosen ones, kept up only as far as needed."""
+    """State of one group: the largest similarity of each row to the selected ones, updated only when needed."""
 
     def __init__(self, relevance: Tensor, similarity: Duplication, duplication: float, objective: str) -> None:
         self.relevance, self.duplication, self.objective = relevance.float(), duplication, objective
@@ -35,7 +35,7 @@ class _Group:
         self.seen[rows] = len(self.chosen)
 
     def pick(self, candidates: Tensor, count: int) -> Tensor:
-        """Exact greedy choice of `count` of the candidates, given in ascending order."""
+        """Selects `count` of the candidates, given in ascending order, exactly and greedily."""
         if count == 1:
             return candidates[self.bounds[candidates].argmax()][None]
         among = self.similarity(candidates, candidates)
@@ -75,8 +75,8 @@ def progressive_mmr(
         if budget == 0:
             continue
         taken = None if preselected is None else preselected[start:stop]
-        max_budget = keys.shape[1] * (keys.shape[2] + values.shape[2])
-        path = gram.choose if is_small(stop - start, max_budget, budget) else choose
+        width = keys.shape[1] * (keys.shape[2] + values.shape[2])
+        path = gram.choose if is_small(stop - start, width, budget) else choose
         budget = min(budget, stop - start - (0 if taken is None else int(taken.sum())))
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
         rules = (duplication, chunk, growth, pool, objective)
@@ -95,7 +95,7 @@ def choose(
     objective: str,
     preselected: Tensor | None,
 ) -> Tensor:
-    """As `gram.choose`, with lazy evaluation."""
+    """Same as `gram.choose`, with lazy evaluation."""
     state = _Group(relevance, similarity, duplication, objective)
     if preselected is not None:
         state.take(preselected.nonzero().flatten())

@@ -24,10 +24,10 @@ def rank1_relevance(
     normalize: Literal["visible", "visual"] = "visible",
     softcap: float | None = None,
 ) -> Tensor:
-    """Logarithm of `M_i = reduce_{h,t} exp(a_hti - Z_ht) |v_i|` for the visual keys, in the log domain throughout.
+    """Logarithm of `M_i = reduce_{h,t} exp(a_hti - Z_ht) |v_i|` for the visual keys, computed in the log domain.
 
-    `a` are the attention logits of head `h` and query row `t`, `Z` is their log-sum-exp over the keys that the row may
-    see: the normalizer without which one head would outweigh all others. Query head `h` reads KV head `h // (H / G)`.
+    `a` are the attention logits of head `h` and query row `t`. The normalizer `Z` is their log-sum-exp over the keys
+    visible to the row; without it, one head would outweigh all others. Query head `h` reads KV head `h // (H / G)`.
 
     Args:
         queries: `[R, H, dh]`, rows of all samples.
@@ -35,15 +35,15 @@ def rank1_relevance(
         values: `[C, G, dv]`.
         query_offsets: `[S + 1]` offsets of the samples' rows.
         key_offsets: `[S + 1]` offsets of the samples' keys.
-        query_order: `[R]` place of each row among its sample's keys: it sees keys `0..query_order`.
+        query_order: `[R]` index of each row among its sample's keys: it attends to keys `0..query_order`.
         visual: `[M]` rows of `keys` to score, ascending.
         scaling: Factor on the dot product.
-        reduce: How heads and query rows are joined: mean, root mean square or maximum of the magnitudes.
+        reduce: Reduction over heads and query rows: mean, root mean square or maximum of the magnitudes.
         normalize: `Z` over all visible keys, or over the visible visual keys only.
         softcap: Tanh cap on the logits.
 
     Returns:
-        Tensor: `[M]` float32, natural logarithm; minus infinity where no query row sees the key.
+        Tensor: `[M]` float32, natural logarithm; minus infinity if no query row attends to the key.
     """
     if reduce not in ("mean", "rms", "max") or normalize not in ("visible", "visual"):
         raise ValueError(f"reduce={reduce!r}, normalize={normalize!r}; expected mean|rms|max and visible|visual")

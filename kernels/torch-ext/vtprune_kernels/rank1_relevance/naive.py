@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-magnitude of the rank-one updates seen by a few query rows: the specification, one row and head at a time."""
+"""Log-magnitude of the rank-one updates for a few query rows: the specification, one row and head at a time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def rank1_relevance(
     result = torch.full((len(visual),), -torch.inf, device=keys.device)
     samples = zip(spans(query_offsets), spans(key_offsets), strict=True)
     for (first_row, last_row), (start, stop) in samples:
-        mine = (visual >= start) & (visual < stop)
-        places = visual[mine] - start
+        of_sample = (visual >= start) & (visual < stop)
+        places = visual[of_sample] - start
         log_magnitudes = []
         for row in range(first_row, last_row):
             for head in range(queries.shape[1]):
@@ -40,14 +40,14 @@ def rank1_relevance(
                     logits = softcap * torch.tanh(logits / softcap)
                 logits[int(query_order[row]) + 1 :] = -torch.inf
                 normalizer = torch.logsumexp(logits if normalize == "visible" else logits[places], 0)
-                length = torch.log(values[visual[mine], group].float().norm(dim=-1) + 1e-12)
+                length = torch.log(values[visual[of_sample], group].float().norm(dim=-1) + 1e-12)
                 attention = torch.where(logits[places] > -torch.inf, logits[places] - normalizer, -torch.inf)
                 log_magnitudes.append(attention + length)
         if log_magnitudes:
             stack = torch.stack(log_magnitudes)  # [rows * H, visual of the sample]
             if reduce == "max":
-                result[mine] = stack.amax(0)
+                result[of_sample] = stack.amax(0)
             else:
                 power = 1 if reduce == "mean" else 2
-                result[mine] = (torch.logsumexp(power * stack, 0) - math.log(len(stack))) / power
+                result[of_sample] = (torch.logsumexp(power * stack, 0) - math.log(len(stack))) / power
     return result

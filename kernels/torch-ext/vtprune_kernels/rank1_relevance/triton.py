@@ -23,7 +23,7 @@ def rank1_relevance(
     normalize: str = "visible",
     softcap: float | None = None,
 ) -> Tensor:
-    """See `vtprune_kernels.rank1_relevance`; `visual` has to ascend."""
+    """See `vtprune_kernels.rank1_relevance`; `visual` must be ascending."""
     if len(queries) == 0 or len(visual) == 0:
         return torch.full((len(visual),), NEVER, device=keys.device)
     rows = rows_of(queries, keys, query_offsets, key_offsets, query_order, scaling, softcap)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-magnitude of the rank-one updates in matrix products, a block of query rows at a time."""
+"""Log-magnitude of the rank-one updates as matrix products over blocks of query rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._ragged import spans
 
-_BLOCK = 1 << 22  # logits alive at once
+_BLOCK = 1 << 22  # logits in memory at a time
 
 
 def rank1_relevance(
@@ -31,11 +31,11 @@ def rank1_relevance(
     power = 2.0 if reduce == "rms" else 1.0
     result = torch.full((len(visual),), -torch.inf, device=keys.device)
     for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
-        mine = torch.nonzero((visual >= start) & (visual < stop)).squeeze(1)
-        if first == last or len(mine) == 0:
+        of_sample = torch.nonzero((visual >= start) & (visual < stop)).squeeze(1)
+        if first == last or len(of_sample) == 0:
             continue
-        places = _range(visual[mine] - start)
-        length = torch.log(values[visual[mine]].float().norm(dim=-1) + 1e-12).T  # [G, m]
+        places = _range(visual[of_sample] - start)
+        length = torch.log(values[visual[of_sample]].float().norm(dim=-1) + 1e-12).T  # [G, m]
         k = keys[start:stop].permute(1, 2, 0).float()  # [G, dh, n]
         step = max(1, _BLOCK // (groups * per_group * (stop - start)))
         total = torch.full_like(length, -torch.inf)
@@ -50,21 +50,21 @@ def rank1_relevance(
                 logits.masked_fill_(hidden.repeat_interleave(per_group, 0), -torch.inf)
             seen = logits[..., places]  # [G, r H/G, m]
             normalizer = torch.logsumexp(logits if normalize == "visible" else seen, -1, keepdim=True)
-            # A row that sees none of the keys it is normalized over has nothing to say.
+            # A row that attends to none of the keys it is normalized over contributes nothing.
             attention = seen - normalizer.masked_fill_(normalizer == -torch.inf, 0)
             if reduce == "max":
                 total = torch.maximum(total, attention.amax(1))
             else:
                 total = torch.logaddexp(total, torch.logsumexp(attention.mul_(power) if power > 1 else attention, 1))
         if reduce == "max":
-            result[mine] = (total + length).amax(0)
+            result[of_sample] = (total + length).amax(0)
         else:
             count = (last - first) * queries.shape[1]
-            result[mine] = (torch.logsumexp(total + power * length, 0) - math.log(count)) / power
+            result[of_sample] = (torch.logsumexp(total + power * length, 0) - math.log(count)) / power
     return result
 
 
 def _range(places: Tensor) -> Tensor | slice:
-    """A slice, which copies nothing, where the places follow each other."""
+    """Consecutive places as a slice, which does not copy; others unchanged."""
     first, last = int(places[0]), int(places[-1])
     return slice(first, last + 1) if last - first + 1 == len(places) else places

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much attention each token of a vision layer receives, without the N x N map."""
+"""Attention that each token of a vision layer receives, without the N x N attention map."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def received_attention(
         queries: `[B, H, N, dh]`.
         keys: `[B, G, N, dh]`, `G` dividing `H`.
         scaling: Factor on the dot product.
-        rows: Bool `[N]` or `[B, N]`: only these query rows are averaged (the CLS row alone, say).
-        offsets: `[S + 1]` offsets along `N`: tokens attend inside their own segment only (packed images).
+        rows: Bool `[N]` or `[B, N]`: only these query rows are averaged, such as that of the class token.
+        offsets: `[S + 1]` offsets along `N`: tokens attend within their own segment only (packed images).
 
     Returns:
-        Tensor: `[B, N]` float32; per sample and segment it sums to 1, or is 0 where no row is averaged.
+        Tensor: `[B, N]` float32; it sums to 1 per sample and segment, or to 0 if no row is averaged.
     """
     run = triton_source("received_attention") if on_gpu(keys) else _vectorized
     return run(queries, keys, scaling, rows, offsets)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that each token of a vision layer receives, on a GPU: all its rows as query rows without a causal limit."""
+"""Attention that each token of a vision layer receives, on a GPU: `attention_rows` without a causal mask."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that each token of a vision layer receives, a block of rows at a time."""
+"""Attention that each token of a vision layer receives, as matrix products over blocks of rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._ragged import spans
 
-_BLOCK = 1 << 22  # attention values alive at once
+_BLOCK = 1 << 22  # attention values in memory at a time
 
 
 def received_attention(

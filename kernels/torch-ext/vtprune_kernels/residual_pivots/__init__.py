@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows with the largest energy outside the span of those chosen (ResPrune, arXiv 2603.21105)."""
+"""Rows with the largest energy outside the span of those already selected (ResPrune, arXiv 2603.21105)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def residual_pivots(
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Chooses rows one by one, each with the largest `weight * |residual|^2`.
+    """Selects rows one by one, each with the largest `weight * |residual|^2`.
 
-    The residual of a row is what is left of it after the best approximation by the rows chosen before. Without weights
-    the picks are the pivots of a QR decomposition of the transposed features. A row counts as explained when less than
-    1e-6 of its own energy is left, which is the rounding of half-precision features. Explained rows come last, by
+    The residual of a row is its difference from the best approximation by the rows selected before. Without weights the
+    picks are the pivots of a QR decomposition of the transposed features. A row counts as explained if less than 1e-6
+    of its own energy is left, which is about the rounding of half-precision features. Explained rows come last, by
     descending `weight * |row|^2`.
 
     Args:
         features: `[M, D]` float. Rows that are zero or not finite come last.
         weights: `[M]` float or None; negative numbers and those that are not finite count as 0.
         offsets: `[S + 1]` int64 offsets of the groups.
-        budgets: `[S]` int64 rows to choose from each group.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
-            their device.
-        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
-            needs it.
+        budgets: `[S]` int64 number of rows to select from each group.
+        max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
+            synchronizes with their device.
+        max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
+            used on a GPU.
 
     Returns:
-        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in order of selection, padded with -1. Ties go to the smaller row.
     """
     if on_gpu(features):
         return triton_source("residual_pivots")(features, weights, offsets, budgets, max_budget, max_length)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a group's energy the first rows of an order leave unexplained."""
+"""Share of a group's energy that the first rows of an order leave unexplained."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..dpp_map.naive import EXHAUSTED
 def residual_energy(features: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Share of the energy of each group that is left after each pick, `1 - |P_k X|^2 / |X|^2`.
 
-    `P_k` projects onto the span of the first k picks. Only the order that `residual_pivots` chooses lets the share fall
-    about as fast as it can; that of any other order is as good.
+    `P_k` projects onto the span of the first k picks. Any order is accepted; with that of `residual_pivots` the share
+    falls about as fast as possible.
 
     Args:
         features: `[M, D]` float; rows that are not finite count as zero.
-        order: `[S, K]` int64 rows of each group, padded with -1. On a device, the call waits for it.
+        order: `[S, K]` int64 rows of each group, padded with -1. If it is on a device, the call synchronizes.
         offsets: `[S + 1]` int64 offsets of the groups.
 
     Returns:
-        Tensor: `[S, K]` float32, falling along a row, 0 where a group has no energy; padding repeats the last value.
+        Tensor: `[S, K]` float32, falling along a row, 0 for groups without energy; padding repeats the last value.
     """
     left = torch.zeros(order.shape, device=features.device)
     for number, (start, stop) in enumerate(spans(offsets)):
@@ -33,7 +33,8 @@ def residual_energy(features: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         chosen = features[picks.clamp_min(0)].float() * (picks >= 0)[:, None]
         chosen = torch.where(torch.isfinite(chosen).all(1, keepdim=True), chosen, 0)
         basis, triangle = torch.linalg.qr(chosen.T)  # [D, min(D, K)]
-        new = triangle.diagonal().square() > EXHAUSTED * chosen[: basis.shape[1]].square().sum(1)  # else any direction
+        # The basis vector of a row that earlier ones explain is arbitrary, and not counted.
+        new = triangle.diagonal().square() > EXHAUSTED * chosen[: basis.shape[1]].square().sum(1)
         explained = ((rows @ basis).square().sum(0) * new).cumsum(0)
         left[number, : len(explained)] = 1 - explained / total.clamp_min(torch.finfo(torch.float32).tiny)
         left[number, len(explained) :] = left[number, len(explained) - 1 : len(explained)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual selection in float64: the specification, which changes every row at every pick."""
+"""Residual selection in float64: the specification, which updates every row at every pick."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def residual_pivots(
             order[number, step] = start + best
             free[best] = False
             direction = residual[best] / residual[best].norm()
-            for _ in range(2):  # the second time takes out what rounding left
+            for _ in range(2):  # the second pass removes the rounding error of the first
                 residual = residual - (residual @ direction)[:, None] * direction
     return order

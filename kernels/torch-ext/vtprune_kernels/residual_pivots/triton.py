@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual selection on a GPU: the greedy choice of a determinantal point process, with lengths for relevance."""
+"""Residual selection on a GPU: greedy MAP of a determinantal point process with lengths as relevance."""
 
 from __future__ import annotations
 

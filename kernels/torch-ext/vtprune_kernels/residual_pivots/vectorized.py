@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual selection as the greedy choice of a determinantal point process.
+"""Residual selection as greedy MAP of a determinantal point process.
 
-What is left of a row's energy is the conditional variance in the kernel of all products, so QR with column pivoting is
-pivoted Cholesky of that kernel, and weights scale the rows. The choice is that of `dpp_map`, lazy evaluation included,
-with lengths for relevance.
+The residual energy of a row is its conditional variance in the kernel of all products, so QR with column pivoting is
+pivoted Cholesky of that kernel, and weights scale the rows. The selection is that of `dpp_map`, including lazy
+evaluation, with lengths as relevance.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..facility_location.naive import usable
 
 
 def relevance(features: Tensor, length: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
-    """`[M]` factors that turn cosines into products of weighted rows, 1 at most without weights.
+    """Factors `[M]` that turn cosines into products of weighted rows; at most 1 without weights.
 
     Args:
         features: `[M, D]`.
         length: `[M]` float32 lengths of the rows.
         weights: `[M]` or None.
-        offsets: `[S + 1]` offsets; each group is scaled by its max_length row, so that squares stay in range.
+        offsets: `[S + 1]` offsets; each group is scaled by its longest row, so that squares stay in range.
     """
     length = torch.nan_to_num(length, nan=0.0, posinf=0.0)
     scaled = length / segment_maximum(length, offsets).clamp_min(torch.finfo(torch.float32).tiny)

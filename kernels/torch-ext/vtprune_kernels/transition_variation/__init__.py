@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module changes its tokens in length and direction (TransPrune, arXiv 2507.20630, section 3.2)."""
+"""Change of tokens in length and direction by a module (TransPrune, arXiv 2507.20630, section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module changes its tokens: the specification."""
+"""Change of tokens by a module: the specification."""
 
 from __future__ import annotations
 

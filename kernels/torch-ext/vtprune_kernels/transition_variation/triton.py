@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module changes its tokens, on a GPU: both inputs are read once."""
+"""Change of tokens by a module, on a GPU: both inputs are read once."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a module changes its tokens, a block of rows at a time: nothing of the size of the inputs is made."""
+"""Change of tokens by a module, computed in blocks of rows, without temporaries of the size of the inputs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 17  # elements of a block: it stays in the cache while it is read three times
+_BLOCK = 1 << 17  # elements of a block, small enough to stay in the cache while it is read three times
 
 
 def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:

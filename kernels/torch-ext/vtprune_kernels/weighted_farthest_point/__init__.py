@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice by cosine distance (DivPrune, arXiv 2503.02175; ZOO-Prune, arXiv 2509.24837)."""
+"""Farthest-point selection by cosine distance (DivPrune, arXiv 2503.02175; ZOO-Prune, arXiv 2509.24837)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ def weighted_farthest_point(
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Chooses rows that are far from all rows chosen before, by `1 - cos`.
+    """Selects rows that are far from all rows selected before, by the distance `1 - cos`.
 
     Without weights (DivPrune) the first row is the one whose nearest other row is farthest away, and every further one
-    has the largest distance to its nearest chosen row. With weights (ZOO-Prune) the first row has the largest weight,
-    and every further one the largest `weight * distance`. A chosen row is never chosen again.
+    has the largest distance to its nearest selected row. With weights (ZOO-Prune) the first row has the largest weight,
+    and every further one the largest `weight * distance`. A selected row is never selected again.
 
     Args:
         features: `[M, D]` float.
-        weights: `[M]` float, not negative for full speed, or None.
+        weights: `[M]` float or None; negative weights are slower.
         offsets: `[S + 1]` int64 offsets of the groups.
-        budgets: `[S]` int64 rows to choose from each group.
-        max_budget: Columns of the result, `max(budgets)` or more; by default it is read from `budgets`, which waits for
-            their device.
-        max_length: Rows of the longest group, or more; by default it is read from `offsets` in the same way. Only a GPU
-            needs it.
+        budgets: `[S]` int64 number of rows to select from each group.
+        max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
+            synchronizes with their device.
+        max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
+            used on a GPU.
 
     Returns:
-        Tensor: `[S, max_budget]` int64 row numbers in the order of choice, padded with -1. Ties: the smaller row.
+        Tensor: `[S, max_budget]` int64 row numbers in order of selection, padded with -1. Ties go to the smaller row.
     """
     if on_gpu(features):
         return triton_source("weighted_farthest_point")(features, weights, offsets, budgets, max_budget, max_length)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice in a small group, on one matrix of all distances."""
+"""Farthest-point selection in a small group, from a matrix of all distances."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .._ragged import finite
 
 
 def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
-    """`[budget]` int64 rows of one group in the order of choice.
+    """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
     Args:
-        cosine: Of the group's rows.
-        weight: `[n]` float32, none of them negative, or None.
-        budget: Rows to choose, at least 1.
+        cosine: Cosines of the group's rows.
+        weight: `[n]` float32, not negative, or None.
+        budget: Number of rows to select, at least 1.
     """
     everything = slice(None)
     distance = 1 - cosine(everything)  # [n, n]
@@ -24,9 +24,9 @@ def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
         first = _most_isolated(distance.fill_diagonal_(torch.inf))
     else:
         first = int(finite(weight).argmax())
-        # With a weight that is not negative the weighted distance to the nearest row is the least weighted distance.
+        # Since weights are not negative, the weighted distance to the nearest row is the minimum weighted distance.
         distance = finite(distance.mul_(weight))
-    distance.fill_diagonal_(-torch.inf)  # a chosen row is out of the race
+    distance.fill_diagonal_(-torch.inf)  # a selected row is not selected again
     chosen, value = [first], distance[first]
     while len(chosen) < budget:
         chosen.append(int(value.argmax()))
@@ -38,6 +38,6 @@ def _most_isolated(distance: Tensor) -> int:
     """The row whose nearest other row is farthest away, from distances `[n, n]` with an infinite diagonal."""
     first = int(finite(distance.amin(1)).argmax())
     partner = int(distance[first].argmin())
-    if int(distance[partner].argmin()) == first:  # one distance, rounded twice: the smaller row of the two wins
+    if int(distance[partner].argmin()) == first:  # their distance is computed twice; rounding must not decide
         first = min(first, partner)
     return first

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row whose nearest other row is farthest away, without all pairs."""
+"""The row whose nearest other row is farthest away, found without computing all pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .._lazy import lazy_top
 
 _NEARBY, _BATCH, _SCOUTS, _FEW = 64, 256, 16, 8
 _STEP = 999983  # a prime: stepping by it spreads the columns over the whole group
-_COPY = 40 * 2**20  # bytes that a rounded copy may take
+_COPY = 40 * 2**20  # largest size of a rounded copy in bytes
 
 
 def screen_of(cosine: Cosine) -> Cosine:
-    """Rows for guesses: in bfloat16 where the processor multiplies that in hardware, else the rows as they are."""
+    """Cosines for screening: in bfloat16 if the processor multiplies it in hardware, else in the given dtype."""
     rows = cosine.rows
     abilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = abilities.get("avx512_bf16", False) and rows.device.type == "cpu" and torch.backends.mkldnn.is_available()
@@ -23,7 +23,7 @@ def screen_of(cosine: Cosine) -> Cosine:
 
 
 class _Race:
-    """Guesses of every row's nearest other row, and which rows may still be the most isolated one."""
+    """Screening of rows: an approximate nearest other row of each, and the rows that may be the most isolated one."""
 
     def __init__(self, screen: Cosine) -> None:
         self.screen = self.among = screen
@@ -33,13 +33,13 @@ class _Race:
         self.to_beat = -torch.inf
 
     def learn(self, rows: Tensor, distance: Tensor, partner: Tensor) -> None:
-        """Notes distances `[R]` of `rows` to the rows in `partner`, where they are less than any before."""
+        """Updates the nearest known distances of `rows` with their distances `[R]` to the rows `partner` `[R]`."""
         closer = distance < self.nearest[rows]
         self.nearest[rows] = torch.where(closer, distance, self.nearest[rows])
         self.partner[rows] = torch.where(closer, partner, self.partner[rows])
 
     def neighbors(self) -> None:
-        """Compares rows that lie beside each other: in order, they are often alike."""
+        """Compares rows within blocks of consecutive rows, which are often similar."""
         distance = 1 - self.screen.nearby(_NEARBY)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         least, place = distance.min(2)  # [blocks, _NEARBY]
@@ -47,7 +47,11 @@ class _Race:
         self.learn(rows, least.flatten(), place.flatten() + rows // _NEARBY * _NEARBY)
 
     def meet(self, rows: Tensor) -> None:
-        """Compares `rows` with those in the race, of which some lose it; who has met everybody sets what is to beat."""
+        """Compares `rows` with the remaining candidates, and removes candidates that can no longer win.
+
+        As long as all rows are candidates, `rows` are compared with all others, so their nearest distance is known and
+        raises the bound to beat.
+        """
         distance = 1 - self.screen.between(rows, self.among)
         distance.masked_fill_(rows[:, None] == self.racing, torch.inf)
         least, place = distance.min(0)
@@ -61,11 +65,11 @@ class _Race:
             self.racing, self.among = self.racing[alive], self.among.subset(alive.nonzero().squeeze(1))
 
     def promising(self, count: int) -> Tensor:
-        """`count` rows of the race that no row near is known of."""
+        """The `count` candidates with the largest nearest known distance."""
         return self.racing[self.nearest[self.racing].topk(min(count, len(self.racing))).indices]
 
     def run(self) -> None:
-        """Goes on until few rows are left that may beat the best one known."""
+        """Runs until few candidates are left."""
         left = torch.ones_like(self.everything, dtype=torch.bool)
         for count in (_SCOUTS, _BATCH):
             if len(self.racing) > _FEW:
@@ -82,7 +86,7 @@ class _Race:
             self.meet(rows)
 
     def scout(self) -> None:
-        """Raises what is to beat: the most promising rows meet everybody."""
+        """Raises the bound to beat, by comparing the most promising candidates with all rows."""
         rows = self.promising(_SCOUTS)
         distance = 1 - self.screen.between(rows, self.screen)
         distance[self.everything[: len(rows)], rows] = torch.inf
@@ -92,12 +96,12 @@ class _Race:
 
 
 def most_isolated(cosine: Cosine) -> Tensor:
-    """`[1]` row with the largest distance to its nearest other row, in float32.
+    """The row `[1]` with the largest distance, in float32, to its nearest other row.
 
-    The distance to any other row bounds the distance to the nearest from above. So it is enough to guess for every row
-    which other one is near, with products in low precision and only for as long as the row is in the race: the distance
-    to that one is computed again in float32, and no bound depends on the rounding of a guess. Then rows are compared
-    with all others in float32, best bound first, until none is left that could win.
+    The distance to any other row is an upper bound of the distance to the nearest. So it is enough to find a near row
+    for every candidate, with products in low precision: only the distance to that row is computed again in float32, so
+    that no bound depends on the rounding of the screening. Then rows are compared with all others in float32, in order
+    of falling bounds, until none is left that could win.
     """
     length, device = len(cosine), cosine.rows.device
     everything = torch.arange(length, device=device)
@@ -117,5 +121,5 @@ def most_isolated(cosine: Cosine) -> Tensor:
         race.run()
         nearest = race.nearest if race.screen is cosine else 1 - cosine.pairs(race.partner)
         probe(nearest.topk(_FEW).indices)
-    # Two rows that are each other's nearest get the same number here, however it was rounded: the smaller row wins.
+    # Two rows that are each other's nearest have exactly the same value here, so that the smaller row wins.
     return lazy_top(nearest, exact, 1, 1, probe)

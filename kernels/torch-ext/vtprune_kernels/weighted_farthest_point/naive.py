@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice by cosine distance, with or without weights: the specification."""
+"""Farthest-point selection by cosine distance, with or without weights: the specification."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weighted_farthest_point(
             value = finite(nearest_other.amin(1))
             first = int(value.argmax())
             partner = int(nearest_other[first].argmin())
-            if int(nearest_other[partner].argmin()) == first:  # one distance: rounding must not decide between the two
+            if int(nearest_other[partner].argmin()) == first:  # computed twice; rounding must not decide
                 first = min(first, partner)
         else:
             weight = weights[start:stop].float()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice on a GPU.
+"""Farthest-point selection on a GPU.
 
-Where the cosines of all pairs of a group fit into the memory allowed, they are made first, and one program per group
-makes all picks. Longer groups take one launch a pick: it brings the distances of its block of rows up to date with the
-last pick, mostly from products that were made ahead, and raises the best key of the next pick to its own: a maximum of
-integers, the same in every order of execution.
+If the cosines of all pairs of a group fit into the allowed memory, they are computed first, and one program per group
+makes all picks. Longer groups take one launch per pick: each block of rows updates its distances with the last pick,
+mostly from products that were computed ahead, and raises the key of the next pick to its best one: a maximum of
+integers, which is the same in every order of execution.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _choose(
     matrix, weights, weight_stride, offsets, limit, order, max_budget, first, side,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All picks of one group. `weights` are those of the rule, or values for the first pick alone."""
+    """Makes all picks of one group; without `WEIGHTED`, `weights` are values for the first pick only."""
     group = first + tl.program_id(0)
     start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
     place = tl.arange(0, BLOCK)
@@ -52,7 +52,7 @@ def _pick(
     best, slots, missed, lines, side, max_length, max_budget, step, groups, WEIGHTED: tl.constexpr, START: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Distances to pick `step - 1`, and the key of pick `step`; with `START` the first pick, by `weights` alone."""
+    """Updates distances with pick `step - 1`, and the key of pick `step`; with `START` the first, by `weights` only."""
     group = tl.load(owner + tl.program_id(0))
     if group >= groups:
         return
@@ -124,7 +124,7 @@ def weighted_farthest_point(
 
 
 def _stream(window: Window, value: Tensor, weighted: bool, max_budget: int) -> Tensor:
-    """The choice for groups that are too long for a matrix of all pairs; `value` decides the first pick."""
+    """Selects from groups that are too long for a matrix of all pairs; the first pick has the largest `value`."""
     features, offsets, limit = window.features, window.offsets, window.limit
     total, groups, device = len(features), len(limit), features.device
     best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)

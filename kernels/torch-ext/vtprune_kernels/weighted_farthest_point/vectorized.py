@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest-point choice without a distance matrix: distances only fall, so most rows need no new product."""
+"""Farthest-point selection with lazy evaluation: distances never rise, so most rows are not evaluated again."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def weighted_farthest_point(
 
 
 def _is_small(cosine: Cosine, weight: Tensor | None, budget: int) -> bool:
-    rows, max_budget = cosine.rows.shape
+    rows, width = cosine.rows.shape
     if weight is None:
-        return is_small_for_isolation(rows, max_budget)
-    # A negative weight turns distances around: the value of a row is then not the least beside any chosen one.
-    return is_small(rows, max_budget, budget) and not bool((weight < 0).any())
+        return is_small_for_isolation(rows, width)
+    # With a negative weight, the value of a row is not the minimum of its weighted distances.
+    return is_small(rows, width, budget) and not bool((weight < 0).any())
 
 
 def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
-    """As `gram.choose`, with lazy evaluation; weights of any sign."""
+    """Same as `gram.choose`, with lazy evaluation and weights of any sign."""
     return _Group(cosine, weight, budget).choose()
 
 
 class _Group:
-    """State of one group: each row's distance to the nearest chosen one, kept up only as far as needed."""
+    """State of one group: each row's distance to the nearest selected one, updated only when needed."""
 
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int) -> None:
         self.cosine, self.weight = cosine, weight
@@ -52,7 +52,7 @@ class _Group:
         self.seen = torch.zeros_like(self.everything)
         self.chosen = self.everything.new_zeros(budget)
         self.done = 0
-        # A negative weight turns the distance around: its product rises, and no old value bounds it.
+        # With a negative weight the weighted distance rises, so that an old value is no upper bound.
         self.falling = weight is None or not bool((weight < 0).any())
 
     def values(self, rows: Tensor, nearest: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ class _Group:
 
     def update(self, rows: Tensor, nearest: Tensor) -> None:
         self.nearest[rows] = nearest
-        gone = self.bounds[rows] == -torch.inf
-        self.bounds[rows] = self.values(rows, nearest).masked_fill(gone, -torch.inf)
+        selected = self.bounds[rows] == -torch.inf
+        self.bounds[rows] = self.values(rows, nearest).masked_fill(selected, -torch.inf)
         self.seen[rows] = self.done
 
     def refresh(self, rows: Tensor) -> None:
@@ -75,7 +75,7 @@ class _Group:
         self.done += len(rows)
 
     def pick(self, rows: Tensor, limit: int) -> None:
-        """Takes up to `limit` of `rows`, whose bounds are exact, for as long as they beat every bound outside."""
+        """Selects up to `limit` of `rows`, whose bounds are exact, as long as the best exceeds all bounds outside."""
         rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
         among = self.cosine.subset(rows)
         distance = 1 - among(slice(None))  # [w, w]
@@ -95,7 +95,7 @@ class _Group:
         self.update(rows, nearest)
 
     def choose(self) -> Tensor:
-        """`[budget]` rows in the order of choice."""
+        """Selects rows `[budget]`, returned in order of selection."""
         budget, length = len(self.chosen), len(self.cosine)
         self.take(most_isolated(self.cosine) if self.weight is None else finite(self.weight).argmax()[None])
         window = Window()
