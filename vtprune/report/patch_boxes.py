@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where visual tokens lie on the original pictures, in shares of their width and height.
+"""Rectangles of visual tokens on the original pictures, in shares of their width and height.
 
-Rows and columns of tokens inside a crop are known from the prefill; what rectangle of the original a crop shows comes
-from `pictures_fit`, and for the tiles of any-resolution models from `pictures_tiles`.
+Rows and columns of tokens inside a crop are known from the prefill; the rectangle that a crop shows comes from
+`preprocessing`, and for the tiles of any-resolution models from `tiles`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _FITS = ("stretch", "crop", "pad")
 
 
 class PictureError(VTPruneError, ValueError):
-    """Pictures and visual tokens do not go together, or a mask does not describe a grid of patches."""
+    """Pictures cannot be read, written, or matched with the visual tokens of a call."""
 
 
 @dataclass
 class View:
-    """A picture, or a frame of a clip, as the model looked at it once.
+    """A picture or frame with the rectangles of its visual tokens; several for pictures that the model saw repeatedly.
 
     Attributes:
         picture: The original, RGB.
-        tokens: `[n]` numbers of the visual tokens in `VisualTokens`; newlines and the like are left out.
+        tokens: `[n]` numbers of the visual tokens in `VisualTokens`, without newlines and the like.
         boxes: `[n, 4]` rectangle of each token in shares of the picture; a letter-box reaches beyond 0 and 1.
-        name: What to call it beside others, "" for the only one of its picture.
+        name: Distinguishes the views of a picture, such as "whole" and "tiles"; "" for a single one.
     """
 
     picture: Image
@@ -50,14 +50,14 @@ class View:
 
 @dataclass
 class _Crop:
-    """Tokens that lie in one grid, by numbers, rows and columns."""
+    """Tokens of one grid: their numbers, rows and columns."""
 
     tokens: np.ndarray
     row: np.ndarray
     col: np.ndarray
 
     def boxes(self, box: Box) -> np.ndarray:
-        """`[n, 4]` cells of the grid stretched over a rectangle."""
+        """Rectangles `[n, 4]` of the grid's cells, with the grid stretched over a rectangle."""
         rows, cols = int(self.row.max()) + 1, int(self.col.max()) + 1
         left, top, right, bottom = box
         x, y = (right - left) / cols, (bottom - top) / rows
@@ -73,24 +73,24 @@ def views(
     clips: Sequence[Sequence[Image]],
     fit: str | None = None,
 ) -> list[View]:
-    """Lays the visual tokens of a call over its pictures.
+    """Maps the visual tokens of a call to its pictures.
 
     Args:
-        places: Where each token lies in its crop.
-        source: What the call remembers of its pictures.
+        places: Place of each token in its crop.
+        source: Source of the call's pictures.
         pictures: The originals, RGB, in the order of the batch.
         clips: The frames of each clip.
-        fit: "stretch", "crop" or "pad" where one crop shows a picture and it cannot be told how; None to find out.
+        fit: "stretch", "crop" or "pad", if the model saw a picture in one crop; None infers it from the pixels.
 
     Returns:
         list[View]: Picture by picture.
 
     Raises:
-        PictureError: There are more or fewer pictures than the call had, or it cannot be told which parts of them the
-            model saw.
+        PictureError: The number of pictures is not that of the call, or the parts of them that the model saw cannot be
+            inferred.
     """
     if fit is not None and fit not in _FITS:
-        raise PictureError(f"fit is {fit!r}; expected one of {_FITS}, or None to find out")
+        raise PictureError(f"fit is {fit!r}; expected one of {_FITS}, or None to infer it")
     out: list[View] = []
     for kind, name in enumerate(source.kinds):
         images = list(_images(places, kind))
@@ -113,7 +113,7 @@ def views(
 
 
 def _images(places: VisualTokens, kind: int) -> Iterator[np.ndarray]:
-    """Numbers of the tokens of each image of a kind; of pictures that beams show again only the first copy."""
+    """Yields the numbers of the tokens of each image of a kind, without the copies of beams."""
     numbers, feature = places.image.numpy(), places.feature.numpy()
     seen = set()
     for number in np.unique(numbers[places.kind.numpy() == kind]):
@@ -135,8 +135,8 @@ def _crops(places: VisualTokens, tokens: np.ndarray) -> list[_Crop]:
     here = (row >= 0) & (col >= 0)
     if not here.any():
         raise PictureError(
-            f"{len(tokens)} visual tokens of a picture have no known place in it: this model tells neither a grid nor "
-            "tiles, and their number is no square; patch.last.kept still says which prompt columns stayed"
+            f"the places of {len(tokens)} visual tokens in their picture are unknown: this model passes neither a grid "
+            "nor tiles, and their number is no square; patch.last.kept still has the prompt positions that stayed"
         )
     return [_Crop(tokens[m], row[m], col[m]) for g in np.unique(group[here]) if (m := here & (group == g)).any()]
 
@@ -153,18 +153,18 @@ def _picture_views(
     seen = _pixels(source, "image", sum(map(len, crops)))
     out = []
     for (first, last), picture in zip(_shares(places, images, crops, seen, pictures), pictures, strict=True):
-        mine = [crop for image in crops[first:last] for crop in image]
-        if source.pinpoints and source.sizes is not None and len(mine) == 2:
-            side = int(mine[0].row.max()) + 1
+        shown = [crop for image in crops[first:last] for crop in image]
+        if source.pinpoints and source.sizes is not None and len(shown) == 2:
+            side = int(shown[0].row.max()) + 1
             boxes: tuple[Box, ...] = (WHOLE, tiles_box(source, source.sizes[first].tolist(), side))
         else:
             start = sum(map(len, crops[:first]))
-            pixels = None if seen is None else seen[start : start + len(mine)]
-            squared = bool(source.pinpoints) and max(source.per_sample or [1]) > 1  # several images are padded
-            boxes = _find(picture, len(mine), pixels, "pad" if squared and fit is None else fit).boxes
+            pixels = None if seen is None else seen[start : start + len(shown)]
+            padded = bool(source.pinpoints) and max(source.per_sample or [1]) > 1  # several images are padded
+            boxes = _find(picture, len(shown), pixels, "pad" if padded and fit is None else fit).boxes
         whole = [len(boxes) > 1 and box == WHOLE for box in boxes]
         for name, chosen in (("whole", True), ("tiles", False)):
-            parts = [(c, b) for c, b, w in zip(mine, boxes, whole, strict=True) if w == chosen]
+            parts = [(c, b) for c, b, w in zip(shown, boxes, whole, strict=True) if w == chosen]
             if parts:
                 cells = np.concatenate([crop.boxes(box) for crop, box in parts])
                 tokens = np.concatenate([crop.tokens for crop, _ in parts])
@@ -179,7 +179,7 @@ def _shares(
     seen: np.ndarray | None,
     pictures: Sequence[Image],
 ) -> list[tuple[int, int]]:
-    """For each picture, the first image that shows it and the one after the last: tiles may come as images."""
+    """For each picture, the range `(first, end)` of the images that show it; a model may take tiles as images."""
     count, wanted = len(images), len(pictures)
     if wanted == count:
         return [(i, i + 1) for i in range(count)]
@@ -190,13 +190,13 @@ def _shares(
     if wanted > count or seen is None or len(seen) != count:
         raise PictureError(
             f"the call had {count} pictures or tiles in {len(starts) - 1} prompts, and {wanted} pictures were given; "
-            "give all, in their order, right after the call"
+            "pass all of them, in their order, right after the call"
         )
     return _best_split(seen, pictures, set(starts))
 
 
 def _best_split(seen: np.ndarray, pictures: Sequence[Image], starts: set[int]) -> list[tuple[int, int]]:
-    """Which tiles show which picture: the split that explains the pixels best; no picture goes on into a new prompt."""
+    """The split of tiles into pictures that best explains the pixels; a picture does not cross two prompts."""
     count = len(seen)
     small = [_thumbnail(picture) for picture in pictures]
     best: dict[int, tuple[float, list[tuple[int, int]]]] = {0: (0.0, [])}
@@ -204,7 +204,7 @@ def _best_split(seen: np.ndarray, pictures: Sequence[Image], starts: set[int]) -
         after: dict[int, tuple[float, list[tuple[int, int]]]] = {}
         for first, (value, parts) in best.items():
             for last in range(first + 1, count + 1):
-                fits = preprocessing.ways(last - first, picture.width / picture.height, _aspect(seen))
+                fits = preprocessing.possible_fits(last - first, picture.width / picture.height, _aspect(seen))
                 if fits:
                     share = preprocessing.best(picture, fits, seen[first:last])[1] * (last - first)
                     if last not in after or value + share > after[last][0] + 1e-9:
@@ -213,7 +213,10 @@ def _best_split(seen: np.ndarray, pictures: Sequence[Image], starts: set[int]) -
                     break
         best = after
     if count not in best or not preprocessing.enough(best[count][0] / count):
-        raise PictureError(f"{len(pictures)} pictures do not look like what the model saw in {count} tiles")
+        raise PictureError(
+            f"{len(pictures)} pictures do not match the {count} tiles that the model saw; pass the pictures of this "
+            "call, in their order"
+        )
     return best[count][1]
 
 
@@ -224,48 +227,48 @@ def _clip_views(
     crops = [_crops(places, tokens) for tokens in images]
     seen = None if "video" in source.stretched else _pixels(source, "video", sum(map(len, crops)))
     out, start = [], 0
-    for mine, frames in zip(crops, clips, strict=True):
+    for steps, frames in zip(crops, clips, strict=True):
         if not frames:
             raise PictureError("a clip has no frames")
-        # A model may see fewer frames than it was given: each step shows the frame in its middle.
-        shown = [frames[int((step + 0.5) * len(frames) / len(mine))] for step in range(len(mine))]
+        # A model may merge or sample the given frames: each step is shown by the frame in its middle.
+        shown = [frames[int((step + 0.5) * len(frames) / len(steps))] for step in range(len(steps))]
         box = WHOLE
-        if seen is not None and len(frames) == len(mine):
-            middle = len(mine) // 2
+        if seen is not None and len(frames) == len(steps):
+            middle = len(steps) // 2
             box = _find(shown[middle], 1, seen[start + middle : start + middle + 1], fit).boxes[0]
-        start += len(mine)
-        for step, (crop, frame) in enumerate(zip(mine, shown, strict=True)):
+        start += len(steps)
+        for step, (crop, frame) in enumerate(zip(steps, shown, strict=True)):
             out.append(View(frame, crop.tokens, crop.boxes(box), f"frame {step}"))
     return out
 
 
 def _find(picture: Image, crops: int, seen: np.ndarray | None, fit: str | None) -> Fit:
-    """How a picture was cut into some crops."""
+    """Infers how a picture was cut into a number of crops."""
     aspect = picture.width / picture.height
-    fits = preprocessing.ways(crops, aspect, 1.0 if seen is None else _aspect(seen))
+    fits = preprocessing.possible_fits(crops, aspect, 1.0 if seen is None else _aspect(seen))
     if not fits:
-        raise PictureError(f"no way is known to cut a picture into {crops} crops")
+        raise PictureError(f"cutting a picture into {crops} crops is not supported")
     if crops == 1 and fit is not None:
-        return next(way for way in fits if way.name == fit)
+        return next(possible for possible in fits if possible.name == fit)
     if seen is not None:
         found, share = preprocessing.best(_thumbnail(picture), fits, seen)
         if preprocessing.enough(share):
             return found
         raise PictureError(
-            f"the picture does not look like what the model saw in {crops} crops: the nearest, {found.name}, explains "
-            f"{100 * share:.0f} % of it; give the pictures of this very call, in their order"
-            + (f", or say fit= one of {_FITS}" if crops == 1 else "")
+            f"the picture does not match the {crops} crops that the model saw: the best fit, {found.name}, explains "
+            f"{100 * share:.0f} % of them; pass the pictures of this call, in their order"
+            + (f", or fit= as one of {_FITS}" if crops == 1 else "")
         )
     if crops > 1 or abs(math.log(aspect)) < 0.01:
         return fits[0]
     raise PictureError(
-        f"a picture of {picture.width} x {picture.height} pixels was shown to the model in one square crop, and its "
-        f"pixels are gone, so it cannot be told how it was cut; ask right after the call, or say fit= one of {_FITS}"
+        f"the model saw a picture of {picture.width} x {picture.height} pixels in one square crop, whose pixels are no "
+        f"longer available to infer how it was cut; call this right after the prefill, or pass fit= as one of {_FITS}"
     )
 
 
 def _pixels(source: Source, kind: str, crops: int) -> np.ndarray | None:
-    """`[crops, 3, H, W]` what the model saw; None where the pixels are gone or are not that many crops."""
+    """Pixels `[crops, 3, H, W]` that the model got; None if they are gone or their number of crops differs."""
     found = source.crops(kind)
     if found is None:
         return None
@@ -276,7 +279,7 @@ def _pixels(source: Source, kind: str, crops: int) -> np.ndarray | None:
 
 
 def _thumbnail(picture: Image) -> Image:
-    """At most 512 pixels a side: enough to compare."""
+    """Copy of at most 512 pixels a side, for comparisons."""
     small = picture.copy()
     small.thumbnail((512, 512))
     return small

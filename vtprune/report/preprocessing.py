@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a picture was cut into the square crops that a model saw.
+"""Infers how a processor cut a picture into the square crops that a model saw.
 
-A model is given crops, not the picture: stretched, cut out of the middle, letter-boxed, or a grid of tiles with the
-whole picture before or after them. Shapes alone do not tell these apart. So every way that processors know is tried on
-the original, and the one that explains the pixels which the model was given is taken. Rectangles are `(left, top,
-right, bottom)` in shares of the picture's width and height; a letter-box reaches beyond 0 and 1.
+Crops are stretched, cut out of the middle, letter-boxed, or a grid of tiles with the whole picture before or after
+them, which shapes alone do not determine. So all variants are applied to the original, and the one that best explains
+the model's pixels is taken. Rectangles are `(left, top, right, bottom)` in shares of the picture's width and height; a
+letter-box reaches beyond 0 and 1.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _SIZE = 32  # crops are compared at this many pixels a side
-# A right guess explains nearly all; resampling filters differ. A wrong one rarely explains half.
+# The right fit explains nearly all variance, but for differences of resampling filters; a wrong one rarely half of it.
 _ENOUGH = 0.5
-# What counts at least as the variance to explain, of that of all pixels: stripes and noise leave little when averaged,
-# and that little depends on the filter.
+# Lower bound of the variance to explain, as a share of that of all pixels: of stripes and noise, little is left after
+# averaging, and that depends on the filter.
 _FINE = 0.05
 
 
@@ -42,13 +42,13 @@ class Fit:
     boxes: tuple[Box, ...]
 
 
-def ways(crops: int, aspect: float, crop_aspect: float = 1.0) -> list[Fit]:
-    """The ways to cut a picture into some crops, the more usual first.
+def possible_fits(crops: int, aspect: float, crop_aspect: float = 1.0) -> list[Fit]:
+    """The ways in which processors cut a picture into a number of crops, more common ones first.
 
     Args:
-        crops: How many.
-        aspect: Width of the picture by its height.
-        crop_aspect: The same of a crop.
+        crops: Number of crops.
+        aspect: Aspect ratio of the picture, width by height.
+        crop_aspect: Aspect ratio of a crop.
     """
     if crops == 1:
         return [
@@ -77,31 +77,31 @@ def ways(crops: int, aspect: float, crop_aspect: float = 1.0) -> list[Fit]:
 
 
 def _central(aspect: float, crop_aspect: float, part: float) -> Box:
-    """What is left when a picture is resized to cover a crop and the middle is cut out."""
+    """Rectangle of a center crop: the picture is resized to cover the crop, and this part of its middle is kept."""
     across, down = min(1.0, crop_aspect / aspect) * part, min(1.0, aspect / crop_aspect) * part
     return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
 
 
 def _around(aspect: float, crop_aspect: float, before: float) -> Box:
-    """The rectangle of a crop's shape around a picture, with this share of the padding before it."""
+    """Rectangle of a crop that contains the whole picture, with the share `before` of the padding left or above it."""
     across, down = max(1.0, crop_aspect / aspect), max(1.0, aspect / crop_aspect)
     left, top = -(across - 1) * before, -(down - 1) * before
     return left, top, left + across, top + down
 
 
 def explained(picture: Image, fit: Fit, crops: np.ndarray) -> float:
-    """How much of what the model saw a fit explains, in [0, 1]; 1 where there is nothing to explain.
+    """Share of the variance of the model's pixels that a fit explains, in [0, 1]; 1 if there is no variance.
 
     Args:
         picture: The original, RGB.
         fit: A way to cut it.
-        crops: `[n, 3, H, W]` what the model saw, in any normalization.
+        crops: `[n, 3, H, W]` pixels that the model got, in any normalization.
     """
     seen = np.stack([_small(crop) for crop in crops])  # [n, S, S, 3]
     cut = [_cut(picture, box) for box in fit.boxes]
     guess, inside = np.stack([c[0] for c in cut]), np.stack([c[1] for c in cut]).reshape(-1)  # [n, S, S, 3], [n S S]
     left = total = 0.0
-    for channel in range(3):  # the best brightness and contrast inside, and one color for the padding
+    for channel in range(3):  # least squares over brightness and contrast inside, and the color of the padding
         y, x = seen[..., channel].reshape(-1), guess[..., channel].reshape(-1)
         basis = np.stack([x * inside, inside, 1.0 - inside], 1)
         rest = y - basis @ np.linalg.lstsq(basis, y, rcond=None)[0]
@@ -111,19 +111,19 @@ def explained(picture: Image, fit: Fit, crops: np.ndarray) -> float:
 
 
 def best(picture: Image, fits: Sequence[Fit], crops: np.ndarray) -> tuple[Fit, float]:
-    """The fit that explains most, the first of equals, and how much it explains."""
+    """The fit that explains the largest share, the first of equals, and this share."""
     shares = [explained(picture, fit, crops) for fit in fits]
     first = next(i for i, share in enumerate(shares) if share >= max(shares) - 1e-6)
     return fits[first], shares[first]
 
 
 def enough(share: float) -> bool:
-    """Whether a fit explains so much that it is taken for the right one."""
+    """Whether a fit that explains this share is accepted as the right one."""
     return share >= _ENOUGH
 
 
 def _small(crop: np.ndarray) -> np.ndarray:
-    """`[3, H, W]` -> `[S, S, 3]` float64, averaged over areas."""
+    """Scales `[3, H, W]` down to `[S, S, 3]` float64, averaging over areas."""
     from PIL import Image as images
 
     planes = [images.fromarray(np.ascontiguousarray(plane, dtype=np.float32)) for plane in crop]
@@ -132,14 +132,14 @@ def _small(crop: np.ndarray) -> np.ndarray:
 
 
 def _cut(picture: Image, box: Box) -> tuple[np.ndarray, np.ndarray]:
-    """A rectangle of a picture as `[S, S, 3]`, and `[S, S]` 1 where it lies inside of the picture."""
+    """A rectangle of a picture as `[S, S, 3]`, and `[S, S]` with 1 inside the picture, else 0."""
     from PIL import Image as images
 
     width, height = picture.size
     center = (np.arange(_SIZE) + 0.5) / _SIZE
     x, y = box[0] + center * (box[2] - box[0]), box[1] + center * (box[3] - box[1])
     inside = ((y >= 0) & (y <= 1))[:, None] & ((x >= 0) & (x <= 1))[None, :]
-    # Where the rectangle and the picture meet, in cells of the result; the rest stays black.
+    # The intersection of rectangle and picture; the rest stays black.
     part = [max(box[0], 0.0), max(box[1], 0.0), min(box[2], 1.0), min(box[3], 1.0)]
     target = images.new("RGB", (_SIZE, _SIZE))
     cols, rows = np.flatnonzero(inside.any(0)), np.flatnonzero(inside.any(1))
