@@ -98,7 +98,7 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
         ("lfm3_vl", "have no attention"),
         ("chameleon", "convolution"),
         ("fuyu", "list of blocks"),
-        ("deepseek_ocr2", "one after another"),
+        ("deepseek_ocr2", "consists of 2 towers"),
     ],
 )
 def test_towers_pass_or_are_refused_with_their_reason(architecture: str, outcome: str) -> None:
