@@ -311,7 +311,7 @@ class PrunedCache:
             order = torch.arange(0 if stays is None else stays.shape[1], device=None if stays is None else stays.device)
             if stays is not None and not bool((stays == (order < left)).all()):
                 raise VTPruneError(
-                    "crop removes tokens of a pruned prompt from a batch whose samples keep different numbers of them; "
+                    "crop removes part of a pruned prompt from a batch whose samples keep different numbers of tokens; "
                     "crop only tokens after the prompt, or generate the samples one by one"
                 )
             layer.crop(left - cached_tokens(self, i))
