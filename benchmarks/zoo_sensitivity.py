@@ -3,7 +3,8 @@
 
     python -m benchmarks.zoo_sensitivity
 
-Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, 144 tokens of different lengths, float32, 64
+Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, and of a patch merger (four patches a token, each through
+a root-mean-square norm) at a quarter of the width of Qwen2.5-VL's; 144 tokens of different lengths, float32, 64
 directions, side by side in one run. The reference is the derivative over 256 directions with the slopes in float64.
 Every projector is written at once, an interrupted benchmark resumes where it stopped, and results of another version
 are overwritten with `--force` only.
@@ -29,7 +30,10 @@ from vtprune.methods.zoo_prune.sensitivity import (
     difference_sensitivity,
     exact_sensitivity,
     jvp_sensitivity,
+    norm_forms,
+    normed_sensitivity,
     quadratic_form,
+    slope_along,
     unit_directions,
 )
 from vtprune.study import progress
@@ -38,7 +42,9 @@ OUT = Path(__file__).resolve().parent / "results" / "zoo_sensitivity.json"
 SHAPES = {
     "llava-1.5-7b": (144, 1024, 4096, 4096),
     "internvl-1b": (144, 4096, 896, 896),
+    "patch-merger": (144, 4 * 320, 1280, 512),
 }
+PATCHES = {"patch-merger": 4}  # of a token, normed one by one
 DIRECTIONS = 64
 
 
@@ -68,25 +74,37 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         linear.bias.data.normal_(0, 0.1, generator=generator)
     x = torch.randn(tokens, d_in, generator=generator) * torch.rand(tokens, 1, generator=generator).mul(3).exp()
     directions = unit_directions(torch.randn(DIRECTIONS, d_in, generator=generator))
-    act = nn.functional.gelu
+    act, patches = nn.functional.gelu, PATCHES.get(name)
+    norm = nn.RMSNorm(d_in // (patches or 1), eps=1e-6)
+    norm.weight.data.normal_(1, 0.3, generator=generator)
+
+    def front(z: Tensor) -> Tensor:
+        return z if patches is None else norm(z.unflatten(-1, (patches, -1))).flatten(-2)
 
     def project(z: Tensor) -> Tensor:
-        return second(act(first(z)))
+        return second(act(first(front(z))))
 
-    form = quadratic_form(first.weight, second.weight)
+    w1, b1, w2 = first.weight, first.bias, second.weight
+    form, forms = quadratic_form(w1, w2), [] if patches is None else norm_forms(w1, w2, norm)
     estimators = {
         "difference": lambda: difference_sensitivity(project, x, directions, 0.01),
         "jvp": lambda: jvp_sensitivity(project, x, directions),
-        "exact": lambda: exact_sensitivity(x, first.weight, first.bias, act, form),
+        "exact": lambda: (
+            exact_sensitivity(x, w1, b1, act, form)
+            if patches is None
+            else normed_sensitivity(x.unflatten(-1, (patches, -1)), norm, w1, b1, act, w2, forms)
+        ),
     }
     many = unit_directions(torch.randn(256, d_in, generator=generator, dtype=torch.float64))
-    # Once the slopes of the activation are known, the derivative along u is W2 (g * (W1 u)).
-    slopes = torch.func.jvp(act, (first.double()(x.double()),), (torch.ones(tokens, width, dtype=torch.float64),))[1]
-    along = many @ first.weight.T  # [256, width]
+    # Once the slopes of the activation are known, the derivative along u is W2 (g * (W1 u)), u as it leaves the norm.
+    exactly = norm.double(), first.double()
+    slopes = slope_along(act, first(front(x.double())), torch.ones(tokens, width, dtype=torch.float64))
     reference = torch.zeros(tokens, dtype=torch.float64)
-    for step in along:
-        reference += ((slopes * step).float() @ second.weight.T).double().norm(dim=1)
-    first.float()
+    for u in many:
+        behind = u if patches is None else slope_along(front, x.double(), u.expand(x.shape).contiguous())
+        reference += ((slopes * (behind @ first.weight.T)).float() @ second.weight.T).double().norm(dim=1)
+    for module in exactly:
+        module.float()
     rows = {key: function() for key, function in estimators.items()}
     times = {key: seconds(function, runs) for key, function in estimators.items()}
     return {

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -149,10 +151,49 @@ def test_difference_tends_to_the_derivative() -> None:
 
 
 def test_two_linears_are_told_from_other_projectors() -> None:
-    assert sensitivity.two_linears(projector()) is not None
-    assert sensitivity.two_linears(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))) is None
-    assert sensitivity.two_linears(nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 4))) is None
-    assert sensitivity.two_linears(nn.Linear(4, 4)) is None
+    find = sensitivity.TwoLinears.of
+    linears = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)
+    assert find(projector()) is not None
+    behind = find(nn.Sequential(nn.LayerNorm(4), *linears))
+    assert behind is not None and behind.norm is not None
+    assert find(nn.Sequential(nn.Linear(4, 4), *linears)) is None
+    assert find(nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 4))) is None
+    assert find(nn.Linear(4, 4)) is None
+
+
+class Merger(nn.Module):
+    """Norm over every patch, or over all patches of a token; then two linear layers."""
+
+    def __init__(self, norm: nn.Module, width: int, patches: int) -> None:
+        super().__init__()
+        self.norm, self.width, self.patches = norm, width, patches
+        self.first, self.act = nn.Linear(width * patches, 10), nn.GELU()
+        self.second = nn.Linear(10, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.width * self.patches
+        x = self.norm(x).view(-1, wide) if self.norm.weight.numel() == self.width else self.norm(x.reshape(-1, wide))
+        return self.second(self.act(self.first(x)))
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("over", [6, 24])  # of a patch; of the four patches of a token
+def test_exact_sensitivity_behind_a_norm_is_that_of_finite_differences(kind: Any, over: int) -> None:
+    torch.manual_seed(0)
+    merger = Merger(kind(over, eps=0.3), 6, 4)  # an eps that is felt
+    with torch.no_grad():
+        for parameter in merger.parameters():
+            parameter.normal_(0.2, 0.7)
+    x = torch.randn(5, 4, 6) * torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0])[:, None, None] + 0.4
+    with torch.no_grad():
+        found = sensitivity.ClosedForms()(merger, x, merger(x.reshape(-1, 6)))
+    assert found is not None
+    exact, step, total = merger.double(), 1e-5, torch.zeros(5, dtype=torch.float64)
+    with torch.no_grad():
+        for direction in torch.eye(24, dtype=torch.float64).view(24, 4, 6):  # as over the sphere
+            ends = [exact((x.double() + sign * step * direction).reshape(-1, 6)) for sign in (1, -1)]
+            total += ((ends[0] - ends[1]) / (2 * step)).square().sum(1)
+    torch.testing.assert_close(found.double(), (total / 24).sqrt(), rtol=1e-4, atol=1e-6)
 
 
 def test_removing_doubles_meets_any_count() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ from families import FAMILIES, IMAGE, Image, Video
 import vtprune
 from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, Stage, Tokens
-from vtprune.vision.attention import layer_number, vision_layers
-from vtprune.vision.tower import Vision, _group, layer_tap, over_patches, projector_tap
+from vtprune.vision.attention import LAYER, Attention, layer_number, stratified, vision_layers
+from vtprune.vision.tower import Vision, layer_tap, over_patches, patches_of_rows, projector_tap
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7], [9]]
 
@@ -134,16 +134,16 @@ def test_patches_of_a_row_are_those_of_the_pixel_shuffle(family: str) -> None:
         shuffled = model.model.pixel_shuffle(plane.view(1, 8, 8, 1), 0.5).reshape(16, 4)
     else:
         shuffled = model.model.connector.pixel_shuffle(plane, 2).reshape(16, 4)
-    torch.testing.assert_close(_group(plane, 16, False)[0, :, :, 0].sort(1).values, shuffled.sort(1).values)
+    torch.testing.assert_close(patches_of_rows(plane, 16, False)[0, :, :, 0].sort(1).values, shuffled.sort(1).values)
     values = torch.randn(4, 3)
     spread = over_patches(values, 64, 16, False)
-    torch.testing.assert_close(_group(spread[None], 16, False)[0], values.expand(16, 4, 3))
+    torch.testing.assert_close(patches_of_rows(spread[None], 16, False)[0], values.expand(16, 4, 3))
 
 
 def test_patches_that_fit_no_square_are_refused() -> None:
     with pytest.raises(vtprune.MethodError, match="60 vision patches"):
-        _group(torch.zeros(1, 60, 1), 15, False)
-    assert _group(torch.zeros(1, 60, 1), 15, True).shape == (1, 15, 4, 1)
+        patches_of_rows(torch.zeros(1, 60, 1), 15, False)
+    assert patches_of_rows(torch.zeros(1, 60, 1), 15, True).shape == (1, 15, 4, 1)
 
 
 def test_crops_are_those_of_the_projector_call() -> None:
@@ -254,3 +254,54 @@ def test_padded_patches_neither_give_nor_take_attention() -> None:
         received = reader.attention[0].received().view(8, 8)
         assert math.isclose(float(received[:, :4].sum()), 1.0, rel_tol=1e-5)
         assert (received[:, 4:] == 0).all() and (received[:, :4] > 0).all()
+
+
+@dataclass
+class Twice(Reader):
+    """Reads the layer's own call, and then the layer run once more."""
+
+    pairs: list = field(default_factory=list)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        for rope in (True, False):
+            own = Vision(tokens, "reader").attention(rope)
+            records = [record._replace(watch=None) for record in tokens.recorded[LAYER]]
+            again = Vision(replace(tokens, recorded={**tokens.recorded, LAYER: records}), "reader").attention(rope)
+            assert all(record.watch is not None and record.watch.calls for record in tokens.recorded[LAYER])
+            self.pairs += [(a.query, b.query, a.key, b.key) for a, b in zip(own, again, strict=True)]
+        return super().choose(tokens)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_a_layers_own_call_tells_what_running_it_again_would(family: str) -> None:
+    model, reader = FAMILIES[family].build(), Twice()
+    with vtprune.patch(model, ratio=0.5, method=reader):
+        model(**FAMILIES[family].batch(PROMPTS[:2]))
+    assert len(reader.pairs) >= 2
+    for query, again, key, key_again in reader.pairs:
+        assert not query.requires_grad
+        torch.testing.assert_close(query, again, rtol=0, atol=0)
+        torch.testing.assert_close(key, key_again, rtol=0, atol=0)
+
+
+def test_sampled_rows_are_spread_over_every_picture() -> None:
+    for size, count in ((2048, 512), (2304, 512), (100, 7), (10, 10), (5, 1)):
+        places = stratified(size, count).nonzero()[:, 0]
+        runs = (places.double() * count / size).floor()
+        assert count * 0.95 <= len(places) <= count and len(runs.unique()) >= 0.9 * count
+    columns = stratified(48 * 48, 576).nonzero()[:, 0] % 48  # every fourth place would be in every fourth column
+    assert columns.bincount(minlength=48).min() > 0
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 2500, 8, generator=generator) for _ in range(2))
+    attention = Attention(query, key, 0.3, torch.tensor([0, 400, 2500]), None, 0)
+    assert attention.sampled("all") is None and Attention(query, key, 0.3, None, None, 0).sampled(3000) is None
+    rows = attention.sampled("auto")
+    assert rows is not None and bool(rows[:400].all()) and 480 < int(rows[400:].sum()) <= 512
+    found, exact = attention.received(rows), attention.received()
+    torch.testing.assert_close(found[:, :400], exact[:, :400])
+    torch.testing.assert_close(found[:, 400:].sum(), torch.tensor(1.0))
+    assert torch.corrcoef(torch.cat([found[:, 400:], exact[:, 400:]]))[0, 1] > 0.9
+    valid = torch.zeros(1, 2500, dtype=torch.bool)
+    valid[:, :2100] = True
+    padded = Attention(query, key, 0.3, None, valid, 0).sampled("auto")
+    assert padded is not None and 480 < int(padded.sum()) <= 512 and not bool(padded[:, 2100:].any())

@@ -49,12 +49,15 @@ class Tap:
             `record(args, kwargs, output)`, under `torch.no_grad()`; its result is kept unless it is None.
         columns: The record is a tensor `[B, T, ...]` over the current prompt positions of the decoder: the engine cuts
             it together with the prompt, and passes it to the method flat over the visual tokens, `[M, ...]`.
+        watched: The module attends, and `record` takes what it passed to its attention function as a fourth argument:
+            a `vtprune.models.attention_probe.Watch`, or None if that could not be seen.
     """
 
     name: str
     module: nn.Module
-    record: Callable[[tuple, dict, Any], Any]
+    record: Callable[..., Any]
     columns: bool = False
+    watched: bool = False
 
 
 @dataclass

@@ -35,12 +35,13 @@ def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Te
     Returns:
         Tensor: `[M]` int64.
     """
-    groups = group_ids(offsets, len(scores))
+    groups = _groups_if_several(offsets, len(scores))
     order, tie = _ties(scores, groups, tolerance)
     order = order[torch.sort(tie * len(scores) + order).indices]  # rows of a tie in order of their numbers
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - offsets[:-1][groups]
-    return rank
+    place = torch.arange(len(order), device=order.device)
+    if groups is not None:
+        place -= offsets[:-1][groups]
+    return torch.empty_like(order).scatter_(0, order, place)
 
 
 def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float = TIE) -> Tensor:
@@ -49,21 +50,30 @@ def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float 
     Greedy methods apply it before their first pick, so that rounding does not decide between equal tokens and a sample
     keeps the same tokens in a batch as alone.
     """
-    groups = torch.zeros_like(scores, dtype=torch.long) if offsets is None else group_ids(offsets, len(scores))
-    order, tie = _ties(scores, groups, tolerance)
+    order, tie = _ties(scores, _groups_if_several(offsets, len(scores)), tolerance)
     values = scores[order]
     first = torch.searchsorted(tie, tie)  # the first row of each tie holds the largest score
     return torch.empty_like(scores).index_copy_(0, order, values[first])
 
 
-def _ties(scores: Tensor, groups: Tensor, tolerance: float = TIE) -> tuple[Tensor, Tensor]:
+def _groups_if_several(offsets: Tensor | None, total: int) -> Tensor | None:
+    """Group number `[M]` of every row; None where there is one group, the most frequent case."""
+    return None if offsets is None or len(offsets) == 2 else group_ids(offsets, total)
+
+
+def _ties(scores: Tensor, groups: Tensor | None, tolerance: float = TIE) -> tuple[Tensor, Tensor]:
     """Rows `[M]` sorted by group and falling score, and the ascending number `[M]` of the tie that each belongs to."""
-    by_score = torch.sort(scores, descending=True, stable=True).indices
-    order = by_score[torch.sort(groups[by_score], stable=True).indices]
-    values, group = scores[order], groups[order]
-    differ = values[:-1] - values[1:] > tolerance * values[:-1].abs()
+    values, order = torch.sort(scores, descending=True, stable=True)
+    if groups is not None:
+        order = order[torch.sort(groups[order], stable=True).indices]
+        values = scores[order]
+    before, after = values[:-1], values[1:]
+    differ = before - after > tolerance * before.abs()
+    if groups is not None:
+        group = groups[order]
+        differ |= group[:-1] != group[1:]
     tie = torch.zeros_like(order)
-    torch.cumsum(differ | (group[:-1] != group[1:]), 0, out=tie[1:])
+    torch.cumsum(differ, 0, out=tie[1:])
     return order, tie
 
 
@@ -78,7 +88,8 @@ def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:
     Returns:
         Tensor: `[M]` bool.
     """
-    return rank_in_group(scores, offsets) < budgets.to(scores.device)[group_ids(offsets, len(scores))]
+    groups, budgets = _groups_if_several(offsets, len(scores)), budgets.to(scores.device)
+    return rank_in_group(scores, offsets) < (budgets if groups is None else budgets[groups])
 
 
 def from_order(order: Tensor, total: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.budget import Budget
+from ..models import attention_probe
 from ..models.visual_tokens import VisualTokens
 from . import kv_cache
 from .columns import Columns
@@ -99,7 +100,14 @@ class MethodCall:
 
 @dataclass
 class Snapshot:
-    """Arguments of a layer just before it ran, its packed layout, and the number of tokens cached in it by then."""
+    """Arguments of a layer just before it ran.
+
+    Attributes:
+        layer, args, kwargs: The layer and its arguments.
+        index, valid: Its packed layout.
+        cached_tokens: Number of tokens cached in it by then.
+        watch: What the layer computed when it ran, if it did; otherwise its projections once it was probed.
+    """
 
     layer: nn.Module
     args: tuple
@@ -107,6 +115,7 @@ class Snapshot:
     index: Tensor
     valid: Tensor
     cached_tokens: int
+    watch: attention_probe.Watch = field(default_factory=attention_probe.Watch)
 
     @classmethod
     def take(cls, call: CallState, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Snapshot:
@@ -117,6 +126,11 @@ class Snapshot:
     def hidden(self) -> Tensor:
         """Hidden states `[B, K, D]` entering the layer."""
         return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+
+    def read(self, rope: bool) -> attention_probe.QKV:
+        """Queries, keys and values of the layer, see `attention_probe.probe`; no projection is run twice for them."""
+        seen = self.watch.whole(self.hidden.shape[1]) if rope else None
+        return seen or attention_probe.probe(self.layer, self.args, self.kwargs, rope, self.watch.projections)
 
 
 @dataclass(frozen=True)

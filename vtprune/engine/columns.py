@@ -8,6 +8,7 @@ cuts them down to the positions that are left, layer by layer, and translates ma
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,11 @@ class AttentionForm:
         name: Name of transformers' mask function for the attention implementation.
         dtype: Dtype of masks that are added to logits.
         device: Device of the masks.
-        mixing: Whether some layers mix neighboring positions regardless of masks.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
-    mixing: bool = False
 
 
 class Columns:
@@ -57,18 +56,20 @@ class Columns:
         past: int,
         state: kv_cache.CacheState | None,
         cache: Any,
-        form: AttentionForm,
+        form: Callable[[], AttentionForm],
         renumber: bool,
+        mixing: bool,
     ) -> None:
         self.batch, self.length = shape
-        self.past, self.state, self.cache, self.attention_form = past, state, cache, form
+        self.past, self.state, self.cache, self._form = past, state, cache, form
+        self.is_plain = state is None or state.is_plain
         if real is not None:
             self.real = real
         self.is_cut, self.ragged = False, False
         self._layouts: list[tuple[Tensor, Tensor] | None] = []  # of every layer that ran; None before the first cut
         self.shifts: list[positions.Shift | None] = []
         self.inputs: dict[int, Tensor] = {}  # of layers, at all positions, if gradients of them may be requested
-        self.renumber = renumber
+        self.renumber, self.mixing = renumber, mixing
         self.shift: positions.Shift | None = None
         # Tensors made for the current packed layout, by ids of their sources; values reference the sources, so that
         # the ids stay unique.
@@ -80,6 +81,10 @@ class Columns:
     @functools.cached_property
     def real(self) -> Tensor:
         return torch.ones(self.batch, self.length, dtype=torch.bool)
+
+    @functools.cached_property
+    def attention_form(self) -> AttentionForm:
+        return self._form()
 
     @functools.cached_property
     def _uncut(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +129,7 @@ class Columns:
             Tensor: `[B, K]` the old slot of each new slot.
         """
         slot = self.slot_of_position() if self.is_cut else None
-        self.index, self.valid = gather.pack(stays, self.real, self.attention_form.mixing)
+        self.index, self.valid = gather.pack(stays, self.real, self.mixing)
         self.is_cut, self.ragged = True, not bool(self.valid.all())
         if self.renumber:
             self.source = positions.sources(self.index, self.real)
@@ -138,27 +143,49 @@ class Columns:
     def record_layer(self, number: int) -> None:
         """Records that layer `number` runs on the current packed layout."""
         self._layouts.append((self.index, self.valid) if self.is_cut else None)
+        if self.shift is None and self.is_plain:
+            self.shifts.append(None)
+            return
         old = self.state.shift(number) if self.state is not None else None
         both = old.plus(self.shift) if old is not None and self.shift is not None else (old or self.shift)
         self.shifts.append(both)
 
     def arguments(self, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Cuts the arguments of layer `number`, except hidden states, down from all positions to those left."""
-        if self._needs_no_change(number, args, kwargs):
+        if self.needs_no_change(args, kwargs):
             return args, kwargs
+        if self.state is None and len(args) < 2:
+            return args, self._as_before(number, kwargs)
         if self.is_cut and "together" not in self._gathered:
             self._gather_together({**kwargs, **{str(place): value for place, value in enumerate(args[1:])}})
         new = {name: self._argument(number, name, value) for name, value in kwargs.items() if name != "hidden_states"}
         rest = tuple(self._argument(number, "", value) for value in args[1:])
         return (*args[:1], *rest), {**kwargs, **new}
 
-    def _needs_no_change(self, number: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+    def needs_no_change(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether arguments stay as they are: in decoding steps without a mask, the most frequent calls by far."""
-        state = self.state
-        if self.is_cut or state is None or state.shift(number) is not None or state.is_ragged(number):
+        if self.is_cut or self.state is None or not self.is_plain:
             return False
-        masked = any(value is not None for name, value in kwargs.items() if "mask" in name)
-        return not masked and not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
+        for name, value in kwargs.items():
+            if value is not None and "mask" in name:
+                return False
+        return len(args) < 2 or not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
+
+    def _as_before(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a layer of a first prompt; all but masks are the same for every layer that is given the same."""
+        given = tuple(kwargs.values())
+        key = ("layer", *map(id, given), *kwargs) if "hidden_states" not in kwargs else None
+        known = None if key is None else self._gathered.get(key)
+        if known is None:
+            if "together" not in self._gathered:
+                self._gather_together(kwargs)
+            asked = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            masks_ = {name: value for name, value in asked.items() if self._is_mask(name, value)}
+            known = (given, masks_, {n: self._argument(number, n, v) for n, v in asked.items() if n not in masks_})
+            if key is not None:
+                self._gathered[key] = known
+        _, masks_, others = known
+        return {**kwargs, **others, **{name: self._mask(number, value) for name, value in masks_.items()}}
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if self._is_mask(name, value):

@@ -11,7 +11,7 @@ from torch import nn
 from torch._C._dynamo import eval_frame as _eval_frame
 
 from ..errors import VTPruneError
-from ..models import attention_probe
+from ..models.attention_probe import state as _thread
 
 _GRAPH_BREAK = "which tokens stay depends on values, so the selection breaks the graph; compile without fullgraph"
 
@@ -33,10 +33,13 @@ class Hook:
         self.uncompiled = torch.compiler.disable(self._run, reason=_GRAPH_BREAK)
 
     def __call__(self, *args: Any) -> Any:
-        return (self.uncompiled if is_compiled() else self._run)(*args)
+        # Run once a layer and step, so `is_compiled` and `_run` are written out.
+        if torch.compiler.is_dynamo_compiling() or _eval_frame.get_eval_frame_callback():
+            return self.uncompiled(*args)
+        return None if _thread.on else self.function(*args)
 
     def _run(self, *args: Any) -> Any:
-        return None if attention_probe.is_probing() else self.function(*args)
+        return None if _thread.on else self.function(*args)
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")

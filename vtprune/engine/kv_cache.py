@@ -73,6 +73,11 @@ class CacheState:
         """Whether any layer has dropped tokens or renumbered positions."""
         return any(b is not None for b in self.base) or any(s is not None for s in self.shifts)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no slot is hidden and no position turned back: steps without a mask need no other arguments then."""
+        return not any(self.ragged) and not any(self.shifts)
+
     def base_of(self, layer: int) -> Tensor | None:
         """`base` of a layer; None for layers that no prompt has reached."""
         return self.base[layer] if layer < len(self.base) else None
@@ -160,7 +165,10 @@ def recovered(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState |
 
 def _first(cache: Any) -> int:
     """The layer whose length is that of the whole cache: the first that holds keys and values."""
-    return next((i for i, layer in enumerate(cache.layers) if hasattr(layer, "get_seq_length")), 0)
+    for number, layer in enumerate(cache.layers):
+        if hasattr(layer, "get_seq_length"):
+            return number
+    return 0
 
 
 def _slots_filled(cache: Any, layer: int) -> int:

@@ -26,13 +26,14 @@ from ..models.attention_probe import UnreadableLayerError
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
 from ..report import explain
-from ..report.image_source import Source
+from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
 from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
+from .hooks import is_compiled
 from .spec import MethodUse, PruneSpec
 
 FALLBACK = "divprune"  # needs only the tokens' states, which every model has
@@ -45,6 +46,7 @@ class DecoderCall(CallState):
     required_layer_inputs: set[int] = field(default_factory=set)
     narrow: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
     ran_instead: str | None = None  # name of the method that replaced a default method that cannot run on this model
+    give: Callable[[], None] | None = None  # hands the layer that runs next what was computed to read it
 
     def __post_init__(self) -> None:
         if self.visual is not None:
@@ -115,6 +117,9 @@ class DecoderCall(CallState):
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Makes the cut before layer `number`, if any, and returns the layer's arguments; None if unchanged."""
         columns = self.columns
+        if self.visual is None and columns.needs_no_change(args, kwargs):
+            columns.record_layer(number)
+            return None
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
         changed, self.narrow = None, None
         if self.differentiable and number and columns.is_cut:
@@ -128,10 +133,15 @@ class DecoderCall(CallState):
         if self.differentiable and number == 0 and columns.is_cut and changed is not None:
             changed = self._through(number, *changed)
         if number in self.required_layer_inputs:
-            self.snapshots[number] = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
+            self.snapshots[number] = here = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
+            if self.give is None and not is_compiled():
+                here.watch.start(layer, here.kwargs)
         if changed is not None and checkpointing.runs_hooks_again(layer):
             checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
         columns.record_layer(number)
+        if self.give is not None:
+            self.give()
+            self.give = None
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -162,32 +172,46 @@ class DecoderCall(CallState):
             self.caches.recent.append(state)
         return self.columns.restore(output)
 
-    def record(self) -> PruningRecord:
-        """The record of this call: kept tokens and costs."""
-        visual, columns = self.visual, self.columns
+    def recorder(self, evicted: list[Tensor]) -> Callable[[], PruningRecord]:
+        """What tells what was kept in this call, and what it cost; it holds no states, caches or pixels.
+
+        Args:
+            evicted: Columns that left the cache after the call.
+        """
+        visual, columns, spec = self.visual, self.columns, self.spec
         assert visual is not None
-        where = list((visual.position + columns.past).split(visual.counts))
-        return PruningRecord(
-            visual=where,
-            kept=self.stages[-1][1] if self.stages else where,
-            stages=self.stages,
-            selection_time=self.selection_time,
-            method=self.ran_instead or self.spec.method_names,
-            budget=str(self.options.budget),
-            columns=columns.past + columns.length,
-            slots=[int(valid.shape[1]) for _, valid in columns.layouts],
-            cached_before=columns.past,
-            shape=self.spec.shape,
-            layout=(columns.index, columns.valid, columns.real),
-            places=visual,
-            scores=[decision.scores for decision in self.decisions],
-            kept_flat=[decision.kept for decision in self.decisions],
-            source=Source.of(self.inputs, self.spec.anatomy),
-            states=[decision.states for decision in self.decisions],
-            work=self.spec.work,
-            text=[int(n) - len(v) for n, v in zip(columns.real.sum(1), where, strict=True)],
-            tower_runs=[run for runs in self.recorded.get(RUNS, []) for run in runs],
-        )
+        past, length, layouts = columns.past, columns.length, columns.layouts
+        layout, seconds, said = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
+        kept = [(decision.scores, decision.kept, decision.states) for decision in self.decisions]
+        stages, method, budget = self.stages, self.ran_instead or spec.method_names, self.options.budget
+        runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
+
+        def make() -> PruningRecord:
+            where = list((visual.position + past).split(visual.counts))
+            return PruningRecord(
+                visual=where,
+                kept=stages[-1][1] if stages else where,
+                stages=stages,
+                selection_time=seconds,
+                method=method,
+                budget=str(budget),
+                columns=past + length,
+                slots=[int(valid.shape[1]) for _, valid in layouts],
+                cached_before=past,
+                shape=spec.shape,
+                layout=layout,
+                places=visual,
+                scores=[scores for scores, _, _ in kept],
+                kept_flat=[tokens for _, tokens, _ in kept],
+                source=Source.of(said, spec.anatomy),
+                states=[states for _, _, states in kept],
+                evicted=evicted,
+                work=spec.work,
+                text=[int(n) - len(v) for n, v in zip(layout[2].sum(1), where, strict=True)],
+                tower_runs=runs,
+            )
+
+        return make
 
     def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         visual, columns = self.visual, self.columns
@@ -213,7 +237,11 @@ class DecoderCall(CallState):
         relative = columns.keep(stays, incoming[1].get("position_embeddings"))
         self._follow(relative)
         self._record(number, decision)
-        self.narrow = functools.partial(_narrow, to_device(relative, here.hidden.device), put)
+        slots = to_device(relative, here.hidden.device)
+        self.narrow = functools.partial(_narrow, slots, put)
+        if put is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
+            pick = functools.partial(_narrow, slots, None)
+            self.give = functools.partial(here.watch.projections.give, here.layer, here.hidden.shape[:2], pick)
         return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
 
     def _follow(self, relative: Tensor) -> None:
@@ -402,7 +430,9 @@ def begin(
     if visual is not None:  # decoding steps do not need the mask, and reading it would synchronize with the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
         visual = visual.visible(real)  # visual tokens that the mask hides are padding
-    columns = Columns((batch, length), real, past, state, cache, spec.attention_form, renumber=spec.renumbers)
+    form = functools.partial(getattr, spec, "attention_form")  # asked for where masks are made from nothing
+    renumber, mixing = spec.renumbers, spec.anatomy.mixes_columns
+    columns = Columns((batch, length), real, past, state, cache, form, renumber, mixing)
     return DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )

@@ -7,7 +7,6 @@ State of a call is kept per thread until the call returns; state of a generation
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from ..core.budget import Budget
 from ..core.method import Tap
 from ..errors import NothingPrunedError, UnsupportedModelError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
+from ..models.arguments import parameters
 from ..models.encoder_outputs import Encoded
 from ..models.transformers_names import (
     ENCODER_OUTPUTS,
@@ -30,6 +30,7 @@ from ..models.transformers_names import (
 )
 from ..models.visual_tokens import VisualTokens
 from ..report.pruning import Pruning
+from ..report.record import PruningRecord
 from ..towers.cut import TowerCut
 from ..vision.tower import warn_once
 from . import checkpointing, generation, merged, outputs, prefill, requests, window
@@ -40,12 +41,24 @@ from .kv_cache import Caches
 from .spec import PruneSpec
 
 
+class Account:
+    """What a prefill did, put together when somebody asks."""
+
+    def __init__(self, make: Callable[[], PruningRecord]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def pruning(self) -> Pruning:
+        """The record with its report."""
+        return Pruning(**vars(self._make()))
+
+
 class ThreadState(threading.local):
     """State of a patched model in one thread: the calls in progress and the last prefill."""
 
     def __init__(self) -> None:
         self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
-        self.finished: Pruning | None = None  # the last prefill of that call
+        self.finished: Account | None = None  # the last prefill of that call
         self.balanced: torch.Tensor | None = None  # its mask in the load-balancing loss of experts
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
         self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
@@ -56,7 +69,8 @@ class ThreadState(threading.local):
         self.found_visual: bool | None = None
         self.call: prefill.DecoderCall | None = None  # the decoder's call in progress
         self.records: dict[str, list] = {}  # records of taps in the call in progress
-        self.last: Pruning | None = None
+        self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
+        self.last: Account | None = None
         self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continue_cacheless`
 
 
@@ -78,9 +92,8 @@ class Session:
         self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
-        self._last: Pruning | None = None
+        self._last: Account | None = None
         self._layouts = visual_tokens.LayoutMemo()
-        self._signature: tuple[Any, inspect.Signature] | None = None  # of the composite's forward
 
     @property
     def budget(self) -> Budget:
@@ -95,7 +108,8 @@ class Session:
     @property
     def last(self) -> Pruning | None:
         """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first."""
-        return self.thread.last or self._last
+        account = self.thread.last or self._last
+        return None if account is None else account.pruning
 
     def _tower_cut(self) -> TowerCut | None:
         """The hooks that cut the vision tower or count its work; None if it has no blocks and no cut is requested."""
@@ -150,12 +164,17 @@ class Session:
         after(parts.composite, self._after_composite, always=True)
         for number, layer in enumerate(parts.layers):
             before(layer, self._layer_hook(number))
+            if number in self.spec.read_layers:
+                after(layer, self._after_layer, always=True)
         taps = list(self.spec.taps)
         if self.tower is not None:
             handles += self.tower.attach(lambda function: Hook(owner, function))
             taps.append(self.tower.tap())
         for tap in taps:
             after(tap.module, self._tap_hook(tap))
+        for module in {tap.module: None for tap in taps if tap.watched}:
+            before(module, self._watch)
+            after(module, self._unwatch, always=True)
         return handles
 
     def _encoder(self, kind: str, encode: Callable) -> Callable:
@@ -217,7 +236,9 @@ class Session:
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         thread = self.thread
         finished, thread.outer, thread.finished, thread.balanced = thread.finished, None, None, None
-        return None if finished is None or output is None else outputs.without_dropped(output, finished.mask)
+        if finished is None or output is None:
+            return None
+        return outputs.without_dropped(output, lambda: finished.pruning.mask)
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self.thread
@@ -225,18 +246,12 @@ class Session:
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual = False, None
         self.caches.state_of(cache_of(kwargs))  # before the model asks for its length
-        bound = self._signature_of(module.forward).bind_partial(*args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
+        known = parameters(module.forward)
+        thread.inputs = known.bind(args, kwargs)
         if self.drops:
-            unsupported.refuse_ignored_features(module, extra)
-        thread.inputs = {**bound, **extra}
-
-    def _signature_of(self, forward: Callable) -> inspect.Signature:
-        """Signature of the composite's forward, cached until that is replaced."""
-        known = self._signature
-        if known is None or known[0] != forward:
-            self._signature = known = forward, inspect.signature(forward)
-        return known[1]
+            unsupported.refuse_ignored_features(
+                module, {name: value for name, value in thread.inputs.items() if name not in known.named}
+            )
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
@@ -299,7 +314,7 @@ class Session:
             )
         if not call.cuts:
             return None
-        later = any(map(checkpointing.runs_hooks_again, self.spec.anatomy.layers))
+        later = torch.is_grad_enabled() and any(map(checkpointing.runs_hooks_again, self.spec.anatomy.layers))
         found = intercept_deepstack(kwargs, (call.columns.batch, call.columns.length), later)
         if found is None:
             return None
@@ -362,12 +377,11 @@ class Session:
             return None
         output = call.finish(output)
         if call.visual is not None:
-            record, thread = call.record(), self.thread
-            if self.spec.window is not None:
-                record.evicted = window.evict(call, self.spec.window)
-            thread.last = self._last = thread.finished = Pruning(**vars(record))
+            thread = self.thread
+            evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
+            thread.last = self._last = thread.finished = account = Account(call.recorder(evicted))
             if thread.balanced is not None and thread.balanced.shape[1] >= call.columns.past + call.columns.length:
-                kept = thread.last.mask.to(thread.balanced.device)
+                kept = account.pruning.mask.to(thread.balanced.device)
                 thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
 
@@ -380,6 +394,19 @@ class Session:
 
         return before_layer
 
+    def _after_layer(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        attention_probe.leave()
+
+    def _watch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A layer that a tap watches is about to run."""
+        if self.drops and not is_compiled():
+            self.thread.watch = attention_probe.Watch()
+            self.thread.watch.start(module, kwargs)
+
+    def _unwatch(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.thread.watch = None
+        attention_probe.leave()
+
     def _tap_hook(self, tap: Tap) -> Callable:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             thread = self.thread
@@ -389,10 +416,10 @@ class Session:
                 return
             if tap.columns and (thread.call is None or not thread.call.cuts):
                 return
-            if self.tower is not None:
-                args, kwargs = self.tower.uncut(module, args, kwargs)
+            uncut = (args, kwargs) if self.tower is None else self.tower.uncut(module, args, kwargs)
+            watch = thread.watch if uncut[1] is kwargs else None  # of a cut tower only the rows left were seen
             with torch.no_grad():
-                value = tap.record(args, kwargs, output)
+                value = tap.record(*uncut, output, *([watch] if tap.watched else []))
             if value is not None:
                 store.setdefault(tap.name, []).append(value)
 

@@ -151,6 +151,13 @@ class PruneSpec:
         """Names of the taps whose records are cut together with the prompt."""
         return frozenset(tap.name for tap in self.taps if tap.columns)
 
+    @cached_property
+    def read_layers(self) -> frozenset[int]:
+        """Decoder layers that are cut, or whose queries, keys or values a method may read."""
+        layers = self.anatomy.num_layers
+        read = {layer for use in self.uses for layer in use.method.required_layer_inputs(layers)}
+        return frozenset(read | {stage.layer for use in self.uses for stage in use.schedule})
+
     @property
     def mean_ratio(self) -> float:
         """Expected share of visual tokens, averaged over layer inputs, for `ratio` and `mean_ratio` budgets.
@@ -184,7 +191,7 @@ class PruneSpec:
         """The form of mask that the decoder's attention takes; it may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)
         device = next(self.anatomy.decoder.parameters()).device
-        return AttentionForm(name, self.dtype, device, self.anatomy.mixes_columns)
+        return AttentionForm(name, self.dtype, device)
 
     @cached_property
     def work(self) -> Work:

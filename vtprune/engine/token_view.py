@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
-from ..models import attention_probe
 from ..models.visual_tokens import VisualTokens
 from .call import CallState, MethodCall, Snapshot
 from .columns import slot_of_position
@@ -215,7 +214,7 @@ def attention_inputs(
     queries: str,
     checks: DeferredChecks,
 ) -> AttentionInputs:
-    """Probes a layer and lays out its queries, keys and values over the samples that have visual tokens.
+    """Reads a layer and lays out its queries, keys and values over the samples that have visual tokens.
 
     Args:
         call: The call in progress.
@@ -228,7 +227,7 @@ def attention_inputs(
         queries: "text" or "last".
         checks: Gets the checks that queries and keys are finite.
     """
-    probed = attention_probe.probe(snapshot.layer, snapshot.args, snapshot.kwargs, rope)
+    probed = snapshot.read(rope)
     device = probed.key.device
     past = _past_keys(call, number, snapshot.cached_tokens) if rope else None
 

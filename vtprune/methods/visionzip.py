@@ -17,7 +17,7 @@ from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.crops import by_crop
-from ..vision.tower import Vision, layer_tap, projector_tap, warn_once
+from ..vision.tower import Queries, Vision, layer_tap, projector_tap, warn_once
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -87,6 +87,8 @@ class VisionZip(Method):
         contextual: Share of the budget for contextual tokens (published: 10 of 64 and 20 of 128).
         keep_class_token: Pass the class token on, as released.
         average: Merge by averages; the released sum of two terms has about twice the norm.
+        queries: Without a class token, the query rows that the mean attention received is taken over: `"auto"` takes
+            all, and a stratified sample of 512 in pictures of 2,048 patches or more; a number takes that many.
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
@@ -94,6 +96,7 @@ class VisionZip(Method):
     contextual: Annotated[float, Range(0, 1, open=(1,))] = 10 / 64
     keep_class_token: bool = False
     average: bool = False
+    queries: Queries = "auto"
     positions: Literal["original", "compact"] = "original"
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
@@ -104,7 +107,7 @@ class VisionZip(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         vision = Vision(tokens, self.name)
-        scores = vision.importance()
+        scores = vision.importance(queries=self.queries)
         metric = vision.tokens_of_patches(lambda a: a.key.float().mean(1), rope=False)  # [M, dh]
         keep = torch.zeros(len(tokens), dtype=torch.bool, device=scores.device)
         groups, class_rows = [], []

@@ -17,7 +17,7 @@ from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.crops import by_crop
-from ..vision.tower import Vision, layer_tap, projector_tap
+from ..vision.tower import Queries, Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -39,12 +39,16 @@ def remove_duplicates(features: Tensor, order: Tensor, count: int, step: int = 8
         Tensor: `[count]` rows, in the final order of the list.
     """
     unit = normalize(features[order].float(), dim=-1)
+    similar = unit @ unit.T
     left = torch.arange(len(order), device=order.device)
     while len(left) > count:
+        if 4 * len(left) < 3 * len(similar):  # what is gone is not read again
+            similar, order = similar[left].index_select(1, left), order[left]
+            left = torch.arange(len(order), device=order.device)
         even, odd = left[0::2], left[1::2]
         if len(odd) == 0:
             return order[left[:count]]
-        nearest = (unit[even] @ unit[odd].T).amax(1)
+        nearest = similar[odd].amax(0)[even]
         by_similarity = even[nearest.sort(descending=True, stable=True).indices]
         left = torch.cat([by_similarity[min(step, len(left) - count) :], odd])
     return order[left]
@@ -77,6 +81,8 @@ class VisPruner(Method):
         important: Share of the budget for patches picked by attention.
         step: Patches removed per round.
         largest: In crops of `n` patches, more than this, `step * n / largest` are removed per round.
+        queries: Without a class token, the query rows that the mean attention received is taken over: `"auto"` takes
+            all, and a stratified sample of 512 in pictures of 2,048 patches or more; a number takes that many.
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
@@ -84,6 +90,7 @@ class VisPruner(Method):
     important: Share = 0.5
     step: Positive = 8
     largest: Positive = 2048
+    queries: Queries = "auto"
     positions: Literal["original", "compact"] = "original"
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
@@ -94,7 +101,7 @@ class VisPruner(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         vision = Vision(tokens, self.name)
-        scores, features = vision.importance(), vision.to_tokens(vision.features)
+        scores, features = vision.importance(queries=self.queries), vision.to_tokens(vision.features)
         keep = torch.zeros(len(tokens), dtype=torch.bool, device=scores.device)
         for rows, budget, placed in by_crop(tokens, vision.crop).each():
             if not placed or budget == len(rows):

@@ -2,28 +2,41 @@
 """Reads q, k, v and attention outputs of decoder layers without changing the model.
 
 The probe calls a decoder layer with the input it would get and without its cache, and stops it at the attention
-function. There q, k and v have passed norms, projections, q/k norms and rotation, whatever the modules are called. To
-intercept the attention function, transformers' registry is wrapped by the first `patch` and restored by the last
-`remove`; threads that are not probing get what the registry itself returns.
+function. There q, k and v have passed norms, projections, q/k norms and rotation, whatever the modules are called. A
+layer that runs anyway is watched instead (`Watch`), so that nothing is computed twice. To intercept the attention
+function, transformers' registry is wrapped by the first `patch` and restored by the last `remove`; threads that neither
+probe nor watch get what the registry itself returns.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from ..errors import MethodError
 from .transformers_names import attention_functions
 
+
+class _Thread(threading.local):
+    """What the present thread is doing."""
+
+    on = False  # inside a probe: hooks pass straight through
+    watch: Watch | None = None  # the running layer
+    mode: TorchFunctionMode | None = None  # until the running layer attends
+    record: Callable[[Tensor], None] | None = None  # takes what the attention function returns
+
+
 _lock = threading.Lock()
 _users = 0
-_probing = threading.local()
+state = _Thread()
 
 
 class UnreadableLayerError(MethodError):
@@ -56,27 +69,144 @@ class _StopProbe(Exception):
         self.inputs = inputs
 
 
-def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+def _given(query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> QKV:
     scaling = kwargs.get("scaling")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    raise _StopProbe(QKV(query, key, value, float(scaling), kwargs.get("softcap")))
+    return QKV(query, key, value, float(scaling), kwargs.get("softcap"))
+
+
+def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> None:
+    raise _StopProbe(_given(query, key, value, kwargs))
+
+
+class Projections:
+    """What the linear maps of a layer gave out before it attended, for other runs on the same states.
+
+    A rotation comes behind the projections, so a run with another one has the same. Only maps that go through
+    `torch.nn.functional.linear` with the very same weight are shared; others run again.
+
+    Attributes:
+        outputs: Weight and output of every map, in order.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def shared(self) -> TorchFunctionMode:
+        """Mode of the calling thread: the first run inside records, later ones take what was recorded."""
+        return _Replaying(self.outputs) if self.outputs else _Recording(self.outputs)
+
+    def give(self, layer: nn.Module, shape: torch.Size, pick: Callable[[Tensor], Tensor]) -> None:
+        """Gives `layer`, which the calling thread runs next, a part of what was recorded; see `leave`.
+
+        Args:
+            layer: The layer, about to run on some of the states.
+            shape: `[B, T]` of the states that were projected.
+            pick: Takes from `[B, T, D]` the rows of the states that are left.
+        """
+        if self.outputs and is_eager(layer) and all(output.shape[:2] == shape for _, output in self.outputs):
+            _enter(_Replaying(self.outputs, pick))
+
+
+class _Recording(TorchFunctionMode):
+    def __init__(self, outputs: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function is linear:
+            self.outputs.append((args[1], output.detach()))
+        return output
+
+
+class _Replaying(TorchFunctionMode):
+    def __init__(self, outputs: list[tuple[Tensor, Tensor]], pick: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.left, self.pick = list(reversed(outputs)), pick
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is linear and self.left and self.left[-1][0] is args[1]:
+            output = self.left.pop()[1]
+            return output if self.pick is None else self.pick(output)
+        return function(*args, **(kwargs or {}))
+
+
+class Watch:
+    """A layer that runs anyway: its projections, and what it hands to its attention function.
+
+    Attributes:
+        calls: Of the attention function; layers that attend in segments make several.
+        projections: Of a layer that rotates, to read its queries and keys before rotation.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[QKV] = []
+        self.projections = Projections()
+
+    def start(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Watches `layer`, which the calling thread is about to run; see `leave`."""
+        state.watch = self
+        if kwargs.get("position_embeddings") is not None and is_eager(layer):
+            _enter(_Recording(self.projections.outputs))
+
+    def around(self, function: Callable) -> Callable:
+        """An attention function that tells what it is given."""
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append(_given(query.detach(), key.detach(), value.detach(), kwargs))
+            return function(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    def whole(self, length: int) -> QKV | None:
+        """Queries, keys and values of all `length` columns; None where the layer had other keys too, or was not seen.
+
+        Segments are joined in their order.
+        """
+        if not self.calls or any(call.key.shape[2] != call.query.shape[2] for call in self.calls):
+            return None
+        first = self.calls[0]
+        if len(self.calls) > 1:
+            query, key, value = (torch.cat([getattr(c, n) for c in self.calls], 2) for n in ("query", "key", "value"))
+            first = QKV(query, key, value, first.scaling, first.softcap)
+        return first if first.query.shape[2] == length else None
+
+
+def _enter(mode: TorchFunctionMode) -> None:
+    state.mode = mode
+    mode.__enter__()
+
+
+def _leave_mode() -> None:
+    """Behind the projections nothing is recorded or given."""
+    mode, state.mode = state.mode, None
+    if mode is not None:
+        mode.__exit__(None, None, None)
+
+
+def leave() -> None:
+    """The layer that was watched or given projections has run, or failed."""
+    state.watch = None
+    if state.mode is not None:
+        _leave_mode()
 
 
 def is_probing() -> bool:
     """Whether this thread is inside a probe, where vtprune's hooks do nothing."""
-    return getattr(_probing, "on", False)
+    return state.on
 
 
 @contextmanager
 def hooks_disabled() -> Iterator[None]:
     """Context in which vtprune's hooks do nothing in this thread."""
     before = is_probing()
-    _probing.on = True
+    state.on = True
     try:
         yield
     finally:
-        _probing.on = before
+        state.on = before
 
 
 def install() -> None:
@@ -96,7 +226,11 @@ def install() -> None:
                 return original(attn_implementation, default)
             if is_probing():
                 return _stop
-            function, record = original(attn_implementation, default), getattr(_probing, "record", None)
+            if state.mode is not None:
+                _leave_mode()
+            function = original(attn_implementation, default)
+            record, watch = state.record, state.watch
+            function = function if watch is None else watch.around(function)
             return function if record is None else _recorded(function, record)
 
         get_interface.original = original if overridden else None  # type: ignore[attr-defined]
@@ -136,13 +270,13 @@ def attention_outputs(layers: Sequence[nn.Module], rows: int) -> Iterator[dict[i
     def enter(number: int) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             if not is_probing() and threading.get_ident() == thread:
-                _probing.record = lambda output: outputs.__setitem__(number, output[:, -rows:].flatten(2))
+                state.record = lambda output: outputs.__setitem__(number, output[:, -rows:].flatten(2))
 
         return hook
 
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         if not is_probing():
-            _probing.record = None
+            state.record = None
 
     install()
     handles = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
@@ -165,13 +299,16 @@ def _recorded(function: Callable, record: Callable[[Tensor], None]) -> Callable:
 
 
 @torch.no_grad()
-def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> QKV:
+def probe(
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True, projections: Projections | None = None
+) -> QKV:
     """Runs `layer` up to its attention function.
 
     Args:
         layer: A decoder layer.
         args, kwargs: What the decoder calls it with.
         rope: False replaces the rotation by the identity.
+        projections: Of earlier runs on the same states, which this one shares, or adds its own to.
 
     Raises:
         UnreadableLayerError: The layer has no attention function, or its rotation does not come as
@@ -184,14 +321,14 @@ def probe(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = Tr
         kwargs["use_cache"] = False
     if not rope and kwargs.get("position_embeddings", ()) is not None:  # None: this layer does not rotate
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
-    with _gathered(layer) as bare:
-        _probing.on = True
+    with _gathered(layer) as bare, nullcontext() if projections is None else projections.shared():
+        state.on = True
         try:
             _uncompiled(bare)(*args, **kwargs)
         except _StopProbe as stop:
             return stop.inputs
         finally:
-            _probing.on = False
+            state.on = False
     raise UnreadableLayerError(
         f"{type(layer).__name__} calls no attention function (linear attention, convolution or state space); choose a "
         "layer with attention"
@@ -209,6 +346,12 @@ def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
 
     with FullyShardedDataParallel.summon_full_params(layer, recurse=False, writeback=False):
         yield inner
+
+
+def is_eager(layer: nn.Module) -> bool:
+    """Whether a layer is run step by step; compiled code would be made anew for every mode that it runs in."""
+    compiled = hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None
+    return not compiled and not hasattr(vars(layer).get("forward"), "_torchdynamo_orig_callable")
 
 
 def _uncompiled(layer: nn.Module) -> Callable:

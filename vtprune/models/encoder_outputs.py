@@ -9,7 +9,6 @@ the method's taps are kept until the next encoding of the same kind in the same 
 
 from __future__ import annotations
 
-import inspect
 import re
 import weakref
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import bind
 from .transformers_names import ENCODER_OUTPUTS
 
 # Argument names of pixels and image features in transformers' models; audio and text have features as well.
@@ -62,8 +62,7 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
         tuple: The encoder's output and the record.
     """
     output = encode(*args, **kwargs)
-    bound = inspect.signature(encode).bind_partial(*args, **kwargs).arguments
-    bound.update(bound.pop("kwargs", {}))
+    bound = bind(encode, args, kwargs)
     try:
         reference: Callable[[], Any] = weakref.ref(output)
     except TypeError:  # a plain tuple has no weak references; later calls with it are not recognized
@@ -72,7 +71,7 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
             return None
 
     lengths = _lengths(getattr(output, "pooler_output", None))
-    return output, Encoded(kind, dict(bound), lengths, records, reference)
+    return output, Encoded(kind, bound, lengths, records, reference)
 
 
 def _lengths(features: Any) -> list[int] | None:

@@ -33,7 +33,10 @@ def is_cache(value: Any) -> bool:
 def cache_of(values: Mapping[str, Any] | Iterable[Any]) -> Any:
     """The KV cache among arguments or the fields of an output, or None."""
     found = values.values() if isinstance(values, Mapping) else values
-    return next((value for value in found if is_cache(value)), None)
+    for value in found:
+        if is_cache(value):
+            return value
+    return None
 
 
 def takes_cache(function: Callable) -> bool:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+_SIZES = ("image_sizes", "batch_num_images")
+
+
+def noted(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a `Source` is made from: sizes, grids, and weak references to pixels."""
+    kept = {name: value for name, value in inputs.items() if name in _SIZES or name.endswith("_grid_thw")}
+    given = {name: inputs.get(name) for name in _PIXELS.values()}
+    return kept | {name: weakref.ref(value) for name, value in given.items() if isinstance(value, Tensor)}
 
 
 @dataclass
@@ -50,7 +58,7 @@ class Source:
         """Collects what a call's arguments tell about its pictures.
 
         Args:
-            inputs: Keyword arguments of the composite's call and of its encoders.
+            inputs: What is `noted` of the arguments of the composite's call and of its encoders.
             anatomy: Parts of the model.
         """
         kinds = tuple(anatomy.placeholders)
@@ -58,7 +66,6 @@ class Source:
         vision = getattr(config, "vision_config", None)
         packs = hasattr(anatomy.composite, "pack_image_features")
         sizes, per_sample = inputs.get("image_sizes"), inputs.get("batch_num_images")
-        given = {kind: inputs.get(name) for kind, name in _PIXELS.items()}
         return cls(
             kinds=kinds,
             stretched=frozenset(kind for kind in kinds if inputs.get(f"{kind}_grid_thw") is not None),
@@ -67,7 +74,7 @@ class Source:
             pinpoints=list(getattr(config, "image_grid_pinpoints", None) or []) if packs else [],
             side=_number(getattr(vision, "image_size", None)),
             patch=_number(getattr(vision, "patch_size", None)),
-            pixels={kind: weakref.ref(value) for kind, value in given.items() if isinstance(value, Tensor)},
+            pixels={kind: inputs[name] for kind, name in _PIXELS.items() if name in inputs},
         )
 
     def __getstate__(self) -> dict[str, Any]:

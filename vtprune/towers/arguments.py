@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..models.arguments import bind
 
 
 class Offsets:
@@ -85,14 +85,7 @@ def _like(index: Tensor, x: Tensor) -> Tensor:
 
 def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name, including those in `*args` and `**kwargs`."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound.update(bound.pop(parameter.name, {}))
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            bound.update({f"{parameter.name}_{i}": v for i, v in enumerate(bound.pop(parameter.name, ()))})
-    return bound
+    return bind(module.forward, args, kwargs)
 
 
 def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -17,13 +16,17 @@ from torch import Tensor, nn
 from vtprune_kernels import received_attention
 
 from ..core.method import Tap
+from ..core.options import Positive
 from ..errors import MethodError
-from ..models.attention_probe import QKV, probe
+from ..models.arguments import bind
+from ..models.attention_probe import QKV, Watch, probe
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 LAYER = "vision.layer"
+Queries = Positive | Literal["auto", "all"]
+LARGE, SAMPLE = 2048, 512  # patches from which on "auto" samples, and rows that it takes
 _CLASS_TOKENS = {"class_embedding", "cls_token", "class_token"}
 _log = logging.getLogger("vtprune")
 
@@ -81,6 +84,7 @@ class LayerCall(NamedTuple):
         layer, args, kwargs: The layer and its arguments.
         output: Its output, if that is kept.
         probe: Runs the layer up to its attention, as `attention_probe.probe` does for layers of transformers.
+        watch: What the layer passed to its attention function in this call, if that was seen.
     """
 
     layer: nn.Module
@@ -88,6 +92,21 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, Any]
     output: Any = None
     probe: Callable[..., QKV] = probe
+    watch: Watch | None = None
+
+    def read(self, hidden: Tensor, named: dict[str, Any], rope: bool) -> QKV:
+        """Queries and keys of the call, from what was seen of it, else by running the layer once more.
+
+        Args:
+            hidden: `[..., N, D]` states that entered.
+            named: All other arguments, for that run.
+            rope: False for queries and keys before rotation.
+        """
+        rope = rope or named.get("position_embeddings") is None
+        if self.watch is None:
+            return self.probe(self.layer, (hidden,), named, rope)
+        seen = self.watch.whole(hidden.shape[-2]) if rope else None
+        return seen or self.probe(self.layer, (hidden,), named, rope, self.watch.projections)
 
 
 def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_output: bool = False) -> Tap:
@@ -99,9 +118,11 @@ def layer_tap(anatomy: Anatomy, which: int | Literal["feature", "last"], keep_ou
         keep_output: Keep the layer's output too, for `Vision.class_states`.
     """
     layer = vision_layers(anatomy)[layer_number(anatomy, which)]
-    return Tap(
-        LAYER, layer, lambda args, kwargs, output: LayerCall(layer, args, kwargs, output if keep_output else None)
-    )
+
+    def record(args: tuple, kwargs: dict[str, Any], output: Any, watch: Watch | None = None) -> LayerCall:
+        return LayerCall(layer, args, kwargs, output if keep_output else None, watch=watch)
+
+    return Tap(LAYER, layer, record, watched=True)
 
 
 @dataclass
@@ -136,11 +157,50 @@ class Attention:
         out[self.valid] = received_attention(query, key, self.scaling, chosen, offsets)[0]
         return out
 
+    def sampled(self, queries: Queries) -> Tensor | None:
+        """`[N]` or `[B, N]` bool: query rows for `received`; None for all of them.
+
+        Args:
+            queries: `"all"`; a number of rows of every picture; `"auto"`, 512 of pictures with 2,048 patches or more.
+        """
+        batch, _, length, _ = self.query.shape
+        if self.valid is not None:
+            sizes = self.valid.sum(1).tolist()
+        else:
+            sizes = [length] if self.offsets is None else self.offsets.diff().tolist()
+        counts = [_rows_of(size, queries) for size in sizes]
+        if counts == sizes:
+            return None
+        parts = [stratified(size, count) for size, count in zip(sizes, counts, strict=True)]
+        if self.valid is None:
+            return torch.cat(parts).to(self.query.device)
+        rows = torch.zeros(batch, length, dtype=torch.bool, device=self.query.device)
+        rows[self.valid] = torch.cat(parts).to(rows.device)
+        return rows
+
     def of_class_token(self) -> Tensor:
         """Attention `[B, N]` from the class token (row 0), averaged over heads."""
         rows = torch.zeros(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
         rows[:, 0] = True
         return self.received(rows)
+
+
+def _rows_of(size: int, queries: Queries) -> int:
+    if isinstance(queries, int):
+        return min(size, queries)
+    return SAMPLE if queries == "auto" and size >= LARGE else size
+
+
+def stratified(size: int, count: int) -> Tensor:
+    """`[size]` bool with about `count` True: one in each of `count` equal runs, at places that differ between runs.
+
+    The places inside the runs are multiples of the golden ratio: spread evenly, the same for everybody, and in step
+    with no row of a grid.
+    """
+    runs = torch.arange(count, dtype=torch.float64)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[((runs + runs * 0.6180339887498949 % 1) * (size / count)).long().clamp_max(size - 1)] = True
+    return chosen
 
 
 def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
@@ -170,19 +230,15 @@ def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> At
         packed: Whether the tower works on one packed sequence.
         rope: False for queries and keys before rotation.
     """
-    signature = inspect.signature(record.layer.forward)
-    named = dict(signature.bind(*record.args, **record.kwargs).arguments)
+    named = bind(record.layer.forward, record.args, record.kwargs)
     hidden = named.pop(next(iter(named)))
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
     offsets = named.get("cu_seqlens")
     if offsets is not None:  # as one sequence, because the probe stops at the first of several attention calls
         total = int(offsets[-1])
         named["cu_seqlens"] = offsets.new_tensor([0, total])
         if named.get("max_seqlen") is not None:
             named["max_seqlen"] = total
-    read = record.probe(record.layer, (hidden,), named, rope or named.get("position_embeddings") is None)
+    read = record.read(hidden, named, rope)
     batch, _, length, _ = read.query.shape
     block = math.isqrt(length // max(rows, 1))
     prefix = 0 if packed else length - block * block * rows

@@ -26,7 +26,7 @@ from ..core.method import Tap
 from ..core.tokens import Tokens
 from ..errors import MethodError
 from ..models.any_resolution import tiles_per_image
-from .attention import LAYER, Attention, has_class_token, layer_tap, read_attention, warn_once
+from .attention import LAYER, Attention, Queries, has_class_token, layer_tap, read_attention, warn_once
 from .crops import arrangements, match_rows
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 _PROJECTOR = "vision.projector"
 __all__ = [
     "Attention",
+    "Queries",
     "Vision",
     "crops_seen",
     "layer_tap",
     "over_patches",
+    "patches_of_rows",
     "pixel_crops",
     "projector_tap",
     "warn_once",
@@ -59,7 +61,7 @@ def projector_tap(anatomy: Anatomy, method: str) -> Tap:
     return Tap(_PROJECTOR, anatomy.projector, lambda args, kwargs, output: (args, kwargs, output))
 
 
-def _group(x: Tensor, rows: int, packed: bool) -> Tensor:
+def patches_of_rows(x: Tensor, rows: int, packed: bool) -> Tensor:
     """Groups patches `[n, P, C]` by projector row: `[n, rows, P / rows, C]`, in raster order."""
     n, patches, width = x.shape
     k = patches // max(rows, 1)
@@ -79,7 +81,8 @@ def _group(x: Tensor, rows: int, packed: bool) -> Tensor:
 
 def over_patches(values: Tensor, patches: int, rows: int, packed: bool) -> Tensor:
     """Copies one set of values `[k, C]` to the `k` patches of every projector row: `[patches, C]`."""
-    members = _group(torch.arange(patches, device=values.device)[None, :, None], rows, packed)[0, :, :, 0]  # [rows, k]
+    numbers = torch.arange(patches, device=values.device)[None, :, None]
+    members = patches_of_rows(numbers, rows, packed)[0, :, :, 0]  # [rows, k]
     out = values.new_empty(patches, values.shape[1])
     out[members] = values
     return out
@@ -134,7 +137,7 @@ class Vision:
     @functools.cached_property
     def features(self) -> Tensor:
         pairs = zip(self._inputs, self._outputs, self._packed, strict=True)
-        return torch.cat([_group(x, y.shape[1], packed).flatten(2).flatten(0, 1) for x, y, packed in pairs])
+        return torch.cat([patches_of_rows(x, y.shape[1], packed).flatten(2).flatten(0, 1) for x, y, packed in pairs])
 
     @functools.cached_property
     def crop(self) -> Tensor | None:
@@ -224,7 +227,7 @@ class Vision:
         rows = []
         for value, (_, y, packed) in zip(values, self.calls(), strict=True):
             flat = value.float().reshape(*value.shape[:2], -1)
-            rows.append(_group(flat, y.shape[1], packed).mean(2).reshape(-1, *value.shape[2:]))  # [n R, ...]
+            rows.append(patches_of_rows(flat, y.shape[1], packed).mean(2).reshape(-1, *value.shape[2:]))  # [n R, ...]
         return self.to_tokens(torch.cat(rows))
 
     def attention(self, rope: bool = True) -> list[Attention]:
@@ -266,11 +269,14 @@ class Vision:
             states.append(output[:, 0])
         return torch.cat(states).to(self.index.device)
 
-    def importance(self, view: Callable[[Attention], Attention] = lambda attention: attention) -> Tensor:
+    def importance(
+        self, view: Callable[[Attention], Attention] = lambda attention: attention, queries: Queries = "all"
+    ) -> Tensor:
         """Attention `[M]` from the class token, or mean attention received if the tower has no class token.
 
         Args:
             view: Changes queries and keys before attention is computed.
+            queries: Without a class token, the rows that attention is received from, see `Attention.sampled`.
         """
         by_class = has_class_token(self.anatomy)
         if not by_class:
@@ -278,7 +284,12 @@ class Vision:
                 f"{self.method}: {type(self.anatomy.vision_tower).__name__} has no class token; tokens are ranked by "
                 "the mean attention that they receive instead"
             )
-        found = self.tokens_of_patches(lambda a: view(a).of_class_token() if by_class else view(a).received())
+
+        def of(attention: Attention) -> Tensor:
+            seen = view(attention)
+            return seen.of_class_token() if by_class else seen.received(seen.sampled(queries))
+
+        found = self.tokens_of_patches(of)
         return found if self.tokens.correct_attention is None else self.tokens.correct_attention(found)
 
 

@@ -19,7 +19,7 @@ from ...core.registry import register
 from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.crops import by_crop
-from ...vision.tower import Vision, over_patches, projector_tap, warn_once
+from ...vision.tower import Vision, over_patches, patches_of_rows, projector_tap, warn_once
 from .sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
 
 if TYPE_CHECKING:
@@ -67,8 +67,9 @@ class ZOOPrune(Method):
 
     Attributes:
         estimator: "exact" is the closed form of the root mean square over all directions, for projectors that are
-            linear - activation - linear; "jvp" the mean over the drawn directions by forward-mode differentiation;
-            "difference" the released central differences; "auto" the first of these that the projector supports.
+            linear - activation - linear, also behind a norm (patch mergers); "jvp" the mean over the drawn directions
+            by forward-mode differentiation; "difference" the released central differences; "auto" the first of these
+            that the projector supports.
         directions: Number of directions `m`.
         step: `h` of "difference".
         seed: Seed of the generator.
@@ -116,12 +117,13 @@ class ZOOPrune(Method):
         x, y, packed = vision.calls()[number]
         x = x.clone()
         if self.estimator in ("auto", "exact"):
-            exact = self._closed_forms(vision.anatomy.projector, x.float(), y)
+            merged = patches_of_rows(x, y.shape[1], packed).flatten(0, 1)
+            exact = self._closed_forms(vision.anatomy.projector, merged.float(), y.flatten(0, 1))
             if exact is not None:
                 return exact
         if self.estimator == "exact":
             raise MethodError(
-                f"estimator='exact' needs a projector of the form linear - activation - linear, which "
+                f"estimator='exact' needs a projector of the form (norm -) linear - activation - linear, which "
                 f"{type(vision.anatomy.projector).__name__} is not; use estimator='jvp'"
             )
         patches, rows = x.shape[1], y.shape[1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -76,12 +77,114 @@ def exact_sensitivity(
     return ((slope @ quadratic) * slope).sum(1).clamp_min(0).div(x.shape[1]).sqrt()
 
 
-def two_linears(projector: nn.Module) -> tuple[Any, nn.Module, Any] | None:
-    """Leaf modules of a projector that look like linear - activation - linear; the caller has to check the output."""
-    leaves = [m for m in projector.modules() if not list(m.children())]
-    if [_is_linear(m) for m in leaves] != [True, False, True] or list(leaves[1].parameters()):
-        return None
-    return leaves[0], leaves[1], leaves[2]
+def normed_sensitivity(
+    x: Tensor,
+    norm: nn.Module,
+    w1: Tensor,
+    b1: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    w2: Tensor,
+    quadratics: Sequence[Tensor],
+) -> Tensor:
+    """`exact_sensitivity` where every patch goes through a norm first, and the patches of a token side by side on.
+
+    The Jacobian of a norm `g * c / r`, with `c` the (centered) patch of width `w` and `u = c / (sqrt(w) r)`, is
+    `diag(g) (C - u u^T) / r`: diagonal minus rank one (`C` is the identity, or takes the mean away). So
+    `E |J v|^2 = sum_p (s^T Q_p s - (2 - |u_p|^2) |W2 (s * W1_p (g * u_p))|^2) / r_p^2 / d_in` over the patches `p`.
+
+    Args:
+        x: `[R, k, w]` patches of every token.
+        norm: A layer norm or a root-mean-square norm over the last dimension.
+        w1, b1: First layer, `[h, k w]`.
+        act: Activation, elementwise.
+        w2: Second layer, `[d_out, h]`.
+        quadratics: `[h, h]` for each patch, see `norm_forms`.
+
+    Returns:
+        Tensor: `[R]`.
+    """
+    centered = isinstance(norm, nn.LayerNorm)
+    gain, shift, eps = _affine(norm)
+    c = x - x.mean(-1, keepdim=True) if centered else x
+    r = (c.square().mean(-1, keepdim=True) + eps).sqrt()  # [R, k, 1]
+    z = c / r * gain
+    u = z * x.shape[-1] ** -0.5  # [R, k, w], g * u
+    a = nn.functional.linear((z if shift is None else z + shift).flatten(1), w1, b1)
+    slope = slope_along(act, a, torch.ones_like(a))  # [R, h]
+    length = (c / r).square().mean(-1)  # [R, k], |u|^2
+    total = torch.zeros_like(slope[:, 0])
+    for p, (part, quadratic) in enumerate(zip(w1.split(x.shape[-1], 1), quadratics, strict=True)):
+        whole = ((slope @ quadratic) * slope).sum(1)
+        along = nn.functional.linear(slope * nn.functional.linear(u[:, p], part), w2).square().sum(1)
+        total += (whole - (2 - length[:, p]) * along) / r[:, p, 0].square()
+    return total.clamp_min(0).div(x.shape[1] * x.shape[2]).sqrt()
+
+
+def norm_forms(w1: Tensor, w2: Tensor, norm: nn.Module) -> list[Tensor]:
+    """`Q_p = (W2^T W2) * (W1_p G C G W1_p^T)` for `normed_sensitivity`: a matrix `[h, h]` for each patch."""
+    gain, _, _ = _affine(norm)
+    forms = []
+    for part in w1.split(len(gain), 1):
+        part = part * gain
+        if isinstance(norm, nn.LayerNorm):
+            part = part - part.mean(1, keepdim=True)
+        forms.append(quadratic_form(part, w2))
+    return forms
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor | None, float]:
+    """Gain `[w]` and shift of a norm, float32, and what it adds to the variance."""
+    gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
+    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
+    return gain.detach().float(), None if shift is None else shift.detach().float(), float(eps)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class TwoLinears:
+    """The leaves of a projector that look like linear - activation - linear, with a norm in front or without.
+
+    Whether they are that has to be tried.
+    """
+
+    norm: nn.Module | None
+    first: Any
+    act: nn.Module
+    second: Any
+
+    @classmethod
+    def of(cls, projector: nn.Module) -> TwoLinears | None:
+        """None where the leaves are others."""
+        leaves = [m for m in projector.modules() if not list(m.children())]
+        norm = leaves.pop(0) if len(leaves) == 4 and _is_norm(leaves[0]) else None
+        if [_is_linear(m) for m in leaves] != [True, False, True] or list(leaves[1].parameters()):
+            return None
+        return cls(norm, *leaves)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """All that the closed form depends on."""
+        kept = [self.first.weight, self.second.weight]
+        return kept if self.norm is None else [*kept, self.norm.weight]  # type: ignore[list-item]
+
+    def run(self, x: Tensor) -> Tensor:
+        """What they make of `[R, k, w]` in float32."""
+        if self.norm is not None:
+            gain, shift, eps = _affine(self.norm)
+            c = x - x.mean(-1, keepdim=True) if isinstance(self.norm, nn.LayerNorm) else x
+            x = c / (c.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+            x = x if shift is None else x + shift
+        (w1, b1), (w2, b2) = map(_float, (self.first, self.second))
+        return nn.functional.linear(self.act(nn.functional.linear(x.flatten(1), w1, b1)), w2, b2)
+
+
+def _float(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like a norm over the last dimension: its class says so, and it has a gain `[w]`."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Norm") and isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -97,9 +200,10 @@ def quadratic_form(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 class ClosedForms:
-    """`exact_sensitivity` of projectors, with the matrix `Q` of each cached as long as the projector lives.
+    """Sensitivity of projectors in closed form, with the matrices `Q` of each kept for as long as the projector lives.
 
-    Copies and pickles of an instance have an empty cache.
+    One matrix `[h, h]`; `k` of them for a merger with a norm over each of `k` patches. What is kept stays behind when
+    an instance is copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -109,29 +213,32 @@ class ClosedForms:
         return ClosedForms, ()  # weak references cannot be pickled
 
     def __call__(self, projector: nn.Module | None, x: Tensor, y: Tensor) -> Tensor | None:
-        """Sensitivity of a projector, or None where it is not linear - activation - linear on every row.
+        """Sensitivity of a projector, or None where it is not (norm -) linear - activation - linear on every row.
 
         Args:
             projector: The module.
-            x: `[n, R, d_in]` float32 input of the projector.
-            y: `[n, R', D]` its output, with which the closed form is checked.
+            x: `[R, k, w]` float32, what it was given for each row that it gave out.
+            y: `[R, D]` what it gave out, by which the form is tried.
 
         Returns:
-            Tensor: `[n R]` float32.
+            Tensor: `[R]` float32.
         """
-        parts = None if projector is None or x.shape[1] != y.shape[1] else two_linears(projector)
-        if projector is None or parts is None or parts[0].weight.is_meta or parts[2].weight.is_meta:
+        parts = None if projector is None else TwoLinears.of(projector)
+        if projector is None or parts is None or any(w.is_meta for w in parts.weights):
             return None
-        first, act, second = parts
-        w1, w2 = first.weight.detach().float(), second.weight.detach().float()
-        b1, b2 = (None if part.bias is None else part.bias.detach().float() for part in (first, second))
-        rows, output = x.flatten(0, 1), y.flatten(0, 1).float()
-        if w1.shape[1] != rows.shape[1] or w2.shape[1] != w1.shape[0]:
-            return None  # quantized (packed) or sharded weights
-        tried = nn.functional.linear(act(nn.functional.linear(rows[:16], w1, b1)), w2, b2)
-        if tried.shape != output[:16].shape or (tried - output[:16]).norm() > 0.05 * output[:16].norm():
-            return None  # not the plain composition of the three
-        version = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in (first.weight, second.weight))
+        (w1, b1), (w2, _) = map(_float, (parts.first, parts.second))
+        width = x.shape[1] * x.shape[2] if parts.norm is None else len(parts.norm.weight)  # type: ignore[arg-type]
+        if w1.shape[1] != x.shape[1] * x.shape[2] or w2.shape[1] != w1.shape[0] or w1.shape[1] % width:
+            return None  # packed or split over devices
+        x = x.reshape(len(x), -1, width)  # a norm over a part of a row, or over all of it
+        tried, shown = parts.run(x[:16]), y[:16].float()
+        if tried.shape != shown.shape or (tried - shown).norm() > 0.05 * shown.norm():
+            return None  # something else happens between the layers
+        version = tuple((w.data_ptr(), w._version, w.device, w.dtype) for w in parts.weights)
         if self._known.get(projector, (None,))[0] != version:
-            self._known[projector] = (version, quadratic_form(w1, w2))
-        return exact_sensitivity(rows, w1, b1, act, self._known[projector][1])
+            forms = [quadratic_form(w1, w2)] if parts.norm is None else norm_forms(w1, w2, parts.norm)
+            self._known[projector] = (version, forms)
+        forms = self._known[projector][1]
+        if parts.norm is None:
+            return exact_sensitivity(x.flatten(1), w1, b1, parts.act, forms[0])
+        return normed_sensitivity(x, parts.norm, w1, b1, parts.act, w2, forms)

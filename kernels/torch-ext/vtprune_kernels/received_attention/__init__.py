@@ -14,6 +14,9 @@ def received_attention(
 ) -> Tensor:
     """Column means of the softmax attention of a whole bidirectional layer, over heads and query rows.
 
+    Queries and keys in half precision are multiplied as they are on a GPU, and summed in float32: the products are
+    exact, so the choice is that of float32. The softmax is float32 everywhere; so is all on a CPU.
+
     Args:
         queries: `[B, H, N, dh]`.
         keys: `[B, G, N, dh]`, `G` dividing `H`.

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two readings of VisPruner and DART side by side: writes `benchmarks/results/readings.json`.
+
+    python -m benchmarks.readings
+
+Ours are checked against what the authors' code keeps on the same input (`tests/golden_checks`). AngelSlim's rules are
+written here from its source (Tencent/AngelSlim, `compressor/token_compressor/algorithm`, read at 17d3d92) and differ in
+places that the tables below name. Right answers of both built-in models, and the share of the set that ours keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import vtprune
+from vtprune import refvlm
+from vtprune.core.method import Choice, Method, Tap
+from vtprune.core.taps import layer_output, over_prompt
+from vtprune.core.tokens import Tokens
+from vtprune.methods import DART, VisPruner
+from vtprune.refvlm import evaluate
+from vtprune.study import progress
+from vtprune.vision.crops import by_crop
+from vtprune.vision.tower import Vision
+
+OUT = Path(__file__).resolve().parent / "results" / "readings.json"
+RATIOS = (0.25, 0.1)
+
+
+def thin_out(features: Tensor, rows: Tensor, count: int, step: int = 8) -> Tensor:
+    """AngelSlim's removal of doubles: the list stays in raster order, and at most half of it goes in a round.
+
+    Args:
+        features: `[n, F]`.
+        rows: `[R]` rows, ascending.
+        count: How many are to be left.
+        step: Rows deleted per round.
+    """
+    unit = normalize(features.float(), dim=-1)
+    while len(rows) > count:
+        even, odd = rows[::2], rows[1::2]
+        if len(odd) == 0:
+            break
+        nearest = (unit[even] @ unit[odd].T).amax(1)
+        left = even[nearest.argsort(descending=True)[min(step, len(rows) // 2, len(rows) - count) :]]
+        rows = torch.cat([left, odd]).sort().values
+    return rows
+
+
+@dataclass
+class OtherVisPruner(VisPruner):
+    """AngelSlim's VisPruner: projected features, the rest in raster order, and a share that is rounded."""
+
+    def choose(self, tokens: Tokens) -> Choice:
+        vision = Vision(tokens, self.name)
+        scores = vision.importance()
+        keep = torch.zeros(len(tokens), dtype=torch.bool)
+        for rows, budget, _ in by_crop(tokens, vision.crop).each():
+            important = scores[rows].topk(min(round(budget * self.important), max(budget - 1, 1))).indices
+            rest = torch.ones(len(rows), dtype=torch.bool)
+            rest[important] = False
+            diverse = thin_out(tokens.hidden[rows], rest.nonzero()[:, 0], budget - len(important), self.step)
+            keep[rows[important]] = keep[rows[diverse]] = True
+        return Choice(keep, scores=scores)
+
+
+@dataclass
+class OtherDART(DART):
+    """AngelSlim's DART: rotated keys, text pivots of the whole prompt, states entering layer K-1 behind its own norm.
+
+    Every pivot takes the same share, rounded up, until the budget is met: the last pivots may get nothing.
+    """
+
+    def taps(self, anatomy: Any) -> tuple[Tap, ...]:
+        layer = anatomy.layers[self.schedule(anatomy.num_layers)[0].layer - 1]
+        return (Tap("dart.normed", layer.input_layernorm, layer_output),)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        inputs, prompt = tokens.attention_inputs(tokens.layer - 1), tokens.prompt
+        assert prompt is not None
+        size = inputs.keys.float().abs().sum((-2, -1))
+        unit = normalize(over_prompt(tokens.recorded["dart.normed"][-1], tokens).float(), dim=-1)  # [C, D]
+        keep = torch.zeros(len(tokens), dtype=torch.bool)
+        starts, groups = prompt.offsets.tolist(), tokens.offsets.tolist()
+        for group, budget in enumerate(tokens.budgets.tolist()):
+            mine = torch.arange(groups[group], groups[group + 1])
+            rows = prompt.visual[mine]
+            text = torch.ones(starts[group + 1] - starts[group], dtype=torch.bool)
+            text[rows - starts[group]] = False
+            others = text.nonzero()[:, 0] + starts[group]
+            pivots = [size[some].topk(min(self.pivots, len(some), budget)).indices for some in (rows, others)]
+            taken = torch.zeros(len(rows), dtype=torch.bool)
+            taken[pivots[0]] = True
+            axes = torch.cat([rows[pivots[0]], others[pivots[1]]])
+            share = -(-(budget - len(pivots[0])) // len(axes))
+            for axis in axes:
+                near = (unit[rows] @ unit[axis]).masked_fill(taken, torch.inf)
+                taken[near.topk(min(share, budget - int(taken.sum())), largest=False).indices] = True
+            keep[mine[taken]] = True
+        return Choice(keep)
+
+
+VARIANTS: dict[str, dict[str, Method]] = {
+    "vispruner": {"ours": VisPruner(), "AngelSlim's": OtherVisPruner()},
+    "dart": {"ours": DART(), "rotated keys": DART(rope=True), "AngelSlim's": OtherDART()},
+}
+
+
+def measure(name: str, questions: int) -> list[dict[str, Any]]:
+    """A row for every reading and ratio."""
+    model, processor = refvlm.load(name=name)
+    samples = list(evaluate.held_out_scenes(questions))
+    rows = []
+    for ratio in RATIOS:
+        for published, variants in VARIANTS.items():
+            ours: list[set[int]] = []
+            for reading, method in variants.items():
+                answers, kept = [], []
+                with vtprune.patch(model, ratio=ratio, method=method) as patch:
+                    for sample in samples:
+                        answers += evaluate.answer(model, processor, [sample], batch_size=1)
+                        assert patch.last is not None
+                        kept.append(set(patch.last.kept[0].tolist()))
+                ours = ours or kept
+                same = sum(len(mine & theirs) / len(mine) for mine, theirs in zip(ours, kept, strict=True)) / len(kept)
+                right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
+                row = {"model": name, "method": published, "reading": reading, "ratio": ratio, "right": right}
+                rows.append({**row, "total": len(samples), "same": round(same, 4)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Two readings of VisPruner and DART.")
+    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for name in refvlm.MODELS for row in measure(name, args.questions)]
+    progress.save(args.out, {"versions": progress.versions(), "rows": rows})
+    for row in rows:
+        print(
+            f"{row['model']:12} {row['method']:10} {row['reading']:14} {row['ratio']:5} "
+            f"{row['right'] / row['total']:.1%} {row['same']:.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sample of query rows does to the attention that patches receive: writes `benchmarks/results/received.json`.
+
+    python -m benchmarks.received
+
+The built-in Qwen2.5-VL has no class token; its pictures have 576 patches, which is below the size that is sampled by
+default, so the sample is asked for. For every number of rows: right answers on held-out scenes, and the share of the
+kept set that all rows would keep. How far off a mean over rows is depends on their number, not on that of the patches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtprune
+from vtprune import refvlm
+from vtprune.core.registry import get
+from vtprune.refvlm import evaluate
+from vtprune.study import progress
+
+OUT = Path(__file__).resolve().parent / "results" / "received.json"
+METHODS, QUERIES, RATIO = ("visionzip", "vispruner"), ("all", 512, 256, 128, 64), 0.1
+
+
+def measure(method: str, questions: int) -> list[dict[str, Any]]:
+    """A row for every number of query rows."""
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    samples = list(evaluate.held_out_scenes(questions))
+    rows: list[dict[str, Any]] = []
+    whole: list[set[int]] = []
+    for queries in QUERIES:
+        with vtprune.patch(model, ratio=RATIO, method=get(method)(queries=queries)) as patch:
+            answers, kept = [], []
+            for sample in samples:
+                answers += evaluate.answer(model, processor, [sample], batch_size=1)
+                assert patch.last is not None
+                kept.append(set(patch.last.kept[0].tolist()))
+        whole = whole or kept
+        same = sum(len(mine & all_) / len(all_) for mine, all_ in zip(kept, whole, strict=True)) / len(kept)
+        right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
+        row = {"method": method, "queries": queries, "right": right, "total": len(samples), "same": round(same, 4)}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Received attention of a sample of query rows.")
+    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [row for method in METHODS for row in measure(method, args.questions)]
+    progress.save(args.out, {"versions": progress.versions(), "ratio": RATIO, "rows": rows})
+    for row in rows:
+        print(f"{row['method']:10} {row['queries']!s:4} {row['right'] / row['total']:.1%} {row['same']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
