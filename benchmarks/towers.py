@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time saved by cuts inside the vision tower: writes `benchmarks/results/towers-cpu.json`.
+"""What cuts inside the vision tower save: writes `benchmarks/results/towers-cpu.json`.
 
-    python -m benchmarks.towers [--scale 4] [--rounds 3]
-    python -m benchmarks.towers --device cuda --scale 1 --dtype bfloat16 --out benchmarks/results/towers-cuda.json
+    python -m benchmarks.towers [--rounds 3]
+    python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out benchmarks/results/towers-cuda.json
 
-The shape is that of Qwen2.5-VL-7B with every depth and width divided by `--scale`; weights and pixels are drawn. Its
-picture has 78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691 visual tokens, and the prompt 40
-text tokens. All variants take turns, round after round; on a CPU the time is that of one thread's processor time, which
-other work on the machine does not count into. The limit of a cut is the same tower whose later blocks are called on
-nothing but the kept rows, with arguments that were prepared before.
+The shape is Qwen2.5-VL-7B in full width with a quarter of the blocks of its tower and of the layers of its decoder;
+weights and pixels are drawn. The picture has 78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691
+visual tokens, and the prompt 40 text tokens. All variants take turns, round after round; on a CPU the time is that of
+one thread's processor time, which other work on the machine does not count into. The limit of a cut is the same tower
+whose later blocks are called on nothing but the kept rows, with arguments that were prepared before.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +26,14 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune import towers
-from vtprune.bench import shapes
+from vtprune.bench import layouts, shapes
 from vtprune.models import attention_probe
 from vtprune.study import progress
 from vtprune.towers.structure import find_parts
 
 OUT = Path(__file__).resolve().parent / "results" / "towers-cpu.json"
-GRID, TEXT = (1, 78, 138), 40
+TOKENS, TEXT = 2691, 40  # 1080 x 1920 pixels
 RATIO, KEEP = 0.1, 0.35
-
-
-def build(scale: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Qwen2.5-VL-7B with every depth and width divided by `scale`; tokens keep their ids, the vocabulary its size."""
-    from transformers import AutoModelForImageTextToText
-
-    config = copy.deepcopy(shapes.get("qwen2.5-vl-7b").config())
-    text, vision = config.text_config, config.vision_config
-    for part, names in (
-        (text, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
-        (vision, ("hidden_size", "intermediate_size", "depth", "num_heads", "out_hidden_size")),
-    ):
-        for name in names:
-            setattr(part, name, getattr(part, name) // scale)
-    text.layer_types = text.layer_types[: text.num_hidden_layers]
-    whole = vision.fullatt_block_indexes
-    vision.fullatt_block_indexes = [i for i in whole if i < vision.depth] or [vision.depth - 1]
-    with torch.device(device):
-        torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return model.eval()
-
-
-def prompt(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One picture and a question."""
-    config: Any = model.config
-    generator = torch.Generator().manual_seed(1)
-    patches = GRID[0] * GRID[1] * GRID[2]
-    tokens = patches // config.vision_config.spatial_merge_size**2
-    ids = torch.randint(10, 1000, (TEXT,), generator=generator).tolist()
-    row = [*ids[:4], config.vision_start_token_id, *[config.image_token_id] * tokens, config.vision_end_token_id]
-    row = torch.tensor([[*row, *ids[6:]]])
-    side = config.vision_config.patch_size
-    return {
-        "input_ids": row.to(device),
-        "attention_mask": torch.ones_like(row).to(device),
-        "mm_token_type_ids": (row == config.image_token_id).long().to(device),
-        "pixel_values": torch.randn(patches, 3 * 2 * side * side, generator=generator).to(device, dtype),
-        "image_grid_thw": torch.tensor([GRID]).to(device),
-    }
 
 
 def clock(device: torch.device) -> float:
@@ -133,83 +92,111 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
     return rows
 
 
-class Calls:
-    """The block calls of one run of a tower, to be repeated in isolation."""
+class Limit:
+    """The uncut tower, whose blocks are handed what they were called with in a cut run, prepared before.
 
-    def __init__(self, tower: nn.Module, blocks: nn.ModuleList) -> None:
-        self.calls: list[tuple[nn.Module, tuple, dict]] = []
-        self.tower = tower
-        self.handles = [
-            block.register_forward_pre_hook(lambda m, a, k: self._note(m, a, k), with_kwargs=True) for block in blocks
-        ]
+    Args:
+        tower, blocks: The tower and its blocks.
+        run: Calls the tower, cut.
+        kept: `[K]` rows that patch embedding and merger get as well; None gives them all.
+    """
+
+    def __init__(
+        self, tower: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Any], kept: Tensor | None
+    ) -> None:
+        self.calls: list[tuple[tuple, dict]] = []
+        self.tower, self.blocks, self.kept = tower, blocks, kept
+        handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in blocks]
+        last = blocks[-1].register_forward_hook(lambda module, args, output: setattr(self, "states", output))
+        run()
+        for handle in [*handles, last]:
+            handle.remove()
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not attention_probe.is_probing():
-            self.calls.append((module, args, dict(kwargs)))
+            self.calls.append((args, dict(kwargs)))
 
-    def again(self, pixels: Tensor, states: Tensor) -> None:
-        """Patch embedding, blocks on the rows they were given, merger on all rows."""
-        tower: Any = self.tower
-        tower.patch_embed(pixels)
-        for block, args, kwargs in self.calls:
-            block.forward(*args, **kwargs)
-        tower.merger(states)
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The tower's next call is the limit."""
+        calls, kept = iter(self.calls), self.kept
+        handles = [
+            block.register_forward_pre_hook(lambda m, a, k: next(calls), with_kwargs=True) for block in self.blocks
+        ]
+        handles.append(self.blocks[-1].register_forward_hook(lambda m, a, o: self.states))
+        if kept is not None:
+            for part in (self.tower.patch_embed, self.tower.merger):
+                handles.append(part.register_forward_pre_hook(lambda m, a: (a[0][kept], *a[1:])))
+            width, merge = self.states.shape[-1], self.tower.spatial_merge_unit
+            embedded, merged = self.states.new_zeros(len(self.states), width), None
+            handles.append(self.tower.patch_embed.register_forward_hook(lambda m, a, o: embedded))
+            merged = self.states.new_zeros(len(self.states) // merge, self.tower.config.out_hidden_size)
+            handles.append(self.tower.merger.register_forward_hook(lambda m, a, o: merged))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def limits(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
-    """The cut tower beside the same tower whose later blocks get only the kept rows, method by method."""
+    """The cut tower beside the same tower whose later blocks get only the kept rows, method by method.
+
+    For `Pixels`, which cuts before the first block, patch embedding and merger of its limit get the kept rows only, too.
+    """
     anatomy = vtprune.inspect(model)
     parts = find_parts(anatomy)
     tower, pixels, grid = anatomy.vision_tower, inputs["pixel_values"], inputs["image_grid_thw"]
     rows: dict[str, Any] = {}
     for name in ("Uniform", "Change", "Similar", "Attention", "Pixels"):
         method = getattr(towers, name)(keep=KEEP)
+        cut, least = [], []
         with vtprune.patch(model, tower=method) as patch:
-            calls = Calls(tower, parts.blocks)
-            states = tower(pixels, grid).last_hidden_state
-            for handle in calls.handles:
-                handle.remove()
-            assert patch.tower is method
-            cut, limit = [], []
+            limit = Limit(tower, list(parts.blocks), lambda: tower(pixels, grid), None)
+            if name == "Pixels":
+                limit.kept = torch.arange(len(limit.calls[-1][0][0]), device=device)
             for _ in range(rounds + 1):
                 cut.append(timed(lambda: tower(pixels, grid), device))
-                with patch.paused():
-                    limit.append(timed(lambda calls=calls, states=states: calls.again(pixels, states), device))
-        ratio = statistics.median(a / b for a, b in zip(cut[1:], limit[1:], strict=True))
+                with patch.paused(), limit.prepared():
+                    least.append(timed(lambda: tower(pixels, grid), device))
         rows[name] = {
             "block": method.block_of(len(parts.blocks)),
-            "seconds": statistics.median(cut[1:]),
-            "limit_seconds": statistics.median(limit[1:]),
-            "over_limit": ratio - 1,
+            "seconds": cut[1:],
+            "limit_seconds": least[1:],
+            "over_limit": statistics.median(a / b for a, b in zip(cut[1:], least[1:], strict=True)) - 1,
         }
-        print(f"{name:<10} {100 * (ratio - 1):5.1f} % above its limit", flush=True)
+        print(f"{name:<10} {100 * rows[name]['over_limit']:5.1f} % above its limit", flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.towers", description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", type=int, default=4, help="divides every depth and width (default: %(default)s)")
+    parser.add_argument("--shape", default="qwen2.5-vl-7b-shallow", help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="visual tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_num_threads(1)
+    shape = shapes.get(args.shape)
     with torch.no_grad():
-        model = build(args.scale, device, dtype)
-        inputs = prompt(model, device, dtype)
+        model = shape.build(device, dtype)
+        inputs = layouts.prompt(model, shape.layout, 1, args.tokens, TEXT)
         answers = first_token(model, inputs, args.rounds, device)
         for name, row in answers.items():
             print(
-                f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {100 * row['tower_seconds'] / row['seconds']:.0f} %"
+                f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {100 * row['tower_seconds'] / row['seconds']:.0f} %",
+                flush=True,
             )
         result = {
-            "shape": f"Qwen2.5-VL-7B with every depth and width divided by {args.scale}",
-            "patches": GRID[0] * GRID[1] * GRID[2],
-            "visual_tokens": GRID[0] * GRID[1] * GRID[2] // 4,
+            "shape": shape.name,
+            "about": shape.about,
+            "patches": len(inputs["pixel_values"]),
+            "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
             "text_tokens": TEXT,
-            "device": args.device,
+            "device": args.device if device.type == "cpu" else torch.cuda.get_device_name(device),
             "dtype": args.dtype,
             "rounds": args.rounds,
             "clock": "processor time of one thread" if device.type == "cpu" else "wall time",
@@ -218,7 +205,6 @@ def main() -> None:
             "towers": limits(model, inputs, args.rounds, device),
         }
     progress.save(args.out, result)
-    print(json.dumps({name: round(row["gain"], 2) for name, row in answers.items()}))
 
 
 if __name__ == "__main__":

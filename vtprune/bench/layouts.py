@@ -65,6 +65,16 @@ class Tiles(Layout):
 
 
 @dataclass(frozen=True)
+class MergedTiles(Layout):
+    """Pictures in tiles of one size that all stand in one list, each with the same number of tokens (InternVL)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        (tall, wide), each = model.config.vision_config.image_size, model.config.image_seq_length
+        count = max(1, round(tokens / each))
+        return Pictures(count * each, {"pixel_values": _noise(generator, count, 3, tall, wide)})
+
+
+@dataclass(frozen=True)
 class Grid(Layout):
     """One picture of any resolution as a list of patches (Qwen-VL)."""
 

@@ -2,7 +2,9 @@
 """Named architectures with random weights, to measure speed without a download.
 
 Times depend on the sizes of a model, not on its weights. Sizes are those of the published configurations, and the
-models are built from the classes of transformers.
+models are built from the classes of transformers. A `-shallow` architecture has the full widths, and equal shares of its
+tower's blocks, its decoder's layers and its vocabulary: the parts that vision tower and decoder have in the time to the
+first token stay nearly what they are, on a machine that could not hold the whole model.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .layouts import AnyRes, Fixed, Grid, Layout, Tiles
+from .layouts import AnyRes, Fixed, Grid, Layout, MergedTiles, Tiles
 
 if TYPE_CHECKING:
     import torch
@@ -146,11 +150,18 @@ def _llava_onevision() -> Any:
     )
 
 
-def _qwen2_5_vl() -> Any:
+def _grid_tokens(vocabulary: int) -> dict[str, int]:
+    """Ids of a Qwen-VL model's placeholders: the last of the vocabulary, where no prompt has its words."""
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return {name: vocabulary - len(names) + place for place, name in enumerate(names)}
+
+
+def _qwen2_5_vl(share: Fraction = Fraction(1)) -> Any:
     from transformers import Qwen2_5_VLConfig
 
+    vocabulary = int(152064 * share)
     vision = {
-        "depth": 32,
+        "depth": int(32 * share),
         "hidden_size": 1280,
         "intermediate_size": 3420,
         "num_heads": 16,
@@ -159,17 +170,42 @@ def _qwen2_5_vl() -> Any:
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
+        "fullatt_block_indexes": [7, 15, 23, 31][: int(4 * share)],
     }
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0}
-    return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=_qwen2_7b("qwen2_5_vl_text", 152064, rope_parameters=rope),
-        image_token_id=151655,
-        video_token_id=151656,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-    )
+    text = _qwen2_7b("qwen2_5_vl_text", vocabulary, rope_parameters=rope, bos_token_id=None, eos_token_id=None)
+    text["num_hidden_layers"] = int(28 * share)
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=text, **_grid_tokens(vocabulary))
+
+
+def _qwen3_vl(share: Fraction = Fraction(1)) -> Any:
+    from transformers import Qwen3VLConfig
+
+    vocabulary = int(151936 * share)
+    vision = {
+        "depth": int(27 * share),
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "deepstack_visual_indexes": [8, 16, 24] if share == 1 else [int(8 * share)],
+    }
+    rope = {"rope_type": "default", "mrope_section": [24, 20, 20], "rope_theta": 5000000.0}
+    more = {"head_dim": 128, "rope_parameters": rope, "max_position_embeddings": 262144}
+    text = _decoder("qwen3_vl_text", vocabulary, 4096, 12288, int(36 * share), 32, 8, **more)
+    return Qwen3VLConfig(vision_config=vision, text_config=text, **_grid_tokens(vocabulary))
+
+
+def _internvl3(share: Fraction = Fraction(1)) -> Any:
+    from transformers import InternVLConfig
+
+    vocabulary = int(151674 * share)
+    vision = _tower("internvl_vision", 1024, 4096, int(24 * share), 16, 448, 14, attention_bias=True)
+    text = _qwen2_7b("qwen2", vocabulary) | {"num_hidden_layers": int(28 * share)}
+    return InternVLConfig(vision_config=vision, text_config=text, image_token_id=vocabulary - 1, tie_word_embeddings=False)
 
 
 def _smolvlm() -> Any:
@@ -202,6 +238,23 @@ SHAPES = {
         Shape("llava-next-7b", "CLIP-L on tiles of any resolution; Vicuna 7B", _llava_next, AnyRes()),
         Shape("llava-onevision-7b", "SigLIP at 384 pixels, up to 9 tiles; Qwen2 7B", _llava_onevision, AnyRes()),
         Shape("qwen2.5-vl-7b", "native-resolution tower; Qwen2.5 7B with M-RoPE", _qwen2_5_vl, Grid()),
+        Shape("qwen3-vl-8b", "native-resolution tower with DeepStack; Qwen3 8B", _qwen3_vl, Grid()),
+        Shape(
+            "internvl3-8b",
+            "InternViT-300M on tiles of 448 pixels, 256 tokens each; Qwen2.5 7B",
+            _internvl3,
+            MergedTiles(),
+        ),
+        Shape(
+            "qwen2.5-vl-7b-shallow", "a quarter of its depth, for CPUs", partial(_qwen2_5_vl, Fraction(1, 4)), Grid()
+        ),
+        Shape("qwen3-vl-8b-shallow", "two ninths of its depth, for CPUs", partial(_qwen3_vl, Fraction(2, 9)), Grid()),
+        Shape(
+            "internvl3-8b-shallow",
+            "a quarter of its depth, for CPUs",
+            partial(_internvl3, Fraction(1, 4)),
+            MergedTiles(),
+        ),
         Shape("smolvlm-500m", "SigLIP-B on tiles of 512 pixels, 64 tokens each; SmolLM2 360M", _smolvlm, Tiles()),
         Shape("small", "for CPUs: ViT-S, 576 tokens a picture; a decoder of the size of Qwen2 0.5B", _small, Fixed()),
         Shape("tiny", "to try the command: 144 tokens a picture, 4 layers", _tiny, Fixed()),
