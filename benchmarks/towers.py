@@ -2,7 +2,7 @@
 """What cuts inside the vision tower save: writes `benchmarks/results/towers-cpu.json`.
 
     python -m benchmarks.towers [--rounds 3]
-    python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out benchmarks/results/towers-cuda.json
+    python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out FILE
 
 The shape is Qwen2.5-VL-7B in full width with a quarter of the blocks of its tower and of the layers of its decoder;
 weights and pixels are drawn. The picture has 78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691
@@ -33,7 +33,9 @@ from vtprune.towers.structure import find_parts
 
 OUT = Path(__file__).resolve().parent / "results" / "towers-cpu.json"
 TOKENS, TEXT = 2691, 40  # 1080 x 1920 pixels
+WARM = 300  # visual tokens of the runs before, which are not counted
 RATIO, KEEP = 0.1, 0.35
+METHOD = "divprune"  # cuts before the decoder's first layer, at any depth
 
 
 def clock(device: torch.device) -> float:
@@ -53,17 +55,18 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
     """Times to the first token, the vision tower's part among it, and what the report counts."""
     tower = vtprune.inspect(model).vision_tower
+    decoder = {"ratio": RATIO, "method": METHOD}
     variants: dict[str, dict[str, Any]] = {
         "unpruned": {},
-        f"decoder {RATIO}": {"ratio": RATIO},
+        f"decoder {RATIO}": decoder,
         f"tower {KEEP}": {"tower": KEEP},
-        f"tower {KEEP}, decoder {RATIO}": {"tower": KEEP, "ratio": RATIO},
+        f"tower {KEEP}, decoder {RATIO}": {"tower": KEEP, **decoder},
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     in_tower: dict[str, list[float]] = {name: [] for name in variants}
     counted: dict[str, Any] = {}
     spans: list[float] = []
-    for _ in range(rounds + 1):  # the first round warms up
+    for _ in range(rounds):
         for name, options in variants.items():
             patch = vtprune.patch(model, **options) if options else None
             handles = [
@@ -81,12 +84,12 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
                 patch.remove()
     rows = {}
     for name in variants:
-        whole, part = statistics.median(seconds[name][1:]), statistics.median(in_tower[name][1:])
+        whole, part = statistics.median(seconds[name]), statistics.median(in_tower[name])
         rows[name] = {
             "seconds": whole,
             "tower_seconds": part,
-            "rounds": seconds[name][1:],
-            "gain": statistics.median(a / b for a, b in zip(seconds["unpruned"][1:], seconds[name][1:], strict=True)),
+            "rounds": seconds[name],
+            "gain": statistics.median(a / b for a, b in zip(seconds["unpruned"], seconds[name], strict=True)),
             **counted.get(name, {}),
         }
     return rows
@@ -142,7 +145,7 @@ class Limit:
 def limits(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
     """The cut tower beside the same tower whose later blocks get only the kept rows, method by method.
 
-    For `Pixels`, which cuts before the first block, patch embedding and merger of its limit get the kept rows only, too.
+    For `Pixels`, which cuts before the first block, patch embedding and merger of its limit get the kept rows only.
     """
     anatomy = vtprune.inspect(model)
     parts = find_parts(anatomy)
@@ -155,15 +158,15 @@ def limits(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: tor
             limit = Limit(tower, list(parts.blocks), lambda: tower(pixels, grid), None)
             if name == "Pixels":
                 limit.kept = torch.arange(len(limit.calls[-1][0][0]), device=device)
-            for _ in range(rounds + 1):
+            for _ in range(rounds):
                 cut.append(timed(lambda: tower(pixels, grid), device))
                 with patch.paused(), limit.prepared():
                     least.append(timed(lambda: tower(pixels, grid), device))
         rows[name] = {
             "block": method.block_of(len(parts.blocks)),
-            "seconds": cut[1:],
-            "limit_seconds": least[1:],
-            "over_limit": statistics.median(a / b for a, b in zip(cut[1:], least[1:], strict=True)) - 1,
+            "seconds": cut,
+            "limit_seconds": least,
+            "over_limit": statistics.median(a / b for a, b in zip(cut, least, strict=True)) - 1,
         }
         print(f"{name:<10} {100 * rows[name]['over_limit']:5.1f} % above its limit", flush=True)
     return rows
@@ -183,13 +186,12 @@ def main() -> None:
     shape = shapes.get(args.shape)
     with torch.no_grad():
         model = shape.build(device, dtype)
+        first_token(model, layouts.prompt(model, shape.layout, 1, min(args.tokens, WARM), TEXT), 1, device)
         inputs = layouts.prompt(model, shape.layout, 1, args.tokens, TEXT)
         answers = first_token(model, inputs, args.rounds, device)
         for name, row in answers.items():
-            print(
-                f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {100 * row['tower_seconds'] / row['seconds']:.0f} %",
-                flush=True,
-            )
+            tower_share = 100 * row["tower_seconds"] / row["seconds"]
+            print(f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {tower_share:.0f} %", flush=True)
         result = {
             "shape": shape.name,
             "about": shape.about,
@@ -200,6 +202,7 @@ def main() -> None:
             "dtype": args.dtype,
             "rounds": args.rounds,
             "clock": "processor time of one thread" if device.type == "cpu" else "wall time",
+            "method": METHOD,
             "versions": progress.versions(),
             "first_token": answers,
             "towers": limits(model, inputs, args.rounds, device),

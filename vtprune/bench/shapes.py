@@ -205,7 +205,8 @@ def _internvl3(share: Fraction = Fraction(1)) -> Any:
     vocabulary = int(151674 * share)
     vision = _tower("internvl_vision", 1024, 4096, int(24 * share), 16, 448, 14, attention_bias=True)
     text = _qwen2_7b("qwen2", vocabulary) | {"num_hidden_layers": int(28 * share)}
-    return InternVLConfig(vision_config=vision, text_config=text, image_token_id=vocabulary - 1, tie_word_embeddings=False)
+    more = {"image_token_id": vocabulary - 1, "tie_word_embeddings": False}
+    return InternVLConfig(vision_config=vision, text_config=text, **more)
 
 
 def _smolvlm() -> Any:

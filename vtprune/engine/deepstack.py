@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.transfer import to_device
+from . import hooks
 
 
 class RedirectingMask(Tensor):
@@ -77,13 +78,16 @@ class DeepStackFeatures:
     """Features that the decoder adds to visual tokens around its first layers, and the mask of these tokens.
 
     Attributes:
-        mask: `[B, T]` or `[B, T, 1]` mask passed to the decoder instead of `full`.
-        full: The original mask.
-        embeds: List, or dict by layer, of features `[visual tokens, D]` passed to the decoder, replaced at every cut.
-        originals: The original features.
+        mask: `[B, T]` or `[B, T, 1]` the mask that the decoder was given in place of its own. Compiled code cannot
+            trace a `RedirectingMask`: there it is a plain tensor that every cut gives other data. Autograd holds on to
+            that tensor, so a backward pass through a compiled, pruned decoder with DeepStack fails.
+        full: Its own.
+        embeds: The list, or dict by layer, that the decoder was given: `[visual columns, D]` each, replaced at every
+            cut.
+        originals: Its own features.
     """
 
-    mask: RedirectingMask
+    mask: Tensor
     full: Tensor
     embeds: Any
     originals: Any
@@ -94,7 +98,11 @@ class DeepStackFeatures:
         rank = (full.flatten().cumsum(0) - 1).view(full.shape)
         picked = full.gather(1, index) & valid
         rows = rank.gather(1, index)[picked]
-        self.mask.current = picked.view(*picked.shape, *self.full.shape[2:]).to(self.full.device)
+        now = picked.view(*picked.shape, *self.full.shape[2:]).to(self.full.device)
+        if isinstance(self.mask, RedirectingMask):
+            self.mask.current = now
+        else:
+            self.mask.data = now
         if isinstance(self.embeds, (_LaterList, _LaterDict)):
             self.embeds.rows = rows
             return
@@ -130,5 +138,6 @@ def intercept_deepstack(
     name, features = next(iter(groups.items()))
     kinds = (_LaterDict, _LaterList) if later else (dict, list)
     copy = kinds[0](features) if isinstance(features, dict) else kinds[1](features)
-    deepstack = DeepStackFeatures(RedirectingMask.of(mask), mask, copy, features)
-    return deepstack, {**kwargs, mask_name: deepstack.mask, name: deepstack.embeds}
+    given = mask.clone() if hooks.called_by_compiled_code() else RedirectingMask.of(mask)
+    planes = DeepStackFeatures(given, mask, copy, features)
+    return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,14 @@ def is_compiled() -> bool:
     return torch.compiler.is_dynamo_compiling() or bool(_eval_frame.get_eval_frame_callback())
 
 
+_calls = threading.local()
+
+
+def called_by_compiled_code() -> bool:
+    """Whether a hook runs now, untraced, for a module whose call dynamo traces."""
+    return getattr(_calls, "compiled", False)
+
+
 class Hook:
     """A forward hook with a reference to its patch.
 
@@ -30,7 +39,7 @@ class Hook:
     def __init__(self, owner: Any, function: Callable) -> None:
         self.owner = owner
         self.function = function
-        self.uncompiled = torch.compiler.disable(self._run, reason=_GRAPH_BREAK)
+        self.uncompiled = torch.compiler.disable(self._run_for_compiled_code, reason=_BY_VALUES)
 
     def __call__(self, *args: Any) -> Any:
         # Run once a layer and step, so `is_compiled` and `_run` are written out.
@@ -40,6 +49,13 @@ class Hook:
 
     def _run(self, *args: Any) -> Any:
         return None if _thread.on else self.function(*args)
+
+    def _run_for_compiled_code(self, *args: Any) -> Any:
+        _calls.compiled = True
+        try:
+            return self._run(*args)
+        finally:
+            _calls.compiled = False
 
     def __deepcopy__(self, memo: dict) -> Any:
         raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")

@@ -310,7 +310,7 @@ class _Rebuilt:
         return cls(dropped, used, place, own, flat[used] if rebuild.residual else None)
 
     def apply(self, full: Tensor) -> Tensor:
-        """States `[B, L, D]` in which the dropped rows are rebuilt from the kept ones."""
+        """`[B, L, D]` states, in place, with the dropped rows made from the kept ones."""
         flat = full.flatten(0, 1)
         now = flat[self.used]
         if self.base is not None:
@@ -318,7 +318,7 @@ class _Rebuilt:
         now = torch.cat([now, now.new_zeros(1, now.shape[1])])
         made = nn.functional.embedding_bag(self.sources, now, mode="mean", padding_idx=len(now) - 1)
         made = made if self.own is None else self.own + made
-        return flat.index_copy(0, self.dropped, made.to(flat.dtype)).reshape(full.shape)
+        return flat.index_copy_(0, self.dropped, made.to(flat.dtype)).reshape(full.shape)
 
 
 def _batched(states: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cuts inside the vision tower cost in quality, beside resizing: writes `benchmarks/results/tower_quality.json`.
+
+    python -m benchmarks.tower_quality [--prompts 16]
+
+The built-in Qwen2.5-VL is asked about held-out scenes at several resolutions and about drawn pages of text. Every tower
+method runs at several shares, alone and with the decoder's default method at a tenth of the tokens. Rows say how often
+the next token is that of the unpruned model, the divergence from it, how many first answer tokens are right, and the
+operations to the first token, vision tower and text included, as a share of the unpruned ones (of the model that was
+asked, whose tower is small beside its decoder). `resize` shows smaller pictures instead; each row is set against the
+largest picture whose operations are not above the row's. `rescued`: of the questions that the unpruned model answers
+rightly and that picture loses, the share that the row answers rightly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import vtprune
+from benchmarks.accuracy import header
+from vtprune import refvlm, towers
+from vtprune.refvlm import evaluate, pages
+from vtprune.study import intervals, metrics, progress
+from vtprune.study.resize import resized
+
+OUT = Path(__file__).resolve().parent / "results" / "tower_quality.json"
+PARTS = ("scenes 144", "scenes 216", "pages 144", "pages 240")  # pixels along a side; a token is 12 x 12
+KEEPS = (0.75, 0.5, 0.35)
+METHODS: dict[str, Callable[[float], towers.TowerMethod]] = {
+    "Change": lambda keep: towers.Change(keep=keep),
+    "Attention": lambda keep: towers.Attention(keep=keep),
+    "Similar": lambda keep: towers.Similar(keep=keep),
+    "Pixels": lambda keep: towers.Pixels(keep=keep),
+    "Random": lambda keep: towers.Random(keep=keep),
+    "Uniform": lambda keep: towers.Uniform(keep=keep),
+}
+DECODERS = (1.0, 0.1)
+SMALLER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the visual tokens that resized pictures may have
+
+
+def prompts(part: str, count: int) -> list[tuple[Image.Image, str, str]]:
+    """Picture, question and answer."""
+    kind, side = part.split()
+    if kind == "scenes":
+        found = evaluate.held_out_scenes(count)
+        return [(sample.image.resize((int(side), int(side))), sample.question, sample.answer) for sample in found]
+    grid = (int(side) // pages.CELL,) * 2
+    out = []
+    for seed in range(count):
+        page = pages.page(seed, grid)
+        question = page.questions[seed % len(page.questions)]
+        out.append((page.image, question.text, question.answer))
+    return out
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name of each row to the arguments of `patch`; without any for the unpruned model."""
+    found: dict[str, dict[str, Any]] = {"unpruned": {"ratio": 1.0}, "decoder 0.1": {"ratio": 0.1}}
+    for name, make in METHODS.items():
+        for keep in KEEPS:
+            for ratio in DECODERS:
+                label = f"{name} {keep}" + (f", decoder {ratio}" if ratio < 1 else "")
+                found[label] = {"ratio": ratio, "tower": make(keep)}
+    return found
+
+
+def asked(model: Any, inputs: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Next-token logits and the operations to the first token."""
+    with vtprune.patch(model, **options) as patch:
+        logits = metrics.next_token_logits(model, inputs)
+        last = patch.last
+    assert last is not None and last.tower is not None
+    return {"logits": logits, "flops": last.tower.first_token[1], "tokens": last.tokens[1]}
+
+
+def one_part(model: Any, processor: Any, part: str, count: int) -> dict[str, Any]:
+    """All rows of a part."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    everything = variants()
+    top = processor.image_processor.size["longest_edge"]
+    processor.image_processor.size["longest_edge"] = int(part.split()[1]) ** 2
+    for image, question, answer in prompts(part, count):
+
+        def prompt(picture: Image.Image, question: str = question) -> Any:
+            return processor(images=[picture], text=[refvlm.prompt(question)], return_tensors="pt")
+
+        def tokens_of(made: Any) -> int:
+            return int(made["mm_token_type_ids"].sum())
+
+        whole = prompt(image)
+        word = processor.tokenizer(answer, add_special_tokens=False)["input_ids"][0]
+        turn = {name: asked(model, whole, options) for name, options in everything.items()}
+        for share in SMALLER:
+            made, _ = resized(processor, image, prompt, tokens_of, int(share * tokens_of(whole)))
+            turn[f"resize {share}"] = asked(model, made, {"ratio": 1.0})
+        base = turn["unpruned"]
+        for name, row in turn.items():
+            rows.setdefault(name, []).append(
+                {
+                    "kl": float(metrics.divergence(base["logits"], row["logits"])[0]),
+                    "same": bool(base["logits"].argmax() == row["logits"].argmax()),
+                    "right": int(row["logits"].argmax()) == word,
+                    "cost": row["flops"] / base["flops"],
+                    "tokens": row["tokens"],
+                }
+            )
+    processor.image_processor.size["longest_edge"] = top
+    return {"prompts": count, "rows": [summary(name, rows) for name in rows]}
+
+
+def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means of a row, and what resizing at no more operations gives on the same prompts."""
+    mine = rows[name]
+    cost = statistics.mean(row["cost"] for row in mine)
+    found = {
+        "row": name,
+        "cost": cost,
+        "tokens": statistics.mean(row["tokens"] for row in mine),
+        "kl": statistics.mean(row["kl"] for row in mine),
+        "kl_interval": list(intervals.bootstrap([row["kl"] for row in mine])),
+        "same": sum(row["same"] for row in mine),
+        "right": sum(row["right"] for row in mine),
+    }
+    smaller = {n: statistics.mean(r["cost"] for r in rows[n]) for n in rows if n.startswith("resize")}
+    within = [n for n, share in smaller.items() if share <= cost + 1e-9]
+    if not within or name == "unpruned" or name.startswith("resize"):
+        return found
+    rival = max(within, key=lambda n: smaller[n])
+    lost = [
+        i for i, (u, r) in enumerate(zip(rows["unpruned"], rows[rival], strict=True)) if u["right"] and not r["right"]
+    ]
+    difference = [a["kl"] - b["kl"] for a, b in zip(mine, rows[rival], strict=True)]
+    return found | {
+        "resize": rival,
+        "resize_cost": smaller[rival],
+        "resize_kl": statistics.mean(row["kl"] for row in rows[rival]),
+        "resize_same": sum(row["same"] for row in rows[rival]),
+        "resize_right": sum(row["right"] for row in rows[rival]),
+        "kl_above_resize": list(intervals.bootstrap(difference)),
+        "lost": len(lost),
+        "rescued": sum(mine[i]["right"] for i in lost),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=16, help="of each part (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    head = header(args.prompts, "qwen2_5_vl")
+    data: dict[str, Any] = {**head, "parts": {}} | progress.load(args.out, head, args.force)
+    for part in PARTS:
+        if part not in data["parts"]:
+            data["parts"][part] = one_part(model, processor, part, args.prompts)
+            progress.save(args.out, data)
+            print(part, flush=True)
+
+
+if __name__ == "__main__":
+    main()

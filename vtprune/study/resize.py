@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The competitor of pruning: the same model shown a smaller picture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MethodError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+STEPS = 10  # of the bisection over the scale
+
+
+def resized(
+    processor: Any,
+    image: Image,
+    prompt: Callable[[Image], Mapping[str, Any]],
+    count: Callable[[Mapping[str, Any]], int],
+    budget: int,
+) -> tuple[Mapping[str, Any], int]:
+    """The prompt whose picture has the most visual tokens that are not above a budget, after the processor's rounding.
+
+    The picture is scaled on both sides alike; the processor's lower bound on the number of pixels, which would enlarge
+    it again, is lifted meanwhile, and its number of tiles is lowered where scaling alone does not reach the budget.
+
+    Args:
+        processor: Of the model.
+        image: The picture.
+        prompt: Makes the model inputs of a picture with `processor`.
+        count: Reads the number of visual tokens from model inputs.
+        budget: Visual tokens that the prompt may have.
+
+    Returns:
+        tuple: The model inputs, and the visual tokens that they have.
+
+    Raises:
+        MethodError: No size of the picture has so few tokens: the grid is fixed, or one tile has more already.
+    """
+    best: tuple[Mapping[str, Any], int] | None = None
+    least: int | None = None
+    for tiles in _tile_counts(processor):
+        with _bounds_lifted(processor, tiles):
+            low, high = 0.0, 1.0
+            scale = 1.0
+            for _ in range(STEPS):
+                size = [max(1, round(side * scale)) for side in image.size]
+                made = prompt(image if scale == 1.0 else image.resize(size))
+                tokens = count(made)
+                least = tokens if least is None else min(least, tokens)
+                if tokens <= budget:
+                    low = scale
+                    if best is None or tokens > best[1]:
+                        best = made, tokens
+                else:
+                    high = scale
+                if low == 1.0 or (best is not None and best[1] == budget):
+                    break
+                scale = (low + high) / 2
+        if best is not None:
+            return best
+    raise MethodError(
+        f"resizing cannot reach {budget} visual tokens: {type(processor).__name__} makes at least {least} of a picture "
+        "of any size"
+    )
+
+
+def _tile_counts(processor: Any) -> list[int | None]:
+    """Most tiles of a picture to try, from as many as the processor allows; None where it has no such field."""
+    most = getattr(processor.image_processor, "max_patches", None)
+    tiled = isinstance(most, int) and getattr(processor.image_processor, "crop_to_patches", False)
+    return list(range(most, 0, -1)) if tiled else [None]
+
+
+@contextmanager
+def _bounds_lifted(processor: Any, tiles: int | None) -> Iterator[None]:
+    """Without the lower bound on pixels that processors of any resolution have, and with at most `tiles` tiles."""
+    images = processor.image_processor
+    changed: dict[str, Any] = {} if tiles is None else {"max_patches": tiles}
+    patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
+    if isinstance(patch, int) and isinstance(merge, int):
+        size = copy.deepcopy(getattr(images, "size", None))
+        if size is not None and "shortest_edge" in size and "longest_edge" in size:
+            size["shortest_edge"] = (patch * merge) ** 2
+            changed["size"] = size
+        if getattr(images, "min_pixels", None):
+            changed["min_pixels"] = (patch * merge) ** 2
+    before = {name: getattr(images, name) for name in changed}
+    try:
+        for name, value in changed.items():
+            setattr(images, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(images, name, value)
