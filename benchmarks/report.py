@@ -73,6 +73,13 @@ SECTIONS = (
         "vtprune bench --model MODEL --device cpu --visual-tokens 8192 --batch 8 --rounds 1 --new-tokens 2 "
         "--methods random --ratios 0.1 --json FILE",
     ),
+    Section("towers-*.json", "Cuts in the vision tower: speed", report_measured.towers, "python -m benchmarks.towers"),
+    Section(
+        "tower_quality.json",
+        "Cuts in the vision tower: quality",
+        report_measured.tower_quality,
+        "python -m benchmarks.tower_quality",
+    ),
     Section("needle.json", "Needles in a text", report_real.needle, "python -m benchmarks.needle"),
     Section("position-bias.json", "Position bias", report_real.position_bias, "python -m benchmarks.position_bias"),
     Section("real-speed.json", "Speed of a real decoder", report_real.speed, "python -m benchmarks.real_speed"),

@@ -161,3 +161,68 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(inner)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
+
+
+def towers(data: Data) -> str:
+    """Time to the first token with cuts in tower, decoder and both; and towers beside their limits."""
+    shares = [
+        (
+            name,
+            f"{row['gain']:.2f}",
+            f"{100 * row['tower_seconds'] / row['seconds']:.0f} %",
+            f"{row['first_token'] / row['first_token_after']:.2f}" if "first_token" in row else "",
+            f"{row['bound']:.1f}" if "bound" in row else "",
+        )
+        for name, row in data["first_token"].items()
+    ]
+    limits = [
+        (f"`{name}`", str(row["block"]), f"{100 * row['over_limit']:+.0f} %") for name, row in data["towers"].items()
+    ]
+    text = (
+        f"{data['shape']}: {data['about']}, {data['patches']:,} patches, {data['visual_tokens']:,} visual and "
+        f"{data['text_tokens']} text tokens, decoder method `{data['method']}`; {data['clock']}, {data['dtype']}, "
+        f"{data['device']}, rounds: {data['rounds']}. `bound`: the most that pruning the decoder alone can still give. "
+        f"{versions(data)}"
+    )
+    heading = ("tokens kept", "gain in time to first token", "tower's share", "gain by operations", "bound")
+    after = (
+        "Above its limit: the cut tower's time over that of the same tower whose later blocks are handed only the kept "
+        "patches, with arguments made before (`Pixels`: patch embedding and merger get only those, too)."
+    )
+    tables = table(heading, shares), table(("tower method", "cut before block", "above its limit"), limits)
+    return "\n\n".join((text, tables[0], after, tables[1]))
+
+
+def tower_quality(data: Data) -> str:
+    """Tower methods beside resizing at no more operations."""
+    parts = [
+        f"Built-in model {data['model']}. `cost`: operations to the first token, tower included, as a share of the "
+        "unpruned ones. `resize`: the largest smaller picture that costs no more. KL in nats of the next token; "
+        "`difference`: KL minus that of resize on the same prompts (95 % interval); below 0 pruning is nearer to "
+        "the unpruned model. `same`: prompts with the unpruned model's next token. `rescued`: of the questions that "
+        f"the unpruned model answers rightly and resize loses, those that the row answers rightly. {versions(data)}"
+    ]
+    heading = (
+        "row",
+        "cost",
+        "KL",
+        "same",
+        "right",
+        "resize",
+        "its cost",
+        "its KL",
+        "difference",
+        "its right",
+        "rescued",
+    )
+    for name, part in data["parts"].items():
+        rows = []
+        for row in part["rows"]:
+            cells = [row["row"], f"{row['cost']:.2f}", f"{row['kl']:.3f}", str(row["same"]), str(row["right"])]
+            if "resize" in row:
+                low, high = row["kl_above_resize"]
+                cells += [row["resize"].split()[1], f"{row['resize_cost']:.2f}", f"{row['resize_kl']:.3f}"]
+                cells += [f"{low:+.3f} to {high:+.3f}", str(row["resize_right"]), f"{row['rescued']} of {row['lost']}"]
+            rows.append((*cells, *[""] * (len(heading) - len(cells))))
+        parts.append(f"### {name} pixels, {part['prompts']} prompts\n\n" + table(heading, rows))
+    return "\n\n".join(parts)

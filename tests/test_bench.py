@@ -145,7 +145,7 @@ def test_shapes_have_the_published_sizes() -> None:
     from transformers import AutoModelForImageTextToText
 
     sizes = {"llava-1.5-7b": 7.06, "llava-next-7b": 7.06, "llava-onevision-7b": 8.03, "qwen2.5-vl-7b": 8.29}
-    sizes |= {"smolvlm-500m": 0.507, "small": 0.438}
+    sizes |= {"qwen3-vl-8b": 8.77, "internvl3-8b": 7.94, "smolvlm-500m": 0.507, "small": 0.438}
     for name, billions in sizes.items():
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(shapes.get(name).config())
@@ -153,6 +153,28 @@ def test_shapes_have_the_published_sizes() -> None:
     assert sum(p.numel() for p in vtprune.inspect(model).decoder.parameters()) > 3e8
     with pytest.raises(vtprune.VTPruneError, match=r"no shape 'gpt'; expected one of llava-1\.5-7b"):
         shapes.get("gpt")
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b"])
+def test_shallow_shapes_keep_the_proportions(name: str) -> None:
+    """Equal shares of tower blocks and decoder layers, in full width; a prompt reaches them."""
+    from transformers import AutoModelForImageTextToText
+
+    from vtprune.towers.structure import find_parts
+
+    counts, widths = [], []
+    for shape in (shapes.get(name), shapes.get(f"{name}-shallow")):
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(shape.config())
+        parts = vtprune.inspect(model)
+        blocks = find_parts(parts).blocks
+        counts.append((len(blocks), parts.num_layers))
+        widths.append([sum(p.numel() for p in part.parameters()) for part in (blocks[0], parts.layers[0])])
+    assert counts[0][0] * counts[1][1] == counts[1][0] * counts[0][1] and counts[0][0] >= 4 * counts[1][0]
+    assert widths[0] == widths[1]
+    alone = SimpleNamespace(config=model.config, dtype=torch.float32, device=torch.device("cpu"))
+    made = layouts.prompt(alone, shape.layout, 1, 512, 8)
+    assert int((made["input_ids"] == model.config.image_token_id).sum()) == 512
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 """Named architectures with random weights, to measure speed without a download.
 
 Times depend on the sizes of a model, not on its weights. Sizes are those of the published configurations, and the
-models are built from the classes of transformers. A `-shallow` architecture has the full widths, and equal shares of its
-tower's blocks, its decoder's layers and its vocabulary: the parts that vision tower and decoder have in the time to the
+models are built from the classes of transformers. A `-shallow` architecture has full widths, and equal shares of the
+tower's blocks, the decoder's layers and the vocabulary: the parts that vision tower and decoder have in the time to the
 first token stay nearly what they are, on a machine that could not hold the whole model.
 """
 

@@ -47,7 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="small",
         metavar="NAME_OR_FOLDER_OR_SHAPE",
         help="a local folder, a name on the hub, or an architecture with random weights: llava-1.5-7b, llava-next-7b, "
-        "llava-onevision-7b, qwen2.5-vl-7b, smolvlm-500m, small, tiny (default: %(default)s)",
+        "llava-onevision-7b, qwen2.5-vl-7b, qwen3-vl-8b, internvl3-8b (-shallow: full width, cut evenly in depth, for "
+        "CPUs), smolvlm-500m, small, tiny (default: %(default)s)",
     )
     parser.add_argument(
         "--methods",
