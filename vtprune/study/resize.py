@@ -72,8 +72,9 @@ def resized(
 def _tile_counts(processor: Any) -> list[int | None]:
     """Most tiles of a picture to try, from as many as the processor allows; None where it has no such field."""
     most = getattr(processor.image_processor, "max_patches", None)
-    tiled = isinstance(most, int) and getattr(processor.image_processor, "crop_to_patches", False)
-    return list(range(most, 0, -1)) if tiled else [None]
+    if not isinstance(most, int) or not getattr(processor.image_processor, "crop_to_patches", False):
+        return [None]
+    return list(range(most, 0, -1))
 
 
 @contextmanager
