@@ -6,9 +6,9 @@
 Runs the kernel tests on the GPU, the times of the kernels, the end-to-end latency of a model of 7 billion random
 parameters (`benchmarks.latency`, with its targets), what tower cuts save, where a cut waits for the GPU,
 and the tests marked `gpu`. Logs and results go to DIR, a summary to `DIR/gpu_all.json`. The exit status is 1 if a step
-failed or a target was missed. A step that a machine cannot take (no pytest, say) fails with its reason, never left
-out in silence. An interrupted run goes on with the step that it was at. Nothing stops at older results: DIR is for this
-run alone, and what other versions left there is overwritten.
+failed or a target was missed. A step that cannot run on a machine (without pytest, for example) fails with its reason.
+An interrupted run goes on with the step that it was at. Nothing stops at older results: DIR is for this run alone, and
+what other versions left there is overwritten.
 """
 
 from __future__ import annotations
@@ -33,23 +33,12 @@ def steps(out: Path, seconds: float) -> list[tuple[str, list[str]]]:
     python = [sys.executable, "-u", "-m"]
     pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     anew = ["--out", str(out), "--force"]
+    on_gpu = ["--device", "cuda", "--shape", "qwen2.5-vl-7b"]
     return [
         ("kernel_tests", [*pytest, "tests/kernel_tests", f"--junitxml={out / 'kernel_tests.xml'}"]),
         ("kernels", [*python, "benchmarks.kernels", "--device", "cuda", "--seconds", str(seconds), *anew]),
         ("latency", [*python, "benchmarks.latency", "--device", "cuda", *anew]),
-        (
-            "towers",
-            [
-                *python,
-                "benchmarks.towers",
-                "--device",
-                "cuda",
-                "--shape",
-                "qwen2.5-vl-7b",
-                *anew[:1],
-                str(out / "towers-cuda.json"),
-            ],
-        ),
+        ("towers", [*python, "benchmarks.towers", *on_gpu, "--out", str(out / "towers-cuda.json")]),
         ("waits", [*python, "benchmarks.waits", "--out", str(out)]),
         ("gpu_tests", [*pytest, "-m", "gpu", "tests", f"--junitxml={out / 'gpu_tests.xml'}"]),
     ]

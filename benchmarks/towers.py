@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cuts inside the vision tower save: writes `benchmarks/results/towers-cpu.json`.
+"""Time saved by cuts inside the vision tower: writes `benchmarks/results/towers-cpu.json`.
 
     python -m benchmarks.towers [--rounds 3]
     python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out FILE
@@ -142,7 +142,9 @@ class Limit:
                 handle.remove()
 
 
-def limits(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
+def limits(
+    model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device, methods: Sequence[str]
+) -> dict[str, Any]:
     """The cut tower beside the same tower whose later blocks get only the kept rows, method by method.
 
     For `Pixels`, which cuts before the first block, patch embedding and merger of its limit get the kept rows only.
@@ -151,7 +153,7 @@ def limits(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: tor
     parts = find_parts(anatomy)
     tower, pixels, grid = anatomy.vision_tower, inputs["pixel_values"], inputs["image_grid_thw"]
     rows: dict[str, Any] = {}
-    for name in ("Uniform", "Change", "Similar", "Attention", "Pixels"):
+    for name in methods:
         method = getattr(towers, name)(keep=KEEP)
         cut, least = [], []
         with vtprune.patch(model, tower=method) as patch:
@@ -176,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.towers", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="qwen2.5-vl-7b-shallow", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="visual tokens (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", default=["Uniform", "Change", "Similar", "Attention", "Pixels"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
@@ -205,7 +208,7 @@ def main() -> None:
             "method": METHOD,
             "versions": progress.versions(),
             "first_token": answers,
-            "towers": limits(model, inputs, args.rounds, device),
+            "towers": limits(model, inputs, args.rounds, device, args.methods),
         }
     progress.save(args.out, result)
 

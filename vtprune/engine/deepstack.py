@@ -78,13 +78,12 @@ class DeepStackFeatures:
     """Features that the decoder adds to visual tokens around its first layers, and the mask of these tokens.
 
     Attributes:
-        mask: `[B, T]` or `[B, T, 1]` the mask that the decoder was given in place of its own. Compiled code cannot
-            trace a `RedirectingMask`: there it is a plain tensor that every cut gives other data. Autograd holds on to
-            that tensor, so a backward pass through a compiled, pruned decoder with DeepStack fails.
-        full: Its own.
-        embeds: The list, or dict by layer, that the decoder was given: `[visual columns, D]` each, replaced at every
-            cut.
-        originals: Its own features.
+        mask: `[B, T]` or `[B, T, 1]` mask passed to the decoder instead of `full`. Compiled code cannot trace a
+            `RedirectingMask` and gets a plain tensor, whose data every cut replaces. Autograd refers to that tensor, so
+            the backward pass through a compiled, pruned decoder with DeepStack fails.
+        full: The original mask.
+        embeds: List, or dict by layer, of features `[visual tokens, D]` passed to the decoder, replaced at every cut.
+        originals: The original features.
     """
 
     mask: Tensor
@@ -139,5 +138,5 @@ def intercept_deepstack(
     kinds = (_LaterDict, _LaterList) if later else (dict, list)
     copy = kinds[0](features) if isinstance(features, dict) else kinds[1](features)
     given = mask.clone() if hooks.called_by_compiled_code() else RedirectingMask.of(mask)
-    planes = DeepStackFeatures(given, mask, copy, features)
-    return planes, {**kwargs, mask_name: planes.mask, name: planes.embeds}
+    deepstack = DeepStackFeatures(given, mask, copy, features)
+    return deepstack, {**kwargs, mask_name: deepstack.mask, name: deepstack.embeds}

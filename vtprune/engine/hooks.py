@@ -39,7 +39,7 @@ class Hook:
     def __init__(self, owner: Any, function: Callable) -> None:
         self.owner = owner
         self.function = function
-        self.uncompiled = torch.compiler.disable(self._run_for_compiled_code, reason=_BY_VALUES)
+        self.uncompiled = torch.compiler.disable(self._run_for_compiled_code, reason=_GRAPH_BREAK)
 
     def __call__(self, *args: Any) -> Any:
         # Run once a layer and step, so `is_compiled` and `_run` are written out.

@@ -310,7 +310,7 @@ class _Rebuilt:
         return cls(dropped, used, place, own, flat[used] if rebuild.residual else None)
 
     def apply(self, full: Tensor) -> Tensor:
-        """`[B, L, D]` states, in place, with the dropped rows made from the kept ones."""
+        """States `[B, L, D]`, changed in place: the dropped rows are rebuilt from the kept ones."""
         flat = full.flatten(0, 1)
         now = flat[self.used]
         if self.base is not None:
