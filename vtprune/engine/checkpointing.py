@@ -22,7 +22,7 @@ _ATTRIBUTE = "_vtprune_given"
 
 
 @dataclass
-class _Given:
+class _SavedArguments:
     """Arguments that replaced those of a layer."""
 
     rest: tuple  # positional arguments after the hidden states
@@ -40,10 +40,10 @@ def save_arguments(
     number: int,
     layer: nn.Module,
     given: tuple[tuple, dict[str, Any]],
-    instead: tuple[tuple, dict[str, Any]],
+    new: tuple[tuple, dict[str, Any]],
     narrow: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    """Stores the arguments `instead` that replace `given` for layer `number`, for as long as its graph lives.
+    """Stores the arguments `new` that replace `given` for layer `number`, for as long as its graph lives.
 
     Raises:
         UnsupportedModelError: The keyword arguments contain no tensor to store them on.
@@ -55,15 +55,15 @@ def save_arguments(
             "tensor, on which pruning could store its arguments for the backward pass; install transformers 5.23 or "
             "newer, or call gradient_checkpointing_disable()"
         )
-    changed = {n: v for n, v in instead[1].items() if n != "hidden_states" and v is not given[1].get(n)}
-    vars(anchor).setdefault(_ATTRIBUTE, {})[number] = _Given(instead[0][1:], changed, narrow)
+    changed = {n: v for n, v in new[1].items() if n != "hidden_states" and v is not given[1].get(n)}
+    vars(anchor).setdefault(_ATTRIBUTE, {})[number] = _SavedArguments(new[0][1:], changed, narrow)
 
 
 def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Arguments of layer `number` in the backward pass; None unless it repeats a pruned call."""
     if not runs_hooks_again(layer):
         return None
-    known: dict[int, _Given] = getattr(_anchor(kwargs), _ATTRIBUTE, {})
+    known: dict[int, _SavedArguments] = getattr(_anchor(kwargs), _ATTRIBUTE, {})
     given = known.get(number)
     if given is None:
         return None

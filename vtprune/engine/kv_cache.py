@@ -55,7 +55,7 @@ class CacheState:
         self.reading = False  # whether a call of a patched model that uses the cache is in progress
         self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d], see `mark_of`
 
-    def marks(self, keys: Tensor) -> bool:
+    def matches(self, keys: Tensor) -> bool:
         """Whether `keys` `[B, G, slots, d]` are those of the cache's last layer, judged by the slot in `mark`."""
         if self.mark is None or keys.dim() != 4 or keys.shape[2] <= self.mark[0]:
             return False
@@ -131,7 +131,7 @@ def state_of(cache: Cache | None) -> CacheState | None:
     return state
 
 
-def recovered(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState | None:
+def recover_state(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState | None:
     """The state of a cache that was rebuilt from the layers or tensors of a pruned one; None for any other.
 
     Args:
@@ -149,7 +149,7 @@ def recovered(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState |
     state = getattr(cache.layers[attending[0]], _ATTRIBUTE, None)
     keys = getattr(cache.layers[attending[-1]], "keys", None)
     if state is None and isinstance(keys, Tensor):
-        state = next((known for known in recent if known.marks(keys)), None)
+        state = next((known for known in recent if known.matches(keys)), None)
     if state is not None:
         attach(cache, state.copy())
         return state_of(cache)
@@ -204,7 +204,7 @@ class Caches:
         state = state_of(cache)
         if state is not None or not is_cache(cache) or cache in self._plain:
             return state
-        state = recovered(cache, self.recent)
+        state = recover_state(cache, self.recent)
         if state is None:
             self._plain.add(cache)
         return state

@@ -95,11 +95,11 @@ class Features:
         return self._table[1]
 
 
-def kinds_from_mask(said: Tensor, shape: tuple[int, int], placeholders: dict[str, int]) -> Tensor | None:
+def kinds_from_mask(given: Tensor, shape: tuple[int, int], placeholders: dict[str, int]) -> Tensor | None:
     """Kinds of the positions of a call, from the argument of `patch.visual`.
 
     Args:
-        said: `[B, T]`, a mask of bools or of 0 and 1, or token ids with placeholders.
+        given: `[B, T]`, a mask of bools or of 0 and 1, or token ids with placeholders.
         shape: `(B', T')` of the call; `generate` may have copied every row for beams.
         placeholders: Token id by kind.
 
@@ -109,22 +109,22 @@ def kinds_from_mask(said: Tensor, shape: tuple[int, int], placeholders: dict[str
     Raises:
         VTPruneError: The shapes do not fit.
     """
-    said = torch.as_tensor(said).cpu()
-    said = said[None] if said.dim() == 1 else said
-    if shape[1] == 1 and said.shape[1] != 1:
+    given = torch.as_tensor(given).cpu()
+    given = given[None] if given.dim() == 1 else given
+    if shape[1] == 1 and given.shape[1] != 1:
         return None
-    if said.dim() != 2 or said.shape[1] != shape[1] or shape[0] % said.shape[0]:
+    if given.dim() != 2 or given.shape[1] != shape[1] or shape[0] % given.shape[0]:
         raise VTPruneError(
-            f"patch.visual was given shape {tuple(said.shape)}, but the call has {shape[0]} x {shape[1]} tokens; "
+            f"patch.visual was given shape {tuple(given.shape)}, but the call has {shape[0]} x {shape[1]} tokens; "
             "expected one bool or token id for each of them"
         )
-    kinds = torch.zeros(said.shape, dtype=torch.uint8)
-    if said.dtype == torch.bool or not bool(((said != 0) & (said != 1)).any()):
-        kinds[said.bool()] = 1
+    kinds = torch.zeros(given.shape, dtype=torch.uint8)
+    if given.dtype == torch.bool or not bool(((given != 0) & (given != 1)).any()):
+        kinds[given.bool()] = 1
     else:
         for number, token in enumerate(placeholders.values()):
-            kinds[said == token] = number + 1
-    return kinds.repeat_interleave(shape[0] // said.shape[0], 0)
+            kinds[given == token] = number + 1
+    return kinds.repeat_interleave(shape[0] // given.shape[0], 0)
 
 
 def refuse_foreign(count: int) -> None:

@@ -41,14 +41,14 @@ class Patch:
         spec: Methods, budget and parts of the model.
     """
 
-    def __init__(self, model: nn.Module, spec: PruneSpec, instead_of: Patch | None = None) -> None:
+    def __init__(self, model: nn.Module, spec: PruneSpec, replaces: Patch | None = None) -> None:
         self.model = model
         self.spec = spec
         self._session = Session(model, spec)
         # After everything that can raise, so that an error leaves the old patch in place; and before attaching, because
         # two patches that replace the same method must be removed in reverse order.
-        if instead_of is not None:
-            instead_of.remove()
+        if replaces is not None:
+            replaces.remove()
         self._certificates: list[Certificate] = []  # checked to be for this model and method
         self._depth = 0  # of nested `with` blocks
         self._attach()
@@ -104,7 +104,7 @@ class Patch:
         Like `using`, `visual` and `question`, it applies to the calling thread or asyncio task, and to tasks and
         threads started inside, but not to worker threads of a pool: submit `contextvars.copy_context().run` to it.
         """
-        with requests.asking(self._session, paused=True):
+        with requests.override(self._session, paused=True):
             yield self
 
     @contextmanager
@@ -132,7 +132,7 @@ class Patch:
         if budget.mean_ratio is not None:
             for use in self.spec.uses:
                 solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises if it cannot be met
-        with requests.asking(self._session, budget=budget):
+        with requests.override(self._session, budget=budget):
             yield self
 
     def _check(self, certificate: Certificate) -> None:
@@ -152,7 +152,7 @@ class Patch:
         Args:
             columns: `[B, T]` for the call inside: a bool mask, or the prompt's token ids with placeholders.
         """
-        with requests.asking(self._session, visual=columns):
+        with requests.override(self._session, visual=columns):
             yield self
 
     @contextmanager
@@ -165,7 +165,7 @@ class Patch:
             end: Position in the call's `input_ids` at which the answer begins, one for all rows or one for each;
                 negative numbers count from the end.
         """
-        with requests.asking(self._session, question_end=end):
+        with requests.override(self._session, question_end=end):
             yield self
 
     def remove(self) -> None:
@@ -265,7 +265,7 @@ def patch(
         certificate.check_method(chosen)
         certificate.check_model(model)
     spec = replace(PruneSpec.of(model, chosen, budget, for_clips, window, cut), by_default=by_default)
-    return Patch(model, spec, instead_of=find_patch(model))
+    return Patch(model, spec, replaces=find_patch(model))
 
 
 def _methods(

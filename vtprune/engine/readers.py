@@ -46,11 +46,11 @@ def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
     return read & real
 
 
-def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor) -> list[int] | None:
+def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor) -> list[int] | None:
     """Finds where the answer begins in every row.
 
     Args:
-        asked: Argument of `Patch.question`, or None.
+        question_end: Argument of `Patch.question`, or None.
         arguments: Keyword arguments of the outermost model's forward.
         real: `[B, T]` bool on the CPU, False for padding.
         visual: `[B, T]` bool on the CPU.
@@ -62,8 +62,8 @@ def answer_starts(asked: Any, arguments: dict[str, Any], real: Tensor, visual: T
         VTPruneError: The number of positions does not fit the batch, or one lies outside the call.
     """
     batch, length = real.shape
-    if asked is not None:
-        ends = _ends(asked, batch)
+    if question_end is not None:
+        ends = _ends(question_end, batch)
         if any(not -length <= end <= length for end in ends):
             raise VTPruneError(f"question(end={ends}) is outside a call of {length} tokens; expected 0 to {length}")
         return [end + length if end < 0 else end for end in ends]
@@ -86,12 +86,13 @@ def _matrix(labels: Any, real: Tensor) -> Tensor | None:
     return labels.cpu() if isinstance(labels, Tensor) and labels.shape == real.shape else None
 
 
-def _ends(asked: int | Sequence[int] | Tensor, batch: int) -> list[int]:
-    values = asked.flatten().tolist() if isinstance(asked, Tensor) else asked
+def _ends(question_end: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+    values = question_end.flatten().tolist() if isinstance(question_end, Tensor) else question_end
     ends = [values] if isinstance(values, int) else list(values)
     ends = ends * batch if len(ends) == 1 else ends
     if len(ends) != batch or not all(isinstance(end, int) for end in ends):
         raise VTPruneError(
-            f"question(end={asked!r}) does not fit a batch of {batch}; expected one position, or one for each row"
+            f"question(end={question_end!r}) does not fit a batch of {batch}; expected one position, or one for each "
+            "row"
         )
     return ends

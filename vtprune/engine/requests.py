@@ -56,23 +56,23 @@ def current(patch: Any) -> Request:
 
 
 @contextmanager
-def asking(patch: Any, **changes: Any) -> Iterator[None]:
+def override(patch: Any, **changes: Any) -> Iterator[None]:
     """Changes the request's settings for `patch` in the code inside, and in the tasks and threads that it starts."""
     before = _requests.get()
     others = tuple(entry for entry in before if entry[0]() is not patch)
     token = _requests.set((*others, (weakref.ref(patch), replace(current(patch), **changes))))
-    _Following.begin()
+    _InheritingThreads.begin()
     try:
         yield
     finally:
-        _Following.end()
+        _InheritingThreads.end()
         try:
             _requests.reset(token)
         except ValueError:  # exited in another context than entered, as some frameworks do with generators
             _requests.set(before)
 
 
-class _Following:
+class _InheritingThreads:
     """Wraps `threading.Thread.start`, while any block is open, to pass requests to plain threads."""
 
     lock = threading.Lock()
@@ -108,4 +108,4 @@ def _start(self: threading.Thread) -> None:
             run()
 
         self.run = run_with_requests  # type: ignore[method-assign]
-    _Following.original(self)
+    _InheritingThreads.original(self)

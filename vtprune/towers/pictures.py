@@ -216,8 +216,8 @@ def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: Tow
         return m > 1
     for table in tables:
         if table.is_floating_point() and len(table) > m:
-            first, beside, next_row = (table[i].flatten() for i in (0, 1, m))
-            return not bool(((beside != first) & (next_row != first)).any())
+            first, right, next_row = (table[i].flatten() for i in (0, 1, m))
+            return not bool(((right != first) & (next_row != first)).any())
     return not parts.merges_by_convolution
 
 

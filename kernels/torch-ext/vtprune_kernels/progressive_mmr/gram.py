@@ -35,24 +35,24 @@ def choose(
     """
     relevance = relevance.float()
     value = gains(relevance, torch.zeros_like(relevance), duplication, objective)
-    beside = gains(relevance, similarity.all_pairs(), duplication, objective)  # [n, n]
-    beside.fill_diagonal_(-torch.inf)  # a selected row is not selected again
+    given_row = gains(relevance, similarity.all_pairs(), duplication, objective)  # [n, n]
+    given_row.fill_diagonal_(-torch.inf)  # a selected row is not selected again
     if preselected is not None:
-        value = torch.minimum(value, beside[preselected].amin(0)) if bool(preselected.any()) else value
+        value = torch.minimum(value, given_row[preselected].amin(0)) if bool(preselected.any()) else value
     chosen: list[int] = []
     while len(chosen) < budget:
         count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))
         if pool == 1:
             picked = torch.sort(value, descending=True, stable=True).indices[:count]
-            value = torch.minimum(value, beside[picked].amin(0))
+            value = torch.minimum(value, given_row[picked].amin(0))
             chosen += picked.tolist()
             continue
-        outside = None  # minus infinity for rows that are not candidates of this round
+        not_candidate = None  # minus infinity for rows that are not candidates of this round
         if count > 1:
             candidates = torch.sort(value, descending=True, stable=True).indices[: pool * count]
-            outside = torch.full_like(value, -torch.inf).index_fill_(0, candidates, 0)
+            not_candidate = torch.full_like(value, -torch.inf).index_fill_(0, candidates, 0)
         for _ in range(count):
-            best = int((value if outside is None else value + outside).argmax())
-            value = torch.minimum(value, beside[best])
+            best = int((value if not_candidate is None else value + not_candidate).argmax())
+            value = torch.minimum(value, given_row[best])
             chosen.append(best)
     return torch.tensor(chosen, dtype=torch.int64, device=relevance.device)
