@@ -79,7 +79,7 @@ def targets(data: dict[str, Any], device: str) -> list[dict[str, Any]]:
         if device == "cuda" and row["variant"].startswith(("zoo_prune ", "iwp:layer=0 ")):
             note(f"{name}: prefill against unpruned", row["speedup"], 2.6, True)
             note(f"{name}: end to end against unpruned", row["speedup_end_to_end"], 2.3, True)
-            note(f"{name}: deciding as a share of the unpruned prefill", row["decision_share"], 0.02, False)
+            note(f"{name}: selection as a share of the unpruned prefill", row["decision_share"], 0.02, False)
     wrong = [row["variant"] for row in data["rows"] if row.get("kv_bytes") != row.get("kv_bytes_formula")]
     note("variants whose KV bytes differ from the formula", len(wrong), 0, False)
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune tune --auto` and `vtprune certify`: what they print, write and refuse; their files in `vtprune run`."""
+"""`vtprune tune --auto` and `vtprune certify`: output, files and errors; their files in `vtprune run`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input that no processor should make: an error that says what is wrong, or behavior that is the unpatched model's."""
+"""Invalid model inputs: a clear error, or the behavior of the unpatched model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune bench`: what its result holds, that its numbers are those of the engine, and that it can be interrupted."""
+"""`vtprune bench`: content of its result, agreement with the engine, and resuming after an interrupt."""
 
 from __future__ import annotations
 

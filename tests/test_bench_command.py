@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vtprune bench`: its files, and what it refuses."""
+"""The command `vtprune bench`: its files and errors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts behind the README's tables, on little data."""
+"""The scripts that measure the README's tables, on little data."""
 
 from __future__ import annotations
 

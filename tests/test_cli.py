@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vtprune`: what it prints and writes, and one line for everything that cannot be used."""
+"""The command `vtprune`: its output and files, and one-line errors for invalid input."""
 
 from __future__ import annotations
 

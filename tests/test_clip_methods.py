@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods for clips on made-up clips: exact budgets, frames of unequal length, and what each paper promises."""
+"""Clip methods on synthetic clips: exact budgets, frames of unequal length, and properties stated in the papers."""
 
 from __future__ import annotations
 

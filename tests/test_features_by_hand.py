@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features that a caller made and merged by hand: pruned where that can be, else an error, never silence."""
+"""Features that a caller computes and merges: pruned where possible, otherwise an error."""
 
 from __future__ import annotations
 

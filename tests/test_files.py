@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that users name are read within bounds: what they hold, how large they are, how long it takes."""
+"""User files are read within bounds of content, size and time."""
 
 from __future__ import annotations
 

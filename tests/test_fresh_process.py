@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's two lines in a fresh process, where nothing but `vtprune` was imported."""
+"""The README's two lines in a fresh process that imports only `vtprune`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that nobody has seen works by its structure, or is refused with the reason; it is never silently unpruned."""
+"""Unknown models are supported by structure or refused with a reason; they are never silently unpruned."""
 
 from __future__ import annotations
 

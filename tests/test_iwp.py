@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IWP: the mathematics it rests on, and the choice it makes."""
+"""IWP: its mathematics and its selection."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark by kind of question counts what it says, and goes on where it stopped."""
+"""The benchmark by kind of question: its counts, and resuming."""
 
 from __future__ import annotations
 

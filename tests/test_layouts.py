@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rule for each way a picture lies in the prompt (`docs/layouts.md`): what is visual, where it lies, what stays."""
+"""Picture layouts (`docs/layouts.md`): which tokens are visual, their grid positions, and which are kept."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights and presets come as safetensors or JSON: nothing that is loaded can run code."""
+"""Weights and presets are safetensors or JSON, so that loading never runs code."""
 
 from __future__ import annotations
 

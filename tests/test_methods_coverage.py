@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`scope` and `resprune`: what they take in, on hand-made tokens and on models with and without a class token."""
+"""`scope` and `resprune`, on hand-made tokens and on models with and without a class token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SinkAware`: places that get much attention in every frame of a clip, whatever they show."""
+"""`SinkAware`: attention sinks of clips."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that decide before the decoder, on hand-made tensors."""
+"""Methods that prune before the decoder, on hand-made tensors."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods that read the vision side do with it in a model."""
+"""Methods that read the vision tower, in models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host knows is not read back from a device: a choice waits for it as seldom as it can."""
+"""Device synchronization: selections read back no value that the host already knows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruning costs next to nothing: what it does in a prefill and in a decoding step does not grow unnoticed."""
+"""Overhead of pruning: the number of operations of a prefill and of a decoding step must not grow."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is shipped: the package list, the wheel, the cost of `import vtprune`, and the guards themselves."""
+"""Packaging: the package list, the wheel, the time of `import vtprune`, and the packaging checks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long work: its file, its bar, and what an interrupt leaves."""
+"""Long-running work: result file, progress bar, and interrupts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README says is true: its code runs, its tables are those that the results give, its links lead somewhere."""
+"""The README: its code runs, its tables match the results, its links resolve."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded reference model and the pictures that it is tested on."""
+"""The built-in model and its test pictures."""
 
 from __future__ import annotations
 

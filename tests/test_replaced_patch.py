@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A patch on a patched model takes the place of the old one, whole, and nothing is left of either."""
+"""A patch on a patched model replaces the old one, and `remove` leaves no trace of either."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the package: packages import alone, a user's type checker knows it, CONTRIBUTING describes it."""
+"""Structure of the package: packages import alone, a user's code type-checks, CONTRIBUTING lists all folders."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`docs/support.md` says what its rows, tried again, say. Slow rows are tried with `SUPPORT=all`."""
+"""`docs/support.md` matches its rows when they are run again; `SUPPORT=all` includes slow rows."""
 
 from __future__ import annotations
 

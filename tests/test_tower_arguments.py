@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What blocks of a vision tower are given once rows are gone."""
+"""Arguments of the blocks of a vision tower after rows were dropped."""
 
 from __future__ import annotations
 

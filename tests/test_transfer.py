@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes between the host and a device at a cut: indices without waiting, and all answers at once."""
+"""Transfers between host and device at a cut: indices without synchronization, all results in one transfer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of clips: what is shown under each rule, its rows, and the tables made of them."""
+"""The benchmark of clips: frames under each rule, rows, and tables."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way from vision patches to prompt columns, against the models themselves."""
+"""The mapping from vision patches to prompt tokens, compared with the models."""
 
 from __future__ import annotations
 

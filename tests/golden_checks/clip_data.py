@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What golden checks of methods for clips share: cases of a file, clips, and comparisons."""
+"""Helpers of the golden checks of clip methods: cases of a file, clips, and comparisons."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of DART: pivots, the order in which they take, and what is kept."""
+"""Golden check of DART: pivots, the order in which they take tokens, and kept tokens."""
 
 from __future__ import annotations
 

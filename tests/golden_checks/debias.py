@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of attention debiasing: padding masks, curves, weighted scores and what is kept, for three hosts."""
+"""Golden check of attention debiasing: padding masks, curves, weighted scores and kept tokens, for three hosts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of DyCoke's temporal part: similarities, and what is kept."""
+"""Golden check of DyCoke's temporal part: similarities, and kept tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of FastVID: segments, salient tokens, centers, and the merged features; counts as the release's."""
+"""Golden check of FastVID: segments, salient tokens, centers, and the merged features; counts of the release."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of FlashVID before the decoder: segments, picks, trees and clusters; counts as the release's."""
+"""Golden check of FlashVID before the decoder: segments, picks, trees and clusters; counts of the release."""
 
 from __future__ import annotations
 

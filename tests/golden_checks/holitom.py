@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of HoliTom before the decoder: windows, static places, picks and clusters; counts as the release's."""
+"""Golden check of HoliTom before the decoder: windows, static places, picks and clusters; counts of the release."""
 
 from __future__ import annotations
 

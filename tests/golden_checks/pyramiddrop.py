@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of PyramidDrop: from hidden states and weights to the attention row, the score and what is kept."""
+"""Golden check of PyramidDrop: from hidden states and weights to the attention row, the score and kept tokens."""
 
 from __future__ import annotations
 

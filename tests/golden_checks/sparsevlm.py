@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of SparseVLM and SparseVLM+: raters, scores, what is kept, and what is recycled into what."""
+"""Golden check of SparseVLM and SparseVLM+: raters, scores, kept tokens, and what is recycled into what."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: t
     order = rank_in_group(scores.masked_fill(~dropped, -torch.inf), torch.tensor([0, count])).argsort()
     rows = order[:members]
     equal(rows, case["recycled_indices"])
-    group, centres = density_peaks(visual[rows], clusters)
+    group, centers = density_peaks(visual[rows], clusters)
     equal(group, case["cluster_assignment"])
-    equal(centres, case["cluster_centers"])
+    equal(centers, case["cluster_centers"])
 
     total = budget + clusters
     if split_budget(count, total) != (
@@ -43,11 +43,11 @@ def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: t
         assert split_budget(count, total) == (budget + 1, clusters - 1)
         return torch.stack([visual[rows][group == c].mean(0) for c in range(clusters)])
     keep, merged = recycle(visual, scores, scores, torch.tensor([0, count]), torch.tensor([total]))
-    expected = set(case["kept"].tolist()) | set(rows[centres].tolist())
+    expected = set(case["kept"].tolist()) | set(rows[centers].tolist())
     assert set(keep.nonzero().flatten().tolist()) == expected
     kept = torch.from_numpy(case["kept"])
     assert torch.equal(merged[kept], visual[kept])
-    return merged[rows[centres]]
+    return merged[rows[centers]]
 
 
 def check(data: dict[str, np.ndarray]) -> None:

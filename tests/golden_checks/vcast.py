@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of V-CAST: curvature, frame weights and budgets, scores, and what is kept."""
+"""Golden check of V-CAST: curvature, frame weights and budgets, scores, and kept tokens."""
 
 from __future__ import annotations
 

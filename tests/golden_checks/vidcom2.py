@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of VidCom2: channels, both similarities, frame shares, and what is kept with and without correction."""
+"""Golden check of VidCom2: channels, both similarities, frame shares, and kept tokens with and without correction."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering columns and measuring how a module changes its tokens."""
+"""Compaction of token rows, and transition variation: the change of tokens by a module."""
 
 from __future__ import annotations
 

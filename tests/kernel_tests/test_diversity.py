@@ -52,7 +52,7 @@ def test_dpp_equals_specification(lengths, kind, width):
     assert_order(order, naive_dpp(features, relevance + 0.1, offsets, counts), offsets, counts)
 
 
-def test_dpp_maximises_the_determinant_greedily():
+def test_dpp_maximizes_the_determinant_greedily():
     features, relevance, offsets = case((40,), 32, seed=3)
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     kernel = relevance[:, None].double() * (unit @ unit.T) * relevance.double()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 10: the same kept set whatever computes attention; nothing needs eager attention or attention maps."""
+"""Law 10: the kept set is the same under every attention implementation; none needs attention maps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with pictures and clips under two methods: each prunes its kind as it would alone, in one pass."""
+"""Prompts with pictures and clips under two methods: each prunes its modality as it does alone, in one pass."""
 
 from __future__ import annotations
 

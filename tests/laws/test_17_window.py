@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams: frames are appended to a cache under a bound; the model computes as one that cannot see what has left."""
+"""Streams: frames are appended to a bounded cache; outputs are those of a model masked from the removed frames."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 5: the kept count is exactly the budget; two runs keep the same set; the global generator is left alone."""
+"""Law 5: the kept count is exactly the budget; two runs keep the same set; the global random state is unchanged."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 6: KV length per layer is what `patch.last` reports, and the bytes really fall."""
+"""Law 6: KV length per layer is what `patch.last` reports, and its bytes decrease accordingly."""
 
 import copy
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 7: after `remove`, hooks, attributes, classes, registries, state dict and outputs are as before."""
+"""Law 7: `remove` restores hooks, attributes, classes, registries, state dict and outputs."""
 
 from __future__ import annotations
 

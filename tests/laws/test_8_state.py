@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 8: patched models, threads and interleaved generations never disturb each other; nothing grows."""
+"""Law 8: patched models, threads and interleaved generations do not affect each other; memory does not grow."""
 
 from __future__ import annotations
 

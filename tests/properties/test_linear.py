@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory grows with the number of visual tokens; `make soak` goes to 32,768 with every method."""
+"""Memory grows with the number of visual tokens; `make soak` tests up to 32,768 with every method."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged files for everything that reads files: bytes are flipped, cut, doubled and taken from other files."""
+"""Fuzzing of all file readers: bytes are flipped, cut, doubled and taken from other files."""
 
 from __future__ import annotations
 

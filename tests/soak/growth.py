@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a process that generates all day grow? Methods, families and prompts take turns."""
+"""Memory growth of a process that generates for long; methods, families and prompts alternate."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models, prompts and comparisons that the rows share."""
+"""Models, prompts and comparisons shared by the rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where weights lie, and in what form."""
+"""Device placement and format of weights."""
 
 from __future__ import annotations
 
