@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in `--model_args`, as a method, a budget and a place for the model."""
+"""Parsing of `--model_args` into a method and a budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ArgumentError(VTPruneError, ValueError):
 
 
 def method(name: str, options: Mapping[str, Any], taken: tuple[str, ...]) -> Method | None:
-    """The method of a run, or None for an unpruned one.
+    """Creates the method of a run, or None for an unpruned one.
 
     Args:
         name: A registered name, `none`, or a `.json` file with a strategy of VFlowOpt that `vtprune tune` wrote.
@@ -68,7 +68,7 @@ def budget(name: str, **given: Any) -> dict[str, Any]:
 
 
 def _value(field: dataclasses.Field, value: Any) -> Any:
-    """lmms-eval reads numbers and truth values; lists and names of methods are left to us."""
+    """Parses lists and names of methods; lmms-eval has parsed numbers and booleans."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)

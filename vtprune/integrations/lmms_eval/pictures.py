@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures as the published numbers of LLaVA 1.5 assume them."""
+"""Padding of pictures to squares, as in the published results of LLaVA 1.5."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from PIL import Image
 
 
 def square(picture: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The picture in the middle of a square of its longer side, filled with the processor's mean color.
+    """Pads a picture to a centered square of its longer side, filled with the processor's mean color.
 
-    What LLaVA 1.5 was trained on and evaluated with (`image_aspect_ratio: pad`); the stock processors of transformers
+    LLaVA 1.5 was trained and evaluated this way (`image_aspect_ratio: pad`); the stock processors of transformers
     crop the longer side away instead.
 
     Args:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries, keys and values of vLLM's layers: a layer is run on an input and stopped where it would attend.
+"""Queries, keys and values of vLLM's layers: a layer runs on an input and is stopped before it attends.
 
-The same idea as `vtprune.models.attention_probe`, for the two attention modules of vLLM, whose heads are spread over
-tensor-parallel
-ranks and are put together here.
+The counterpart of `vtprune.models.attention_probe` for the two attention modules of vLLM, whose heads are sharded over
+tensor-parallel ranks and are gathered here.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from .settings import ServingError
 
 
 class _StopProbe(Exception):
-    """Raised where a layer would attend."""
+    """Raised to stop a layer before it attends."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None) -> None:
         self.found = (query, key, value, scaling, softcap)
 
 
 class _StopAtAttention(TorchFunctionMode):
-    """Stops at PyTorch's own attention, which towers call where a mask is needed."""
+    """Stops at PyTorch's own attention, which towers call if they need a mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -51,7 +50,7 @@ def _stopping(layer: nn.Module, cls: type, hook: Callable) -> Iterator[None]:
 
 
 def _all_heads(x: Tensor, dim: int) -> Tensor:
-    """The heads of all tensor-parallel ranks."""
+    """Gathers the heads of all tensor-parallel ranks."""
     from vllm.distributed import get_tp_group, model_parallel_is_initialized, tensor_model_parallel_all_gather
 
     if not model_parallel_is_initialized() or get_tp_group().world_size == 1:
@@ -65,7 +64,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def transformers_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> QKV:
-    """`observe.probe` where no patch has wrapped the registry of attention functions, with all heads."""
+    """`attention_probe.probe` without a patch, which would have wrapped the attention functions; with all heads."""
     attention_probe.install()
     try:
         found = attention_probe.probe(layer, args, kwargs, rope)
@@ -77,7 +76,7 @@ def transformers_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], ro
 
 @torch.no_grad()
 def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = True) -> QKV:
-    """Queries and keys of a layer of vLLM's vision towers; called as `observe.probe` is.
+    """Queries and keys of a layer of vLLM's vision towers; with the signature of `attention_probe.probe`.
 
     Raises:
         ServingError: The layer never attends.
@@ -91,7 +90,7 @@ def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = T
             query, key, value = query[None], key[None], value[None]
         raise _StopProbe(_heads(query, module.num_heads), _heads(key, groups), _heads(value, groups), module.scale)
 
-    if not rope:  # the identity in place of the rotation
+    if not rope:  # replaces the rotation by the identity
         kwargs = {
             n: torch.ones_like(v) if n.endswith("cos") and isinstance(v, Tensor) else v for n, v in kwargs.items()
         }
@@ -167,7 +166,7 @@ def transformers_keys(decoder: Any, layer: nn.Module, mrope: bool) -> Callable[.
 
 
 def _positions(tokens: Tokens, rope: bool, mrope: bool) -> Tensor:
-    """Places inside each image, all 0 without rotation: only their differences matter."""
+    """Positions within each image, of which only differences matter; all 0 without rotation."""
     if not mrope:
         return tokens.index if rope else torch.zeros_like(tokens.index)
     places = torch.stack([tokens.frame, tokens.grid_row, tokens.grid_col]).clamp_min(0)
@@ -175,7 +174,7 @@ def _positions(tokens: Tokens, rope: bool, mrope: bool) -> Tensor:
 
 
 def _laid_out(tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> AttentionInputs:
-    """Keys and values of the visual tokens alone; nobody asks yet."""
+    """Keys and values of the visual tokens alone, without queries."""
     device = key.device
     none = torch.zeros(0, dtype=torch.long, device=device)
     return AttentionInputs(

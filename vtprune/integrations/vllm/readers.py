@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method reads besides the features, from vLLM's own modules or those of its Transformers back end."""
+"""Inputs of methods besides the features, read from vLLM's own modules or its Transformers back end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .settings import ServingError, reads_tower
 
 
 class Reader:
-    """Reads nothing: for methods that need the features alone."""
+    """Reads nothing, for methods that need only the features."""
 
     @contextmanager
     def watch(self) -> Iterator[dict[str, list]]:
-        """Records of what runs inside, by name."""
+        """Records the calls of modules inside the context, by name."""
         yield {}
 
     def extra(self, seen: dict[str, list]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class VisionReader(Reader):
 
     Args:
         model: A vLLM model.
-        method: Whose taps are set.
+        method: Method whose taps are set.
     """
 
     def __init__(self, model: nn.Module, method: Method) -> None:
@@ -61,7 +61,7 @@ class VisionReader(Reader):
 
 @contextmanager
 def _listening(tap: Tap, seen: list) -> Iterator[None]:
-    """Records the calls of a module; not by hooks, without which vLLM calls modules that it may compile."""
+    """Records the calls of a module, without hooks, which vLLM bypasses in modules that it may compile."""
     module, forward = tap.module, tap.module.forward
 
     def listen(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ def _listening(tap: Tap, seen: list) -> Iterator[None]:
 
 
 def _with_probe(tap: Tap, own: nn.Module | None) -> Tap:
-    """A tap on a vision layer whose records know how it is run up to its attention here."""
+    """A tap on a vision layer whose records include the probe for its attention."""
     layer, probe = (tap.module, probes.transformers_layer) if own is None else (own, probes.vision)
     return Tap(LAYER, layer, lambda args, kwargs, output: LayerCall(layer, args, kwargs, output, probe))
 
@@ -91,7 +91,7 @@ class DecoderReader(Reader):
 
     Args:
         model: A vLLM model.
-        mrope: Whether it places tokens on several axes.
+        mrope: Whether the model has position ids on several axes (M-RoPE).
     """
 
     def __init__(self, model: nn.Module, mrope: bool) -> None:
@@ -104,10 +104,10 @@ class DecoderReader(Reader):
 
 
 def make(model: nn.Module, mrope: bool, method: Method) -> Reader:
-    """The reader that a method needs on a model that places tokens on several axes, or (`mrope` False) on one.
+    """Creates the reader that a method needs on a model with or without M-RoPE.
 
     Raises:
-        ServingError: The model lacks what would be read.
+        ServingError: The model lacks the modules to read.
     """
     try:
         if method.name == "iwp":
