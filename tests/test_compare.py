@@ -96,6 +96,28 @@ def test_what_cannot_be_met_is_a_row_with_the_reason(model: torch.nn.Module) -> 
     assert "one axis" in qwen[-1].reason and len(lines) == 3 and lines[-1].startswith("there: positions=")
 
 
+def test_resize_is_the_unpruned_model_on_another_prompt(model: torch.nn.Module) -> None:
+    prompts = [FAMILIES["llava"].batch([[4, Image(0), 6]], seed=seed) for seed in (1, 2)]
+    asked: list[tuple[int, int]] = []
+
+    def same_picture(number: int, tokens: int) -> Any:
+        asked.append((number, tokens))
+        return prompts[number]
+
+    rows = compare(model, prompts, 0.5, ["uniform"], repeats=1, smaller=same_picture)
+    row = next(row for row in rows if row.method == "resize")
+    other = next(row for row in rows if row.method == "uniform")
+    assert [number for number, _ in asked] == [0, 1] and asked[0][1] == asked[1][1] > 0
+    assert row.kl == pytest.approx(0.0, abs=1e-6) and row.top1 == 1.0 and row.kept == row.visual
+    assert asked[0][1] == int(0.5 * row.visual) and row.visual >= other.visual
+
+    def fixed_grid(number: int, tokens: int) -> Any:
+        raise vtprune.MethodError("resizing cannot")
+
+    rows = compare(model, prompts, 0.5, ["uniform"], repeats=1, smaller=fixed_grid)
+    assert next(row for row in rows if row.method == "resize").reason == "resizing cannot"
+
+
 def test_common_ratio_is_the_least_tenth_above_the_latest_first_cut() -> None:
     assert common_ratio(["random", "uniform"], 32) == 0.1
     assert common_ratio(["fastv", "uniform"], 6) == 0.4  # before layer 2 of 6
@@ -139,7 +161,9 @@ def test_the_command_shows_all_methods_on_the_embedded_model(capfd: Any, tmp_pat
     out = capfd.readouterr().out
     assert all(f"│ {name} " in out for name in methods.for_pictures()) and "1 picture" in out and "of 144" in out
     data = json.loads((tmp_path / "out.json").read_text())
-    assert {row["method"] for row in data["rows"]} == set(methods.for_pictures()) and data["pictures"] == 1
+    assert {row["method"] for row in data["rows"]} == {*methods.for_pictures(), "resize"} and data["pictures"] == 1
+    resize = data["rows"].pop(next(i for i, row in enumerate(data["rows"]) if row["method"] == "resize"))
+    assert "resizing cannot reach" in resize["reason"]  # its grid is fixed
     assert all(row["reason"] is None and abs(row["mean_ratio"] - data["mean_ratio"]) < 0.01 for row in data["rows"])
 
 
@@ -154,7 +178,7 @@ def test_the_command_takes_a_folder_a_budget_methods_and_strategies(capfd: Any, 
     assert main([*arguments, "--methods", "fastv", str(tmp_path / "mine.json")]) == 0
     out = capfd.readouterr().out
     shown = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
-    assert shown == {"fastv", "mine.json", "random", "uniform"} and "2 pictures, mean ratio 0.2" in out
+    assert shown == {"fastv", "mine.json", "random", "uniform", "resize"} and "2 pictures, mean ratio 0.2" in out
     assert "fastv: mean_ratio=0.2 cannot be met" in out
 
 

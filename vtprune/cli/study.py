@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="names, or strategy files of vtprune tune (default: all; random and uniform are always shown)",
+        help="names, or strategy files of vtprune tune (default: all; always shown are random, uniform, and resize, "
+        "which is the unpruned model on smaller pictures)",
     )
     compare.add_argument(
         "--clip",
@@ -110,8 +111,23 @@ def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     if getattr(args, "clip", False):
-        return model, [loading.clip_prompt(model, processor, pictures, args.question)]
-    return model, [loading.inputs(model, processor, picture, args.question) for picture in pictures]
+        return model, [loading.clip_prompt(model, processor, pictures, args.question)], None
+
+    def prompt(picture: Any) -> Any:
+        return loading.inputs(model, processor, picture, args.question)
+
+    def smaller(number: int, tokens: int) -> Any:
+        from .. import inspect
+        from ..study.resize import resized
+
+        placeholders = list(inspect(model).placeholders.values())
+
+        def count(inputs: Any) -> int:
+            return sum(int((inputs["input_ids"] == placeholder).sum()) for placeholder in placeholders)
+
+        return resized(processor, pictures[number], prompt, count, tokens)[0]
+
+    return model, [prompt(picture) for picture in pictures], smaller
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -121,9 +137,9 @@ def _compare(args: argparse.Namespace) -> None:
 
     output = Output(args)
     chosen = chosen_methods(args.methods or (registry.names() if args.clip else None))
-    model, batches = _batches(args)
+    model, batches, smaller = _batches(args)
     args.mean_ratio = args.mean_ratio or common_ratio(chosen.values(), inspect(model).num_layers)
-    rows = compare(model, batches, args.mean_ratio, chosen, repeats=args.repeats)
+    rows = compare(model, batches, args.mean_ratio, chosen, repeats=args.repeats, smaller=smaller)
     _print_rows(output, args, rows, len(batches))
     about = {"model": args.model, "question": args.question, "mean_ratio": args.mean_ratio}
     about |= {"pictures": len(batches), "repeats": args.repeats, "vtprune": __version__}
@@ -163,7 +179,7 @@ def _tune(args: argparse.Namespace) -> None:
     check_file(args.out)
     if args.auto:
         return _calibrate(args, output)
-    model, batches = _batches(args)
+    model, batches, _ = _batches(args)
 
     def log(search: Search, step: Callable[[str], None]) -> None:
         last, best = search.trials[-1]["value"] / search.samples, search.best["value"] / search.samples
@@ -200,7 +216,7 @@ def _calibrate(args: argparse.Namespace, output: Output) -> None:
     path = Path(args.out).expanduser()
     if path.exists() and not args.force:
         raise InputError(f"{args.out} exists; use --force to overwrite it")
-    model, batches = _batches(args)
+    model, batches, _ = _batches(args)
     auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
     mean = sum(kept) / len(kept)
     auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)

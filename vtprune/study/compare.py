@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.patching import find_patch, inspect, patch
+from ..engine.patching import Patch, find_patch, inspect, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method, names, resolve
 from . import metrics
@@ -65,6 +65,7 @@ def compare(
     methods: Sequence[str] | Mapping[str, str | Method] | None = None,
     repeats: int = 3,
     log: Callable[[str], None] = lambda text: None,
+    smaller: Callable[[int, int], Mapping[str, Any]] | None = None,
 ) -> list[Row]:
     """Runs methods on the same prompts at the same mean share of visual tokens over the decoder layers' inputs.
 
@@ -75,6 +76,9 @@ def compare(
         methods: Names, or methods by label; by default all registered ones. `random` and `uniform` always run.
         repeats: Timed calls per batch; the first one of a method is a warm-up if there are others.
         log: Called with a line of text after every method.
+        smaller: Makes prompt `n` with a smaller picture, of at most so many visual tokens: `smaller(n, tokens)`. Adds
+            the row `resize`, the unpruned model on pictures of no more tokens (batches of one prompt); see
+            `vtprune.study.resize`.
 
     Returns:
         list[Row]: By ascending divergence; methods that cannot run on this model at this cost come last.
@@ -103,6 +107,12 @@ def compare(
         except (BudgetError, MethodError, NothingPrunedError) as error:
             rows.append(Row(label, reason=str(error)))
         log(f"{label}: {rows[-1].reason or f'{rows[-1].kl:.4g} nats'}")
+    if smaller is not None:
+        try:
+            rows.append(_resized(model, batches, reference, mean_ratio, smaller))
+        except MethodError as error:
+            rows.append(Row("resize", reason=str(error)))
+        log(f"resize: {rows[-1].reason or f'{rows[-1].kl:.4g} nats'}")
     return sorted(rows, key=lambda row: (row.kl is None, row.kl or 0.0, row.method))
 
 
@@ -144,4 +154,42 @@ def _run(
         kl=statistics.fmean(kl),
         top1=statistics.fmean(same),
         seconds=statistics.median(seconds[1:] or seconds),
+    )
+
+
+def _count(running: Patch) -> int:
+    """Visual tokens of the last call."""
+    if running.last is None:
+        raise VTPruneError("a prompt holds no visual token; expected pictures in every prompt")
+    return sum(map(len, running.last.visual))
+
+
+def _resized(
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    reference: list[Tensor],
+    mean_ratio: float,
+    smaller: Callable[[int, int], Mapping[str, Any]],
+) -> Row:
+    """The unpruned model on smaller pictures, whose tokens are counted after the processor's rounding."""
+    visual: list[int] = []
+    kept: list[int] = []
+    kl: list[float] = []
+    same: list[bool] = []
+    with patch(model, ratio=1.0, method="uniform") as counting:  # drops nothing
+        for number, (batch, want) in enumerate(zip(batches, reference, strict=True)):
+            metrics.next_token_logits(model, batch)
+            visual.append(_count(counting))
+            got = metrics.next_token_logits(model, smaller(number, int(mean_ratio * visual[-1])))
+            kept.append(_count(counting))
+            kl += metrics.divergence(want, got).tolist()
+            same += (want.argmax(-1) == got.argmax(-1)).tolist()
+    return Row(
+        method="resize",
+        visual=statistics.fmean(visual),
+        kept=statistics.fmean(kept),
+        mean_ratio=sum(kept) / sum(visual),
+        kl=statistics.fmean(kl),
+        top1=statistics.fmean(same),
+        seconds=0.0,
     )
