@@ -102,8 +102,8 @@ def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default:
     add_device(parser)
 
 
-def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]]]:
-    """The model, and one prompt per picture, or one prompt with all frames of a clip."""
+def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Callable[[int, int], Any] | None]:
+    """The model; a prompt per picture, or one for all frames of a clip; a function for prompts of smaller pictures."""
     from ..refvlm import loading
 
     pictures = images.pictures(args.image)
