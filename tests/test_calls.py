@@ -231,3 +231,72 @@ def test_offloaded_weights(family: str) -> None:
             tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
             results.append((tokens.tolist(), [k.tolist() for k in patch.last.kept]))
     assert results[0] == results[1]
+
+
+@torch.no_grad()
+def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """`labels=input_ids` keeps every visual token for the loss, and says so once; with -100 there is nothing to say."""
+    from vtprune.vision.attention import warn_once
+
+    warn_once.cache_clear()
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        model(**batch, labels=labels_of(batch))
+        assert not caplog.records and len(patch.last.kept[0]) == 8
+        for _ in range(2):
+            model(**batch, labels=batch["input_ids"])
+        assert len(patch.last.kept[0]) == 25
+    assert [("-100" in record.message) for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm"])
+@torch.no_grad()
+def test_a_chat_goes_on_after_an_answer_of_one_token(family: str) -> None:
+    """A prompt of `generate` is over with its answer, however short: the next picture has a budget of its own. What was
+    only run through the model may be a part of a prompt, and new pictures after it are refused."""
+    model, make = model_of(family), FAMILIES[family]
+    batch, turn = make.batch(ONE), make.batch([[2, Image(1), 4]])
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        for beams in (1, 2):
+            settings = {"do_sample": False, "return_dict_in_generate": True, "num_beams": beams}
+            first = model.generate(**batch, max_new_tokens=1, **settings)
+            ids = torch.cat([first.sequences, turn["input_ids"]], 1)
+            call = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if beams == 1:
+                model.generate(**call, past_key_values=first.past_key_values, max_new_tokens=2, do_sample=False)
+                assert len(patch.last.kept[0]) == max(1, round(0.3 * len(patch.last.visual[0])))
+                assert int(patch.last.visual[0][0]) >= first.sequences.shape[1]
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(vtprune.UnsupportedModelError, match="several calls"):
+            model(**turn | {"attention_mask": None}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    token = torch.tensor([[20]])
+    with pruned(model, "uniform", ratio=0.3):
+        cache = model(**batch, use_cache=True).past_key_values
+        tensors = [(layer.keys.to(dtype).float(), layer.values.to(dtype).float()) for layer in cache.layers]
+        again = transformers.DynamicCache(tensors)
+        length, want = cache.get_seq_length(), model(input_ids=token, past_key_values=cache).logits
+        got = model(input_ids=token, past_key_values=again).logits
+    assert again.get_seq_length() == length + 1
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    from vtprune.vision.attention import warn_once
+
+    warn_once.cache_clear()
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
+    for method, said in (("divprune", 0), ("pooling", 1)):
+        with pruned(model, method, ratio=0.3):
+            model(**batch).logits.sum().backward()
+        assert sum("merges tokens" in record.message for record in caplog.records) == said
+    with pruned(model, "pooling", ratio=0.3), torch.no_grad():
+        warn_once.cache_clear()
+        caplog.clear()
+        model(**batch)
+    assert not caplog.records

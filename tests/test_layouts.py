@@ -180,3 +180,21 @@ def test_two_pictures_with_a_word_between_them_are_two() -> None:
     places = prune(model, inputs)
     assert places.image.tolist() == [0] * 25 + [1] * 25
     assert places.grid_row.tolist() == [r for r in range(5) for _ in range(5)] * 2
+
+
+@pytest.mark.parametrize("way", ["argument", "config"])
+def test_a_class_token_that_is_kept_has_no_place(way: str) -> None:
+    """`vision_feature_select_strategy="full"`: the first token of a picture is no patch, and the others are a grid."""
+    family = FAMILIES["llava"]
+    model, batch = family.build(), family.batch([[3, Image(0), 5]])
+    ids = torch.cat([batch["input_ids"][:, :4], torch.full((1, 26), IMAGE), batch["input_ids"][:, -5:]], 1)
+    asked = {"vision_feature_select_strategy": "full"}
+    if way == "config":
+        model.config.vision_feature_select_strategy = asked.pop("vision_feature_select_strategy")
+    with vtprune.patch(model, ratio=0.3, method="uniform") as patch:
+        model(input_ids=ids, pixel_values=batch["pixel_values"], **asked)
+        places = patch.last.places
+        patch.last.show()
+    where = torch.stack([places.grid_row, places.grid_col], 1).tolist()
+    assert where[0] == [-1, -1]
+    assert where[1:] == [[row, col] for row in range(5) for col in range(5)]

@@ -147,6 +147,77 @@ def test_tasks_may_share_a_batch_options_may_not_and_beams_keep_their_counts():
     assert [count["kept_visual_tokens"] for count in counts(results)] == [14, 14, 14, 0]
 
 
+def scored(number, answer, *rest):
+    """A request as lmms-eval's own multiple-choice tasks make it."""
+    from lmms_eval.api.instance import Instance
+
+    metadata = {"task": "scenes", "doc_id": number, "repeats": 1}
+    sample = list(evaluate.held_out_scenes(SCENES))[number]
+    arguments = rest or (lambda doc: [doc.image], number, "scenes", "test")
+    return Instance("loglikelihood", (sample.question if not rest else "", answer, *arguments), 0, metadata)
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("method", ["none", "iwp"])
+def test_log_likelihoods_are_those_of_the_library(method):
+    """Of each answer in a batch of answers of unlike lengths: the loss of the model that dropped the same tokens."""
+    import torch
+
+    import vtprune
+
+    budget = {} if method == "none" else {"ratio": 0.1}
+    made = model(method=method, batch_size=BATCH, **budget)
+    samples = list(evaluate.held_out_scenes(SCENES))
+    asked = [(n, answer) for n in (0, 1) for answer in ("red", "a red circle", samples[n].answer, "5")]
+    got = made.loglikelihood([scored(n, answer) for n, answer in asked])
+    reference, processor = refvlm.load()
+    patch = vtprune.patch(reference, method=method, **budget) if budget else None
+    kept = []
+    for (number, answer), result in zip(asked, got, strict=True):
+        loss, greedy = result.text
+        turn = {"type": "image"}, {"type": "text", "text": samples[number].question}
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": list(turn)}], tokenize=False, add_generation_prompt=True
+        )
+        prompt = processor(images=samples[number].image, text=text, return_tensors="pt")
+        inputs = processor(images=samples[number].image, text=text + answer, return_tensors="pt")
+        labels = inputs["input_ids"].clone()
+        labels[:, : prompt["input_ids"].shape[1]] = -100
+        with torch.no_grad():
+            want = reference(**inputs, labels=labels)
+            kept.append(patch.last.kept[0].tolist() if patch else [])
+            written = reference.generate(**prompt, max_new_tokens=int((labels != -100).sum()), do_sample=False)
+        assert loss == pytest.approx(float(want.loss), abs=1e-3)
+        assert greedy == torch.equal(written[0], inputs["input_ids"][0])
+    assert all(k == kept[0] for k in kept[:4]) and any(result.text[1] for result in got)
+    assert all((result.token_counts.to_dict().get("kept_visual_tokens") == 14) == bool(budget) for result in got)
+
+
+@needs_lmms_eval
+def test_an_answer_without_a_question_and_an_empty_one():
+    made = model(ratio=0.1, batch_size=BATCH)
+    alone = made.loglikelihood([scored(0, "red", None, 0, "scenes", "test")])
+    from lmms_eval.api.instance import Instance
+
+    metadata = {"task": "scenes", "doc_id": 0, "repeats": 1}
+    two = made.loglikelihood([Instance("loglikelihood", ("", "red"), 0, metadata)])
+    assert two[0].text == alone[0].text and two[0].text[0] > 0
+    with pytest.raises(options.ArgumentError, match="no tokens"):
+        made.loglikelihood([scored(0, "")])
+
+
+@needs_lmms_eval
+def test_multiple_choice_by_the_command(tmp_path):
+    import json
+    import subprocess
+
+    command = bench.command(bench.Job("iwp"), ["vtprune_scene_choices"], 8, 8, str(tmp_path))
+    done = subprocess.run([*command, "--force_simple"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads(next(tmp_path.rglob("*_results.json")).read_text())["results"]["vtprune_scene_choices"]
+    assert found["acc,none"] >= 0.75
+
+
 @needs_lmms_eval
 def test_square_padding_reaches_the_processor_and_the_method(monkeypatch):
     pruned = model(ratio=0.1, method="debiased", square=True, batch_size=2)

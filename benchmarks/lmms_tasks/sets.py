@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from PIL import Image
 
 from vtprune.refvlm import easy_vqa, evaluate, scenes
@@ -19,11 +19,13 @@ from vtprune.refvlm import easy_vqa, evaluate, scenes
 SCENES = 1000  # as many as the accuracy of the built-in model is told for
 
 
-class _Local(ConfigurableMessagesTask):
-    """A task whose documents come from Python rather than from the hub."""
+class _Local:
+    """A task whose documents come from Python rather than from the hub; goes before lmms-eval's class of tasks."""
+
+    dataset: DatasetDict
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})  # type: ignore[call-arg]
 
     def download(self, dataset_kwargs: dict | None = None) -> None:
         self.dataset = DatasetDict({"test": Dataset.from_list(list(self.rows()))})
@@ -33,7 +35,7 @@ class _Local(ConfigurableMessagesTask):
         raise NotImplementedError
 
 
-class EasyVQA(_Local):
+class EasyVQA(_Local, ConfigurableMessagesTask):
     """The 9,673 questions of the easy-VQA test split, in the package's order."""
 
     def rows(self) -> Iterable[dict[str, Any]]:
@@ -46,12 +48,26 @@ class EasyVQA(_Local):
             }
 
 
-class Scenes(_Local):
+class Scenes(_Local, ConfigurableMessagesTask):
     """One question on each of 1,000 held-out scenes: those of `python -m vtprune.refvlm.evaluate`."""
 
     def rows(self) -> Iterable[dict[str, Any]]:
         for seed, sample in enumerate(evaluate.held_out_scenes(SCENES)):
             yield {"picture": seed, "question": sample.question, "answer": sample.answer, "kind": sample.kind}
+
+
+class SceneChoices(_Local, ConfigurableTask):
+    """The same questions with all answers to questions of their kind: the most probable one is chosen, none is written.
+
+    lmms-eval scores answers with `--force_simple` only.
+    """
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        samples = list(evaluate.held_out_scenes(SCENES))
+        choices = {kind: sorted({s.answer for s in samples if s.kind == kind}) for kind in {s.kind for s in samples}}
+        for seed, sample in enumerate(samples):
+            known = choices[sample.kind]
+            yield {"picture": seed, "question": sample.question, "choices": known, "right": known.index(sample.answer)}
 
 
 def easy_vqa_picture(doc: dict[str, Any]) -> list[Image.Image]:

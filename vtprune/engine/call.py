@@ -142,12 +142,14 @@ class CallOptions:
         question_end: Position at which the answer begins, see `Patch.question`; None if not given.
         arguments: Keyword arguments of the outermost model, such as labels.
         own_budget: Whether the call has a budget of its own, see `Patch.using`.
+        generates: Whether `generate` runs the prompt: an answer ends it, and what comes later is another prompt.
     """
 
     budget: Budget
     question_end: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)
     own_budget: bool = False
+    generates: bool = False
 
 
 @dataclass

@@ -56,11 +56,14 @@ class CacheState:
         self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d], see `mark_of`
 
     def matches(self, keys: Tensor) -> bool:
-        """Whether `keys` `[B, G, slots, d]` are those of the cache's last layer, judged by the slot in `mark`."""
+        """Whether `keys` `[B, G, slots, d]` are the last layer's, up to a cast, judged by the slot in `mark`."""
         if self.mark is None or keys.dim() != 4 or keys.shape[2] <= self.mark[0]:
             return False
         known, found = self.mark[1], keys[:, :, self.mark[0]]
-        return known.shape == found.shape and torch.equal(known, found.to(known))
+        casts = dict.fromkeys((known.dtype, torch.bfloat16, torch.float16))
+        return known.shape == found.shape and any(
+            torch.equal(known.to(dtype).to(known), found.to(known)) for dtype in casts
+        )
 
     def copy(self) -> CacheState:
         """Copy that can be changed independently."""

@@ -47,6 +47,7 @@ class DecoderCall(CallState):
     narrow: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
     ran_instead: str | None = None  # name of the method that replaced a default method that cannot run on this model
     give: Callable[[], None] | None = None  # hands the layer that runs next what was computed to read it
+    trains: bool = False  # whether gradients are wanted of what the present cut receives
 
     def __post_init__(self) -> None:
         if self.visual is not None:
@@ -63,6 +64,7 @@ class DecoderCall(CallState):
             plan = budgets.plan(budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
             if self.required is not None:  # required tokens count in the budget, and exceed it if necessary
                 needed = mine.count(self.required.nonzero()[:, 0])
+                readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
                 plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
             if plan[-1] == mine.sizes:
                 continue
@@ -167,7 +169,7 @@ class DecoderCall(CallState):
             return output
         if (self.columns.is_cut or ends_prompt) and self.columns.cache is not None:
             state = self.columns.state_after()
-            state.open = self.visual is not None
+            state.open = self.visual is not None and not self.options.generates
             kv_cache.attach(self.columns.cache, state)
             self.caches.recent.append(state)
         return self.columns.restore(output)
@@ -220,6 +222,7 @@ class DecoderCall(CallState):
         if columns.is_modified:
             args, kwargs = columns.arguments(number, args, kwargs)
         here = Snapshot.take(self, number, layer, args, kwargs)
+        self.trains = here.hidden.requires_grad
         flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.everything(visual)
         decision = self._decide(number, flat, here)
         if decision.merged is None and len(decision.kept) == len(flat):
@@ -298,6 +301,12 @@ class DecoderCall(CallState):
             some = call.groups.losing(flat, flat[keep])
             some &= chosen | ~keep  # tokens that stay only because they are required keep their states
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
+            if self.trains:
+                warn_once(
+                    f"{method.name or type(method).__name__} merges tokens, and merged states are constants in "
+                    "training: no gradient reaches the vision tower through them; to train it, choose a method that "
+                    "merges nothing, such as 'iwp' or 'divprune'"
+                )
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         if members is None:
             return Decision(flat[keep], merged, scores[0] if scores else None, states)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VTPruneError
+from ..vision.attention import warn_once
 
 _IGNORED = -100  # label that transformers' losses ignore
 
@@ -44,6 +45,16 @@ def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
     elif isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
         read[:, -wanted:] = True
     return read & real
+
+
+def warn_of_labels(arguments: dict[str, Any], read: int, planned: int) -> None:
+    """Says once that labels keep more visual tokens (`read`) than the budget (`planned`)."""
+    if read > planned and (arguments.get("labels") is not None or arguments.get("shift_labels") is not None):
+        warn_once(
+            "the labels of a call name more visual tokens than the budget keeps; the loss reads them, so all of them "
+            "stay, and little or nothing is pruned; set the labels of placeholders to -100, as collators for "
+            "vision-language models do"
+        )
 
 
 def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor) -> list[int] | None:

@@ -64,6 +64,7 @@ class ThreadState(threading.local):
         self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's call in progress
         self.encoding: dict[str, list] | None = None  # records of taps in the encoder run in progress
+        self.generates = False  # whether `generate` is running a prompt
         self.tower_ran = False  # whether the vision tower ran inside the composite's call in progress
         # Whether visual tokens were found in it; None before its decoder is called.
         self.found_visual: bool | None = None
@@ -143,7 +144,7 @@ class Session:
 
         if hasattr(parts.model, RUN_PROMPT):
             run = generation.refuse_chunks(getattr(parts.model, RUN_PROMPT), self._prunes, self.caches.state_of)
-            add(Override(parts.model, RUN_PROMPT, run))
+            add(Override(parts.model, RUN_PROMPT, self._generating(run)))
 
         def before(module: nn.Module, function: Callable) -> None:
             add(module.register_forward_pre_hook(Hook(owner, function), with_kwargs=True))
@@ -176,6 +177,19 @@ class Session:
             before(module, self._watch)
             after(module, self._unwatch, always=True)
         return handles
+
+    def _generating(self, run: Callable) -> Callable:
+        """A model's `RUN_PROMPT` during which the thread knows that the prompt is that of `generate`."""
+
+        @functools.wraps(run)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.thread.generates = True
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.thread.generates = False
+
+        return noted
 
     def _encoder(self, kind: str, encode: Callable) -> Callable:
         def watch(*args: Any, **kwargs: Any) -> Any:
@@ -287,7 +301,7 @@ class Session:
         outer = {**(thread.inputs or {}), **(thread.outer or {})} if visual is not None else {}
         request = requests.current(self)
         own_budget = request.budget is not None or not self.drops
-        options = CallOptions(self.budget, request.question_end, outer, own_budget)
+        options = CallOptions(self.budget, request.question_end, outer, own_budget, thread.generates)
         thread.call = call = prefill.begin(self.spec, options, self.caches, thread.inputs, args, kwargs, visual)
         if call is None:
             return None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """lmms-eval with pruned models: `lmms-eval --model vtprune --model_args pretrained=...,method=iwp,ratio=0.1`.
 
+Tasks that score given answers (multiple choice, log-likelihood) run with `--force_simple`.
+
 lmms-eval finds `manifest` through its entry-point group `lmms_eval.models` when it starts, and imports the model only
 when it is asked for.
 """
@@ -14,4 +16,5 @@ def manifest() -> Any:
     """What lmms-eval is told about the model: its name and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="vtprune", chat_class_path="vtprune.integrations.lmms_eval.model.VTPrune")
+    home = "vtprune.integrations.lmms_eval.model"
+    return ModelManifest("vtprune", simple_class_path=f"{home}.VTPruneSimple", chat_class_path=f"{home}.VTPrune")

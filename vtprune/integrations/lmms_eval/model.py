@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.models.chat.huggingface import Huggingface
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
@@ -19,9 +22,10 @@ from tqdm import tqdm
 from ... import refvlm
 from ...engine.patching import Patch, patch
 from ...refvlm import loading
+from ...report.pruning import Pruning
 from . import options
 from .pictures import square
-from .requests import PrunedTokenCounts, batches
+from .requests import PrunedTokenCounts, answers, batches
 
 ARGUMENTS = (
     "pretrained", "method", "ratio", "keep", "mean_ratio", "square", "batch_size", "device", "device_map", "dtype",
@@ -118,12 +122,12 @@ class VTPrune(Huggingface):
         results: list[GenerationResult] = []
         seconds = 0.0
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Model Responding")
-        for batch in batches(requests, self.batch_size):
-            answers, spent = self._answer(batch)
+        for batch in batches(requests, self.batch_size, self._asked):
+            answered, spent = self._answer(batch)
             seconds += spent
-            for request, answer in zip(batch, answers, strict=True):
-                self.cache_hook.add_partial("generate_until", (request.args[0], request.args[2]), answer.text)
-            results += answers
+            for request, answer in zip(batch, answered, strict=True):
+                self.cache_hook.add_partial("generate_until", (request.args[0], self._asked(request)), answer.text)
+            results += answered
             progress.update(len(batch))
         progress.close()
         tokens = sum(result.token_counts.output_tokens for result in results)
@@ -137,10 +141,10 @@ class VTPrune(Huggingface):
 
     def _answer(self, batch: Sequence[Instance]) -> tuple[list[GenerationResult], float]:
         """The answers of one call of `generate`, and how long it took."""
-        inputs = self._inputs(batch)
+        inputs = self._inputs([self._messages(request) for request in batch])[0]
         before = self.patch.last if self.patch else None
         start = time.perf_counter()
-        output = self._model.generate(**inputs, **self._generation(dict(batch[0].args[2])))
+        output = self._model.generate(**inputs, **self._generation(dict(self._asked(batch[0]))))
         seconds = time.perf_counter() - start
         width = inputs["input_ids"].shape[1]
         texts = self.processor.batch_decode(
@@ -148,12 +152,17 @@ class VTPrune(Huggingface):
         )
         read = inputs["attention_mask"].sum(-1).tolist()
         counts = [TokenCounts(length, self._written(row)) for length, row in zip(read, output[:, width:], strict=True)]
-        if self.patch is not None:
-            last = self.patch.last
-            pruning = None if last is before else last  # text-only prompts leave the account of an earlier one
-            rows = 1 if pruning is None else len(pruning.visual) // len(batch)  # beams of a sample are neighbors
-            counts = [PrunedTokenCounts.of(pruning, i * rows, count) for i, count in enumerate(counts)]
+        counts = self._pruned(counts, before)
         return [GenerationResult(*answer) for answer in zip(texts, counts, strict=True)], seconds
+
+    def _pruned(self, counts: list[TokenCounts], before: Pruning | None) -> list[TokenCounts]:
+        """Counts of a batch, with what pruning did to each sample; `before` is the record of the call before it."""
+        if self.patch is None:
+            return counts
+        last = self.patch.last
+        pruning = None if last is before else last  # text-only prompts leave the account of an earlier one
+        rows = 1 if pruning is None else len(pruning.visual) // len(counts)  # beams of a sample are neighbors
+        return [PrunedTokenCounts.of(pruning, i * rows, count) for i, count in enumerate(counts)]
 
     def _means(self, counts: Sequence[TokenCounts]) -> dict[str, float]:
         """Means over requests for lmms-eval's summary of this process."""
@@ -162,12 +171,19 @@ class VTPrune(Huggingface):
         names = ("visual_tokens", "kept_visual_tokens")
         return {name: sum(getattr(count, name) for count in counts) / len(counts) for name in names}
 
-    def _inputs(self, batch: Sequence[Instance]) -> Any:
-        """What the processor makes of the messages of a batch, on the model's device."""
+    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+        """The messages of a request that wants an answer."""
+        _, to_messages, _, doc_id, task, split = request.args
+        return to_messages(self.task_dict[task][split][doc_id])
+
+    def _asked(self, request: Instance) -> dict[str, Any]:
+        """The generation options of a request."""
+        return request.args[2]
+
+    def _inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> tuple[Any, list[str]]:
+        """What the processor makes of the messages of a batch, on the model's device, and the texts of the prompts."""
         chats, texts = [], []
-        for request in batch:
-            _, to_messages, _, doc_id, task, split = request.args
-            messages = to_messages(self.task_dict[task][split][doc_id])
+        for messages in conversations:
             if self.system_prompt:
                 messages = self._apply_system_prompt(messages, self.system_prompt)
             chat = ChatMessages(messages=messages)
@@ -180,7 +196,7 @@ class VTPrune(Huggingface):
         media = {"images": images, "videos": videos, "audio": audios}
         given = {name: items for name, items in media.items() if items}  # processors refuse empty lists
         inputs = self.processor(text=texts, padding=True, return_tensors="pt", **given)
-        return inputs.to(self._device, self._model.dtype)
+        return inputs.to(self._device, self._model.dtype), texts
 
     def _squares(self, images: list[Any]) -> list[Any]:
         """Squares of the pictures; a method that tells padding from picture is told the sizes that it cannot see."""
@@ -214,8 +230,58 @@ class VTPrune(Huggingface):
         found = torch.isin(ids, torch.tensor(ends, device=ids.device)).nonzero()
         return int(found[0]) + 1 if len(found) else len(ids)
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("vtprune generates; this task wants log-likelihoods: choose its generating variant")
+    @torch.no_grad()
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Scores given answers. All answers to a question see the same visual tokens: answers do not choose them.
+
+        Returns:
+            list: Of each request, as `text`, the mean negative log-likelihood of the answer's tokens (lmms-eval takes
+            the answer with the smallest, as its own models return losses), and whether greedy decoding would write
+            this answer. Bare pairs, which lmms-eval asks for, it turns into strings (0.7.3).
+
+        Raises:
+            ArgumentError: An answer is empty.
+        """
+        results: list[GenerationResult] = []
+        for batch in batches(requests, self.batch_size, lambda request: None):
+            inputs, texts = self._inputs([self._question(request) for request in batch])
+            width = inputs["input_ids"].shape[1]
+            ids = answers(self._tokenizer, texts, [self._continuation(request) for request in batch])
+            longest = max(map(len, ids))
+            tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self._device)
+            real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=self._device)
+            for name in [n for n, v in inputs.items() if n == "input_ids" or v.shape == inputs["input_ids"].shape]:
+                behind = {"input_ids": tokens, "attention_mask": real}.get(name, torch.zeros_like(tokens))
+                inputs[name] = torch.cat([inputs[name], behind.to(inputs[name].dtype)], 1)
+            if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+                inputs["logits_to_keep"] = longest + 1
+            before = self.patch.last if self.patch else None
+            read = inputs["attention_mask"].sum(1).tolist()
+            with self.patch.question(end=width) if self.patch else contextlib.nullcontext():
+                logits = self._model(**inputs, use_cache=False).logits[:, -longest - 1 : -1].float()
+            losses = -logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0] * real
+            greedy = ((logits.argmax(-1) == tokens) | (real == 0)).all(1)
+            scored = zip((losses.sum(1) / real.sum(1)).tolist(), greedy.tolist(), strict=True)
+            counts = self._pruned([TokenCounts(length, 0) for length in read], before)
+            results += [GenerationResult(*found) for found in zip(scored, counts, strict=True)]
+        return results
+
+    def _question(self, request: Instance) -> list[dict[str, Any]]:
+        """The messages of a request that brings its answer; one of two arguments asks for the answer by itself."""
+        context, _, *rest = request.args
+        pictures: list[Any] = []
+        if rest:
+            to_pictures, doc_id, task, split = rest
+            pictures = to_pictures(self.task_dict[task][split][doc_id]) if to_pictures else []
+        return ConfigurableMessagesTask._build_user_turn(pictures, context)
+
+    def _continuation(self, request: Instance) -> str:
+        """The answer that a request brings."""
+        answer = request.args[1]
+        if not callable(answer):
+            return answer
+        _, doc_id, task, split = request.args[2:]
+        return str(answer(self.task_dict[task][split][doc_id]))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("vtprune answers one message a request; this task wants several rounds")
@@ -226,6 +292,20 @@ class VTPrune(Huggingface):
             self.patch.remove()
             self.patch = None
         super().clean()
+
+
+class VTPruneSimple(VTPrune):
+    """The same model for `--force_simple`: lmms-eval asks log-likelihoods only of models that take its older requests,
+    with a text and pictures in place of messages."""
+
+    is_simple = True
+
+    def _messages(self, request: Instance) -> list[dict[str, Any]]:
+        context, _, to_pictures, doc_id, task, split = request.args
+        return ConfigurableMessagesTask._build_user_turn(to_pictures(self.task_dict[task][split][doc_id]), context)
+
+    def _asked(self, request: Instance) -> dict[str, Any]:
+        return request.args[1]
 
 
 def _load(name: str, dtype: str, device_map: Any, attn_implementation: str | None) -> tuple[Any, Any]:

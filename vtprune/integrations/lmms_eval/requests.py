@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmms_eval.api.instance import Instance, TokenCounts
 
 from ...report.pruning import Pruning
+from . import options
 
 
 @dataclass
@@ -54,9 +55,33 @@ class PrunedTokenCounts(TokenCounts):
         }
 
 
-def batches(requests: Sequence[Instance], size: int) -> Iterator[list[Instance]]:
-    """Neighboring requests with the same generation options, at most `size` together; tasks may share a batch."""
-    for _, group in itertools.groupby(requests, key=lambda request: request.args[2]):
+def batches(requests: Sequence[Instance], size: int, alike: Callable[[Instance], Any]) -> Iterator[list[Instance]]:
+    """Neighboring requests for which `alike` is the same, at most `size` together; tasks may share a batch."""
+    for _, group in itertools.groupby(requests, key=alike):
         together = list(group)
         for start in range(0, len(together), size):
             yield together[start : start + size]
+
+
+def answers(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers as they stand behind their prompts.
+
+    A tokenizer may write the first word of a text otherwise than one inside a text, so prompt and answer are read
+    together where the prompt's own ids come out the same.
+
+    Raises:
+        ArgumentError: An answer has no tokens.
+    """
+    found = []
+    for prompt, continuation in zip(prompts, continuations, strict=True):
+        before, whole, alone = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (prompt, prompt + continuation, continuation)
+        )
+        ids = whole[len(before) :] if whole[: len(before)] == before else alone
+        if not ids:
+            raise options.ArgumentError(
+                f"the answer {continuation!r} has no tokens; log-likelihoods need answers of at least one token"
+            )
+        found.append(ids)
+    return found
