@@ -63,7 +63,7 @@ def test_help_of_every_command_starts_with_an_example_and_says_what_it_does(caps
         (["fidelity", "--ratio-s=0.5"], "did you mean --ratios? (see vtprune fidelity --help)"),
         (["demo", "--method", "fastvv"], "did you mean 'fastv'"),
         (["bench", "--clock", "wal"], "did you mean wall?"),
-        ([], "there are: demo, run"),
+        ([], "expected one of demo, run"),
     ],
 )
 def test_what_is_misspelled_gets_a_suggestion(capsys, arguments, said):
