@@ -97,6 +97,8 @@ SECTIONS = (
         report_sections.cdpruner_relevance,
         "python -m benchmarks.cdpruner_relevance",
     ),
+    Section("received.json", "Sampled query rows", report_sections.received, "python -m benchmarks.received"),
+    Section("readings.json", "Two readings of a method", report_sections.readings, "python -m benchmarks.readings"),
     Section("iwp_sweep.json", "Defaults of IWP", report_sections.iwp_sweep, "python -m benchmarks.iwp_sweep"),
     Section(
         "zoo_sensitivity.json",

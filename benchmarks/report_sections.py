@@ -274,6 +274,36 @@ def cdpruner_relevance(data: Data) -> str:
     return f"{versions(data)}\n\n{table(head, rows)}"
 
 
+def received(data: Data) -> str:
+    """Right answers and kept sets when attention received is taken over a sample of query rows."""
+    rows = [
+        (row["method"], row["queries"], f"{row['right']} of {row['total']}", f"{row['same']:.0%}")
+        for row in data["rows"]
+    ]
+    text = (
+        f"The built-in Qwen2.5-VL, 576 patches, ratio {data['ratio']:g}: `queries=`, right answers, and the share of "
+        f"the kept tokens that all rows would keep. {versions(data)}"
+    )
+    return f"{text}\n\n" + table(("method", "queries", "right", "same tokens"), rows)
+
+
+def readings(data: Data) -> str:
+    """Ours beside AngelSlim's rules."""
+    rows = [
+        (
+            row["model"],
+            row["method"],
+            row["reading"],
+            f"{row['ratio']:g}",
+            f"{row['right']} of {row['total']}",
+            f"{row['same']:.0%}",
+        )
+        for row in data["rows"]
+    ]
+    text = f"Share of the tokens that ours keeps, and right answers. {versions(data)}"
+    return f"{text}\n\n" + table(("model", "method", "reading", "ratio", "right", "same tokens"), rows)
+
+
 def video(data: Data) -> str:
     """How far the next token moves when clips are pruned."""
     rows = [
