@@ -277,7 +277,7 @@ def cdpruner_relevance(data: Data) -> str:
 def received(data: Data) -> str:
     """Right answers and kept sets when attention received is taken over a sample of query rows."""
     rows = [
-        (row["method"], row["queries"], f"{row['right']} of {row['total']}", f"{row['same']:.0%}")
+        (row["method"], str(row["queries"]), f"{row['right']} of {row['total']}", f"{row['same']:.0%}")
         for row in data["rows"]
     ]
     text = (
