@@ -26,6 +26,9 @@ _DIRECT = urllib.request.build_opener(
 )  # without a proxy, which cannot reach local ports
 
 
+_LISTENS = "Application startup complete"  # what each process of the front end writes
+
+
 class ServerError(VTPruneError, RuntimeError):
     """A server that ended, or was not ready in time; the message ends with the last lines that it wrote."""
 
@@ -51,6 +54,7 @@ class Server:
         patience: float = 400,
     ) -> None:
         self.model, self.patience, self.port = str(model), patience, _free_port()
+        self.listeners = _listeners(options)
         self._folder = tempfile.TemporaryDirectory(prefix="vtprune-vllm-")
         self.log = Path(self._folder.name) / "log"
         extra = [] if config is None else ["--additional-config", json.dumps({"vtprune": config})]
@@ -75,7 +79,12 @@ class Server:
         return self
 
     def ready(self) -> bool:
-        """Whether the server is healthy."""
+        """Whether it says that it is healthy, and each of several processes that share the port has begun to listen.
+
+        A connection that is under way when another process begins to listen may be refused.
+        """
+        if self.listeners > 1 and self.log.read_text(errors="replace").count(_LISTENS) < self.listeners:
+            return False
         try:
             with _DIRECT.open(f"{self.url}/health", timeout=5) as answer:
                 return answer.status == 200
@@ -154,6 +163,12 @@ class Server:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._folder.cleanup()
+
+
+def _listeners(options: Sequence[str]) -> int:
+    """How many processes of the front end vLLM starts: by default one for each replica."""
+    given = dict(zip(options, options[1:], strict=False))
+    return int(given.get("--api-server-count", given.get("--data-parallel-size", 1)))
 
 
 def _free_port() -> int:

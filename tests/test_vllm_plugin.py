@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune.integrations.vllm import choosing, hooks, prompts, readers
-from vtprune.integrations.vllm.mrope import Positions
-from vtprune.integrations.vllm.settings import QUESTION_FREE, ServingError, parse
+from vtprune.integrations.vllm.mrope import Positions, read_digits, write_digits
+from vtprune.integrations.vllm.settings import CLIP_METHODS, QUESTION_FREE, ServingError, parse
 from vtprune.methods import Random
+from vtprune.models.visual_tokens import grid_places
 
 BUDGETS = st.one_of(
     st.fixed_dictionaries({"ratio": st.floats(0.01, 1)}), st.fixed_dictionaries({"keep": st.integers(1, 40)})
@@ -34,9 +35,9 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (None, "expected an object with method, ratio, keep, options"),
+        (None, "expected an object with method, ratio, keep, options, video_method, video_options"),
         ("divprune", "expected an object"),
-        ({"ratio": 0.5, "rate": 1}, "unknown field 'rate'; expected method, ratio, keep, options"),
+        ({"ratio": 0.5, "rate": 1}, "unknown field 'rate'; expected method, ratio, keep, options, video_method"),
         ({"mean_ratio": 0.5}, "mean_ratio"),
         ({}, "ratio and keep"),
         ({"ratio": 0.5, "keep": 3}, "ratio and keep"),
@@ -51,6 +52,11 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "options": [1]}, "options is [1]"),
         ({"ratio": 0.5, "options": {"no": 1}}, "method divprune cannot be made with {'no': 1}"),
         ({"ratio": 0.5, "method": "iwp", "options": {"layer": 3}}, "in vLLM layer is 0, found 3"),
+        ({"ratio": 0.5, "method": "evs"}, "method evs is made for clips; name it as video_method"),
+        ({"ratio": 0.5, "video_method": "fastv"}, "method fastv needs more than the image"),
+        ({"ratio": 0.5, "video_options": {}}, "video_options and no video_method"),
+        ({"ratio": 0.5, "video_method": "vcast", "video_options": 1}, "video_options is 1"),
+        ({"ratio": 0.5, "video_method": "vcast", "video_options": {"temperature": 0}}, "temperature is 0"),
         ({"ratio": 0.5, "method": "random", "options": {"layer": 2}}, "method random cannot be made with {'layer': 2}"),
     ],
 )
@@ -65,6 +71,8 @@ def test_every_setting_has_a_fingerprint_of_its_own() -> None:
     configs: list[dict[str, Any]] = [{"method": method, "ratio": 0.25} for method in QUESTION_FREE]
     configs += [{"ratio": 0.5}, {"keep": 1}, {"keep": 2}, {"ratio": 0.2500001}]
     configs += [{"method": "random", "ratio": 0.25, "options": {"seed": seed}} for seed in (1, 2)]
+    configs += [{"video_method": method, "ratio": 0.25} for method in CLIP_METHODS]
+    configs += [{"video_method": "vcast", "ratio": 0.25, "video_options": {"temperature": 1.0}}]
     marks = [parse(config).fingerprint for config in configs]
     assert len(set(marks)) == len(marks)
     assert marks == [parse(config).fingerprint for config in configs]
@@ -121,10 +129,10 @@ class Update:
 def test_an_update_says_which_of_its_tokens_are_placeholders() -> None:
     full = [7, 1, 1, 1, 1, 8, 1, 1, 1, 1, 9]
     update = Update(Content(full, lambda tokens: torch.tensor(tokens) == 1))
-    short, runs = prompts.prune_update(update, parse({"ratio": 0.5}))
-    assert runs == [4, 4] and short.content.full == [7, 1, 1, 8, 1, 1, 9]
+    short, runs, counts = prompts.prune_update(update, parse({"ratio": 0.5}))
+    assert (runs, counts) == ([4, 4], [2, 2]) and short.content.full == [7, 1, 1, 8, 1, 1, 9]
     assert short.content.is_embed(short.content.full).tolist() == [t == 1 for t in short.content.full]
-    all_of_it, runs = prompts.prune_update(Update(Content([1] * 8)), parse({"keep": 3}))
+    all_of_it, runs, _ = prompts.prune_update(Update(Content([1] * 8)), parse({"keep": 3}))
     assert runs == [8] and all_of_it.content.full == [1] * 3
 
 
@@ -140,10 +148,12 @@ def test_as_many_features_stay_as_placeholders_in_their_order(
     torch.manual_seed(0)
     config = parse({"method": method, **budget})
     features = [torch.cat([torch.randn(sum(r), 4), torch.arange(sum(r))[:, None]], 1) for r in runs]
-    for feature, left, lengths in zip(features, choosing.prune(features, runs, config, 4), runs, strict=True):
+    chosen = choosing.prune(features, runs, [config.counts(r) for r in runs], config.method, 4)
+    for feature, (left, kept), lengths in zip(features, chosen, runs, strict=True):
         counts = config.counts(lengths)
         assert len(left) == sum(counts)
         numbers = left[:, 4].long()
+        assert torch.equal(numbers, kept)
         assert bool((numbers.diff() > 0).all())
         if method != "pooling":
             assert torch.equal(left, feature[numbers])
@@ -153,10 +163,12 @@ def test_as_many_features_stay_as_placeholders_in_their_order(
 
 def test_features_that_do_not_fill_placeholders_are_refused() -> None:
     with pytest.raises(ServingError, match="image 1 has 5 features and 4 placeholders"):
-        choosing.prune([torch.randn(4, 2), torch.randn(5, 2)], [[4], [4]], parse({"ratio": 0.5}), 2)
+        choosing.prune([torch.randn(4, 2), torch.randn(5, 2)], [[4], [4]], [[2], [2]], Random(), 2)
 
 
-IMAGE, VIDEO = 90, 91
+# --- positions on several axes
+
+IMAGE, VIDEO, OPEN, CLOSE, TIME, WORD = 90, 91, 92, 93, 94, 1
 
 
 @dataclass(frozen=True)
@@ -172,67 +184,106 @@ class Feature:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Item:
+    """A picture or a clip: `[frames, rows, columns]`, with times between frames or without."""
+
+    grid: tuple[int, int, int]
+    timed: bool
+
+    @property
+    def ids(self) -> list[int]:
+        t, h, w = self.grid
+        token = IMAGE if t == 1 and not self.timed else VIDEO
+        return ([TIME, TIME, OPEN, *[token] * (h * w), CLOSE] * t) if self.timed else [token] * (t * h * w)
+
+
 class Model:
-    """Rows and columns as Qwen-VL counts them; features carry theirs in four further channels."""
+    """Rows and columns as Qwen-VL counts them; clips with times are frames of their own, as in Qwen3-VL."""
 
     config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)
 
-    def get_mrope_input_positions(self, tokens: list[int], features: list[Feature]) -> tuple[torch.Tensor, int]:
-        out, at, start = [], 0, 0
+    def get_mrope_input_positions(self, tokens: list[int], features: list[Any]) -> tuple[torch.Tensor, int]:
+        out: list[torch.Tensor] = []
+        at = 0
+
+        def start() -> int:
+            return int(out[-1].max()) + 1 if out else 0
+
+        def text(end: int) -> None:
+            if end > at:
+                out.append(torch.arange(end - at).expand(3, -1) + start())
+
         for feature in features:
-            h, w = feature.data["grid"]
-            text = feature.mm_position.offset - at
-            assert all(token == IMAGE for token in tokens[at + text : at + text + h * w])
-            out += [torch.arange(text).expand(3, -1) + start, inside(h, w).T + start + text]
-            at, start = at + text + h * w, start + text + max(h, w)
-        out.append(torch.arange(len(tokens) - at).expand(3, -1) + start)
+            t, h, w = torch.as_tensor(feature.data["grid"].data).tolist()
+            begin = feature.mm_position.offset
+            for _ in range(t if OPEN in tokens[begin : begin + 3] else 1):
+                size = (1 if OPEN in tokens[begin : begin + 3] else t) * h * w
+                begin = next(i for i in range(begin, len(tokens)) if tokens[i] in (IMAGE, VIDEO))
+                text(begin)
+                out.append(grid_places(size // (h * w), h, w)[:, [0, 2, 3]].T + start())
+                assert all(token in (IMAGE, VIDEO) for token in tokens[begin : begin + size])
+                at = begin = begin + size
+                begin += 1  # what closes the frame
+        text(len(tokens))
         positions = torch.cat(out, 1)
+        assert positions.shape[1] == len(tokens)
         return positions, int(positions.max()) + 1 - len(tokens)
 
-    def recompute_mrope_positions(
-        self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: torch.Tensor, num_computed_tokens: int
-    ) -> tuple[Any, torch.Tensor, int]:
-        assert num_computed_tokens == len(input_ids)
-        return [feature[:, :-4] for feature in multimodal_embeddings], mrope_positions, 0
+    def recompute_mrope_positions(self, *given: Any) -> Any:
+        raise AssertionError("positions are not left to the model")
+
+    def get_language_model(self) -> Any:
+        return SimpleNamespace(embed_input_ids=lambda ids: torch.stack([-ids, ids], 1).float())
 
 
-def inside(h: int, w: int) -> torch.Tensor:
-    """`[h * w, 3]` positions inside an image."""
-    row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return torch.stack([torch.zeros(h * w, dtype=torch.long), row.flatten(), col.flatten()], 1)
+ITEMS = st.lists(
+    st.tuples(st.tuples(*[st.integers(1, 4)] * 3), st.booleans(), st.integers(1, 5)), min_size=1, max_size=3
+)
 
 
-GRIDS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=3)
-
-
-@settings(max_examples=60, deadline=None)
-@given(GRIDS, st.integers(0, 3), BUDGETS, st.lists(st.integers(1, 30), min_size=1, max_size=12), st.randoms())
+@settings(max_examples=80, deadline=None)
+@given(ITEMS, st.integers(0, 3), BUDGETS, st.lists(st.integers(1, 30), min_size=1, max_size=12), st.randoms())
 def test_kept_tokens_and_text_stand_where_they_stood(
-    grids: list[tuple[int, int, int]], tail: int, budget: dict[str, Any], steps: list[int], draw: Any
+    items: list[Any], tail: int, budget: dict[str, Any], steps: list[int], draw: Any
 ) -> None:
-    config, model = parse(budget), Model()
-    # The whole prompt, and the same with some columns of each image.
-    tokens, whole, stays, short, rows = [], [], [], [], []
-    for h, w, text in grids:
-        size, keep = h * w, config.counts([h * w])[0]
-        tokens += [1] * text
+    """Pictures, clips, clips with times between frames, in chunks of any size, with text after the last one or none."""
+    config, places = parse(budget), Positions(Model())
+    # The whole prompt, and the same with some columns of each item; of text only `embeds` has to be right.
+    tokens, whole, stays, short, rows, ids = [], [], [], [], [], []
+    for grid, timed, text in items:
+        item = Item(grid, timed)
+        size = grid[0] * grid[1] * grid[2]
+        keep = config.counts([size])[0]
+        kept = torch.tensor(sorted(draw.sample(range(size), keep)))
+        tokens += [WORD] * text
         stays += range(len(tokens) - text, len(tokens))
-        whole.append(Feature(Place(len(tokens), size), {"grid": (h, w)}))
-        short.append(Feature(Place(len(stays), keep), {"grid": (h, w), prompts.RUNS: field_of([size])}))
-        kept = sorted(draw.sample(range(size), keep))
-        rows += [torch.cat([torch.zeros(keep, 2), inside(h, w)[kept], torch.full((keep, 1), w)], 1)]
-        stays += [len(tokens) + k for k in kept]
-        tokens += [IMAGE] * size
-    tokens += [1] * (tail + 1)
-    stays += range(len(tokens) - tail - 1, len(tokens))
-    wanted = model.get_mrope_input_positions(tokens, whole)[0][:, stays]
-    ids = [tokens[i] for i in stays]
+        ids += [WORD] * text
+        data = {"grid": SimpleNamespace(data=torch.tensor(grid))}
+        lumped = [TIME, TIME, OPEN, *[VIDEO] * keep, CLOSE, *[TIME, TIME, OPEN, CLOSE] * (grid[0] - 1)]
+        lumped = lumped if timed else item.ids[:keep]
+        whole.append(Feature(Place(len(tokens), len(item.ids)), data))
+        short.append(Feature(Place(len(ids), len(lumped)), {**data, prompts.IDS: field_of(item.ids)}))
+        about = {"grid": torch.tensor(grid)}
+        visual = torch.isin(torch.tensor(item.ids), torch.tensor([IMAGE, VIDEO])).nonzero()[:, 0]
+        features = torch.cat([kept[:, None], kept[:, None] + 1000, torch.full((keep, 2), 7)], 1).bfloat16()
+        carried = places.carry(features, kept, torch.tensor(item.ids), "video", about, 2)
+        assert carried.dtype == torch.bfloat16 and len(carried) == len(lumped)
+        rows.append(carried)
+        left = sorted({*range(len(item.ids))} - {*visual.tolist()} | {*visual[kept].tolist()})
+        stays += [len(tokens) + i for i in left]
+        tokens += item.ids
+        ids += lumped
+    tokens += [WORD] * tail
+    ids += [WORD] * tail
+    stays += range(len(tokens) - tail, len(tokens))
+    full = Model().get_mrope_input_positions(tokens, whole)[0]
+    wanted = full[:, stays]
 
-    places = Positions(model, config)
     positions, delta = places(ids, short)
-    end = int(wanted.max()) + 1 - len(ids)
+    end = int(full.max()) + 1 - len(ids)
     assert positions.shape == wanted.shape and delta == end
-    text = torch.tensor(ids) == 1
+    text = torch.tensor(ids) == WORD
     assert torch.equal(positions[:, text], wanted[:, text])
     at = 0
     for step in [*steps, len(ids)]:  # chunk after chunk
@@ -242,27 +293,63 @@ def test_kept_tokens_and_text_stand_where_they_stood(
             if first < at + step and at < last:
                 chunk.append(row[max(at - first, 0) : at + step - first])
         left, positions, delta = places.recompute(ids, chunk, positions, at) if chunk else ([], positions, end)
-        assert all(feature.shape[1] == 2 for feature in left) and delta == end
+        assert all(feature.shape[1] == 4 for feature in left)
         at += step
         if at >= len(ids):
             break
-    assert torch.equal(positions, wanted)
-    again = places.recompute(ids, rows, positions, 0)[1]  # a request that starts over
-    assert torch.equal(again, wanted)
+    assert torch.equal(positions, wanted) and delta == end
+    again = places.recompute(ids, rows, positions, 0)  # a request that starts over
+    assert torch.equal(again[1], wanted) and again[2] == end
 
 
-def field_of(runs: list[int]) -> Any:
-    return SimpleNamespace(data=torch.tensor(runs))
+def test_text_between_frames_is_embedded_and_kept_tokens_are_untouched() -> None:
+    item, kept = Item((2, 1, 2), True), torch.tensor([0, 3])
+    feature = torch.tensor([[0.5, 1.5, 7, 7], [2.5, 3.5, 7, 7]])
+    about = {"grid": torch.tensor([2, 1, 2])}
+    places = Positions(Model())
+    carried = places.carry(feature, kept, torch.tensor(item.ids), "video", about, 2)
+    ids = [WORD, TIME, TIME, OPEN, VIDEO, VIDEO, CLOSE, TIME, TIME, OPEN, CLOSE]
+    out = places.recompute(ids, [carried], torch.arange(11).expand(3, -1), 0)[0][0]
+    words = [TIME, TIME, OPEN, None, CLOSE, TIME, TIME, OPEN, None, CLOSE]
+    assert [row[1] if row[2] == 0 else None for row in out.tolist()] == words
+    assert torch.equal(out[[3, 8]], feature)
 
 
-def test_prompts_with_videos_are_left_to_the_model() -> None:
-    class Own(Model):
-        def recompute_mrope_positions(self, *given: Any, **named: Any) -> Any:
-            return given or named
+@given(st.lists(st.integers(-(2**23), 2**23 - 1), min_size=1, max_size=8))
+def test_digits_are_exact_in_every_type(numbers: list[int]) -> None:
+    wanted = torch.tensor(numbers)[:, None]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(read_digits(write_digits(wanted, dtype)), wanted)
 
-    places = Positions(Own(), parse({"ratio": 0.5}))
-    given_ids = [1, VIDEO, IMAGE]
-    assert places.recompute(given_ids, [torch.zeros(1, 6)], torch.zeros(3, 3), 0)[3] == 0
+
+def test_features_with_channels_of_the_model_are_refused() -> None:
+    with pytest.raises(ServingError, match="5 channels, and the decoder 2"):
+        Positions(Model()).carry(torch.zeros(1, 5), torch.tensor([0]), torch.tensor([IMAGE]), "image", {}, 2)
+
+
+def field_of(numbers: list[int]) -> Any:
+    return SimpleNamespace(data=torch.tensor(numbers))
+
+
+# --- clips
+
+
+def test_a_clip_is_laid_out_frame_by_frame_before_pruning() -> None:
+    lumped = [TIME, OPEN, VIDEO, VIDEO, VIDEO, VIDEO, CLOSE, TIME, OPEN, CLOSE]
+    assert prompts.spread_over_frames(lumped, VIDEO, 2) == [TIME, OPEN, VIDEO, VIDEO, CLOSE] * 2
+    assert prompts.spread_over_frames([VIDEO] * 4, VIDEO, 2) == [VIDEO] * 4
+    with pytest.raises(ServingError, match="laid out in a way that is not known"):
+        prompts.spread_over_frames([OPEN, VIDEO, VIDEO, CLOSE], VIDEO, 2)
+
+
+@pytest.mark.parametrize(("method", "share", "frames"), [("evs", 0.2, 4), ("dycoke", 0.2, 4), ("evs", 0.5, 1)])
+def test_a_clip_that_its_method_cannot_prune_so_far_falls_to_the_method_for_images(method, share, frames, caplog):
+    config, count = parse({"ratio": share, "video_method": method}), round(share * 9 * frames)
+    assert config.method_for("video", [9] * frames, count).name == "divprune"
+    assert f"divprune in place of {method} for a clip: {method}" in caplog.text
+    assert config.method_for("video", [9] * 4, 36).name == method
+    assert config.method_for("image", [36], 36).name == "divprune"
+    assert parse({"ratio": share, "video_method": "vcast"}).method_for("video", [9] * frames, count).name == "vcast"
 
 
 def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatch):
@@ -310,6 +397,5 @@ def test_records_reach_the_tokens():
             seen.append(tokens)
             return super().choose(tokens)
 
-    config = replace(parse({"method": "random", "ratio": 0.5}), method=Spy())
-    choosing.prune([torch.randn(4, 2)], [[4]], config, 2, extra=reader.extra({"vision.layer": [1]}))
+    choosing.prune([torch.randn(4, 2)], [[4]], [[2]], Spy(), 2, extra=reader.extra({"vision.layer": [1]}))
     assert seen[0].recorded == {"vision.layer": [1]} and seen[0].anatomy is reader.anatomy

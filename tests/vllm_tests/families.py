@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_tests import models, vision_models
-from vllm_tests.plans import Request
+from vllm_tests import models, plans, vision_models
+from vllm_tests.plans import Request, Run
 
 from vtprune.integrations.vllm.settings import QUESTION_FREE
 
@@ -21,16 +21,18 @@ class Family:
     Attributes:
         build: Writes it to a folder.
         image: What stands for an image in a prompt; nothing, where images come first anyway.
+        clip: What stands for a clip; nothing, where none is asked about.
         several: Whether a prompt may hold several images.
         text_only: Whether a prompt may hold none.
         mrope: Whether positions have several axes.
         torchvision: Whether vLLM's class imports it.
-        methods: To try.
+        methods: To try; for clips where the family has some.
         engine: Options of `LLM`.
     """
 
     build: Callable[[Path], None]
     image: str = "<image>"
+    clip: str = ""
     several: bool = True
     text_only: bool = True
     mrope: bool = False
@@ -39,12 +41,23 @@ class Family:
     engine: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, request: Request) -> str:
-        """The text of a request, with what stands for an image."""
-        return " ".join(request.text.replace("@", self.image).split())
+        """The text of a request, with what stands for images and clips."""
+        return " ".join(request.text.replace("@", self.image).replace("%", self.clip).split())
+
+    def requests(self) -> list[Request]:
+        """What is asked, one after the other."""
+        asked = plans.requests(self.several, self.text_only)
+        return asked + plans.clip_requests() if self.clip else asked
+
+    def runs(self) -> list[Run]:
+        """The engines to ask."""
+        return plans.clip_runs(self.methods) if self.clip else plans.runs(self.methods)
 
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
+QWEN_CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
+CLIPS = {"limit_mm_per_prompt": {"image": 3, "video": 2}}
 READING = ("divprune", "iwp", "scope", "visionzip", "zoo_prune")  # what reads other parts of the model, and the default
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
@@ -74,5 +87,26 @@ FAMILIES = {
         methods=("divprune", "iwp", "pooling", "resprune"),
         torchvision=True,
         engine=NO_VIDEO,
+    ),
+    "qwen2_5_vl-clips": Family(
+        vision_models.qwen2_5_vl,
+        QWEN,
+        QWEN_CLIP,
+        mrope=True,
+        methods=("evs", "vidcom2", "iwp"),
+        torchvision=True,
+        engine=CLIPS,
+    ),
+    "qwen3_vl-clips": Family(
+        vision_models.qwen3_vl,
+        QWEN,
+        QWEN_CLIP,
+        mrope=True,
+        methods=("evs", "vcast", "dycoke", "pooling"),
+        torchvision=True,
+        engine=CLIPS,
+    ),
+    "qwen3_vl_moe-clips": Family(
+        vision_models.qwen3_vl_moe, QWEN, QWEN_CLIP, mrope=True, methods=("vidcom2",), torchvision=True, engine=CLIPS
     ),
 }

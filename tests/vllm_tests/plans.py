@@ -21,14 +21,29 @@ LONG = " ".join(f"word{i}" for i in range(20, 60))
 
 @dataclass(frozen=True)
 class Request:
-    """A text in which `@` stands for each image, and the images by seed, width and height."""
+    """A text in which `@` stands for each image and `%` for each clip.
+
+    Attributes:
+        images: By seed, width and height.
+        clips: By seed, frames, width and height.
+    """
 
     text: str
     images: tuple[tuple[int, int, int], ...] = ()
+    clips: tuple[tuple[int, int, int, int], ...] = ()
 
     def pictures(self) -> list[Image.Image]:
         """The images: noise, which no two seeds share."""
         return [picture(*image) for image in self.images]
+
+    def videos(self) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """The clips `[T, H, W, 3]`, and what vLLM wants to know of each."""
+        return [(clip(*shape), clip_facts(shape[1])) for shape in self.clips]
+
+    def data(self) -> dict[str, Any]:
+        """What vLLM takes as `multi_modal_data`."""
+        given = {"image": self.pictures(), "video": self.videos()}
+        return {modality: items for modality, items in given.items() if items}
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,31 @@ class Run:
 def picture(seed: int, width: int, height: int) -> Image.Image:
     """A picture of noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def clip(seed: int, frames: int, width: int, height: int) -> np.ndarray:
+    """A clip in which a part of the picture changes from frame to frame."""
+    draw = np.random.default_rng(seed)
+    still = draw.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    moving = draw.integers(0, 255, (frames, height // 2, width, 3), dtype=np.uint8)
+    return np.concatenate([moving, np.broadcast_to(still[height // 2 :], (frames, *still[height // 2 :].shape))], 1)
+
+
+def clip_facts(frames: int) -> dict[str, Any]:
+    """That a clip has two frames a second, all of which are looked at."""
+    told = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
+    return {**told, "video_backend": "opencv", "do_sample_frames": False}
+
+
+def clip_requests() -> list[Request]:
+    """Clips of several lengths and sizes, beside images, after text that fills a block, and at the prompt's end."""
+    return [
+        Request("word1 % word2 word3", clips=((20, 4, 64, 48),)),
+        Request(f"{LONG} % word2", clips=((21, 8, 32, 64),)),
+        Request("word5 @ word6 % word7 % word1", ((22, 64, 32),), ((23, 6, 48, 48), (24, 4, 32, 32))),
+        Request("word5 % word8 @", ((25, 40, 64),), ((26, 4, 64, 64),)),
+        Request("word2 %", clips=((27, 6, 64, 64),)),
+    ]
 
 
 def requests(several: bool = True, text: bool = True) -> list[Request]:
@@ -69,10 +109,14 @@ def requests(several: bool = True, text: bool = True) -> list[Request]:
 def batch(single: list[Request]) -> list[Request]:
     """Sixteen requests at once: those, and as many with other images as are missing."""
     more = [
-        Request(r.text, tuple((seed + 100 * turn, w, h) for seed, w, h in r.images))
+        Request(
+            r.text,
+            tuple((seed + 100 * turn, w, h) for seed, w, h in r.images),
+            tuple((seed + 100 * turn, *shape) for seed, *shape in r.clips),
+        )
         for turn in range(1, 16)
         for r in single
-        if r.images
+        if r.images or r.clips
     ]
     return [*single, *more][:16]
 
@@ -88,4 +132,13 @@ def runs(methods: tuple[str, ...]) -> list[Run]:
         budget = {"keep": 7} if number % 2 else {"ratio": 0.3}
         engine = ("plain", PLAIN) if number % 2 else ("chunked", CHUNKED)
         out.append(Run(f"{method}-{engine[0]}", {"method": method, **budget}, engine[1]))
+    return out
+
+
+def clip_runs(methods: tuple[str, ...]) -> list[Run]:
+    """Every method for clips, beside `divprune` for images, in one engine; unpruned for comparison."""
+    out = [Run("unpruned", None, CHUNKED)]
+    for number, method in enumerate(methods):
+        engine = ("plain", PLAIN) if number % 2 else ("chunked", CHUNKED)
+        out.append(Run(f"{method}-{engine[0]}", {"ratio": 0.55, "video_method": method}, engine[1]))
     return out

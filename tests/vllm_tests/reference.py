@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from vllm_tests.plans import Request
 
 from vtprune.integrations.vllm import choosing, prompts, readers
 from vtprune.integrations.vllm.settings import Settings
@@ -26,8 +26,9 @@ class Reference:
         # The reader of vLLM's Transformers back end reads transformers' own modules, and this is one.
         self.reader = readers.Reader() if method is None else readers.make(self.model, False, method)
 
-    def answer(self, text: str, images: list[Image.Image], tokens: int) -> tuple[int, list[int]]:
+    def answer(self, text: str, request: Request, tokens: int) -> tuple[int, list[int]]:
         """Length of the pruned prompt, and the tokens after it."""
+        images = request.pictures()
         inputs = self.processor(images=images or None, text=text, return_tensors="pt")
         inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
         with self.reader.watch() as seen:
@@ -44,6 +45,13 @@ class Reference:
                 out.append(int(logits.argmax()))
                 states = torch.cat([states, embed(torch.tensor([[out[-1]]]))], 1)
         return length, out
+
+    def runs(self, text: str, request: Request) -> list[list[int]]:
+        """For each image its lengths of runs of placeholders."""
+        if not request.images:
+            return []
+        ids = self.processor(images=request.pictures(), text=text, return_tensors="pt")["input_ids"][0]
+        return [[length for _, length in image] for image in self._runs(ids, len(request.images))]
 
     def _merged(self, inputs: dict[str, Any]) -> torch.Tensor:
         """`[1, T, D]` what the decoder receives for the whole prompt."""
@@ -81,8 +89,9 @@ class Reference:
         for runs in images:
             features = torch.cat([states[start : start + length] for start, length in runs])
             sizes = [length for _, length in runs]
-            kept = choosing.prune([features], [sizes], self.settings, states.shape[1], extra=extra)[0]
-            for (start, length), part in zip(runs, kept.split(self.settings.counts(sizes)), strict=True):
+            method, counts = self.settings.method, self.settings.counts(sizes)
+            kept = choosing.prune([features], [sizes], [counts], method, states.shape[1], extra=extra)[0][0]
+            for (start, length), part in zip(runs, kept.split(counts), strict=True):
                 pieces += [states[at:start], part]
                 at = start + length
         return torch.cat([*pieces, states[at:]])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from vllm_tests.plans import Request
 from vllm_tests.reference import Reference
 
 from vtprune.integrations.vllm import choosing, readers
@@ -20,26 +20,30 @@ class MRoPEReference(Reference):
     def __init__(self, folder: Path, settings: Settings | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(folder, settings, dtype)
         if settings is not None:
-            self.reader = readers.make(self.model, True, settings.method)
+            self.reader = readers.make(self.model, True, settings.video_method)
 
-    def answer(self, text: str, images: list[Image.Image], tokens: int) -> tuple[int, list[int]]:
+    def answer(self, text: str, request: Request, tokens: int) -> tuple[int, list[int]]:
         """Length of the pruned prompt, and the tokens after it."""
-        inputs = dict(
-            self.processor(images=images or None, text=text, return_tensors="pt", return_mm_token_type_ids=True)
-        )
+        inputs = self._inputs(text, request)
         with self.reader.watch() as seen:
             states, deep, positions = self._decoder_inputs(inputs)
+        positions = self._after_clips(positions, self._items(inputs))
         end = int(positions.max()) + 1
         ids = inputs["input_ids"][0]
-        if self.settings is not None and images:
-            # Deeper features and the number of its column go along with each feature, in further channels.
-            channels = torch.cat([states, *deep, torch.arange(len(ids))[:, None]], 1)
-            grids = [[1, h // 2, w // 2] for _, h, w in inputs["image_grid_thw"].tolist()]
-            channels = self._cut_with(channels, self._runs(ids, len(images)), states.shape[1], grids, seen)
-            width = states.shape[1]
-            states, kept = channels[:, :width], channels[:, -1].long()
-            deep = list(channels[:, width:-1].split(width, 1))
-            positions = positions[..., kept]
+        if self.settings is not None:
+            # Deeper features go along with each feature, in further channels.
+            width, channels = states.shape[1], torch.cat([states, *deep], 1)
+            stays = torch.ones(len(ids), dtype=torch.bool)
+            for columns, modality, grid in self._items(inputs):
+                feature, size, extra = channels[columns], [len(columns)], self.reader.extra(seen)
+                sizes, counts = [len(columns) // grid[0]] * grid[0], self.settings.counts(size)
+                method = self.settings.method_for(modality, sizes, counts[0])
+                (chosen, kept), *_ = choosing.prune([feature], [size], [counts], method, width, [grid], extra)
+                stays[columns] = False
+                stays[columns[kept]] = True
+                channels[columns[kept]] = chosen
+            channels, positions = channels[stays], positions[..., stays]
+            states, *deep = channels.split(width, 1)
         length, out = len(states), []
         embed = self.model.get_input_embeddings()
         with torch.no_grad():
@@ -50,6 +54,29 @@ class MRoPEReference(Reference):
                 deep = [torch.cat([d, torch.zeros_like(d[:1])]) for d in deep]
                 positions = torch.cat([positions, torch.full_like(positions[..., :1], end + number)], -1)
         return length, out
+
+    def runs(self, text: str, request: Request) -> list[list[int]]:
+        """For each image and clip how many placeholders it has."""
+        return [[len(columns)] for columns, _, _ in self._items(self._inputs(text, request))]
+
+    def _inputs(self, text: str, request: Request) -> dict[str, Any]:
+        """What the processor makes of a prompt; clips are looked at whole."""
+        given: dict[str, Any] = {"images": request.pictures() or None}
+        if request.clips:
+            frames, facts = zip(*request.videos(), strict=True)
+            facts = [{k: v for k, v in fact.items() if k != "do_sample_frames"} for fact in facts]
+            given |= {"videos": list(frames), "video_metadata": facts, "do_sample_frames": False}
+        return dict(self.processor(**given, text=text, return_tensors="pt", return_mm_token_type_ids=True))
+
+    def _items(self, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, str, list[int]]]:
+        """Columns, modality and grid of every image and clip, in the order of the prompt."""
+        ids, out = inputs["input_ids"][0], []
+        for modality in ("image", "video"):
+            columns = (ids == getattr(self.model.config, f"{modality}_token_id")).nonzero()[:, 0]
+            grids = [[t, h // 2, w // 2] for t, h, w in inputs.get(f"{modality}_grid_thw", torch.empty(0, 3)).tolist()]
+            parts = columns.split([t * h * w for t, h, w in grids])
+            out += [(part, modality, grid) for part, grid in zip(parts, grids, strict=True)]
+        return sorted(out, key=lambda item: int(item[0][0]))
 
     def _decoder_inputs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """`[T, D]` states, for each deep level `[T, D]` what is added after it, and `[3, T]` positions."""
@@ -69,16 +96,17 @@ class MRoPEReference(Reference):
         positions = given["position_ids"]  # none without images: one after the other
         return states, deep, torch.arange(len(states)).expand(3, -1) if positions is None else positions[-3:, 0]
 
-    def _cut_with(self, channels: torch.Tensor, images: Any, width: int, grids: Any, seen: Any) -> torch.Tensor:
-        assert self.settings is not None
-        pieces, at = [], 0
-        for ((start, length),), grid in zip(images, grids, strict=True):
-            feature = channels[start : start + length]
-            extra = self.reader.extra(seen)
-            kept = choosing.prune([feature], [[length]], self.settings, width, [grid], extra)[0]
-            pieces += [channels[at:start], kept]
-            at = start + length
-        return torch.cat([*pieces, channels[at:]])
+    def _after_clips(self, positions: torch.Tensor, items: list[Any]) -> torch.Tensor:
+        """`[3, T]` positions in which text after a clip continues after all of it, as in vLLM and in Qwen's own code.
+
+        In transformers 5.19 it continues after the rows and columns of a Qwen2.5-VL clip, which may last longer.
+        """
+        positions = positions.clone()
+        for columns, _, _ in items:
+            after = int(columns[-1]) + 1
+            if after < positions.shape[1]:
+                positions[:, after:] += positions[:, columns].max() + 1 - positions[0, after]
+        return positions
 
     def _decode(self, states: torch.Tensor, deep: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
         """`[D]` the last column's output."""

@@ -21,7 +21,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` make
 from vllm_tests import families, plans  # noqa: E402
 
 pytestmark = pytest.mark.slow
-CASES = [(name, run.name) for name, family in families.FAMILIES.items() for run in plans.runs(family.methods)]
+CASES = [(name, run.name) for name, family in families.FAMILIES.items() for run in family.runs()]
 PRUNED = [case for case in CASES if case[1] != "unpruned"]
 
 
@@ -63,7 +63,11 @@ def test_same_tokens_as_transformers(served: Any, name: str, run: str, mode: str
 def test_placeholders_are_exact(served: Any, name: str, run: str) -> None:
     record = served(name)[run]
     for found, wanted in zip(record["batch"], record["expected"], strict=True):
-        assert found["placeholders"] == [n for image in wanted["images"] for n in image]
+        counts = [n for image in wanted["images"] for n in image]
+        if families.FAMILIES[name].clip and run == "unpruned":  # where each frame may have a run of its own
+            assert sum(found["placeholders"]) == sum(counts)
+        else:
+            assert found["placeholders"] == counts
 
 
 @pytest.mark.parametrize(("name", "run"), PRUNED)
@@ -83,6 +87,9 @@ def test_encoder_budget_falls(served: Any, name: str, run: str) -> None:
     full, short = served(name)["unpruned"]["budget"], served(name)[run]["budget"]
     config = next(r.config for r in plans.runs(families.FAMILIES[name].methods) if r.name == run)
     largest = config.get("keep") or round(config["ratio"] * full["image"])
+    if families.FAMILIES[name].clip:  # the largest clip rules, with its text between frames
+        assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
+        return
     if "model_impl" in families.FAMILIES[name].engine:  # which counts the tags of an unpruned image, too
         assert 0 < short["image"] <= largest
     else:
@@ -125,11 +132,3 @@ def test_an_adapter_of_the_language_model_answers_as_the_merged_model(tmp_path: 
     assert record["base"] == record["expected"]["base"]
     assert record["lora"] == record["expected"]["lora"]
     assert all(base[1] != lora[1] for base, lora in zip(record["base"], record["lora"], strict=True))
-
-
-def test_videos_stay_whole(tmp_path: Path) -> None:
-    pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
-    result = tmp_path / "result.json"
-    start("vllm_tests.worker_video", "qwen2_5_vl", tmp_path / "model", result)
-    record = json.loads(result.read_text())
-    assert record["pruned"] == record["unpruned"]

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm_tests import models, odd_models, plans, vision_models  # noqa: E402
+from vllm_tests.families import QWEN, QWEN_CLIP  # noqa: E402
 
+from vtprune.integrations.vllm.hooks import settings_of  # noqa: E402
 from vtprune.integrations.vllm.settings import ServingError  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -51,7 +58,8 @@ def processor(folder: Path, config: Any, **options: Any) -> Any:
     """The processor of a model, as the front end makes it."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    return MULTIMODAL_REGISTRY.create_processor(engine_config(folder, config, **options).model_config)
+    made = engine_config(folder, config, **options)  # the first one loads the plug-in, which wraps what follows
+    return MULTIMODAL_REGISTRY.create_processor(made.model_config)
 
 
 def hashes(folder: Path, config: Any, names: list[str] | None = None) -> list[str]:
@@ -113,11 +121,91 @@ def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folde
     assert "\n" not in line
 
 
-def test_videos_that_vllm_would_misplace_are_refused_before_a_client_sends_one(folders: Any) -> None:
+def clips(folder: Path, config: Any, **options: Any) -> dict[str, Any]:
+    """What the front end makes of a prompt with a clip and a picture."""
+    made = processor(folder, config, **options)
+    request = plans.Request("", ((0, 64, 64),), ((1, 8, 64, 48),))
+    return made(f"word1 {QWEN_CLIP} word2 {QWEN} word3", made.info.parse_mm_data(request.data()), None)
+
+
+def test_clips_have_their_count_before_a_model_runs_and_caches_of_their_own(folders: Any) -> None:
     pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
-    with pytest.raises(ServingError, match="Qwen3VLForConditionalGeneration writes times between the frames"):
-        processor(folders("qwen3_vl"), {"ratio": 0.5})
-    assert processor(folders("qwen3_vl"), {"ratio": 0.5}, limit_mm_per_prompt={"video": 0}).vtprune
+    folder = folders("qwen3_vl")
+    configs = [None, {"ratio": 0.3}, {"ratio": 0.3, "video_method": "vcast"}, {"keep": 11}]
+    found = [clips(folder, config) for config in configs]
+    hashes = [value for made in found for values in made["mm_hashes"].values() for value in values]
+    assert len(set(hashes)) == len(hashes)
+    video, image = (found[1]["prompt_token_ids"].count(token) for token in (5, 4))
+    grid = found[1]["mm_kwargs"]["video"][0]["video_grid_thw"].data
+    assert grid[0] == 4 and (video, image) == (round(0.3 * (int(grid.prod()) // 4)), round(0.3 * 8 * 8))
+    assert [found[3]["prompt_token_ids"].count(token) for token in (5, 4)] == [11, 11]
+    whole, short = found[0]["prompt_token_ids"], found[1]["prompt_token_ids"]
+    assert [t for t in whole if t not in (4, 5)] == [t for t in short if t not in (4, 5)]  # times between frames
+
+
+def test_a_ratio_by_pixels_is_counted_before_a_model_runs(folders: Any) -> None:
+    made = processor(folders("idefics3"), {"ratio": {"mean": 0.4, "min": 0.1}})
+    flat = Image.new("RGB", (32, 32), "white")
+    items = made.info.parse_mm_data({"image": [flat, plans.picture(0, 32, 32)]})
+    ids = made("<image> word1 <image>", items, None)
+    shares = []
+    for item in ids["mm_kwargs"]["image"]:
+        runs, counts = (item[f"vtprune_{name}"].data.sum() for name in ("runs", "counts"))
+        shares.append(float(counts / runs))
+    assert shares == pytest.approx([0.1, 1.0])  # a flat picture, and noise
+    token = made.info.get_hf_config().image_token_id
+    assert ids["prompt_token_ids"].count(token) == sum(
+        int(item["vtprune_counts"].data.sum()) for item in ids["mm_kwargs"]["image"]
+    )
+
+
+def certificate(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A certificate of a model in a folder, as `vtprune certify` writes it."""
+    from transformers import AutoModelForImageTextToText
+
+    from vtprune.core.certificate import Certificate
+    from vtprune.methods import DivPrune
+    from vtprune.models.identity import files_hash
+
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    numbers = {"risk": 0.1, "confidence": 0.9, "pictures": 100, "questions": 100, "changed": 0.0}
+    about = {"dtype": "float32", "files_hash": files_hash(folder)}
+    made = Certificate.of(model, DivPrune(), 0.4, **numbers, about=about)  # type: ignore[arg-type]
+    return {**dataclasses.asdict(made), **changes}
+
+
+def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any, tmp_path: Path) -> None:
+    good, path = certificate(folders("idefics3")), tmp_path / "certificate.json"
+    path.write_text(json.dumps(good))
+    for given in (str(path), good):
+        config = engine_config(folders("idefics3"), {"certificate": given}).model_config
+        found = settings_of(config)
+        assert found is not None and found.counts([100]) == [40] and found.method.name == "divprune"
+    path.unlink()  # other processes, perhaps on other machines, need no file
+    assert settings_of(config) == found
+    other = tmp_path / "other"
+    shutil.copytree(folders("idefics3"), other)
+    weights = load_file(other / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    for folder, given, words in (
+        (folders("smolvlm"), good, "is for a Idefics3ForConditionalGeneration of another configuration"),
+        (other, good, "with other weights"),
+        (folders("idefics3"), {**good, "method_repr": "DivPrune(layer=1)"}, "is for the method DivPrune(layer=1)"),
+        (folders("idefics3"), {**good, "method": "fastv"}, "method fastv needs more than the image"),
+        (folders("idefics3"), {**good, "about": {"dtype": "bfloat16"}}, "is for bfloat16"),
+        (folders("idefics3"), {**good, "auto": {"energy": 0.9, "min": 0.1, "max": 0.5}}, "automatic ratio by features"),
+        (folders("idefics3"), {"ratio": 0.5}, "no certificate written by vtprune certify"),
+        (folders("idefics3"), str(path), "no certificate written by vtprune certify"),
+    ):
+        with pytest.raises(ServingError, match=re.escape(words)):
+            engine_config(folder, {"certificate": given})
+    with pytest.raises(ServingError, match="found ratio beside it"):
+        engine_config(folders("idefics3"), {"certificate": good, "ratio": 0.5})
+
+
+def test_vllm_and_vtprune_do_not_both_prune_videos(folders: Any) -> None:
+    with pytest.raises(ServingError, match=r"video_pruning_rate=0\.5 asks vLLM to prune"):
+        engine_config(folders("qwen3_vl"), {"ratio": 0.5}, video_pruning_rate=0.5)
 
 
 def test_adapters_of_the_vision_encoder_are_refused(folders: Any) -> None:

@@ -24,7 +24,7 @@ def main(folder: Path, result: Path, method: str) -> None:
     family.build(folder)
     requests = plans.requests()
     reference = Reference(folder, parse(config))
-    wanted = [reference.answer(family.prompt(r), r.pictures(), plans.TOKENS) for r in requests]
+    wanted = [reference.answer(family.prompt(r), r, plans.TOKENS) for r in requests]
 
     from vllm import LLM, SamplingParams
 

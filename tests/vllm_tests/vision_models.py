@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from vllm_tests.models import TEXT, VISION, published_names, save, tokenizer
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -87,7 +89,20 @@ def qwen3_vl(folder: Path) -> None:
     qwen(folder, "Qwen3VL", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
 
 
-def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any]) -> None:
+def qwen3_vl_moe(folder: Path) -> None:
+    """A Qwen3-VL whose decoder is a mixture of experts."""
+    vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "depth": 3}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    experts["norm_topk_prob"] = True  # as in published checkpoints; transformers knows no other way
+    qwen(folder, "Qwen3VLMoe", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True}, experts)
+    # vLLM reads experts as they were published, transposed, and transformers writes them as it has them.
+    weights = load_file(folder / "model.safetensors")
+    published = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in weights.items()}
+    shutil.copytree(folder, folder / "published")
+    save_file(published, folder / "published" / "model.safetensors", metadata={"format": "pt"})
+
+
+def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any], more: dict | None = None) -> None:
     """A Qwen-VL of a kind: what its tower and the positions of its decoder have of their own."""
     import transformers
 
@@ -100,13 +115,15 @@ def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any]) 
     ids = {name: words.convert_tokens_to_ids(token) for name, token in names.items()}
     rope = {"rope_type": "default", "rope_theta": 10000.0, **rope}
     text = {"vocab_size": len(words), "tie_word_embeddings": False, "rope_parameters": rope, **TEXT, **SPECIAL}
+    text |= more or {}
     config = getattr(transformers, f"{kind}Config")(
         vision_config=tower, text_config=text, tie_word_embeddings=False, **ids
     )
-    grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    # Clips are normalized as pictures are, as in published checkpoints: vLLM does both with the same numbers.
+    grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     pixels = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
-    videos = transformers.Qwen3VLVideoProcessor if kind == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
-    processor = getattr(transformers, f"{kind}Processor")(
+    videos = transformers.Qwen3VLVideoProcessor if "Qwen3VL" in kind else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{kind.removesuffix('Moe')}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(size=pixels, **grid),
         tokenizer=words,
         video_processor=videos(size=pixels, **grid),

@@ -36,8 +36,8 @@ def main(name: str, folder: Path, result: Path, *chosen: str) -> None:
     family = families.FAMILIES[name]
     if not (folder / "config.json").is_file():
         family.build(folder)
-    single = plans.requests(family.several, family.text_only)
-    runs = [run for run in plans.runs(family.methods) if not chosen or run.name in chosen]
+    single = family.requests()
+    runs = [run for run in family.runs() if not chosen or run.name in chosen]
     start = time.monotonic()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # nothing in a tiny model is worth sharing
@@ -57,16 +57,11 @@ def expect(family: families.Family, folder: Path, run: Run, requests: list[Reque
     out = []
     for request in requests:
         text = family.prompt(request)
-        length, tokens = reference.answer(text, request.pictures(), plans.TOKENS)
-        images = _runs(reference, text, request) if request.images else []
+        length, tokens = reference.answer(text, request, plans.TOKENS)
+        images = reference.runs(text, request)
         kept = images if settings is None else [settings.counts(lengths) for lengths in images]
         out.append({"length": length, "tokens": tokens, "images": [[n for n in image if n] for image in kept]})
     return out
-
-
-def _runs(reference: Reference, text: str, request: Request) -> list[list[int]]:
-    ids = reference.processor(images=request.pictures(), text=text, return_tensors="pt")["input_ids"][0]
-    return [[length for _, length in image] for image in reference._runs(ids, len(request.images))]
 
 
 def serve(family: families.Family, folder: Path, run: Run, single: list[Request]) -> dict[str, Any]:
@@ -78,7 +73,8 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
     options |= {"limit_mm_per_prompt": {"image": 4 if family.several else 1}, **run.engine, **family.engine}
     if run.config is not None:
         options["additional_config"] = {"vtprune": run.config}
-    llm = LLM(model=str(folder), **options)
+    published = folder / "published"  # where vLLM and transformers read different files
+    llm = LLM(model=str(published if published.is_dir() else folder), **options)
     blocks = _watch_blocks()
     sampling = SamplingParams(temperature=0, max_tokens=plans.TOKENS, ignore_eos=True)
 
@@ -86,8 +82,8 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
         inputs = []
         for request in requests:
             given: dict[str, Any] = {"prompt": family.prompt(request)}
-            if request.images:
-                given["multi_modal_data"] = {"image": request.pictures()}
+            if request.data():
+                given["multi_modal_data"] = request.data()
             inputs.append(given)
         outputs = engine.generate(inputs, sampling, use_tqdm=False)
         return [_record(output, engine, blocks) for output in outputs]
@@ -104,14 +100,15 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
 
 def _record(output: Any, llm: Any, blocks: dict[str, int]) -> dict[str, Any]:
     ids = output.prompt_token_ids
-    token = llm.llm_engine.vllm_config.model_config.hf_config.image_token_id
+    config = llm.llm_engine.vllm_config.model_config.hf_config
+    media = torch.tensor([config.image_token_id, getattr(config, "video_token_id", config.image_token_id)])
     used = [n for name, n in blocks.items() if name == output.request_id or name.startswith(f"{output.request_id}-")]
     assert len(used) == 1, (output.request_id, list(blocks))
     blocks.clear() if len(blocks) == 1 else None
     return {
         "length": len(ids),
         "tokens": list(output.outputs[0].token_ids),
-        "placeholders": prompts.runs_of(torch.tensor(ids) == token),
+        "placeholders": prompts.runs_of(torch.isin(torch.tensor(ids), media)),
         "cached": output.num_cached_tokens,
         "blocks": used[0],
     }

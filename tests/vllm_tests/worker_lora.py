@@ -51,7 +51,7 @@ def main(folder: Path, result: Path) -> None:
     expected = {}
     for name, place in (("base", base), ("lora", merged)):
         reference = Reference(place, parse(CONFIG))
-        expected[name] = [reference.answer(family.prompt(r), r.pictures(), plans.TOKENS) for r in requests]
+        expected[name] = [reference.answer(family.prompt(r), r, plans.TOKENS) for r in requests]
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest

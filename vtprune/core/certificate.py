@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import CertificateError
-from ..models.identity import config_hash, weights_hash
+from ..models.identity import config_hash, files_hash, weights_hash
 from .energy import Auto
-from .files import MAX_RESULTS, FileError, read_json
+from .files import MAX_RESULTS, FileError, check_schema, read_json
 from .method import Method
 from .registry import get, make
 
@@ -38,7 +39,8 @@ class Certificate:
         questions: Number of questions.
         changed: Mean over pictures of the share of changed answers at the certified ratio.
         tried: Every candidate in order: `candidate`, `changed` and `p_value`.
-        about: Versions, length limit of the answers, dtype, attention.
+        about: Versions, length limit of the answers, dtype, attention, and a hash of the files that the model was read
+            from (`files_hash`), where they are in a folder.
     """
 
     ratio: float
@@ -105,6 +107,18 @@ class Certificate:
                 f"{found}); certify this model"
             )
 
+    def check_files(self, folder: str | Path) -> None:
+        """Raises `CertificateError` unless a folder's weights are those that the certificate's model was read from.
+
+        A certificate made with weights that are no longer in a folder says nothing of files; then nothing is checked.
+        """
+        known, found = self.about.get("files_hash"), files_hash(folder)
+        if known is not None and found != known:
+            raise CertificateError(
+                f"the certificate is for a {self.model} with other weights (hash of the files {known}, found {found}); "
+                "certify this model"
+            )
+
     def check_model(self, model: nn.Module) -> None:
         """Raises `CertificateError` unless the model, its weights and its dtype are those of the certificate."""
         if type(model).__name__ != self.model:
@@ -120,6 +134,19 @@ class Certificate:
     def save(self, path: str | Path) -> None:
         """Writes the certificate as JSON."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> Certificate:
+        """Reads the content of a file written by `save`.
+
+        Raises:
+            CertificateError: It has other content.
+        """
+        try:
+            check_schema(data, _schema(cls))
+        except FileError as error:
+            raise CertificateError(f"this is no certificate written by vtprune certify: {error}") from error
+        return cls(**data)
 
     @classmethod
     def load(cls, path: str | Path) -> Certificate:

@@ -161,9 +161,14 @@ class ClipChoice:
 
 
 class ClipMethod(Method):
-    """A method that selects tokens clip by clip, before the decoder; a picture is a clip of one frame."""
+    """A method that selects tokens clip by clip, before the decoder; a picture is a clip of one frame.
+
+    Class attributes:
+        whole: The frames that are kept whole, in words, for methods with a `least_budget`.
+    """
 
     group: ClassVar[Group] = "image"
+    whole: ClassVar[str] = ""
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(0),)
@@ -179,6 +184,25 @@ class ClipMethod(Method):
     def attention(self, tokens: Tokens) -> Tensor | None:
         """Attention `[M]` that the tokens receive in the vision tower, for methods that read it."""
         return None
+
+    def least_budget(self, sizes: Sequence[int]) -> int:
+        """Number of tokens that the method always keeps of a clip whose frames have `sizes` tokens."""
+        return 0
+
+    def check(self, sizes: Sequence[int], budget: int) -> None:
+        """Raises `MethodError` if the method cannot keep `budget` tokens of a clip whose frames have `sizes` tokens."""
+        if self.needs_frames and len(sizes) < 2:
+            raise MethodError(
+                f"{self.name} compares the frames of a clip, and this prompt has a picture or a clip of one frame; "
+                f"name a method for pictures: vtprune.patch(model, method='iwp', video_method='{self.name}')"
+            )
+        least, total = self.least_budget(sizes), sum(sizes)
+        if budget < least:
+            raise MethodError(
+                f"{self.name} keeps {self.whole} whole: {least} of the {total} tokens of this clip of {len(sizes)} "
+                f"frames, but the budget of the clip is {budget}; use a ratio of {least / total:.3f} or more, or "
+                "'vcast', which thins every frame"
+            )
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         """Selects the tokens of one clip.
@@ -202,11 +226,7 @@ class ClipMethod(Method):
             if part.budget in (0, len(rows)):
                 keep[rows] = part.budget > 0
                 continue
-            if self.needs_frames and part.clip.frames < 2:
-                raise MethodError(
-                    f"{self.name} compares the frames of a clip, and this prompt has a picture or a clip of one frame; "
-                    f"name a method for pictures: vtprune.patch(model, method='iwp', video_method='{self.name}')"
-                )
+            self.check(part.clip.sizes, part.budget)
             chosen = self.choose_clip(
                 tokens.hidden[rows].float(), part.clip, part.budget, None if attention is None else attention[rows]
             )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from ..core.clips import Clip, ClipChoice, ClipMethod, largest, similarity_to
 from ..core.frame_budget import frame_budgets
 from ..core.registry import register
-from ..errors import MethodError
 
 _GROUP = 4  # frames
 NOT_COMPARED = 2.0  # above every cosine
@@ -45,17 +45,14 @@ class DyCoke(ClipMethod):
     """
 
     needs_frames: ClassVar[bool] = True
+    whole: ClassVar[str] = "every fourth frame"
+
+    def least_budget(self, sizes: Sequence[int]) -> int:
+        return sum(sizes[::_GROUP])
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
-        whole = sum(clip.sizes[::_GROUP])
-        if budget < whole:
-            raise MethodError(
-                f"dycoke keeps every fourth frame whole: {whole} of the {len(x)} tokens of this clip of {clip.frames} "
-                f"frames, but the budget of the clip is {budget}; use a ratio of {whole / len(x):.3f} or more, or "
-                "'vcast', which thins every frame"
-            )
         thinned = [0 if t % _GROUP == 0 else n for t, n in enumerate(clip.sizes)]
-        extra = frame_budgets([float(n > 0) for n in thinned], budget - whole, thinned)
+        extra = frame_budgets([float(n > 0) for n in thinned], budget - self.least_budget(clip.sizes), thinned)
         scores, keep, start = -similarity(x, clip), [], 0
         for t, part in enumerate(scores.split(clip.sizes)):
             count = len(part) if t % _GROUP == 0 else extra[t]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from ..core.clips import Clip, ClipChoice, ClipMethod, largest, similarity_to
 from ..core.registry import register
-from ..errors import MethodError
 
 FIRST_FRAME = 255.0  # as released; above every cosine distance
 
@@ -37,13 +37,11 @@ class EVS(ClipMethod):
     """
 
     needs_frames: ClassVar[bool] = True
+    whole: ClassVar[str] = "the first frame"
+
+    def least_budget(self, sizes: Sequence[int]) -> int:
+        return sizes[0]
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
-        if budget < clip.sizes[0]:
-            raise MethodError(
-                f"evs keeps the first frame whole: {clip.sizes[0]} tokens of this clip of {clip.frames} frames, but "
-                f"the budget of the clip is {budget}; use a ratio of {clip.sizes[0] / len(x):.3f} or more, or 'vcast', "
-                "which thins every frame"
-            )
         scores = dissimilarity(x, clip)
         return ClipChoice(largest(scores, budget), scores=scores)

@@ -15,6 +15,7 @@ from ..core.method import Method
 from ..core.registry import resolve
 from ..engine.patching import find_patch, patch
 from ..errors import CertificateError, NothingPrunedError, VTPruneError
+from ..models.identity import files_hash
 from . import progress
 from .intervals import group_means
 from .risk import exact_p_value, p_value, pictures_needed, rejected
@@ -89,6 +90,8 @@ def certify(
         certified, changed = candidate, mean
     about = {"versions": progress.versions(), "max_new_tokens": max_new_tokens, "batch_size": 1}
     about["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    folder = getattr(model.config, "_name_or_path", None)
+    about["files_hash"] = files_hash(folder) if folder else None
     about["attention"] = str(getattr(model.config, "_attn_implementation", None))
     return Certificate.of(
         model, pruner, certified, risk=risk, confidence=confidence, pictures=n, questions=len(prompts), changed=changed,

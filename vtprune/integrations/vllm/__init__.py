@@ -4,9 +4,10 @@
     vllm serve MODEL --additional-config '{"vtprune": {"method": "divprune", "ratio": 0.25}}'
     LLM(MODEL, additional_config={"vtprune": {"method": "divprune", "ratio": 0.25}})
 
-Every image then gets fewer placeholders in its prompt (`prompts`), and as many of its features are chosen between the
-projector and the decoder (`choosing`), by the methods and kernels of the transformers path. Scheduling, prefix cache,
-tensor and data parallelism stay vLLM's own: it sees shorter prompts, nothing else. `hooks` is where the two meet.
+Every image, and with M-RoPE every clip, then gets fewer placeholders in its prompt (`prompts`), and as many of its
+features are chosen between the projector and the decoder (`choosing`), by the methods and kernels of the transformers
+path. Scheduling, prefix cache, tensor and data parallelism stay vLLM's own: it sees shorter prompts, nothing else.
+`hooks` is where the two meet.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fewer features: the model's side, between projector and decoder.
 
-The features of all images of a call are laid out flat and handed to a method as `Tokens`, as in the transformers path;
-every run of placeholders is a group with the budget that the processor gave it.
+The features of all images or clips of a call are laid out flat and handed to a method as `Tokens`, as in the
+transformers path; every run of placeholders is a group with the budget that the processor gave it.
 """
 
 from __future__ import annotations
@@ -16,48 +16,52 @@ from torch import Tensor
 from ...core.method import Method
 from ...core.tokens import Tokens
 from ...models.visual_tokens import grid_places, run_places
-from .settings import ServingError, Settings
+from .settings import ServingError
 
 
 def prune(
     features: Sequence[Tensor],
     runs: Sequence[Sequence[int]],
-    settings: Settings,
+    counts: Sequence[Sequence[int]],
+    method: Method,
     width: int,
     grids: Sequence[Sequence[int]] | None = None,
     extra: dict[str, Any] | None = None,
-) -> list[Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """Chooses and gathers.
 
     Args:
-        features: For each image `[N, C]`: in the first `width` channels what the decoder receives, in others what goes
-            along (positions, deeper features).
-        runs: For each image the lengths of its runs of placeholders, together N.
-        settings: Method and budget.
+        features: For each image or clip `[N, C]`: in the first `width` channels what the decoder receives, in others
+            what goes along (deeper features).
+        runs: For each its lengths of runs of placeholders, together N.
+        counts: For each how many of each run stay.
+        method: Chooses.
         width: Of the decoder.
-        grids: For each image frames, rows and columns of its tokens, where they are known.
+        grids: For each frames, rows and columns of its tokens, where they are known.
         extra: Further fields of `Tokens`: records of taps, the parts of the model, a reader of keys and values.
 
     Returns:
-        list: For each image `[n, C]`, `n` as the processor counted, in their order.
+        list: For each `[n, C]`, `n` as the processor counted, in their order, and `[n]` which of its tokens they are.
     """
-    for image, (feature, lengths) in enumerate(zip(features, runs, strict=True)):
+    for item, (feature, lengths) in enumerate(zip(features, runs, strict=True)):
         if sum(lengths) != len(feature):
             raise ServingError(
-                f"vtprune: image {image} has {len(feature)} features and {sum(lengths)} placeholders; this model does "
+                f"vtprune: image {item} has {len(feature)} features and {sum(lengths)} placeholders; this model does "
                 "not fill placeholders one by one, and cannot be pruned"
             )
-    counts = [settings.counts(lengths) for lengths in runs]
     if all(list(kept) == list(lengths) for kept, lengths in zip(counts, runs, strict=True)):
-        return list(features)
+        return [(feature, torch.arange(len(feature), device=feature.device)) for feature in features]
     tokens, rows = lay_out(features, runs, counts, width, grids, extra or {})
-    keep, hidden = choose(settings.method, tokens)
+    keep, hidden = choose(method, tokens)
     flat = torch.cat(list(features))
     index = rows[_true_rows(keep, int(sum(map(sum, counts))))]
     if hidden is not None:
         flat = flat.clone()
         flat[rows, :width] = hidden.to(flat.dtype)
-    return list(flat[index].split([sum(kept) for kept in counts]))
+    sizes = [sum(kept) for kept in counts]
+    starts = [sum(map(len, features[:item])) for item in range(len(features))]
+    places = [part - start for part, start in zip(index.split(sizes), starts, strict=True)]
+    return list(zip(flat[index].split(sizes), places, strict=True))
 
 
 def choose(method: Method, tokens: Tokens) -> tuple[Tensor, Tensor | None]:

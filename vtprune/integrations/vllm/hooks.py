@@ -19,7 +19,7 @@ from typing import Any
 
 from . import prompts, support
 from .serving import Pruner
-from .settings import KEY, ServingError, Settings, parse
+from .settings import KEY, ServingError, Settings, parse, portable
 
 _ATTRIBUTE = "_vtprune_config"  # of a ModelConfig: what stands under "vtprune"
 _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
@@ -83,7 +83,7 @@ def _after_config(result: Any, config: Any) -> Any:
     if isinstance(extra, dict) and KEY in extra and config.model_config is not None:
         _end_in_one_line()
         support.check_config(config, parse(extra[KEY]))
-        object.__setattr__(config.model_config, _ATTRIBUTE, extra[KEY])
+        object.__setattr__(config.model_config, _ATTRIBUTE, portable(extra[KEY]))
     return result
 
 
@@ -91,7 +91,7 @@ def _after_processor(processor: Any, registry: Any, model_config: Any, **kwargs:
     settings = settings_of(model_config)
     if settings is not None:
         support.check_model(registry._get_model_cls(model_config), model_config, settings)
-        prompts.prune_processor(processor, settings)
+        prompts.prune_processor(processor, settings, model_config.uses_mrope)
     return processor
 
 

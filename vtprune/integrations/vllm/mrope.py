@@ -1,23 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M-RoPE: text after a pruned image stands where it stood, though the prompt is shorter.
+"""M-RoPE: kept tokens of images and clips, and the text after them, stand where they stood in the unpruned prompt.
 
 vLLM asks for the positions of a whole prompt before its images are encoded, and its interface for pruned media
 (`SupportsMultiModalPruning`) puts in those of the kept tokens afterwards. What is answered first are the positions of
-the unpruned prompt without the columns that are gone: those of text are right and stay. Afterwards only columns of
-images are written, each relative to the text before it, so that chunks, a cached prefix or a request that starts over
-change nothing. Features carry their positions in the model's own type: bfloat16 counts exactly to 256 rows or columns.
+the unpruned prompt without the columns that are gone: those of text outside of images and clips are right and stay.
+Afterwards only columns of images and clips are written, each relative to the text before it, so that chunks, a cached
+prefix or a request that starts over change nothing.
+
+Where a model writes text between the frames of a clip, how many tokens each frame keeps is known only when the tokens
+are chosen. vLLM then takes features for the text as well, and so the rows of such a clip are its tokens and its text.
+
+Features carry their places in further channels, as digits to base 256, which every type of features counts exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .settings import Settings
+from .prompts import IDS
+from .settings import ServingError
+
+_DIGITS, _ZERO = 3, 1 << 23  # of a number from -2**23 to 2**23 - 1
+_NUMBERS = 5  # column, end, and three positions, all counted from the first placeholder of the item
+_CHANNELS = _DIGITS * _NUMBERS
+
+
+def write_digits(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[n, k]` whole numbers as `[n, 3 k]` digits to base 256."""
+    shifted = numbers + _ZERO
+    return torch.cat([shifted >> 16, (shifted >> 8) & 255, shifted & 255], 1).to(dtype)
+
+
+def read_digits(digits: Tensor) -> Tensor:
+    """`[n, k]` whole numbers from `[n, 3 k]` digits."""
+    high, middle, low = digits.long().chunk(_DIGITS, 1)
+    return (high << 16) + (middle << 8) + low - _ZERO
 
 
 class Positions:
@@ -25,38 +48,69 @@ class Positions:
 
     Args:
         model: A model with vLLM's interfaces for M-RoPE and for pruned media.
-        settings: Method and budget.
     """
 
-    def __init__(self, model: Any, settings: Settings) -> None:
-        self.original, self.settings = model.get_mrope_input_positions, settings
-        self.rewrite = model.recompute_mrope_positions
-        self.image, self.video = model.config.image_token_id, model.config.video_token_id
+    def __init__(self, model: Any) -> None:
+        self.model, self.original = model, model.get_mrope_input_positions
+        self.tokens = {m: getattr(model.config, f"{m}_token_id") for m in ("image", "video")}
 
     def __call__(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
-        """`[3, T]` positions of a prompt with pruned images, and what decoding adds to its length."""
-        from .prompts import RUNS
-
+        """`[3, T]` positions of a prompt with pruned images and clips, and what decoding adds to its length."""
         tokens, features, stays = list(input_tokens), [], torch.ones(len(input_tokens), dtype=torch.bool)
         grown = 0
         for feature in sorted(mm_features, key=lambda f: f.mm_position.offset):
             place = feature.mm_position
-            start = place.offset + grown
-            runs = None if feature.data is None or RUNS not in feature.data else feature.data[RUNS].data.tolist()
-            length = place.length
-            if runs is not None:
-                piece, kept = self._grow(tokens[start : start + length], place.is_embed, runs)
-                tokens[start : start + length] = piece
-                stays = torch.cat([stays[:start], kept, stays[start + length :]])
-                grown, length = grown + len(piece) - length, len(piece)
+            start, length = place.offset + grown, place.length
+            if feature.data is not None and IDS in feature.data:
+                full = feature.data[IDS].data
+                tokens[start : start + length] = full.tolist()
+                visual = self._visual(full)
+                text = int((~visual).sum())
+                stays = torch.cat(
+                    [stays[:start], ~visual | (visual.cumsum(0) <= length - text), stays[start + length :]]
+                )
+                grown, length = grown + len(full) - length, len(full)
             features.append(
                 dataclasses.replace(
                     feature, mm_position=dataclasses.replace(place, offset=start, length=length, is_embed=None)
                 )
             )
-        positions, _ = self.original(tokens, features)
-        left = torch.as_tensor(positions)[..., stays]
-        return left, int(positions.max()) + 1 - len(input_tokens)
+        positions = torch.as_tensor(self.original(tokens, features)[0])
+        return positions[..., stays], int(positions.max()) + 1 - len(input_tokens)
+
+    def carry(
+        self, feature: Tensor, kept: Tensor, ids: Tensor, modality: str, about: dict[str, Any], width: int
+    ) -> Tensor:
+        """The rows of an image or a clip with its text between frames, and each row's place in further channels.
+
+        Args:
+            feature: `[n, C]` features of the tokens that stay, in order.
+            kept: `[n]` which of its tokens they are.
+            ids: `[L]` its part of the unpruned prompt, on the CPU.
+            modality: `image` or `video`.
+            about: What the model's positions need to know of it, such as its grid.
+            width: Of the decoder.
+        """
+        if feature.shape[1] % width:
+            raise ServingError(
+                f"vtprune: features have {feature.shape[1]} channels, and the decoder {width}: this model adds some "
+                "that are not known, and cannot be pruned"
+            )
+        device = feature.device
+        visual = self._visual(ids)
+        places = self._inside(ids, modality, about)
+        lead = int(visual.int().argmax())
+        end = int(places.max()) + 1
+        rows = visual.nonzero()[:, 0].to(device)[kept]
+        if not bool(visual.all()):
+            text = (~visual).nonzero()[:, 0]
+            words = self.model.get_language_model().embed_input_ids(ids[text].to(device)).to(feature)
+            words = torch.nn.functional.pad(words, (0, feature.shape[1] - width))  # deeper features: none
+            rows, order = torch.cat([rows, text.to(device)]).sort()
+            feature = torch.cat([feature, words])[order]
+        column = torch.arange(len(rows), device=device)
+        numbers = torch.stack([column, torch.full_like(column, end), *places.to(device)[:, rows]], 1) - lead
+        return torch.cat([feature, write_digits(numbers, feature.dtype)], 1)
 
     def recompute(
         self,
@@ -65,45 +119,37 @@ class Positions:
         mrope_positions: Tensor,
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:
-        """Features without their positions, the prompt's positions with those, and what decoding adds to its length.
+        """Features without their places, the prompt's positions with those, and what decoding adds to its length.
 
         Args:
             input_ids: `[T]` the whole prompt.
-            multimodal_embeddings: Features of this step, with their positions in the image in further channels.
+            multimodal_embeddings: Features of this step, as `carry` made them, each perhaps a part of an image or clip.
             mrope_positions: `[3, T]` as they were.
             num_computed_tokens: Where this step begins.
         """
-        ids = torch.as_tensor(input_ids)
-        if not len(multimodal_embeddings) or bool((ids == self.video).any()):  # videos carry more than positions
-            return self.rewrite(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
-        # Where everything is computed the model only takes its channels off.
-        features, _, _ = self.rewrite(input_ids, multimodal_embeddings, mrope_positions, len(ids))
-        pairs = zip(multimodal_embeddings, features, strict=True)
-        inside = torch.cat([given[:, left.shape[1] :][:, :3] for given, left in pairs]).T
-        positions = mrope_positions.clone()
-        image = (ids == self.image).to(positions.device)
-        columns = image.nonzero()[:, 0]
-        columns = columns[columns >= num_computed_tokens][: inside.shape[1]]
-        text = torch.where(image, -1, torch.arange(len(ids), device=positions.device)).cummax(0).values[columns]
-        start = torch.where(text >= 0, positions[:, text.clamp_min(0)].amax(0) + 1, 0)
-        positions[:, columns] = inside.to(positions) + start
-        return features, positions, int(positions.max()) + 1 - len(ids)
+        positions, features = mrope_positions.cpu().clone(), []
+        visual = self._visual(torch.as_tensor(input_ids).cpu())
+        starts = (visual & ~torch.nn.functional.pad(visual, (1, 0))[:-1]).nonzero()[:, 0]
+        last, at = int(positions.max()), num_computed_tokens
+        for given in multimodal_embeddings:
+            features.append(given[:, :-_CHANNELS])
+            column, end, *inside = read_digits(given[:, -_CHANNELS:].cpu()).T
+            fits = starts[starts + column[0] >= at]  # its first placeholder: the next one that has room before it
+            if not len(fits):
+                raise ServingError("vtprune: features of an image that is not in the prompt; this should not happen")
+            start = int(fits[0])
+            before = int(positions[:, start - 1].max()) + 1 if start else 0
+            positions[:, start + column] = torch.stack(inside).to(positions) + before
+            last, at = max(last, before + int(end[0]) - 1), start + int(column[-1]) + 1
+        return features, positions.to(mrope_positions.device), last + 1 - len(visual)
 
-    def _grow(self, piece: list[int], mask: Tensor | None, runs: Sequence[int]) -> tuple[list[int], Tensor]:
-        """The piece of the prompt as it was before pruning, and which of its columns are left."""
-        embeds = [True] * len(piece) if mask is None else mask.tolist()
-        counts = iter(zip(self.settings.counts(runs), runs, strict=True))
-        out: list[int] = []
-        kept: list[bool] = []
-        at = 0
-        while at < len(piece):
-            if not embeds[at]:
-                out.append(piece[at])
-                kept.append(True)
-                at += 1
-                continue
-            count, size = next((c for c in counts if c[0]), (0, 0))  # groups that keep nothing left no placeholder
-            out += [piece[at]] * size
-            kept += [number < count for number in range(size)]
-            at += max(count, 1)
-        return out, torch.tensor(kept, dtype=torch.bool)
+    def _visual(self, ids: Tensor) -> Tensor:
+        """`[T]` bool, True for placeholders of images and videos."""
+        return torch.isin(ids, torch.tensor(list(self.tokens.values())))
+
+    def _inside(self, ids: Tensor, modality: str, about: dict[str, Any]) -> Tensor:
+        """`[3, L]` positions of an image or clip that the prompt begins with, by the model's own rule."""
+        place = SimpleNamespace(offset=0, length=len(ids), is_embed=None)
+        data = {name: SimpleNamespace(data=value) for name, value in about.items()}
+        spec = SimpleNamespace(data=data, modality=modality, mm_position=place)  # as vLLM's MultiModalFeatureSpec
+        return torch.as_tensor(self.original(ids.tolist(), [spec])[0])

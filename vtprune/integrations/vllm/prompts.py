@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fewer placeholders: the processor's side, before any model runs.
 
-How many tokens an image keeps follows from how many it would have had, so vLLM plans with the short prompt from the
-start: its length, KV blocks and the encoder's budget. The chosen features fill the placeholders that are left.
+How many tokens an image or a clip keeps follows from how many it would have had, so vLLM plans with the short prompt
+from the start: its length, KV blocks and the encoder's budget. The chosen features fill the placeholders that are left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from .settings import ServingError, Settings
 
-RUNS = "vtprune_runs"  # field of an image's data: lengths of its runs of placeholders before pruning
+# Fields of an item's data, an item being an image or a clip:
+RUNS = "vtprune_runs"  # lengths of its runs of placeholders before pruning
+COUNTS = "vtprune_counts"  # how many of each run stay
+IDS = "vtprune_ids"  # M-RoPE models only: its part of the unpruned prompt, with the text between frames
 
 
 def runs_of(mask: Tensor) -> list[int]:
@@ -45,57 +48,114 @@ def shorten(mask: Tensor, counts: Sequence[int]) -> Tensor:
     return ~mask | (place - start < allowed)
 
 
-def prune_update(update: Any, settings: Settings) -> tuple[Any, list[int]]:
-    """A resolved update of the prompt with its placeholders shortened, and the lengths of the runs that it had."""
+def prune_update(
+    update: Any, settings: Settings, token: int | None = None, share: float | None = None
+) -> tuple[Any, list[int], list[int]]:
+    """Shortens the placeholders of a resolved prompt update.
+
+    Args:
+        update: vLLM's update for one image or clip.
+        settings: Budget.
+        token: Placeholder id, where features fill text between frames as well; None if they fill placeholders alone.
+        share: Its own ratio; None for that of all.
+
+    Returns:
+        tuple: The update, the lengths of the runs of placeholders that it had, and those that are left.
+    """
     content = update.content
     full = list(content.full)
-    mask = torch.ones(len(full), dtype=torch.bool) if content.is_embed is None else content.is_embed(full).bool()
+    filled = torch.ones(len(full), dtype=torch.bool) if content.is_embed is None else content.is_embed(full).bool()
+    mask = filled if token is None else torch.tensor(full) == token
     runs = runs_of(mask)
-    stays = shorten(mask, settings.counts(runs))
+    counts = settings.counts(runs, share)
+    stays = shorten(mask, counts)
     left = [token for token, stay in zip(full, stays.tolist(), strict=True) if stay]
-    embeds = functools.partial(_constant, mask[stays])
-    return dataclasses.replace(update, content=dataclasses.replace(content, full=left, is_embed=embeds)), runs
+    embeds = functools.partial(_constant, filled[stays])
+    content = dataclasses.replace(content, full=left, is_embed=embeds)
+    return dataclasses.replace(update, content=content), runs, counts
 
 
 def _constant(mask: Tensor, full: list[int]) -> Tensor:
     return mask
 
 
-def _field(runs: list[int]) -> Any:
+def spread_over_frames(full: Sequence[int], token: int, frames: int) -> list[int]:
+    """A clip's part of the unpruned prompt.
+
+    Where clips may be pruned, vLLM writes the placeholders of all frames into the first one and leaves others empty.
+
+    Args:
+        full: Ids with all placeholders in one run; text between frames, if there is any, opens each frame by the id
+            that stands before the run.
+        token: Placeholder id.
+        frames: Number of frames.
+    """
+    text = [t for t in full if t != token]
+    if not text:
+        return list(full)
+    opening = full[full.index(token) - 1]
+    if len(runs_of(torch.tensor(full) == token)) != 1 or text.count(opening) != frames:
+        raise ServingError("vtprune: the placeholders of a clip are laid out in a way that is not known; serve images")
+    each = (len(full) - len(text)) // frames
+    return [t for word in text for t in ([word, *[token] * each] if word == opening else [word])]
+
+
+def _field(numbers: list[int]) -> Any:
     from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 
-    return MultiModalFieldElem(data=torch.tensor(runs), field=MultiModalBatchedField(keep_on_cpu=True))
+    return MultiModalFieldElem(data=torch.tensor(numbers), field=MultiModalBatchedField(keep_on_cpu=True))
 
 
 @functools.cache
 def pruned_processor(cls: Any) -> type:
-    """A processor like `cls` whose prompts hold as many placeholders as stay; `vtprune` holds its settings.
+    """A processor like `cls` whose prompts hold as many placeholders as stay.
 
     Made by inheritance from `cls` alone, so that an object can take on the class.
+
+    Attributes:
+        vtprune: Settings.
+        vtprune_tokens: Placeholder id of each modality that is pruned; None where features fill placeholders alone.
     """
 
     class PrunedProcessor(cls):
         vtprune: Settings
+        vtprune_tokens: dict[str, int | None]
 
         def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-            updates = super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-            if "image" not in updates:
-                return updates
-            short = []
-            for number, item in enumerate(updates["image"]):
-                pruned = [prune_update(update, self.vtprune) for update in item]
-                if len({tuple(runs) for _, runs in pruned}) != 1:
-                    raise ServingError(f"vtprune: {cls.__name__} offers placeholders of several lengths for an image")
-                out_mm_kwargs["image"][number][RUNS] = _field(pruned[0][1])
-                short.append([update for update, _ in pruned])
-            return {**updates, "image": short}
+            updates = dict(super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs))
+            for modality in self.vtprune_tokens:
+                if modality in updates:
+                    updates[modality] = [
+                        _prune_item(self, item, out_mm_kwargs[modality][i], modality, mm_items[modality].get(i))
+                        for i, item in enumerate(updates[modality])
+                    ]
+            return updates
 
         def _get_mm_hashes(self, inputs: Any) -> Any:
             # An image pruned in another way is another image to every cache: processor, encoder, prefix, remote ones.
-            hashes, mark = super()._get_mm_hashes(inputs), f"-vtprune-{self.vtprune.fingerprint}"
-            return {k: [v + mark for v in values] if k == "image" else values for k, values in hashes.items()}
+            mark = f"-vtprune-{self.vtprune.fingerprint}"
+            return {
+                modality: [value + mark for value in values] if modality in self.vtprune_tokens else values
+                for modality, values in super()._get_mm_hashes(inputs).items()
+            }
 
     return PrunedProcessor
+
+
+def _prune_item(processor: Any, updates: Sequence[Any], fields: Any, modality: str, pixels: Any) -> list[Any]:
+    """The pruned updates of an image or a clip; what pruning needs later is added to its fields."""
+    settings: Settings = processor.vtprune
+    token = processor.vtprune_tokens[modality]
+    share = settings.share_of(pixels)
+    pruned = [prune_update(update, settings, token, share) for update in updates]
+    _, runs, counts = pruned[0]
+    if any(others != runs for _, others, _ in pruned):
+        raise ServingError(f"vtprune: {type(processor).__name__} offers placeholders of several lengths for an image")
+    fields[RUNS], fields[COUNTS] = _field(runs), _field(counts)
+    if token is not None:
+        frames = int(fields["video_grid_thw"].data[0]) if modality == "video" else 1
+        fields[IDS] = _field(spread_over_frames(list(updates[0].content.full), token, frames))
+    return [update for update, _, _ in pruned]
 
 
 @functools.cache
@@ -109,10 +169,13 @@ def pruned_info(cls: Any) -> type:
     return PrunedInfo
 
 
-def prune_processor(processor: Any, settings: Settings) -> None:
-    """Turns a processor that vLLM made into one for pruned models."""
+def prune_processor(processor: Any, settings: Settings, uses_mrope: bool) -> None:
+    """Turns a processor that vLLM made into one for pruned models: of images, and with M-RoPE of clips."""
     kind: Any = type(processor)
     info: Any = type(processor.info)
     processor.__class__ = pruned_processor(kind)
     processor.info.__class__ = pruned_info(info)
     processor.vtprune = settings
+    config = processor.info.get_hf_config()
+    names = {m: getattr(config, f"{m}_token_id", None) for m in ("image", "video")}
+    processor.vtprune_tokens = {m: t for m, t in names.items() if t is not None} if uses_mrope else {"image": None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import choosing, mrope, readers
-from .prompts import RUNS
+from .prompts import COUNTS, IDS, RUNS
 from .settings import ServingError, Settings
 
 logger = logging.getLogger("vllm.vtprune")
@@ -22,14 +22,20 @@ class Pruner:
     Args:
         model: An instance of a vLLM model class, weights not loaded yet.
         config: Its `VllmConfig`.
-        settings: Method and budget.
+        settings: Methods and budget.
     """
 
     def __init__(self, model: Any, config: Any, settings: Settings) -> None:
         self.settings, self.embed = settings, model.embed_multimodal
         self.width = config.model_config.hf_text_config.hidden_size
         self.ranks = config.parallel_config.tensor_parallel_size
-        self.reader = readers.make(model, config.model_config.uses_mrope, settings.method)
+        self.positions = mrope.Positions(model) if config.model_config.uses_mrope else None
+        # Images alone are pruned where positions have one axis.
+        modalities = ("image",) if self.positions is None else ("image", "video")
+        self.readers = {
+            modality: readers.make(model, self.positions is not None, method)
+            for modality, method in zip(modalities, (settings.method, settings.video_method), strict=False)
+        }
 
     @classmethod
     def attach(cls, model: Any, config: Any, settings: Settings) -> None:
@@ -39,29 +45,60 @@ class Pruner:
         object.__setattr__(model, "embed_multimodal", pruner)
         # Captured encoder graphs return features without asking embed_multimodal.
         object.__setattr__(model, "supports_encoder_cudagraph", False)
-        if config.model_config.uses_mrope:
-            positions = mrope.Positions(model, settings)
-            object.__setattr__(model, "get_mrope_input_positions", positions)
-            object.__setattr__(model, "recompute_mrope_positions", positions.recompute)
+        if pruner.positions is not None:
+            object.__setattr__(model, "is_multimodal_pruning_enabled", False)  # features as they are, nothing of EVS
+            object.__setattr__(model, "get_mrope_input_positions", pruner.positions)
+            object.__setattr__(model, "recompute_mrope_positions", pruner.positions.recompute)
         logger.info("vtprune: %s, chosen before the decoder of %s", settings, type(model).__name__)
 
     def __call__(self, **kwargs: Any) -> Any:
-        """What the model returns for the items of a call, images pruned."""
-        runs = kwargs.pop(RUNS, None)
+        """What the model returns for the items of a call, images and clips pruned."""
+        runs, counts, ids = (kwargs.pop(name, None) for name in (RUNS, COUNTS, IDS))
         if runs is None:  # another modality
             return self.embed(**kwargs)
-        with self.reader.watch() as seen:
+        modality = "image" if kwargs.get("video_grid_thw") is None else "video"
+        with self.readers[modality].watch() as seen:
             features = list(self.embed(**kwargs))
-        runs = [[int(n) for n in item] for item in runs]
+        runs, counts = ([[int(n) for n in item] for item in field] for field in (runs, counts))
         if len(features) != len(runs):
-            raise ServingError(f"vtprune: {len(runs)} images went in and {len(features)} came out of embed_multimodal")
-        extra = self.reader.extra(seen)
-        chosen = choosing.prune(features, runs, self.settings, self.width, self._grids(kwargs, runs), extra)
-        return self._agree(chosen)
+            raise ServingError(f"vtprune: {len(runs)} items went in and {len(features)} came out of embed_multimodal")
+        grids = self._grids(kwargs.get(f"{modality}_grid_thw"), runs)
+        chosen = self._choose(features, runs, counts, modality, grids, seen)
+        if self.positions is None:
+            return self._agree([feature for feature, _ in chosen])
+        carried = []
+        for number, ((feature, kept), part) in enumerate(zip(chosen, ids, strict=True)):
+            facts = {n: kwargs[n][number] for n in (f"{modality}_grid_thw", "second_per_grid_ts") if n in kwargs}
+            carried.append(self.positions.carry(feature, kept, torch.as_tensor(part), modality, facts, self.width))
+        return self._agree(carried)
 
-    def _grids(self, kwargs: dict[str, Any], runs: list[list[int]]) -> list[list[int]] | None:
-        """Frames, rows and columns of each image's tokens, from the patches that Qwen-VL and its kin count."""
-        given = kwargs.get("image_grid_thw")
+    def _choose(
+        self,
+        features: list[Tensor],
+        runs: list[list[int]],
+        counts: list[list[int]],
+        modality: str,
+        grids: list[list[int]] | None,
+        seen: Any,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each item the features that stay and which of its tokens they are; items of one method together."""
+        groups: dict[str, list[int]] = {"image": [], "video": []}
+        for item, (lengths, kept) in enumerate(zip(runs, counts, strict=True)):
+            frames = grids[item][0] if grids is not None and modality == "video" else 1
+            method = self.settings.method_for(modality, [sum(lengths) // frames] * frames, sum(kept))
+            groups[modality if method is self.settings.video_method else "image"].append(item)
+        out: dict[int, tuple[Tensor, Tensor]] = {}
+        for kind, items in groups.items():
+            if items:
+                method = self.settings.video_method if kind == "video" else self.settings.method
+                given = [[every[item] for item in items] for every in (features, runs, counts)]
+                some = None if grids is None else [grids[item] for item in items]
+                extra = self.readers[kind].extra(seen)
+                out |= dict(zip(items, choosing.prune(*given, method, self.width, some, extra), strict=True))
+        return [out[item] for item in range(len(features))]
+
+    def _grids(self, given: Any, runs: list[list[int]]) -> list[list[int]] | None:
+        """Frames, rows and columns of each item's tokens, from the patches that Qwen-VL and its kin count."""
         if given is None:
             return None
         out = []

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands under `"vtprune"` in vLLM's `additional_config`: a method, a budget per image, options."""
+"""What stands under `"vtprune"` in vLLM's `additional_config`: methods, a budget per image or clip, options."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ... import __version__, methods
 from ...core import budget
+from ...core.certificate import Certificate
+from ...core.clips import ClipMethod
+from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
-from ...errors import BudgetError, MethodError, VTPruneError
+from ...errors import BudgetError, CertificateError, MethodError, VTPruneError
 from ...methods import Method
 
+logger = logging.getLogger("vllm.vtprune")
 KEY = "vtprune"
-# Methods that choose between projector and decoder, knowing the image alone. What the others miss there:
+# Methods that choose between projector and decoder, knowing the image or the clip alone.
 QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "resprune", "scope", "uniform", "visionzip", "zoo_prune")
+CLIP_METHODS = ("dycoke", "evs", "vcast", "vidcom2")  # as `video_method`
 _TOWER_READERS = ("scope", "visionzip", "zoo_prune")  # scope with alpha=0 is coverage alone
-_FIELDS = ("method", "ratio", "keep", "options")
+_FIELDS = ("method", "ratio", "keep", "options", "video_method", "video_options", "certificate")
 # What iwp must be before the decoder, and what serves it best there: `IWP.query`.
 _FIXED = {"iwp": {"layer": 0, "query": "none"}}
 _DEFAULTS = {"iwp": {"rope_in_duplication": False}}
@@ -34,42 +42,87 @@ class ServingError(VTPruneError):
     """A configuration or a model that cannot be served pruned; no ValueError, which pydantic would wrap."""
 
 
+@functools.lru_cache(maxsize=256)
+def _say_once(line: str) -> None:
+    logger.warning(line)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A checked configuration.
 
     Attributes:
-        method: Cuts before the decoder only.
-        budget: `ratio` or `keep`, per image.
+        method: For images; cuts before the decoder only.
+        video_method: For clips.
+        budget: `ratio` or `keep`, per image or clip.
+        auto: Chooses the ratio of each image or clip by its pixels; None for the same ratio for all.
+        certificate: Where the ratio comes from, if it is certified.
         fingerprint: Differs wherever chosen tokens may differ: part of the identity of cached images.
     """
 
     method: Method
+    video_method: Method
     budget: budget.Budget
+    auto: PixelAuto | None
+    certificate: Certificate | None
     fingerprint: str
 
-    def counts(self, runs: Sequence[int]) -> list[int]:
+    def method_for(self, modality: str, sizes: Sequence[int], count: int) -> Method:
+        """The method for an image or a clip.
+
+        A clip of which `video_method` cannot keep so few tokens (EVS keeps its first frame whole), or that is a single
+        frame, is pruned by `method`.
+
+        Args:
+            modality: `image` or `video`.
+            sizes: Tokens of each frame.
+            count: How many tokens stay.
+        """
+        if modality != "video" or not isinstance(self.video_method, ClipMethod):
+            return self.video_method if modality == "video" else self.method
+        try:
+            self.video_method.check(sizes, count)
+        except MethodError as error:
+            _say_once(f"vtprune: {self.method.name} in place of {self.video_method.name} for a clip: {error}")
+            return self.method
+        return self.video_method
+
+    def share_of(self, pixels: Any) -> float | None:
+        """The ratio of an image or clip by its pixels; None where it is the same for all."""
+        if self.auto is None:
+            return None
+        pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a clip comes with its facts
+        if getattr(pixels, "ndim", 3) == 2 and not hasattr(pixels, "convert"):  # features, which have no pixels
+            return self.auto.mean
+        return self.auto.ratio(pixels)
+
+    def counts(self, runs: Sequence[int], share: float | None = None) -> list[int]:
         """How many tokens of each unbroken run of an image's placeholders stay; the image's budget is exact.
 
         Args:
             runs: Lengths of the runs (one, or one for every tile).
+            share: Its own ratio; None for that of all.
         """
         total = sum(runs)
         if total == 0:
             return [0] * len(runs)
-        wanted = self.budget.keep if self.budget.keep is not None else max(1, round((self.budget.share or 1) * total))
-        return budget.split_keep(wanted, runs)
+        share = self.budget.share if share is None else share
+        wanted = self.budget.keep if share is None else max(1, round(share * total))
+        return budget.split_keep(wanted or 1, runs)
 
     def __str__(self) -> str:
-        return f"{self.method.name}, {self.budget} of every image"
+        clips = "" if self.video_method == self.method else f" ({self.video_method.name} for clips)"
+        return f"{self.method.name}{clips}, {self.auto or self.budget} of every image and clip"
 
 
 def parse(config: Any) -> Settings:
     """Checks a configuration.
 
     Args:
-        config: The object under `"vtprune"`: `method` (default `divprune`), one of `ratio` and `keep`, and `options` of
-            the method.
+        config: The object under `"vtprune"`: `method` (default `divprune`), `options` of the method, `video_method`
+            (default `method`) with `video_options`, and one of `ratio` and `keep`; `ratio` is a share, `"auto"`, or an
+            object with fields of `PixelAuto`. Or `certificate` alone: a file written by `vtprune certify`, or its
+            content.
 
     Raises:
         ServingError: One line that says what is wrong and what was expected.
@@ -81,30 +134,75 @@ def parse(config: Any) -> Settings:
         raise ServingError("vtprune: mean_ratio: vLLM cuts before the decoder, where it equals ratio; give ratio")
     if unknown:
         raise ServingError(f"vtprune: unknown field {', '.join(map(repr, unknown))}; expected {', '.join(_FIELDS)}")
-    options = config.get("options", {})
-    if not isinstance(options, Mapping):
-        raise ServingError(f"vtprune: options is {options!r}; expected an object with options of the method")
+    for field in ("options", "video_options"):
+        if not isinstance(config.get(field, {}), Mapping):
+            raise ServingError(f"vtprune: {field} is {config[field]!r}; expected an object with options of the method")
     try:
-        allowed = budget.Budget(**{name: config.get(name) for name in ("ratio", "keep")})
-        if allowed.auto is not None:
-            raise BudgetError(
-                "ratio='auto' counts by features, and vLLM needs the count before the model runs; give a number"
-            )
-        method = _method(config.get("method", "divprune"), options)
-    except (BudgetError, MethodError) as error:
+        return _parse(config)
+    except (BudgetError, CertificateError, MethodError) as error:
         raise ServingError(
             f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")
         ) from None
-    text = json.dumps([__version__, method.name, repr(method), allowed.share, allowed.keep])
-    return Settings(method, allowed, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
-def _method(name: Any, options: Mapping[str, Any]) -> Method:
+def _parse(config: Mapping[str, Any]) -> Settings:
+    certificate = None
+    ratio, name, options = config.get("ratio"), config.get("method", "divprune"), config.get("options", {})
+    if "certificate" in config:
+        certificate = _certificate(config)
+        ratio, name, options = certificate.ratio, certificate.method, certificate.options or {}
+    automatic = (
+        PixelAuto.of({} if ratio == "auto" else ratio) if ratio == "auto" or isinstance(ratio, Mapping) else None
+    )
+    allowed = budget.Budget(ratio=ratio if automatic is None else automatic.mean, keep=config.get("keep"))
+    method = _method(name, options, QUESTION_FREE)
+    if certificate is not None:
+        certificate.check_method(method)
+    clips = method
+    if "video_method" in config:
+        clips = _method(config["video_method"], config.get("video_options", {}), QUESTION_FREE + CLIP_METHODS)
+    elif "video_options" in config:
+        raise MethodError("there are video_options and no video_method; expected both, or neither")
+    text = json.dumps([__version__, repr(method), repr(clips), allowed.share, allowed.keep, repr(automatic)])
+    mark = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Settings(method, clips, allowed, automatic, certificate, mark)
+
+
+def _certificate(config: Mapping[str, Any]) -> Certificate:
+    """The certificate that a configuration names.
+
+    Raises:
+        CertificateError: It is none, or for an automatic ratio by features, or something else stands beside it.
+    """
+    others = [name for name in config if name != "certificate"]
+    if others:
+        raise CertificateError(f"a certificate holds for its own method and ratio; found {', '.join(others)} beside it")
+    given = config["certificate"]
+    certificate = Certificate.read(given) if isinstance(given, Mapping) else Certificate.load(str(given))
+    if certificate.auto is not None:
+        raise CertificateError(
+            "the certificate is for an automatic ratio by features, and vLLM needs the count before the model runs; "
+            "certify ratios"
+        )
+    return certificate
+
+
+def portable(config: Any) -> Any:
+    """The configuration with the certificate's content in place of its file, which other machines may lack."""
+    settings = parse(config)
+    if settings.certificate is None:
+        return config
+    return {**config, "certificate": dataclasses.asdict(settings.certificate)}
+
+
+def _method(name: Any, options: Mapping[str, Any], known: Sequence[str]) -> Method:
     methods.get(str(name))  # raises for an unknown name
-    if name not in QUESTION_FREE:
+    if name in CLIP_METHODS and name not in known:
+        raise MethodError(f"method {name} is made for clips; name it as video_method, beside a method for images")
+    if name not in known:
         raise MethodError(
             f"method {name} needs more than the image (the question, or deeper layers), which vLLM does not let a "
-            f"plug-in see; in vLLM there are {', '.join(QUESTION_FREE)}"
+            f"plug-in see; in vLLM there are {', '.join(known)}"
         )
     fixed = _FIXED.get(str(name), {})
     for option, value in fixed.items():

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from ...core.certificate import Certificate
+from ...errors import CertificateError
+from ...methods import Method
 from .settings import ServingError, Settings, reads_tower
 
 # More than 0 and nothing: it turns on vLLM's interface for pruned media, by which kept tokens keep their M-RoPE
-# positions, and drops no token of a video (`int(n * (1 - rate))` is `n`).
+# positions, and leaves all tokens of a video for the plug-in to choose from (`int(n * (1 - rate))` is `n`).
 NO_RATE = 1e-300
 
 
@@ -30,32 +34,65 @@ def check_config(config: Any, settings: Settings) -> None:
         raise ServingError(f"{name} is an encoder-decoder: its visual tokens never enter the decoder's prompt")
     if config.speculative_config is not None and model.uses_mrope:
         raise ServingError(f"{name}: M-RoPE positions of pruned images and speculative decoding are not tried together")
-    method = settings.method.name
-    if method == "iwp" and config.lora_config is not None:
-        raise ServingError(
-            f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
-        )
     if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
         raise ServingError(
             f"{name}: vLLM counts the vision encoder's tokens by the prompt's for enable_tower_connector_lora, which "
             "pruning makes fewer; adapters of the language model work"
         )
     multimodal = model.multimodal_config
-    if reads_tower(settings.method) and config.compilation_config.compile_mm_encoder:
+    if multimodal.video_pruning_rate not in (None, 0, NO_RATE):
         raise ServingError(
-            f"{name}: {method} reads inside the vision encoder, which compile_mm_encoder hides; use divprune"
+            f"{name}: video_pruning_rate={multimodal.video_pruning_rate} asks vLLM to prune the videos that vtprune "
+            "prunes; leave it out"
         )
-    if reads_tower(settings.method) and multimodal.mm_encoder_tp_mode == "data":
+    if settings.certificate is not None:
+        _check_certificate(name, settings.certificate, model)
+    _check_method(name, settings.method, config)
+    _check_method(name, settings.video_method, config)
+    if model.uses_mrope:
+        multimodal.video_pruning_rate = NO_RATE
+
+
+def _check_certificate(name: str, certificate: Certificate, model: Any) -> None:
+    """Refuses a certificate of another model, other weights or another dtype.
+
+    Weights are compared by their files, if both the certified and the served model are read from a folder.
+    """
+    from transformers import AutoConfig
+
+    place = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        certificate.check_config(AutoConfig.from_pretrained(model.hf_config_path or model.model, **place))
+        if Path(model.model).is_dir():
+            certificate.check_files(model.model)
+    except CertificateError as error:
+        raise ServingError(f"{name}: {error}") from None
+    certified, served = certificate.about.get("dtype"), str(model.dtype).removeprefix("torch.")
+    if certified not in (None, served):
+        raise ServingError(f"{name}: the certificate is for {certified}, and the model is served in {served}")
+
+
+def _check_method(name: str, method: Method, config: Any) -> None:
+    """Refuses a method that cannot read what it needs in this set-up."""
+    if method.name == "iwp" and config.lora_config is not None:
         raise ServingError(
-            f"{name}: {method} reads the vision encoder, of which every rank sees other images with "
+            f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
+        )
+    if not reads_tower(method):
+        return
+    if config.compilation_config.compile_mm_encoder:
+        raise ServingError(
+            f"{name}: {method.name} reads inside the vision encoder, which compile_mm_encoder hides; use divprune"
+        )
+    if config.model_config.multimodal_config.mm_encoder_tp_mode == "data":
+        raise ServingError(
+            f"{name}: {method.name} reads the vision encoder, of which every rank sees other images with "
             "mm_encoder_tp_mode='data'; use divprune"
         )
-    if reads_tower(settings.method) and model.uses_mrope:
+    if config.model_config.uses_mrope:
         raise ServingError(
-            f"{name}: {method} cannot read vision towers of the Qwen-VL kind in vLLM; use divprune or iwp"
+            f"{name}: {method.name} cannot read vision towers of the Qwen-VL kind in vLLM; use divprune or iwp"
         )
-    if model.uses_mrope and not multimodal.video_pruning_rate:
-        multimodal.video_pruning_rate = NO_RATE
 
 
 def check_model(cls: type, model_config: Any, settings: Settings) -> None:
@@ -78,9 +115,4 @@ def check_model(cls: type, model_config: Any, settings: Settings) -> None:
         raise ServingError(
             f"{name} places tokens on several axes (M-RoPE) and lacks vLLM's interface for pruned media "
             "(SupportsMultiModalPruning), by which kept tokens would keep their positions"
-        )
-    if hasattr(cls, "_get_expanded_positions") and model_config.multimodal_config.get_limit_per_prompt("video"):
-        raise ServingError(
-            f"{name} writes times between the frames of videos, which vLLM's interface for pruned media misplaces, "
-            """up to an error; serve images alone: --limit-mm-per-prompt '{"video": 0}'"""
         )
