@@ -250,7 +250,10 @@ def test_kept_tokens_and_text_stand_where_they_stood(
     """Pictures, clips, clips with times between frames, in chunks of any size, with text after the last one or none."""
     config, places = parse(budget), Positions(Model())
     # The whole prompt, and the same with some columns of each item; of text only `embeds` has to be right.
-    tokens, whole, stays, short, rows, ids = [], [], [], [], [], []
+    tokens: list[int] = []
+    ids: list[int] = []
+    stays: list[int] = []
+    whole, short, rows = [], [], []
     for grid, timed, text in items:
         item = Item(grid, timed)
         size = grid[0] * grid[1] * grid[2]
@@ -292,8 +295,9 @@ def test_kept_tokens_and_text_stand_where_they_stood(
             first, last = feature.mm_position.offset, feature.mm_position.offset + len(row)
             if first < at + step and at < last:
                 chunk.append(row[max(at - first, 0) : at + step - first])
-        left, positions, delta = places.recompute(ids, chunk, positions, at) if chunk else ([], positions, end)
-        assert all(feature.shape[1] == 4 for feature in left)
+        if chunk:
+            left, positions, delta = places.recompute(ids, chunk, positions, at)
+            assert all(feature.shape[1] == 4 for feature in left)
         at += step
         if at >= len(ids):
             break

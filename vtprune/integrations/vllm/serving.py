@@ -91,10 +91,16 @@ class Pruner:
         for kind, items in groups.items():
             if items:
                 method = self.settings.video_method if kind == "video" else self.settings.method
-                given = [[every[item] for item in items] for every in (features, runs, counts)]
-                some = None if grids is None else [grids[item] for item in items]
-                extra = self.readers[kind].extra(seen)
-                out |= dict(zip(items, choosing.prune(*given, method, self.width, some, extra), strict=True))
+                chosen = choosing.prune(
+                    [features[item] for item in items],
+                    [runs[item] for item in items],
+                    [counts[item] for item in items],
+                    method,
+                    self.width,
+                    None if grids is None else [grids[item] for item in items],
+                    self.readers[kind].extra(seen),
+                )
+                out |= dict(zip(items, chosen, strict=True))
         return [out[item] for item in range(len(features))]
 
     def _grids(self, given: Any, runs: list[list[int]]) -> list[list[int]] | None:
