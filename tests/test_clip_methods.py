@@ -164,7 +164,7 @@ def test_too_small_a_budget_is_refused_by_name(kind: type) -> None:
     least = least_budget(kind(), clip)
     assert len(kind().choose_clip(rows(60), clip, least, None).keep) == least
     with pytest.raises(vtprune.MethodError, match=rf"(?s){kind.name}.*{least} .*ratio of {least / 60:.3f}.*'vcast'"):
-        kind().choose_clip(rows(60), clip, least - 1, None)
+        kind().check(clip.sizes, least - 1)
 
 
 def test_places_that_the_frame_before_lacks_count_as_new() -> None:
