@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from families import IMAGE, TEXT, Family, Image, Pixels  # noqa: E402
 
 import vtprune  # noqa: E402
+from vtprune import methods, refvlm  # noqa: E402
 from vtprune.core.budget import Budget, plan  # noqa: E402
 from vtprune.methods import FastV, Method, PyramidDrop, SparseVLM, TransPrune, VFlowOpt  # noqa: E402
 from vtprune.methods.sparsevlm.recycling import split_budget, with_clusters  # noqa: E402
@@ -112,3 +113,18 @@ def test_layers_and_shares_are_checked() -> None:
         VFlowOpt(layers=(9,))
     with pytest.raises(vtprune.MethodError, match="falling shares"):
         vtprune.patch(model, ratio=0.1, method=TransPrune((7, 9), (0.2, 0.5)))
+
+
+@pytest.mark.parametrize("name", [n for n in methods.names() if not methods.get(n).needs_frames])
+def test_a_method_says_whether_it_reads_the_question(name: str) -> None:
+    model, processor = refvlm.load()
+    scene = refvlm.scenes.scene(0)
+    kept = []
+    for question in ("what digit is on the sign?", "how many red stars are there in the picture?"):
+        inputs = processor(images=scene.image, text=refvlm.prompt(question), return_tensors="pt")
+        first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+        with vtprune.patch(model, ratio=0.1, method=name) as patch, torch.no_grad():
+            model(**inputs)
+            columns = patch.last.kept[0]
+        kept.append(columns[(columns >= first) & (columns < first + 144)].tolist())
+    assert methods.get(name)().question_aware == (kept[0] != kept[1])

@@ -27,6 +27,11 @@ class Wrapper(Method):
         return getattr(self.host, "positions", "original")
 
     @property
+    def question_aware(self) -> bool:  # type: ignore[override]
+        """Whether what the host keeps depends on the prompt's text."""
+        return self.host.question_aware
+
+    @property
     def group(self) -> Group:  # type: ignore[override]
         return self.host.group
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -111,6 +111,8 @@ class CDPruner(Method):
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
+
+    question_aware: ClassVar[bool] = True
 
     relevance: Literal["text", "none"] = "text"
     theta: Annotated[float, Range(0, 1, open=(1,))] | Literal["auto", "released"] = "auto"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,8 @@ class DART(Method):
         exact: Whether the count is the budget.
         rope: Whether the keys are rotated.
     """
+
+    question_aware: ClassVar[bool] = True
 
     layer: Count = 2
     pivots: Positive = 4

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class FastV(ScoreMethod):
         layer: K, the layer before which tokens are dropped.
         seed: Seed of the generator for K = 0.
     """
+
+    question_aware: ClassVar[bool] = True
 
     layer: Count = 2
     seed: Seed = 0

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class PyramidDrop(ScoreMethod):
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released; by default they keep
             their position ids. Not for models with position ids on several axes (M-RoPE).
     """
+
+    question_aware: ClassVar[bool] = True
 
     layers: Layers = (8, 16, 24)
     shares: Shares = (0.5, 0.25, 0.125)

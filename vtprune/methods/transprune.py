@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,8 @@ class TransPrune(ScoreMethod):
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released; by default they keep
             their position ids. Not for models with position ids on several axes (M-RoPE).
     """
+
+    question_aware: ClassVar[bool] = True
 
     layers: Layers = (7, 9, 12)
     shares: Shares = (0.875, 0.625, 0.125)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class IWP(Method):
         block: Tokens per block of the last two.
         image_floor: Share of its fair part of the budget that every image is sure of, in [0, 1].
     """
+
+    question_aware: ClassVar[bool] = True
 
     layer: Count = 3
     duplication: Share = 0.5

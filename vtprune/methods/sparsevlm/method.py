@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class SparseVLM(ScoreMethod):
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ... after every cut, as released for version 1; by
             default they keep their position ids. Not for models with position ids on several axes (M-RoPE).
     """
+
+    question_aware: ClassVar[bool] = True
 
     version: Literal[1, 2] = 1
     layers: Layers = (3, 7, 16)
