@@ -49,20 +49,23 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 
 def methods(results: Path) -> str:
-    """A row for every registered method: where it cuts in 32 layers, and the first sentence of its docstring."""
+    """The registered methods by kind and place of their cuts, each with a link to its paper."""
+    from scripts.docs import methods as pages
     from vtprune import methods as registry
 
-    rows = []
-    for name in registry.names():
-        cls = registry.get(name)
-        if not cls.__module__.startswith("vtprune."):  # another module has registered a method of its own
-            continue
-        cuts = ", ".join(str(stage.layer) if stage.layer else "input" for stage in cls().schedule(32))
-        doc = " ".join((cls.__doc__ or "").split())
-        paper = re.search(r"(?:arXiv[:\s]*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", doc, re.I)
-        link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else ""
-        rows.append((f"`{name}`", cuts, doc.split(". ")[0].rstrip("."), link))
-    return table(("method", "cuts before layer (of 32)", "what it does", "paper"), rows)
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for kind, names in pages.groups().items():
+        for name in names:
+            paper, cuts = pages.paper(name), pages.cuts(name)
+            text = f"[`{name}`](https://arxiv.org/abs/{paper})" if paper else f"`{name}`"
+            place, aware = "before the decoder", "yes" if registry.get(name)().question_aware else "no"
+            if kind == "Wrappers":
+                place = aware = "as the host"
+            elif cuts != "input":
+                place, text = "inside it", f"{text} ({cuts})"
+            rows.setdefault((kind, place, aware), []).append(text)
+    head = ("", "cuts", "reads the question", "methods, with their papers (in brackets: before which of 32 layers)")
+    return table(head, [(*key, ", ".join(texts)) for key, texts in rows.items()])
 
 
 def accuracy(results: Path) -> str:

@@ -7,6 +7,22 @@ import re
 
 from scripts.docs import tables
 
+# Groups of methods, in the order in which they are shown, and when to begin with one.
+ABOUT = {
+    "Question-free": (
+        "They keep what is salient or diverse in the picture, so that what is kept serves any question. Nearly all cut "
+        "before the decoder: the dropped tokens cost the language model nothing. Begin here for the shortest time to the "
+        "first token, for several questions about one picture, and in vLLM."
+    ),
+    "Question-aware": (
+        "They keep what the prompt asks for. Most cut inside the decoder, where the question and the picture have met: at "
+        "one ratio their answers are often better, and the layers before the cut still run on all tokens."
+    ),
+    "For video clips": "They compare frames. Pass one as `video_method=`, beside a method for pictures.",
+    "Wrappers": "They correct the scores of another method, their host.",
+    "Baselines": "A method that does not beat these is not worth its time.",
+}
+
 
 def names() -> list[str]:
     """Methods that the library itself registers; other packages' and a session's own are left out."""
@@ -31,6 +47,29 @@ def cuts(name: str) -> str:
     from vtprune import methods
 
     return ", ".join(str(stage.layer) if stage.layer else "input" for stage in methods.get(name)().schedule(32))
+
+
+def groups() -> dict[str, list[str]]:
+    """Methods by what a reader chooses between first; every method is in one group."""
+    from vtprune import methods
+    from vtprune.core.clips import ClipMethod
+    from vtprune.core.wrapper import Wrapper
+
+    found: dict[str, list[str]] = {title: [] for title in ABOUT}
+    for name in names():
+        method = methods.get(name)()
+        if isinstance(method, Wrapper):
+            title = "Wrappers"
+        elif isinstance(method, ClipMethod):
+            title = "For video clips"
+        elif paper(name) is None:
+            title = "Baselines"
+        elif method.question_aware:
+            title = "Question-aware"
+        else:
+            title = "Question-free"
+        found[title].append(name)
+    return found
 
 
 def page(name: str) -> str:

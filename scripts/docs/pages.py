@@ -26,6 +26,12 @@ PROJECT = {
     "benchmarks/README.md": ("Benchmarks", "project/benchmarks.md"),
     "CHANGELOG.md": ("Changes", "project/changelog.md"),
 }
+METHODS = """# Methods
+
+Pass one by name, `vtprune.patch(model, ratio=0.25, method="divprune")`, or as an instance with options,
+`method=vtprune.methods.IWP(layer=2)`. [Choosing a method and a ratio](/choosing.md) says where to begin;
+`vtprune compare` runs them side by side on pictures of yours. A method of your own is
+[a class with one function](/extend/method.md)."""
 _FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.S | re.M)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -55,7 +61,11 @@ def made() -> dict[str, str]:
     for path, place in places().items():
         text = (ROOT / path).read_text(encoding="utf-8")
         pages[place] = complete(_script(path, text) if path.endswith(".py") else text, path, place)
-    pages["methods/index.md"] = complete(f"# Methods\n\n{tables.methods()}\n", "docs/methods/index.md")
+    parts = [
+        f"## {title}\n\n{methods.ABOUT[title]}\n\n{tables.methods(names)}" for title, names in methods.groups().items()
+    ]
+    text = "\n\n".join(["# Methods", METHODS, *parts])
+    pages["methods/index.md"] = complete(f"{text}\n", "docs/methods/index.md")
     for title in results.sections()[1]:
         place = results.place(title)
         pages[place] = complete(results.page(title), results.SOURCE, place)
@@ -79,7 +89,9 @@ def own(path: str) -> str:
 def navigation() -> dict[str, list[dict[str, str]]]:
     """Sections of the navigation to the made pages that belong into them."""
     return {
-        "Methods": [{name: f"methods/{name}.md"} for name in methods.names()],
+        "Methods": [
+            {title: [{name: f"methods/{name}.md"} for name in names]} for title, names in methods.groups().items()
+        ],
         "Numbers": [{title: results.place(title)} for title in results.sections()[1]],
         "Examples": [{path.split("/")[-1]: places()[path]} for path in examples()],
         "Project": [{title: place} for path, (title, place) in PROJECT.items() if (ROOT / path).exists()],
