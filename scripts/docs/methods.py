@@ -11,12 +11,12 @@ from scripts.docs import tables
 ABOUT = {
     "Question-free": (
         "They keep what is salient or diverse in the picture, so that what is kept serves any question. Nearly all cut "
-        "before the decoder: the dropped tokens cost the language model nothing. Begin here for the shortest time to the "
-        "first token, for several questions about one picture, and in vLLM."
+        "before the decoder: the dropped tokens cost the language model nothing. Begin here for the shortest time to "
+        "the first token, for several questions about one picture, and in vLLM."
     ),
     "Question-aware": (
-        "They keep what the prompt asks for. Most cut inside the decoder, where the question and the picture have met: at "
-        "one ratio their answers are often better, and the layers before the cut still run on all tokens."
+        "They keep what the prompt asks for. Most cut inside the decoder, where the question and the picture have met: "
+        "at one ratio their answers are often better, and the layers before the cut still run on all tokens."
     ),
     "For video clips": "They compare frames. Pass one as `video_method=`, beside a method for pictures.",
     "Wrappers": "They correct the scores of another method, their host.",

@@ -9,6 +9,7 @@ text is left.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -32,6 +33,7 @@ Pass one by name, `vtprune.patch(model, ratio=0.25, method="divprune")`, or as a
 `method=vtprune.methods.IWP(layer=2)`. [Choosing a method and a ratio](/choosing.md) says where to begin;
 `vtprune compare` runs them side by side on pictures of yours. A method of your own is
 [a class with one function](/extend/method.md)."""
+NOTEBOOK = "examples/notebook.ipynb"
 _FENCE = re.compile(r"(^```.*?^```[^\n]*$)", re.S | re.M)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -45,7 +47,7 @@ def places() -> dict[str, str]:
     """Files of the repository outside `docs/` that have a page, to its place in the site."""
     known = dict(HOME)
     known |= {path: place for path, (_, place) in PROJECT.items() if (ROOT / path).exists()}
-    known |= {"examples/README.md": "examples/index.md"}
+    known |= {"examples/README.md": "examples/index.md", NOTEBOOK: "notebook.md"}
     return known | {path: path.removesuffix(".py") + ".md" for path in examples()}
 
 
@@ -60,7 +62,11 @@ def made() -> dict[str, str]:
     pages = {}
     for path, place in places().items():
         text = (ROOT / path).read_text(encoding="utf-8")
-        pages[place] = complete(_script(path, text) if path.endswith(".py") else text, path, place)
+        if path.endswith(".py"):
+            text = _script(path, text)
+        elif path == NOTEBOOK:
+            text = notebook(text)
+        pages[place] = complete(text, path, place)
     parts = [
         f"## {title}\n\n{methods.ABOUT[title]}\n\n{tables.methods(names)}" for title, names in methods.groups().items()
     ]
@@ -158,6 +164,23 @@ def _fill(name: str) -> str:
     if name not in tables.FILLS:
         raise ValueError(f"there is no table {name!r}; there are: {', '.join(tables.FILLS)}")
     return tables.FILLS[name]()
+
+
+def notebook(text: str) -> str:
+    """The page of a notebook with its stored outputs."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "image/png" in data:
+                png = "".join(data["image/png"]).replace("\n", "")
+                parts.append(f'<img alt="output of the cell above" src="data:image/png;base64,{png}">')
+            else:
+                said = "".join(out.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{said.rstrip()}\n```")
+    return "\n\n".join(parts) + f"\n\nThe file is `{NOTEBOOK}` in the repository.\n"
 
 
 def _script(path: str, text: str) -> str:

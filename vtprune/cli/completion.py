@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from .parser import description
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 
 
 def add(commands: Any) -> None:
@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
         examples=(
             "completion bash > ~/.local/share/bash-completion/completions/vtprune",
             "completion zsh > ~/.zfunc/_vtprune",
+            "completion fish > ~/.config/fish/completions/vtprune.fish",
         ),
     )
     parser.add_argument("shell", choices=SHELLS, help="your shell")
