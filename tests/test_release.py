@@ -120,3 +120,15 @@ def test_the_space_asks_for_the_wheel_beside_it(tmp_path):
     _load("build_space").build(wheel, tmp_path / "space")
     assert f"./{wheel.name}" in (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert (tmp_path / "space" / "app.py").is_file() and (tmp_path / "space" / wheel.name).is_file()
+
+
+def test_the_lock_agrees_with_the_pins_and_names_no_index() -> None:
+    folder = ROOT / "requirements"
+    locked = (folder / "locked.txt").read_text(encoding="utf-8")
+    names = {line.split(";")[0].strip().lower().replace("_", "-") for line in locked.splitlines()}
+    for file in ("torch.txt", "runtime.txt", "test.txt"):
+        for line in (folder / file).read_text(encoding="utf-8").splitlines():
+            if "==" in line and not line.startswith("#"):
+                pin = re.sub(r"\[.*?\]", "", line.split(";")[0]).strip().lower().replace("_", "-")
+                assert pin in names, f"{pin}: run `make lock`"
+    assert "://" not in locked and "--" not in re.sub(r"^#.*$", "", locked, flags=re.M)

@@ -101,12 +101,12 @@ def laws(results: Path = RESULTS) -> str:
     return table(("law", "what is tested", "file", "families on which it held"), lines) + f"\n\n{about.strip()}"
 
 
-def methods(names: list[str]) -> str:
-    """A row for each of some methods, with its page and its paper."""
+def methods(names: list[str] | None = None) -> str:
+    """A row for each of some methods, by default all, with its page and its paper."""
     from scripts.docs import methods as pages
 
     rows = []
-    for name in names:
+    for name in pages.names() if names is None else names:
         paper = pages.paper(name)
         link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
         rows.append((f"[`{name}`](/methods/{name}.md)", pages.cuts(name), pages.summary(name), link))
