@@ -10,8 +10,6 @@ that no picture is answered twice; it ends with exit code 1 and the names of the
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -45,18 +43,29 @@ def answered(out: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def message(row: dict[str, Any], folder: str, question: str, tokens: int) -> dict[str, Any]:
-    """The request for one picture, which is read with the limits of vtprune."""
+def prompt(model: str, question: str) -> str:
+    """The text of a prompt with one picture, by the model's own chat template."""
+    from transformers import AutoProcessor
+
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": content}]
+    return AutoProcessor.from_pretrained(model).apply_chat_template(chat, add_generation_prompt=True)
+
+
+def request(row: dict[str, Any], folder: str, text: str, tokens: int) -> dict[str, Any]:
+    """What the engine gets for one picture, which is read with the limits of vtprune."""
+    picture, error = None, ""
     try:
-        image = open_picture(Path(folder) / row["picture"]).image
-    except VTPruneError as error:  # a damaged file is one row with an error, and not the end of the job
-        return {"messages": None, "__inference_error__": str(error)}
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    sampling = {"max_tokens": tokens, "temperature": 0.0}
-    return {"messages": [{"role": "user", "content": content}], "sampling_params": sampling, "__inference_error__": ""}
+        picture = open_picture(Path(folder) / row["picture"]).image
+    except VTPruneError as found:  # a damaged file is one row with an error, and not the end of the job
+        error = str(found)
+    return {
+        "picture": row["picture"],
+        "prompt": text,
+        "multimodal_data": {"image": picture},
+        "sampling_params": {"max_tokens": tokens, "temperature": 0.0},
+        "__inference_error__": error,
+    }
 
 
 def rows(args: argparse.Namespace, todo: list[str]) -> Iterator[dict[str, Any]]:
@@ -74,13 +83,16 @@ def rows(args: argparse.Namespace, todo: list[str]) -> Iterator[dict[str, Any]]:
         concurrency=args.workers,
         batch_size=args.batch,
         should_continue_on_error=True,  # a request that fails is a row with an error
-        prepare_multimodal_stage=True,
+        # One prompt serves all, made by `prompt`; the engine makes tokens of it.
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
         placement_group_config={"bundles": [{"CPU": 1}]} if args.cpu else None,
     )
-    folder, question, tokens = str(args.images.resolve()), args.question, args.max_tokens
+    folder, text, tokens = str(args.images.resolve()), prompt(args.model, args.question), args.max_tokens
 
     def before(row: dict[str, Any]) -> dict[str, Any]:
-        return {"picture": row["picture"], **message(row, folder, question, tokens)}
+        return request(row, folder, text, tokens)
 
     def after(row: dict[str, Any]) -> dict[str, Any]:
         return {
