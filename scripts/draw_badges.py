@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the badges of the README from pyproject.toml, into docs/badges: nothing is loaded from elsewhere.
 
-    python scripts/draw_badges.py
+python scripts/draw_badges.py
 """
 
 from __future__ import annotations

@@ -45,4 +45,4 @@ def test_it_is_small_and_names_no_folder_of_this_machine(stored: Any) -> None:
     text = PATH.read_text(encoding="utf-8")
     assert len(text) < 1_500_000
     assert str(ROOT) not in text and "site-packages" not in text
-    assert all("error" != out.output_type for cell in stored.cells for out in cell.get("outputs", []))
+    assert all(out.output_type != "error" for cell in stored.cells for out in cell.get("outputs", []))

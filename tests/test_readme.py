@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -57,8 +58,6 @@ def test_badges_say_what_the_package_does():
     for name, value in badges.facts().items():
         assert (badges.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == badges.badge(name, value)
         assert f"docs/badges/{name}.svg" in README
-    import importlib.metadata
-
     about = importlib.metadata.metadata("vtprune")
     assert about["Requires-Python"] == badges.facts()["python"]
 
