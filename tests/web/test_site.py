@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation site in Chromium, read from the disk: `make docs` builds it first."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from web_support import browser_missing
+
+SITE = Path(__file__).resolve().parents[2] / "build" / "site"
+pytestmark = [
+    pytest.mark.skipif(browser_missing() is not None, reason=browser_missing() or ""),
+    pytest.mark.skipif(not SITE.exists(), reason="no site in build/site: make docs"),
+]
+PAGES = sorted(SITE.rglob("*.html"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1280,1400",
+    ):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def test_every_page_is_reached_from_the_first():
+    seen, todo = set(), [SITE / "index.html"]
+    while todo:
+        page = todo.pop()
+        if page in seen or not page.exists():
+            continue
+        seen.add(page)
+        links = re.findall(r'href="?([^" >#]+\.html)', page.read_text(encoding="utf-8"))
+        todo += [(page.parent / link).resolve() for link in links if ":" not in link]
+    assert {page for page in PAGES if page.name != "404.html"} == seen
+
+
+def test_code_blocks_and_pages_fit_1280_pixels(browser):
+    wide = {}
+    for page in PAGES:
+        browser.get(page.as_uri())
+        found = browser.execute_script(
+            "return [[...document.querySelectorAll('.md-typeset pre > code')].filter("
+            "e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText.split('\\n')[0]),"
+            "document.documentElement.scrollWidth > window.innerWidth]"
+        )
+        if found[0] or found[1]:
+            wide[page.name] = found
+    assert not wide
+
+
+@pytest.mark.parametrize(
+    ("typed", "page"),
+    [("--mean-ratio", "choosing.html"), ("install", "quickstart.html"), ("how to install", "quickstart.html")],
+)
+def test_the_search_finds_from_the_disk(browser, typed, page):
+    browser.get((SITE / "index.html").as_uri())
+    time.sleep(2)
+    box = browser.find_element("css selector", ".md-search__input")
+    box.click()
+    box.send_keys(typed)
+    for _ in range(60):
+        time.sleep(0.5)
+        links = [e.get_attribute("href") for e in browser.find_elements("css selector", ".md-search-result__link")]
+        if any(page in link for link in links):
+            return
+    raise AssertionError(f"{typed}: {links}")
