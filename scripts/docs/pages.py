@@ -27,6 +27,7 @@ PROJECT = {
     "benchmarks/README.md": ("Benchmarks", "project/benchmarks.md"),
     "CHANGELOG.md": ("Changes", "project/changelog.md"),
 }
+# What the page of all methods begins with.
 METHODS = """# Methods
 
 Pass one by name, `vtprune.patch(model, ratio=0.25, method="divprune")`, or as an instance with options,
@@ -70,7 +71,7 @@ def made() -> dict[str, str]:
     parts = [
         f"## {title}\n\n{methods.ABOUT[title]}\n\n{tables.methods(names)}" for title, names in methods.groups().items()
     ]
-    text = "\n\n".join(["# Methods", METHODS, *parts])
+    text = "\n\n".join([METHODS, *parts])
     pages["methods/index.md"] = complete(f"{text}\n", "docs/methods/index.md")
     for title in results.sections()[1]:
         place = results.place(title)
