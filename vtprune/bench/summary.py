@@ -85,6 +85,12 @@ def _total(runs: dict, variant: str) -> float:
     return runs[variant]["total"] + extra
 
 
+def _first_token(runs: dict, variant: str) -> float:
+    """Seconds of vision tower and prefill; the limit is given embeddings, and its pictures would cost the same."""
+    encoding = "unpruned" if variant.startswith("limit ") else variant
+    return runs[encoding]["vision"] + runs[variant]["prefill"]
+
+
 def _against_unpruned(rounds: list[dict], variant: str) -> dict[str, Any]:
     share = rounds[0][variant]["flops_share"]
     before = _median(rounds, lambda runs: runs["unpruned"]["prefill"])
@@ -94,7 +100,14 @@ def _against_unpruned(rounds: list[dict], variant: str) -> dict[str, Any]:
         "flops_share": share,
         "flops_bound": before * share,
         "decision_share": _median(rounds, lambda runs: runs[variant]["decision"] / runs["unpruned"]["prefill"]),
+        "speedup_first_token": _median(
+            rounds, lambda runs: _first_token(runs, "unpruned") / _first_token(runs, variant)
+        ),
     }
+    if variant == "unpruned" and rounds[0]["unpruned"]["vision"]:
+        found["first_token_bound"] = _median(
+            rounds, lambda runs: _first_token(runs, "unpruned") / runs["unpruned"]["vision"]
+        )
     if share < 1:
         found["flops_gain"] = _median(
             rounds, lambda runs: (1 - runs[variant]["prefill"] / runs["unpruned"]["prefill"]) / (1 - share)

@@ -60,6 +60,13 @@ def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
 
 def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Notes on rows that do not pay, were refused, or differ from the KV formula."""
+    bound = next((row["first_token_bound"] for row in rows if "first_token_bound" in row), None)
+    gains = [f"{r['variant']} {r['speedup_first_token']:.2f} x" for r in rows if r.get("speedup_first_token")]
+    if bound is not None and len(gains) > 1:
+        yield (
+            f"first token, vision tower included: {', '.join(gains[1:])} as fast as unpruned; pruning the decoder "
+            f"alone can give at most {bound:.2f} x"
+        )
     for row in rows:
         if "refused" in row:
             yield f"{row['variant']}: {row['refused']}"
