@@ -81,7 +81,7 @@ def test_it_sees_wide_pictures(loaded):
 def test_the_command_line_knows_it(loaded):
     model, _ = loading.model_and_processor("embedded-qwen2_5_vl", device="cpu")
     assert model.config.model_type == loading.config("embedded-qwen2_5_vl")[0].model_type == "qwen2_5_vl"
-    with pytest.raises(ValueError, match="there are llava, qwen2_5_vl"):
+    with pytest.raises(ValueError, match="expected one of llava, qwen2_5_vl"):
         refvlm.load(name="qwen")
 
 
