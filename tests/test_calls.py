@@ -300,3 +300,17 @@ def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixt
         caplog.clear()
         model(**batch)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
+@torch.no_grad()
+def test_an_argument_that_the_model_does_not_know_is_no_picture(family: str) -> None:
+    """Collators of other models leave `image_flags` and the like in a batch; models ignore them."""
+    model, text = model_of(family), FAMILIES[family].batch([[9]])
+    strange = {"image_flags": torch.ones(1, 1), "visual_weights": torch.ones(1, 40), "video_frames_seen": True}
+    want = model(**text, **strange).logits
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        assert torch.equal(model(**text, **strange).logits, want)
+        assert patch.last is None
+        model(**FAMILIES[family].batch(ONE), **strange)
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])

@@ -281,8 +281,11 @@ class Session:
         thread = self.thread
         visual, encoded = None, {}
         if thread.inputs is not None and not requests.current(self).paused:
+            known = parameters(self.spec.anatomy.composite.forward).named
+            # Arguments that the model has no name for are not pixels, whatever they are called.
+            named = {n: value for n, value in thread.inputs.items() if n in known or n == ENCODER_OUTPUTS}
             encoded = encoder_outputs.supplied(
-                thread.inputs, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
+                named, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
             )
             if not encoded and thread.tower_ran:  # pixels were passed in an argument with an unknown name
                 encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
