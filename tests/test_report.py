@@ -73,7 +73,7 @@ def test_files_that_cannot_be_rendered_are_named(copy: Path, monkeypatch: pytest
     monkeypatch.setattr(report, "ROOT", copy)
     for name, text, message in (
         ("speed.json", "{}", "speed.json has no renderer"),
-        ("kinds.json", "{", "kinds.json is no JSON"),
+        ("kinds.json", "{", "kinds.json is not JSON"),
         ("kinds.json", "{}", "kinds.json does not hold"),
         ("soak.json", '{"left": ["memory"]}', "soak.json is of an interrupted run; left to do: memory"),
     ):
