@@ -84,7 +84,7 @@ class VisPruner(Method):
         queries: Without a class token, the query rows that the mean attention received is taken over: `"auto"` takes
             all, and a stratified sample of 512 in pictures of 2,048 patches or more; a number takes that many.
             The thinning answers to a sample as to any rounding: about a third of the set changes
-            (`benchmarks/received.py`; 2 % for `visionzip`), and right answers do not.
+            (`benchmarks/received.py`; 2 % for `visionzip`).
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ..., as the release does; by default they keep their
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
