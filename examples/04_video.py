@@ -50,7 +50,7 @@ def answer(model, processor, inputs: dict[str, torch.Tensor]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prunes a clip: as several pictures, and as a video.")
-    parser.add_argument("--method", default="iwp")
+    parser.add_argument("--method", default="resprune")
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--pan", type=int, default=6, help="pixels that the camera moves from frame to frame")
     parser.add_argument("--scene", type=int, default=7)

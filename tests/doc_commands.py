@@ -18,6 +18,7 @@ import tomllib
 from packaging.requirements import Requirement
 
 from vtprune.cli.main import build_parser
+from vtprune.core import default_method
 from vtprune.integrations.lmms_eval import options
 from vtprune.integrations.vllm import settings
 
@@ -131,7 +132,7 @@ def _lmms_eval(words: list[str], saved: list[str]) -> None:
     values = dict(part.split("=", 1) for part in re.split(r",(?![^\[]*\])", given["--model_args"]))
     taken = ("pretrained", "method", "ratio", "keep", "mean_ratio", "square")
     read = {key: _value(text) for key, text in values.items()}
-    name = values.get("method", "iwp")
+    name = values.get("method", default_method.NAME)
     options.method(name, {key: value for key, value in read.items() if key not in taken}, taken)
     options.budget(name, **{key: read[key] for key in ("ratio", "keep", "mean_ratio") if key in read})
     if "--include_path" in given and not (ROOT / given["--include_path"]).is_dir():

@@ -187,6 +187,13 @@ def test_one_request_may_have_a_certificate_of_its_own(prompts, monkeypatch) -> 
             model(**prompts[0])
             assert patch.last is not None and len(patch.last.kept[0]) > 0
     with (
+        torch.no_grad(),
+        vtprune.patch(model, ratio=0.2, method="uniform") as patch,
+        patch.using(ratio=found, method="divprune"),
+    ):
+        model(**prompts[0])
+        assert patch.last.method == "divprune" and len(patch.last.kept[0]) == round(0.5 * len(patch.last.visual[0]))
+    with (
         vtprune.patch(model, ratio=0.2, method="random") as patch,
         pytest.raises(CertificateError, match="for the method DivPrune"),
         patch.using(ratio=found),

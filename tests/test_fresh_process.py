@@ -24,4 +24,4 @@ print(patch.last.method, len(patch.last.kept[0]))
 
 def test_patch_knows_the_methods_by_itself() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["iwp", "5"], done.stderr[-2000:]
+    assert done.stdout.split() == ["resprune", "5"], done.stderr[-2000:]

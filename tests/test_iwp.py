@@ -18,8 +18,6 @@ from vtprune.methods.iwp.method import IWP
 from vtprune.methods.iwp.query_free import query_free_magnitude
 from vtprune_kernels.progressive_mmr import Duplication
 
-READINGS = ["chunked", "streaming", "tournament"]
-
 
 def rotate(x, first=0, base=10000.0):
     """Rotary embedding, half-split, positions `first..` along the last but one dimension."""
@@ -63,12 +61,9 @@ def test_is_registered_and_clamps_its_layer_to_shallow_decoders():
         {"reduce": "median"},
         {"relevance": "max"},
         {"objective": "quadratic"},
-        {"reading": "random"},
         {"duplication": 1.5},
         {"layer": -1},
         {"chunk": 0},
-        {"image_floor": 2},
-        {"image_floor": 0.5, "reading": "streaming"},
     ],
     ids=str,
 )
@@ -114,24 +109,19 @@ def test_relevance_ignores_where_the_image_stands():
 
 
 @pytest.mark.parametrize("relevance", ["linear", "log", "rank"])
-@pytest.mark.parametrize("reading", READINGS)
-def test_without_duplication_it_is_top_k(relevance, reading):
+def test_without_duplication_it_is_top_k(relevance):
     s = sample(seed=1)
-    method = IWP(duplication=0, relevance=relevance, reading=reading, block=16)
+    method = IWP(duplication=0, relevance=relevance)
     batch = tokens([s], [20])
     scores = method.candidates(batch).relevance
-    quotas = {"chunked": [16, 16, 16, 12], "streaming": [5, 5, 6, 4], "tournament": [11, 11, 11, 8]}[reading]
-    blocks = [b.topk(k).indices + 16 * i for i, (b, k) in enumerate(zip(scores.split(16), quotas, strict=True))]
-    among = torch.cat(blocks)
-    expected = among[scores[among].topk(20).indices]
+    expected = scores.topk(20).indices
     assert set(method.choose(batch).keep.nonzero().flatten().tolist()) == set(expected.tolist())
 
 
-@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("count", [1, 2, 17])
-def test_full_budget_keeps_everything(reading, count):
-    assert kept(IWP(reading=reading, block=5), [sample(count)], [count])[0].all()
-    assert kept(IWP(reading=reading, block=5), [sample(count)], [1])[0].sum() == 1
+def test_full_budget_keeps_everything(count):
+    assert kept(IWP(), [sample(count)], [count])[0].all()
+    assert kept(IWP(), [sample(count)], [1])[0].sum() == 1
 
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from([0.25, 0.5, 1.0]))
@@ -159,39 +149,12 @@ def test_duplicates_are_not_kept_while_others_are_worth_more():
     assert (blind[:40] == blind[40:]).all()
 
 
-SETTINGS = [{}, {"image_floor": 0.5}, *({"reading": reading, "block": 16} for reading in READINGS)]
-
-
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_a_sample_in_a_batch_is_chosen_as_alone(options):
+def test_a_sample_in_a_batch_is_chosen_as_alone():
     samples = [sample(60, 5, seed=4), sample(7, 1, seed=5, before=0), sample(100, 9, seed=6)]
     budgets = [12, 3, 40]
-    together = kept(IWP(**options), samples, budgets)
+    together = kept(IWP(), samples, budgets)
     for s, budget, mine in zip(samples, budgets, together, strict=True):
-        assert torch.equal(kept(IWP(**options), [s], [budget])[0], mine)
-
-
-def test_streaming_spreads_the_budget_over_the_blocks():
-    keep = kept(IWP(reading="streaming", block=16), [sample(64, seed=7)], [10])[0]
-    assert [int(block.sum()) for block in keep.split(16)] == [2, 3, 2, 3]
-
-
-def test_streaming_does_not_repeat_what_was_kept_before():
-    method = IWP(reading="streaming", block=20, duplication=1.0, relevance="rank")
-    keep = kept(method, [doubled(20, seed=8)], [16])[0]
-    assert not (keep[:20] & keep[20:]).any()
-
-
-def test_every_image_is_sure_of_its_floor():
-    s = sample(90, seed=9)
-    dull = s.values.clone()
-    dull[:, 33:63] *= 1e-3  # nothing of the second image is relevant
-    image = torch.arange(3).repeat_interleave(30)
-    samples = [Sample(s.queries, s.keys, dull, 3, 90)]
-    without = kept(IWP(relevance="linear", duplication=0.1), samples, [30], image)[0]
-    with_floor = kept(IWP(relevance="linear", duplication=0.1, image_floor=0.5), samples, [30], image)[0]
-    assert without[30:60].sum() == 0 and with_floor[30:60].sum() == 5
-    assert all(part.sum() >= 5 for part in with_floor.split(30))
+        assert torch.equal(kept(IWP(), [s], [budget])[0], mine)
 
 
 def test_last_token_query_differs_and_text_free_prompts_have_only_it():

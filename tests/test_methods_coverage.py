@@ -60,6 +60,15 @@ def test_length_counts_for_resprune_unless_rows_are_unit() -> None:
     assert torch.equal(methods.ResPrune(unit=True).choose(tokens).keep, chosen)
 
 
+def test_resprune_cuts_deep_decoders_after_their_first_layer() -> None:
+    layers = [methods.ResPrune().schedule(depth)[0].layer for depth in (1, 6, 15, 16, 32)]
+    assert layers == [0, 0, 0, 1, 1]
+    assert [methods.ResPrune(layer=3).schedule(depth)[0].layer for depth in (2, 32)] == [1, 3]
+    assert methods.ResPrune(layer=0).schedule(32)[0].layer == 0
+    with pytest.raises(MethodError, match="layer is -1"):
+        methods.ResPrune(layer=-1)
+
+
 def test_center_takes_the_mean_of_each_pool_out() -> None:
     rows, group = torch.randn(9, 4), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
     rows[6] = 0  # a token without a place

@@ -116,7 +116,7 @@ def build(models: Models) -> gr.Blocks:
                 question = gr.Textbox(first, label="Question", max_length=MAX_QUESTION, elem_id="question")
                 ratio = gr.Slider(0.02, 1.0, 0.1, step=0.01, label="Share of visual tokens kept", elem_id="ratio")
                 chosen = gr.CheckboxGroup(
-                    list(methods.for_pictures()), value=["iwp"], label="Methods", elem_id="methods"
+                    list(methods.for_pictures()), value=["resprune"], label="Methods", elem_id="methods"
                 )
                 names = models.names
                 asked = gr.CheckboxGroup(

@@ -6,6 +6,8 @@ import torch
 from families import FAMILIES
 from support import CLIP, LAYOUTS, MIXED, ONE, model_of, pruned, reference, survivors
 
+from vtprune.methods import ResPrune
+
 
 def check(model: torch.nn.Module, method: object, batch: dict, **budget: object) -> None:
     with pruned(model, method, **budget) as (patch, spy):
@@ -28,6 +30,12 @@ def check(model: torch.nn.Module, method: object, batch: dict, **budget: object)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_methods(family: str, method: str, padding: str) -> None:
     check(model_of(family), method, FAMILIES[family].batch(MIXED, padding))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_the_default_in_deep_decoders(name: str) -> None:
+    """The families' decoders are shallow, and the default cuts before those; deep ones are cut before layer 1."""
+    check(model_of(name), ResPrune(layer=1), FAMILIES[name].batch(MIXED))
 
 
 def test_layouts(family: str, layout: str, attention: str) -> None:

@@ -6,6 +6,8 @@ import torch
 from families import FAMILIES, Image
 from support import LAYOUTS, MIXED, model_of, pruned
 
+from vtprune.methods import ResPrune
+
 
 def check(family: str, method: object, padding: str) -> None:
     model, make = model_of(family), FAMILIES[family]
@@ -30,6 +32,11 @@ def check(family: str, method: object, padding: str) -> None:
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_methods(family: str, method: str, padding: str) -> None:
     check(family, method, padding)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_the_default_in_deep_decoders(name: str) -> None:
+    check(name, ResPrune(layer=1), "left")
 
 
 def test_layouts(family: str, layout: str) -> None:

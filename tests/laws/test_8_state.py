@@ -129,3 +129,39 @@ def test_nothing_grows(family: str, layout: str) -> None:
         for _ in range(8):
             generate(model, batch)
         assert tensors() <= before
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_requests_with_methods_of_their_own(name: str) -> None:
+    """Inside `using(method=...)` a thread gets what a patch with that method gives, whatever others ask for."""
+    model, batch = model_of(name), FAMILIES[name].batch([PROMPTS[0]])
+    asked = [("iwp", {"ratio": 0.3}), ("pyramiddrop", {"keep": 4}), ("uniform", {"mean_ratio": 0.5}), ("resprune", {})]
+    want = []
+    for method, budget in asked:
+        with torch.no_grad(), vtprune.patch(model, method=method, **(budget or {"ratio": 0.6})) as patch:
+            want.append((generate(model, batch), patch.last.method, [k.tolist() for k in patch.last.kept]))
+    assert len({str(kept) for _, _, kept in want}) == len(want)
+    got: list[Any] = [None] * len(asked)
+
+    def work(i: int) -> None:
+        method, budget = asked[i]
+        with torch.no_grad(), patch.using(**budget, method=method):
+            for _ in range(3):
+                got[i] = (generate(model, batch), patch.last.method, [k.tolist() for k in patch.last.kept])
+
+    with vtprune.patch(model, ratio=0.6, method="divprune") as patch, torch.no_grad():
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == want
+        with patch.using(method="iwp"), patch.using(ratio=0.3):  # the inner block keeps the outer one's method
+            assert (generate(model, batch), patch.last.method) == want[0][:2]
+        model(**batch)
+        assert patch.last.method == "divprune"
+        for refused, match in (("dart", "only vtprune.patch"), ("dort", "unknown method")):
+            with pytest.raises(vtprune.MethodError, match=match), patch.using(method=refused):
+                pass
+        with pytest.raises(vtprune.BudgetError, match="first cut"), patch.using(mean_ratio=0.01, method="iwp"):
+            pass

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import images
+from ..core import default_method, images
 from ..errors import InputError, one_line
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, add_model, count, quiet, ratio, share, short, words
@@ -72,7 +72,7 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
     budget.add_argument("--auto", metavar="FILE", help="automatic ratio calibrated by vtprune tune --auto")
     budget.add_argument("--certificate", metavar="FILE", help="ratio and method certified by vtprune certify")
     budget.add_argument("--mean-ratio", type=share, metavar="SHARE", help="mean share over all decoder layers instead")
-    parser.add_argument("--method", help="see vtprune methods (default: iwp, or the certificate's)")
+    parser.add_argument("--method", help=f"see vtprune methods (default: {default_method.NAME}, or the certificate's)")
     parser.add_argument(
         "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
     )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import images
+from ..core import default_method, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, count, quiet, share, words
@@ -53,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["iwp"],
+        default=[default_method.NAME],
         metavar="METHOD",
         help="NAME or NAME:option=value,... (default: %(default)s; random and pooling are always run)",
     )

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ..core import default_method
 from ..errors import InputError
 from .arguments import add_device, add_model, chosen_methods, count, probability, quiet, share, words
 from .fidelity import prompt_pairs, prompts
@@ -34,7 +35,9 @@ def add(commands: Any) -> None:
     questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
     questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
     parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
-    parser.add_argument("--method", default="iwp", help="a name, or a strategy file (default: %(default)s)")
+    parser.add_argument(
+        "--method", default=default_method.NAME, help="a name, or a strategy file (default: %(default)s)"
+    )
     parser.add_argument(
         "--risk",
         type=probability,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from .. import methods as registered_methods  # noqa: F401  # registers the methods that come with the package
 from .. import towers
+from ..core import default_method
 from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
 from ..core.energy import Auto
@@ -49,7 +49,7 @@ class Patch:
         # two patches that replace the same method must be removed in reverse order.
         if replaces is not None:
             replaces.remove()
-        self._certificates: list[Certificate] = []  # checked to be for this model and method
+        self._certificates: list[Certificate] = []  # checked to be for this model
         self._depth = 0  # of nested `with` blocks
         self._attach()
 
@@ -114,36 +114,46 @@ class Patch:
         *,
         keep: int | None = None,
         mean_ratio: float | None = None,
+        method: MethodLike | None = None,
     ) -> Iterator[Patch]:
-        """Context in which prefills have another budget than that of the patch.
+        """Context in which prefills have another budget or another method than those of the patch.
 
         Args:
-            ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one. A certificate has to be for the patch's
-                method.
+            ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one, or none where a method is given. A certificate
+                has to be for the method that applies inside.
+            method: Name, class or instance; one that records nothing while the model runs, or the patch's own.
 
         Raises:
             BudgetError: There is not exactly one budget, or it is out of range or cannot be met.
             CertificateError: The certificate is for another model or method.
+            MethodError: The method needs hooks that only `vtprune.patch` attaches, or the model cannot serve it.
         """
+        running = requests.current(self._session)
+        spec = running.spec or self.spec
+        chosen = spec.method if method is None else resolve(method)
         if isinstance(ratio, Certificate):
-            self._check(ratio)
+            self._check(ratio, chosen)
             ratio = ratio.budget
-        budget = Budget(ratio, keep, mean_ratio)
+        changes: dict[str, Any] = {}
+        if method is None or (ratio, keep, mean_ratio) != (None, None, None):
+            changes["budget"] = Budget(ratio, keep, mean_ratio)
+        budget = changes.get("budget", running.budget or self.budget)
+        if method is not None:
+            spec = self.spec.with_method(chosen, budget)
         if budget.mean_ratio is not None:
-            for use in self.spec.uses:
+            for use in spec.uses:
                 solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises if it cannot be met
-        with requests.override(self._session, budget=budget):
+        with requests.override(self._session, spec=spec, **changes):
             yield self
 
-    def _check(self, certificate: Certificate) -> None:
-        """Refuses a certificate of another model or method; each certificate is checked once."""
-        if certificate in self._certificates:
-            return
+    def _check(self, certificate: Certificate, method: Method) -> None:
+        """Refuses a certificate of another model or method; the weights of one that has passed are not read again."""
         if len(self.spec.uses) > 1:
             raise CertificateError("the certificate is for one method, but this patch has another one for clips")
-        certificate.check_method(self.method)
-        certificate.check_model(self.model)
-        self._certificates.append(certificate)
+        certificate.check_method(method)
+        if certificate not in self._certificates:
+            certificate.check_model(self.model)
+            self._certificates.append(certificate)
 
     @contextmanager
     def visual(self, columns: torch.Tensor) -> Iterator[Patch]:
@@ -228,7 +238,7 @@ def patch(
         mean_ratio: Share of the visual tokens that is left, averaged over the inputs of the decoder layers, instead of
             `ratio`; methods that cut at different depths then cost the same.
         method: Name, class or instance of the method; or a mapping with one for each of "image" and "video". By default
-            the certificate's, or `iwp`, or, on decoders whose layers it cannot read, `divprune`, which is logged once.
+            the certificate's, or `resprune`.
         video_method: Another method for clips, for models with video inputs; `method` then prunes pictures only.
         window: Largest number of visual tokens of a sample in a KV cache between calls, for streams of frames: after
             each prefill, the oldest frames beyond it are removed from the cache. Without a budget nothing else is
@@ -246,9 +256,8 @@ def patch(
         UnsupportedModelError: A part of the model was not found, or its structure is not supported.
     """
     certificate, ratio = (ratio, ratio.budget) if isinstance(ratio, Certificate) else (None, ratio)
-    by_default = method is None and certificate is None
     if method is None:
-        method = "iwp" if certificate is None else certificate.make_method()
+        method = default_method.NAME if certificate is None else certificate.make_method()
     chosen, for_clips = _methods(method, video_method)
     if window is not None:
         check_window(window)
@@ -264,7 +273,7 @@ def patch(
             raise CertificateError("the certificate is for one method, but another one was given for clips")
         certificate.check_method(chosen)
         certificate.check_model(model)
-    spec = replace(PruneSpec.of(model, chosen, budget, for_clips, window, cut), by_default=by_default)
+    spec = PruneSpec.of(model, chosen, budget, for_clips, window, cut)
     return Patch(model, spec, replaces=find_patch(model))
 
 

@@ -19,24 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
-from ..core.registry import resolve
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
-from ..models.attention_probe import UnreadableLayerError
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
 from ..report import explain
 from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
-from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
 from .spec import MethodUse, PruneSpec
-
-FALLBACK = "divprune"  # needs only the tokens' states, which every model has
 
 
 @dataclass
@@ -45,7 +40,6 @@ class DecoderCall(CallState):
 
     required_layer_inputs: set[int] = field(default_factory=set)
     narrow: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
-    ran_instead: str | None = None  # name of the method that replaced a default method that cannot run on this model
     give: Callable[[], None] | None = None  # hands the layer that runs next what was computed to read it
     trains: bool = False  # whether gradients are wanted of what the present cut receives
 
@@ -185,7 +179,7 @@ class DecoderCall(CallState):
         past, length, layouts = columns.past, columns.length, columns.layouts
         layout, seconds, said = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
         kept = [(decision.scores, decision.kept, decision.states) for decision in self.decisions]
-        stages, method, budget = self.stages, self.ran_instead or spec.method_names, self.options.budget
+        stages, method, budget = self.stages, spec.method_names, self.options.budget
         runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
 
         def make() -> PruningRecord:
@@ -274,14 +268,6 @@ class DecoderCall(CallState):
         wanted, checks = torch.tensor(counts), DeferredChecks()
         tokens = token_view.tokens(self, call, number, flat, wanted, here, checks)
         try:
-            choice = method.choose(tokens)
-        except UnreadableLayerError as error:
-            checks.raise_if_failed()
-            if not self.spec.by_default:
-                raise
-            method = resolve(FALLBACK)
-            self.ran_instead = FALLBACK
-            warn_once(f"the default method cannot run on this model ({error}); {FALLBACK!r} is used instead")
             choice = method.choose(tokens)
         except Exception:
             checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error

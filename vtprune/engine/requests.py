@@ -22,6 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..core.budget import Budget
+    from .spec import PruneSpec
 
 _POOLS = ("concurrent.futures", "multiprocessing", "joblib", "anyio")
 
@@ -33,12 +34,14 @@ class Request:
     Attributes:
         paused: Whether prefills are left unpruned.
         budget: Budget that replaces the patch's own.
+        spec: Specification with another method that replaces the patch's own.
         visual: `[B, T]` visual positions of the prompt: a bool mask, or token ids with placeholders.
         question_end: Position at which the answer begins, one for all rows or one for each.
     """
 
     paused: bool = False
     budget: Budget | None = None
+    spec: PruneSpec | None = None
     visual: Tensor | None = None
     question_end: int | Sequence[int] | Tensor | None = None
 

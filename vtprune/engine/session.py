@@ -303,9 +303,10 @@ class Session:
         thread.found_visual = visual is not None
         outer = {**(thread.inputs or {}), **(thread.outer or {})} if visual is not None else {}
         request = requests.current(self)
-        own_budget = request.budget is not None or not self.drops
+        own_budget = request.budget is not None or request.spec is not None or not self.drops
+        spec = request.spec or self.spec
         options = CallOptions(self.budget, request.question_end, outer, own_budget, thread.generates)
-        thread.call = call = prefill.begin(self.spec, options, self.caches, thread.inputs, args, kwargs, visual)
+        thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, args, kwargs, visual)
         if call is None:
             return None
         visual = call.visual

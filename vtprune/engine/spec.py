@@ -75,7 +75,6 @@ class PruneSpec:
         renumbers: Whether kept tokens get consecutive position ids.
         window: Largest number of visual tokens of a sample in a cache after a prefill; None for no limit.
         tower: Method that cuts inside the vision tower, or None.
-        by_default: Whether the method is the default and not the user's choice.
     """
 
     uses: tuple[MethodUse, ...]
@@ -84,7 +83,6 @@ class PruneSpec:
     renumbers: bool
     window: int | None = None
     tower: TowerMethod | None = None
-    by_default: bool = False
 
     @classmethod
     def of(
@@ -125,6 +123,33 @@ class PruneSpec:
                 "`positions` for both"
             )
         return cls(uses, budget, anatomy, renumbers.pop(), window, tower)
+
+    def with_method(self, method: Method, budget: Budget) -> PruneSpec:
+        """The same with another method, for one request: what the model's hooks record is that of the patch's method.
+
+        Raises:
+            MethodError: The method needs hooks of its own, or position ids that the patch does not give; or the
+                patch has a second method for clips.
+            BudgetError: The budget cannot be met at the layers where the method cuts.
+        """
+        if len(self.uses) > 1:
+            raise MethodError("using(method=...) replaces one method; this patch has another one for clips beside it")
+        if repr(method) == repr(self.method):
+            return self
+        use = MethodUse.of(method, self.anatomy, budget)
+        name = method.name or type(method).__name__
+        if use.taps:
+            raise MethodError(
+                f"{name} reads what passes inside the model, with hooks that only vtprune.patch(model, method=...) "
+                "attaches; patch the model with it, or choose a method here that reads hidden states or the layer at "
+                "the cut, such as 'resprune' or 'iwp'"
+            )
+        if _renumbers(method, self.anatomy, self.window) != self.renumbers:
+            raise MethodError(
+                f'{name} and {self.method_names} differ in positions ("compact" renumbers what is kept); give both the '
+                "same"
+            )
+        return replace(self, uses=(use,))
 
     @property
     def method(self) -> Method:

@@ -12,38 +12,47 @@ from torch import Tensor
 from vtprune_kernels import residual_pivots
 
 from ..core.method import Choice, Method, Stage
+from ..core.options import Count
 from ..core.ragged import from_order
 from ..core.registry import register
 from ..core.tokens import Tokens
+
+SHALLOW = 16  # layers; in a shallower decoder one layer is too large a share of the cost
 
 
 @register("resprune")
 @dataclass
 class ResPrune(Method):
-    """Keeps tokens by greedy selection on residual energy, before the decoder.
+    """Keeps tokens by greedy selection on residual energy, before the decoder or its second layer.
 
-    Paper: ResPrune, arXiv 2603.21105. Reads only the visual embeddings in the prompt; all pictures of a sample are one
-    group. Every pick is the token with the largest energy `|x_i - P x_i|^2` outside the span of the tokens picked
-    before: QR with column pivoting of the transposed features. The share of all tokens' energy that the picks explain
-    grows about as fast as for any selection of tokens.
+    Paper: ResPrune, arXiv 2603.21105. Reads only the hidden states at the cut; all pictures of a sample are one group.
+    Every pick is the token with the largest energy `|x_i - P x_i|^2` outside the span of the tokens picked before: QR
+    with column pivoting of the transposed states. The share of all tokens' energy that the picks explain grows about
+    as fast as for any selection of tokens.
 
-    Differences from the paper, for which no code was released: tokens are not weighted by their relevance to the text;
+    Differences from the paper, for which no code was released: the paper cuts before the decoder (`layer=0`). Here
+    decoders of 16 layers or more are cut before layer 1, because the first layer of a real decoder separates rare
+    tokens from frequent ones (measured in docs/choosing.md). Tokens are not weighted by their relevance to the text;
     rows are not normalized; a token with a residual below 1e-6 of its own energy counts as explained, and such tokens
     come last, by energy; newline tokens are not candidates and are dropped first.
 
     Attributes:
+        layer: The cut is before this decoder layer; a decoder with fewer layers is cut before its last one. By default
+            layer 1, and 0 in decoders of fewer than 16 layers.
         unit: Normalize every token first, so that only directions count.
         center: Subtract the mean token of each group first.
         positions: `"compact"` renumbers the kept tokens 0, 1, 2, ...; by default they keep their position ids. Not for
             models with position ids on several axes (M-RoPE).
     """
 
+    layer: Count | None = None
     unit: bool = False
     center: bool = False
     positions: Literal["original", "compact"] = "original"
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
-        return (Stage(0, 0.1112),)
+        layer = int(num_layers >= SHALLOW) if self.layer is None else min(self.layer, num_layers - 1)
+        return (Stage(layer, 0.1112),)
 
     def choose(self, tokens: Tokens) -> Choice:
         features = tokens.placed_hidden

@@ -39,10 +39,6 @@ _users = 0
 state = _Thread()
 
 
-class UnreadableLayerError(MethodError):
-    """Queries, keys and values of a layer cannot be read as requested."""
-
-
 @dataclass
 class QKV:
     """Inputs of a layer's attention function.
@@ -311,7 +307,7 @@ def probe(
         projections: Of earlier runs on the same states, which this one shares, or adds its own to.
 
     Raises:
-        UnreadableLayerError: The layer has no attention function, or its rotation does not come as
+        MethodError: The layer has no attention function, or its rotation does not come as
             `position_embeddings`.
     """
     from transformers import Cache
@@ -329,7 +325,7 @@ def probe(
             return stop.inputs
         finally:
             state.on = False
-    raise UnreadableLayerError(
+    raise MethodError(
         f"{type(layer).__name__} calls no attention function (linear attention, convolution or state space); choose a "
         "layer with attention"
     )
@@ -363,7 +359,7 @@ def _uncompiled(layer: nn.Module) -> Callable:
 
 def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
     if not (isinstance(rotation, tuple) and len(rotation) == 2):
-        raise UnreadableLayerError(
+        raise MethodError(
             f"{type(layer).__name__} does not take its rotation as position_embeddings=(cos, sin), so keys before "
             "rotation cannot be read; choose the method's variant that reads rotated keys"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import default_method
 from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method
@@ -28,7 +29,7 @@ def certify(
     model: nn.Module,
     prompts: Iterable[Mapping[str, Any]],
     *,
-    method: str | Method | type[Method] = "iwp",
+    method: str | Method | type[Method] = default_method.NAME,
     risk: float = 0.05,
     confidence: float = 0.95,
     candidates: Sequence[float | Auto] = CANDIDATES,

@@ -20,6 +20,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from ... import refvlm
+from ...core import default_method
 from ...engine.patching import Patch, patch
 from ...refvlm import loading
 from ...report.pruning import Pruning
@@ -66,7 +67,7 @@ class VTPrune(Huggingface):
     def __init__(
         self,
         pretrained: str = loading.EMBEDDED,
-        method: str = "iwp",
+        method: str = default_method.NAME,
         ratio: float | None = None,
         keep: int | None = None,
         mean_ratio: float | None = None,

@@ -17,7 +17,6 @@ from ...core.options import AtLeastZero, Count, Positive, Share
 from ...core.ragged import rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
-from ...errors import MethodError
 from .mmr import MMR, Candidates
 from .query_free import query_free_magnitude
 
@@ -55,10 +54,6 @@ class IWP(Method):
         rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
         objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
             the span of its closest chosen one; `relevance` is not used then.
-        reading: `"chunked"`, over the whole group at once; `"streaming"`, block after block against what was chosen
-            before, each with its share of the budget; `"tournament"`, inside blocks first, then among the winners.
-        block: Tokens per block of the last two.
-        image_floor: Share of its fair part of the budget that every image is sure of, in [0, 1].
     """
 
     question_aware: ClassVar[bool] = True
@@ -75,14 +70,6 @@ class IWP(Method):
     rope_in_magnitude: bool = False
     rope_in_duplication: bool = True
     objective: Literal["linear", "log"] = "linear"
-    reading: Literal["chunked", "streaming", "tournament"] = "chunked"
-    block: Positive = 512
-    image_floor: Share = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.image_floor and self.reading != "chunked":
-            raise MethodError(f"iwp: image_floor goes with reading='chunked' only, found {self.reading!r}")
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return (Stage(min(self.layer, num_layers - 1)),)
@@ -124,14 +111,7 @@ class IWP(Method):
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("iwp: %s", self.statistics(tokens, rows))
         chooser = MMR(self.duplication, self.chunk, self.growth, self.pool_factor, self.objective)
-        if self.reading == "streaming":
-            keep = chooser.stream(rows, tokens.budgets, self.block)
-        elif self.reading == "tournament":
-            keep = chooser.tournament(rows, tokens.budgets, self.block)
-        elif self.image_floor:
-            keep = chooser.floored(rows, tokens.budgets, tokens.image, self.image_floor)
-        else:
-            keep = chooser.whole(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
+        keep = chooser.keep(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
         return Choice(keep, scores=rows.relevance)
 
     def statistics(self, tokens: Tokens, rows: Candidates | None = None) -> dict[str, float]:
