@@ -27,6 +27,7 @@ from ..report import explain
 from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
+from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
 from .columns import Columns
