@@ -102,6 +102,8 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_towers_pass_or_are_refused_with_their_reason(architecture: str, outcome: str) -> None:
+    if architecture not in NAMES:
+        pytest.skip(f"this transformers has no {architecture}")
     entry = run.examine(architecture, NAMES[architecture], only_tower=True)
     if entry.get("status") == "not fed":
         pytest.skip(f"the unpatched model fails: {entry['reason']}")

@@ -19,8 +19,11 @@ from tests.coverage import build, prompts, run  # noqa: E402
 @pytest.mark.parametrize("method", ["uniform", "divprune"])
 @torch.no_grad()
 def test_an_answer_behind_right_padding(method: str) -> None:
+    names = run.registered()
+    if "lfm3_vl" not in names:
+        pytest.skip("this transformers has no LFM3-VL")
     torch.manual_seed(0)
-    model = build.widen(build.build("lfm3_vl", run.registered()["lfm3_vl"]).model).eval()
+    model = build.widen(build.build("lfm3_vl", names["lfm3_vl"]).model).eval()
     parts = vtprune.inspect(model)
     assert parts.mixes_columns
     made = prompts.prompts_for(model, parts.placeholders)

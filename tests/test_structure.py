@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -130,3 +131,14 @@ def test_the_layout_table_names_every_folder_once():
     top = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in made]
     folders = {f"{name}/" for name in top if not name.endswith(".egg-info") and name != "vtprune"}
     assert sorted(rows) == sorted(folders | {f"vtprune/{name}/" for name in PACKAGES} | {"vtprune/errors.py"})
+
+
+def test_faults_of_the_laws_name_code_that_exists() -> None:
+    """`scripts/check_laws_can_fail.py` replaces text of the package; each text must still be in its file."""
+    spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts" / "check_laws_can_fail.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["faults"] = script
+    spec.loader.exec_module(script)
+    stale = [f.what for f in script.FAULTS if f.old not in (ROOT / "vtprune" / f.file).read_text()]
+    assert not stale
