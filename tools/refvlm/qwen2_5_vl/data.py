@@ -35,7 +35,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "order": pages.ORDER,
 }
 NAMES = list(GROUPS)
-KINDS = {"scene": 0.3, "crowd": 0.22, "page": 0.23, "pair": 0.1, "clip": 0.15}
+KINDS = {"scene": 0.16, "crowd": 0.12, "page": 0.54, "pair": 0.06, "clip": 0.12}
 # Rows and columns of visual tokens with their weights: small pictures most of the time, large ones rarely.
 SIZES: dict[str, dict[tuple[int, int], float]] = {
     "scene": {

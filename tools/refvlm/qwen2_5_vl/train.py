@@ -121,7 +121,11 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
     learner = Learner(build.build(layers))
     learner.load_state_dict(state)
     optims = optimizers(learner, step < args.look)
-    if step not in (args.look, args.look + args.small):
+    same = all(
+        len(optim.state_dict()["param_groups"]) == len(known["param_groups"])
+        for optim, known in zip(optims, states, strict=True)
+    )
+    if same and step not in (args.look, args.look + args.small):  # another phase begins with fresh moments
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     return learner, optims, step
