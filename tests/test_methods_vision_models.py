@@ -20,7 +20,8 @@ from vtprune.methods import Tokens
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_estimators_agree_about_a_model(family: str) -> None:
     model, batch, found = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5]]), {}
-    for estimator in ("jvp", "difference") + (("exact",) if family == "llava" else ()):
+    closed = family != "smolvlm"  # its connector is one linear
+    for estimator in ("jvp", "difference") + ("exact",) * closed:
         method = methods.ZOOPrune(estimator=estimator, directions=400 if family == "llava" else 8, step=1e-2)
         with torch.inference_mode(), vtprune.patch(model, ratio=0.5, method=method) as patch:
             model(**batch)
@@ -28,7 +29,7 @@ def test_estimators_agree_about_a_model(family: str) -> None:
     torch.testing.assert_close(found["difference"], found["jvp"], rtol=1e-2, atol=0)
     if family == "llava":
         assert torch.corrcoef(torch.stack([found["jvp"], found["exact"]]))[0, 1] > 0.99
-    else:
+    if not closed:
         exact = vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator="exact"))
         with exact, torch.no_grad(), pytest.raises(vtprune.MethodError, match="linear - activation - linear"):
             model(**batch)

@@ -149,7 +149,7 @@ def test_arguments_of_patch_are_refused_in_one_short_line(name: str) -> None:
         others = {} if name in ("ratio", "keep", "mean_ratio") else {"ratio": 0.5}
         with pytest.raises(vtprune.VTPruneError) as caught:
             vtprune.patch(model, **{name: value}, **others)
-        assert len(str(caught.value)) < 300
+        assert len(str(caught.value)) < 400  # an unknown method: the error lists all names
 
 
 STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5, "depth": 28}

@@ -137,7 +137,7 @@ def test_metrics_of_a_server_are_summed():
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         server = vllm_server.Server.__new__(vllm_server.Server)
-        server.port = listening.server_port
+        server.port, server.listeners = listening.server_port, 1
         found = server.metrics()
         assert server.ready() and serving_load._kv_tokens(server) == 50 * 16
         listening.shutdown()

@@ -108,7 +108,7 @@ def test_extra_memory_counts_what_is_alive_at_once():
 
 def test_gpu_command_runs_kernel_tests_and_times(tmp_path):
     steps = dict(gpu_all.steps(tmp_path, 0.1))
-    assert list(steps) == ["kernel_tests", "kernels", "latency", "waits", "gpu_tests"]
+    assert list(steps) == ["kernel_tests", "kernels", "latency", "towers", "waits", "gpu_tests"]
     step = gpu_all.run("hello", [sys.executable, "-c", "print('hello'); raise SystemExit(3)"], tmp_path, 60)
     assert step["exit"] == 3 and step["last"] == "hello"
     step = gpu_all.run("slow", [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, 1)

@@ -46,13 +46,15 @@ class MMR:
     pool: int = 4
     objective: Literal["linear", "log"] = "linear"
 
-    def keep(self, rows: Candidates, budgets: Tensor, max_budget: int | None, max_length: int | None) -> Tensor:
-        """Keep mask `[M]`.
+    def order(
+        self, rows: Candidates, budgets: Tensor, max_budget: int | None = None, max_length: int | None = None
+    ) -> Tensor:
+        """Rows `[S, max_budget]` in the order of selection, padded with -1.
 
         Without `max_budget` and `max_length` (rows of the longest group), they are read from `budgets` and the offsets,
         which waits for the device that these are on.
         """
-        order = progressive_mmr(
+        return progressive_mmr(
             rows.relevance,
             rows.keys,
             rows.values,
@@ -68,4 +70,7 @@ class MMR:
             max_budget,
             max_length,
         )
-        return from_order(order, len(rows.relevance))
+
+    def keep(self, rows: Candidates, budgets: Tensor, max_budget: int | None, max_length: int | None) -> Tensor:
+        """Keep mask `[M]`; arguments as for `order`."""
+        return from_order(self.order(rows, budgets, max_budget, max_length), len(rows.relevance))
