@@ -88,7 +88,8 @@ def test_encoder_budget_falls(served: Any, name: str, run: str) -> None:
     config = next(r.config for r in plans.runs(families.FAMILIES[name].methods) if r.name == run)
     largest = config.get("keep") or round(config["ratio"] * full["image"])
     if families.FAMILIES[name].clip:  # the largest clip rules, with its text between frames
-        assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
+        if "chunked" in run:  # the unpruned engine is chunked, too; a plain step is longer than any clip
+            assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
         return
     if "model_impl" in families.FAMILIES[name].engine:  # which counts the tags of an unpruned image, too
         assert 0 < short["image"] <= largest
