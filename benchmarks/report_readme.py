@@ -139,10 +139,10 @@ def gains(results: Path) -> str:
         time = _first_token(row) / _first_token(base)
         kept = f"{row['visual']:,} -> {row['kept']:,}"
         memory = f"{row['kv_bytes'] / base['kv_bytes'] - 1:+.0%}"
-        rows.append((f"real decoder ({speed['model']}), `{name}`", kept, f"{time - 1:+.0%}", memory, ""))
+        rows.append((f"real decoder ({speed['model']}), `{name}`", kept, f"{time - 1:+.0%}", memory, "not measured"))
     row = next(row for row in fidelity["rows"] if row["method"] == "iwp" and row["ratio"] == 0.1)
     kept, time = f"{row['visual']:.0f} -> {row['kept']:.0f}", f"{row['relative_time']['value'] - 1:+.0%}"
-    rows.append(("built-in model, `iwp`", kept, time, "", f"{row['answers']['value']:.0%}"))
+    rows.append(("built-in model, `iwp`", kept, time, "not measured", f"{row['answers']['value']:.0%}"))
     text = (
         "A tenth of the tokens, on a CPU; time to the first token includes the vision tower, which beside the real "
         "decoder is a small stand-in. The built-in model is so small that selection costs more than it saves. **Not "
