@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import vtprune
+from benchmarks import kept_sets
 from vtprune import refvlm
 from vtprune.core.method import Choice, Method, Tap
 from vtprune.core.taps import layer_output, over_prompt
@@ -122,17 +122,10 @@ def measure(name: str, questions: int) -> list[dict[str, Any]]:
         for published, variants in VARIANTS.items():
             ours: list[set[int]] = []
             for reading, method in variants.items():
-                answers, kept = [], []
-                with vtprune.patch(model, ratio=ratio, method=method) as patch:
-                    for sample in samples:
-                        answers += evaluate.answer(model, processor, [sample], batch_size=1)
-                        assert patch.last is not None
-                        kept.append(set(patch.last.kept[0].tolist()))
+                right, kept = kept_sets.answer(model, processor, samples, method, ratio)
                 ours = ours or kept
-                same = sum(len(mine & theirs) / len(mine) for mine, theirs in zip(ours, kept, strict=True)) / len(kept)
-                right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
                 row = {"model": name, "method": published, "reading": reading, "ratio": ratio, "right": right}
-                rows.append({**row, "total": len(samples), "same": round(same, 4)})
+                rows.append({**row, "total": len(samples), "same": kept_sets.overlap(ours, kept)})
     return rows
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import vtprune
+from benchmarks import kept_sets
 from vtprune import refvlm
-from vtprune.core.registry import get
+from vtprune.methods import get
 from vtprune.refvlm import evaluate
 from vtprune.study import progress
 
@@ -33,17 +33,10 @@ def measure(method: str, questions: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     whole: list[set[int]] = []
     for queries in QUERIES:
-        with vtprune.patch(model, ratio=RATIO, method=get(method)(queries=queries)) as patch:
-            answers, kept = [], []
-            for sample in samples:
-                answers += evaluate.answer(model, processor, [sample], batch_size=1)
-                assert patch.last is not None
-                kept.append(set(patch.last.kept[0].tolist()))
+        right, kept = kept_sets.answer(model, processor, samples, get(method)(queries=queries), RATIO)
         whole = whole or kept
-        same = sum(len(mine & all_) / len(all_) for mine, all_ in zip(kept, whole, strict=True)) / len(kept)
-        right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
-        row = {"method": method, "queries": queries, "right": right, "total": len(samples), "same": round(same, 4)}
-        rows.append(row)
+        row = {"method": method, "queries": queries, "right": right, "total": len(samples)}
+        rows.append({**row, "same": kept_sets.overlap(whole, kept)})
     return rows
 
 
