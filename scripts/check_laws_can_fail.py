@@ -105,8 +105,8 @@ FAULTS = (
           "needed = keep_row & ((real_row.cumsum(0) > 0) if mixing else real_row)\n", "needed = keep_row.clone()\n",
           "test_4_batch.py -k 'padding_is_not and llava'"),
     Fault("11 cheap", "a layer runs on what was dropped as well", "engine/prefill.py",
-          "        changed, self.narrow = None, None\n",
-          "        changed, self.narrow = None, None\n"
+          "        changed, self.cut_hidden = None, None\n",
+          "        changed, self.cut_hidden = None, None\n"
           "        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
           "test_11_cheap.py -k 'llava-input'"),
     Fault("12 open calls", "columns that somebody reads may be dropped", "engine/prefill.py",

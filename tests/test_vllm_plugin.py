@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtprune.integrations.vllm import choosing, hooks, prompts, readers
+from vtprune.integrations.vllm import hooks, prompts, readers, selection
 from vtprune.integrations.vllm.mrope import Positions, read_digits, write_digits
 from vtprune.integrations.vllm.settings import CLIP_METHODS, QUESTION_FREE, ServingError, parse
 from vtprune.methods import Random
@@ -148,7 +148,7 @@ def test_as_many_features_stay_as_placeholders_in_their_order(
     torch.manual_seed(0)
     config = parse({"method": method, **budget})
     features = [torch.cat([torch.randn(sum(r), 4), torch.arange(sum(r))[:, None]], 1) for r in runs]
-    chosen = choosing.prune(features, runs, [config.counts(r) for r in runs], config.method, 4)
+    chosen = selection.prune(features, runs, [config.counts(r) for r in runs], config.method, 4)
     for feature, (left, kept), lengths in zip(features, chosen, runs, strict=True):
         counts = config.counts(lengths)
         assert len(left) == sum(counts)
@@ -163,7 +163,7 @@ def test_as_many_features_stay_as_placeholders_in_their_order(
 
 def test_features_that_do_not_fill_placeholders_are_refused() -> None:
     with pytest.raises(ServingError, match="image 1 has 5 features and 4 placeholders"):
-        choosing.prune([torch.randn(4, 2), torch.randn(5, 2)], [[4], [4]], [[2], [2]], Random(), 2)
+        selection.prune([torch.randn(4, 2), torch.randn(5, 2)], [[4], [4]], [[2], [2]], Random(), 2)
 
 
 # --- positions on several axes
@@ -401,5 +401,5 @@ def test_records_reach_the_tokens():
             seen.append(tokens)
             return super().choose(tokens)
 
-    choosing.prune([torch.randn(4, 2)], [[4]], [[2]], Spy(), 2, extra=reader.extra({"vision.layer": [1]}))
+    selection.prune([torch.randn(4, 2)], [[4]], [[2]], Spy(), 2, extra=reader.extra({"vision.layer": [1]}))
     assert seen[0].recorded == {"vision.layer": [1]} and seen[0].anatomy is reader.anatomy

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm_tests.plans import Request
 
-from vtprune.integrations.vllm import choosing, prompts, readers
+from vtprune.integrations.vllm import prompts, readers, selection
 from vtprune.integrations.vllm.settings import Settings
 
 
@@ -90,7 +90,7 @@ class Reference:
             features = torch.cat([states[start : start + length] for start, length in runs])
             sizes = [length for _, length in runs]
             method, counts = self.settings.method, self.settings.counts(sizes)
-            kept = choosing.prune([features], [sizes], [counts], method, states.shape[1], extra=extra)[0][0]
+            kept = selection.prune([features], [sizes], [counts], method, states.shape[1], extra=extra)[0][0]
             for (start, length), part in zip(runs, kept.split(counts), strict=True):
                 pieces += [states[at:start], part]
                 at = start + length

@@ -10,7 +10,7 @@ import torch
 from vllm_tests.plans import Request
 from vllm_tests.reference import Reference
 
-from vtprune.integrations.vllm import choosing, readers
+from vtprune.integrations.vllm import readers, selection
 from vtprune.integrations.vllm.settings import Settings
 
 
@@ -38,7 +38,7 @@ class MRoPEReference(Reference):
                 feature, size, extra = channels[columns], [len(columns)], self.reader.extra(seen)
                 sizes, counts = [len(columns) // grid[0]] * grid[0], self.settings.counts(size)
                 method = self.settings.method_for(modality, sizes, counts[0])
-                (chosen, kept), *_ = choosing.prune([feature], [size], [counts], method, width, [grid], extra)
+                (chosen, kept), *_ = selection.prune([feature], [size], [counts], method, width, [grid], extra)
                 stays[columns] = False
                 stays[columns[kept]] = True
                 channels[columns[kept]] = chosen

@@ -53,14 +53,14 @@ class BudgetGroups:
         numbers = self.of_token[tokens]
         return torch.bincount(numbers[numbers >= 0], minlength=len(self.sizes)).tolist()
 
-    def losing(self, flat: Tensor, kept: Tensor) -> Tensor:
+    def shrinking(self, flat: Tensor, kept: Tensor) -> Tensor:
         """Mask `[M]` of the tokens `flat` whose group keeps fewer tokens than it has, given the tokens `kept`."""
         before, after = (torch.bincount(self.of_token[x], minlength=len(self.sizes)) for x in (flat, kept))
         return (after < before)[self.of_token[flat]]
 
 
 @dataclass
-class Decision:
+class Selection:
     """The selection of one stage.
 
     Attributes:
@@ -170,7 +170,7 @@ class CallState:
         recorded: Records of the method's taps.
         selection_time: Host seconds spent at the cuts.
         snapshots: Inputs of the layers that the method reads, by layer.
-        decisions: Selections of the stages so far.
+        selections: Selections of the stages so far.
         stages: For each stage so far, its layer and the kept positions of every sample.
         required: `[M]` bool, visual tokens whose outputs the caller reads, so that they have to stay; None for none.
         answer_starts: For each row, the position at which an answer begins; None if unknown.
@@ -187,12 +187,12 @@ class CallState:
     inputs: dict[str, Any]
     real_past: Tensor | None = None
     embeds: Tensor | None = None
-    memo: list[Decision] | None = None
+    memo: list[Selection] | None = None
     deepstack: DeepStackFeatures | None = None
     recorded: dict[str, list] = field(default_factory=dict)
     selection_time: float = 0.0
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
-    decisions: list[Decision] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
     stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)
     required: Tensor | None = None
     answer_starts: list[int] | None = None

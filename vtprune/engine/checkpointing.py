@@ -27,7 +27,7 @@ class _SavedArguments:
 
     rest: tuple  # positional arguments after the hidden states
     changed: dict[str, Any]  # keyword arguments that differ
-    narrow: Callable[[Tensor], Tensor] | None  # cuts hidden states down to the positions that are left
+    cut_hidden: Callable[[Tensor], Tensor] | None  # cuts hidden states down to the positions that are left
 
 
 def runs_hooks_again(layer: nn.Module) -> bool:
@@ -41,7 +41,7 @@ def save_arguments(
     layer: nn.Module,
     given: tuple[tuple, dict[str, Any]],
     new: tuple[tuple, dict[str, Any]],
-    narrow: Callable[[Tensor], Tensor] | None,
+    cut_hidden: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Stores the arguments `new` that replace `given` for layer `number`, for as long as its graph lives.
 
@@ -56,7 +56,7 @@ def save_arguments(
             "newer, or call gradient_checkpointing_disable()"
         )
     changed = {n: v for n, v in new[1].items() if n != "hidden_states" and v is not given[1].get(n)}
-    vars(anchor).setdefault(_ATTRIBUTE, {})[number] = _SavedArguments(new[0][1:], changed, narrow)
+    vars(anchor).setdefault(_ATTRIBUTE, {})[number] = _SavedArguments(new[0][1:], changed, cut_hidden)
 
 
 def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -68,7 +68,7 @@ def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     if given is None:
         return None
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    hidden = hidden if given.narrow is None else given.narrow(hidden)
+    hidden = hidden if given.cut_hidden is None else given.cut_hidden(hidden)
     if "hidden_states" in kwargs:
         return args, {**kwargs, **given.changed, "hidden_states": hidden}
     return (hidden, *given.rest), {**kwargs, **given.changed}

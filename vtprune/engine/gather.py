@@ -80,12 +80,12 @@ def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Ten
     flat = [_batched(x, dim, batch) for x, dim in tensors]  # [B, T, ...] or [n B, T, ...]
     results: list[Tensor] = [index] * len(flat)
     for rows in sorted({len(x) for x in flat}):
-        here = [number for number, x in enumerate(flat) if len(x) == rows]
+        same_length = [number for number, x in enumerate(flat) if len(x) == rows]
         repeats = rows // max(batch, 1)
         found = compact(
-            [flat[number] for number in here], index if repeats == 1 else index.repeat(repeats, 1), padded=False
+            [flat[number] for number in same_length], index if repeats == 1 else index.repeat(repeats, 1), padded=False
         )
-        for number, result in zip(here, found, strict=True):
+        for number, result in zip(same_length, found, strict=True):
             results[number] = result
     return [_as_before(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
 

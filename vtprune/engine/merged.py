@@ -49,7 +49,7 @@ class Features:
         self.recent: deque[tuple[Tensor, Encoded]] = deque(maxlen=64)
         self._table: tuple[Any, Tensor] | None = None
 
-    def note(self, output: Any, known: Encoded) -> None:
+    def add(self, output: Any, known: Encoded) -> None:
         """Adds the output of an encoder that ran outside the model's own call."""
         parts = getattr(output, "pooler_output", None)
         parts = output if parts is None else parts
@@ -58,11 +58,11 @@ class Features:
         if rows and all(r.shape[-1] == rows[0].shape[-1] for r in rows):
             self.recent.append((torch.cat([_channels(r).to(rows[0]) for r in rows]), known))
 
-    def forget(self, known: Encoded) -> None:
+    def remove(self, known: Encoded) -> None:
         """Removes an encoder run whose features were passed to the model as arguments."""
         self.recent = deque((entry for entry in self.recent if entry[1] is not known), maxlen=self.recent.maxlen)
 
-    def found(self, embeds: Tensor) -> tuple[Tensor, list[Encoded]]:
+    def match(self, embeds: Tensor) -> tuple[Tensor, list[Encoded]]:
         """Mask `[B, T]` on the CPU of positions that hold recent features, and the encoder runs that they are from."""
         hashes = _hashes(_channels(embeds))
         mask, sources = torch.zeros(embeds.shape[:2].numel(), dtype=torch.bool), []
@@ -73,7 +73,7 @@ class Features:
                 sources += [known] if bool(matches.any()) else []
         return mask.view(embeds.shape[:2]), sources
 
-    def foreign(self, embeds: Tensor, embeddings: nn.Module) -> Tensor:
+    def find_foreign(self, embeds: Tensor, embeddings: nn.Module) -> Tensor:
         """Mask `[B, T]` on the CPU of positions of `embeds` `[B, T, D]` that hold no token's embedding."""
         table = self._hashed_table(embeddings, embeds)
         return ~torch.isin(_hashes(_channels(embeds)), table).cpu().view(embeds.shape[:2])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def without_dropped(output: Any, kept: Callable[[], Tensor]) -> Any:
+def zero_dropped(output: Any, kept: Callable[[], Tensor]) -> Any:
     """Zeroes the embeddings of dropped tokens in a model's output.
 
     Args:

@@ -29,7 +29,7 @@ from ..report.record import PruningRecord
 from ..towers.cut import RUNS
 from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
-from .call import BudgetGroups, CallOptions, CallState, Decision, MethodCall, Snapshot
+from .call import BudgetGroups, CallOptions, CallState, MethodCall, Selection, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
 from .spec import MethodUse, PruneSpec
@@ -40,7 +40,7 @@ class DecoderCall(CallState):
     """One call of the decoder: makes the cuts, and gives every layer the arguments for the positions that are left."""
 
     required_layer_inputs: set[int] = field(default_factory=set)
-    narrow: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
+    cut_hidden: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
     give: Callable[[], None] | None = None  # hands the layer that runs next what was computed to read it
     trains: bool = False  # whether gradients are wanted of what the present cut receives
 
@@ -55,16 +55,16 @@ class DecoderCall(CallState):
         budget, read = self.options.budget, readers.read_columns(arguments, real)[visual.sample, visual.position]
         self.required = read if bool(read.any()) else None
         groups = self._groups(visual)
-        for (use, mine), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
-            plan = budgets.plan(budget, use.schedule, layers, mine.sizes, [*mine.by_sample.values()], last)
+        for (use, members), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
+            plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
             if self.required is not None:  # required tokens count in the budget, and exceed it if necessary
-                needed = mine.count(self.required.nonzero()[:, 0])
+                needed = members.count(self.required.nonzero()[:, 0])
                 readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
                 plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
-            if plan[-1] == mine.sizes:
+            if plan[-1] == members.sizes:
                 continue
             counts = {stage.layer: count for stage, count in zip(use.schedule, plan, strict=True)}
-            call = MethodCall(use, mine, counts)
+            call = MethodCall(use, members, counts)
             for layer in counts:
                 self.cuts.setdefault(layer, []).append(call)
             self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
@@ -75,8 +75,8 @@ class DecoderCall(CallState):
         """The methods that have tokens to prune in this call, and their budget groups."""
         if len(self.spec.uses) == 1:
             use, by = self.spec.uses[0], self.spec.method.group
-            everything = token_view.everything(visual)
-            groups = token_view.remembered(visual, ("groups", by), lambda: BudgetGroups.of(visual, by, everything))
+            everything = token_view.all_tokens(visual)
+            groups = token_view.cached(visual, ("groups", by), lambda: BudgetGroups.of(visual, by, everything))
             return [(use, groups)] if len(everything) else []
         uses = [(use, use.members(visual.kind)) for use in self.spec.uses]
         return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
@@ -90,11 +90,11 @@ class DecoderCall(CallState):
         offsets = torch.tensor([0, *pictures.sizes]).cumsum(0)
         counts = torch.tensor(auto.counts(self._features(visual), offsets))
         last: list[list[int] | None] = []
-        for mine in groups:
-            group = mine.of_token[offsets[:-1]]
+        for members in groups:
+            group = members.of_token[offsets[:-1]]
             of_others = group < 0
-            total = torch.zeros(len(mine.sizes) + 1, dtype=torch.int64)
-            total.index_add_(0, torch.where(of_others, len(mine.sizes), group), counts)
+            total = torch.zeros(len(members.sizes) + 1, dtype=torch.int64)
+            total.index_add_(0, torch.where(of_others, len(members.sizes), group), counts)
             last.append(total[:-1].tolist())
         return last
 
@@ -118,7 +118,7 @@ class DecoderCall(CallState):
             columns.record_layer(number)
             return None
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
-        changed, self.narrow = None, None
+        changed, self.cut_hidden = None, None
         if self.differentiable and number and columns.is_cut:
             args, kwargs = self._through(number, args, kwargs)
         if number in self.cuts:
@@ -130,11 +130,11 @@ class DecoderCall(CallState):
         if self.differentiable and number == 0 and columns.is_cut and changed is not None:
             changed = self._through(number, *changed)
         if number in self.required_layer_inputs:
-            self.snapshots[number] = here = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
+            self.snapshots[number] = snapshot = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
             if self.give is None and not is_compiled():
-                here.watch.start(layer, here.kwargs)
+                snapshot.watch.start(layer, snapshot.kwargs)
         if changed is not None and checkpointing.runs_hooks_again(layer):
-            checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.narrow)
+            checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.cut_hidden)
         columns.record_layer(number)
         if self.give is not None:
             self.give()
@@ -179,7 +179,7 @@ class DecoderCall(CallState):
         assert visual is not None
         past, length, layouts = columns.past, columns.length, columns.layouts
         layout, seconds, said = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
-        kept = [(decision.scores, decision.kept, decision.states) for decision in self.decisions]
+        kept = [(selection.scores, selection.kept, selection.states) for selection in self.selections]
         stages, method, budget = self.stages, spec.method_names, self.options.budget
         runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
 
@@ -216,33 +216,35 @@ class DecoderCall(CallState):
         incoming = (args, kwargs)  # hidden states may be cut already; all others have the length of the full prompt
         if columns.is_modified:
             args, kwargs = columns.arguments(number, args, kwargs)
-        here = Snapshot.take(self, number, layer, args, kwargs)
-        self.trains = here.hidden.requires_grad
-        flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.everything(visual)
-        decision = self._decide(number, flat, here)
-        if decision.merged is None and len(decision.kept) == len(flat):
-            self._record(number, decision)
+        snapshot = Snapshot.take(self, number, layer, args, kwargs)
+        self.trains = snapshot.hidden.requires_grad
+        flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.all_tokens(visual)
+        selection = self._select(number, flat, snapshot)
+        if selection.merged is None and len(selection.kept) == len(flat):
+            self._record(number, selection)
             return (args, kwargs) if columns.is_modified else None
-        slot, put = columns.slot_of_position(), None
-        if decision.merged is not None:
-            tokens, states = decision.merged
+        slot, merge = columns.slot_of_position(), None
+        if selection.merged is not None:
+            tokens, states = selection.merged
             rows = visual.sample[tokens]
-            put = rows, slot[rows, visual.position[tokens]], states
+            merge = rows, slot[rows, visual.position[tokens]], states
         self.live = torch.zeros_like(self.live)
-        self.live[decision.kept] = True
+        self.live[selection.kept] = True
         stays = slot >= 0
         stays[visual.sample, visual.position] &= self.live
         relative = columns.keep(stays, incoming[1].get("position_embeddings"))
-        self._follow(relative)
-        self._record(number, decision)
-        slots = to_device(relative, here.hidden.device)
-        self.narrow = functools.partial(_narrow, slots, put)
-        if put is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
-            pick = functools.partial(_narrow, slots, None)
-            self.give = functools.partial(here.watch.projections.give, here.layer, here.hidden.shape[:2], pick)
-        return columns.arguments(number, *_with_hidden(*incoming, self.narrow(here.hidden)))
+        self._cut_records(relative)
+        self._record(number, selection)
+        slots = to_device(relative, snapshot.hidden.device)
+        self.cut_hidden = functools.partial(_cut_hidden, slots, merge)
+        if merge is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
+            pick = functools.partial(_cut_hidden, slots, None)
+            self.give = functools.partial(
+                snapshot.watch.projections.give, snapshot.layer, snapshot.hidden.shape[:2], pick
+            )
+        return columns.arguments(number, *_with_hidden(*incoming, self.cut_hidden(snapshot.hidden)))
 
-    def _follow(self, relative: Tensor) -> None:
+    def _cut_records(self, relative: Tensor) -> None:
         """Cuts the records of column taps, and DeepStack features, in the same way as the prompt."""
         for name in self.spec.column_taps:
             records = self.recorded.get(name, [])
@@ -251,23 +253,23 @@ class DecoderCall(CallState):
             self.deepstack.cut(self.columns.index, self.columns.valid)
 
     @torch.no_grad()
-    def _decide(self, number: int, flat: Tensor, here: Snapshot) -> Decision:
+    def _select(self, number: int, flat: Tensor, snapshot: Snapshot) -> Selection:
         """Lets the methods select from the live visual tokens `flat` `[M]` before layer `number`."""
         if self.memo is not None:
             return self.memo[len(self.stages)]
-        decisions = [self._ask(call, number, flat, here) for call in self.cuts[number]]
-        return decisions[0] if len(self.spec.uses) == 1 else _together(flat, decisions)
+        selections = [self._select_by(call, number, flat, snapshot) for call in self.cuts[number]]
+        return selections[0] if len(self.spec.uses) == 1 else _combine(flat, selections)
 
-    def _ask(self, call: MethodCall, number: int, live: Tensor, here: Snapshot) -> Decision:
+    def _select_by(self, call: MethodCall, number: int, live: Tensor, snapshot: Snapshot) -> Selection:
         """Lets one method select from its tokens among the live ones before layer `number`."""
         method, counts = call.use.method, call.counts[number]
         members = None if len(self.spec.uses) == 1 else call.members[live]
         flat = live if members is None else live[members]
         groups = call.groups.of_token[flat] if self.columns.is_cut or members is not None else call.groups.of_token
         if _sizes(groups, counts) == counts:
-            return Decision(live)
+            return Selection(live)
         wanted, checks = torch.tensor(counts), DeferredChecks()
-        tokens = token_view.tokens(self, call, number, flat, wanted, here, checks)
+        tokens = token_view.tokens(self, call, number, flat, wanted, snapshot, checks)
         try:
             choice = method.choose(tokens)
         except Exception:
@@ -285,7 +287,7 @@ class DecoderCall(CallState):
             keep = self._with_required(keep, flat, groups, scores[0] if scores else None)
         if choice.hidden is not None:
             # A group that loses no token is not merged, as for its sample alone, which would not be pruned.
-            some = call.groups.losing(flat, flat[keep])
+            some = call.groups.shrinking(flat, flat[keep])
             some &= chosen | ~keep  # tokens that stay only because they are required keep their states
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
             if self.trains:
@@ -296,11 +298,11 @@ class DecoderCall(CallState):
                 )
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         if members is None:
-            return Decision(flat[keep], merged, scores[0] if scores else None, states)
+            return Selection(flat[keep], merged, scores[0] if scores else None, states)
         stays = ~members
         stays[members] = keep
-        among = [_among_all(members, values) for values in (*scores[:1], states) if values is not None]
-        return Decision(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
+        among = [_scatter_to_all(members, values) for values in (*scores[:1], states) if values is not None]
+        return Selection(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
 
     def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
         """`keep` `[M]` with the required tokens, each instead of the lowest selected token of its group."""
@@ -318,10 +320,10 @@ class DecoderCall(CallState):
             keep[out[lowest[len(out) - count :]]] = False
         return keep | required
 
-    def _record(self, number: int, decision: Decision) -> None:
+    def _record(self, number: int, selection: Selection) -> None:
         visual = self.visual
         assert visual is not None
-        self.decisions.append(decision)
+        self.selections.append(selection)
         columns, live = (visual.position + self.columns.past).split(visual.counts), self.live.split(visual.counts)
         self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
 
@@ -335,18 +337,18 @@ def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list
     """Final counts of each method's groups for `keep`, which is split over all groups of a sample; None for a ratio."""
     if budget.keep is None:
         return [None] * len(groups)
-    sizes = [size for mine in groups for size in mine.sizes]
+    sizes = [size for members in groups for size in members.sizes]
     by_sample: dict[int, list[int]] = {}
     start = 0
-    for mine in groups:
-        for row, numbers in mine.by_sample.items():
+    for members in groups:
+        for row, numbers in members.by_sample.items():
             by_sample.setdefault(row, []).extend(number + start for number in numbers)
-        start += len(mine.sizes)
+        start += len(members.sizes)
     counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()]))
-    return [[next(counts) for _ in mine.sizes] for mine in groups]
+    return [[next(counts) for _ in members.sizes] for members in groups]
 
 
-def _among_all(members: Tensor, values: Tensor) -> Tensor:
+def _scatter_to_all(members: Tensor, values: Tensor) -> Tensor:
     """Scatters values `[m, ...]` of the tokens `members` `[M]` to all tokens; the others get NaN."""
     if bool(members.all()):
         return values
@@ -355,13 +357,13 @@ def _among_all(members: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-def _together(flat: Tensor, decisions: list[Decision]) -> Decision:
+def _combine(flat: Tensor, selections: list[Selection]) -> Selection:
     """Combines the selections of methods that prune different tokens."""
-    stays = torch.stack([torch.isin(flat, decision.kept) for decision in decisions]).all(0)
-    merged = [decision.merged for decision in decisions if decision.merged is not None]
+    stays = torch.stack([torch.isin(flat, selection.kept) for selection in selections]).all(0)
+    merged = [selection.merged for selection in selections if selection.merged is not None]
     kinds = ("scores", "states")
-    values = {kind: [v for d in decisions if (v := getattr(d, kind)) is not None] for kind in kinds}
-    return Decision(
+    values = {kind: [v for d in selections if (v := getattr(d, kind)) is not None] for kind in kinds}
+    return Selection(
         flat[stays],
         (torch.cat([tokens for tokens, _ in merged]), torch.cat([states for _, states in merged])) if merged else None,
         **{kind: _first_known(found) if found else None for kind, found in values.items()},
@@ -452,10 +454,10 @@ def _real_columns(
     return torch.ones(batch, length, dtype=torch.bool), None
 
 
-def _narrow(index: Tensor, put: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
+def _cut_hidden(index: Tensor, merge: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
     """Gathers the slots `index` `[B, K']` of hidden states `[B, K, D]`, after writing merged states into them."""
-    if put is not None:
-        rows, slots, merged = put
+    if merge is not None:
+        rows, slots, merged = merge
         hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
     return gather.gather(hidden, index, 1)
 

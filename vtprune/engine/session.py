@@ -203,7 +203,7 @@ class Session:
             finally:
                 thread.encoding = None
             if thread.inputs is None:
-                self.features.note(output, thread.encoded[kind])
+                self.features.add(output, thread.encoded[kind])
             thread.fresh.add(kind)
             return output
 
@@ -229,7 +229,7 @@ class Session:
 
     def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
-            self.features.note(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
+            self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self.thread
@@ -252,7 +252,7 @@ class Session:
         finished, thread.outer, thread.finished, thread.balanced = thread.finished, None, None, None
         if finished is None or output is None:
             return None
-        return outputs.without_dropped(output, lambda: finished.pruning.mask)
+        return outputs.zero_dropped(output, lambda: finished.pruning.mask)
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self.thread
@@ -317,7 +317,7 @@ class Session:
             if not call.cuts and options.budget.keep is None and self.drops:
                 visual_tokens.refuse_single_placeholders(visual, encoded, str(options.budget))
             for source in encoded.values():
-                self.features.forget(source)
+                self.features.remove(source)
                 # `generate` passes the pixels to the encoder, and None in their place to the model.
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
@@ -345,24 +345,24 @@ class Session:
         Raises:
             NothingPrunedError: There are merged features, and their positions are unknown.
         """
-        thread, said = self.thread, requests.current(self).visual
+        thread, given = self.thread, requests.current(self).visual
         inputs = kwargs if thread.inputs is None else thread.inputs
         kinds: torch.Tensor | None = None
         sources: list[Encoded] = []
         embeds, states = inputs.get("inputs_embeds"), kwargs.get("inputs_embeds")
         placeholders = self.spec.anatomy.placeholders
-        if said is not None and isinstance(states, torch.Tensor):
-            kinds = merged.kinds_from_mask(said, (states.shape[0], states.shape[1]), placeholders)
+        if given is not None and isinstance(states, torch.Tensor):
+            kinds = merged.kinds_from_mask(given, (states.shape[0], states.shape[1]), placeholders)
         elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
             unsupported.refuse_tracing(inputs)
             with attention_probe.hooks_disabled():
-                foreign = self.features.foreign(embeds, self.spec.anatomy.embeddings)
+                foreign = self.features.find_foreign(embeds, self.spec.anatomy.embeddings)
             foreign[:, : _virtual_tokens(self.model)] = False
             if not bool(foreign.any()):
                 return None, {}
             kinds = self._known_kinds(inputs, foreign.shape)
             if kinds is None:
-                found, sources = self.features.found(embeds)
+                found, sources = self.features.match(embeds)
                 names = list(placeholders)
                 kinds = found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1)
             left = int((foreign & (kinds == 0)).sum())
@@ -458,14 +458,14 @@ class Session:
         given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
         sources = [weakref.ref(source) for source in given if source is not None]
         if previous is not None:
-            old_ids, old_sources, decisions = previous
+            old_ids, old_sources, selections = previous
             same = len(sources) == len(old_sources) and all(
                 a() is b() for a, b in zip(sources, old_sources, strict=True)
             )
             if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
-                call.memo = decisions
-        # The call appends to `decisions` while it runs.
-        thread.cacheless = (ids, sources, call.decisions)
+                call.memo = selections
+        # The call appends to `selections` while it runs.
+        thread.cacheless = (ids, sources, call.selections)
 
 
 def _virtual_tokens(model: nn.Module) -> int:

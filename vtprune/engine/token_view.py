@@ -20,12 +20,12 @@ from .columns import slot_of_position
 _PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "position")
 
 
-def everything(visual: VisualTokens) -> Tensor:
+def all_tokens(visual: VisualTokens) -> Tensor:
     """Numbers `[M]` of all visual tokens."""
-    return remembered(visual, "everything", lambda: torch.arange(len(visual)))
+    return cached(visual, "all tokens", lambda: torch.arange(len(visual)))
 
 
-def remembered(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
+def cached(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
     """Result of `make`, which depends on the layout of the prompt only; cached for all calls with the same layout."""
     found = visual.derived.get(key)
     if found is None:
@@ -33,7 +33,7 @@ def remembered(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def _is_whole(call: CallState) -> bool:
+def _is_uncut(call: CallState) -> bool:
     """Whether nothing was cut yet and one method prunes all visual tokens, so that only the layout matters."""
     return not call.columns.is_cut and len(call.spec.uses) == 1
 
@@ -46,37 +46,37 @@ def _text_key(call: CallState) -> tuple:
 
 def tokens(
     call: CallState,
-    mine: MethodCall,
+    method_call: MethodCall,
     number: int,
     flat: Tensor,
     wanted: Tensor,
-    here: Snapshot,
+    snapshot: Snapshot,
     checks: DeferredChecks,
 ) -> Tokens:
     """Lays out the live visual tokens before layer `number`.
 
     Args:
         call: The call in progress.
-        mine: The method's task in it.
+        method_call: The method's task in it.
         number: The layer after the cut.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         wanted: `[S]` budgets of the groups.
-        here: The layer's input.
+        snapshot: The layer's input.
         checks: Gets the checks that states, and queries and keys that the method reads, are finite.
     """
     visual, spec = call.visual, call.spec
     assert visual is not None
-    device, whole = here.hidden.device, _is_whole(call)
+    device, whole = snapshot.hidden.device, _is_uncut(call)
 
     def places() -> dict[str, Tensor]:
         values = {name: getattr(visual, name) for name in _PLACES}
         return {name: to_device(value if whole else value[flat], device) for name, value in values.items()}
 
-    where = remembered(visual, ("places", device), places) if whole else places()
+    where = cached(visual, ("places", device), places) if whole else places()
     feature = to_device(visual.feature if whole else visual.feature[flat], device)
     rows = visual.sample if whole else visual.sample[flat]
     slot = visual.position if whole else call.columns.slot_of_position()[rows, visual.position[flat]]
-    states = here.hidden[where["sample"], where["position"] if whole else to_device(slot, device)]  # [M, D]
+    states = snapshot.hidden[where["sample"], where["position"] if whole else to_device(slot, device)]  # [M, D]
 
     def refuse() -> None:
         finite = torch.isfinite(states).all(-1)
@@ -92,9 +92,11 @@ def tokens(
         if which != number and which not in call.snapshots:
             raise MethodError(
                 f"the input of layer {which} was not kept; return the layer from `required_layer_inputs` of "
-                f"{type(mine.use.method).__name__}"
+                f"{type(method_call.use.method).__name__}"
             )
-        return attention_inputs(call, mine, which, call.snapshots.get(which, here), flat, rope, queries, checks)
+        return attention_inputs(
+            call, method_call, which, call.snapshots.get(which, snapshot), flat, rope, queries, checks
+        )
 
     def record(name: str, value: Any) -> Any:
         return (
@@ -102,36 +104,36 @@ def tokens(
         )
 
     def prompt() -> Prompt:
-        return _prompt(call, mine, flat).to(device)
+        return _prompt(call, method_call, flat).to(device)
 
     def offsets() -> Tensor:
         return _offsets(sizes, device)
 
     if whole:
-        sizes = mine.groups.sizes
-        laid_out = remembered(visual, ("prompt", device, _text_key(call)), prompt)
-        starts = remembered(visual, ("offsets", device, mine.use.method.group), offsets)
+        sizes = method_call.groups.sizes
+        laid_out = cached(visual, ("prompt", device, _text_key(call)), prompt)
+        starts = cached(visual, ("offsets", device, method_call.use.method.group), offsets)
     else:
-        sizes = torch.bincount(mine.groups.of_token[flat], minlength=len(mine.groups.sizes)).tolist()
+        sizes = torch.bincount(method_call.groups.of_token[flat], minlength=len(method_call.groups.sizes)).tolist()
         laid_out, starts = prompt(), offsets()
     return Tokens(
         hidden=states,
         offsets=starts,
         budgets=to_device(wanted, device),
-        max_budget=max(mine.counts[number], default=0),
+        max_budget=max(method_call.counts[number], default=0),
         max_length=max(sizes, default=0),
-        originals=to_device(torch.tensor(mine.groups.sizes), device),
+        originals=to_device(torch.tensor(method_call.groups.sizes), device),
         layer=number,
-        stage=list(mine.counts).index(number),
+        stage=list(method_call.counts).index(number),
         num_layers=spec.anatomy.num_layers,
         recorded={
-            name.removeprefix(mine.use.prefix): [record(name, value) for value in values]
+            name.removeprefix(method_call.use.prefix): [record(name, value) for value in values]
             for name, values in call.recorded.items()
-            if name in mine.use.tap_names
+            if name in method_call.use.tap_names
         },
         inputs=call.inputs,
         anatomy=spec.anatomy,
-        memory=mine.memory,
+        memory=method_call.memory,
         prompt=laid_out,
         reader=read,
         feature=feature,
@@ -145,53 +147,53 @@ class _Sample:
 
     Attributes:
         row: Row of the batch.
-        here: Positions of the tokens that are left at this stage, text or visual.
+        positions: Positions of the tokens that are left at this stage, text or visual.
         text: Positions of the text after the last visual token; the last position if there is none.
-        mine: Positions of the live visual tokens.
+        visual: Positions of the live visual tokens.
     """
 
     row: int
-    here: Tensor
+    positions: Tensor
     text: Tensor
-    mine: Tensor
+    visual: Tensor
 
 
-def _samples(call: CallState, mine: MethodCall, slot: Tensor, flat: Tensor) -> list[_Sample]:
+def _samples(call: CallState, method_call: MethodCall, slot: Tensor, flat: Tensor) -> list[_Sample]:
     visual = call.visual
     assert visual is not None
-    if _is_whole(call):
+    if _is_uncut(call):
         key = ("samples", _text_key(call))
-        return remembered(visual, key, lambda: list(_each_sample(call, visual, mine, slot, flat)))
-    return list(_each_sample(call, visual, mine, slot, flat))
+        return cached(visual, key, lambda: list(_each_sample(call, visual, method_call, slot, flat)))
+    return list(_each_sample(call, visual, method_call, slot, flat))
 
 
 def _each_sample(
-    call: CallState, visual: VisualTokens, mine: MethodCall, slot: Tensor, flat: Tensor
+    call: CallState, visual: VisualTokens, method_call: MethodCall, slot: Tensor, flat: Tensor
 ) -> Iterator[_Sample]:
-    for row in mine.groups.by_sample:
-        here = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
+    for row in method_call.groups.by_sample:
+        positions = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
         if call.answer_starts is not None:  # the selection must not depend on the answer
-            here = here[here < max(call.answer_starts[row], int(last) + 1)]
-        text = here[(here > last) & ~visual.mask[row, here]]
+            positions = positions[positions < max(call.answer_starts[row], int(last) + 1)]
+        text = positions[(positions > last) & ~visual.mask[row, positions]]
         own = visual.position[flat[visual.sample[flat] == row]]
-        yield _Sample(row, here, text if len(text) else here[-1:], own)
+        yield _Sample(row, positions, text if len(text) else positions[-1:], own)
 
 
-def _prompt(call: CallState, mine: MethodCall, flat: Tensor) -> Prompt:
+def _prompt(call: CallState, method_call: MethodCall, flat: Tensor) -> Prompt:
     """Positions of all tokens at this stage, in samples with visual tokens, on the CPU."""
     slot = call.columns.slot_of_position()
     batch, column, text, visual_rows = [], [], [], []
     lengths: list[int] = []
     text_lengths: list[int] = []
-    for sample in _samples(call, mine, slot, flat):
+    for sample in _samples(call, method_call, slot, flat):
         order = torch.full((call.columns.length,), -1)
-        order[sample.here] = torch.arange(len(sample.here)) + sum(lengths)
-        batch.append(torch.full_like(sample.here, sample.row))
-        column.append(slot[sample.row, sample.here])
+        order[sample.positions] = torch.arange(len(sample.positions)) + sum(lengths)
+        batch.append(torch.full_like(sample.positions, sample.row))
+        column.append(slot[sample.row, sample.positions])
         text.append(order[sample.text])
-        visual_rows.append(order[sample.mine])
-        lengths.append(len(sample.here))
+        visual_rows.append(order[sample.visual])
+        lengths.append(len(sample.positions))
         text_lengths.append(len(sample.text))
     cpu = torch.device("cpu")
     return Prompt(
@@ -206,7 +208,7 @@ def _prompt(call: CallState, mine: MethodCall, flat: Tensor) -> Prompt:
 
 def attention_inputs(
     call: CallState,
-    mine: MethodCall,
+    method_call: MethodCall,
     number: int,
     snapshot: Snapshot,
     flat: Tensor,
@@ -218,7 +220,7 @@ def attention_inputs(
 
     Args:
         call: The call in progress.
-        mine: The method's task in it.
+        method_call: The method's task in it.
         number: The layer.
         snapshot: Its input.
         flat: `[M]` numbers of the live visual tokens.
@@ -233,21 +235,21 @@ def attention_inputs(
 
     def lay_out() -> _KeyLayout:
         befores = None if past is None else [len(keys) for keys, _ in past]
-        return _KeyLayout.of(call, mine, snapshot, flat, queries, befores, device)
+        return _KeyLayout.of(call, method_call, snapshot, flat, queries, befores, device)
 
-    if past is None and _is_whole(call):
+    if past is None and _is_uncut(call):
         assert call.visual is not None
-        layout = remembered(call.visual, ("keys", queries, device, _text_key(call)), lay_out)
+        layout = cached(call.visual, ("keys", queries, device, _text_key(call)), lay_out)
     else:
         layout = lay_out()
     query, keys, values = [], [], []
-    for row, here, asked in layout.samples:
+    for row, key_slots, query_slots in layout.samples:
         key, value = probed.key[row].transpose(0, 1), probed.value[row].transpose(0, 1)  # [K, G, d]
-        if here is not None:
-            key, value = key[here], value[here]
+        if key_slots is not None:
+            key, value = key[key_slots], value[key_slots]
         if past is not None:
             key, value = torch.cat([past[row][0].to(key), key]), torch.cat([past[row][1].to(value), value])
-        query.append(probed.query[row].transpose(0, 1)[asked])  # [R, H, d]
+        query.append(probed.query[row].transpose(0, 1)[query_slots])  # [R, H, d]
         keys.append(key)
         values.append(value)
     finite = [torch.isfinite(x).all() for x in (*query, *keys)]
@@ -289,7 +291,7 @@ class _KeyLayout:
     def of(
         cls,
         call: CallState,
-        mine: MethodCall,
+        method_call: MethodCall,
         snapshot: Snapshot,
         flat: Tensor,
         queries: str,
@@ -301,19 +303,19 @@ class _KeyLayout:
         samples, query_order, visual_rows = [], [], []
         query_lengths: list[int] = []
         key_lengths: list[int] = []
-        for sample in _samples(call, mine, slot, flat):
-            asked = sample.text if queries == "text" else sample.here[-1:]
-            here = slot[sample.row, sample.here]
+        for sample in _samples(call, method_call, slot, flat):
+            queried = sample.text if queries == "text" else sample.positions[-1:]
+            key_slots = slot[sample.row, sample.positions]
             before = 0 if befores is None else befores[sample.row]
             order = torch.full((call.columns.length,), -1)
-            order[sample.here] = torch.arange(len(here)) + before
-            query_order.append(order[asked])
-            visual_rows.append(order[sample.mine] + sum(key_lengths))
-            query_lengths.append(len(asked))
-            key_lengths.append(len(here) + before)
-            is_all = len(here) == snapshot.index.shape[1] and torch.equal(here, torch.arange(len(here)))
-            places = None if is_all else to_device(here, device)
-            samples.append((sample.row, places, to_device(slot[sample.row, asked], device)))
+            order[sample.positions] = torch.arange(len(key_slots)) + before
+            query_order.append(order[queried])
+            visual_rows.append(order[sample.visual] + sum(key_lengths))
+            query_lengths.append(len(queried))
+            key_lengths.append(len(key_slots) + before)
+            is_all = len(key_slots) == snapshot.index.shape[1] and torch.equal(key_slots, torch.arange(len(key_slots)))
+            places = None if is_all else to_device(key_slots, device)
+            samples.append((sample.row, places, to_device(slot[sample.row, queried], device)))
         return cls(
             samples,
             _offsets(query_lengths, device),

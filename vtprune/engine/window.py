@@ -77,7 +77,7 @@ def _with_new(held: Tensor | None, call: CallState, visual: VisualTokens) -> Ten
     kept = torch.ones(len(visual), dtype=torch.bool)
     if call.stages and call.stages[0][0] == 0:
         kept[:] = False
-        kept[call.decisions[0].kept] = True
+        kept[call.selections[0].kept] = True
     rows = []
     for row in range(call.columns.batch):
         own = (visual.sample == row).nonzero()[:, 0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choosing, mrope, readers
+from . import mrope, readers, selection
 from .prompts import COUNTS, IDS, RUNS
 from .settings import ServingError, Settings
 
@@ -91,7 +91,7 @@ class Pruner:
         for kind, items in groups.items():
             if items:
                 method = self.settings.video_method if kind == "video" else self.settings.method
-                chosen = choosing.prune(
+                chosen = selection.prune(
                     [features[item] for item in items],
                     [runs[item] for item in items],
                     [counts[item] for item in items],
