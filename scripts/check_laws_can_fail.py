@@ -56,7 +56,7 @@ FAULTS = (
           "return count if state is None else count + state.removed(first)", "return count",
           "test_3_decode.py -k 'llava-steps and hand_written'"),
     Fault("3 decode", "beams are reordered without their slots", "engine/kv_cache.py",
-          "self._vtprune_state.select(beam_idx)", "self._vtprune_state.select(beam_idx * 0)",
+          "self._vtprune_state.selected(beam_idx)", "self._vtprune_state.selected(beam_idx * 0)",
           "test_3_decode.py -k 'llava-steps and modes and beams'"),
     Fault("3 decode", "a continued chat forgets the first cut", "engine/columns.py",
           "slots = self.state.slots(number, cached) if self.state is not None else None\n", "slots = None\n",

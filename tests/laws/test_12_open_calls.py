@@ -249,19 +249,26 @@ def features_merged_by_hand(family: str, method: Method) -> None:
         close(got[:, -1], want[:, -1])
 
 
+def from_layers(layers: list[Any]) -> DynamicCache:
+    """A new cache with the layers of another one."""
+    made = DynamicCache()
+    made.layers = layers
+    return made
+
+
 def stored(cache: Any) -> dict[str, Any]:
     """Copies of a cache, in every way that there is."""
     file = io.BytesIO()
     torch.save(cache, file)
     file.seek(0)
-    layers = DynamicCache()
-    layers.layers = copy.deepcopy(cache.layers)
     tensors = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
     return {
         "deepcopy": copy.deepcopy(cache),
         "torch.save": torch.load(file, weights_only=False),
         "pickle": pickle.loads(pickle.dumps(cache)),
-        "layers": layers,
+        "layers": from_layers(copy.deepcopy(cache.layers)),
+        "layers copied one by one": from_layers([copy.copy(layer) for layer in cache.layers]),
+        "layers stored one by one": from_layers([pickle.loads(pickle.dumps(layer)) for layer in cache.layers]),
         "tensors": tensors,
         "copy": copy.copy(copy.deepcopy(cache)),
     }
@@ -282,12 +289,37 @@ def stored_caches(family: str, method: Method) -> None:
 
 
 @way
+def changed_caches(family: str, method: Method) -> None:
+    """Layers of a pruned cache go on in another cache object that is cropped or whose rows are selected."""
+    with Case(family, method, MIXED) as case:
+        cache = case.model(**bare(case.batch), use_cache=True).past_key_values
+        rows, token = torch.tensor([1, 1, 0]), torch.tensor([[20]])
+        case.model(input_ids=token.expand(len(case.batch["input_ids"]), -1), past_key_values=cache)
+        for change in (
+            lambda changed: changed.crop(-1),
+            lambda changed: changed.reorder_cache(rows),
+            lambda changed: changed.batch_select_indices(rows),
+            lambda changed: changed.batch_repeat_interleave(2),
+        ):
+            own, other = copy.deepcopy(cache), from_layers(copy.deepcopy(cache.layers))
+            change(own)
+            change(other)
+            tokens = token.expand(own.layers[-1].keys.shape[0], -1)
+            want = case.model(input_ids=tokens, past_key_values=own).logits
+            assert torch.equal(case.model(input_ids=tokens, past_key_values=other).logits, want)
+            assert own.get_seq_length() == other.get_seq_length()
+
+
+@way
 def cache_after_remove(family: str, method: Method) -> None:
+    """An unpatched model is refused the cache, its copies, and its layers in a new cache."""
     with Case(family, method) as case:
         cache = case.model(**bare(case.batch), use_cache=True).past_key_values
         case.patch.remove()
-        with pytest.raises(vtprune.VTPruneError, match="patch the model"):
-            case.model(input_ids=torch.tensor([[20, 21]]), past_key_values=cache)
+        copies = {name: again for name, again in stored(cache).items() if name != "tensors"}
+        for again in (cache, *copies.values()):
+            with pytest.raises(vtprune.VTPruneError, match="patch the model"):
+                case.model(input_ids=torch.tensor([[20, 21]]), past_key_values=again)
 
 
 @way

@@ -82,6 +82,21 @@ def test_crop_into_the_picture(family: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
+def test_crop_between_kept_tokens() -> None:
+    """A conversation that was cut off where tokens are missing has the length that was asked for, and can go on."""
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    with pruned(model, LAYOUTS["input"], ratio=0.3) as (patch, _):
+        whole = model(**batch, use_cache=True).past_key_values
+        visual, kept = (columns[0].tolist() for columns in (patch.last.visual, patch.last.kept))
+        for end in range(visual[0], visual[-1] + 1):
+            cache = copy.deepcopy(whole)
+            cache.crop(end - cache.get_seq_length())
+            assert cache.get_seq_length() == end
+            assert cache.layers[-1].keys.shape[-2] == visual[0] + sum(column < end for column in kept)
+            step(model, cache)
+            assert cache.get_seq_length() == end + 1
+
+
 def test_crop_of_a_ragged_batch_is_refused() -> None:
     model, batch = model_of("llava"), FAMILIES["llava"].batch(MIXED)
     with pruned(model, LAYOUTS["input"], ratio=0.3):

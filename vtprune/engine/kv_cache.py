@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruned KV caches: state that is kept between the calls of a generation, attached to its cache.
+"""Pruned KV caches: state that is kept between the calls of a generation, attached to the layers of its cache.
 
 A pruned cache reports the length of the unpruned conversation to callers, `generate` and the model; only its layers
-hold fewer tokens. `CacheState` maps the slots of each layer to positions in the conversation, so that masks made for
+hold fewer tokens. The layers carry the state, so that it goes with them into a copy, a file or another cache object.
+`CacheState` maps the slots of each layer to positions in the conversation, so that masks made for
 the unpruned length can be cut down layer by layer. Since the reported length is that of the conversation, position ids
 that a model derives from it are the original ones, and continued chats, cropping and hand-written loops work unchanged.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from abc import ABC
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,7 +31,7 @@ from .positions import Shift
 if TYPE_CHECKING:
     from transformers import Cache
 
-_ATTRIBUTE = "_vtprune_state"
+_STATE, _NUMBER = "_vtprune_state", "_vtprune_number"  # attributes of the layers of a pruned cache
 
 
 class CacheState:
@@ -54,6 +56,10 @@ class CacheState:
         self.open = False  # whether the last call had visual tokens, so that the next one must not add any
         self.reading = False  # whether a call of a patched model that uses the cache is in progress
         self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d], see `mark_of`
+        self._next: tuple[str, Any, weakref.ref[CacheState]] | None = None  # see `_once`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_next": None}  # weak references cannot be pickled
 
     def matches(self, keys: Tensor) -> bool:
         """Whether `keys` `[B, G, slots, d]` are the last layer's, up to a cast, judged by the slot in `mark`."""
@@ -108,37 +114,93 @@ class CacheState:
         tail = torch.arange(count - base.shape[1], device=base.device) + self.length
         return torch.cat([base, tail.expand(base.shape[0], -1)], 1)
 
-    def select(self, rows: Tensor) -> None:
-        """Selects rows of the batch."""
-        self._map(lambda x: x[to_device(rows, x.device)])
+    def selected(self, rows: Tensor) -> CacheState:
+        """State of the selected rows of the batch."""
+        return self._once("rows", rows, lambda: self._mapped(lambda x: x[to_device(rows, x.device)]))
 
-    def repeat(self, repeats: int) -> None:
-        """Repeats every row of the batch."""
-        self._map(lambda x: x.repeat_interleave(repeats, 0))
+    def repeated(self, repeats: int) -> CacheState:
+        """State after every row of the batch was repeated."""
+        return self._once("repeats", repeats, lambda: self._mapped(lambda x: x.repeat_interleave(repeats, 0)))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+    def cropped(self, end: int) -> CacheState:
+        """State after the positions from `end` on, which is inside the prompt, were removed.
+
+        Raises:
+            VTPruneError: Samples of the batch would keep different numbers of tokens.
+        """
+        return self._once("end", end, lambda: self._cropped(end))
+
+    def _cropped(self, end: int) -> CacheState:
+        base: list[Tensor | None] = []
+        for slots in self.base:
+            if slots is None:
+                base.append(None)
+                continue
+            stays = (slots < end) & (slots >= 0)
+            left = int(stays[0].sum())
+            if not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < left)).all()):
+                raise VTPruneError(
+                    "crop removes part of a pruned prompt from a batch whose samples keep different numbers of tokens; "
+                    "crop only tokens after the prompt, or generate the samples one by one"
+                )
+            base.append(None if left == end else slots[:, :left])
+        after = CacheState(base, end, self.shifts)
+        if self.held is not None:
+            after.held = self.held.masked_fill(self.held[..., :1] >= end, -1)
+        return after
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> CacheState:
         done: dict[int, Any] = {}  # layers that share a tensor keep sharing it
-        self.held = None if self.held is None else function(self.held)
-        self.base = [b if b is None else done.setdefault(id(b), function(b)) for b in self.base]
-        self.shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
+        base = [b if b is None else done.setdefault(id(b), function(b)) for b in self.base]
+        shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
+        after = CacheState(base, self.length, shifts)
+        after.held = None if self.held is None else function(self.held)
+        after.open, after.reading = self.open, self.reading
+        return after
+
+    def _once(self, kind: str, argument: Any, make: Callable[[], CacheState]) -> CacheState:
+        """What `make` returns, made once for all layers that are changed in the same way one after another."""
+        if self._next is not None and self._next[0] == kind:
+            same = self._next[1] is argument or (isinstance(argument, int) and self._next[1] == argument)
+            known = self._next[2]()
+            if same and known is not None:
+                return known
+        made = make()
+        self._next = (kind, argument, weakref.ref(made))
+        return made
 
 
-def state_of(cache: Cache | None) -> CacheState | None:
-    """The state of a pruned cache; None for any other cache, and for one that was emptied."""
-    if cache is None or not isinstance(cache, PrunedCache):
+def state_of(cache: Any) -> CacheState | None:
+    """The state of a cache with the layers of a pruned one; None for any other cache, and for one that was emptied.
+
+    Raises:
+        VTPruneError: Only some of the layers are those of a pruned cache, or they were cropped differently.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers:
         return None
-    state = cache._vtprune_state
-    if _slots_filled(cache, _first(cache)) == 0:
-        detach(cache)
+    first = _first(cache)
+    state: CacheState | None = getattr(layers[first], _STATE, None)
+    if state is None or _slots_filled(cache, first) == 0:
+        if isinstance(cache, PrunedCache):
+            detach(cache)
         return None
+    if not isinstance(cache, PrunedCache):
+        known = [getattr(layer, _STATE, None) for layer in layers if hasattr(layer, "get_seq_length")]
+        if any(other is None or other.length != state.length for other in known):
+            raise VTPruneError(
+                "only some layers of this cache are those of a pruned cache, so the positions of its tokens are lost; "
+                "copy or store the cache object itself (copy.deepcopy, pickle, torch.save)"
+            )
+        attach(cache, state)
     return state
 
 
-def recover_state(cache: Cache | None, recent: Iterable[CacheState]) -> CacheState | None:
-    """The state of a cache that was rebuilt from the layers or tensors of a pruned one; None for any other.
+def recover_state(cache: Any, recent: Iterable[CacheState]) -> CacheState | None:
+    """The state of a cache that was rebuilt from the tensors of a pruned one; None for any other.
 
     Args:
-        cache: Any cache; checked when it is first seen.
+        cache: Any cache without state; checked when it is first seen.
         recent: States of the last prefills, by which tensors are recognized.
 
     Raises:
@@ -149,13 +211,12 @@ def recover_state(cache: Cache | None, recent: Iterable[CacheState]) -> CacheSta
     attending = [i for i, layer in enumerate(cache.layers) if cached_tokens(cache, i)]
     if not attending:
         return None
-    state = getattr(cache.layers[attending[0]], _ATTRIBUTE, None)
     keys = getattr(cache.layers[attending[-1]], "keys", None)
-    if state is None and isinstance(keys, Tensor):
-        state = next((known for known in recent if known.matches(keys)), None)
-    if state is not None:
-        attach(cache, state.copy())
-        return state_of(cache)
+    if isinstance(keys, Tensor):
+        for known in recent:
+            if known.matches(keys):
+                attach(cache, known.copy())
+                return state_of(cache)
     counts = {cached_tokens(cache, i) for i in attending}
     if len(counts) > 1:
         raise VTPruneError(
@@ -225,52 +286,69 @@ def mark_of(cache: Cache) -> tuple[int, Tensor] | None:
 
 def attach(cache: Cache, state: CacheState) -> None:
     """Makes `cache` a pruned cache with the given state."""
-    if not isinstance(cache, PrunedCache):
-        cache.__class__ = _pruned_class(type(cache))  # type: ignore[arg-type]
-    setattr(cache, _ATTRIBUTE, state)
-    for layer in cache.layers:  # so that a cache that is rebuilt from these layers is recognized
-        setattr(layer, _ATTRIBUTE, state)
+    _become_pruned(cache, PrunedCache)
+    for number, layer in enumerate(cache.layers):
+        if hasattr(layer, "get_seq_length"):
+            _become_pruned(layer, PrunedLayer)
+            setattr(layer, _STATE, state)
+            setattr(layer, _NUMBER, number)
 
 
 def detach(cache: Cache) -> None:
     """Makes a pruned cache an ordinary one again."""
-    if isinstance(cache, PrunedCache):
-        cache.__class__ = type(cache).plain
-    for holder in (cache, *cache.layers):
-        vars(holder).pop(_ATTRIBUTE, None)
+    for part in (cache, *cache.layers):
+        _become_plain(part)
+
+
+def plain_class(part: Any) -> type:
+    """The own class of a cache or a layer, whether pruned or not."""
+    return part.plain if isinstance(part, (PrunedCache, PrunedLayer)) else type(part)
+
+
+def _become_pruned(part: Any, mixin: type) -> None:
+    if not isinstance(part, (PrunedCache, PrunedLayer)):
+        part.__class__ = _pruned_class(mixin, type(part))  # type: ignore[arg-type]
+
+
+def _become_plain(part: Any) -> None:
+    part.__class__ = plain_class(part)
+    for name in (_STATE, _NUMBER):
+        vars(part).pop(name, None)
 
 
 @functools.cache
-def _pruned_class(plain: type) -> type:
-    """The class of pruned caches that were of class `plain`."""
-    return type(f"Pruned{plain.__name__}", (PrunedCache, plain), {"plain": plain})
+def _pruned_class(mixin: type, plain: type) -> type:
+    """The class of pruned caches, or of layers of such, that were of class `plain`."""
+    # Transformers registers classes of layers by their `_layer_type`.
+    return type(f"Pruned{plain.__name__}", (mixin, plain), {"plain": plain, "_layer_type": None})
 
 
-def _restored(plain: type) -> Any:
-    """An empty cache for `pickle` and `copy` to fill."""
-    made = _pruned_class(plain)
+def _restored(mixin: type, plain: type) -> Any:
+    """An empty cache or layer for `pickle` and `copy` to fill."""
+    made = _pruned_class(mixin, plain)
     return object.__new__(made)
 
 
-class PrunedCache:
-    """Mixin of pruned caches, which report the length of the unpruned conversation.
+def _reduce(self: Any, protocol: Any) -> Any:
+    """`__reduce_ex__` of pruned caches and layers: their classes are made again when they are loaded."""
+    return _restored, type(self).__bases__, vars(self).copy()
 
-    The class of a cache object becomes a subclass of this one and of its own class, so that the object can be copied,
-    pickled and stored like any other; `detach` restores its own class.
+
+# The class of a pruned object becomes a subclass of a mixin and of its own class (`plain`), so that the object can be
+# copied, pickled and stored like any other; `detach` restores its own class.
+
+
+class PrunedLayer(ABC):  # as layers are: otherwise Python does not let an object change its class
+    """Mixin of the layers of pruned caches, which carry the state wherever they go.
 
     Attributes:
-        plain: The cache's own class.
+        plain: The layer's own class.
     """
 
     plain: ClassVar[Any]
+    __reduce_ex__ = _reduce
     _vtprune_state: CacheState
-    layers: list[Any]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (type(self).plain,), vars(self).copy()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(columns={self.get_seq_length()}, layers={len(self.layers)})"
+    _vtprune_number: int
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Adds keys and values; refused outside calls of a patched model, which would use slots as positions."""
@@ -281,6 +359,57 @@ class PrunedCache:
                 "as the cache"
             )
         return super().update(*args, **kwargs)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes positions from the end of the conversation, of which the layer may hold fewer tokens."""
+        state, plain = self._vtprune_state, type(self).plain
+        held = plain.get_seq_length(self)
+        total = held + state.removed(self._vtprune_number)
+        end = tokens_to_remove if tokens_to_remove > 0 else total + tokens_to_remove  # positive: the new length
+        if end >= state.length:
+            plain.crop(self, end - total)
+            return
+        after = state.cropped(end)
+        plain.crop(self, end - after.removed(self._vtprune_number) - held)
+        if after.is_pruned or after.held is not None:
+            self._vtprune_state = after
+        else:
+            _become_plain(self)  # the remaining tokens are those of an unpruned cache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Selects the rows of the batch that beam search continues."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._vtprune_state = self._vtprune_state.selected(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows of the batch."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._vtprune_state = self._vtprune_state.selected(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._vtprune_state = self._vtprune_state.repeated(repeats)
+
+    def reset(self) -> None:
+        """Empties the layer."""
+        super().reset()  # type: ignore[misc]
+        _become_plain(self)
+
+
+class PrunedCache:
+    """Mixin of pruned caches, which report the length of the unpruned conversation.
+
+    Attributes:
+        plain: The cache's own class.
+    """
+
+    plain: ClassVar[Any]
+    __reduce_ex__ = _reduce
+    layers: list[Any]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(columns={self.get_seq_length()}, layers={len(self.layers)})"
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Length of the conversation; with `layer_idx`, the number of tokens that the layer holds."""
@@ -301,57 +430,3 @@ class PrunedCache:
         if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
             return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
         return self.get_seq_length() + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes tokens from the end; inside a pruned prompt, each layer loses those of them that it holds."""
-        state = state_of(self)
-        if state is None or tokens_to_remove == 0:
-            type(self).plain.crop(self, tokens_to_remove)
-            return
-        if tokens_to_remove > 0:
-            tokens_to_remove -= self.get_seq_length()  # a positive argument is the new length
-        end = self.get_seq_length() + tokens_to_remove
-        if end >= state.length:
-            type(self).plain.crop(self, tokens_to_remove)
-            return
-        base: list[Tensor | None] = []
-        for i, layer in enumerate(self.layers):
-            slots = state.slots(i, cached_tokens(self, i))
-            stays = None if slots is None else (slots < end) & (slots >= 0)
-            left = end if stays is None else int(stays[0].sum())
-            order = torch.arange(0 if stays is None else stays.shape[1], device=None if stays is None else stays.device)
-            if stays is not None and not bool((stays == (order < left)).all()):
-                raise VTPruneError(
-                    "crop removes part of a pruned prompt from a batch whose samples keep different numbers of tokens; "
-                    "crop only tokens after the prompt, or generate the samples one by one"
-                )
-            layer.crop(left - cached_tokens(self, i))
-            whole = slots is None or bool((slots[:, :left] == order[:left]).all())
-            base.append(None if whole or slots is None else slots[:, :left])
-        if all(b is None for b in base) and not any(state.shifts) and state.held is None:
-            detach(self)  # the remaining tokens are those of an unpruned cache
-            return
-        left_over = CacheState(base, end, state.shifts)
-        if state.held is not None:
-            left_over.held = state.held.masked_fill(state.held[..., :1] >= end, -1)
-        attach(self, left_over)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Selects the rows of the batch that beam search continues."""
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._vtprune_state.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows of the batch."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._vtprune_state.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row of the batch."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._vtprune_state.repeat(repeats)
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        super().reset()  # type: ignore[misc]
-        detach(self)

@@ -148,6 +148,11 @@ class DecoderCall(CallState):
             return args, kwargs
         return _with_hidden(args, kwargs, self.columns.through_full_length(number, hidden))
 
+    def stop_reading(self) -> None:
+        """Lets the cache's layers refuse keys and values again, which models that are not patched would add."""
+        if self.columns.state is not None:
+            self.columns.state.reading = False
+
     def finish(self, output: Any) -> Any:
         """Scatters the output to the length of the full prompt, and attaches the state of slots to the cache."""
         if len(self.stages) < len(self.cuts):
@@ -157,8 +162,7 @@ class DecoderCall(CallState):
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
                 "report the model"
             )
-        if self.columns.state is not None:
-            self.columns.state.reading = False
+        self.stop_reading()
         ends_prompt = self.visual is not None and self.options.budget.may_drop
         if not (self.columns.is_modified or ends_prompt):
             return output

@@ -269,6 +269,8 @@ class Session:
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
+        if thread.call is not None:  # the decoder raised
+            thread.call.stop_reading()
         thread.inputs, thread.call, thread.records = None, None, {}
         tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
         if tower_in_decoder and self.drops:

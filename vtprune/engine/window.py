@@ -61,7 +61,8 @@ def _check(cache: Any) -> None:
     """Refuses caches with layers other than `DynamicLayer`."""
     from transformers.cache_utils import DynamicLayer
 
-    other = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    kinds = {kv_cache.plain_class(layer) for layer in cache.layers}
+    other = sorted(kind.__name__ for kind in kinds if kind is not DynamicLayer)
     if other:
         raise UnsupportedModelError(
             f"window= removes tokens from the KV cache, which has layers of kind {', '.join(other)}; expected a "
