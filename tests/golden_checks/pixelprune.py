@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of PixelPrune: the cells that stay, from the pixels that a tower is given."""
+"""Golden check of PixelPrune: the cells that stay, from the pixels of a tower call; as tokens, they come first."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from vtprune import methods
+from vtprune.core.ragged import top_k
 from vtprune.towers import Patches, Pixels
-from vtprune.towers.pictures import find_pictures
-from vtprune.towers.structure import TowerParts
+from vtprune.vision.patch_sizes import PatchSizes
+from vtprune.vision.pictures import Layout, find_pictures
 
 METRICS = ("max", "mean", "rms")
 
 
-def patches_of(pixel_values: torch.Tensor, grid: torch.Tensor, merge: int, side: int) -> Patches:
-    """What the engine hands a tower method for a packed call."""
-    parts = TowerParts(nn.Module(), nn.ModuleList(), SimpleNamespace(), merge, merge, None, (side, side), (), 0, 0)
+def layout_of(pixel_values: torch.Tensor, grid: torch.Tensor, merge: int, side: int) -> Layout:
+    """The pictures of a packed call."""
+    parts = PatchSizes(nn.Module(), SimpleNamespace(), merge, merge, None, (side, side), False)
     given = {"hidden_states": pixel_values, "grid_thw": grid}
-    layout = find_pictures(parts, given, (1, len(pixel_values)), None, None, lambda: torch.empty(0), True)
-    states = torch.zeros(len(pixel_values), 1)
+    return find_pictures(parts, given, (1, len(pixel_values)), None, None, lambda: torch.empty(0), True)
+
+
+def patches_of(layout: Layout) -> Patches:
+    """What the engine hands a tower method."""
+    states = torch.zeros(layout.length, 1)
     nothing: Any = None
     return Patches(
         states,
@@ -43,20 +49,24 @@ def check(data: dict[str, np.ndarray]) -> None:
     for group in groups:
         case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
         merge, tolerance = int(case["merge"]), float(case["threshold"])
-        patches = patches_of(
+        layout = layout_of(
             torch.from_numpy(case["pixel_values"]), torch.from_numpy(case["grid_thw"]), merge, int(case["patch_size"])
         )
+        patches = patches_of(layout)
         for name, anchored in (("kept", True), ("sliding_kept", False)):
             if name not in case:
                 continue
-            method = Pixels(tolerance=tolerance, distance=METRICS[int(case["metric"])], anchored=anchored)
-            choice = method.choose(patches)
+            options = {"tolerance": tolerance, "distance": METRICS[int(case["metric"])], "anchored": anchored}
+            choice = Pixels(**options).choose(patches)
             keep = choice.keep
             cells = keep.reshape(-1, merge * merge)
             assert (cells == cells[:, :1]).all(), "merge groups stay whole"
             np.testing.assert_array_equal(cells[:, 0].nonzero()[:, 0], case[name])
             counts = [int(part[:, 0].sum()) for part in cells.split((patches.unit_offsets.diff()).tolist())]
             np.testing.assert_array_equal(counts, case[f"{name}_counts"])
+            scores = methods.Pixels(**options).distances(layout)
+            first = top_k(scores, patches.unit_offsets, torch.from_numpy(case[f"{name}_counts"]))
+            np.testing.assert_array_equal(first.nonzero()[:, 0], case[name])
             if name == "kept":
                 np.testing.assert_array_equal(keep.nonzero()[:, 0], case["kept_patches"])
             if tolerance == 0:  # what represents a dropped patch has its pixels

@@ -15,6 +15,7 @@ from .fastvid import FastVID
 from .flashvid import FlashVID
 from .holitom import HoliTom
 from .iwp import IWP
+from .pixels import Pixels
 from .pooling import Pooling
 from .prumerge import PruMerge
 from .pyramiddrop import PyramidDrop
@@ -46,6 +47,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "IWP",
+    "Pixels",
     "Pooling",
     "PruMerge",
     "PyramidDrop",

@@ -7,38 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import UnsupportedModelError
-from ..models.arguments import bind
-
-
-class Offsets:
-    """Recognizes offsets of packed sequences (`cu_seqlens`) among the arguments of one tower call; reads each once.
-
-    Args:
-        batch, length: Shape `[B, L]` of the tower's states.
-    """
-
-    def __init__(self, batch: int, length: int) -> None:
-        self.batch, self.length = batch, length
-        self._known: dict[int, tuple[Any, Tensor | None]] = {}
-
-    def read(self, value: Any) -> Tensor | None:
-        """`value` as `[S + 1]` int64 on the host if it holds offsets from 0 to the number of tokens, else None."""
-        if self.batch != 1 or not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
-            return None
-        if value.dtype == torch.bool or not 2 <= len(value) <= self.length + 1:
-            return None
-        if id(value) not in self._known:
-            found = value.detach().cpu().long()
-            fits = int(found[0]) == 0 and int(found[-1]) == self.length and bool((found.diff() >= 0).all())
-            self._known[id(value)] = (value, found if fits else None)
-        return self._known[id(value)][1]
-
-    def among(self, values: dict[Any, Any]) -> Tensor | None:
-        """The offsets among a block's arguments, or None."""
-        return next((o for v in values.values() if (o := self.read(v)) is not None), None)
+from ..vision.block_calls import Offsets, map_tensors
 
 
 @dataclass
@@ -83,60 +54,12 @@ def _like(index: Tensor, x: Tensor) -> Tensor:
     return index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
 
 
-def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, including those in `*args` and `**kwargs`."""
-    return bind(module.forward, args, kwargs)
-
-
-def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states among a block's arguments, which come first."""
-    value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-    return value if isinstance(value, Tensor) else None
-
-
 def with_states(args: tuple, kwargs: dict[str, Any], states: Tensor) -> tuple[tuple, dict[str, Any]]:
     """The arguments with other hidden states."""
     if args:
         return (states, *args[1:]), kwargs
     name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
     return args, {**kwargs, name: states}
-
-
-def mask_among(values: dict[str, Any]) -> Tensor | None:
-    """The attention mask among a block's arguments, or None.
-
-    Raises:
-        UnsupportedModelError: It is one of flex attention.
-    """
-    found = next((v for name, v in values.items() if "mask" in name and v is not None), None)
-    if found is not None and not isinstance(found, Tensor):
-        raise UnsupportedModelError(
-            f"the mask of the vision tower is a {type(found).__name__}; tower= supports tensors only: load the model "
-            'with attn_implementation="sdpa", "eager" or "flash_attention_2"'
-        )
-    return found
-
-
-def tables_among(values: dict[str, Any], length: int) -> list[Tensor]:
-    """Tensors `[L, ...]` among a block's arguments that are shared by the whole batch, such as rotations."""
-    found: list[Tensor] = []
-    for name, value in values.items():
-        if "mask" not in name:
-            map_tensors(value, lambda x: found.append(x) if x.dim() >= 2 and len(x) == length else None)
-    return found
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """Applies `function` to the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(v, function) for v in value)
-    if isinstance(value, list):
-        return [map_tensors(v, function) for v in value]
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    return value
 
 
 def cut(args: tuple, kwargs: dict[str, Any], rows: Rows, states: Tensor) -> tuple[tuple, dict[str, Any]]:

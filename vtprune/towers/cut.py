@@ -18,7 +18,7 @@ from ..core.method import Tap
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..report.tower import TowerRun
-from . import arguments
+from ..vision import block_calls
 from .method import TowerMethod
 from .run import RunningTower
 from .structure import find_parts
@@ -99,7 +99,7 @@ class TowerCut:
             return
         thread.running, thread.first, thread.given, thread.finished = None, None, {}, []
         if self._active():
-            thread.given = arguments.named(module, args, kwargs)
+            thread.given = block_calls.named(module, args, kwargs)
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         thread = self._thread
@@ -119,7 +119,7 @@ class TowerCut:
             thread = self._thread
             if number == 0:
                 if thread.stopping:
-                    states = arguments.states_of(args, kwargs)
+                    states = block_calls.states_of(args, kwargs)
                     raise _Stop(states if states is not None else torch.empty(0))
                 thread.running = self._begin() if self._active() else None
             if thread.running is None:
@@ -127,7 +127,7 @@ class TowerCut:
             thread.block = module
             changed = thread.running.before_block(number, module, args, kwargs)
             if number == 0 and changed is not None:
-                thread.first = arguments.states_of(args, kwargs)
+                thread.first = block_calls.states_of(args, kwargs)
             return changed
 
         def after_block(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.options import Count, check_options, shorten
 from ..core.ragged import group_ids, top_k
 from ..errors import BudgetError, MethodError
-from .pictures import Grid
+from ..vision.pictures import Grid
 
 
 @dataclass

@@ -20,11 +20,13 @@ from ..core.transfer import to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
 from ..models.attention_probe import probe
 from ..report.tower import BlockWork, TowerRun, kept_numbers
+from ..vision import block_calls
 from ..vision.attention import Attention
+from ..vision.block_calls import Offsets
+from ..vision.pictures import Layout, find_pictures
 from . import arguments
-from .arguments import Offsets, Rows
+from .arguments import Rows
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
-from .pictures import Layout, find_pictures
 from .structure import TowerParts
 
 
@@ -77,7 +79,7 @@ class RunningTower:
 
     def before_block(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Selects patches at the cut, and cuts the arguments of the blocks after it."""
-        states, method, self._called = arguments.states_of(args, kwargs), self.method, None
+        states, method, self._called = block_calls.states_of(args, kwargs), self.method, None
         if method is None:
             self._count(number, states, args, kwargs, [])
             return None
@@ -130,22 +132,22 @@ class RunningTower:
     def _look(self, number: int, call: BlockCall) -> None:
         """Keeps the offsets, calls and states of blocks before the cut that the selection may need."""
         assert self._reader is not None
-        offsets = self._reader.among(arguments.named(call.block, call.args, call.kwargs))
+        offsets = self._reader.among(block_calls.named(call.block, call.args, call.kwargs))
         coarsest = self._offsets is None or (offsets is not None and len(offsets) <= len(self._offsets))
         if offsets is not None and coarsest:
             self._offsets = offsets
         if coarsest and (number < self.at or self._whole is None):
             self._whole = call
         if number == self.at - 1:
-            self.before = arguments.states_of(call.args, call.kwargs)
+            self.before = block_calls.states_of(call.args, call.kwargs)
 
     @torch.no_grad()
     def _cut(self, method: TowerMethod, block: nn.Module, args: tuple, kwargs: dict, states: Tensor) -> None:
         full = _batched(states)
         shape = (full.shape[0], full.shape[1])
-        values = arguments.named(block, args, kwargs)
-        mask = arguments.mask_among(values)
-        tables = arguments.tables_among({k: v for k, v in values.items() if v is not states}, shape[1])
+        values = block_calls.named(block, args, kwargs)
+        mask = block_calls.mask_among(values)
+        tables = block_calls.tables_among({k: v for k, v in values.items() if v is not states}, shape[1])
         layout = self.layout = find_pictures(
             self.parts, self.given, shape, self._offsets, mask, self.constant_rows, method.group, tables
         )
@@ -205,9 +207,9 @@ class RunningTower:
         """Mean attention `[N]` that patches receive."""
         call = self._whole
         assert call is not None
-        values = arguments.named(call.block, call.args, call.kwargs)
+        values = block_calls.named(call.block, call.args, call.kwargs)
         states = values.pop(next(iter(values)))
-        full, mask = _batched(states), arguments.mask_among(values)
+        full, mask = _batched(states), block_calls.mask_among(values)
         assert self._reader is not None
         for name, value in values.items():
             if self._reader.read(value) is not None:

@@ -3,61 +3,35 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..report.tower import weights_per_token
+from ..vision.patch_sizes import PatchSizes
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 _OWN_DISTANCES = re.compile("rel_pos|relative_position")
-# Names in configs for the side of the square of patches that becomes one projected token ...
-_MERGES = (
-    "spatial_merge_size",
-    "merge_size",
-    "merge_kernel_size",
-    "downsample_factor",
-    "scale_factor",
-    "pooling_kernel_size",
-    "hidden_stride",
-)
-_RATIOS = ("downsample_ratio", "pixel_shuffle_ratio")  # ... and for its inverse
 
 
 @dataclass(eq=False)
-class TowerParts:
+class TowerParts(PatchSizes):
     """The parts and sizes of a vision tower that a cut needs.
 
     Attributes:
-        tower: The vision tower.
         blocks: Its blocks, in order.
-        config: The tower's config, or the composite's if it has none.
-        merge: Side of the square of patches that the projector merges into one token; 1 if it does not merge.
-        packed_merge: Side of the squares by which patches are ordered in a packed sequence; 1 for raster order.
-        tokens: Projected tokens per picture if the config fixes them instead of a merge size, else None.
-        patch: Height and width of a patch in pixels.
         weights: Multiply-adds of one token in the weight matrices of each block.
         embedding_weights: Multiply-adds of one patch in the patch embedding.
         merger_weights: Multiply-adds of one merged token in the rest of the tower outside its blocks.
-        merges_by_convolution: Whether a convolution of the tower merges patches, which needs them in raster order.
     """
 
-    tower: nn.Module
     blocks: nn.ModuleList
-    config: Any
-    merge: int
-    packed_merge: int
-    tokens: int | None
-    patch: tuple[int, int]
     weights: tuple[int, ...]
     embedding_weights: int
     merger_weights: int
-    merges_by_convolution: bool = False
 
 
 def find_parts(anatomy: Anatomy) -> TowerParts:
@@ -66,31 +40,17 @@ def find_parts(anatomy: Anatomy) -> TowerParts:
     Raises:
         UnsupportedModelError: The tower is not one list of attention blocks over one sequence of tokens.
     """
-    tower = anatomy.vision_tower
-    blocks = _find_blocks(tower)
+    sizes = PatchSizes.of(anatomy)
+    blocks = _find_blocks(sizes.tower)
     _refuse_second_tower(anatomy)
-    config = getattr(tower, "config", None) or anatomy.config
-    homes = [config, getattr(anatomy.config, "vision_config", None), anatomy.config]
-    homes = [home for home in homes if home is not None]
     inside = {id(p) for p in blocks.parameters()}
-    outside = [(m, p) for m in tower.modules() for p in m.parameters(recurse=False) if id(p) not in inside]
-    convolutions = sum(p.numel() for m, p in outside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and p.dim() > 2)
-    linear = sum(p.numel() for m, p in outside if isinstance(m, nn.Linear) and p.dim() == 2)
-    merge = next((m for home in homes if (m := _merge_of(home))), 1)
+    outside = [(m, p) for m in sizes.tower.modules() for p in m.parameters(recurse=False) if id(p) not in inside]
     return TowerParts(
-        tower,
-        blocks,
-        config,
-        merge=merge,
-        packed_merge=_side(getattr(config, "spatial_merge_size", None)) or 1,
-        tokens=next((n for home in homes if (n := getattr(home, "mm_tokens_per_image", None))), None),
-        patch=next((p for home in homes if (p := _patch_of(home))), (1, 1)),
-        weights=tuple(weights_per_token(block, config) for block in blocks),
-        embedding_weights=convolutions,
-        merger_weights=linear,
-        merges_by_convolution=any(
-            isinstance(m, nn.Conv2d) and m.in_channels > 4 and m.stride[0] == merge > 1 for m, _ in outside
-        ),
+        **vars(sizes),
+        blocks=blocks,
+        weights=tuple(weights_per_token(block, sizes.config) for block in blocks),
+        embedding_weights=sum(p.numel() for m, p in outside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and p.dim() > 2),
+        merger_weights=sum(p.numel() for m, p in outside if isinstance(m, nn.Linear) and p.dim() == 2),
     )
 
 
@@ -157,24 +117,3 @@ def _refuse_second_tower(anatomy: Anatomy) -> None:
 
 def _attends(block: nn.Module) -> bool:
     return any(_ATTENTION.search(name.rpartition(".")[2]) for name, _ in block.named_modules())
-
-
-def _side(value: Any) -> int | None:
-    value = value[0] if isinstance(value, (list, tuple)) and value else value
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 1 else None
-
-
-def _merge_of(config: Any) -> int | None:
-    sides = [_side(getattr(config, name, None)) for name in _MERGES]
-    for name in _RATIOS:
-        ratio = getattr(config, name, None)
-        if isinstance(ratio, float) and 0 < ratio <= 1 and math.isclose(1 / ratio, round(1 / ratio)):
-            sides.append(round(1 / ratio))
-    return next((side for side in sides if side), None)
-
-
-def _patch_of(config: Any) -> tuple[int, int] | None:
-    value = getattr(config, "patch_size", None)
-    if isinstance(value, int):
-        return value, value
-    return (value[-2], value[-1]) if isinstance(value, (list, tuple)) and len(value) >= 2 else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from .structure import TowerParts
+from .patch_sizes import PatchSizes
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Layout:
 
 
 def find_pictures(
-    parts: TowerParts,
+    parts: PatchSizes,
     given: dict[str, Any],
     shape: tuple[int, int],
     offsets: Tensor | None,
@@ -87,7 +87,7 @@ def find_pictures(
     """Finds the pictures in the states of a tower call.
 
     Args:
-        parts: Parts of the tower.
+        parts: Sizes of the tower.
         given: The tower's arguments by name.
         shape: Shape `[B, L]` of the states.
         offsets: The coarsest offsets of sequences that attend to each other in a packed sequence; or None.
@@ -149,7 +149,7 @@ def _numbers(value: Any) -> list[list[int]] | None:
 
 
 def _sizes(
-    given: dict[str, Any], parts: TowerParts, batch: int, length: int, valid: Tensor
+    given: dict[str, Any], parts: PatchSizes, batch: int, length: int, valid: Tensor
 ) -> list[tuple[int, int, int]] | None:
     """Frames, rows and columns of each picture's patches, from an argument whose values fit their number; or None."""
     for value in given.values():
@@ -197,14 +197,14 @@ def _valid(mask: Tensor | None, batch: int, length: int) -> Tensor:
     return seen.cpu().expand(batch, -1)
 
 
-def _merge(parts: TowerParts, counts: list[int]) -> int:
+def _merge(parts: PatchSizes, counts: list[int]) -> int:
     if parts.merge == 1 and parts.tokens and all(n % parts.tokens == 0 for n in counts):
         side = math.isqrt(counts[0] // parts.tokens)
         return side if side**2 * parts.tokens == counts[0] else 1
     return parts.merge
 
 
-def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: TowerParts) -> bool:
+def _in_squares(tables: Sequence[Tensor], size: tuple[int, int, int], parts: PatchSizes) -> bool:
     """Whether the patches of a packed picture are ordered square by square, as processors of merging towers do.
 
     In a square of 2 x 2, the second patch is right of the first and the third below it, so their rotations differ from
@@ -250,7 +250,7 @@ def _placed(coordinates: Tensor, merge: int) -> Grid | None:
 
 
 def _square(
-    images: Tensor | None, number: int, count: int, fixed: Tensor, merge: int, parts: TowerParts
+    images: Tensor | None, number: int, count: int, fixed: Tensor, merge: int, parts: PatchSizes
 ) -> Grid | None:
     """Grid, in raster order, of a picture that is alone in its row of the batch; None if its size does not fit."""
     if images is None or len(images) != len(fixed):
@@ -277,7 +277,7 @@ def _units(grids: list[Grid | None], counts: list[int], consecutive: int) -> tup
     return torch.cat(units), torch.tensor([0, *totals]).cumsum(0)
 
 
-def _permute_windows(layout: Layout, given: dict[str, Any], parts: TowerParts) -> None:
+def _permute_windows(layout: Layout, given: dict[str, Any], parts: PatchSizes) -> None:
     """Reorders places and units in the way a tower with window attention reorders its patches."""
     index = window_order(layout, given, parts)
     if index is None:
@@ -295,7 +295,7 @@ def _permute_windows(layout: Layout, given: dict[str, Any], parts: TowerParts) -
     layout.pixels = lambda: in_order()[order] if _packed_pixels(given, layout) is not None else in_order()
 
 
-def window_order(layout: Layout, given: dict[str, Any], parts: TowerParts) -> Tensor | None:
+def window_order(layout: Layout, given: dict[str, Any], parts: PatchSizes) -> Tensor | None:
     """Order `[N / m**2]` of the merge squares in a tower with window attention; None for the processor's order."""
     config = parts.config
     tower: Any = parts.tower
@@ -336,7 +336,7 @@ def _packed_pixels(given: dict[str, Any], layout: Layout) -> Tensor | None:
     return None
 
 
-def _pixels(layout: Layout, given: dict[str, Any], images: Tensor | None, parts: TowerParts) -> Tensor:
+def _pixels(layout: Layout, given: dict[str, Any], images: Tensor | None, parts: PatchSizes) -> Tensor:
     packed = _packed_pixels(given, layout)
     tall, wide = parts.patch
     if packed is not None:
