@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.report_readme import grid
 from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, seconds, span, table, versions
+from vtprune.study.fidelity_view import BESIDE, beside_resizing, refusals
 
 Data = dict[str, Any]
 
@@ -68,10 +69,18 @@ def fidelity(data: Data) -> str:
             f"{slower} of {len(ran)} rows are slower than the unpruned model: there selection costs more than it saves."
         )
     heading = ("method", "kept", "KL, nats", "same top-1", "same answer", "cosine", "attention error", "time")
-    for ratio in data["ratios"]:
+    for ratio in sorted({row["ratio"] for row in ran}, reverse=True):
         mine = sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"])
         parts.append(f"### Ratio {ratio:g}\n\n" + table(heading, map(_fidelity_row, mine)))
-    refused = [row for row in data["rows"] if "refused" in row]
+    refused = refusals(data["rows"])
+    beside = [row for row in ran if row.get("equal_tokens") or row.get("equal_time")]
+    if beside:
+        parts.append(
+            "### Beside smaller pictures\n\nKL minus that of the unpruned model on a smaller picture (95 % interval; "
+            "below 0 pruning is nearer), of as many tokens, and of the largest size that takes no more time; and of "
+            "the answers that this picture changes, how many stay.\n\n"
+            + table(BESIDE, [(f"`{cells[0]}`", *cells[1:]) for cells in map(beside_resizing, beside)])
+        )
     if refused:
         parts.append(
             "Not possible:\n\n" + _bullets(f"`{r['method']}` at {r['ratio']:g}: {r['refused']}" for r in refused)

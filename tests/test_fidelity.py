@@ -23,7 +23,8 @@ from vtprune.cli.main import main  # noqa: E402
 from vtprune.models import attention_probe  # noqa: E402
 from vtprune.refvlm import loading  # noqa: E402
 from vtprune.study import charts, fidelity, intervals, metrics  # noqa: E402
-from vtprune.study.fidelity import Prompt, Variant, measure_prompt, summarize  # noqa: E402
+from vtprune.study.fidelity import Prompt, Variant, measure_prompt, summarize, with_resizing  # noqa: E402
+from vtprune.study.resize import shrinking  # noqa: E402
 
 PROMPT = [[3, Image(0), 4]]
 ONCE = {"max_new_tokens": 3, "repeats": 1}
@@ -160,6 +161,39 @@ def test_rows_sum_prompts_up_picture_by_picture() -> None:
     assert alone["kl"] == {"value": 0.2, "interval": None} and alone["top1"]["interval"] is not None
 
 
+def test_smaller_pictures_are_rows_and_methods_keep_as_many_tokens() -> None:
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    image = refvlm.scenes.scene(3).image
+    variants = with_resizing([Variant("random", methods.Random(), 0.3)])
+    assert [v.key for v in variants] == ["random 0.3", "resize 0.9", "resize 0.75", "resize 0.3"]
+
+    def made(picture: Any) -> Any:
+        return loading.inputs(model, processor, picture, "what?")
+
+    prompt = Prompt(made(image), "a", shrinking(model, processor, image, made))
+    records = measure_prompt(model, prompt, variants, **ONCE)
+    counts = {key: records[key]["kept"] for key in records if key != "unpruned"}
+    assert counts == {"random 0.3": 36, "resize 0.9": 121, "resize 0.75": 100, "resize 0.3": 36}
+    small, _ = shrinking(model, processor, image, made)(43)
+    want = metrics.divergence(metrics.next_token_logits(model, prompt.inputs), metrics.next_token_logits(model, small))
+    assert records["resize 0.3"]["kl"] == pytest.approx(float(want), rel=1e-4)
+
+
+def test_rows_beside_smaller_pictures_at_equal_tokens_and_at_no_more_time() -> None:
+    variants = [Variant("mine", methods.Random(), 0.1), Variant("resize", None, 0.5), Variant("resize", None, 0.1)]
+
+    def record(mine: float, half: float, tenth: float) -> dict[str, Any]:
+        rows = {"mine 0.1": fake(1.2, 0.3, mine), "resize 0.5": fake(1.1, 0.1, half)}
+        return {"unpruned": {"seconds": 2.0}, **rows, "resize 0.1": fake(0.4, 0.9, tenth)}
+
+    records = [record(1, 1, 0), record(0, 1, 0), record(1, 0, 0), record(0, 0, 1)]
+    mine, half, tenth = summarize(records, list("abcd"), variants)
+    nearer, further = ({"value": x, "interval": [x, x]} for x in (-0.6, 0.2))
+    assert mine["equal_tokens"] == {"ratio": 0.1, "kl": nearer, "changed": 3, "kept": 2}
+    assert mine["equal_time"] == {"ratio": 0.5, "kl": further, "changed": 2, "kept": 1}
+    assert half["equal_time"] is None and tenth["equal_tokens"] is None
+
+
 def test_intervals_are_the_known_ones() -> None:
     assert intervals.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)
     assert intervals.wilson(3, 3)[0] < 0.5 and intervals.wilson(0, 0) == (0, 1)
@@ -188,8 +222,11 @@ def test_the_command_shows_and_writes_what_it_measured(command: Any, capfd: Any,
     assert "2 pictures (drawn scenes), 2 prompts" in out and "144 of 144" in out and "14 of 144" in out
     data = json.loads((tmp_path / "out.json").read_text())
     assert [(row["method"], row["ratio"]) for row in data["rows"]] == [
-        (method, ratio) for method in ("random", "iwp") for ratio in (1, 0.1)
+        *((method, ratio) for method in ("random", "iwp") for ratio in (1, 0.1)),
+        *(("resize", ratio) for ratio in (1, 0.9, 0.75, 0.1)),
     ]
+    refused = [row["ratio"] for row in data["rows"] if "refused" in row]
+    assert refused == [0.9, 0.75, 0.1] and out.count("resizing cannot reach") == 1, "its grid is fixed"
     assert data["rows"][0]["kl"] == {"value": 0, "interval": [0, 0]} and data["rows"][1]["kl"]["value"] > 0
     assert data["questions"] == "the scenes' own" and "records" not in data
     assert not charts.available() or "iwp" in (tmp_path / "out.svg").read_text()

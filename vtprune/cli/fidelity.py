@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ def add(commands: Any) -> None:
         help="measure how much pruning changes a model's answers, and its time",
         description=description(
             "Measures, without labels, how much every method changes the answers of a model at several ratios, and the "
-            "time to the first token. Results are saved after every prompt; the same command resumes from them."
+            "time to the first token, beside the same model on smaller pictures. Results are saved after every prompt; "
+            "the same command resumes from them."
         ),
         examples=(
             "fidelity --images FOLDER",
@@ -114,9 +116,11 @@ def _fidelity(args: argparse.Namespace) -> None:
 
 
 def _variants(args: argparse.Namespace, methods: Mapping[str, Method]) -> list[Variant]:
-    from ..study.fidelity import Variant
+    from ..study.fidelity import Variant, with_resizing
 
-    return [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
+    return with_resizing(
+        [Variant(label, method, ratio) for label, method in methods.items() for ratio in _ratios(args)]
+    )
 
 
 def _schema(variants: Sequence[Variant], prompts: int) -> dict[str, Any]:
@@ -217,10 +221,12 @@ def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -
     """Yields the model inputs of each prompt, with only one picture in memory at a time."""
     from ..refvlm import loading
     from ..study.fidelity import Prompt
+    from ..study.resize import shrinking
 
     for name, picture, question in pairs:
         image = images.picture(picture) if isinstance(picture, str) else picture
-        yield Prompt(loading.inputs(model, processor, image, question), name)
+        made = partial(loading.inputs, model, processor, question=question)
+        yield Prompt(made(image), name, shrinking(model, processor, image, made))
 
 
 def _header(

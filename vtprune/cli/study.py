@@ -116,16 +116,10 @@ def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Calla
     def prompt(picture: Any) -> Any:
         return loading.inputs(model, processor, picture, args.question)
 
-    def smaller(number: int, tokens: int) -> Any:
-        from .. import inspect
-        from ..study.resize import resized
+    def smaller(number: int, tokens: int) -> tuple[Any, int]:
+        from ..study.resize import shrinking
 
-        placeholders = list(inspect(model).placeholders.values())
-
-        def count(inputs: Any) -> int:
-            return sum(int((inputs["input_ids"] == placeholder).sum()) for placeholder in placeholders)
-
-        return resized(processor, pictures[number], prompt, count, tokens)[0]
+        return shrinking(model, processor, pictures[number], prompt)(tokens)
 
     return model, [prompt(picture) for picture in pictures], smaller
 

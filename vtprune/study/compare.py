@@ -14,6 +14,7 @@ from ..engine.patching import Patch, find_patch, inspect, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method, names, resolve
 from . import metrics
+from .resize import NAME
 
 BASELINES = ("random", "uniform")
 
@@ -65,7 +66,7 @@ def compare(
     methods: Sequence[str] | Mapping[str, str | Method] | None = None,
     repeats: int = 3,
     log: Callable[[str], None] = lambda text: None,
-    smaller: Callable[[int, int], Mapping[str, Any]] | None = None,
+    smaller: Callable[[int, int], tuple[Mapping[str, Any], int]] | None = None,
 ) -> list[Row]:
     """Runs methods on the same prompts at the same mean share of visual tokens over the decoder layers' inputs.
 
@@ -76,9 +77,10 @@ def compare(
         methods: Names, or methods by label; by default all registered ones. `random` and `uniform` always run.
         repeats: Timed calls per batch; the first one of a method is a warm-up if there are others.
         log: Called with a line of text after every method.
-        smaller: Makes prompt `n` with a smaller picture, of at most so many visual tokens: `smaller(n, tokens)`. Adds
-            the row `resize`, the unpruned model on pictures of no more tokens (batches of one prompt); see
-            `vtprune.study.resize`.
+        smaller: Makes prompt `n` with a smaller picture, and says how many visual tokens that has, at most those it is
+            given: `smaller(n, tokens)`. Adds the row `resize`, the unpruned model on these pictures (batches of one
+            prompt). The methods then run at the share of tokens that these have, which the processor's rounding makes
+            a little less than `mean_ratio`; those that cannot run at `mean_ratio`. See `vtprune.study.resize`.
 
     Returns:
         list[Row]: By ascending divergence; methods that cannot run on this model at this cost come last.
@@ -101,18 +103,23 @@ def compare(
         raise VTPruneError("there are no prompts; expected at least one batch")
     reference = [metrics.next_token_logits(model, batch) for batch in batches]
     rows = []
-    for label, method in chosen.items():
-        try:
-            rows.append(_run(label, method, model, batches, reference, mean_ratio, repeats))
-        except (BudgetError, MethodError, NothingPrunedError) as error:
-            rows.append(Row(label, reason=str(error)))
-        log(f"{label}: {rows[-1].reason or f'{rows[-1].kl:.4g} nats'}")
+    shares = [mean_ratio]
     if smaller is not None:
         try:
             rows.append(_resized(model, batches, reference, mean_ratio, smaller))
+            shares.insert(0, rows[0].mean_ratio or mean_ratio)
         except MethodError as error:
-            rows.append(Row("resize", reason=str(error)))
-        log(f"resize: {rows[-1].reason or f'{rows[-1].kl:.4g} nats'}")
+            rows.append(Row(NAME, reason=str(error)))
+        log(f"{NAME}: {rows[-1].reason or f'{rows[-1].kl:.4g} nats'}")
+    for label, method in chosen.items():
+        for share in shares:
+            try:
+                row = _run(label, method, model, batches, reference, share, repeats)
+                break
+            except (BudgetError, MethodError, NothingPrunedError) as error:
+                row = Row(label, reason=str(error))
+        rows.append(row)
+        log(f"{label}: {row.reason or f'{row.kl:.4g} nats'}")
     return sorted(rows, key=lambda row: (row.kl is None, row.kl or 0.0, row.method))
 
 
@@ -169,7 +176,7 @@ def _resized(
     batches: list[Mapping[str, Any]],
     reference: list[Tensor],
     mean_ratio: float,
-    smaller: Callable[[int, int], Mapping[str, Any]],
+    smaller: Callable[[int, int], tuple[Mapping[str, Any], int]],
 ) -> Row:
     """The unpruned model on smaller pictures, whose tokens are counted after the processor's rounding."""
     visual: list[int] = []
@@ -180,12 +187,13 @@ def _resized(
         for number, (batch, want) in enumerate(zip(batches, reference, strict=True)):
             metrics.next_token_logits(model, batch)
             visual.append(_count(counting))
-            got = metrics.next_token_logits(model, smaller(number, int(mean_ratio * visual[-1])))
-            kept.append(_count(counting))
+            inputs, count = smaller(number, int(mean_ratio * visual[-1]))
+            got = metrics.next_token_logits(model, inputs)
+            kept.append(count)
             kl += metrics.divergence(want, got).tolist()
             same += (want.argmax(-1) == got.argmax(-1)).tolist()
     return Row(
-        method="resize",
+        method=NAME,
         visual=statistics.fmean(visual),
         kept=statistics.fmean(kept),
         mean_ratio=sum(kept) / sum(visual),

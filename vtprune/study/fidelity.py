@@ -22,6 +22,7 @@ from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method
 from . import metrics, stopwatch
 from .intervals import bootstrap, group_means, wilson
+from .resize import MORE, NAME, regained, rival
 
 _NUMBER = {"type": "number"}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
@@ -67,6 +68,12 @@ def rows_schema(variants: Sequence[Variant]) -> dict[str, Any]:
     estimates = dict.fromkeys(("kl", "cosine", "prefix", "top1", "answers", "relative_time"), _ESTIMATE)
     numbers = dict.fromkeys(("kept", "visual", "mean_ratio", "seconds", "deciding"), _NUMBER)
     measured = {**estimates, **numbers, "frontier": {"type": "boolean"}}
+    beside = {
+        "type": ["object", "null"],
+        "required": ["ratio", "kl", "changed", "kept"],
+        "properties": {"ratio": _SHARE, "kl": _ESTIMATE, "changed": {"type": "integer"}, "kept": {"type": "integer"}},
+    }
+    measured |= {"equal_tokens": beside, "equal_time": beside}
     row = {
         "type": "object",
         "required": ["method", "ratio"],
@@ -90,29 +97,39 @@ class Prompt:
     Attributes:
         inputs: Keyword arguments of the model's call, batch of one, on the model's device.
         picture: Identifier of the picture; prompts about the same picture are not independent.
+        smaller: Returns the inputs of the same prompt with a smaller picture, and their number of visual tokens, which
+            is at most the one it is given; see `vtprune.study.resize`. None leaves resizing out.
     """
 
     inputs: Mapping[str, Any]
     picture: Hashable
+    smaller: Callable[[int], tuple[Mapping[str, Any], int]] | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method at a ratio.
+    """A method at a ratio, or a smaller picture.
 
     Attributes:
         label: Name in results.
-        method: The method.
-        ratio: Share of visual tokens kept.
+        method: The method; None for the unpruned model on a picture with no more tokens.
+        ratio: Share of visual tokens kept. Where the prompt can be resized, methods keep as many as its smaller picture
+            has, which is a little less after the processor's rounding.
     """
 
     label: str
-    method: Method
+    method: Method | None
     ratio: float
 
     @property
     def key(self) -> str:
         return f"{self.label} {self.ratio:g}"
+
+
+def with_resizing(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants, and smaller pictures of as many tokens, and of more for comparisons at equal time."""
+    ratios = sorted({variant.ratio for variant in variants} | set(MORE), reverse=True)
+    return [*variants, *(Variant(NAME, None, ratio) for ratio in ratios)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +144,7 @@ class _Reference:
     """The unpruned model on one prompt; `rows` is the number of tokens after the last visual one, at least 1."""
 
     outputs: metrics.PrefillOutputs
+    visual: int
     rows: int
     answer: list[int]
     seconds: float
@@ -169,9 +187,16 @@ def measure_prompt(
     reference = _reference(model, prompt.inputs, settings)
     records: dict[str, dict[str, Any]] = {"unpruned": {"seconds": reference.seconds}}
     first = turn % max(1, len(variants))
+    resizes = {variant.ratio for variant in variants if variant.method is None}
+    small = {ratio: _smaller(prompt, int(ratio * reference.visual)) for ratio in resizes}
     for variant in (*variants[first:], *variants[:first]):
+        made = small.get(variant.ratio)
         try:
-            records[variant.key] = _against(reference, model, prompt.inputs, variant, settings)
+            if variant.method is None:
+                records[variant.key] = _resized(reference, model, made, settings)
+                continue
+            count = None if made is None or isinstance(made, MethodError) else made[1]
+            records[variant.key] = _against(reference, model, prompt.inputs, variant, count, settings)
         except (BudgetError, MethodError, NothingPrunedError) as error:
             records[variant.key] = {"refused": str(error)}
     return records
@@ -186,21 +211,43 @@ def _reference(model: nn.Module, inputs: Mapping[str, Any], settings: _Settings)
         raise VTPruneError("a prompt has no visual token; expected a picture in every prompt")
     rows = max(1, last.columns - 1 - int(last.visual[0].max()))
     outputs = metrics.capture(model, inputs, rows)
-    return _Reference(outputs, rows, _answer(model, inputs, settings), _seconds(model, inputs, settings))
+    answer, seconds = _answer(model, inputs, settings), _seconds(model, inputs, settings)
+    return _Reference(outputs, len(last.visual[0]), rows, answer, seconds)
 
 
-def _against(
-    reference: _Reference, model: nn.Module, inputs: Mapping[str, Any], variant: Variant, settings: _Settings
-) -> dict[str, Any]:
-    with patch(model, ratio=variant.ratio, method=variant.method) as running:
-        got = metrics.capture(model, inputs, reference.rows)
-        last, cuts = running.last, [stage.layer for stage in running.schedule]
-        assert last is not None
-        selection: list[float] = []
-        seconds = _seconds(
-            model, inputs, settings, lambda: selection.append(running.last.selection_time if running.last else 0)
-        )
-        answer = _answer(model, inputs, settings)
+_Smaller = tuple[Mapping[str, Any], int] | MethodError
+
+
+def _smaller(prompt: Prompt, tokens: int) -> _Smaller:
+    """The prompt with a smaller picture and its visual tokens; or why there is none."""
+    if prompt.smaller is None:
+        return MethodError("the prompts came without a way to resize their pictures")
+    try:
+        return prompt.smaller(max(1, tokens))
+    except MethodError as error:
+        return error
+
+
+def _resized(reference: _Reference, model: nn.Module, small: _Smaller | None, settings: _Settings) -> dict[str, Any]:
+    """The unpruned model on a smaller picture."""
+    assert small is not None
+    if isinstance(small, MethodError):
+        raise small
+    inputs, count = small
+    got = metrics.capture(model, inputs, reference.rows)
+    return {
+        **_compared(reference, got, _answer(model, inputs, settings)),
+        "attention_errors": [None],
+        "seconds": _seconds(model, inputs, settings),
+        "deciding": 0.0,
+        "visual": reference.visual,
+        "kept": count,
+        "mean_ratio": count / reference.visual,
+    }
+
+
+def _compared(reference: _Reference, got: metrics.PrefillOutputs, answer: list[int]) -> dict[str, float]:
+    """Next token, last state and answer beside those of the unpruned model."""
     want = reference.outputs
     same = [a == b for a, b in zip(reference.answer, answer, strict=False)]
     common = same.index(False) if False in same else len(same)
@@ -210,7 +257,31 @@ def _against(
         "answers": float(reference.answer == answer),
         "prefix": common / len(reference.answer),
         "cosine": float(metrics.cosine(want.state.double(), got.state.double())),
-        "attention_errors": attention_errors(want.attention, got.attention, cuts),
+    }
+
+
+def _against(
+    reference: _Reference,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    variant: Variant,
+    count: int | None,
+    settings: _Settings,
+) -> dict[str, Any]:
+    """A method that keeps `count` tokens, or the variant's share of them."""
+    budget: dict[str, Any] = {"ratio": variant.ratio} if count is None else {"keep": count}
+    with patch(model, **budget, method=variant.method) as running:
+        got = metrics.capture(model, inputs, reference.rows)
+        last, cuts = running.last, [stage.layer for stage in running.schedule]
+        assert last is not None
+        selection: list[float] = []
+        seconds = _seconds(
+            model, inputs, settings, lambda: selection.append(running.last.selection_time if running.last else 0)
+        )
+        answer = _answer(model, inputs, settings)
+    return {
+        **_compared(reference, got, answer),
+        "attention_errors": attention_errors(reference.outputs.attention, got.attention, cuts),
         "seconds": seconds,
         "deciding": statistics.median(selection),
         "visual": len(last.visual[0]),
@@ -277,15 +348,41 @@ def summarize(
         list: `method`, `ratio`, and either `refused` or `kept`, `visual`, `mean_ratio`, `seconds` and `deciding`
         (medians), `cuts_error` (mean attention error of each cut), for each of `kl`, `cosine`, `prefix`,
         `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time relative to the
-        unpruned model on the same prompt) a `value` and an `interval` (None for means of one picture); and `frontier`,
-        whether no other row, nor the unpruned model, is both faster and closer (`kl`).
+        unpruned model on the same prompt) a `value` and an `interval` (None for means of one picture); `frontier`,
+        whether no other row, nor the unpruned model, is both faster and closer (`kl`); and beside resized pictures,
+        `equal_tokens` and `equal_time` (the largest that takes no more time): the `ratio` of their row, the difference
+        in `kl`, the number of answers that they `changed`, and how many of those this row `kept`.
     """
     rows = [_row(variant, [record[variant.key] for record in records], records, pictures) for variant in variants]
     ran = [row for row in rows if "refused" not in row]
     best = frontier([(row["relative_time"]["value"], row["kl"]["value"]) for row in ran] + [(1.0, 0.0)])
     for row, on in zip(ran, best, strict=False):
         row["frontier"] = on
+    times = {r["ratio"]: r["relative_time"]["value"] for r in ran if r["method"] == NAME}
+    for row in ran:
+        mine, ratio = f"{row['method']} {row['ratio']:g}", row["ratio"]
+        faster = rival(row["relative_time"]["value"], times)
+        for name, other in (("equal_tokens", ratio if ratio in times else None), ("equal_time", faster)):
+            row[name] = None if row["method"] == NAME else _beside(mine, other, records, pictures)
     return rows
+
+
+def _beside(
+    key: str,
+    ratio: float | None,
+    records: Sequence[Mapping[str, Mapping[str, Any]]],
+    pictures: Sequence[Hashable],
+) -> dict[str, Any] | None:
+    """A variant beside the resized pictures of a ratio; None where there are none."""
+    if ratio is None:
+        return None
+    pairs = [(record[key], record[f"{NAME} {ratio:g}"]) for record in records]
+    means = group_means([mine["kl"] - other["kl"] for mine, other in pairs], pictures)
+    changed, kept = regained(
+        [True] * len(pairs), [other["answers"] == 1 for _, other in pairs], [mine["answers"] == 1 for mine, _ in pairs]
+    )
+    difference = _with(float(means.mean()), _bootstrap(means))
+    return {"ratio": ratio, "kl": difference, "changed": changed, "kept": kept}
 
 
 def _row(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .charts import Chart, Series
+from .resize import NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +16,7 @@ NOTES = (
     "with the unpruned model. Attention error: relative, at the last cut. Time: to the first token, with vision tower "
     "and selection, relative to unpruned; * nothing is both faster and closer."
 )
+BESIDE = ("method", "ratio", "at equal tokens", "kept", "at no more time", "kept")
 _HEADINGS = ("method", "kept", "KL (nats)", "top-1", "answer", "cosine", "attention error", "selection", "time")
 
 
@@ -60,11 +62,52 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             table.add_row(*(cells[number] for number in shown))
         table.add_section()
     console.print(table)
-    for row in data["rows"]:
-        if "refused" in row:
-            console.print(Text(f"{row['method']} at {row['ratio']:g}: {row['refused']}"))
+    _print_beside_resizing(ran, console)
+    for row in refusals(data["rows"]):
+        console.print(Text(f"{row['method']} at {row['ratio']:g}: {row['refused']}"))
     where = "In brackets" if intervals else "In the JSON file"
     console.print(Text(f"{where}: 95 % intervals. {NOTES}"), soft_wrap=True)
+
+
+def _print_beside_resizing(rows: list[dict[str, Any]], console: Console) -> None:
+    """Prints every row beside smaller pictures of as many tokens, and beside those that take no more time."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not any(row.get("equal_tokens") or row.get("equal_time") for row in rows):
+        return
+    title = (
+        "Beside smaller pictures: KL minus theirs (below 0 is nearer), and of the answers that they change, those kept"
+    )
+    table = Table(title=Text(title), title_justify="left")
+    for number, heading in enumerate(BESIDE):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in sorted(rows, key=lambda row: (-row["ratio"], row["kl"]["value"])):
+        if row["method"] != NAME:
+            table.add_row(*beside_resizing(row))
+    console.print(table)
+
+
+def refusals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that could not run; of resizing the first alone, because a fixed grid cannot be resized at any ratio."""
+    refused = [row for row in rows if "refused" in row]
+    resized = [row for row in refused if row["method"] == NAME]
+    return [row for row in refused if row["method"] != NAME] + resized[:1]
+
+
+def beside_resizing(row: dict[str, Any]) -> tuple[str, ...]:
+    """Cells of a row beside resized pictures, under the headings `BESIDE`."""
+    cells = [row["method"], f"{row['ratio']:g}"]
+    for name in ("equal_tokens", "equal_time"):
+        other = row.get(name)
+        if other is None:
+            cells += ["-", "-"]
+            continue
+        low, high = other["kl"]["interval"] or 2 * [other["kl"]["value"]]
+        at = f", at {other['ratio']:g}" if name == "equal_time" else ""
+        cells.append(f"{other['kl']['value']:+.2g} ({low:+.2g} to {high:+.2g}){at}")
+        cells.append(f"{other['kept']} of {other['changed']}")
+    return tuple(cells)
 
 
 def _title(data: dict[str, Any]) -> str:

@@ -4,16 +4,58 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import nn
+
+from ..engine.patching import inspect
 from ..errors import MethodError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+NAME = "resize"  # of its rows
+MORE = (0.9, 0.75)  # shares of the visual tokens that are tried besides those of the methods
 STEPS = 10  # of the bisection over the scale
+Key = TypeVar("Key", bound=Hashable)
+
+
+def shrinking(
+    model: nn.Module, processor: Any, image: Image, prompt: Callable[[Image], Mapping[str, Any]]
+) -> Callable[[int], tuple[Mapping[str, Any], int]]:
+    """`resized` as a function of the budget alone, with tokens counted by the model's placeholders."""
+    placeholders = list(inspect(model).placeholders.values())
+
+    def count(inputs: Mapping[str, Any]) -> int:
+        return sum(int((inputs["input_ids"] == placeholder).sum()) for placeholder in placeholders)
+
+    return lambda budget: resized(processor, image, prompt, count, budget)
+
+
+def rival(cost: float, resized: Mapping[Key, float]) -> Key | None:
+    """The largest of the resized pictures that cost no more; None if all cost more.
+
+    Args:
+        cost: Cost of what is compared with resizing, in any unit.
+        resized: Cost of each size.
+    """
+    within = [key for key, other in resized.items() if other <= cost * (1 + 1e-9)]
+    return max(within, key=lambda key: resized[key], default=None)
+
+
+def regained(right: Sequence[bool], resized: Sequence[bool], mine: Sequence[bool]) -> tuple[int, int]:
+    """Samples that resizing gets wrong, and how many of them another way gets right (group A of VTC-Bench, 2510.07143).
+
+    Args:
+        right, resized, mine: Whether the unpruned model, the model on smaller pictures, and the other way are right.
+
+    Returns:
+        tuple: Number of samples that are right at full size and wrong resized, and of those that are right again.
+    """
+    lost = [n for n, (whole, small) in enumerate(zip(right, resized, strict=True)) if whole and not small]
+    return len(lost), sum(map(bool, (mine[n] for n in lost)))
 
 
 def resized(
