@@ -9,12 +9,18 @@ Every row is saved at once, and an interrupted benchmark resumes where it stoppe
 versions is not overwritten without `--force`.
 `oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
 is measured against. `answer_patches` is the share of answer patches that survive the last cut.
+`resize` is the unpruned model on smaller pictures; at a ratio, the methods keep as many tokens as these have after the
+processor's rounding (a model with a fixed grid cannot resize, and its methods keep the ratio). `answers` has a 1 for
+every question that was answered rightly, and `cost` is the share of the unpruned operations up to the first token,
+vision tower included: `benchmarks.report` sets every row beside `resize` at equal tokens and at no more operations, and
+says how many of the questions that resizing gets wrong (group A of VTC-Bench) it gets right.
 `python -m benchmarks.report` turns the result into the README's tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -36,6 +42,7 @@ from vtprune.methods import Choice, Method, Tokens
 from vtprune.methods.uniform import Uniform
 from vtprune.refvlm import evaluate
 from vtprune.study import progress
+from vtprune.study.resize import MORE, NAME, shrinking
 
 OUT = Path(__file__).resolve().parent / "results" / "accuracy.json"
 RATIOS = (0.5, 0.25, 0.1, 0.05)
@@ -87,7 +94,7 @@ def run(
     """Measures one row: the model's answers with a method at a budget, or unpruned.
 
     Args:
-        name: Registered name, "oracle", or None for the unpruned model.
+        name: Registered name, "oracle", "resize", or None for the unpruned model.
         budget: `ratio` or `mean_ratio`.
         questions, batch: What is asked, and how many at a time.
         embedded: Which of the reference models is asked.
@@ -97,12 +104,19 @@ def run(
     """
     model, processor, batches = prepared(questions, batch, embedded)
     row: dict[str, Any] = {} if name is None else {"method": name, **budget}
+    if name == NAME:
+        return row | _resized(budget["ratio"], batches, model, processor)
     method: Any = Oracle() if name == "oracle" else name
+    given: dict[str, Any] = dict(budget)
+    if "ratio" in budget:
+        with contextlib.suppress(vtprune.MethodError):
+            sample = batches[0][0][0]
+            given = {"keep": _smaller(budget["ratio"], sample, model, processor)[1]}
     try:
-        patch = vtprune.patch(model, method=method, **budget) if name is not None else None  # type: ignore[arg-type]
+        patch = vtprune.patch(model, method=method, **given) if name is not None else None
     except (vtprune.BudgetError, vtprune.MethodError) as error:
         return row | {"refused": str(error)}
-    right, held, kept, mean = [], [], [], []
+    right, held, kept, mean, cost = [], [], [], [], []
     for samples, inputs in batches:
         if name == "oracle":
             method.patches = [sample.patches for sample in samples]
@@ -114,6 +128,7 @@ def run(
         last = patch.last
         kept += [len(columns) for columns in last.kept]
         mean.append(last.mean_ratio)
+        cost += [last.tower.first_token[1] / last.tower.first_token[0]] if last.tower else []
         held += list(_answer_share(samples, last))
     if patch is not None:
         patch.remove()
@@ -121,8 +136,51 @@ def run(
             "kept": sum(kept) / len(kept),
             "mean_tokens": refvlm.VISUAL_TOKENS * sum(mean) / len(mean),
             "answer_patches": round(sum(held) / len(held), 4),
+            "cost": round(sum(cost) / len(cost), 4),
         }
-    return row | {"right": sum(right), "total": len(right)} | wilson_of(sum(right), len(right))
+    return row | _right(right)
+
+
+def _right(right: list[bool]) -> dict[str, Any]:
+    """Right answers as rows carry them."""
+    answers = "".join(str(int(one)) for one in right)
+    return {"right": sum(right), "total": len(right), "answers": answers} | wilson_of(sum(right), len(right))
+
+
+def _smaller(ratio: float, sample: evaluate.Sample, model: Any, processor: Any) -> tuple[Any, int]:
+    """Inputs of a question with a smaller picture, and their visual tokens."""
+
+    def made(picture: Any) -> Any:
+        return processor(images=[picture], text=[refvlm.prompt(sample.question)], return_tensors="pt")
+
+    return shrinking(model, processor, sample.image, made)(max(1, int(ratio * refvlm.VISUAL_TOKENS)))
+
+
+def _resized(ratio: float, batches: list[Any], model: Any, processor: Any) -> dict[str, Any]:
+    """The row of smaller pictures, asked one by one."""
+    right, kept, cost = [], [], []
+    with vtprune.patch(model, ratio=1.0, method="uniform") as counting:
+        for number, sample in enumerate(sample for samples, _ in batches for sample in samples):
+            try:
+                inputs, count = _smaller(ratio, sample, model, processor)
+            except vtprune.MethodError as error:
+                return {"refused": str(error)}
+            tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            right.append(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip() == sample.answer)
+            kept.append(count)
+            cost.append(_operations(counting))
+            if number == 0:
+                model(**_smaller(1.0, sample, model, processor)[0])
+                whole = _operations(counting)
+    mean = sum(kept) / len(kept)
+    share = round(sum(cost) / len(cost) / whole, 4)
+    return {"kept": mean, "mean_tokens": mean, "cost": share} | _right(right)
+
+
+def _operations(patch: vtprune.Patch) -> float:
+    """Up to the first token of the last prefill, vision tower included."""
+    assert patch.last is not None and patch.last.tower is not None
+    return patch.last.tower.first_token[1]
 
 
 def wilson_of(right: int, total: int) -> dict[str, list[float]]:
@@ -230,7 +288,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
-    jobs = [(None, {}), *itertools.product(args.methods, budgets)]
+    resized = [(NAME, {"ratio": ratio}) for ratio in sorted({*args.ratios, *MORE}, reverse=True)]
+    jobs = [(None, {}), *resized, *itertools.product(args.methods, budgets)]
     with progress.script(args.out):
         measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force, args.model)
     print(f"written to {args.out}")

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.report_readme import grid
 from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, seconds, span, table, versions
 from vtprune.study.fidelity_view import BESIDE, beside_resizing, refusals
+from vtprune.study.resize import NAME, regained, rival
 
 Data = dict[str, Any]
 
@@ -47,7 +48,38 @@ def accuracy(data: Data) -> str:
         f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. "
         f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. {versions(data)}"
     )
-    return f"{text}\n\n{grid(data['rows'], cell)}"
+    return f"{text}\n\n{grid(data['rows'], cell)}{_accuracy_beside_resizing(data)}"
+
+
+def _accuracy_beside_resizing(data: Data) -> str:
+    """Right answers beside those on smaller pictures of as many tokens, and of no more operations."""
+    ran = [row for row in data["rows"] if "ratio" in row and "answers" in row]
+    resized = {row["ratio"]: row for row in ran if row["method"] == NAME}
+    if not resized:
+        return ""
+
+    def flags(row: Data) -> list[bool]:
+        return [letter == "1" for letter in row["answers"]]
+
+    def beside(row: Data, other: Data | None) -> tuple[str, str, str]:
+        if other is None:
+            return "", "", ""
+        lost, again = regained(flags(data["unpruned"]), flags(other), flags(row))
+        return f"{other['kept']:.0f}", percent(other), f"{again} of {lost}"
+
+    rows = []
+    for row in sorted(ran, key=lambda row: (-row["ratio"], -row["right"])):
+        if row["method"] != NAME:
+            dearest = rival(row["cost"], {ratio: other["cost"] for ratio, other in resized.items()})
+            cells = (*beside(row, resized.get(row["ratio"])), *beside(row, resized.get(dearest)))
+            rows.append((f"`{row['method']}`", f"{row['kept']:.0f}", f"{row['cost']:.2f}", percent(row), *cells))
+    heading = ("method", "tokens", "cost", "right", "resize, equal tokens", "right", "regained",
+               "resize, no more operations", "right", "regained")  # fmt: skip
+    return (
+        "\n\nBeside smaller pictures: methods keep as many tokens as these have. Cost: operations to the first token, "
+        "vision tower included, as a share of the unpruned ones. Regained: of the questions that are answered rightly at "
+        "full size and wrongly on the smaller picture, those answered rightly again.\n\n" + table(heading, rows)
+    )
 
 
 def fidelity(data: Data) -> str:

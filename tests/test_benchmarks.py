@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vtprune
+from benchmarks import report_sections
 from vtprune import refvlm
 from vtprune.refvlm import evaluate
 
@@ -41,6 +42,7 @@ def test_accuracy_counts_right_answers_and_kept_tokens():
         given = evaluate.answer(model, processor, samples, batch_size=1)
         return sum(sample.answer == text for sample, text in zip(samples, given, strict=True))
 
+    assert data["unpruned"].pop("answers").count("1") == right()
     assert data["unpruned"] | {"interval": None} == {
         "visual_tokens": 144,
         "right": right(),
@@ -49,6 +51,28 @@ def test_accuracy_counts_right_answers_and_kept_tokens():
     }
     with vtprune.patch(model, ratio=0.1, method="uniform"):
         assert by["uniform", 0.1]["right"] == right()
+
+
+def test_accuracy_of_smaller_pictures_and_of_methods_at_their_tokens():
+    accuracy = _script("benchmarks/accuracy.py")
+    jobs = [(None, {}), ("resize", {"ratio": 0.5}), ("resize", {"ratio": 0.1}), ("uniform", {"ratio": 0.1})]
+    data = accuracy.measure(jobs, 4, batch=2, embedded="qwen2_5_vl")
+    tenth, half, uniform = data["rows"]
+    assert (half["kept"], tenth["kept"], uniform["kept"]) == (64, 9, 9), "144 tokens; squares of at most 72 and 14"
+    assert 0.05 < tenth["cost"] < half["cost"] < 0.5 < uniform["cost"] < 1, "only resizing makes the tower cheaper"
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    samples = list(evaluate.held_out_scenes(4))
+    small = [sample._replace(image=sample.image.resize((36, 36))) for sample in samples]
+    processor.image_processor.size["shortest_edge"] = 144
+    given = evaluate.answer(model, processor, small, batch_size=1)
+    assert tenth["answers"] == "".join(str(int(s.answer == a)) for s, a in zip(samples, given, strict=True))
+    text = report_sections.accuracy(data)
+    assert "Beside smaller pictures" in text and "| `uniform` | 9 |" in text
+    assert "| 9 |" in accuracy_row(text, "uniform")
+
+
+def accuracy_row(text: str, method: str) -> str:
+    return next(line for line in reversed(text.splitlines()) if line.startswith(f"| `{method}` |"))
 
 
 def test_accuracy_goes_on_where_it_stopped(tmp_path):
