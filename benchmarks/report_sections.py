@@ -77,7 +77,7 @@ def _accuracy_beside_resizing(data: Data) -> str:
                "resize, no more operations", "right", "regained")  # fmt: skip
     return (
         "\n\nBeside smaller pictures: methods keep as many tokens as these have. Cost: operations to the first token, "
-        "vision tower included, as a share of the unpruned ones. Regained: of the questions that are answered rightly at "
+        "vision tower included, as a share of the unpruned ones. Regained: of the questions answered rightly at "
         "full size and wrongly on the smaller picture, those answered rightly again.\n\n" + table(heading, rows)
     )
 

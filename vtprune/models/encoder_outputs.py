@@ -103,11 +103,20 @@ def supplied(
         known = encoded.get(kind)
         if known is not None and kind in fresh and known.total == 0:
             continue  # pixels of zero images
-        if known is not None and (kind in fresh or (given.get(kind) is not None and known.output() is given[kind])):
+        if known is not None and (kind in fresh or _same_features(known.output(), given.get(kind))):
             found[kind] = known
         elif given.get(kind) is not None or any(_holds_features(inputs[n]) for n in _pixel_names(kind, inputs)):
             found[kind] = Encoded(kind, {}, None)
     return found
+
+
+def _same_features(known: Any, given: Any) -> bool:
+    """Whether `given` is an encoder's output, or a copy of its container: accelerate makes one for offloaded models."""
+    if known is None or given is None:
+        return False
+    mine, theirs = (getattr(output, "pooler_output", None) for output in (known, given))
+    mine, theirs = ([x] if isinstance(x, Tensor) else x if isinstance(x, (list, tuple)) else [] for x in (mine, theirs))
+    return known is given or (0 < len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True)))
 
 
 def _holds_features(value: Any) -> bool:
