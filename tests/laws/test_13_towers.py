@@ -18,6 +18,7 @@ from tower_reference import Shown, blocks_of, copies, follows_neighbors, hiding,
 
 import vtprune
 from vtprune import methods, towers
+from vtprune.vision import attention as vision_attention
 
 KEEP = 0.4
 
@@ -282,6 +283,29 @@ def test_ties_go_to_the_smaller_number(family: str) -> None:
         for kept, count in zip(patch.last.tower.kept, patch.last.tower.patches, strict=True):
             assert raster or torch.equal(kept, torch.arange(len(kept)))
             assert not raster or torch.equal(kept, torch.arange(count // 2))
+
+
+def test_large_pictures_are_read_at_some_query_rows(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    received: list[torch.Tensor] = []
+
+    @dataclass
+    class Reads(towers.TowerMethod):
+        def score(self, patches: towers.Patches) -> torch.Tensor:
+            received.append(patches.received())
+            return received[-1]
+
+    found = []
+    for large, sample in ((10**6, 2), (2, 10**6), (2, 2)):
+        monkeypatch.setattr(vision_attention, "LARGE", large)
+        monkeypatch.setattr(vision_attention, "SAMPLE", sample)
+        with vtprune.patch(model, tower=Reads(keep=KEEP)):
+            model(**batch)
+        found.append(torch.cat(received))
+        received.clear()
+    exact, every_row, some_rows = found
+    torch.testing.assert_close(every_row, exact)
+    assert not torch.allclose(some_rows, exact)
 
 
 @every_method

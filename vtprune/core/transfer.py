@@ -22,6 +22,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
+def all_finite(x: Tensor) -> Tensor:
+    """Whether no value is NaN or Inf, as a 0-d bool tensor on the device of `x`."""
+    # torch.isfinite makes four tensors of the size of `x`; NaN and Inf both pass through the maximum.
+    return x.abs().amax() < torch.inf if x.numel() else x.new_ones((), dtype=torch.bool)
+
+
 @dataclass
 class DeferredChecks:
     """Device-side checks, read back together with the selection.

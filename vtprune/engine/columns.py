@@ -281,21 +281,21 @@ class Columns:
             count, start = map(int, sizes(queries)) if sizes is not None else (count, start)
         key = (id(self.state.base_of(number)) if self.state is not None else 0, cached, count, start)
         if key not in self._slots:
-            filled = torch.cat([self._before(number, cached), self._new_slots(self.index, self.valid)], 1)
-            filled = filled[:, start : start + count]
+            filled = self._filled(number, cached, self.index, self.valid)[:, start : start + count]
             plain = not bool((filled < 0).any())
             # A static cache includes empty slots.
             filled = nn.functional.pad(filled, (0, count - filled.shape[1]), value=-1)
             self._slots[key] = filled.clamp(min=0), filled >= 0, plain
         return self._slots[key]
 
-    def _before(self, number: int, cached: int) -> Tensor:
-        """Positions `[B, cached]` in the slots that earlier calls filled."""
-        slots = self.state.slots(number, cached) if self.state is not None else None
-        return torch.arange(max(cached, 0)).expand(self.batch, -1) if slots is None else slots
-
-    def _new_slots(self, index: Tensor, valid: Tensor) -> Tensor:
-        return torch.where(valid, index + self.past, -1)
+    def _filled(self, number: int, cached: int, index: Tensor, valid: Tensor) -> Tensor:
+        """Positions `[B, cached + K]` in the slots of a layer, -1 for invalid ones, after the packed layout was added
+        to the `cached` slots of earlier calls."""
+        new = torch.where(valid, index + self.past, -1)
+        if cached <= 0:
+            return new
+        before = self.state.slots(number, cached) if self.state is not None else None
+        return torch.cat([torch.arange(cached).expand(self.batch, -1) if before is None else before, new], 1)
 
     def state_after(self) -> kv_cache.CacheState:
         """State of the cache after this call: slots and shifts of every layer."""
@@ -307,8 +307,7 @@ class Columns:
             key = (id(index), id(old), cached)
             if key not in made:
                 whole = old is None and index.shape[1] == self.length and bool(valid.all())
-                new = self._new_slots(index, valid)
-                made[key] = None if whole else torch.cat([self._before(number, cached), new], 1)
+                made[key] = None if whole else self._filled(number, cached, index, valid)
             bases.append(made[key])
         state = kv_cache.CacheState(bases, self.past + self.length, self.shifts)
         state.mark = kv_cache.mark_of(self.cache)
@@ -384,8 +383,7 @@ class Columns:
         """Scatters an attention map `[B, H, q, k]` to `[B, H, T, past + T]`."""
         index, valid = self.layouts[layer]
         held = kv_cache.cached_tokens(self.cache, layer)
-        before = self._before(layer, max(held - index.shape[1], 0))
-        slots = torch.cat([before, self._new_slots(index, valid)], 1)  # -1 for slots that must not be attended to
+        slots = self._filled(layer, held - index.shape[1], index, valid)  # -1 for slots that must not be attended to
         keys_seen = x.shape[-1]
         # A sliding window attends to the last slots only; a static cache includes empty slots.
         empty = max(keys_seen - slots.shape[1], 0)

@@ -52,8 +52,8 @@ class DecoderCall(CallState):
         spec, real, arguments = self.spec, self.columns.real, self.options.arguments
         layers = spec.anatomy.num_layers
         self.live = torch.ones(len(visual), dtype=torch.bool)
-        budget, read = self.options.budget, readers.read_columns(arguments, real)[visual.sample, visual.position]
-        self.required = read if bool(read.any()) else None
+        budget, read = self.options.budget, readers.read_columns(arguments, real) & visual.mask
+        self.required = read[visual.sample, visual.position] if bool(read.any()) else None
         groups = self._groups(visual)
         for (use, members), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
             plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
@@ -235,7 +235,7 @@ class DecoderCall(CallState):
         self.live = torch.zeros_like(self.live)
         self.live[selection.kept] = True
         stays = slot >= 0
-        stays[visual.sample, visual.position] &= self.live
+        stays.masked_scatter_(visual.mask, self.live)
         relative = columns.keep(stays, incoming[1].get("position_embeddings"))
         self._cut_records(relative)
         self._record(number, selection)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.tokens import AttentionInputs, Prompt, Tokens
-from ..core.transfer import DeferredChecks, to_device
+from ..core.transfer import DeferredChecks, all_finite, to_device
 from ..errors import MethodError
 from ..models.visual_tokens import VisualTokens
 from .call import CallState, MethodCall, Snapshot
@@ -76,7 +76,9 @@ def tokens(
     feature = to_device(visual.feature if whole else visual.feature[flat], device)
     rows = visual.sample if whole else visual.sample[flat]
     slot = visual.position if whole else call.columns.slot_of_position()[rows, visual.position[flat]]
-    states = snapshot.hidden[where["sample"], where["position"] if whole else to_device(slot, device)]  # [M, D]
+    columns = where["position"] if whole else to_device(slot, device)
+    width = snapshot.hidden.shape[1]
+    states = snapshot.hidden.flatten(0, 1).index_select(0, where["sample"] * width + columns)  # [M, D]
 
     def refuse() -> None:
         finite = torch.isfinite(states).all(-1)
@@ -86,7 +88,7 @@ def tokens(
             "check the image features"
         )
 
-    checks.add(torch.isfinite(states).all(), refuse)
+    checks.add(all_finite(states), refuse)
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if which != number and which not in call.snapshots:
@@ -246,13 +248,13 @@ def attention_inputs(
     for row, key_slots, query_slots in layout.samples:
         key, value = probed.key[row].transpose(0, 1), probed.value[row].transpose(0, 1)  # [K, G, d]
         if key_slots is not None:
-            key, value = key[key_slots], value[key_slots]
+            key, value = key.index_select(0, key_slots), value.index_select(0, key_slots)
         if past is not None:
             key, value = torch.cat([past[row][0].to(key), key]), torch.cat([past[row][1].to(value), value])
-        query.append(probed.query[row].transpose(0, 1)[query_slots])  # [R, H, d]
+        query.append(probed.query[row].transpose(0, 1).index_select(0, query_slots))  # [R, H, d]
         keys.append(key)
         values.append(value)
-    finite = [torch.isfinite(x).all() for x in (*query, *keys)]
+    finite = [all_finite(x) for x in (*query, *keys)]
     rows = [row for row, _, _ in layout.samples]
     checks.add(torch.stack(finite).all(), lambda: _refuse_infinite(rows, query, keys, number))
     return AttentionInputs(

@@ -156,7 +156,7 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             continue
-        if re.fullmatch(r"cu_?seq_?len.*", name) and value.numel() > batch + 1:
+        if name.startswith("cu") and re.fullmatch(r"cu_?seq_?len.*", name) and value.numel() > batch + 1:
             yield f"{name} has {value.numel()} entries"
         if name == "seq_idx" and value.numel() > 1 and bool(value.min() != value.max()):
             yield "seq_idx has several values"
@@ -164,7 +164,8 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
     if isinstance(positions, Tensor) and positions.shape[-1] == length:
         first = positions if positions.dim() == 2 else positions.reshape(-1, *positions.shape[-2:])[0]
         for row, tokens in zip(first.cpu().expand(batch, -1), real, strict=True):
-            if bool((row[tokens].diff() < 0).any()):
+            row = row if bool(tokens.all()) else row[tokens]
+            if bool((row[1:] < row[:-1]).any()):
                 yield "position_ids restart"
     mask = arguments.get("attention_mask")
     mask = mask.get("full_attention", None) if isinstance(mask, dict) else mask

@@ -16,7 +16,8 @@ class Attention(TowerMethod):
 
     The score of a patch is the attention that it receives, averaged over heads and over the tokens of its picture
     (including class tokens), in the last block with full attention before the cut (in the block at the cut if there is
-    none). Queries and keys are computed again for it; no attention map is stored.
+    none). Queries and keys are computed again for it; no attention map is stored. In pictures of 2,048 patches or more,
+    512 tokens stand for all: reading all of them takes longer than the cut saves.
     """
 
     def score(self, patches: Patches) -> Tensor:

@@ -80,7 +80,8 @@ class TowerCut:
         for number, block in enumerate(self.parts.blocks):
             before, after = self._hooks_of(number, number == last)
             handles.append(block.register_forward_pre_hook(wrap(before), prepend=True, with_kwargs=True))
-            handles.append(block.register_forward_hook(wrap(after), prepend=True, with_kwargs=True))
+            if self.method is not None or number == last:
+                handles.append(block.register_forward_hook(wrap(after), prepend=True, with_kwargs=True))
         return handles
 
     def tap(self) -> Tap:

@@ -204,7 +204,7 @@ class RunningTower:
             raise MethodError(f"{name} kept no patch of a picture; expected at least one of each")
 
     def _received(self, layout: Layout) -> Tensor:
-        """Mean attention `[N]` that patches receive."""
+        """Mean attention `[N]` that patches receive, in large pictures over a sample of query rows."""
         call = self._whole
         assert call is not None
         values = block_calls.named(call.block, call.args, call.kwargs)
@@ -225,7 +225,7 @@ class RunningTower:
         if segments is not None and segments[-1] != layout.length:
             segments = None
         attention = Attention(read.query, read.key, read.scaling, segments, valid, 0)
-        return attention.received().flatten()[to_device(layout.rows, full.device)]
+        return attention.received(attention.sampled("auto")).flatten()[to_device(layout.rows, full.device)]
 
     def _arguments_of(
         self, group: Rows, args: tuple, kwargs: dict, full: Tensor, flat: bool
