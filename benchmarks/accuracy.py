@@ -46,7 +46,7 @@ from vtprune.study.resize import MORE, NAME, shrinking
 
 OUT = Path(__file__).resolve().parent / "results" / "accuracy.json"
 RATIOS = (0.5, 0.25, 0.1, 0.05)
-MEAN_RATIOS = (0.5, 0.4)
+MEAN_RATIOS = (0.7, 0.6, 0.4)
 
 
 @dataclass

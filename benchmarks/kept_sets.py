@@ -10,18 +10,22 @@ import vtprune
 from vtprune.core.method import Method
 from vtprune.refvlm import evaluate
 
+BATCH = 32
+
 
 def answer(
-    model: Any, processor: Any, samples: Sequence[Any], method: Method, ratio: float
-) -> tuple[int, list[set[int]]]:
-    """Number of right answers, and for every sample the prompt positions of its kept tokens."""
-    right, kept = 0, []
+    model: Any, processor: Any, samples: Sequence[Any], method: Method, ratio: float | vtprune.Auto
+) -> tuple[list[bool], list[set[int]]]:
+    """Whether each answer is right, and the positions of each sample's kept tokens in its batch's padded prompts."""
+    right: list[bool] = []
+    kept: list[set[int]] = []
     with vtprune.patch(model, ratio=ratio, method=method) as patch:
-        for sample in samples:
-            (given,) = evaluate.answer(model, processor, [sample], batch_size=1)
-            right += sample.answer == given.strip()
+        for start in range(0, len(samples), BATCH):
+            part = samples[start : start + BATCH]
+            given = evaluate.answer(model, processor, part, BATCH)
+            right += [sample.answer == text for sample, text in zip(part, given, strict=True)]
             assert patch.last is not None
-            kept.append(set(patch.last.kept[0].tolist()))
+            kept += [set(columns.tolist()) for columns in patch.last.kept]
     return right, kept
 
 

@@ -38,7 +38,7 @@ from vtprune.study import progress
 from vtprune.study.intervals import wilson
 
 OUT = Path(__file__).resolve().parent / "results" / "needle.json"
-MEAN_RATIOS = (0.57, 0.3, 0.15)
+MEAN_RATIOS = (0.8, 0.57, 0.3, 0.15)
 PLACES = (256, 1024)
 TRIALS = 200
 BATCH = 8
@@ -95,6 +95,13 @@ def answers(chosen: list[needles.Needle], inputs: dict[str, torch.Tensor]) -> li
     return [text.strip().startswith(one.answer) for text, one in zip(texts, chosen, strict=True)]
 
 
+def method_of(name: str) -> Method:
+    """The method of a row: a registered name, or one with an option, `resprune:layer=0`."""
+    base, _, option = name.partition(":")
+    key, _, value = option.partition("=")
+    return vtprune.methods.get(base)(**({key: int(value)} if option else {}))
+
+
 def run(name: str, budget: dict[str, float], places: int, count: int, start: int, stop: int) -> dict[str, Any]:
     """Outcomes of one row in trials `start` to `stop`, as "0" and "1", or the reason why the method refuses."""
     chosen, inputs = trials(places, count, start, stop)
@@ -107,7 +114,7 @@ def run(name: str, budget: dict[str, float], places: int, count: int, start: int
             with vtprune.patch(model(), keep=places - len(one.fact), method=control):
                 found += str(int(answers(*trials(places, count, number, number + 1))[0]))
         return {"outcomes": found}
-    method = FactControl(facts=[one.fact for one in chosen]) if name == KEPT else name
+    method = FactControl(facts=[one.fact for one in chosen]) if name == KEPT else method_of(name)
     try:
         with vtprune.patch(model(), method=method, **budget) as patch:
             right = answers(chosen, inputs)
@@ -138,8 +145,10 @@ def summary(row: dict[str, Any], count: int) -> dict[str, Any]:
     return row | {"right": right, "total": total, "interval": interval, "by_depth": thirds}
 
 
-def measure(places: tuple[int, ...], methods: list[str], count: int, out: Path, force: bool) -> None:
-    """Runs what `out` does not hold yet."""
+def measure(
+    places: tuple[int, ...], methods: list[str], costs: list[float], count: int, until: int, out: Path, force: bool
+) -> None:
+    """Runs what `out` does not hold yet of trials 0 to `until` of `count`."""
     header = {
         "decoder": "SmolLM2-135M-Instruct Q4_1, dequantized, bfloat16",
         "decoder_sha256": parts.SHA256[parts.GGUF],
@@ -148,11 +157,11 @@ def measure(places: tuple[int, ...], methods: list[str], count: int, out: Path, 
     }
     data: dict[str, Any] = header | progress.load(out, header, force)
     rows = [("unpruned", {}), (KEPT, {"ratio": CONTROL_RATIO}), (DROPPED, {})]
-    rows += [(name, {"mean_ratio": share}) for share in MEAN_RATIOS for name in methods]
+    rows += [(name, {"mean_ratio": share}) for share in costs for name in methods]
     todo = [
         (size, start, name, budget)
         for size in places
-        for start in range(0, count, BATCH)
+        for start in range(0, min(until, count), BATCH)
         for name, budget in rows
         if _wanted(data, size, name, budget, start)
     ]
@@ -196,14 +205,23 @@ def _wanted(data: dict[str, Any], size: int, name: str, budget: dict[str, float]
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__.split("\n")[0])
     parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual places of the text")
-    parser.add_argument("--methods", nargs="+", default=[n for n in vtprune.methods.names() if n != "debiased"])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME[:OPTION=NUMBER]",
+        default=[n for n in vtprune.methods.names() if n != "debiased"],
+    )
+    parser.add_argument("--costs", type=float, nargs="+", default=list(MEAN_RATIOS), help="mean ratios")
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--until", type=int, help="trials to do of them now (default: all)")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with progress.script(args.out):
-        measure(tuple(args.places), args.methods, args.trials, args.out, args.force)
+        measure(
+            tuple(args.places), args.methods, args.costs, args.trials, args.until or args.trials, args.out, args.force
+        )
     data = json.loads(args.out.read_text())
     for size, row in itertools.chain.from_iterable(
         ((size, row) for row in data.get(str(size), {}).values()) for size in args.places

@@ -124,7 +124,7 @@ def measure(name: str, questions: int) -> list[dict[str, Any]]:
             for reading, method in variants.items():
                 right, kept = kept_sets.answer(model, processor, samples, method, ratio)
                 ours = ours or kept
-                row = {"model": name, "method": published, "reading": reading, "ratio": ratio, "right": right}
+                row = {"model": name, "method": published, "reading": reading, "ratio": ratio, "right": sum(right)}
                 rows.append({**row, "total": len(samples), "same": kept_sets.overlap(ours, kept)})
     return rows
 

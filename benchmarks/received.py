@@ -35,7 +35,7 @@ def measure(method: str, questions: int) -> list[dict[str, Any]]:
     for queries in QUERIES:
         right, kept = kept_sets.answer(model, processor, samples, get(method)(queries=queries), RATIO)
         whole = whole or kept
-        row = {"method": method, "queries": queries, "right": right, "total": len(samples)}
+        row = {"method": method, "queries": queries, "right": sum(right), "total": len(samples)}
         rows.append({**row, "same": kept_sets.overlap(whole, kept)})
     return rows
 

@@ -12,18 +12,19 @@ __all__ = ["accuracy", "fidelity"]
 
 
 def accuracy(data: dict[str, Any]) -> Chart:
-    """Right answers against the share of visual tokens kept, a line per method."""
-    rows = [row for row in data["rows"] if "ratio" in row and "refused" not in row]
+    """Right answers against the mean cost, a line per method."""
+    whole = data["unpruned"]["visual_tokens"]
+    rows = [row | {"cost": row["mean_tokens"] / whole} for row in data["rows"] if "refused" not in row]
     series = []
     for method in sorted({row["method"] for row in rows}):
-        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["ratio"])
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["cost"])
         low, high = ([100 * row["interval"][end] for row in mine] for end in (0, 1))
         right = [100 * row["right"] / row["total"] for row in mine]
-        series.append(Series(method, [row["ratio"] for row in mine], right, low, high))
+        series.append(Series(method, [row["cost"] for row in mine], right, low, high))
     base = data["unpruned"]
     return Chart(
         title=data["questions"],
-        x_label="share of visual tokens kept to the last layer",
+        x_label="mean cost: share of visual tokens over the inputs of decoder layers",
         y_label="right answers, %",
         series=series,
         log_x=True,

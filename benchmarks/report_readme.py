@@ -69,37 +69,62 @@ def methods(results: Path) -> str:
 
 
 def accuracy(results: Path) -> str:
-    """Methods down, ratios across; the tokens that were really kept stand beside every share of right answers."""
+    """Methods down, mean costs across, with the tokens that were left after the last cut."""
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
     base = data["unpruned"]
     whole = f"{percent(base)} with all {base['visual_tokens']} tokens"
     text = (
-        f"{data['questions']}; unpruned: {whole}. In brackets: tokens kept at the end / mean over decoder layers. "
-        f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. At one `mean_ratio` "
-        f"all cost the same. The {SHOWN} best at the smallest ratio; docs/results.md has all. {versions(data)}"
+        f"{data['questions']}; unpruned: {whole}. Right answers at equal mean cost: the share of visual tokens, "
+        f"averaged over the inputs of the decoder layers; in brackets: tokens left at the end. {ANSWER_PATCHES!r} is "
+        f"no method: the patches that hold the answer are kept first. The {SHOWN} best at the smallest cost; methods "
+        f"that cut inside the decoder cannot cost so little; docs/results.md has all. {versions(data)}"
     )
-    return f"{text}\n\n{grid(data['rows'], _cell, SHOWN)}"
+    return f"{text}\n\n{cost_grid(data, _cell, SHOWN)}"
 
 
-def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str], most: int | None = None) -> str:
-    """Methods down, budgets across, best first by the smallest `ratio`; the `most` best, or all."""
-    budgets = sorted({(name, row[name]) for row in rows for name in ("ratio", "mean_ratio") if name in row})
-    budgets.sort(key=lambda budget: (budget[0] != "ratio", -budget[1]))
-    by = {(row["method"], name, row[name]): row for row in rows for name in ("ratio", "mean_ratio") if name in row}
-    smallest = [budget for budget in budgets if budget[0] == budgets[0][0]][-1]
+def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
+    """Methods down, asked ratios across, best first by the smallest one."""
+    ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
+    by = {(row["method"], row["ratio"]): row for row in rows if "ratio" in row}
+    return _table(by, [f"ratio {ratio:g}" for ratio in ratios], ratios, cell)
 
-    def order(name: str) -> tuple[float, str]:
-        last = by.get((name, *smallest), {})
-        return -last.get("right", 0) / max(1, last.get("total", 1)), name
+
+def cost_grid(data: dict[str, Any], cell: Callable[[dict[str, Any]], str], most: int | None = None) -> str:
+    """Methods down, mean costs across, best first by the smallest one; the `most` best, or all.
+
+    A row stands in the column of a cost that it differs from by at most 3 % of it; in that of the `mean_ratio` that was
+    asked for in any case. Cells stay empty where nothing was measured at that cost.
+    """
+    rows = data["rows"]
+    costs = sorted({row[name] for row in rows for name in ("ratio", "mean_ratio") if name in row}, reverse=True)
+    by: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: "mean_ratio" in row):  # those that asked for a cost come last and win
+        if "mean_ratio" in row:
+            by[row["method"], row["mean_ratio"]] = row
+        elif "refused" not in row:
+            share = row["mean_tokens"] / data["unpruned"]["visual_tokens"]
+            by |= {(row["method"], cost): row for cost in costs if abs(share - cost) <= 0.03 * cost}
+    return _table(by, [f"mean cost {cost:g}" for cost in costs], costs, cell, most)
+
+
+def _table(
+    by: dict[tuple[str, float], dict[str, Any]], heading: list[str], columns: list[float],
+    cell: Callable[[dict[str, Any]], str], most: int | None = None,
+) -> str:  # fmt: skip
+    """A table of rows by method and column, best first by the last column, then by the one before it."""
+
+    def order(name: str) -> tuple[Any, ...]:
+        mine = [by.get((name, column), {}) for column in reversed(columns)]
+        return (*(-row.get("right", 0) / row.get("total", 1) for row in mine), name)
 
     def shown(row: dict[str, Any] | None) -> str:
         return "" if row is None else "not possible" if "refused" in row else cell(row)
 
-    names = sorted({row["method"] for row in rows}, key=order)[:most]
-    lines = [(method_label(name), *(shown(by.get((name, *budget))) for budget in budgets)) for name in names]
-    return table(("method", *(f"{name} {value:g}" for name, value in budgets)), lines)
+    names = sorted({name for name, _ in by}, key=order)[:most]
+    lines = [(method_label(name), *(shown(by.get((name, column))) for column in columns)) for name in names]
+    return table(("method", *heading), lines)
 
 
 def families(results: Path) -> str:
@@ -169,4 +194,4 @@ def _read(path: Path) -> Any:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{percent(row)} ({row['kept']:.0f} / {row['mean_tokens']:.0f})"
+    return f"{percent(row)} ({row['kept']:.0f})"

@@ -128,6 +128,60 @@ def speed(data: Data) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def needle_layers(data: Data) -> str:
+    """One row a layer: what rules would keep of the fact, and where attention goes."""
+    rules = ("last_row", "instruction_rows", "rows_times_values", "residual")
+    places = ("sink", "text", "last_quarter")
+    lines = [
+        (
+            layer,
+            *(f"{100 * row[name]['mean']:.0f} %{span(row[name]['interval'], '.0f', 100)}" for name in rules),
+            *(f"{100 * row[name]['mean']:.0f} %" for name in places),
+            *(f"{row[name]['mean']:.3f}" for name in ("relevance", "closest_similarity")),
+        )
+        for layer, row in sorted(data["layers"].items(), key=lambda item: int(item[0]))
+    ]
+    chance = f"{100 * data['ratio']:.0f} %"
+    head = (
+        f"{data['texts']} of the same texts, {data['places']} visual places. Share of the fact's tokens among the "
+        f"{chance} of the tokens that a rule ranks first in a layer ({chance} by chance, 95 % interval): attention of "
+        "the last prompt token (`fastv` reads it in the layer before its cut), of all instruction rows, the latter "
+        "times the length of the values (`iwp` without its term for duplicates), and residual energy of the states "
+        "before the layer (`resprune`). Then where the attention of the last token goes: to the prompt's first token, "
+        "to the other text, and of what the visual places get, to their last quarter. Last the medians that `iwp` "
+        f"logs: relevance, and similarity of each token to its closest. {versions(data)}"
+    )
+    heading = (
+        "layer", "last row", "instruction rows", "rows times values", "residual energy", "first token", "other text",
+        "last quarter", "relevance", "similarity",
+    )  # fmt: skip
+    return f"{head}\n\n{table(heading, lines)}"
+
+
+def debiased_curve(data: Data) -> str:
+    """One row a way of correcting FastV's scores."""
+    lines = []
+    for name, row in data["rows"].items():
+        if "refused" in row:
+            lines.append((name, row["refused"], ""))
+            continue
+        ends = " and ".join(f"{end:.1f}" for end in row["curve"])
+        lines.append((name, f"{100 * row['last_quarter']:.0f} %{span(row['interval'], '.0f', 100)}", ends))
+    profile = data["by_row"]
+    quarter = sum(profile[-len(profile) // 4 :])
+    head = (
+        f"{data['photographs']} photographs, upright and turned, {data['grid'] ** 2} visual tokens, of which "
+        f"{100 * data['ratio']:.0f} % stay. FastV's scores as they are, with the released curve, and with curves "
+        "fitted to the other half of the photographs; dividing by the mean of each place is the most that a curve over "
+        f"places can do. The last quarter of the picture's rows gets {100 * quarter:.0f} % of the scores, its last row "
+        f"{profile[-1] / profile[0]:.0f} times as much as its first. Of the variance of the scores' logarithm "
+        f"{100 * data['between']:.0f} % is between rows; the tenth of the tokens with the largest scores has "
+        f"{100 * data['heaviest']:.0f} % of them. {versions(data)}"
+    )
+    heading = ("scores", "kept in the last quarter of the rows", "last place over first in the curves")
+    return f"{head}\n\n{table(heading, lines)}"
+
+
 def _ratios(pairs: list[tuple[float, float]]) -> str:
     """Median, lowest and highest of quotients."""
     found = sorted(above / below for above, below in pairs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.report_readme import grid
+from benchmarks.report_readme import cost_grid, grid
 from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, seconds, span, table, versions
 from vtprune.study.fidelity_view import BESIDE, beside_resizing, refusals
 from vtprune.study.resize import NAME, regained, rival
@@ -48,7 +48,13 @@ def accuracy(data: Data) -> str:
         f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. "
         f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. {versions(data)}"
     )
-    return f"{text}\n\n{grid(data['rows'], cell)}{_accuracy_beside_resizing(data)}"
+    costs = (
+        "At equal mean cost, the share of visual tokens averaged over the inputs of the decoder layers; cells are "
+        "empty where a method cannot cost so little, or was not measured:"
+    )
+    ratios = "At one ratio, where methods that cut inside the decoder cost more than those that cut before it:"
+    tables = "\n\n".join((text, costs, cost_grid(data, cell), ratios, grid(data["rows"], cell)))
+    return tables + _accuracy_beside_resizing(data)
 
 
 def _accuracy_beside_resizing(data: Data) -> str:
@@ -89,9 +95,10 @@ def fidelity(data: Data) -> str:
     parts = [
         f"{data['model']} model, {data['pictures']} pictures ({data['of']}), questions: {asked}; against the unpruned "
         "model. KL, top-1 and cosine (last hidden state) are of the token after the prompt, answers are greedy and "
-        "equal word for word; attention error: relative change of the attention output of the text at the last cut. "
-        f"Time: {clock} to the first token, vision tower and selection included, over the unpruned one; **bold** where "
-        "nothing, the unpruned model included, is both faster and nearer (KL). In brackets: 95 % intervals. "
+        "equal word for word; mean cost: share of visual tokens over the inputs of the decoder layers, and rows of "
+        "equal cost stand together; attention error: relative change of the attention output of the text at the last "
+        f"cut. Time: {clock} to the first token, vision tower and selection included, over the unpruned one; **bold** "
+        "where nothing, the unpruned model included, is both faster and nearer (KL). In brackets: 95 % intervals. "
         f"{versions(data)}"
     ]
     ran = [row for row in data["rows"] if "refused" not in row]
@@ -100,9 +107,22 @@ def fidelity(data: Data) -> str:
         parts.append(
             f"{slower} of {len(ran)} rows are slower than the unpruned model: there selection costs more than it saves."
         )
-    heading = ("method", "kept", "KL, nats", "same top-1", "same answer", "cosine", "attention error", "time")
+    heading = (
+        "method",
+        "mean cost",
+        "kept",
+        "KL, nats",
+        "same top-1",
+        "same answer",
+        "cosine",
+        "attention error",
+        "time",
+    )
     for ratio in sorted({row["ratio"] for row in ran}, reverse=True):
-        mine = sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"])
+        mine = sorted(
+            (row for row in ran if row["ratio"] == ratio),
+            key=lambda row: (round(row["mean_ratio"], 2), row["kl"]["value"]),
+        )
         parts.append(f"### Ratio {ratio:g}\n\n" + table(heading, map(_fidelity_row, mine)))
     refused = refusals(data["rows"])
     beside = [row for row in ran if row.get("equal_tokens") or row.get("equal_time")]
@@ -124,6 +144,7 @@ def _fidelity_row(row: Data) -> tuple[str, ...]:
     time = estimate(row["relative_time"], ".2f")
     return (
         f"`{row['method']}`",
+        f"{row['mean_ratio']:.2f}",
         f"{row['kept']:.0f} of {row['visual']:.0f}",
         estimate(row["kl"], ".2g"),
         estimate(row["top1"], ".0f", 100) + " %",
@@ -168,6 +189,7 @@ def kernels(data: Data) -> str:
             seconds(row.get("plain_seconds")),
             f"{row['speed_against_plain']:.1f}" if row.get("speed_against_plain") else "",
             f"{100 * row['share_of_limit']:.0f} %" if row.get("share_of_limit") is not None else "",
+            *(f"{row[key] / 2**20:.0f} MiB" if key in row else "" for key in ("extra_bytes", "plain_extra_bytes")),
         )
         for row in data["rows"]
     ]
@@ -177,7 +199,8 @@ def kernels(data: Data) -> str:
         f"{data['device']}: more than 100 % where lazy evaluation needs fewer, or the data stays in a cache "
         f"({data['threads']} thread{'s' if data['threads'] > 1 else ''}). {versions(data)}"
     )
-    text += "\n\n" + table(("kernel", "size", "data", "time", "plain", "times as fast", "of the limit"), rows)
+    heading = ("kernel", "size", "data", "time", "plain", "times as fast", "of the limit", "extra memory", "plain's")
+    text += "\n\n" + table(heading, rows)
     return text + "\n\n" + _targets(data["targets"]) if data.get("targets") else text
 
 
@@ -295,6 +318,41 @@ def certify(data: Data) -> str:
         f"is 1 - confidence and two standard errors. {versions(data)}"
     )
     return f"{text}\n\n{table(head, rows)}"
+
+
+def auto_ratio(data: Data) -> str:
+    """What automatic ratios keep of each kind of picture, and what they gain."""
+    kinds = [
+        (model, row["rule"], *(f"{100 * row[name]:.1f} %" for name in ("mean", "pages", "scenes", "flat")))
+        for model, found in data["models"].items()
+        for row in found["kinds"]
+    ]
+    gains = [
+        (
+            model,
+            f"`{row['method']}`",
+            f"{100 * row['mean']:.1f} %",
+            f"{row['kept_least']} to {row['kept_most']}",
+            f"{row['right_auto']} of {row['total']}",
+            f"{row['right_one']} of {row['total']}",
+            f"{100 * row['gain']:+.1f} points{span(row['interval'], '+.1f', 100)}",
+        )
+        for model, found in data["models"].items()
+        for row in found["accuracy"]
+    ]
+    about = (
+        f"{data['pictures']} pictures of each kind; the rule was calibrated on all of them to one mean, by features "
+        f"(`vtprune tune --auto`) and by pixels (as for vLLM). {versions(data)}"
+    )
+    asked = (
+        "Questions about held-out scenes: a ratio for each picture, calibrated on other scenes, beside one ratio for "
+        "all with the same mean (95 % interval of the difference, over pictures)."
+    )
+    tables = (
+        table(("model", "by", "kept on average", "pages", "scenes", "flat pictures"), kinds),
+        table(("model", "method", "mean share", "tokens kept", "right, automatic", "right, one ratio", "gain"), gains),
+    )
+    return "\n\n".join((about, tables[0], asked, tables[1]))
 
 
 def cdpruner_relevance(data: Data) -> str:

@@ -37,6 +37,15 @@ def test_all_are_listed_and_tested():
     assert names == listed == sorted(set(tested)) and len(names) == 6
 
 
+def test_the_certificate_of_the_space_is_of_the_model_in_the_package():
+    import vtprune
+    from vtprune import refvlm
+
+    certificate = vtprune.Certificate.load(FOLDER / "space" / "certificate.json")
+    certificate.check_model(refvlm.load()[0])
+    assert certificate.ratio < 1 and certificate.make_method().name == certificate.method
+
+
 def test_one_liner_in_a_process_of_its_own():
     command = [sys.executable, str(FOLDER / "01_one_liner.py")]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout

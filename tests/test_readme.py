@@ -98,7 +98,9 @@ _RESULTS = {
         "questions": "200 questions on held-out scenes",
         "unpruned": {"right": 190, "total": 200, "visual_tokens": 144},
         "rows": [
-            {"method": "b", "ratio": 0.1, "kept": 14, "mean_tokens": 30.2, "right": 150, "total": 200},
+            {"method": "b", "ratio": 0.1, "kept": 14, "mean_tokens": 14, "right": 150, "total": 200},
+            {"method": "late", "ratio": 0.1, "kept": 14, "mean_tokens": 80, "right": 160, "total": 200},
+            {"method": "late", "mean_ratio": 0.2, "refused": "too late"},
             {"method": "a", "ratio": 0.2, "kept": 29, "mean_tokens": 29, "right": 171, "total": 200},
         ],
         "versions": {"torch": "2.13.0"},
@@ -125,8 +127,9 @@ def test_renderer_writes_the_numbers_of_the_results(tmp_path):
     text = renderer.render(empty, tmp_path)
     assert "stale" not in text and text.endswith("rest")
     assert "unpruned: 95.0 % with all 144 tokens" in text and "torch 2.13.0; 2 cores" in text
-    assert "| method | ratio 0.2 | ratio 0.1 |" in text
-    assert "| `a` | 85.5 % (29 / 29) |  |" in text and "| `b` |  | 75.0 % (14 / 30) |" in text
+    assert "| method | mean cost 0.2 | mean cost 0.1 |" in text
+    rows = ("| `b` |  | 75.0 % (14) |", "| `a` | 85.5 % (29) |  |", "| `late` | not possible |  |")
+    assert "\n".join(rows) in text
     assert "identity, decode; 9 tests passed, 1 failed, 2 skipped." in text
     assert "| all | 2 | `one`, `three` |" in text and "| all but decode | 1 | `two` |" in text
     assert renderer.render(text, tmp_path) == text

@@ -59,7 +59,7 @@ def test_what_is_stale_is_named_and_mended(copy: Path, monkeypatch: pytest.Monke
     assert len(drawn) == 1 and report.write(copy) == []
     result = copy / "benchmarks" / "results" / "accuracy.json"
     data = json.loads(result.read_text())
-    shown = {"method": "iwp", "ratio": 0.1}  # in the table of README.md, too
+    shown = {"method": "resprune", "ratio": 0.1}  # in the table of README.md, too
     next(row for row in data["rows"] if shown.items() <= row.items())["right"] -= 1
     result.write_text(json.dumps(data))
     assert report.stale(copy) == everything

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from vtprune.report import explain
 from vtprune.report.overlay import Pictures
 from vtprune.report.pruning import Pruning
 from vtprune.study import timing
+from vtprune.study.auto import calibrate
 from vtprune.study.timing import Side
 
 _log = logging.getLogger("vtprune.space")
@@ -30,6 +31,7 @@ class Answer:
 
     Attributes:
         model, method: Names.
+        certificate: The certificate that the ratio and the method come from, or None.
         before, after: Answers without and with pruning; None if it failed.
         pruning: Record of the pruned prefill, with its states; None if it failed.
         pictures: The pictures to show; None if it failed, or if the places of the tokens are unknown.
@@ -43,6 +45,21 @@ class Answer:
     pruning: Pruning | None = None
     pictures: Pictures | None = None
     error: str = ""
+    certificate: vtprune.Certificate | None = None
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An automatic count for each picture.
+
+    Attributes:
+        share: The mean share of tokens over the pictures that the model's `Models` was calibrated with.
+    """
+
+    share: float
+
+
+Budget = float | Mean | vtprune.Certificate
 
 
 class Models:
@@ -52,38 +69,64 @@ class Models:
         places: `embedded`, local folders or names on the hub. Folders are called by their last part.
         max_new_tokens: Length limit of answers.
         repeats: Timed runs.
+        examples: Pictures that automatic counts are calibrated with.
     """
 
-    def __init__(self, places: Sequence[str], max_new_tokens: int = 32, repeats: int = 3) -> None:
+    def __init__(
+        self,
+        places: Sequence[str],
+        max_new_tokens: int = 32,
+        repeats: int = 3,
+        examples: Sequence[Image.Image] = (),
+    ) -> None:
         self._places: dict[str, str] = {}
         for place in dict.fromkeys(places):
             short = Path(place).name if Path(place).is_dir() else place
             self._places[place if short in self._places else short] = place
         self.names = list(self._places)
-        self.max_new_tokens, self.repeats = max_new_tokens, repeats
+        self.max_new_tokens, self.repeats, self.examples = max_new_tokens, repeats, examples
+        self._autos: dict[tuple[str, float], vtprune.Auto] = {}
         self._loaded: dict[str, tuple[Any, Any]] = {}
         self._locks = {name: threading.Lock() for name in self.names}
 
-    def ask(self, name: str, image: Image.Image, question: str, ratio: float, methods: Sequence[str]) -> list[Answer]:
-        """Answers a question about a picture with several methods; failures are answers with an error."""
+    def ask(self, name: str, image: Image.Image, question: str, budget: Budget, methods: Sequence[str]) -> list[Answer]:
+        """Answers a question about a picture with several methods, or with that of a certificate.
+
+        Failures, such as a certificate of another model, are answers with an error.
+        """
+        certificate = budget if isinstance(budget, vtprune.Certificate) else None
+        methods = methods if certificate is None else [certificate.method]
         with self._locks[name]:
             try:
                 model, processor = self._get(name)
                 inputs = loading.inputs(model, processor, image, question, self.max_new_tokens)
+                ratio = self._auto(name, budget.share) if isinstance(budget, Mean) else budget
             except Exception as error:
                 return [self._failed(name, method, error) for method in methods]
-            return [self._one(name, model, processor, image, inputs, ratio, method) for method in methods]
+            answers = [self._one(name, model, processor, image, inputs, ratio, method) for method in methods]
+            return [replace(answer, certificate=certificate) for answer in answers]
 
     def _get(self, name: str) -> tuple[Any, Any]:
         if name not in self._loaded:
             self._loaded[name] = loading.model_and_processor(self._places[name])
         return self._loaded[name]
 
+    def _auto(self, name: str, share: float) -> vtprune.Auto:
+        """The automatic ratio that keeps a mean share of the examples' tokens."""
+        if (name, share) not in self._autos:
+            model, processor = self._get(name)
+            prompts = [loading.inputs(model, processor, image, "what is in the picture?") for image in self.examples]
+            found, _ = calibrate(model, prompts, share, min(0.02, share), max(0.5, share))
+            self._autos[name, share] = found
+        return self._autos[name, share]
+
     def _one(
-        self, name: str, model: Any, processor: Any, image: Image.Image, inputs: Any, ratio: float, method: str
+        self, name: str, model: Any, processor: Any, image: Image.Image, inputs: Any, ratio: Any, method: str
     ) -> Answer:
+        # A certificate brings the options of its method along.
+        chosen = {} if isinstance(ratio, vtprune.Certificate) else {"method": method}
         try:
-            with vtprune.patch(model, ratio=ratio, method=method) as patch:
+            with vtprune.patch(model, ratio=ratio, **chosen) as patch:
                 before, after = timing.measure_side_by_side(
                     model, processor, inputs, patch, max_new_tokens=self.max_new_tokens, repeats=self.repeats
                 )

@@ -4,20 +4,24 @@
     python app.py
 
 Environment: `VTPRUNE_MODELS` (comma-separated: `embedded`, local folders, names on the hub; default `embedded`),
-`VTPRUNE_MAX_NEW_TOKENS` (32), `VTPRUNE_REPEATS` (timed runs, 3). Gradio's own variables, such as `GRADIO_SERVER_PORT`
-and `GRADIO_TEMP_DIR`, work too. Uploads stay in Gradio's temporary folder and are deleted after an hour.
+`VTPRUNE_CERTIFICATES` (comma-separated files of `vtprune certify`; default: one of the embedded model, beside this
+file), `VTPRUNE_MAX_NEW_TOKENS` (32), `VTPRUNE_REPEATS` (timed runs, 3). Gradio's own variables, such as
+`GRADIO_SERVER_PORT` and `GRADIO_TEMP_DIR`, work too. Uploads stay in Gradio's temporary folder and are deleted after an
+hour.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import gradio as gr
 import page
 import uploads
-from answers import Models
+from answers import Budget, Mean, Models
 from PIL import Image
 
+import vtprune
 from vtprune import methods, refvlm
 
 SCENES = {f"scene {seed}": seed for seed in (7, 12, 23, 31, 48, 77)}
@@ -31,6 +35,8 @@ NOTE = """The model inside the package is tiny and knows drawn scenes only: ask 
 digits. Times are of this machine, measured in turn with the unpruned model; with so small a model, choosing may cost
 more time than it saves."""
 MAX_QUESTION = 500
+SHARE, AUTO = "a share of them", "auto: as many as each picture needs, with that share as the mean over the scenes"
+CERTIFICATE = Path(__file__).resolve().parent / "certificate.json"
 
 
 def _number(name: str, default: int) -> int:
@@ -40,7 +46,15 @@ def _number(name: str, default: int) -> int:
 def models_from_environment() -> Models:
     """The models that `VTPRUNE_MODELS` names."""
     names = [name.strip() for name in os.environ.get("VTPRUNE_MODELS", "").split(",") if name.strip()]
-    return Models(names or ["embedded"], _number("VTPRUNE_MAX_NEW_TOKENS", 32), _number("VTPRUNE_REPEATS", 3))
+    tokens, repeats = _number("VTPRUNE_MAX_NEW_TOKENS", 32), _number("VTPRUNE_REPEATS", 3)
+    return Models(names or ["embedded"], tokens, repeats, [picture(scene, None)[0] for scene in SCENES])
+
+
+def certificates_from_environment() -> dict[str, vtprune.Certificate]:
+    """What is offered under each certificate's name."""
+    files = [name.strip() for name in os.environ.get("VTPRUNE_CERTIFICATES", "").split(",") if name.strip()]
+    found = [vtprune.Certificate.load(file) for file in files or [CERTIFICATE]]
+    return {f"certified: {one.ratio:g} with {one.method}, at most {one.risk:.0%} changed": one for one in found}
 
 
 def picture(choice: str, file: str | None) -> tuple[Image.Image, str]:
@@ -78,10 +92,18 @@ def uploaded(file: str | None):
     return UPLOAD, image, note
 
 
-def answer(models: Models):
+def answer(models: Models, certificates: dict[str, vtprune.Certificate]):
     """The function behind the button."""
 
-    def ask(file: str | None, choice: str, question: str, ratio: float, chosen: list[str], asked: list[str]):
+    def ask(
+        file: str | None,
+        choice: str,
+        question: str,
+        ratio: float,
+        chosen: list[str],
+        asked: list[str],
+        how: str = SHARE,
+    ):
         """Answers a question about a picture: a message, and the result as HTML."""
         question = (question or "").strip()
         try:
@@ -96,14 +118,16 @@ def answer(models: Models):
             return "Choose at least one method and one model.", ""
         if not 0 < ratio <= 1:
             return "The ratio is a share of the tokens: above 0, at most 1.", ""
-        answers = [a for name in asked for a in models.ask(name, image, question, ratio, chosen)]
+        budget: Budget = certificates.get(how) or (Mean(ratio) if how == AUTO else ratio)
+        answers = [a for name in asked for a in models.ask(name, image, question, budget, chosen)]
         return note or "Done.", page.results(answers)
 
     return ask
 
 
-def build(models: Models) -> gr.Blocks:
+def build(models: Models, certificates: dict[str, vtprune.Certificate]) -> gr.Blocks:
     """The page."""
+    budgets = [SHARE, AUTO, *certificates]
     with gr.Blocks(title="vtprune", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.Markdown(ABOUT)
         with gr.Row():
@@ -114,6 +138,7 @@ def build(models: Models) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320):
                 first = questions(next(iter(SCENES)))[-1]
                 question = gr.Textbox(first, label="Question", max_length=MAX_QUESTION, elem_id="question")
+                how = gr.Radio(budgets, value=SHARE, label="How many visual tokens stay", elem_id="how")
                 ratio = gr.Slider(0.02, 1.0, 0.1, step=0.01, label="Share of visual tokens kept", elem_id="ratio")
                 chosen = gr.CheckboxGroup(
                     list(methods.for_pictures()), value=["resprune"], label="Methods", elem_id="methods"
@@ -130,11 +155,19 @@ def build(models: Models) -> gr.Blocks:
         demo.load(look, [choice, file], [preview, message, question], api_visibility="private", **quick)
         choice.input(look, [choice, file], [preview, message, question], api_name="look", **quick)
         file.change(uploaded, [file], [choice, preview, message], api_name="uploaded", **quick)
-        inputs = [file, choice, question, ratio, chosen, asked]
+        inputs = [file, choice, question, ratio, chosen, asked, how]
+        # A certificate has a ratio and a method of its own.
+        how.input(
+            lambda how: (gr.update(visible=how not in certificates), gr.update(visible=how not in certificates)),
+            how,
+            [ratio, chosen],
+            api_visibility="private",
+            **quick,
+        )
         # One at a time: the others wait in the queue, and the times that are shown are not disturbed.
         gr.on(
             [button.click, question.submit, ratio.release],
-            answer(models),
+            answer(models, certificates),
             inputs,
             [message, result],
             api_name="ask",
@@ -145,4 +178,6 @@ def build(models: Models) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build(models_from_environment()).launch(max_file_size=uploads.MAX_BYTES, show_error=True, footer_links=["api"])
+    build(models_from_environment(), certificates_from_environment()).launch(
+        max_file_size=uploads.MAX_BYTES, show_error=True, footer_links=["api"]
+    )

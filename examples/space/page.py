@@ -81,6 +81,8 @@ def _line(model: str, method: str, side: Side, before: Side | None) -> str:
 
 def _card(answer: Answer) -> str:
     title = f"<h3>{escape(answer.method)} <small>{escape(answer.model)}</small></h3>"
+    if answer.certificate is not None:
+        title += f'<p class="certificate">Certified: {escape(str(answer.certificate))}.</p>'
     shown = answer.pictures
     if answer.pruning is None or shown is None:
         return f'<div class="card">{title}<p class="error">{escape(answer.error)}</p></div>'

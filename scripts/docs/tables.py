@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import equal_cost as comparisons
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "*Not yet measured.*"
@@ -161,6 +163,36 @@ def needles(results: Path = RESULTS) -> str:
     return f"{about}\n\n{table(head, lines)}"
 
 
+def equal_cost(results: Path = RESULTS) -> str:
+    """The default beside the best other method on every test bed and at every cost, and who beats it clearly."""
+    found = comparisons.comparisons(results)
+    if not found:
+        return MISSING
+    lines = []
+    for bed, cost in dict.fromkeys((one.bed, one.cost) for one in found):
+        mine = [one for one in found if (one.bed, one.cost) == (bed, cost)]
+        best = max(mine, key=lambda one: (one.high + one.low, one.method))
+        lines.append(
+            (
+                bed,
+                f"{cost:.2f}",
+                f"{best.default:.1%}",
+                f"`{best.method}` {best.share:.1%}",
+                f"{best.total}",
+                f"{100 * best.low:+.1f} to {100 * best.high:+.1f}",
+                str(sum(one.high < 0 for one in mine)),
+                ", ".join(f"`{one.method}`" for one in comparisons.better(mine)) or "none",
+            )
+        )
+    head = (
+        "test bed", "mean cost", f"`{comparisons.NAME}`", "best other", "questions", "its lead, points (95 %)",
+        "clearly worse", "clearly better",
+    )  # fmt: skip
+    wins = comparisons.better(found)
+    text = f"{len(found)} comparisons at equal mean cost, {len(wins)} in which a method is clearly better."
+    return f"{text}\n\n{table(head, lines)}"
+
+
 def clips(results: Path = RESULTS) -> str:
     """What pruning of clips changes, beside fewer and smaller frames: a table for every budget."""
     data = _read(results / "video.json")
@@ -226,6 +258,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "laws": laws,
     "methods": methods,
     "needles": needles,
+    "equal_cost": equal_cost,
     "clips": clips,
     "curvature": curvature,
 }

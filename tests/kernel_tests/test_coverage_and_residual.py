@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import extra_memory
 from kernel_tests.cases import LENGTHS, assert_order, budgets, clustered, exact_rows, offsets_of, strided
 from vtprune_kernels import facility_location, residual_pivots
 from vtprune_kernels.facility_location.naive import facility_location as naive_coverage
@@ -186,3 +187,12 @@ def test_energy_left_is_what_the_projection_leaves():
             assert float(left[number, step - 1]) == pytest.approx(float(expected), abs=1e-5)
     assert float(left[0, -1]) == pytest.approx(0, abs=1e-5)  # ten picks beyond the rank
     assert (left[1, 11:] == left[1, 11]).all() and (left[2] == 0).all()
+
+
+@pytest.mark.parametrize("length", [2880, 6000])
+@pytest.mark.parametrize("choose", [facility_location, residual_pivots])
+def test_extra_memory_has_a_bound(choose, length):
+    """A matrix of all pairs of 2,880 rows would fit into 64 MiB once, one of 6,000 rows would not."""
+    features = clustered(length, 16, seed=9)
+    offsets, counts = torch.tensor([0, length]), torch.tensor([12])
+    assert 0 < extra_memory(lambda: choose(features, None, offsets, counts), torch.device("cpu")) <= 64 * 2**20

@@ -68,8 +68,15 @@ def client(server):
     return Client(server.url, verbose=False)
 
 
-def _ask(client, file=None, choice="my upload", question="what color is the object?", methods=("uniform",)):
-    return client.predict(file, choice, question, 0.25, list(methods), ["embedded"], api_name="/ask")
+def _ask(
+    client,
+    file=None,
+    choice="my upload",
+    question="what color is the object?",
+    methods=("uniform",),
+    how="a share of them",
+):
+    return client.predict(file, choice, question, 0.25, list(methods), ["embedded"], how, api_name="/ask")
 
 
 def _file(tmp_path: Path, name: str):
@@ -104,6 +111,28 @@ def test_questions_that_cannot_be_asked_get_a_message(client, change, message):
     assert message in said and not result
 
 
+AUTO = "auto: as many as each picture needs, with that share as the mean over the scenes"
+
+
+def test_the_count_is_that_of_a_certificate_or_of_the_picture(client):
+    from web_support import SPACE
+
+    import vtprune
+
+    known = vtprune.Certificate.load(SPACE / "certificate.json")
+    named = f"certified: {known.ratio:g} with {known.method}, at most {known.risk:.0%} changed"
+    _, result = _ask(client, choice="scene 7", how=named)
+    assert f"Certified: ratio {known.ratio:g} with {known.method} changes at most" in result
+    assert result.count('data-kept="1"') == round(known.ratio * 144) and "uniform" not in result
+    counts = []
+    for scene in ("scene 7", "scene 12", "scene 23", "scene 31", "scene 48", "scene 77"):
+        _, result = _ask(client, choice=scene, how=AUTO)
+        counts.append(result.count('data-kept="1"'))
+        assert "Certified" not in result
+    assert len(set(counts)) > 1 and all(0 < count <= 72 for count in counts)
+    assert sum(counts) / len(counts) == pytest.approx(0.25 * 144, rel=0.25)
+
+
 def test_what_visitors_write_is_shown_as_text(client):
     said, result = _ask(client, choice="scene 7", question="<script>alert(1)</script>")
     assert "<script" not in said + result
@@ -120,7 +149,7 @@ def test_files_of_the_server_are_out_of_reach(server):
     secret = server.temp.parent / "secret.png"  # a good picture, which nobody uploaded
     secret.write_bytes(picture())
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    data = [file, "my upload", "what color is the object?", 0.25, ["uniform"], ["embedded"]]
+    data = [file, "my upload", "what color is the object?", 0.25, ["uniform"], ["embedded"], "a share of them"]
     call = httpx.post(f"{server.url}/gradio_api/call/ask", json={"data": data}, timeout=60).json()
     events = httpx.get(f"{server.url}/gradio_api/call/ask/{call['event_id']}", timeout=60).text
     assert "event: error" in events and "<svg" not in events

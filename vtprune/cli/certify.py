@@ -96,11 +96,7 @@ def _certify(args: argparse.Namespace) -> None:
     if found.budget == 1.0:
         output.say(f"no ratio below 1 is certified with {found.pictures} pictures")
     else:
-        what = f"ratio {found.ratio:g}" if found.auto is None else str(found.budget)
-        output.say(
-            f"certified: {what} with {found.method} changes at most {found.risk:.3g} of the answers, with confidence "
-            f"{found.confidence:g} ({found.pictures} pictures)"
-        )
+        output.say(f"certified: {found}")
     output.say(
         f"certificate written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Certificate.load(...))"
     )

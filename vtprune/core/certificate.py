@@ -75,6 +75,13 @@ class Certificate:
             **numbers,
         )
 
+    def __str__(self) -> str:
+        what = f"ratio {self.ratio:g}" if self.auto is None else str(self.budget)
+        return (
+            f"{what} with {self.method} changes at most {self.risk:.3g} of the answers, with confidence "
+            f"{self.confidence:g} ({self.pictures} pictures)"
+        )
+
     @property
     def budget(self) -> float | Auto:
         """Value for `ratio` of `vtprune.patch`."""

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the curve of `Debiased` can undo of FastV's position bias: writes `benchmarks/results/debiased_curve.json`.
+
+    make real
+    .venv-real/bin/python -m benchmarks.debiased_curve
+
+The photographs of `benchmarks.position_bias`, upright and turned, on the same model of real parts. FastV's scores are
+ranked as they are, with the curve that was released (fitted to another model), and with curves fitted to the other half
+of the photographs; "divided by the mean of each place" is the most that any curve over places could do.
+
+* `last_quarter`: share of the kept tokens in the last quarter of the rows, 0.25 for an even choice;
+* `curve`: how many times as much a curve expects of the last place as of the first;
+* `between`: share of the variance of the scores' logarithm that is between rows;
+* `heaviest`: share of all scores that the tenth of the tokens with the largest scores has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.position_bias import GRID, QUESTION, RATIO, model, photographs
+from benchmarks.real import parts, photo_vlm
+from vtprune.methods import FastV
+from vtprune.methods.debiased.position_curve import Curve
+from vtprune.study import progress
+from vtprune.study.calibration import collect
+from vtprune.study.intervals import bootstrap
+
+OUT = Path(__file__).resolve().parent / "results" / "debiased_curve.json"
+
+
+def scores() -> list[Tensor]:
+    """FastV's scores `[N]` of every photograph, upright and then turned."""
+    batches = [photo_vlm.inputs([image, image.rotate(180)], GRID, QUESTION) for _, image in photographs()]
+    return collect(FastV(), None, model(), batches)[0]
+
+
+def last_quarter(score: Tensor) -> float:
+    """Share of the tokens kept that lie in the last quarter of the rows."""
+    kept = score.topk(round(RATIO * len(score))).indices
+    return float((kept >= len(score) * 3 // 4).float().mean())
+
+
+def row(found: Sequence[float], curves: Sequence[Curve]) -> dict[str, Any]:
+    """One way of ranking: mean over pictures, and the ratio of the ends of its curves."""
+    ends = [float(curve(torch.zeros(1)) / curve(torch.ones(1))) for curve in curves]
+    interval = [round(bound, 3) for bound in bootstrap(found)]
+    return {
+        "last_quarter": round(math.fsum(found) / len(found), 3),
+        "interval": interval,
+        "curve": [round(end, 2) for end in ends],
+    }
+
+
+def measure() -> dict[str, Any]:
+    """All rows, and what there is to explain."""
+    found = scores()
+    place = torch.linspace(0, 1, GRID * GRID)
+    halves = (found[: len(found) // 2], found[len(found) // 2 :])
+    rows = {"as they are": row([last_quarter(one) for one in found], [])}
+    released = Curve.preset("fastv")
+    rows["released curve"] = row([last_quarter(one * released(place)) for one in found], [released])
+    for form in ("exponential", "reciprocal-cubic"):
+        try:
+            curves = [Curve.fit(half, form=form) for half in halves[::-1]]
+        except ValueError as error:
+            rows[f"fitted, {form}"] = {"refused": str(error)}
+            continue
+        shares = [last_quarter(one * c(place)) for half, c in zip(halves, curves, strict=True) for one in half]
+        rows[f"fitted, {form}"] = row(shares, curves)
+    means = [
+        torch.stack(list(half)).div(torch.stack(list(half)).mean(1, keepdim=True)).mean(0) for half in halves[::-1]
+    ]
+    shares = [last_quarter(one / m) for half, m in zip(halves, means, strict=True) for one in half]
+    rows["divided by the mean of each place"] = row(shares, [])
+    logs = [one.log().view(GRID, GRID) for one in found]
+    between = [float(one.mean(1).var(correction=0) / one.var(correction=0)) for one in logs]
+    heaviest = [float(one.topk(len(one) // 10).values.sum() / one.sum()) for one in found]
+    profile = torch.stack([one.view(GRID, GRID).sum(1) / one.sum() for one in found]).mean(0)
+    return {
+        "rows": rows,
+        "between": round(math.fsum(between) / len(between), 3),
+        "heaviest": round(math.fsum(heaviest) / len(heaviest), 3),
+        "by_row": [round(float(share), 4) for share in profile],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.debiased_curve", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    header = {
+        "decoder_sha256": parts.SHA256[parts.GGUF],
+        "tower_sha256": parts.SHA256[parts.ONNX],
+        "photographs": len(photographs()),
+        "grid": GRID,
+        "ratio": RATIO,
+        "versions": progress.versions(),
+    }
+    data = header | measure()
+    progress.save(args.out, data)
+    for name, found in data["rows"].items():
+        print(f"{name:36} {found}")
+    print("between rows", data["between"], "heaviest tenth", data["heaviest"])
+
+
+if __name__ == "__main__":
+    main()

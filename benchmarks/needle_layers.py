@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What selection rules see of a needle, layer by layer: writes `benchmarks/results/needle_layers.json`.
+
+    make real
+    .venv-real/bin/python -m benchmarks.needle_layers
+
+The texts of `benchmarks.needle` on the same real decoder. A cut before each of some layers keeps a tenth of the visual
+tokens; for each rule, the share of the fact's tokens that it would keep, 0.1 by chance: `last_row`, attention of the
+last prompt token (FastV reads it in the layer before its cut); `instruction_rows`, attention of all text after the
+visual places; `rows_times_values`, the same times the length of the values (IWP without its term for duplicates);
+`residual`, residual energy of the states (ResPrune). Beside it, where the attention of the last token goes: `sink`, the
+prompt's first token; `text`, the other text; `last_quarter`, the share that the last quarter of the visual places gets
+of what all of them get. `relevance` and `closest_similarity` are the medians that IWP logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtprune
+from benchmarks import needle
+from benchmarks.real import parts
+from vtprune.core.ragged import top_k
+from vtprune.methods import IWP, Choice, Method, Stage, Tokens
+from vtprune.study import progress
+from vtprune.study.intervals import bootstrap
+from vtprune_kernels import attention_rows, residual_pivots
+
+OUT = Path(__file__).resolve().parent / "results" / "needle_layers.json"
+LAYERS = (0, 1, 2, 3, 5, 8, 12, 16, 20, 25)
+PLACES, RATIO = 256, 0.1
+
+
+@dataclass
+class Probe(Method):
+    """Evaluates rules at one layer; its own choice is the first tokens.
+
+    Attributes:
+        layer: The cut is before this decoder layer.
+        facts: For each sample of the batch the places of its fact; set before every call.
+        found: Filled with a row of numbers for each sample.
+    """
+
+    layer: int = 0
+    facts: list[tuple[int, ...]] = field(default_factory=list)
+    found: list[dict[str, float]] = field(default_factory=list)
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        return (Stage(self.layer, RATIO),)
+
+    def choose(self, tokens: Tokens) -> Choice:
+        last, rows = (_attention(tokens, which) for which in ("last", "text"))
+        read = tokens.attention_inputs()
+        lengths = read.values.float().norm(dim=-1).mean(1)[read.visual]
+        order = residual_pivots(tokens.placed_hidden, None, tokens.offsets, tokens.budgets)
+        scores = {"last_row": last[read.visual], "instruction_rows": rows[read.visual]}
+        scores["rows_times_values"] = scores["instruction_rows"] * lengths
+        keeps = {name: top_k(score, tokens.offsets, tokens.budgets) for name, score in scores.items()}
+        keeps["residual"] = torch.zeros(len(tokens), dtype=torch.bool)
+        keeps["residual"][order[order >= 0]] = True
+        logged = IWP(layer=self.layer).statistics(tokens)
+        for sample, fact in enumerate(self.facts):
+            mine = slice(*tokens.offsets[sample : sample + 2].tolist())
+            row = {name: float(keep[mine][list(fact)].float().mean()) for name, keep in keeps.items()}
+            begin, end = read.key_offsets[sample : sample + 2].tolist()
+            seen = last[read.visual][mine]
+            row["sink"] = float(last[begin])
+            row["text"] = float(last[begin:end].sum() - seen.sum()) - row["sink"]
+            row["last_quarter"] = float(seen[-len(seen) // 4 :].sum() / seen.sum())
+            self.found.append(row | logged)
+        return Choice(keeps["last_row"])
+
+
+def _attention(tokens: Tokens, queries: Any) -> Tensor:
+    """`[C]` attention that every token of the prompts receives, mean over heads and query rows."""
+    read = tokens.attention_inputs(queries=queries)
+    places = (read.query_offsets, read.key_offsets, read.query_order, read.scaling, read.softcap)
+    return attention_rows(read.queries, read.keys, *places)
+
+
+@torch.no_grad()
+def run(layer: int, texts: int) -> dict[str, Any]:
+    """Means over texts with their intervals."""
+    probe = Probe(layer)
+    for start in range(0, texts, needle.BATCH):
+        chosen, inputs = needle.trials(PLACES, needle.TRIALS, start, min(texts, start + needle.BATCH))
+        probe.facts = [one.fact for one in chosen]
+        with vtprune.patch(needle.model(), ratio=RATIO, method=probe):
+            needle.model()(**inputs, use_cache=False, logits_to_keep=1)
+    row: dict[str, Any] = {}
+    for name in probe.found[0]:
+        values = [one[name] for one in probe.found]
+        interval = [round(bound, 3) for bound in bootstrap(values)]
+        row[name] = {"mean": round(math.fsum(values) / len(values), 3), "interval": interval}
+    return row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_layers", description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
+    parser.add_argument("--texts", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    header = {
+        "decoder_sha256": parts.SHA256[parts.GGUF],
+        "texts": args.texts,
+        "places": PLACES,
+        "ratio": RATIO,
+        "versions": progress.versions(),
+    }
+    with progress.script(args.out):
+        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
+        rows = data.setdefault("layers", {})
+        todo = [layer for layer in args.layers if str(layer) not in rows]
+        for layer, row in progress.work(todo, lambda layer: run(layer, args.texts), "layers"):
+            rows[str(layer)] = row
+            progress.save(args.out, data)
+    for layer, row in rows.items():
+        print(f"{layer:>3}", "  ".join(f"{name} {value['mean']:.2f}" for name, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation says of the default at equal mean cost, against the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import equal_cost
+from benchmarks.equal_cost import better, comparisons, lead
+
+
+def counts(right: int, total: int = 200) -> dict[str, int]:
+    return {"right": right, "total": total}
+
+
+def test_leads_of_counts_and_of_paired_outcomes() -> None:
+    assert lead(counts(180), counts(120))[3] > 0 and lead(counts(120), counts(180))[4] < 0
+    _, _, _, low, high = lead(counts(150), counts(148))
+    assert low < 0 < high and high - low == pytest.approx(0.17, abs=0.01)
+    ones, paired = "1" * 60, "1" * 54 + "0" * 6
+    assert lead({"outcomes": ones + "0" * 40}, {"outcomes": paired + "0" * 40})[3] > 0
+    assert lead(counts(60, 100), counts(54, 100))[3] < 0  # the same shares, not paired
+    assert lead({"outcomes": "1111"}, {"outcomes": "11"})[:3] == (1.0, 1.0, 2)  # texts that both were asked about
+
+
+def write(folder: Path, **right: int) -> None:
+    rows = [counts(n) | {"method": name, "ratio": 0.1, "mean_tokens": 14.0} for name, n in right.items()]
+    rows.append(counts(200) | {"method": "late", "ratio": 0.1, "mean_tokens": 80.0})
+    rows.append({"method": "never", "ratio": 0.1, "refused": "no"})
+    data = {"model": "llava", "unpruned": {"visual_tokens": 144}, "rows": rows}
+    (folder / "accuracy.json").write_text(json.dumps(data))
+
+
+def test_only_rows_of_equal_cost_compare(tmp_path: Path) -> None:
+    write(tmp_path, **{equal_cost.NAME: 150, "good": 180, "bad": 100})
+    found = comparisons(tmp_path)
+    assert [one.method for one in found] == ["bad", "good"]
+    assert [one.method for one in better(found)] == ["good"]
+
+
+def test_no_method_is_clearly_better_than_the_default_where_the_page_says_none() -> None:
+    """docs/choosing.md names every exception; this list is theirs."""
+    found = comparisons()
+    assert len({one.bed for one in found}) >= 2
+    assert {(one.bed, one.cost, one.method) for one in better(found)} == set(EXCEPTIONS)
+
+
+EXCEPTIONS: tuple[tuple[str, float, str], ...] = ()
