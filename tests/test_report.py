@@ -103,12 +103,12 @@ def test_fidelity_shows_its_numbers() -> None:
         return {"value": value, "interval": [value / 2, value * 2]}
 
     row = {"method": "iwp", "ratio": 0.1, "kept": 14.0, "visual": 144.0, "frontier": True, "relative_time": number(0.4)}
-    row |= {"kl": number(0.02), "top1": number(0.5), "answers": number(0.5), "cosine": number(0.25)}
+    row |= {"kl": number(0.02), "top1": number(0.5), "answers": number(0.5), "cosine": number(0.25), "mean_ratio": 0.55}
     data = ABOUT | {"model": "embedded", "pictures": 3, "prompts": 3, "of": "drawn scenes", "questions": ["x?", "y?"]}
     data |= {"clock": "cpu", "ratios": [0.1], "rows": [row, {"method": "late", "ratio": 0.1, "refused": "too late"}]}
     text = report_sections.fidelity(data)
     assert cells(text, "`iwp`") == [
-        "`iwp`", "14 of 144", "0.02 (0.01–0.04)", "50 (25–100) %", "50 (25–100) %", "0.250 (0.125–0.500)", "",
+        "`iwp`", "0.55", "14 of 144", "0.02 (0.01–0.04)", "50 (25–100) %", "50 (25–100) %", "0.250 (0.125–0.500)", "",
         "**0.40 (0.20–0.80)**",
     ]  # fmt: skip
     assert "`late` at 0.1: too late" in text and "CPU time" in text and "2 questions each" in text
