@@ -31,6 +31,7 @@ import torch
 
 import vtprune
 from benchmarks.real import needles, parts, text_vlm
+from vtprune.bench.variants import method_of
 from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, Tokens
 from vtprune.methods.uniform import Uniform
@@ -93,13 +94,6 @@ def answers(chosen: list[needles.Needle], inputs: dict[str, torch.Tensor]) -> li
     given = model().generate(**inputs, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(given[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip().startswith(one.answer) for text, one in zip(texts, chosen, strict=True)]
-
-
-def method_of(name: str) -> Method:
-    """The method of a row: a registered name, or one with an option, `resprune:layer=0`."""
-    base, _, option = name.partition(":")
-    key, _, value = option.partition("=")
-    return vtprune.methods.get(base)(**({key: int(value)} if option else {}))
 
 
 def run(name: str, budget: dict[str, float], places: int, count: int, start: int, stop: int) -> dict[str, Any]:
@@ -208,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        metavar="NAME[:OPTION=NUMBER]",
+        metavar="NAME[:OPTION=VALUE]",
         default=[n for n in vtprune.methods.names() if n != "debiased"],
     )
     parser.add_argument("--costs", type=float, nargs="+", default=list(MEAN_RATIOS), help="mean ratios")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune import methods
 from vtprune.integrations.vllm import hooks, prompts, readers, selection
 from vtprune.integrations.vllm.mrope import Positions, read_digits, write_digits
 from vtprune.integrations.vllm.settings import CLIP_METHODS, QUESTION_FREE, ServingError, parse
@@ -52,6 +54,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "options": [1]}, "options is [1]"),
         ({"ratio": 0.5, "options": {"no": 1}}, "method divprune cannot be made with {'no': 1}"),
         ({"ratio": 0.5, "method": "iwp", "options": {"layer": 3}}, "in vLLM layer is 0, found 3"),
+        ({"ratio": 0.5, "method": "resprune", "options": {"layer": 1}}, "in vLLM layer is 0, found 1; give layer=0"),
         ({"ratio": 0.5, "method": "evs"}, "method evs is made for clips; name it as video_method"),
         ({"ratio": 0.5, "video_method": "fastv"}, "method fastv needs more than the image"),
         ({"ratio": 0.5, "video_options": {}}, "video_options and no video_method"),
@@ -65,6 +68,28 @@ def test_bad_configuration_is_one_line(config: Any, words: str) -> None:
         parse(config)
     line = str(caught.value)
     assert line.startswith("vtprune: ") and "\n" not in line and words in line
+
+
+def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:
+    """`resprune` without a layer cuts deep decoders before layer 1, vLLM before the decoder: not what was certified."""
+    numbers = {"risk": 0.1, "confidence": 0.9, "pictures": 9, "questions": 9, "changed": 0.0}
+    texts = dict.fromkeys(("model", "config_hash", "weights_hash"), "x")
+    for layer, words in ((None, "found None; give layer=0"), (1, "found 1"), (0, None)):
+        method = methods.ResPrune(layer=layer)
+        options = dataclasses.asdict(method)
+        found = {
+            "ratio": 0.3,
+            "method": "resprune",
+            "method_repr": repr(method),
+            "options": options,
+            **texts,
+            **numbers,
+        }
+        if words is None:
+            assert parse({"certificate": found}).method == method
+            continue
+        with pytest.raises(ServingError, match=words):
+            parse({"certificate": found})
 
 
 def test_every_setting_has_a_fingerprint_of_its_own() -> None:

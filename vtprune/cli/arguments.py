@@ -20,8 +20,13 @@ MODEL_HELP = "a local folder, or a name on the hub"
 
 
 def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
-    """Methods by label, from registered names and strategy files of `vtprune tune`; for None, all for pictures."""
+    """Methods by label; for None, all for pictures.
+
+    Args:
+        names: Registered names, also with options (`fastv:layer=3`), and strategy files of `vtprune tune`.
+    """
     from .. import methods
+    from ..bench.variants import method_of
     from ..methods.vflowopt.method import VFlowOpt
 
     chosen: dict[str, Method] = {}
@@ -29,7 +34,7 @@ def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
         if name.endswith(".json"):
             chosen[Path(name).name] = VFlowOpt.load(Path(name).expanduser())
         else:
-            chosen[name] = methods.get(name)()
+            chosen[name] = method_of(name)
     return chosen
 
 

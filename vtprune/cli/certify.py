@@ -36,7 +36,9 @@ def add(commands: Any) -> None:
     questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
     parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
     parser.add_argument(
-        "--method", default=default_method.NAME, help="a name, or a strategy file (default: %(default)s)"
+        "--method",
+        default=default_method.NAME,
+        help="NAME or NAME:option=value,..., or a strategy file (default: %(default)s)",
     )
     parser.add_argument(
         "--risk",

@@ -60,7 +60,12 @@ def add(commands: Any) -> None:
     questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
     questions.add_argument("--questions", metavar="FILE", help="a question per line; - is standard input")
     parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="names, or strategy files (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="NAME or NAME:option=value,..., or strategy files (default: all)",
+    )
     parser.add_argument(
         "--ratios", nargs="+", type=share, default=list(RATIOS), metavar="SHARE", help="default: %(default)s"
     )

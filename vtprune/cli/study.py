@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="names, or strategy files of vtprune tune (default: all; always shown are random, uniform, and resize, "
-        "which is the unpruned model on smaller pictures)",
+        help="NAME or NAME:option=value,..., or strategy files of vtprune tune (default: all; always shown are random, "
+        "uniform, and resize, which is the unpruned model on smaller pictures)",
     )
     compare.add_argument(
         "--clip",

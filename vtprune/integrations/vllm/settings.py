@@ -28,8 +28,9 @@ QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "resprune", "scope", "u
 CLIP_METHODS = ("dycoke", "evs", "vcast", "vidcom2")  # as `video_method`
 _TOWER_READERS = ("scope", "visionzip", "zoo_prune")  # scope with alpha=0 is coverage alone
 _FIELDS = ("method", "ratio", "keep", "options", "video_method", "video_options", "certificate")
-# What iwp must be before the decoder, and what serves it best there: `IWP.query`.
-_FIXED = {"iwp": {"layer": 0, "query": "none"}}
+# What methods must be before the decoder, of which resprune by itself cuts deep ones before layer 1.
+_FIXED = {"iwp": {"layer": 0, "query": "none"}, "resprune": {"layer": 0}}
+# What serves iwp best there, see `IWP.query`.
 _DEFAULTS = {"iwp": {"rope_in_duplication": False}}
 
 
@@ -207,7 +208,9 @@ def _method(name: Any, options: Mapping[str, Any], known: Sequence[str]) -> Meth
     fixed = _FIXED.get(str(name), {})
     for option, value in fixed.items():
         if options.get(option, value) != value:
-            raise MethodError(f"{name}: in vLLM {option} is {value!r}, found {options[option]!r}")
+            raise MethodError(
+                f"{name}: in vLLM {option} is {value!r}, found {options[option]!r}; give {option}={value!r}"
+            )
     method = make(str(name), {**fixed, **_DEFAULTS.get(str(name), {}), **options})
     layers = [stage.layer for stage in method.schedule(1)]
     if layers != [0]:
