@@ -2,6 +2,7 @@
 """What cuts inside the vision tower cost in quality, beside resizing: writes `benchmarks/results/tower_quality.json`.
 
     python -m benchmarks.tower_quality [--prompts 16]
+    python -m benchmarks.tower_quality --prompts 48 --methods Change Similar --keeps 0.5 0.35 --out FILE
 
 The built-in Qwen2.5-VL is asked about held-out scenes at several resolutions and about drawn pages of text. Every tower
 method runs at several shares, alone and with the decoder's default method at a tenth of the tokens. Rows say how often
@@ -9,14 +10,15 @@ the next token is that of the unpruned model, the divergence from it, how many f
 operations to the first token, vision tower and text included, as a share of the unpruned ones (of the model that was
 asked, whose tower is small beside its decoder). `resize` shows smaller pictures instead; each row is set against the
 largest picture whose operations are not above the row's. `rescued`: of the questions that the unpruned model answers
-rightly and that picture loses, the share that the row answers rightly.
+rightly and that picture loses, the share that the row answers rightly. `kl_above_default` compares each method with the
+one that a plain number stands for (`tower=0.35`), on the same prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from benchmarks.accuracy import header
 from vtprune import refvlm, towers
 from vtprune.refvlm import evaluate, pages
 from vtprune.study import intervals, metrics, progress
-from vtprune.study.resize import resized
+from vtprune.study.resize import regained, resized, rival
 
 OUT = Path(__file__).resolve().parent / "results" / "tower_quality.json"
 PARTS = ("scenes 144", "scenes 216", "pages 144", "pages 240")  # pixels along a side; a token is 12 x 12
@@ -42,6 +44,7 @@ METHODS: dict[str, Callable[[float], towers.TowerMethod]] = {
     "Uniform": lambda keep: towers.Uniform(keep=keep),
 }
 DECODERS = (1.0, 0.1)
+DEFAULT = type(towers.resolve(0.5)).__name__
 SMALLER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the visual tokens that resized pictures may have
 
 
@@ -60,14 +63,14 @@ def prompts(part: str, count: int) -> list[tuple[Image.Image, str, str]]:
     return out
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name of each row to the arguments of `patch`; without any for the unpruned model."""
+def variants(methods: Sequence[str], keeps: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Name of each row to the arguments of `patch`."""
     found: dict[str, dict[str, Any]] = {"unpruned": {"ratio": 1.0}, "decoder 0.1": {"ratio": 0.1}}
-    for name, make in METHODS.items():
-        for keep in KEEPS:
+    for name in methods:
+        for keep in keeps:
             for ratio in DECODERS:
                 label = f"{name} {keep}" + (f", decoder {ratio}" if ratio < 1 else "")
-                found[label] = {"ratio": ratio, "tower": make(keep)}
+                found[label] = {"ratio": ratio, "tower": METHODS[name](keep)}
     return found
 
 
@@ -80,10 +83,11 @@ def asked(model: Any, inputs: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {"logits": logits, "flops": last.tower.first_token[1], "tokens": last.tokens[1]}
 
 
-def one_part(model: Any, processor: Any, part: str, count: int) -> dict[str, Any]:
+def one_part(
+    model: Any, processor: Any, part: str, count: int, everything: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """All rows of a part."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    everything = variants()
     top = processor.image_processor.size["longest_edge"]
     processor.image_processor.size["longest_edge"] = int(part.split()[1]) ** 2
     for image, question, answer in prompts(part, count):
@@ -128,40 +132,45 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "same": sum(row["same"] for row in mine),
         "right": sum(row["right"] for row in mine),
     }
+    default = f"{DEFAULT}{name[len(name.split()[0]) :]}"
+    if default in rows and default != name:
+        against = [a["kl"] - b["kl"] for a, b in zip(mine, rows[default], strict=True)]
+        found["kl_above_default"] = list(intervals.bootstrap(against))
     smaller = {n: statistics.mean(r["cost"] for r in rows[n]) for n in rows if n.startswith("resize")}
-    within = [n for n, share in smaller.items() if share <= cost + 1e-9]
-    if not within or name == "unpruned" or name.startswith("resize"):
+    other = rival(cost, smaller)
+    if other is None or name == "unpruned" or name.startswith("resize"):
         return found
-    rival = max(within, key=lambda n: smaller[n])
-    lost = [
-        i for i, (u, r) in enumerate(zip(rows["unpruned"], rows[rival], strict=True)) if u["right"] and not r["right"]
-    ]
-    difference = [a["kl"] - b["kl"] for a, b in zip(mine, rows[rival], strict=True)]
+    lost, rescued = regained(*([row["right"] for row in rows[n]] for n in ("unpruned", other, name)))
+    difference = [a["kl"] - b["kl"] for a, b in zip(mine, rows[other], strict=True)]
     return found | {
-        "resize": rival,
-        "resize_cost": smaller[rival],
-        "resize_kl": statistics.mean(row["kl"] for row in rows[rival]),
-        "resize_same": sum(row["same"] for row in rows[rival]),
-        "resize_right": sum(row["right"] for row in rows[rival]),
+        "resize": other,
+        "resize_cost": smaller[other],
+        "resize_kl": statistics.mean(row["kl"] for row in rows[other]),
+        "resize_same": sum(row["same"] for row in rows[other]),
+        "resize_right": sum(row["right"] for row in rows[other]),
         "kl_above_resize": list(intervals.bootstrap(difference)),
-        "lost": len(lost),
-        "rescued": sum(mine[i]["right"] for i in lost),
+        "lost": lost,
+        "rescued": rescued,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_quality", description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=16, help="of each part (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--keeps", nargs="+", type=float, default=KEEPS)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = refvlm.load(name="qwen2_5_vl")
-    head = header(args.prompts, "qwen2_5_vl")
+    everything = variants(args.methods, args.keeps)
+    head = header(args.prompts, "qwen2_5_vl") | {"variants": list(everything)}
     data: dict[str, Any] = {**head, "parts": {}} | progress.load(args.out, head, args.force)
-    for part in PARTS:
+    for part in args.parts:
         if part not in data["parts"]:
-            data["parts"][part] = one_part(model, processor, part, args.prompts)
+            data["parts"][part] = one_part(model, processor, part, args.prompts, everything)
             progress.save(args.out, data)
             print(part, flush=True)
 

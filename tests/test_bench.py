@@ -57,7 +57,8 @@ def result(tiny: Any) -> dict[str, Any]:
 def test_tokens_and_kv_bytes_are_those_of_the_formula(result: dict[str, Any]) -> None:
     rows = summary.rows(result)
     assert len(rows) == 2 * len(result["variants"])
-    for row in rows:
+    assert {row["variant"] for row in rows if "refused" in row} == {"resize ratio=0.1"}, "one picture has 144 tokens"
+    for row in (row for row in rows if "refused" not in row):
         visual = 288 if row["tokens"] == 288 else 144
         kept = visual if row["variant"] == "unpruned" else round(0.1 * visual)
         assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["variant"]  # 6 and the beginning
@@ -67,9 +68,47 @@ def test_tokens_and_kv_bytes_are_those_of_the_formula(result: dict[str, Any]) ->
         assert row["kv_bytes"] == row["kv_bytes_formula"] == row["batch"] * 2 * columns * 2 * 16 * 4, row["variant"]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_smaller_pictures_have_no_more_tokens_and_make_the_tower_cheaper(family: str) -> None:
+    model = FAMILIES[family].build()
+    chosen = variants.variants([], [Budget(ratio=0.5), Budget(ratio=0.4)])
+    bench = measure.Bench(model, lambda s: layouts.prompt(model, LAYOUTS[family], s.batch, s.tokens, 0), chosen, 2)
+    prompt = bench.prepare(measure.Setting(2, 48))
+    runs = bench.round(prompt)
+    for share in (0.5, 0.4):
+        run, small = runs[f"resize ratio={share}"], prompt.smaller[f"resize ratio={share}"]
+        assert run["kept"] == int((small["input_ids"][0] == 3).sum())
+        assert 0.5 * share * prompt.tokens < run["kept"] <= round(share * prompt.tokens)
+        assert small["pixel_values"].numel() < 0.7 * prompt.inputs["pixel_values"].numel() and run["decision"] == 0
+        assert run["kv_bytes"] == run["kv_bytes_formula"]
+    rows = summary.rows(
+        {"variants": list(runs), "settings": {"one": {"batch": 2, "tokens": 48, "rounds": [{"runs": runs}]}}}
+    )
+    assert all(row["speedup_first_token"] > 0 for row in rows)
+
+
+def test_the_users_own_picture_is_made_smaller() -> None:
+    from PIL import Image as Picture
+
+    from vtprune import refvlm
+    from vtprune.bench import prompts
+
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    picture = Picture.new("RGB", (144, 144))
+    whole = prompts.of_processor(model, processor, picture, "what?", measure.Setting(2, None))
+    small = prompts.of_processor(model, processor, picture, "what?", measure.Setting(2, 40))
+    counts = [(made["input_ids"] == model.config.image_token_id).sum(1).tolist() for made in (whole, small)]
+    assert counts == [[144, 144], [36, 36]]
+    model, processor = refvlm.load()
+    with pytest.raises(vtprune.MethodError, match="resizing cannot reach"):
+        prompts.of_processor(model, processor, picture, "what?", measure.Setting(1, 40))
+
+
 def test_a_run_is_taken_apart(result: dict[str, Any]) -> None:
     for setting in result["settings"].values():
         for key, run in setting["rounds"][0]["runs"].items():
+            if key.startswith("resize "):
+                continue
             assert run["prefill"] > 0 and run["token"] > 0, key
             assert (run["vision"] == 0) == key.startswith("limit "), key
             assert (run["decision"] == 0) == (key == "unpruned" or key.startswith("limit ")), key
@@ -246,11 +285,10 @@ def test_variants_are_read(plain: list[str]) -> None:
     methods = ["iwp:layer=0,relevance=log", "random", *plain]
     found = variants.variants(methods, [Budget(ratio=0.1), Budget(keep=7)])
     keys = [variant.key for variant in found]
-    assert keys[:5] == ["unpruned", "limit ratio=0.1", "random ratio=0.1", "pooling ratio=0.1"] + [
-        "iwp:layer=0,relevance=log ratio=0.1"
-    ]
+    first = ["unpruned", "limit", "resize", "random", "pooling", "iwp:layer=0,relevance=log"]
+    assert keys[:6] == [first[0], *(f"{label} ratio=0.1" for label in first[1:])]
     assert "plain-visionzip keep=7" in keys and len(keys) == len(set(keys))
-    assert (found[4].method.layer, found[4].method.relevance) == (0, "log")
+    assert (found[5].method.layer, found[5].method.relevance) == (0, "log")
     for text, words in {
         "iwp:layer": "cannot parse 'layer'",
         "iwp:depth=3": "has no such options: 'depth=3'",

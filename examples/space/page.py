@@ -25,6 +25,18 @@ CSS = """
 .vt rect.twin{stroke:#0ff;stroke-width:.8%}.vt .why{min-height:3em;font-size:90%}.vt .changed{font-weight:700}
 .vt .row{display:flex;gap:6px}.vt .row figure{flex:1}
 """
+HEADINGS = (
+    "model",
+    "method",
+    "answer",
+    "visual tokens",
+    "KV cache",
+    "first token after",
+    "of it vision tower",
+    "selection",
+    "decoder",
+    "pruning the decoder further: at most",
+)
 # A click writes down what hovering shows, and marks the kept patch that is most alike.
 _CLICK = (
     "const p=event.target.closest('rect');if(!p)return;const c=this.closest('.card');"
@@ -54,9 +66,7 @@ def _table(answers: Sequence[Answer]) -> str:
         rows.append(_line(answer.model, answer.method, answer.after, answer.before))
     if not rows:
         return ""
-    head = "".join(
-        f"<th>{h}</th>" for h in ("model", "method", "answer", "visual tokens", "KV cache", "first token after")
-    )
+    head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
     return f'<table class="sides"><tr>{head}</tr>{"".join(rows)}</table>'
 
 
@@ -73,9 +83,11 @@ def _line(model: str, method: str, side: Side, before: Side | None) -> str:
         f"{side.visual_tokens:,}{against(side.visual_tokens, before and before.visual_tokens)}",
         f"{side.kv_bytes / 1024:,.0f} KiB{against(side.kv_bytes, before and before.kv_bytes)}",
         f"{1000 * side.seconds:,.0f} ms{taken}",
+        *(f"{1000 * part:,.1f} ms" for part in (side.vision, side.selection_time, side.decoder)),
+        f"{side.bound:.1f} times as fast" if side.bound else "",
     ]
     other = before is not None and side.answer != before.answer
-    marks = ["", "", ' class="changed"' if other else "", "", "", ""]
+    marks = [' class="changed"' if other and number == 2 else "" for number in range(len(cells))]
     return "<tr>" + "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells, strict=True)) + "</tr>"
 
 

@@ -118,10 +118,11 @@ def _shot(driver, name, selector="body"):
 def test_a_scene_is_answered_with_and_without_pruning(page):
     assert _wait(page, "#question textarea, #question input").get_attribute("value")
     _tick(page, "#methods", "iwp")
-    (_, _, answer, tokens, _, first), (_, _, pruned, fewer, memory, _) = _ask(page, "iwp", kept=[14])
+    (_, _, answer, tokens, _, first, *parts), (_, _, pruned, fewer, memory, *_) = _ask(page, "iwp", kept=[14])
     assert answer and pruned
     assert tokens == "144" and fewer.startswith("14 (-90 %)")
     assert re.fullmatch(r"[\d,]+ KiB \(-\d+ %\)", memory) and re.fullmatch(r"[\d,]+ ms", first)
+    assert re.fullmatch(r"\d+\.\d ms 0\.0 ms \d+\.\d ms \d+\.\d times as fast", " ".join(parts))
     assert _wait(page, "#result .heat img").get_attribute("src").startswith("data:image/jpeg")
     _shot(page, "space.png")
 

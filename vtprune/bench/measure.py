@@ -7,7 +7,7 @@ import dataclasses
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from . import limit
 from .variants import Variant
 
 WARM = 576  # most visual tokens of a warm-up on a CPU
+SHRINKING = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the tokens asked of a layout that may round up
 REFUSALS = (BudgetError, MethodError, NothingPrunedError, UnsupportedModelError)
 
 
@@ -94,7 +95,25 @@ class Bench:
             raise VTPruneError(
                 f"the samples have {counts} visual tokens; expected the same number, at least 1, in each"
             )
-        return Prompt(inputs, visual, limit.embedded_prompt(self.parts, inputs))
+        prompt = Prompt(inputs, visual, limit.embedded_prompt(self.parts, inputs))
+        for variant in self.variants:
+            if variant.kind == "resize":
+                assert variant.budget is not None
+                most = limit.tokens_left(variant.budget, prompt.tokens)
+                prompt.smaller[variant.key] = self._smaller(setting.batch, most)
+        return prompt
+
+    def _smaller(self, batch: int, most: int) -> Mapping[str, Any] | None:
+        """The prompt of a setting with the most visual tokens that are not above `most`; None if none has so few."""
+        ids = torch.tensor(list(self.parts.placeholders.values()), device=self.device)
+        for share in SHRINKING:
+            try:
+                inputs = self.prompt(Setting(batch, max(1, int(share * most))))
+            except MethodError:  # the user's own picture on a fixed grid
+                return None
+            if int(torch.isin(inputs["input_ids"][0], ids).sum()) <= most:
+                return inputs
+        return None
 
     def warming(self, setting: Setting, prompt: Prompt) -> Prompt:
         """Prompt for the warm-up: the prompt itself, but a short one on a CPU, for which that is enough."""
@@ -134,6 +153,14 @@ class Bench:
             run = stopwatch.generate(self.parts, short, self.new_tokens)
             kept = short["attention_mask"].shape[1] - length + prompt.tokens
             slots, mean = [short["attention_mask"].shape[1]] * layers, kept / prompt.tokens
+        elif variant.kind == "resize":
+            small = prompt.smaller[variant.key]
+            if small is None:
+                raise MethodError("no smaller picture has so few visual tokens: the grid, or one tile of it, is fixed")
+            run = stopwatch.generate(self.parts, small, self.new_tokens)
+            slots = [small["input_ids"].shape[1]] * layers
+            kept = slots[0] - length + prompt.tokens
+            mean = kept / prompt.tokens
         else:
             run = stopwatch.generate(self.parts, prompt.inputs, self.new_tokens)
             slots, kept, mean = [length] * layers, prompt.tokens, 1.0
@@ -156,11 +183,14 @@ class Prompt:
         inputs: Arguments of `generate`.
         visual: `[B, T]` bool, True at visual tokens.
         embeds: `[B, T, D]` inputs of the decoder.
+        smaller: For each variant that resizes, by its key, arguments of `generate` with smaller pictures; None if none
+            has so few tokens.
     """
 
     inputs: Mapping[str, Any]
     visual: Tensor
     embeds: Tensor
+    smaller: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

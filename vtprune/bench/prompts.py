@@ -10,6 +10,7 @@ import torch
 from ..engine.patching import inspect
 from ..errors import InputError, one_line
 from ..refvlm import loading
+from ..study.resize import shrinking
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,15 +30,24 @@ def of_processor(
     Args:
         model: The model.
         processor: Its processor.
-        picture: The user's picture, or None for noise with about `setting.tokens` visual tokens.
+        picture: The user's picture, made smaller until it has `setting.tokens` visual tokens if they are given; or None
+            for noise with about so many.
         question: The text; by default a plain question.
         setting: Number of samples, and of visual tokens of each.
 
     Raises:
         InputError: The processor rejects the prompt.
+        MethodError: No size of the picture has so few tokens.
     """
-    pictures = [picture] if picture is not None else _pictures(model, processor, setting.tokens or 576)
-    return _inputs(model, processor, pictures, question or QUESTION, setting.batch)
+
+    def made(pictures: list[Image]) -> dict[str, Any]:
+        return _inputs(model, processor, pictures, question or QUESTION, setting.batch)
+
+    if picture is None:
+        return made(_pictures(model, processor, setting.tokens or 576))
+    if setting.tokens is None:
+        return made([picture])
+    return dict(shrinking(model, processor, picture, lambda small: made([small]))(setting.tokens * setting.batch)[0])
 
 
 def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, batch: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from ..core.budget import Budget
 from ..errors import InputError
 from ..methods import Method, resolve
+from ..study.resize import NAME as RESIZE
 
 ALWAYS = ("random", "pooling")
-Kind = Literal["unpruned", "limit", "method"]
+Kind = Literal["unpruned", "limit", "resize", "method"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Variant:
     """A way to answer a prompt.
 
     Attributes:
-        kind: "unpruned"; "limit", a prompt that has only the kept tokens; or "method".
+        kind: "unpruned"; "limit", a prompt that has only the kept tokens; "resize", the unpruned model on smaller
+            pictures of no more tokens; or "method".
         label: Name of its row.
         budget: Its budget; None for the unpruned model.
         method: Its method; None for other kinds.
@@ -72,6 +74,6 @@ def variants(methods: Iterable[str], budgets: Iterable[Budget]) -> list[Variant]
     chosen = {name: method_of(name) for name in dict.fromkeys([*ALWAYS, *methods])}
     found = [Variant("unpruned", "unpruned")]
     for budget in budgets:
-        found.append(Variant("limit", "limit", budget))
+        found += [Variant("limit", "limit", budget), Variant("resize", RESIZE, budget)]
         found += [Variant("method", name, budget, method) for name, method in chosen.items()]
     return found

@@ -194,7 +194,7 @@ def _print_sides(output: Output, args: argparse.Namespace, before: Side, after: 
         ("time to first token", lambda side: side.seconds, " s"),
         ("of which vision tower", lambda side: side.vision, " s"),
         ("of which selection", lambda side: side.selection_time, " s"),
-        ("of which decoder", lambda side: side.seconds - side.vision - side.selection_time, " s"),
+        ("of which decoder", lambda side: side.decoder, " s"),
         ("KV cache", lambda side: side.kv_bytes, " B"),
     ]
     cells = []
@@ -217,10 +217,10 @@ def _notes(args: argparse.Namespace, before: Side, after: Side, truth: str | Non
     of = "Times are of one run" if args.repeats == 1 else f"Times are medians of {plural(args.repeats, 'run')}"
     notes = [f"The right answer is {truth!r}."] if truth else []
     notes.append(f"{of}, alternating, after a warm-up.")
-    if after.vision:
+    if after.bound:
         notes.append(
             f"The vision tower takes {after.vision / after.seconds:.0%} of the pruned time to first token: pruning the "
-            f"decoder further can make it at most {after.seconds / after.vision:.1f} times as fast."
+            f"decoder further can make it at most {after.bound:.1f} times as fast."
         )
     if args.keep and args.keep >= before.visual_tokens:
         notes.append(f"--keep {args.keep}: the prompt has {before.visual_tokens} visual tokens, so none was dropped.")

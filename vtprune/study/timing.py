@@ -40,6 +40,16 @@ class Side:
     kv_bytes: int
     repeats: int
 
+    @property
+    def decoder(self) -> float:
+        """The part of `seconds` in the decoder."""
+        return self.seconds - self.vision - self.selection_time
+
+    @property
+    def bound(self) -> float | None:
+        """How many times as fast the first token can be at most by pruning the decoder alone; None without a tower."""
+        return self.seconds / self.vision if self.vision else None
+
 
 def measure_side_by_side(
     model: Any, processor: Any, inputs: Mapping[str, Any], patch: Patch, *, max_new_tokens: int = 32, repeats: int = 5
