@@ -36,7 +36,19 @@ from vtprune.core.budget import Budget
 from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "overhead.json"
-METHODS = ("random", "divprune", "iwp", "fastv", "cdpruner", "dart", "visionzip", "vispruner", "zoo_prune")
+METHODS = (
+    "random",
+    "resprune",
+    "divprune",
+    "iwp",
+    "fastv",
+    "scope",
+    "cdpruner",
+    "dart",
+    "visionzip",
+    "vispruner",
+    "zoo_prune",
+)
 SETTINGS = {"built-in": None, "1024 tokens": 32, "2304 tokens": 48}  # side of the picture in patches
 RATIO = 0.1
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "unique2", "unique_dim")
