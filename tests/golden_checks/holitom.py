@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of HoliTom before the decoder: windows, static places, picks and clusters; counts of the release."""
+"""Golden check of HoliTom: windows, static places, picks and clusters; counts of the release; the cut inside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import numpy as np
 import torch
 
-from vtprune.methods.holitom import HoliTom, next_similarity, split
+from vtprune.core.ragged import top_k
+from vtprune.methods.holitom import HoliTom, fold, next_similarity, split
 
 from .clip_data import cases, clip_of, close, merged_close
 
@@ -42,7 +43,14 @@ def check_clip(case: dict[str, np.ndarray]) -> None:
     merged_close(chosen.states[chosen.keep.argsort()], case["output_features"][order])
 
 
+def check_inside(case: dict[str, np.ndarray]) -> None:
+    x, attention = torch.from_numpy(case["hidden"]), torch.from_numpy(case["last_row_attention"])
+    count = round(len(x) * (1 - float(case["drop_share"])))
+    keep = top_k(attention, torch.tensor([0, len(x)]), torch.tensor([count])).nonzero()[:, 0]
+    assert keep.tolist() == case["kept"].tolist()
+    merged_close(fold(x, keep), case["merged_hidden"])
+
+
 def check(data: dict[str, np.ndarray]) -> None:
     for group, case in cases(data):
-        if group != "llm":  # the second cut inside the language model, which this package leaves out
-            check_clip(case)
+        (check_inside if group == "llm" else check_clip)(case)

@@ -13,12 +13,18 @@ from vtprune import methods
 from vtprune.core.clips import ClipMethod
 
 FOR_CLIPS = [name for name in methods.names() if issubclass(methods.get(name), ClipMethod)]
+LATE = [
+    pytest.param(method, id=f"{method.name}-late") for method in (methods.HoliTom(layer=1), methods.FlashVID(layer=1))
+]
 WITH_VIDEO = [name for name, family in FAMILIES.items() if family.video is not None]
 LONG = [[3, Video(2), 5], [4, Video(3), 3, Video(2), 4], [9]]
 RATIO = 0.6
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
 
-pytestmark = [pytest.mark.parametrize("name", FOR_CLIPS), pytest.mark.parametrize("kind", WITH_VIDEO, scope="session")]
+pytestmark = [
+    pytest.mark.parametrize("name", [*FOR_CLIPS, *LATE]),
+    pytest.mark.parametrize("kind", WITH_VIDEO, scope="session"),
+]
 
 
 def test_whole_budget_changes_nothing(kind: str, name: str) -> None:
@@ -84,7 +90,7 @@ def test_pictures(kind: str, name: str) -> None:
     """A method prunes pictures by its rule for one frame, or says that it needs frames and what to do."""
     model, batch = model_of(kind), FAMILIES[kind].batch([[3, Image(0), 5]])
     with pruned(model, name, ratio=RATIO) as (patch, _):
-        if methods.get(name).needs_frames:
+        if type(methods.resolve(name)).needs_frames:
             with pytest.raises(vtprune.MethodError, match=rf"{name} compares the frames.*video_method='{name}'"):
                 model(**batch)
         else:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import MethodError
+from .attention import visual_attention
 from .method import Choice, Group, Method, Stage, Tap
+from .options import Positive
+from .ragged import top_k
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -237,3 +240,38 @@ class ClipMethod(Method):
                 hidden = hidden.clone() if hidden is tokens.hidden else hidden
                 hidden[rows[chosen.keep]] = chosen.states.to(hidden)
         return Choice(keep, None if hidden is tokens.hidden else hidden, scores)
+
+
+@dataclass
+class TwoCuts(ClipMethod):
+    """A method for clips with an optional second cut, inside the decoder.
+
+    The second cut keeps the tokens to which the last position of the prompt attends most in the layer before it,
+    averaged over heads.
+
+    Class attributes:
+        shares: Published shares of the tokens that are left after the first cut and after the second.
+
+    Attributes:
+        layer: Decoder layer before which the second cut is made; None for one cut, before the decoder.
+    """
+
+    shares: ClassVar[tuple[float, float]] = (0.1, 0.05)
+
+    layer: Positive | None = field(default=None, kw_only=True)
+
+    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
+        if self.layer is None:
+            return super().schedule(num_layers)
+        return Stage(0, self.shares[0]), Stage(min(self.layer, num_layers - 1), self.shares[1])
+
+    def required_layer_inputs(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(stage.layer - 1 for stage in self.schedule(num_layers)[1:])
+
+    def choose(self, tokens: Tokens) -> Choice:
+        return self.cut_late(tokens) if tokens.stage else super().choose(tokens)
+
+    def cut_late(self, tokens: Tokens) -> Choice:
+        """Selects the tokens that stay at the second cut."""
+        scores = visual_attention(tokens.attention_inputs(tokens.layer - 1, queries="last"))
+        return Choice(top_k(scores, tokens.offsets, tokens.budgets), scores=scores)

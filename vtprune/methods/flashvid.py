@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core.clips import Clip, ClipChoice, ClipMethod, cut_segments
+from ..core.clips import Clip, ClipChoice, TwoCuts, cut_segments
 from ..core.density_peaks import density_peaks, group_means, group_sums, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
@@ -114,10 +114,10 @@ def cluster(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @register("flashvid")
 @dataclass
-class FlashVID(ClipMethod):
+class FlashVID(TwoCuts):
     """Picks tokens of every frame by attention and diversity, and merges the others along trees over time.
 
-    Paper: FlashVID (ICLR 2026), arXiv 2602.08024, the part before the decoder. Stage: before the decoder. The clip is
+    Paper: FlashVID (ICLR 2026), arXiv 2602.08024. Stage: before the decoder and, with `layer`, inside it. The clip is
     cut into segments where the means of neighboring frames differ. Of a frame's budget the share `selected` goes to
     tokens picked one by one, far from those before, weighted by attention in the vision tower and by closeness to the
     segment's frames. In a segment every other token is merged into the most similar one of the previous frame, if the
@@ -129,10 +129,9 @@ class FlashVID(ClipMethod):
 
     Differences from the release: a tree's sum is divided by all its members (there by its direct children plus one, so
     that static content gets too large a norm); picked tokens are not picked or clustered again; segments are not empty.
-    The count is exact: equal budgets per frame, clusters by largest remainder. The budget is not multiplied by 1.25,
-    because the second cut inside the language model, which makes up for it, is not implemented. Attention is the mean
-    received, or that of the class token. On models with position ids on several axes (M-RoPE) a merged token has the
-    position of its root.
+    The count is exact: equal budgets per frame, clusters by largest remainder. The second cut is off by default;
+    its published shares are 0.125 before the decoder and 0.0375 after it. Attention is the mean received, or that of
+    the class token. On models with position ids on several axes (M-RoPE) a merged token has the position of its root.
 
     Attributes:
         selected: Share of a frame's budget that is picked.
@@ -140,7 +139,10 @@ class FlashVID(ClipMethod):
         threshold: Frames whose cosine is below it are in different segments.
         segments: Minimum number of segments of a clip.
         events: Whether weights include closeness to the segment's frames.
+        layer: Decoder layer of the second cut, published: 20 of 28; None for one cut.
     """
+
+    shares: ClassVar[tuple[float, float]] = (0.125, 0.0375)
 
     selected: Share = 0.7
     temporal: Cosine = 0.8

@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..core.clips import Clip, ClipChoice, ClipMethod, largest, similarity_to
+from ..core.clips import Clip, ClipChoice, TwoCuts, largest, similarity_to
 from ..core.density_peaks import density_peaks, group_means, pairwise_distances
 from ..core.frame_budget import frame_budgets
-from ..core.method import Tap
+from ..core.method import Choice, Tap
 from ..core.options import Cosine, Positive, Share
 from ..core.registry import register
 from ..core.tokens import Tokens
@@ -145,13 +145,35 @@ def merge(x: Tensor, count: int, neighbors: int, beta: float, plain: bool) -> tu
     return centers, weight * x[centers] + (1 - weight) * means
 
 
+def fold(x: Tensor, keep: Tensor) -> Tensor:
+    """Folds the dropped rows one after another into the most similar kept row, as `(kept + dropped) / 2`.
+
+    Args:
+        x: `[n, D]` float32.
+        keep: `[k]` kept rows, ascending.
+
+    Returns:
+        Tensor: `[k, D]` the kept rows; of the rows folded into one, later ones weigh more.
+    """
+    dropped = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, keep, False).nonzero()[:, 0]
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    target = (unit[dropped] @ unit[keep].T).argmax(1)
+    sizes = torch.bincount(target, minlength=len(keep))
+    order = torch.sort(target, stable=True).indices
+    target, dropped = target[order], dropped[order]
+    ends = sizes.cumsum(0)[target]
+    weights = torch.pow(0.5, (ends - torch.arange(len(target), device=x.device)).float())  # 1/2 for the last one
+    kept = x[keep] * torch.pow(0.5, sizes.float())[:, None]
+    return kept.index_add_(0, target, x[dropped] * weights[:, None])
+
+
 @register("holitom")
 @dataclass
-class HoliTom(ClipMethod):
+class HoliTom(TwoCuts):
     """Averages and clusters the static places of windows of frames, and picks moving ones by attention in each frame.
 
-    Paper: HoliTom (NeurIPS 2025), arXiv 2505.21334, the part before the decoder. Stage: before the decoder. A place
-    is static in a window if its cosine from frame to frame is above `threshold` throughout; the clip is cut into the
+    Paper: HoliTom (NeurIPS 2025), arXiv 2505.21334. Stage: before the decoder and, with `layer`, inside it. A place is
+    static in a window if its cosine from frame to frame is above `threshold` throughout; the clip is cut into the
     windows that save the most tokens. Static places are averaged over their window and clustered (DPC-kNN, at most 7
     neighbors), a cluster being `beta * center + (1 - beta) * mean of the others`. Of the moving places each frame keeps
     those with the most attention in the vision tower. A static token takes the place in the prompt that it has in the
@@ -159,11 +181,14 @@ class HoliTom(ClipMethod):
 
     In a picture every token counts as moving: the most attended ones are kept.
 
+    With `layer`, half of the tokens are dropped again before that layer, see `TwoCuts`. Each is folded into the most
+    similar kept token, as the mean of both.
+
     Differences from the release: the count is exact, shared over windows and frames by the tokens they have, at
     least one for a window with static places where the budget allows; if averaging would save more than the budget
     asks, the least similar places count as moving. `context_share` above 0 works (there it raises an error). Attention
-    is the mean received, or that of the class token. The second cut inside the language model is not implemented. On
-    models with position ids on several axes (M-RoPE) a merged token has the position of its center.
+    is the mean received, or that of the class token. The cut inside the decoder is off by default. On models with
+    position ids on several axes (M-RoPE) a merged token has the position of its center.
 
     Attributes:
         threshold: Cosine above which a place is static; published: 0.65 at a ratio of 0.1, 0.8 at 0.15.
@@ -171,6 +196,7 @@ class HoliTom(ClipMethod):
         neighbors: Neighbors from which a density is computed.
         beta: Weight of a cluster's center.
         plain_mean: Clusters become plain means of center and others.
+        layer: Decoder layer of the second cut, published: 18 of 28; None for one cut.
     """
 
     threshold: Cosine = 0.8
@@ -178,6 +204,15 @@ class HoliTom(ClipMethod):
     neighbors: Positive = 7
     beta: Share = 0.6
     plain_mean: bool = False
+
+    def cut_late(self, tokens: Tokens) -> Choice:
+        chosen = super().cut_late(tokens)
+        hidden = tokens.hidden.clone()
+        for start, end in zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True):
+            rows = chosen.keep[start:end].nonzero()[:, 0]
+            if len(rows):
+                hidden[start + rows] = fold(tokens.hidden[start:end].float(), rows).to(hidden.dtype)
+        return replace(chosen, hidden=hidden)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         return (projector_tap(anatomy, self.name), layer_tap(anatomy, "feature"))
