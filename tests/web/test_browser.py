@@ -7,12 +7,11 @@ Saves screenshots, into docs/ with `make test-web VTPRUNE_SHOTS=docs`.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from web_support import SHOTS, browser_missing
+from web_support import SHOTS, browser_missing, chromium
 
 pytestmark = pytest.mark.skipif(browser_missing() is not None, reason=browser_missing() or "")
 PATIENCE = 120  # seconds
@@ -20,20 +19,7 @@ PATIENCE = 120  # seconds
 
 @pytest.fixture(scope="module")
 def page(server):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1280,1500",
-    ):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver = chromium("1280,1500")
     driver.set_page_load_timeout(PATIENCE)
     driver.get(server.url)
     _wait(driver, "#preview img")

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from pathlib import Path
 
 import pytest
-from web_support import browser_missing
+from web_support import browser_missing, chromium
 
 SITE = Path(__file__).resolve().parents[2] / "build" / "site"
 pytestmark = [
@@ -21,20 +20,7 @@ PAGES = sorted(SITE.rglob("*.html"))
 
 @pytest.fixture(scope="module")
 def browser():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--disable-gpu",
-        "--window-size=1280,1400",
-    ):
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    driver = chromium("1280,1400")
     yield driver
     driver.quit()
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "examples" / "space"
@@ -30,3 +31,20 @@ def browser_missing() -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed; on Debian: apt-get install chromium chromium-driver"
     return None
+
+
+def chromium(window: str) -> Any:
+    """A Chromium without a screen.
+
+    Args:
+        window: Width and height in pixels, as "1280,1400".
+    """
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    flags = ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", f"window-size={window}")
+    for flag in flags:
+        options.add_argument(f"--{flag}")
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
