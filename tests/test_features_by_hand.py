@@ -17,7 +17,6 @@ from support import ONE, model_of, pruned  # noqa: E402
 
 import vtprune  # noqa: E402
 
-FEW = ("llava", "llava_next", "qwen2_vl", "qwen3_vl", "smolvlm")
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 
 
@@ -43,7 +42,7 @@ def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor], scale: float
     return embeds.masked_scatter(where, features.reshape(-1, features.shape[-1]).to(embeds) * scale)
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("scale", [1.0, 1.001])
 def test_merged_by_hand(family: str, scale: float) -> None:
     """What the model's own encoder returned is found again; what was changed since is refused, also under a cast."""
@@ -89,7 +88,35 @@ def test_encoded_in_another_thread() -> None:
         assert len(patch.last.kept[0]) < len(patch.last.visual[0])
 
 
-@pytest.mark.parametrize("family", FEW)
+def test_padding_may_hold_anything() -> None:
+    """Embeddings that the mask hides, such as zeros, are not taken for features."""
+    model, inputs = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    words = model.get_input_embeddings()(inputs["input_ids"][:, -4:])
+    with pruned(model, "random") as (patch, _):
+        for embeds, dropped in ((words, 0), (merged(model, inputs), 1)):
+            padded = torch.nn.functional.pad(embeds, (0, 0, 2, 0))
+            mask = torch.ones(padded.shape[:2], dtype=torch.long)
+            with pytest.raises(vtprune.NothingPrunedError, match="2 embeddings"):
+                model(inputs_embeds=padded, attention_mask=mask)
+            mask[:, :2] = 0
+            model(inputs_embeds=padded, attention_mask=mask)
+            assert (patch.last is not None) == bool(dropped)
+
+
+def test_tower_and_projector_by_hand() -> None:
+    """Gemma 3 projects with a bare matrix."""
+    from tests.coverage.run import prepare
+
+    built, prompts = prepare("gemma3", "Gemma3ForConditionalGeneration")
+    model, inputs = built.model, prompts.batch([[3, "image", 5]])
+    where = (inputs["input_ids"] == prompts.placeholder)[..., None]
+    with pruned(model, "random") as (patch, _):
+        features = model.model.multi_modal_projector(model.model.vision_tower(inputs["pixel_values"]).last_hidden_state)
+        model(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(where, features))
+        assert 0 < len(patch.last.kept[0]) < len(patch.last.visual[0])
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_is_not_merged_passes(family: str) -> None:
     """Text, by ids and by embeddings, before and after an encoding by hand; the decoder alone; placeholders as they
     are."""

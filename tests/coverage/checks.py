@@ -35,19 +35,19 @@ class Subject:
 
     @torch.no_grad()
     def logits(self, batch: dict[str, Any], **extra: Any) -> Tensor:
-        return _bounded(self.model(**_fresh(batch), **extra).logits)
+        return _bounded(self.model(**fresh(batch), **extra).logits)
 
     @torch.no_grad()
     def beams(self, batch: dict[str, Any]) -> Tensor:
         """`[B, STEPS]` text of the best of two beams."""
         mode = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 2, "suppress_tokens": list(range(64))}
-        return self.model.generate(**_fresh(batch), **mode)[:, -STEPS:]
+        return self.model.generate(**fresh(batch), **mode)[:, -STEPS:]
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Greedy text without special tokens: `[B, STEPS]` tokens and `[B, STEPS, V]` logits."""
         out = self.model.generate(
-            **_fresh(batch),
+            **fresh(batch),
             max_new_tokens=STEPS,
             do_sample=False,
             suppress_tokens=list(range(64)),
@@ -74,7 +74,7 @@ class Subject:
                     yield
 
 
-def _fresh(batch: dict[str, Any]) -> dict[str, Any]:
+def fresh(batch: dict[str, Any]) -> dict[str, Any]:
     """Models and `generate` write into encoder outputs; each call gets some of its own."""
 
     def own(value: Any) -> Any:

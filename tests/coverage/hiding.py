@@ -59,7 +59,8 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
             for start, columns in cuts:
                 if start <= number:
                     for row in range(batch):  # beams of a sample follow one another
-                        gone[row, columns[row * len(columns) // batch]] = True
+                        here = columns[row * len(columns) // batch]
+                        gone[row, here[here < total]] = True  # guidance also runs a shorter prompt
 
             def hide(x: Any) -> Any:
                 if not (

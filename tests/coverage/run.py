@@ -35,20 +35,17 @@ def short(error: BaseException, limit: int = 240) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def examine(architecture: str, class_name: str, only_tower: bool = False) -> dict[str, Any]:
-    """Builds, feeds and checks an architecture.
+class NotRun(Exception):
+    """An architecture that cannot be checked; the argument is what is known of it."""
 
-    Args:
-        architecture, class_name: As transformers registers them.
-        only_tower: Leave out all checks but those of cuts inside the vision tower.
 
-    Returns:
-        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the
-        model said) or "fails" (with the check that did not hold).
+def prepare(architecture: str, class_name: str) -> tuple[build.Built, prompts.Prompts]:
+    """A small model of an architecture, and prompts for it.
+
+    Raises:
+        NotRun: With `status` "refused" and the library's sentence, or "not built", "not fed" and what the model said.
     """
-    entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
     failure = ("not built", "")
-    fed = None
     stock_tower = False
     for attempt in (0, *range(build.ATTEMPTS)):
         try:
@@ -64,20 +61,37 @@ def examine(architecture: str, class_name: str, only_tower: bool = False) -> dic
         try:
             parts = vtprune.inspect(built.model)
         except vtprune.VTPruneError as error:
-            return entry | {"status": "refused", "reason": short(error, 400), "notes": built.notes}
+            raise NotRun({"status": "refused", "reason": short(error, 400), "notes": built.notes}) from error
         try:
-            fed = prompts.prompts_for(built.model, parts.placeholders)
-            break
+            return built, prompts.prompts_for(built.model, parts.placeholders)
         except RuntimeError as error:
             failure = failure if failure[0] == "not fed" else ("not fed", short(error))
-    if fed is None:
-        return entry | {"status": failure[0], "reason": failure[1]}
+    raise NotRun({"status": failure[0], "reason": failure[1]})
+
+
+def examine(architecture: str, class_name: str, only_tower: bool = False) -> dict[str, Any]:
+    """Builds, feeds and checks an architecture.
+
+    Args:
+        architecture, class_name: As transformers registers them.
+        only_tower: Leave out all checks but those of cuts inside the vision tower.
+
+    Returns:
+        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the
+        model said) or "fails" (with the check that did not hold).
+    """
+    entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
+    try:
+        built, fed = prepare(architecture, class_name)
+    except NotRun as reason:
+        return entry | reason.args[0]
     entry["notes"] = built.notes
     entry["input"] = fed.feed.name
     entry["tower"] = _tower(built.model, fed)
     if only_tower:
         return entry
     subject = checks.Subject(built.model, fed)
+    parts = subject.parts
     entry["decoder"] = "hybrid" if subject.hybrid else "attention"
     entry["checks"] = {}
     for method in (methods.resolve("random"), _inside(subject)):

@@ -75,11 +75,13 @@ class Features:
 
     def find_foreign(self, embeds: Tensor, embeddings: nn.Module) -> Tensor:
         """Mask `[B, T]` on the CPU of positions of `embeds` `[B, T, D]` that hold no token's embedding."""
-        table = self._hashed_table(embeddings, embeds)
-        return ~torch.isin(_hashes(_channels(embeds)), table).cpu().view(embeds.shape[:2])
+        table, hashes = self._hashed_table(embeddings, embeds), _hashes(_channels(embeds))
+        nearest = table[torch.searchsorted(table, hashes).clamp_max(len(table) - 1)]
+        return (nearest != hashes).cpu().view(embeds.shape[:2])
 
     @torch.no_grad()
     def _hashed_table(self, embeddings: nn.Module, embeds: Tensor) -> Tensor:
+        """Ascending hashes of the embeddings of all tokens, made once for each version of the weights."""
         weight: Any = getattr(embeddings, "weight", None)
         try:
             version = weight._version
@@ -91,7 +93,7 @@ class Features:
             device = embeds.device if weight is None or weight.is_meta else weight.device
             ids = torch.arange(count, device=device).split(_CHUNK)
             rows = [_channels(embeddings(part)).to(embeds.device) for part in ids]
-            self._table = (key, torch.cat([_casts(part, embeds.dtype) for part in rows]))
+            self._table = (key, torch.cat([_casts(part, embeds.dtype) for part in rows]).unique())
         return self._table[1]
 
 

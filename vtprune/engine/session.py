@@ -33,7 +33,7 @@ from ..report.pruning import Pruning
 from ..report.record import PruningRecord
 from ..towers.cut import TowerCut
 from ..vision.tower import warn_once
-from . import checkpointing, generation, merged, outputs, prefill, requests, window
+from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
 from .call import CallOptions
 from .deepstack import intercept_deepstack
 from .hooks import Hook, Override, is_compiled
@@ -241,7 +241,7 @@ class Session:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             thread.balanced = mask.clone()
-        elif mask is None and isinstance(ids, torch.Tensor):
+        elif mask is None and isinstance(ids, torch.Tensor) and not kv_cache.length(cache_of(kwargs)):
             thread.balanced = torch.ones_like(ids)
         else:
             return None
@@ -360,6 +360,9 @@ class Session:
             with attention_probe.hooks_disabled():
                 foreign = self.features.find_foreign(embeds, self.spec.anatomy.embeddings)
             foreign[:, : _virtual_tokens(self.model)] = False
+            mask = inputs.get("attention_mask", (thread.outer or {}).get("attention_mask"))
+            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= foreign.shape[1]:
+                foreign &= mask[:, -foreign.shape[1] :].bool().cpu()  # padding may hold anything
             if not bool(foreign.any()):
                 return None, {}
             kinds = self._known_kinds(inputs, foreign.shape)

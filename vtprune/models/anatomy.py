@@ -286,6 +286,8 @@ def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]
 def _ends_in(module: nn.Module, width: int) -> bool:
     # Serving engines replace nn.Linear by classes with `output_size`.
     widths = [w for m in module.modules() if (w := getattr(m, "out_features", getattr(m, "output_size", None)))]
+    if not widths:  # Gemma 3 has a bare matrix
+        widths = [weight.shape[-1] for weight in module.parameters(recurse=False) if weight.dim() == 2]
     return width in widths[-2:]
 
 

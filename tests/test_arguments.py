@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 12 for every optional argument of `forward` and `generate`: with text, with a picture and while decoding."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
+
+import arguments  # noqa: E402
+from arguments import Subject  # noqa: E402
+from families import FAMILIES, IMAGE, TEXT  # noqa: E402
+from reference import Drops  # noqa: E402
+from support import ONE, model_of, reference  # noqa: E402
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def subject_of(family: str) -> Subject:
+    model, make = model_of(family), FAMILIES[family]
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    batch = make.batch(ONE)
+    return Subject(
+        model,
+        picture=lambda: make.batch(ONE),
+        text=lambda: make.batch([[9]]),
+        placeholder=IMAGE,
+        masked=lambda last: reference(model, [Drops.of(last)], batch),
+    )
+
+
+def faults(outcomes: dict[str, str], refused: tuple[str, ...] = ()) -> dict[str, str]:
+    """Outcomes that are no equal result, without refusals of the named arguments."""
+    assert sum(outcome == "equal" for outcome in outcomes.values()) > 80
+    allowed = {what for what, outcome in outcomes.items() if outcome.startswith("refused") and what.startswith(refused)}
+    return {what: outcome for what, outcome in outcomes.items() if outcome != "equal" and what not in allowed}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_forward(family: str) -> None:
+    assert faults(dict(arguments.forward_outcomes(subject_of(family)))) == {}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_generate(family: str) -> None:
+    torch.manual_seed(0)
+    assistant = LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 2})).eval()
+    assistant.generation_config.eos_token_id = None
+    outcomes = dict(arguments.generate_outcomes(subject_of(family), assistant))
+    assert faults(outcomes, refused=("generate(prefill_chunk_size",)) == {}
+
+
+def test_every_setting_of_generate_is_listed() -> None:
+    known = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    assert known - set(arguments.settings(torch.nn.Identity())) - set(arguments.LEFT_OUT) == set()
