@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every optional argument of `forward` and `generate`, given one at a time to an unpatched, a patched and a masked model.
+"""Every optional argument of `forward` and `generate`, given one by one to an unpatched, a patched and a masked model.
 
 `outcomes` says for each argument and situation (a text prompt, a picture, a decoding step) whether the patched model's
 result is the unpatched model's (text) or the masked, unpatched model's (picture), whether the call is refused, or what
@@ -329,9 +329,7 @@ def generate_outcomes(subject: Subject, assistant: nn.Module | None = None) -> I
                     return subject.model.generate(**batch, **{**usual, "do_sample": False, **given})
 
                 def hidden(call: Callable = call, given: dict = given) -> Any:  # the reference has no static caches
-                    return call(
-                        given={k: v for k, v in given.items() if k not in STATIC} if STATIC & set(given) else given
-                    )
+                    return call(given={k: v for k, v in given.items() if k not in CACHES})
 
                 if (outcome := compared(subject, picture, call, same, hidden)) is not None:
                     yield f"generate({shown(name, value)}) with {'picture' if picture else 'text'}", outcome
