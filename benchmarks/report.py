@@ -75,7 +75,14 @@ SECTIONS = (
     ),
     Section("towers-*.json", "Cuts in the vision tower: speed", report_measured.towers, "python -m benchmarks.towers"),
     Section(
-        "tower_quality.json",
+        "first_token-*.json",
+        "Quality and time to the first token",
+        report_measured.tower_quality,
+        "python -m benchmarks.first_token",
+        report_charts.first_token,
+    ),
+    Section(
+        "tower_quality*.json",
         "Cuts in the vision tower: quality",
         report_measured.tower_quality,
         "python -m benchmarks.tower_quality",

@@ -8,7 +8,7 @@ from typing import Any
 from vtprune.study.charts import Chart, Series
 from vtprune.study.fidelity_view import chart as fidelity
 
-__all__ = ["accuracy", "fidelity"]
+__all__ = ["accuracy", "fidelity", "first_token"]
 
 
 def accuracy(data: dict[str, Any]) -> Chart:
@@ -29,4 +29,34 @@ def accuracy(data: dict[str, Any]) -> Chart:
         series=series,
         log_x=True,
         mark=("unpruned", None, 100 * base["right"] / base["total"]),
+    )
+
+
+def first_token(data: dict[str, Any]) -> Chart:
+    """Divergence against the time to the first token: resizing, methods in the decoder, in the tower, and in both."""
+    (name, part), *_ = data["parts"].items()
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in part["rows"]:
+        label = row["row"].split()[0]
+        if "," in row["row"]:  # NAME KEEP, decoder RATIO
+            label = f"tower {row['row'].split(',')[0]} + decoder"
+        elif label[0].isupper():
+            label = f"tower {label}"
+        lines.setdefault(label, []).append(row)
+    lines.pop("unpruned")
+    return Chart(
+        title=f"Built-in {data['model']}, {part['prompts']} prompts: {name} pixels",
+        x_label="processor time to the first token, vision tower and selection included; unpruned = 1",
+        y_label="KL of the next token, nats",
+        series=[
+            Series(
+                label,
+                [row["time"] for row in rows],
+                [row["kl"] for row in rows],
+                *([row["kl_interval"][end] for row in rows] for end in (0, 1)),
+            )
+            for label, rows in lines.items()
+        ],
+        log_y=True,
+        mark=("unpruned", 1.0, None),
     )

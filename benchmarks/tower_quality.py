@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,14 @@ def variants(methods: Sequence[str], keeps: Sequence[float]) -> dict[str, dict[s
 
 
 def asked(model: Any, inputs: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Next-token logits and the operations to the first token."""
+    """Next-token logits, and the operations and the processor time to the first token, vision tower included."""
     with vtprune.patch(model, **options) as patch:
+        start = time.process_time()
         logits = metrics.next_token_logits(model, inputs)
+        seconds = time.process_time() - start
         last = patch.last
     assert last is not None and last.tower is not None
-    return {"logits": logits, "flops": last.tower.first_token[1], "tokens": last.tokens[1]}
+    return {"logits": logits, "flops": last.tower.first_token[1], "tokens": last.tokens[1], "seconds": seconds}
 
 
 def one_part(
@@ -112,6 +115,7 @@ def one_part(
                     "same": bool(base["logits"].argmax() == row["logits"].argmax()),
                     "right": int(row["logits"].argmax()) == word,
                     "cost": row["flops"] / base["flops"],
+                    "time": row["seconds"] / base["seconds"],
                     "tokens": row["tokens"],
                 }
             )
@@ -126,6 +130,7 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     found = {
         "row": name,
         "cost": cost,
+        "time": statistics.median(row["time"] for row in mine),
         "tokens": statistics.mean(row["tokens"] for row in mine),
         "kl": statistics.mean(row["kl"] for row in mine),
         "kl_interval": list(intervals.bootstrap([row["kl"] for row in mine])),

@@ -41,6 +41,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ("divprune", "expected an object"),
         ({"ratio": 0.5, "rate": 1}, "unknown field 'rate'; expected method, ratio, keep, options, video_method"),
         ({"mean_ratio": 0.5}, "mean_ratio"),
+        ({"ratio": 0.5, "tower": 0.35}, "tower: in vLLM vision towers are not cut"),
         ({}, "ratio and keep"),
         ({"ratio": 0.5, "keep": 3}, "ratio and keep"),
         ({"ratio": 1.5}, "1.5"),

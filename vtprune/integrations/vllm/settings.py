@@ -133,6 +133,11 @@ def parse(config: Any) -> Settings:
     unknown = [name for name in config if name not in _FIELDS]
     if "mean_ratio" in unknown:
         raise ServingError("vtprune: mean_ratio: vLLM cuts before the decoder, where it equals ratio; give ratio")
+    if "tower" in unknown:
+        raise ServingError(
+            "vtprune: tower: in vLLM vision towers are not cut, whose blocks have classes and a compilation of their "
+            "own; leave it out, or run the model with transformers and vtprune.patch(model, tower=...)"
+        )
     if unknown:
         raise ServingError(f"vtprune: unknown field {', '.join(map(repr, unknown))}; expected {', '.join(_FIELDS)}")
     for field in ("options", "video_options"):
