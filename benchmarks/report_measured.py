@@ -199,7 +199,7 @@ def tower_quality(data: Data) -> str:
         f"Built-in model {data['model']}. `cost`: operations to the first token, tower included, as a share of the "
         "unpruned ones. `resize`: the largest smaller picture that costs no more. KL in nats of the next token; "
         "`difference`: KL minus that of resize on the same prompts (95 % interval); below 0 pruning is nearer to the "
-        "unpruned model; `default`: minus that of the method that a plain `tower=0.35` means. `time`: of the processor, "
+        "unpruned model; `default`: minus that of the method that a plain `tower=0.35` means. `time`: processor time, "
         "median over prompts, unpruned = 1. `same`: prompts with the unpruned model's next token. `rescued`: of the "
         "questions that the unpruned model answers rightly and resize loses, those that the row answers rightly. "
         f"{versions(data)}"

@@ -41,7 +41,11 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ("divprune", "expected an object"),
         ({"ratio": 0.5, "rate": 1}, "unknown field 'rate'; expected method, ratio, keep, options, video_method"),
         ({"mean_ratio": 0.5}, "mean_ratio"),
-        ({"ratio": 0.5, "tower": 0.35}, "tower: in vLLM vision towers are not cut"),
+        ({"ratio": 0.5, "tower": 1.5}, "keep is 1.5; expected a share"),
+        ({"ratio": 0.5, "tower": "Change"}, "tower is 'Change'; expected a share"),
+        ({"ratio": 0.5, "tower": {"method": "Attention"}}, "tower method 'Attention'; in vLLM there are Change"),
+        ({"ratio": 0.5, "tower": {"method": "Change", "sides": 3}}, "tower method Change cannot be made with"),
+        ({"ratio": 0.5, "tower": {"method": "Pixels"}}, "in vLLM give keep"),
         ({}, "ratio and keep"),
         ({"ratio": 0.5, "keep": 3}, "ratio and keep"),
         ({"ratio": 1.5}, "1.5"),
@@ -429,3 +433,48 @@ def test_records_reach_the_tokens():
 
     selection.prune([torch.randn(4, 2)], [[4]], [[2]], Spy(), 2, extra=reader.extra({"vision.layer": [1]}))
     assert seen[0].recorded == {"vision.layer": [1]} and seen[0].anatomy is reader.anatomy
+
+
+def test_a_tower_that_cannot_be_cut_is_refused_with_the_models_name() -> None:
+    from vtprune.integrations.vllm import towers as vllm_towers
+    from vtprune.towers import Random
+
+    class Swinging(torch.nn.Module):
+        """A vLLM model whose tower has stages."""
+
+        config = SimpleNamespace()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3))
+            self.language = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+
+        def get_mm_mapping(self) -> SimpleNamespace:
+            return SimpleNamespace(language_model=["language."], tower_model=["visual."], connector=[])
+
+    with pytest.raises(
+        ServingError, match="tower on Swinging: the vision tower Sequential cannot be cut.*leave tower out"
+    ):
+        vllm_towers.cut(Swinging(), Random(keep=0.5))
+
+
+def test_forward_is_wrapped_as_hooks_would_be_and_packed_states_keep_their_form() -> None:
+    from vtprune.integrations.vllm import towers as vllm_towers
+
+    seen: list[tuple] = []
+
+    def before(module, args, kwargs):
+        seen.append(tuple(args[0].shape))
+        return (args[0][:2], *args[1:]), kwargs
+
+    def after(module, args, kwargs, output):
+        seen.append(None if output is None else tuple(output.shape))
+        return None if output is None else torch.cat([output, output])
+
+    block = torch.nn.Linear(4, 4)
+    vllm_towers._wrap(block, before, after)
+    assert block(torch.ones(3, 1, 4)).shape == (4, 1, 4) and seen == [(3, 4), (2, 4)]
+    assert block(torch.ones(3, 2, 4)).shape == (4, 2, 4)
+    with pytest.raises(RuntimeError):
+        block(torch.ones(3, 1, 5))
+    assert seen[-1] is None, "the end of a failed call is told"

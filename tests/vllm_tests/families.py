@@ -27,6 +27,7 @@ class Family:
         mrope: Whether positions have several axes.
         torchvision: Whether vLLM's class imports it.
         methods: To try; for clips where the family has some.
+        tower: Whether its vision tower is cut in one more engine.
         engine: Options of `LLM`.
     """
 
@@ -38,6 +39,7 @@ class Family:
     mrope: bool = False
     torchvision: bool = False
     methods: tuple[str, ...] = QUESTION_FREE
+    tower: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, request: Request) -> str:
@@ -51,7 +53,7 @@ class Family:
 
     def runs(self) -> list[Run]:
         """The engines to ask."""
-        return plans.clip_runs(self.methods) if self.clip else plans.runs(self.methods)
+        return plans.clip_runs(self.methods) if self.clip else plans.runs(self.methods, self.tower)
 
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
@@ -63,7 +65,9 @@ FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
     "idefics3-transformers": Family(models.MODELS["idefics3"], methods=READING, engine={"model_impl": "transformers"}),
     "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "iwp", "pooling")),
-    "paligemma": Family(models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING),
+    "paligemma": Family(
+        models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING, tower=True
+    ),
     "llava": Family(vision_models.llava, methods=("divprune", "iwp", "scope", "visionzip"), torchvision=True),
     "internvl": Family(
         vision_models.internvl,
@@ -76,6 +80,7 @@ FAMILIES = {
         vision_models.qwen2_5_vl,
         QWEN,
         mrope=True,
+        tower=True,
         methods=("divprune", "iwp", "pooling", "resprune"),
         torchvision=True,
         engine=NO_VIDEO,
@@ -84,6 +89,7 @@ FAMILIES = {
         vision_models.qwen3_vl,
         QWEN,
         mrope=True,
+        tower=True,
         methods=("divprune", "iwp", "pooling", "resprune"),
         torchvision=True,
         engine=NO_VIDEO,

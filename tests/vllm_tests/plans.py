@@ -121,8 +121,13 @@ def batch(single: list[Request]) -> list[Request]:
     return [*single, *more][:16]
 
 
-def runs(methods: tuple[str, ...]) -> list[Run]:
-    """Every method in one engine, `divprune` in both; ratios and counts in turn; unpruned for comparison."""
+def runs(methods: tuple[str, ...], tower: bool = False) -> list[Run]:
+    """Every method in one engine, `divprune` in both; ratios and counts in turn; unpruned for comparison.
+
+    Args:
+        methods: Their names.
+        tower: Whether to cut the vision tower as well, in one more engine.
+    """
     out = [
         Run("unpruned", None, CHUNKED),
         Run("divprune-plain", {"method": "divprune", "ratio": 0.25}, PLAIN),
@@ -132,6 +137,9 @@ def runs(methods: tuple[str, ...]) -> list[Run]:
         budget = {"keep": 7} if number % 2 else {"ratio": 0.3}
         engine = ("plain", PLAIN) if number % 2 else ("chunked", CHUNKED)
         out.append(Run(f"{method}-{engine[0]}", {"method": method, **budget}, engine[1]))
+    if tower:
+        cut = {"method": "Change", "keep": 0.5, "block": 1}
+        out.append(Run("tower-chunked", {"method": "divprune", "ratio": 0.25, "tower": cut}, CHUNKED))
     return out
 
 

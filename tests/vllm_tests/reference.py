@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm_tests.plans import Request
 
+import vtprune
 from vtprune.integrations.vllm import prompts, readers, selection
 from vtprune.integrations.vllm.settings import Settings
 
@@ -22,6 +23,8 @@ class Reference:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
         self.settings = settings
+        if settings is not None and settings.tower is not None:
+            vtprune.patch(self.model, tower=settings.tower)
         method = None if settings is None else settings.method
         # The reader of vLLM's Transformers back end reads transformers' own modules, and this is one.
         self.reader = readers.Reader() if method is None else readers.make(self.model, False, method)

@@ -85,7 +85,7 @@ def test_prompts_and_cache_blocks_shrink(served: Any, name: str, run: str) -> No
 @pytest.mark.parametrize(("name", "run"), PRUNED)
 def test_encoder_budget_falls(served: Any, name: str, run: str) -> None:
     full, short = served(name)["unpruned"]["budget"], served(name)[run]["budget"]
-    config = next(r.config for r in plans.runs(families.FAMILIES[name].methods) if r.name == run)
+    config = next(r.config for r in families.FAMILIES[name].runs() if r.name == run)
     largest = config.get("keep") or round(config["ratio"] * full["image"])
     if families.FAMILIES[name].clip:  # the largest clip rules, with its text between frames
         if "chunked" in run:  # the unpruned engine is chunked, too; a plain step is longer than any clip
@@ -133,3 +133,11 @@ def test_an_adapter_of_the_language_model_answers_as_the_merged_model(tmp_path: 
     assert record["base"] == record["expected"]["base"]
     assert record["lora"] == record["expected"]["lora"]
     assert all(base[1] != lora[1] for base, lora in zip(record["base"], record["lora"], strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.tower])
+def test_a_cut_tower_gives_other_features(served: Any, name: str) -> None:
+    """The same method and ratio, with and without the cut: where nothing differs, nothing was cut."""
+    whole, cut = (served(name)[run]["batch"] for run in ("divprune-plain", "tower-chunked"))
+    assert [r["length"] for r in whole] == [r["length"] for r in cut]
+    assert [r["tokens"] for r in whole] != [r["tokens"] for r in cut]

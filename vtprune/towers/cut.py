@@ -51,13 +51,17 @@ class TowerCut:
         anatomy: Parts of the model.
         method: Method that selects patches; None only counts the tower's work.
         active: Tells whether calls of the current thread are cut.
+        strict: Whether a share that rounds to all patches of a call is an error.
 
     Raises:
         UnsupportedModelError: The tower cannot be cut.
         BudgetError: The tower does not have the block before which the method cuts.
     """
 
-    def __init__(self, anatomy: Anatomy, method: TowerMethod | None, active: Callable[[], bool]) -> None:
+    def __init__(
+        self, anatomy: Anatomy, method: TowerMethod | None, active: Callable[[], bool], strict: bool = True
+    ) -> None:
+        self.strict = strict
         self.method, self.parts, self._active = method, find_parts(anatomy), active
         self.at = len(self.parts.blocks) if method is None else method.block_of(len(self.parts.blocks))
         self._thread = _Thread()
@@ -72,17 +76,22 @@ class TowerCut:
         Returns:
             list: Handles, whose `remove` removes the hooks.
         """
-        tower, last = self.parts.tower, len(self.parts.blocks) - 1
-        handles = [
-            tower.register_forward_pre_hook(wrap(self._before_tower), prepend=True, with_kwargs=True),
-            tower.register_forward_hook(wrap(self._after_tower), prepend=True, with_kwargs=True, always_call=True),
-        ]
-        for number, block in enumerate(self.parts.blocks):
-            before, after = self._hooks_of(number, number == last)
-            handles.append(block.register_forward_pre_hook(wrap(before), prepend=True, with_kwargs=True))
-            if self.method is not None or number == last:
-                handles.append(block.register_forward_hook(wrap(after), prepend=True, with_kwargs=True))
+        handles: list[Any] = []
+        tower, last = self.parts.tower, self.parts.blocks[-1]
+        for module, before, after in self.around():
+            handles.append(module.register_forward_pre_hook(wrap(before), prepend=True, with_kwargs=True))
+            if self.method is not None or module in (tower, last):
+                always = module is tower  # also where it raises
+                handles.append(
+                    module.register_forward_hook(wrap(after), prepend=True, with_kwargs=True, always_call=always)
+                )
         return handles
+
+    def around(self) -> list[tuple[nn.Module, Callable, Callable]]:
+        """The modules that are cut, each with what is called before and after it, as hooks with `kwargs` are."""
+        last = len(self.parts.blocks) - 1
+        blocks = [(block, *self._hooks_of(number, number == last)) for number, block in enumerate(self.parts.blocks)]
+        return [(self.parts.tower, self._before_tower, self._after_tower), *blocks]
 
     def tap(self) -> Tap:
         """Tap that records the tower's calls among the records of its encoder."""
@@ -154,7 +163,7 @@ class TowerCut:
                 "again; install transformers 5.23 or newer, or call gradient_checkpointing_disable()"
             )
         given = self._thread.given
-        return RunningTower(self.parts, self.method, self.at, given, lambda: self._constant_rows(given))
+        return RunningTower(self.parts, self.method, self.at, given, lambda: self._constant_rows(given), self.strict)
 
     def _take(self) -> list[TowerRun] | None:
         finished, self._thread.finished = self._thread.finished, []

@@ -49,6 +49,7 @@ class RunningTower:
         at: The cut is before this block.
         given: The tower's arguments by name.
         constant_rows: See `find_pictures`.
+        strict: Whether a share that rounds to all patches is an error.
     """
 
     parts: TowerParts
@@ -56,6 +57,7 @@ class RunningTower:
     at: int
     given: dict[str, Any]
     constant_rows: Any
+    strict: bool = True
     groups: list[Rows] = field(default_factory=list)  # empty if nothing is dropped
     choice: TowerChoice | None = None
     layout: Layout | None = None
@@ -171,7 +173,7 @@ class RunningTower:
         self.before = self._whole = None
         self.kept = kept_numbers(keep.split(layout.offsets.diff().tolist()))
         if bool(keep.all()):
-            if isinstance(method.keep, float) and method.keep < 1:
+            if self.strict and isinstance(method.keep, float) and method.keep < 1:
                 raise NothingPrunedError(
                     f"{type(method).__name__}(keep={method.keep}) of pictures of {layout.unit_offsets.diff().tolist()} "
                     "merge groups rounds to all of them, so no patch would be dropped; use a smaller share, or a number"

@@ -31,7 +31,7 @@ class PatchSizes:
 
     Attributes:
         tower: The vision tower.
-        config: The tower's config, or the composite's if it has none.
+        config: The tower's config, or what the composite's says of it.
         merge: Side of the square of patches that the projector merges into one token; 1 if it does not merge.
         packed_merge: Side of the squares by which patches are ordered in a packed sequence; 1 for raster order.
         tokens: Projected tokens per picture if the config fixes them instead of a merge size, else None.
@@ -51,8 +51,9 @@ class PatchSizes:
     def of(cls, anatomy: Anatomy) -> PatchSizes:
         """Reads the sizes from the configs of a model."""
         tower = anatomy.vision_tower
-        config = getattr(tower, "config", None) or anatomy.config
-        homes = [config, getattr(anatomy.config, "vision_config", None), anatomy.config]
+        vision = getattr(anatomy.config, "vision_config", None)
+        config = getattr(tower, "config", None) or vision or anatomy.config
+        homes = [config, vision, anatomy.config]
         homes = [home for home in homes if home is not None]
         merge = next((m for home in homes if (m := _merge_of(home))), 1)
         return cls(

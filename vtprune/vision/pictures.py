@@ -307,6 +307,11 @@ def window_order(layout: Layout, given: dict[str, Any], parts: PatchSizes) -> Te
     grids = torch.tensor([[g.frames, g.rows, g.cols] for g in layout.grids if g is not None])
     if hasattr(tower, "get_window_index"):
         return torch.as_tensor(tower.get_window_index(grids)[0]).cpu()
+    if hasattr(tower, "get_window_index_thw"):  # vLLM's classes, picture by picture
+        counts = grids.prod(1) // parts.packed_merge**2
+        starts = (counts.cumsum(0) - counts).tolist()
+        parts_of = zip(grids.tolist(), starts, strict=True)
+        return torch.cat([tower.get_window_index_thw(*grid)[0].cpu() + start for grid, start in parts_of])
     from transformers.vision_utils import get_vision_window_index
 
     return get_vision_window_index(

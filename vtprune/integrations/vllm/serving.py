@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import mrope, readers, selection
+from . import mrope, readers, selection, towers
 from .prompts import COUNTS, IDS, RUNS
 from .settings import ServingError, Settings
 
@@ -36,6 +36,8 @@ class Pruner:
             modality: readers.make(model, self.positions is not None, method)
             for modality, method in zip(modalities, (settings.method, settings.video_method), strict=False)
         }
+        if settings.tower is not None:
+            towers.cut(model, settings.tower)
 
     @classmethod
     def attach(cls, model: Any, config: Any, settings: Settings) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ... import __version__, methods
+from ... import __version__, methods, towers
 from ...core import budget
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
@@ -20,6 +20,7 @@ from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
 from ...errors import BudgetError, CertificateError, MethodError, VTPruneError
 from ...methods import Method
+from ...towers import TowerMethod
 
 logger = logging.getLogger("vllm.vtprune")
 KEY = "vtprune"
@@ -27,7 +28,9 @@ KEY = "vtprune"
 QUESTION_FREE = ("divprune", "iwp", "pooling", "random", "resprune", "scope", "uniform", "visionzip", "zoo_prune")
 CLIP_METHODS = ("dycoke", "evs", "vcast", "vidcom2")  # as `video_method`
 _TOWER_READERS = ("scope", "visionzip", "zoo_prune")  # scope with alpha=0 is coverage alone
-_FIELDS = ("method", "ratio", "keep", "options", "video_method", "video_options", "certificate")
+_FIELDS = ("method", "ratio", "keep", "options", "video_method", "video_options", "certificate", "tower")
+# `Attention` reads queries and keys of a block, which vLLM's classes do not hand out.
+TOWER_METHODS = ("Change", "Pixels", "Random", "Similar", "Uniform")
 # What methods must be before the decoder, of which resprune by itself cuts deep ones before layer 1.
 _FIXED = {"iwp": {"layer": 0, "query": "none"}, "resprune": {"layer": 0}}
 # What serves iwp best there, see `IWP.query`.
@@ -58,6 +61,7 @@ class Settings:
         budget: `ratio` or `keep`, per image or clip.
         auto: Chooses the ratio of each image or clip by its pixels; None for the same ratio for all.
         certificate: Where the ratio comes from, if it is certified.
+        tower: Cuts inside the vision tower; None for the whole one.
         fingerprint: Differs wherever chosen tokens may differ: part of the identity of cached images.
     """
 
@@ -66,6 +70,7 @@ class Settings:
     budget: budget.Budget
     auto: PixelAuto | None
     certificate: Certificate | None
+    tower: TowerMethod | None
     fingerprint: str
 
     def method_for(self, modality: str, sizes: Sequence[int], count: int) -> Method:
@@ -113,7 +118,8 @@ class Settings:
 
     def __str__(self) -> str:
         clips = "" if self.video_method == self.method else f" ({self.video_method.name} for clips)"
-        return f"{self.method.name}{clips}, {self.auto or self.budget} of every image and clip"
+        cut = f", vision tower cut by {self.tower}" if self.tower else ""
+        return f"{self.method.name}{clips}, {self.auto or self.budget} of every image and clip{cut}"
 
 
 def parse(config: Any) -> Settings:
@@ -123,7 +129,7 @@ def parse(config: Any) -> Settings:
         config: The object under `"vtprune"`: `method` (default `divprune`), `options` of the method, `video_method`
             (default `method`) with `video_options`, and one of `ratio` and `keep`; `ratio` is a share, `"auto"`, or an
             object with fields of `PixelAuto`. Or `certificate` alone: a file written by `vtprune certify`, or its
-            content.
+            content. `tower`: a share of the patches, or an object with the name of a tower `method` and its options.
 
     Raises:
         ServingError: One line that says what is wrong and what was expected.
@@ -133,11 +139,6 @@ def parse(config: Any) -> Settings:
     unknown = [name for name in config if name not in _FIELDS]
     if "mean_ratio" in unknown:
         raise ServingError("vtprune: mean_ratio: vLLM cuts before the decoder, where it equals ratio; give ratio")
-    if "tower" in unknown:
-        raise ServingError(
-            "vtprune: tower: in vLLM vision towers are not cut, whose blocks have classes and a compilation of their "
-            "own; leave it out, or run the model with transformers and vtprune.patch(model, tower=...)"
-        )
     if unknown:
         raise ServingError(f"vtprune: unknown field {', '.join(map(repr, unknown))}; expected {', '.join(_FIELDS)}")
     for field in ("options", "video_options"):
@@ -169,9 +170,10 @@ def _parse(config: Mapping[str, Any]) -> Settings:
         clips = _method(config["video_method"], config.get("video_options", {}), QUESTION_FREE + CLIP_METHODS)
     elif "video_options" in config:
         raise MethodError("there are video_options and no video_method; expected both, or neither")
-    text = json.dumps([__version__, repr(method), repr(clips), allowed.share, allowed.keep, repr(automatic)])
-    mark = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Settings(method, clips, allowed, automatic, certificate, mark)
+    tower = tower_of(config.get("tower"))
+    facts = [repr(method), repr(clips), allowed.share, allowed.keep, repr(automatic), repr(tower)]
+    mark = hashlib.sha256(json.dumps([__version__, *facts]).encode()).hexdigest()[:16]
+    return Settings(method, clips, allowed, automatic, certificate, tower, mark)
 
 
 def _certificate(config: Mapping[str, Any]) -> Certificate:
@@ -191,6 +193,31 @@ def _certificate(config: Mapping[str, Any]) -> Certificate:
             "certify ratios"
         )
     return certificate
+
+
+def tower_of(given: Any) -> TowerMethod | None:
+    """The tower method that a configuration names: None, a share, or an object with `method` and its options.
+
+    Raises:
+        MethodError, BudgetError: There is no such method, or an option cannot be used.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        return towers.resolve(given)
+    options = dict(given)
+    name = options.pop("method", None)
+    if name not in TOWER_METHODS:
+        raise MethodError(f"tower method {name!r}; in vLLM there are {', '.join(TOWER_METHODS)}")
+    try:
+        method = getattr(towers, str(name))(**options)
+    except TypeError as error:
+        raise MethodError(
+            f"tower method {name} cannot be made with {options}: {' '.join(str(error).split())}"
+        ) from None
+    if method.keep is None:
+        raise MethodError(f"tower method {name} without keep leaves the count to the picture; in vLLM give keep")
+    return method
 
 
 def portable(config: Any) -> Any:

@@ -49,6 +49,8 @@ def check_config(config: Any, settings: Settings) -> None:
         _check_certificate(name, settings.certificate, model)
     _check_method(name, settings.method, config)
     _check_method(name, settings.video_method, config)
+    if settings.tower is not None:
+        _check_tower(name, config)
     if model.uses_mrope:
         multimodal.video_pruning_rate = NO_RATE
 
@@ -70,6 +72,14 @@ def _check_certificate(name: str, certificate: Certificate, model: Any) -> None:
     certified, served = certificate.about.get("dtype"), str(model.dtype).removeprefix("torch.")
     if certified not in (None, served):
         raise ServingError(f"{name}: the certificate is for {certified}, and the model is served in {served}")
+
+
+def _check_tower(name: str, config: Any) -> None:
+    """Refuses set-ups in which a vision tower cannot be cut."""
+    if config.compilation_config.compile_mm_encoder:
+        raise ServingError(f"{name}: tower cuts the vision encoder, which compile_mm_encoder compiles whole")
+    if config.parallel_config.tensor_parallel_size > 1:
+        raise ServingError(f"{name}: tower was not tried with a vision encoder on several ranks; leave tower out")
 
 
 def _check_method(name: str, method: Method, config: Any) -> None:
