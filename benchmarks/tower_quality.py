@@ -138,7 +138,7 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "right": sum(row["right"] for row in mine),
     }
     default = f"{DEFAULT}{name[len(name.split()[0]) :]}"
-    if default in rows and default != name:
+    if name.split()[0] in METHODS and default in rows and default != name:
         against = [a["kl"] - b["kl"] for a, b in zip(mine, rows[default], strict=True)]
         found["kl_above_default"] = list(intervals.bootstrap(against))
     smaller = {n: statistics.mean(r["cost"] for r in rows[n]) for n in rows if n.startswith("resize")}
