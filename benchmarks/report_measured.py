@@ -199,7 +199,7 @@ def tower_quality(data: Data) -> str:
         f"Built-in model {data['model']}. `cost`: operations to the first token, tower included, as a share of the "
         "unpruned ones. `resize`: the largest smaller picture that costs no more. KL in nats of the next token; "
         "`difference`: KL minus that of resize on the same prompts (95 % interval); below 0 pruning is nearer to the "
-        "unpruned model; `default`: minus that of the method that a plain `tower=0.35` means. `time`: processor time, "
+        "unpruned model; `over Change`: minus that of `Change` at the same share. `time`: processor time, "
         "median over prompts, unpruned = 1. `same`: prompts with the unpruned model's next token. `rescued`: of the "
         "questions that the unpruned model answers rightly and resize loses, those that the row answers rightly. "
         f"{versions(data)}"
@@ -217,7 +217,7 @@ def tower_quality(data: Data) -> str:
         "difference",
         "its right",
         "rescued",
-        "default",
+        "over Change",
     )
     for name, part in data["parts"].items():
         rows = []
@@ -229,7 +229,7 @@ def tower_quality(data: Data) -> str:
                 cells += [row["resize"].split()[1], f"{row['resize_cost']:.2f}", f"{row['resize_kl']:.3f}"]
                 cells += [f"{low:+.3f} to {high:+.3f}", str(row["resize_right"]), f"{row['rescued']} of {row['lost']}"]
             cells += [""] * (len(heading) - 1 - len(cells))
-            low, high = row.get("kl_above_default") or (None, None)
+            low, high = row.get("kl_above_change") or (None, None)
             rows.append((*cells, "" if low is None else f"{low:+.3f} to {high:+.3f}"))
         parts.append(f"### {name} pixels, {part['prompts']} prompts\n\n" + table(heading, rows))
     return "\n\n".join(parts)

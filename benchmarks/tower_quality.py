@@ -10,8 +10,8 @@ the next token is that of the unpruned model, the divergence from it, how many f
 operations to the first token, vision tower and text included, as a share of the unpruned ones (of the model that was
 asked, whose tower is small beside its decoder). `resize` shows smaller pictures instead; each row is set against the
 largest picture whose operations are not above the row's. `rescued`: of the questions that the unpruned model answers
-rightly and that picture loses, the share that the row answers rightly. `kl_above_default` compares each method with the
-one that a plain number stands for (`tower=0.35`), on the same prompts.
+rightly and that picture loses, the share that the row answers rightly. `kl_above_change` compares each method with `Change`
+(IPCV), on the same prompts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ METHODS: dict[str, Callable[[float], towers.TowerMethod]] = {
     "Uniform": lambda keep: towers.Uniform(keep=keep),
 }
 DECODERS = (1.0, 0.1)
-DEFAULT = type(towers.resolve(0.5)).__name__
 SMALLER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the visual tokens that resized pictures may have
 
 
@@ -137,10 +136,10 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "same": sum(row["same"] for row in mine),
         "right": sum(row["right"] for row in mine),
     }
-    default = f"{DEFAULT}{name[len(name.split()[0]) :]}"
-    if name.split()[0] in METHODS and default in rows and default != name:
-        against = [a["kl"] - b["kl"] for a, b in zip(mine, rows[default], strict=True)]
-        found["kl_above_default"] = list(intervals.bootstrap(against))
+    published = f"Change{name[len(name.split()[0]) :]}"
+    if name.split()[0] in METHODS and published in rows and published != name:
+        against = [a["kl"] - b["kl"] for a, b in zip(mine, rows[published], strict=True)]
+        found["kl_above_change"] = list(intervals.bootstrap(against))
     smaller = {n: statistics.mean(r["cost"] for r in rows[n]) for n in rows if n.startswith("resize")}
     other = rival(cost, smaller)
     if other is None or name == "unpruned" or name.startswith("resize"):

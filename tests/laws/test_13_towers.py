@@ -539,7 +539,7 @@ def test_shares_out_of_range(keep: Any) -> None:
 
 
 def test_what_tower_may_be() -> None:
-    assert towers.resolve(0.35) == towers.Change(keep=0.35)
+    assert towers.resolve(0.35) == towers.Similar(keep=0.35)
     assert isinstance(towers.resolve(towers.Random), towers.Random)
     with pytest.raises(vtprune.MethodError, match=r"0\.35"):
         towers.resolve("change")  # type: ignore[arg-type]

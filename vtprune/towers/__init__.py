@@ -41,7 +41,9 @@ __all__ = [
 
 
 def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
-    """Turns the `tower` that a user passes into a method: a share of the patches becomes `Change(keep=share)`.
+    """Turns the `tower` that a user passes into a method: a share of the patches becomes `Similar(keep=share)`.
+
+    docs/towers.md has the measurement behind that choice.
 
     Raises:
         MethodError: It is neither a share nor a method.
@@ -52,8 +54,8 @@ def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
     if isinstance(tower, type) and issubclass(tower, TowerMethod):
         return tower()
     if fits(tower, float):
-        return Change(keep=float(tower))
+        return Similar(keep=float(tower))
     raise MethodError(
         f"tower is {shorten(tower)}; expected a share of the patches such as 0.35, or a method such as "
-        "vtprune.towers.Change(keep=0.35)"
+        "vtprune.towers.Similar(keep=0.35)"
     )

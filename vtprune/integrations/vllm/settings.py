@@ -32,7 +32,7 @@ _FIELDS = ("method", "ratio", "keep", "options", "video_method", "video_options"
 # `Attention` reads queries and keys of a block, which vLLM's classes do not hand out.
 TOWER_METHODS = ("Change", "Pixels", "Random", "Similar", "Uniform")
 # What methods must be before the decoder, of which resprune by itself cuts deep ones before layer 1.
-_FIXED = {"iwp": {"layer": 0, "query": "none"}, "resprune": {"layer": 0}}
+_FIXED: dict[str, dict[str, Any]] = {"iwp": {"layer": 0, "query": "none"}, "resprune": {"layer": 0}}
 # What serves iwp best there, see `IWP.query`.
 _DEFAULTS = {"iwp": {"rope_in_duplication": False}}
 
