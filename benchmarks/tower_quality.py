@@ -10,8 +10,8 @@ the next token is that of the unpruned model, the divergence from it, how many f
 operations to the first token, vision tower and text included, as a share of the unpruned ones (of the model that was
 asked, whose tower is small beside its decoder). `resize` shows smaller pictures instead; each row is set against the
 largest picture whose operations are not above the row's. `rescued`: of the questions that the unpruned model answers
-rightly and that picture loses, the share that the row answers rightly. `kl_above_change` compares each method with `Change`
-(IPCV), on the same prompts.
+rightly and that picture loses, the share that the row answers rightly. `kl_above_change` compares each method with
+`Change` (IPCV), on the same prompts.
 """
 
 from __future__ import annotations

@@ -121,6 +121,23 @@ def test_resize_is_the_unpruned_model_on_another_prompt(model: torch.nn.Module) 
     assert next(row for row in rows if row.method == "resize").reason == "resizing cannot"
 
 
+def test_operations_of_tower_and_decoder_stand_apart(model: torch.nn.Module) -> None:
+    batch = FAMILIES["qwen2_5_vl"].batch([[4, Image(2), 6]])
+    small = FAMILIES["qwen2_5_vl"].batch([[4, Image(0), 6]])
+    qwen = model_of("qwen2_5_vl")
+    tokens = int((small["input_ids"] == 3).sum())
+    rows = {
+        r.method: r
+        for r in compare(qwen, [batch], 0.9, ["uniform"], repeats=1, smaller=lambda n, most: (small, tokens))
+    }
+    with vtprune.patch(qwen, keep=tokens, method="uniform") as patch, torch.no_grad():
+        qwen(**batch)
+        tower = patch.last.tower
+    assert rows["uniform"].tower == pytest.approx(tower.share[0])
+    assert rows["uniform"].tower + rows["uniform"].decoder == pytest.approx(tower.first_token[1] / tower.first_token[0])
+    assert rows["resize"].tower < rows["uniform"].tower, "only a smaller picture makes the tower cheaper"
+
+
 def test_common_ratio_is_the_least_tenth_above_the_latest_first_cut() -> None:
     assert common_ratio(["random", "uniform"], 32) == 0.1
     assert common_ratio(["fastv", "uniform"], 6) == 0.4  # before layer 2 of 6

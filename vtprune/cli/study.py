@@ -144,7 +144,7 @@ def _print_rows(output: Output, args: argparse.Namespace, rows: list[Row], pictu
     cells = []
     for row in rows:
         if row.reason is not None:
-            cells.append((row.method, *["-"] * 5))
+            cells.append((row.method, *["-"] * 6))
             continue
         cells.append(
             (
@@ -154,15 +154,24 @@ def _print_rows(output: Output, args: argparse.Namespace, rows: list[Row], pictu
                 f"{row.kl:.4f}",
                 f"{row.top1:.0%}",
                 f"{1e3 * (row.seconds or 0):.2f} ms",
+                "-" if row.tower is None or row.decoder is None else f"{row.tower:.2f} + {row.decoder:.2f}",
             )
         )
     some = "a clip" if args.clip else plural(pictures, "picture")
     title = f"{args.model}, {some}, mean ratio {args.mean_ratio:g}: {short(args.question)}"
-    output.table(title, ("method", "kept", "mean ratio", "KL (nats)", "same top-1", "selection"), cells)
+    output.table(
+        title, ("method", "kept", "mean ratio", "KL (nats)", "same top-1", "selection", "tower + decoder"), cells
+    )
     for row in rows:
         if row.reason is not None:
             output.say(f"{row.method}: {row.reason}")
     output.say("KL and top-1 compare the distribution of the next token after the prompt with the unpruned model's.")
+    tower = next((row.tower for row in rows if row.tower and row.method != "resize"), None)
+    if tower is not None:
+        output.say(
+            "tower + decoder: operations to the first token, as shares of the unpruned ones; pruning the decoder alone "
+            f"can make them at most {1 / tower:.1f} times fewer."
+        )
 
 
 def _tune(args: argparse.Namespace) -> None:

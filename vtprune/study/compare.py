@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..engine.patching import Patch, find_patch, inspect, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method, names, resolve
+from ..report.tower import TowerPruning
 from . import metrics
 from .resize import NAME
 
@@ -31,6 +32,8 @@ class Row:
         kl: Divergence of the next-token distribution from the unpruned model's, in nats (mean).
         top1: Share of prompts whose most likely next token is that of the unpruned model.
         seconds: Selection time of one call, with the removal of the dropped tokens (median).
+        tower, decoder: Operations to the first token in the vision tower and in projector and decoder, as shares of the
+            unpruned ones in both (mean over prompts); None where the tower's are not known.
         reason: Why the method cannot run, or None.
     """
 
@@ -41,6 +44,8 @@ class Row:
     kl: float | None = None
     top1: float | None = None
     seconds: float | None = None
+    tower: float | None = None
+    decoder: float | None = None
     reason: str | None = None
 
 
@@ -138,6 +143,7 @@ def _run(
     kl: list[float] = []
     same: list[bool] = []
     seconds: list[float] = []
+    costs: list[tuple[float, float]] = []
     with patch(model, mean_ratio=mean_ratio, method=method) as running:
         for batch, want in zip(batches, reference, strict=True):
             for repeat in range(repeats):
@@ -148,6 +154,7 @@ def _run(
                 seconds.append(last.selection_time)
                 if repeat:
                     continue
+                costs += [_cost(last.tower, last.tower)] if last.tower else []
                 visual += map(len, last.visual)
                 kept += map(len, last.kept)
                 inputs += [sum(last.per_layer(s)) / last.shape.layers for s in range(len(last.visual))]
@@ -161,6 +168,21 @@ def _run(
         kl=statistics.fmean(kl),
         top1=statistics.fmean(same),
         seconds=statistics.median(seconds[1:] or seconds),
+        **_mean_cost(costs),
+    )
+
+
+def _cost(ran: TowerPruning, unpruned: TowerPruning) -> tuple[float, float]:
+    """Operations of vision tower and of projector and decoder, as shares of all unpruned ones to the first token."""
+    whole = unpruned.first_token[0]
+    return ran.flops[1] / whole, ran.rest[1] / whole
+
+
+def _mean_cost(costs: list[tuple[float, float]]) -> dict[str, Any]:
+    return (
+        {}
+        if not costs
+        else {"tower": statistics.fmean(t for t, _ in costs), "decoder": statistics.fmean(d for _, d in costs)}
     )
 
 
@@ -183,13 +205,17 @@ def _resized(
     kept: list[int] = []
     kl: list[float] = []
     same: list[bool] = []
+    costs: list[tuple[float, float]] = []
     with patch(model, ratio=1.0, method="uniform") as counting:  # drops nothing
         for number, (batch, want) in enumerate(zip(batches, reference, strict=True)):
             metrics.next_token_logits(model, batch)
             visual.append(_count(counting))
+            whole = counting.last and counting.last.tower
             inputs, count = smaller(number, int(mean_ratio * visual[-1]))
             got = metrics.next_token_logits(model, inputs)
             kept.append(count)
+            if whole and counting.last and counting.last.tower:
+                costs.append(_cost(counting.last.tower, whole))
             kl += metrics.divergence(want, got).tolist()
             same += (want.argmax(-1) == got.argmax(-1)).tolist()
     return Row(
@@ -200,4 +226,5 @@ def _resized(
         kl=statistics.fmean(kl),
         top1=statistics.fmean(same),
         seconds=0.0,
+        **_mean_cost(costs),
     )
