@@ -334,6 +334,13 @@ def chunked_prefill(family: str, method: Method) -> None:
         assert torch.equal(got, want)
 
 
+def flex(mask: Tensor) -> Any:
+    """A `BlockMask` of a mask `[1, 1, T, T]`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, q, k: mask[0, 0, q, k], 1, None, *mask.shape[2:], device="cpu")
+
+
 @way
 def packed_row(family: str, method: Method) -> None:
     """Several samples in one row are refused, whichever way they are told apart."""
@@ -348,6 +355,7 @@ def packed_row(family: str, method: Method) -> None:
         for extra in (
             {"position_ids": positions},
             {"attention_mask": block, "position_ids": whole},
+            {"attention_mask": flex(block), "position_ids": whole},
             {"cu_seq_lens_q": torch.tensor([0, half, half + 3], dtype=torch.int32)},
         ):
             with pytest.raises(vtprune.VTPruneError, match="one sample a row"):
@@ -447,6 +455,20 @@ def autocast(family: str, method: Method) -> None:
 @pytest.mark.parametrize("how", list(WAYS))
 def test_open_call(family: str, method: str, how: str) -> None:
     WAYS[how](family, method)
+
+
+def test_questions_of_rows_for_beams() -> None:
+    """`generate` copies the rows of a batch for its beams, and their questions with them."""
+    with Case("llava", "iwp", MIXED) as case:
+        length, seen = case.batch["input_ids"].shape[1], []
+        ends = [length - 2 + row % 3 for row in range(len(case.batch["input_ids"]))]
+        for beams in (1, 2):
+            with case.patch.question(end=ends):
+                case.model.generate(**case.batch, max_new_tokens=2, num_beams=beams, do_sample=False)
+            seen.append(case.kept)
+        assert seen[1] == [kept for kept in seen[0] for _ in range(2)]
+        with case.patch.question(end=ends[:2]), pytest.raises(vtprune.VTPruneError, match="does not fit a batch of 3"):
+            case.model(**case.batch)
 
 
 def main(families: list[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.transfer import to_device
 from ..errors import UnsupportedModelError
+from ..models.attended import is_block_mask
 from . import gather, kv_cache, masks, positions
 
 
@@ -205,7 +206,7 @@ class Columns:
         return index
 
     def _is_mask(self, name: str, value: Any) -> bool:
-        if "mask" in name or masks.is_block_mask(value):
+        if "mask" in name or is_block_mask(value):
             return True
         square = (self.length, self.past + self.length)
         return isinstance(value, Tensor) and value.dim() == 4 and tuple(value.shape[2:]) == square
@@ -263,7 +264,7 @@ class Columns:
             return masks.causal_in_form(
                 self.attention_form.name, columns, slots.to(on), valid.to(on), self.attention_form.dtype
             )
-        if masks.is_block_mask(mask):
+        if is_block_mask(mask):
             return masks.translate_block_mask(mask, self.index if self.is_cut else None, slots, valid)
         if mask.dim() == 2 and mask.shape[1] == self.length and self.past:
             slots, valid = self.index, self.valid  # a mask of this call's positions only

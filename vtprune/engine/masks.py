@@ -17,11 +17,6 @@ from ..core.transfer import to_device
 from .gather import gather
 
 
-def is_block_mask(value: Any) -> bool:
-    """Whether `value` is a flex-attention mask, without importing its class."""
-    return type(value).__name__ == "BlockMask"
-
-
 def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
     """Turns an attention mask over all prompt positions into one over the positions that a layer holds.
 

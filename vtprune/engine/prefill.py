@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core import budget as budgets
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.attended import attended
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
 from ..report import explain
@@ -445,14 +446,11 @@ def _real_columns(
 ) -> tuple[Tensor, Tensor | None]:
     """Positions that are not padding, on the CPU: `[B, T]` of this call, and `[B, past]` before it, if known."""
     given = [kwargs.get("attention_mask"), inputs.get("attention_mask")]
-    flat = [m for m in given if isinstance(m, Tensor) and m.dim() == 2]
-    # In a prepared 4-D mask, a position is padding if no query attends to it.
-    square = [m.get("full_attention", next(iter(m.values()), None)) if isinstance(m, dict) else m for m in given]
-    for m in square:
-        if isinstance(m, Tensor) and m.dim() == 4:
-            flat.append((m if m.dtype == torch.bool else m > torch.finfo(m.dtype).min / 2)[:, 0].any(1))
-    for m in flat:
-        if m.shape[1] >= past + length:
+    for m in sorted(given, key=lambda m: not (isinstance(m, Tensor) and m.dim() == 2)):
+        if not (isinstance(m, Tensor) and m.dim() == 2):
+            seen = attended(m, batch, length)
+            m = None if seen is None else seen.any(1)  # a position is padding if no query attends to it
+        if m is not None and m.shape[1] >= past + length:
             known = m[:, : past + length].bool().cpu().expand(batch, -1)
             return known[:, past:].clone(), known[:, :past]
     return torch.ones(batch, length, dtype=torch.bool), None

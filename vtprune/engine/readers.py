@@ -100,7 +100,8 @@ def _matrix(labels: Any, real: Tensor) -> Tensor | None:
 def _ends(question_end: int | Sequence[int] | Tensor, batch: int) -> list[int]:
     values = question_end.flatten().tolist() if isinstance(question_end, Tensor) else question_end
     ends = [values] if isinstance(values, int) else list(values)
-    ends = ends * batch if len(ends) == 1 else ends
+    if ends and batch % len(ends) == 0:
+        ends = [end for end in ends for _ in range(batch // len(ends))]  # `generate` copies every row for its beams
     if len(ends) != batch or not all(isinstance(end, int) for end in ends):
         raise VTPruneError(
             f"question(end={question_end!r}) does not fit a batch of {batch}; expected one position, or one for each "

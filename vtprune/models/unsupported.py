@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NothingPrunedError, UnsupportedModelError
+from .attended import attended
 from .transformers_names import ENCODER_OUTPUTS, takes_cache
 
 _CROSS = re.compile(r"cross_?att|encoder_attn", re.IGNORECASE)
@@ -168,12 +169,11 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
             if bool((row[1:] < row[:-1]).any()):
                 yield "position_ids restart"
     mask = arguments.get("attention_mask")
-    mask = mask.get("full_attention", None) if isinstance(mask, dict) else mask
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool(mask.max() > 1):
         yield "attention_mask has values above 1"
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length and mask.shape[3] >= past + length:
-        last = torch.where(real, torch.arange(length), 0).amax(1)
-        square = mask.expand(batch, -1, -1, -1)[torch.arange(batch), 0, last.to(mask.device)].cpu()  # [B, KV]
-        seen = square if square.dtype == torch.bool else square > torch.finfo(square.dtype).min / 2
-        if bool((~seen[:, past : past + length] & real & (torch.arange(length) <= last[:, None])).any()):
+    last = torch.where(real, torch.arange(length), 0).amax(1)
+    seen = attended(mask, batch, length, last)
+    if seen is not None and seen.shape[2] >= past + length:
+        own = seen[:, 0, past : past + length].cpu()
+        if bool((~own & real & (torch.arange(length) <= last[:, None])).any()):
             yield "attention_mask hides earlier tokens of the row"
