@@ -67,7 +67,7 @@ def measure() -> dict[str, Any]:
     rows = {"as they are": row([last_quarter(one) for one in found], [])}
     released = Curve.preset("fastv")
     rows["released curve"] = row([last_quarter(one * released(place)) for one in found], [released])
-    for form in ("exponential", "reciprocal-cubic"):
+    for form in ("exponential", "log-linear", "reciprocal-cubic"):
         try:
             curves = [Curve.fit(half, form=form) for half in halves[::-1]]
         except ValueError as error:

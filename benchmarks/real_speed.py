@@ -3,13 +3,15 @@
 
     make real
     .venv-real/bin/python -m benchmarks.real_speed
+    .venv-real/bin/python -m benchmarks.real_speed --again resprune    # after a change to one method
 
 Time to the first token, time per token and KV bytes with 256, 1,024 and 2,304 visual places, beside the unpruned
 decoder and beside the limit: a prompt that has only the kept tokens. All variants alternate, round
 after round, on one thread, and what is compared is CPU time, which other programs do not affect.
 The visual places hold the words of a text (see `benchmarks.real`), so there is no vision tower, and its time is none.
 
-Methods that need a vision tower's attention are refused, with their reason in the result.
+`--again` replaces the runs of some methods by rounds of their own, beside the unpruned decoder and the limit; times
+compare within a round. Methods that need a vision tower's attention are refused, with their reason in the result.
 """
 
 from __future__ import annotations
@@ -44,11 +46,30 @@ def methods() -> list[str]:
     return [name for name in vtprune.methods.names() if name != "debiased"]
 
 
+def again(
+    bench: measure.Bench, settings: list[measure.Setting], names: list[str], rounds: int, header: Any, out: Path
+) -> dict[str, Any]:
+    """Replaces the runs of some methods in a result by new rounds of them, the unpruned decoder and the limit."""
+    data = progress.load(out, {key: value for key, value in header.items() if key != "variants"})
+    bench.variants = [one for one in bench.variants if one.kind != "method" or one.label in names]
+    for setting in settings:
+        done = data["settings"][setting.key]["rounds"]
+        for entry in done:
+            entry["runs"] = {key: run for key, run in entry["runs"].items() if key.split()[0] not in names}
+        prompt = bench.prepare(setting)
+        bench.round(bench.warming(setting, prompt))
+        for _ in range(rounds):
+            done.append({"load": progress.load_average(), "runs": bench.round(prompt)})
+            progress.save(out, data)
+    return data
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_speed", description=__doc__.split("\n")[0])
     parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual places of the text")
     parser.add_argument("--methods", nargs="+", default=methods())
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--again", nargs="+", metavar="METHOD", help="measure only these methods again")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
@@ -59,7 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     header = measure.header(bench, "SmolLM2-135M-Instruct Q4_1, dequantized", None)
     header["decoder_sha256"] = parts.SHA256[parts.GGUF]
     with progress.script(args.out):
-        data: dict[str, Any] = measure.run(bench, settings, args.rounds, header, args.out, args.force)
+        if args.again:
+            data = again(bench, settings, args.again, args.rounds, header, args.out)
+        else:
+            data = measure.run(bench, settings, args.rounds, header, args.out, args.force)
     data["rows_in_cpu_time"] = summary.rows(data, cpu=True)
     progress.save(args.out, data)
     for row in data["rows_in_cpu_time"]:

@@ -107,10 +107,11 @@ def speed(data: Data) -> str:
     ]
     refused: dict[str, str] = {}
     for setting in data["settings"].values():
-        rounds = [entry["runs"] for entry in setting["rounds"]]
+        every = [entry["runs"] for entry in setting["rounds"]]
         lines = []
         for variant in data["variants"]:
             name = variant if variant.startswith(("unpruned", "limit")) else f"`{variant.split()[0]}`"
+            rounds = [runs for runs in every if variant in runs]
             if "refused" in rounds[0][variant]:
                 refused[name] = rounds[0][variant]["refused"]
                 continue
@@ -123,7 +124,7 @@ def speed(data: Data) -> str:
             size = f"{rounds[0][variant]['kv_bytes'] / 2**20:.1f} MiB, {smaller:.1f} times smaller"
             lines.append((name, sooner, over, token, size))
         heading = ("variant", "first token: times as fast", "times the limit's", "a token: times unpruned", "KV cache")
-        parts.append(f"### {setting['tokens']:,} visual places, {len(rounds)} rounds\n\n{table(heading, lines)}")
+        parts.append(f"### {setting['tokens']:,} visual places, {len(every)} rounds\n\n{table(heading, lines)}")
     parts.append("\n".join(f"* {name} cannot be tried: {why}" for name, why in sorted(refused.items())))
     return "\n\n".join(part for part in parts if part)
 

@@ -260,3 +260,18 @@ def test_the_benchmark_sees_broken_certificates(monkeypatch) -> None:
     wrong = benchmark.judge(losses, 0.1, 0.9, splits=60)
     assert wrong["population"] == {"broken": 1.0, "allowed": wrong["population"]["allowed"], "kept": False}
     assert not wrong["halves"]["kept"]
+
+
+def test_the_committed_benchmark_broke_no_promise() -> None:
+    """Two built-in models, three methods, 200 certificates for each of three risks, made and judged in two ways."""
+    from benchmarks import certify as benchmark
+
+    data = json.loads(benchmark.OUT.read_text(encoding="utf-8"))
+    pairs = {(row["model"], row["method"]) for row in data["rows"]}
+    assert len({model for model, _ in pairs}) == 2 and len(pairs) == 6
+    for row in data["rows"]:
+        for found in row["certificates"]:
+            assert found["splits"] == benchmark.SPLITS
+            for way in ("population", "halves"):
+                noise = 2 * math.sqrt(found["confidence"] * (1 - found["confidence"]) / benchmark.SPLITS)
+                assert found[way]["broken"] <= 1 - found["confidence"] + noise

@@ -53,6 +53,15 @@ def test_fit_finds_the_curve_again(form: str) -> None:
     torch.testing.assert_close(fitted(x), Curve(form, expected)(x), atol=0.05, rtol=0.0)  # type: ignore[arg-type]
 
 
+def test_a_line_through_logarithms_does_not_follow_a_few_last_places() -> None:
+    x = torch.linspace(0, 1, 100, dtype=torch.float64)
+    assert Curve.fit([torch.exp(1.3 * x)], form="log-linear").coefficients == pytest.approx((1.3,))
+    steep = torch.where(x > 0.97, 50.0, torch.exp(1.3 * x))  # as the last tokens of a prompt
+    sigma, wild = (Curve.fit([steep], form=form).coefficients[0] for form in ("log-linear", "exponential"))
+    assert 1.3 < sigma < 2.5 and wild > 2 * sigma
+    assert Curve.fit([steep], form="log-linear").form == "exponential"
+
+
 def test_every_sample_counts_the_same_in_a_fit() -> None:
     g = torch.Generator().manual_seed(1)
     flat, steep = torch.rand(40, generator=g) + 1, torch.exp(2 * torch.linspace(0, 1, 40))

@@ -46,6 +46,7 @@ def _setting(setting: Mapping[str, Any], variants: Iterable[str], cpu: bool) -> 
 
 def _row(setting: Mapping[str, Any], rounds: list[dict], variant: str) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": setting["batch"], "tokens": setting["tokens"], "variant": variant}
+    rounds = [runs for runs in rounds if variant in runs]
     good = [runs for runs in rounds if "refused" not in runs[variant]]
     if not good:
         return row | {"refused": rounds[0][variant]["refused"]}

@@ -17,9 +17,10 @@ from ..core.ragged import top_k
 from ..core.tokens import Tokens
 from ..engine.patching import find_patch, patch
 from ..errors import MethodError
+from ..methods.debiased.curve_fitting import Fit
 from ..methods.debiased.method import Debiased
 from ..methods.debiased.padding import PaddingRule, shown
-from ..methods.debiased.position_curve import Curve, Form
+from ..methods.debiased.position_curve import Curve
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -99,7 +100,7 @@ def fit(
     method: Debiased,
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    form: Form = "exponential",
+    form: Fit = "exponential",
     path: str | Path | None = None,
     sizes: Iterable[Sequence[Sequence[int]] | None] | None = None,
 ) -> Curve:
@@ -111,7 +112,7 @@ def fit(
         method: The method to calibrate.
         model: The unpatched model that the method is for; it runs once over every batch.
         batches: Keyword arguments of its calls, as its processor returns them.
-        form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
+        form: Form of the curve, see `Curve.fit`.
         path: File to save the curve to as JSON, for a later `curve=path`.
         sizes: For every batch the heights and widths of its pictures, if the calls lack them.
 

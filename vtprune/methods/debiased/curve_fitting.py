@@ -12,9 +12,10 @@ from torch import Tensor
 from ...errors import MethodError
 
 Form = Literal["exponential", "reciprocal-cubic"]
+Fit = Literal["exponential", "log-linear", "reciprocal-cubic"]
 
 
-def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, form: Form) -> tuple[float, ...]:
+def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, form: Fit) -> tuple[float, ...]:
     """Coefficients of a `Curve` of the given form; see `Curve.fit` for arguments and errors."""
     places, values = _mean_by_place(scores, shown)
     if len(places) < 4:
@@ -23,6 +24,8 @@ def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, f
         )
     if not bool(torch.isfinite(values).all()):
         raise MethodError("a score vector is zero everywhere or not finite, so no curve can be fitted; leave it out")
+    if form == "log-linear":
+        return (_log_slope(places, values),)
     return (_fit_exponential(places, values),) if form == "exponential" else _fit_cubic(places, values)
 
 
@@ -40,6 +43,12 @@ def _mean_by_place(scores: Sequence[Tensor], shown: Sequence[Tensor] | None) -> 
     return torch.arange(last + 1).double()[seen] / max(last, 1), (total / count)[seen]
 
 
+def _log_slope(x: Tensor, y: Tensor) -> float:
+    """Slope of the least-squares line through the logarithms of the positive values."""
+    line = torch.stack([torch.ones_like(x), x], 1)[y > 0]
+    return float(torch.linalg.lstsq(line, y[y > 0].log()[:, None]).solution[1])
+
+
 def _fit_exponential(x: Tensor, y: Tensor) -> float:
     """Least-squares `sigma` of `mu exp(sigma x)` by Gauss-Newton steps, halved until they reduce the loss."""
 
@@ -48,9 +57,7 @@ def _fit_exponential(x: Tensor, y: Tensor) -> float:
         mu = (y @ e) / (e @ e)
         return y - mu * e, torch.stack([e, mu * x * e], 1), float((y - mu * e).square().sum())
 
-    positive = y > 0
-    start = torch.stack([torch.ones_like(x), x], 1)[positive]
-    sigma = float(torch.linalg.lstsq(start, y[positive].log()[:, None]).solution[1])
+    sigma = _log_slope(x, y)
     error, slopes, loss = residual(sigma)
     for _ in range(100):
         step = float(torch.linalg.lstsq(slopes, error[:, None]).solution[1])

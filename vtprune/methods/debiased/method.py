@@ -17,8 +17,9 @@ from ...core.tokens import Tokens
 from ...core.wrapper import Wrapper
 from ..fastv import FastV
 from ..sparsevlm.method import SparseVLM
+from .curve_fitting import Fit
 from .padding import PaddingRule, shown
-from .position_curve import Curve, Form
+from .position_curve import Curve
 
 _RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bilinear")}
 
@@ -72,7 +73,7 @@ class Debiased(Wrapper, ScoreMethod):
         self,
         scores: Sequence[Tensor],
         seen: Sequence[Tensor],
-        form: Form = "exponential",
+        form: Fit = "exponential",
         path: str | Path | None = None,
     ) -> Curve:
         """Fits the curve to scores of the host, such as `vtprune.study.calibration.fit` collects from a model.
@@ -83,7 +84,7 @@ class Debiased(Wrapper, ScoreMethod):
         Args:
             scores: For every sample `[N]` first scores of the host.
             seen: For every sample `[N]` bool, False for padding.
-            form: Form of the curve, `"exponential"` or `"reciprocal-cubic"`.
+            form: Form of the curve, `"exponential"`, `"log-linear"` or `"reciprocal-cubic"`, see `Curve.fit`.
             path: File to save the curve to as JSON, for a later `curve=path`.
 
         Returns:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.files import FileError, read_json
 from ...core.options import Range, check_options
 from ...errors import MethodError
-from .curve_fitting import Form, fit_coefficients
+from .curve_fitting import Fit, Form, fit_coefficients
 
 _SETS = ("gqa", "mmb", "mmb_cn", "mme", "mmvet", "pope", "sqa", "textvqa", "vizwiz", "vqav2")
 _SIGMAS = {
@@ -115,7 +115,7 @@ class Curve:
         return cls.preset(_DEFAULTS[host])
 
     @classmethod
-    def fit(cls, scores: Sequence[Tensor], shown: Sequence[Tensor] | None = None, form: Form = "exponential") -> Curve:
+    def fit(cls, scores: Sequence[Tensor], shown: Sequence[Tensor] | None = None, form: Fit = "exponential") -> Curve:
         """Fits a curve to score vectors of a host; do not collect them on a test set.
 
         Each vector is divided by its mean over the tokens that show the picture; the mean over samples at each place is
@@ -124,12 +124,13 @@ class Curve:
         Args:
             scores: For each sample `[N]` scores before any weighting.
             shown: For each sample `[N]` bool, False for padding; by default all True.
-            form: Form of the curve.
+            form: Form of the curve; `"log-linear"` is the exponential through the logarithms. Where the scores of a few
+                last places are many times as large as all others, least squares follow these alone.
 
         Raises:
             MethodError: The vectors are too few or too short for the form, or the fit is not positive everywhere.
         """
-        return cls(form, fit_coefficients(scores, shown, form))
+        return cls("exponential" if form == "log-linear" else form, fit_coefficients(scores, shown, form))
 
     def save(self, path: str | Path) -> None:
         """Writes the curve as JSON."""
