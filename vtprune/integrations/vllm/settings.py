@@ -34,7 +34,7 @@ TOWER_METHODS = ("Change", "Pixels", "Random", "Similar", "Uniform")
 # What methods must be before the decoder, of which resprune by itself cuts deep ones before layer 1.
 _FIXED: dict[str, dict[str, Any]] = {"iwp": {"layer": 0, "query": "none"}, "resprune": {"layer": 0}}
 # What serves iwp best there, see `IWP.query`.
-_DEFAULTS = {"iwp": {"rope_in_duplication": False}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"iwp": {"rope_in_duplication": False}}
 
 
 def reads_tower(method: Method) -> bool:
