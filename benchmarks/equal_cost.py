@@ -72,7 +72,8 @@ def beds(results: Path = RESULTS) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = [row for row in data["rows"] if "refused" not in row and row["method"] not in ("oracle", "resize")]
         whole = data["unpruned"]["visual_tokens"]
-        yield f"scenes, built-in {data['model']}", [row | {"cost": row["mean_tokens"] / whole} for row in rows]
+        part = " beside resizing" if path.stem.endswith("resize") else ""
+        yield f"scenes, built-in {data['model']}{part}", [row | {"cost": row["mean_tokens"] / whole} for row in rows]
 
 
 def comparisons(results: Path = RESULTS) -> list[Comparison]:
