@@ -57,7 +57,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "method": "divprun"}, "divprune"),
         ({"ratio": 0.5, "method": 3}, "3"),
         ({"ratio": 0.5, "options": [1]}, "options is [1]"),
-        ({"ratio": 0.5, "options": {"no": 1}}, "method divprune cannot be made with {'no': 1}"),
+        ({"ratio": 0.5, "options": {"no": 1}}, "method resprune cannot be made with {'no': 1}"),
         ({"ratio": 0.5, "method": "iwp", "options": {"layer": 3}}, "in vLLM layer is 0, found 3"),
         ({"ratio": 0.5, "method": "resprune", "options": {"layer": 1}}, "in vLLM layer is 0, found 1; give layer=0"),
         ({"ratio": 0.5, "method": "evs"}, "method evs is made for clips; name it as video_method"),
@@ -379,10 +379,10 @@ def test_a_clip_is_laid_out_frame_by_frame_before_pruning() -> None:
 @pytest.mark.parametrize(("method", "share", "frames"), [("evs", 0.2, 4), ("dycoke", 0.2, 4), ("evs", 0.5, 1)])
 def test_a_clip_that_its_method_cannot_prune_so_far_falls_to_the_method_for_images(method, share, frames, caplog):
     config, count = parse({"ratio": share, "video_method": method}), round(share * 9 * frames)
-    assert config.method_for("video", [9] * frames, count).name == "divprune"
-    assert f"divprune in place of {method} for a clip: {method}" in caplog.text
+    assert config.method_for("video", [9] * frames, count).name == "resprune"
+    assert f"resprune in place of {method} for a clip: {method}" in caplog.text
     assert config.method_for("video", [9] * 4, 36).name == method
-    assert config.method_for("image", [36], 36).name == "divprune"
+    assert config.method_for("image", [36], 36).name == "resprune"
     assert parse({"ratio": share, "video_method": "vcast"}).method_for("video", [9] * frames, count).name == "vcast"
 
 

@@ -60,19 +60,28 @@ QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 QWEN_CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
 CLIPS = {"limit_mm_per_prompt": {"image": 3, "video": 2}}
-READING = ("divprune", "iwp", "scope", "visionzip", "zoo_prune")  # what reads other parts of the model, and the default
+READING = (
+    "divprune",
+    "iwp",
+    "resprune",
+    "scope",
+    "visionzip",
+    "zoo_prune",
+)  # what reads other parts of the model, and the default
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
     "idefics3-transformers": Family(models.MODELS["idefics3"], methods=READING, engine={"model_impl": "transformers"}),
-    "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "iwp", "pooling")),
+    "smolvlm": Family(models.MODELS["smolvlm"], methods=("divprune", "iwp", "resprune")),
     "paligemma": Family(
         models.MODELS["paligemma"], image="", several=False, text_only=False, methods=READING, tower=True
     ),
-    "llava": Family(vision_models.llava, methods=("divprune", "iwp", "scope", "visionzip"), torchvision=True),
+    "llava": Family(
+        vision_models.llava, methods=("divprune", "iwp", "resprune", "scope", "visionzip"), torchvision=True
+    ),
     "internvl": Family(
         vision_models.internvl,
         "<IMG_CONTEXT>",
-        methods=("divprune", "visionzip", "zoo_prune"),
+        methods=("divprune", "resprune", "visionzip", "zoo_prune"),
         torchvision=True,
         engine=NO_VIDEO,
     ),

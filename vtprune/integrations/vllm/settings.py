@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import __version__, methods, towers
-from ...core import budget
+from ...core import budget, default_method
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
 from ...core.pixel_auto import PixelAuto
@@ -126,7 +126,7 @@ def parse(config: Any) -> Settings:
     """Checks a configuration.
 
     Args:
-        config: The object under `"vtprune"`: `method` (default `divprune`), `options` of the method, `video_method`
+        config: The object under `"vtprune"`: `method` (default `resprune`), `options` of the method, `video_method`
             (default `method`) with `video_options`, and one of `ratio` and `keep`; `ratio` is a share, `"auto"`, or an
             object with fields of `PixelAuto`. Or `certificate` alone: a file written by `vtprune certify`, or its
             content. `tower`: a share of the patches, or an object with the name of a tower `method` and its options.
@@ -154,7 +154,7 @@ def parse(config: Any) -> Settings:
 
 def _parse(config: Mapping[str, Any]) -> Settings:
     certificate = None
-    ratio, name, options = config.get("ratio"), config.get("method", "divprune"), config.get("options", {})
+    ratio, name, options = config.get("ratio"), config.get("method", default_method.NAME), config.get("options", {})
     if "certificate" in config:
         certificate = _certificate(config)
         ratio, name, options = certificate.ratio, certificate.method, certificate.options or {}
