@@ -286,16 +286,36 @@ def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize(
+    "method", ["pooling", "prumerge", "visionzip", "sparsevlm", "vflowopt", "fastvid", "holitom", "flashvid"]
+)
+def test_gradients_pass_through_merged_states(method: str) -> None:
+    """The gradient of a bias before the merge is that of finite differences."""
+    model = FAMILIES["llava"].build(dtype=torch.float64)
+    batch = FAMILIES["llava"].batch(ONE)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    bias = model.model.multi_modal_projector.linear_2.bias
+    with pruned(model, method, ratio=0.3) as (patch, _):
+        model(**batch).logits[0, -1].square().sum().backward()
+        kept, values = patch.last.kept[0].tolist(), []
+        with torch.no_grad():
+            for step in (2e-3, -4e-3):
+                bias[3] += step
+                values.append(float(model(**batch).logits[0, -1].square().sum()))
+                assert patch.last.kept[0].tolist() == kept
+    assert float(bias.grad[3]) == pytest.approx((values[0] - values[1]) / 4e-3, rel=0.02, abs=0.01)
+
+
 def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixture) -> None:
     from vtprune.vision.attention import warn_once
 
     warn_once.cache_clear()
     model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
-    for method, said in (("divprune", 0), ("pooling", 1)):
+    for method, said in (("divprune", 0), ("pooling", 0), (LAYOUTS["merging"], 1)):
         with pruned(model, method, ratio=0.3):
             model(**batch).logits.sum().backward()
         assert sum("merges tokens" in record.message for record in caplog.records) == said
-    with pruned(model, "pooling", ratio=0.3), torch.no_grad():
+    with pruned(model, LAYOUTS["merging"], ratio=0.3), torch.no_grad():
         warn_once.cache_clear()
         caplog.clear()
         model(**batch)

@@ -51,6 +51,8 @@ def test_gradients_are_those_without_checkpointing(family: str, method: str, ree
     found = []
     for checkpointed in (False, True):
         model = training(family, checkpointed, reentrant)
+        if method == "pooling" and any(map(checkpointing.runs_hooks_again, vtprune.inspect(model).layers)):
+            pytest.skip("merged states are constants under the checkpointing of transformers before 5.23")
         with vtprune.patch(model, ratio=0.3, method=method) as patch:
             losses = [model(**labeled(family, n)).loss for n in (0, 1)]
             assert patch.last is not None

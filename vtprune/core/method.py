@@ -84,12 +84,14 @@ class Method:
         group: Whether a budget applies to the whole sample or to each image of it.
         needs_frames: The method compares the frames of clips and refuses still pictures.
         question_aware: With its default options, what the method keeps depends on the prompt's text.
+        differentiable: In training, `choose` runs with gradients, so that merged states pass them on.
     """
 
     name: ClassVar[str] = ""
     group: ClassVar[Group] = "sample"
     needs_frames: ClassVar[bool] = False
     question_aware: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the options; a subclass with more to check calls it first."""

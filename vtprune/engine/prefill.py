@@ -257,7 +257,6 @@ class DecoderCall(CallState):
         if self.deepstack is not None:
             self.deepstack.cut(self.columns.index, self.columns.valid)
 
-    @torch.no_grad()
     def _select(self, number: int, flat: Tensor, snapshot: Snapshot) -> Selection:
         """Lets the methods select from the live visual tokens `flat` `[M]` before layer `number`."""
         if self.memo is not None:
@@ -274,9 +273,12 @@ class DecoderCall(CallState):
         if _sizes(groups, counts) == counts:
             return Selection(live)
         wanted, checks = torch.tensor(counts), DeferredChecks()
-        tokens = token_view.tokens(self, call, number, flat, wanted, snapshot, checks)
+        # A layer whose hooks run again, in checkpointing, gets its merged states as constants.
+        differentiable = self.trains and method.differentiable and not checkpointing.runs_hooks_again(snapshot.layer)
         try:
-            choice = method.choose(tokens)
+            with torch.set_grad_enabled(differentiable):
+                tokens = token_view.tokens(self, call, number, flat, wanted, snapshot, checks)
+                choice = method.choose(tokens)
         except Exception:
             checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
             raise
@@ -295,11 +297,12 @@ class DecoderCall(CallState):
             some = call.groups.shrinking(flat, flat[keep])
             some &= chosen | ~keep  # tokens that stay only because they are required keep their states
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
-            if self.trains:
+            if self.trains and not differentiable:
                 warn_once(
-                    f"{method.name or type(method).__name__} merges tokens, and merged states are constants in "
-                    "training: no gradient reaches the vision tower through them; to train it, choose a method that "
-                    "merges nothing, such as 'iwp' or 'divprune'"
+                    f"{method.name or type(method).__name__} merges tokens, and merged states are constants "
+                    f"{'under gradient checkpointing' if method.differentiable else 'in training'}: no gradient "
+                    "reaches the vision tower through them; to train it, choose a method that merges nothing, such as "
+                    "'iwp' or 'divprune'"
                 )
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         if members is None:

@@ -137,6 +137,7 @@ class FastVID(ClipMethod):
         beta: Smallest weight of a center in its mean.
     """
 
+    differentiable = True
     segments: Positive = 8
     threshold: Cosine = 0.9
     context_share: Share = 0.4

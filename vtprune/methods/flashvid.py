@@ -142,6 +142,7 @@ class FlashVID(TwoCuts):
         layer: Decoder layer of the second cut, published: 20 of 28; None for one cut.
     """
 
+    differentiable = True
     shares: ClassVar[tuple[float, float]] = (0.125, 0.0375)
 
     selected: Share = 0.7

@@ -199,6 +199,7 @@ class HoliTom(TwoCuts):
         layer: Decoder layer of the second cut, published: 18 of 28; None for one cut.
     """
 
+    differentiable = True
     threshold: Cosine = 0.8
     context_share: Share = 0.0
     neighbors: Positive = 7

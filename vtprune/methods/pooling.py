@@ -71,6 +71,7 @@ class Pooling(Method):
         layer: Decoder layer before which hidden states are averaged; 0 is before the decoder.
     """
 
+    differentiable = True
     layer: Count = 0
 
     def choose(self, tokens: Tokens) -> Choice:

@@ -104,6 +104,7 @@ class PruMerge(Method):
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
+    differentiable = True
     plus: bool = True
     important: Annotated[float, Range(0, 1, open=(0,))] = 0.25
     near: Count = 32

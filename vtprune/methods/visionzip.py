@@ -93,6 +93,7 @@ class VisionZip(Method):
             position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
+    differentiable = True
     contextual: Annotated[float, Range(0, 1, open=(1,))] = 10 / 64
     keep_class_token: bool = False
     average: bool = False

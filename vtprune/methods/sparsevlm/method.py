@@ -61,6 +61,7 @@ class SparseVLM(ScoreMethod):
             default they keep their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
+    differentiable = True
     question_aware: ClassVar[bool] = True
 
     version: Literal[1, 2] = 1

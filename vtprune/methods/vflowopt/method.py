@@ -74,6 +74,7 @@ class VFlowOpt(Method):
             first); by default they keep their position ids. Not for models with position ids on several axes (M-RoPE).
     """
 
+    differentiable = True
     group: ClassVar[Group] = "image"
     preset: float = 0.25
     # Bounds are wide: beyond them numbers overflow, or nothing can be meant.
