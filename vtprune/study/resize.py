@@ -8,13 +8,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
-
-from ..engine.patching import inspect
 from ..errors import MethodError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
 
 NAME = "resize"  # of its rows
 MORE = (0.9, 0.75)  # shares of the visual tokens that are tried besides those of the methods
@@ -26,6 +24,8 @@ def shrinking(
     model: nn.Module, processor: Any, image: Image, prompt: Callable[[Image], Mapping[str, Any]]
 ) -> Callable[[int], tuple[Mapping[str, Any], int]]:
     """`resized` as a function of the budget alone, with tokens counted by the model's placeholders."""
+    from ..engine.patching import inspect
+
     placeholders = list(inspect(model).placeholders.values())
 
     def count(inputs: Mapping[str, Any]) -> int:
