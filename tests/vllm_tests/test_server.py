@@ -200,6 +200,19 @@ def test_requests_that_clients_leave_are_forgotten(server):
     assert server.metrics()["vllm:num_requests_running"] == 0
 
 
+def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
+    """Data parallelism: eight requests at once, shared between two engines."""
+    urls = [images([(64, 64)], seed=i)[0] for i in range(8)]
+    wanted = [said(ask(server, url)) for url in urls]
+    options = (*OPTIONS, "--data-parallel-size", "2")
+    environment = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with Server(model, CONFIG, options=options, environment=environment) as two, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda url: said(ask(two, url)), urls)) == wanted
+        text = openai.DefaultHttpxClient(trust_env=False).get(f"{two.url}/metrics").text
+    work = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} (\S+)$', text, re.M)
+    assert [engine for engine, tokens in work if float(tokens) > 0] == ["0", "1"], work
+
+
 def test_it_stops_when_it_is_terminated(server):
     """The last of the tests that need this server; it is stopped between two requests."""
     assert server.stop(signal.SIGTERM) == 0, server.tail()
@@ -216,19 +229,6 @@ def test_a_count_holds_for_every_picture_and_ctrl_c_stops_the_server(model, unpr
             assert before - after == dropped(model, REQUESTS[name], KEEP)
         assert server.stop(signal.SIGINT) == 0, server.tail()
         assert server.left() == []
-
-
-def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
-    """Data parallelism: eight requests at once, shared between two engines."""
-    urls = [images([(64, 64)], seed=i)[0] for i in range(8)]
-    wanted = [said(ask(server, url)) for url in urls]
-    options = (*OPTIONS, "--data-parallel-size", "2")
-    environment = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    with Server(model, CONFIG, options=options, environment=environment) as two, ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda url: said(ask(two, url)), urls)) == wanted
-        text = openai.DefaultHttpxClient(trust_env=False).get(f"{two.url}/metrics").text
-    work = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} (\S+)$', text, re.M)
-    assert [engine for engine, tokens in work if float(tokens) > 0] == ["0", "1"], work
 
 
 @pytest.mark.parametrize(
