@@ -271,6 +271,24 @@ def test_a_chat_goes_on_after_an_answer_of_one_token(family: str) -> None:
             model(**turn | {"attention_mask": None}, past_key_values=cache)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@torch.no_grad()
+def test_an_interrupted_call_leaves_the_cache_guarded(error: type[BaseException]) -> None:
+    model, batch, token = model_of("llava"), FAMILIES["llava"].batch(ONE), torch.tensor([[20]])
+
+    def stop(*_: object) -> None:
+        raise error
+
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        cache = model(**batch, use_cache=True).past_key_values
+        handle = patch.anatomy.layers[2].register_forward_pre_hook(stop)
+        with pytest.raises(error):
+            model(input_ids=token, past_key_values=cache)
+        handle.remove()
+    with pytest.raises(vtprune.VTPruneError, match="patch the model"):
+        model(input_ids=token, past_key_values=cache)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:

@@ -185,6 +185,7 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._session.end_call()
         attention_probe.uninstall()
 
     @property

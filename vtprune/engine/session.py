@@ -269,9 +269,8 @@ class Session:
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         thread = self.thread
-        if thread.call is not None:  # the decoder raised
-            thread.call.stop_reading()
-        thread.inputs, thread.call, thread.records = None, None, {}
+        self.end_call()
+        thread.inputs, thread.records = None, {}
         tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
         if tower_in_decoder and self.drops:
             raise NothingPrunedError(
@@ -407,6 +406,12 @@ class Session:
                 kept = account.pruning.mask.to(thread.balanced.device)
                 thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
+
+    def end_call(self) -> None:
+        """Forgets the decoder's call of this thread, also one that an error or an interrupt left unfinished."""
+        call, self.thread.call = self.thread.call, None
+        if call is not None:
+            call.stop_reading()
 
     def _layer_hook(self, number: int) -> Callable:
         def before_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
