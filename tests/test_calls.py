@@ -352,3 +352,14 @@ def test_an_argument_that_the_model_does_not_know_is_no_picture(family: str) -> 
         assert patch.last is None
         model(**FAMILIES[family].batch(ONE), **strange)
         assert len(patch.last.kept[0]) < len(patch.last.visual[0])
+
+
+def test_places_that_begin_again_in_a_picture_are_no_packed_row() -> None:
+    """HunYuan-VL counts the places of a picture from 0; the text after it goes on from the row's length."""
+    from vtprune.models import unsupported
+
+    real = torch.ones(1, 10, dtype=torch.bool)
+    one, two = ([0, 1, 2, 0, 1, 0, 1, 7, 8, 9], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6])
+    unsupported.refuse_packed_rows({"position_ids": torch.tensor([[one]] * 3)}, real, 0)
+    with pytest.raises(vtprune.UnsupportedModelError, match="position_ids restart"):
+        unsupported.refuse_packed_rows({"position_ids": torch.tensor([[two]] * 3)}, real, 0)

@@ -166,7 +166,9 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
         first = positions if positions.dim() == 2 else positions.reshape(-1, *positions.shape[-2:])[0]
         for row, tokens in zip(first.cpu().expand(batch, -1), real, strict=True):
             row = row if bool(tokens.all()) else row[tokens]
-            if bool((row[1:] < row[:-1]).any()):
+            # Places in a picture may begin at 0 again (HunYuan-VL); text after it goes on from the row's length.
+            restarts = bool((row[1:] < row[:-1]).any())
+            if restarts and int(row[-1]) != past + len(row) - 1:
                 yield "position_ids restart"
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool(mask.max() > 1):
