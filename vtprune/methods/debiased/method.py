@@ -41,7 +41,8 @@ class Debiased(Wrapper, ScoreMethod):
     show the picture, and padding fills it in the order of the prompt (the release lowers the budget for FastV);
     `stages="all"` corrects later cuts too, by original indices; SparseVLM recycles by corrected scores, so that padding
     does not come back (`recycle="raw"` is the release). The released curves were fitted per benchmark on 576 tokens of
-    one model. The defaults are the one of FastV and those of GQA; use `fit` for a curve of your own model.
+    one model. The defaults are the one of FastV and those of GQA; use `fit` for a curve of your own model, through
+    logarithms (`form="log-linear"`) where the scores of the last places are many times as large as the others.
 
     Attributes:
         host: The method to correct.
