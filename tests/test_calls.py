@@ -271,6 +271,23 @@ def test_a_chat_goes_on_after_an_answer_of_one_token(family: str) -> None:
             model(**turn | {"attention_mask": None}, past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["llava", "smolvlm", "internvl"])
+@torch.no_grad()
+def test_adjacent_pictures_that_were_encoded_before(family: str) -> None:
+    """How long each picture is, is known from features that the caller stored, too."""
+    model, batch = model_of(family), FAMILIES[family].batch([[3, Image(0), Image(0), 5]])
+    pixels = {name: batch.pop(name) for name in list(batch) if name.startswith(("pixel", "image_"))}
+    seen = []
+    for given in (
+        pixels,
+        {"mm_encoder_outputs": {"image": model.model.get_image_features(**pixels, return_dict=True)}},
+    ):
+        with pruned(model, "uniform", ratio=0.3) as (patch, _):
+            model(**batch, **given)
+            seen.append((patch.last.places.image.tolist(), patch.last.kept[0].tolist()))
+    assert len(set(seen[0][0])) == 2 and seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @torch.no_grad()
 def test_an_interrupted_call_leaves_the_cache_guarded(error: type[BaseException]) -> None:

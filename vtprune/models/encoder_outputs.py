@@ -94,7 +94,7 @@ def supplied(
         kinds: The kinds that the model has placeholders for.
 
     Returns:
-        dict: The encoder run of each kind that comes with features; one without lengths if the run is unknown.
+        dict: The encoder run of each kind that comes with features; one without inputs if the run is unknown.
     """
     given = inputs.get(ENCODER_OUTPUTS)
     given = given if isinstance(given, dict) else {}
@@ -105,7 +105,9 @@ def supplied(
             continue  # pixels of zero images
         if known is not None and (kind in fresh or _same_features(known.output(), given.get(kind))):
             found[kind] = known
-        elif given.get(kind) is not None or any(_holds_features(inputs[n]) for n in _pixel_names(kind, inputs)):
+        elif given.get(kind) is not None:  # encoded elsewhere
+            found[kind] = Encoded(kind, {}, _lengths(getattr(given[kind], "pooler_output", None)))
+        elif any(_holds_features(inputs[n]) for n in _pixel_names(kind, inputs)):
             found[kind] = Encoded(kind, {}, None)
     return found
 
