@@ -81,6 +81,7 @@ def test_smaller_pictures_have_no_more_tokens_and_make_the_tower_cheaper(family:
         assert 0.5 * share * prompt.tokens < run["kept"] <= round(share * prompt.tokens)
         assert small["pixel_values"].numel() < 0.7 * prompt.inputs["pixel_values"].numel() and run["decision"] == 0
         assert run["kv_bytes"] == run["kv_bytes_formula"]
+        assert {runs[f"{other} ratio={share}"]["kept"] for other in ("limit", "random", "pooling")} == {run["kept"]}
     rows = summary.rows(
         {"variants": list(runs), "settings": {"one": {"batch": 2, "tokens": 48, "rounds": [{"runs": runs}]}}}
     )

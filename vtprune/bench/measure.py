@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.budget import Budget
 from ..engine.patching import inspect, patch
 from ..errors import BudgetError, MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError, one_line
 from ..models.anatomy import Anatomy
@@ -100,7 +101,10 @@ class Bench:
             if variant.kind == "resize":
                 assert variant.budget is not None
                 most = limit.tokens_left(variant.budget, prompt.tokens)
-                prompt.smaller[variant.key] = self._smaller(setting.batch, most)
+                small = prompt.smaller[variant.key] = self._smaller(setting.batch, most)
+                if small is not None:
+                    count = int(torch.isin(small["input_ids"][0], ids).sum())
+                    prompt.budgets[str(variant.budget)] = Budget(keep=count)
         return prompt
 
     def _smaller(self, batch: int, most: int) -> Mapping[str, Any] | None:
@@ -137,10 +141,11 @@ class Bench:
 
     def _run(self, variant: Variant, prompt: Prompt) -> dict[str, Any]:
         batch, length = prompt.visual.shape
+        budget = prompt.budgets.get(str(variant.budget), variant.budget)
         layers = self.parts.num_layers
         if variant.kind == "method":
-            assert variant.budget is not None and variant.method is not None
-            with patch(self.model, method=variant.method, **vars(variant.budget)) as running:
+            assert budget is not None and variant.method is not None
+            with patch(self.model, method=variant.method, **vars(budget)) as running:
                 run = stopwatch.generate(
                     self.parts, prompt.inputs, self.new_tokens, [stage.layer for stage in running.schedule]
                 )
@@ -148,8 +153,8 @@ class Bench:
             assert last is not None
             slots, kept, mean = last.slots, len(last.kept[0]), last.mean_ratio
         elif variant.kind == "limit":
-            assert variant.budget is not None
-            short = limit.short_prompt(prompt.embeds, prompt.visual, variant.budget)
+            assert budget is not None
+            short = limit.short_prompt(prompt.embeds, prompt.visual, budget)
             run = stopwatch.generate(self.parts, short, self.new_tokens)
             kept = short["attention_mask"].shape[1] - length + prompt.tokens
             slots, mean = [short["attention_mask"].shape[1]] * layers, kept / prompt.tokens
@@ -185,12 +190,15 @@ class Prompt:
         embeds: `[B, T, D]` inputs of the decoder.
         smaller: For each variant that resizes, by its key, arguments of `generate` with smaller pictures; None if none
             has so few tokens.
+        budgets: By the text of the budget that was asked for, that of the smaller picture: methods and limit keep as
+            many tokens as the processor's rounding left it.
     """
 
     inputs: Mapping[str, Any]
     visual: Tensor
     embeds: Tensor
     smaller: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    budgets: dict[str, Budget] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

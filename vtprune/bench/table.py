@@ -30,7 +30,7 @@ _COLUMNS = (
 _EXPLAINED = (
     "Medians in milliseconds over alternating runs (prefill: minimum to maximum in brackets). "
     "limit: the same model on a prompt that has only the kept tokens. "
-    "resize: the unpruned model on smaller pictures of no more tokens, whose vision tower has less to do, too. "
+    "resize: the unpruned model on smaller pictures, whose tower has less to do, too; methods keep as many tokens. "
     "of the gain: achieved share of the prefill time between unpruned and the limit. "
     "FLOPs bound: prefill time if it were proportional to FLOPs."
 )
