@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -380,3 +381,10 @@ def test_places_that_begin_again_in_a_picture_are_no_packed_row() -> None:
     unsupported.refuse_packed_rows({"position_ids": torch.tensor([[one]] * 3)}, real, 0)
     with pytest.raises(vtprune.UnsupportedModelError, match="position_ids restart"):
         unsupported.refuse_packed_rows({"position_ids": torch.tensor([[two]] * 3)}, real, 0)
+
+
+@pytest.mark.parametrize("model", ["llava", None])
+def test_what_is_no_model_is_named(model: Any) -> None:
+    for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):
+        with pytest.raises(vtprune.UnsupportedModelError, match=f"model is a {type(model).__name__}"):
+            call(model)

@@ -18,7 +18,7 @@ from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.registry import resolve
-from ..errors import CertificateError, MethodError, UnsupportedModelError, VTPruneError
+from ..errors import CertificateError, MethodError, VTPruneError
 from ..methods import names as _names  # noqa: F401  registers the methods that come with the package
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
@@ -267,15 +267,14 @@ def patch(
     if cut is not None and (ratio, keep, mean_ratio) == (None, None, None):
         ratio = 1.0
     budget = Budget(ratio, keep, mean_ratio)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
+    replaces = find_patch(model)  # raises if this is no model
     if certificate is not None:
         if for_clips is not None:
             raise CertificateError("the certificate is for one method, but another one was given for clips")
         certificate.check_method(chosen)
         certificate.check_model(model)
     spec = PruneSpec.of(model, chosen, budget, for_clips, window, cut)
-    return Patch(model, spec, replaces=find_patch(model))
+    return Patch(model, spec, replaces)
 
 
 def _methods(

@@ -138,8 +138,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     wrappers too.
 
     Raises:
-        UnsupportedModelError: The module holds several transformers models; the message names them.
+        UnsupportedModelError: It is no module, or holds several transformers models; the message names them.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model is a {type(model).__name__}; expected a torch.nn.Module from transformers")
     while True:
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
