@@ -78,6 +78,7 @@ CONFIGS: list[dict[str, Any] | None] = [
     {"method": "uniform", "ratio": 0.25},
     {"method": "random", "ratio": 0.25},
     {"method": "random", "ratio": 0.25, "options": {"seed": 1}},
+    {"ratio": 0.25, "tower": 0.5},
 ]
 
 
@@ -206,6 +207,21 @@ def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any
 def test_vllm_and_vtprune_do_not_both_prune_videos(folders: Any) -> None:
     with pytest.raises(ServingError, match=r"video_pruning_rate=0\.5 asks vLLM to prune"):
         engine_config(folders("qwen3_vl"), {"ratio": 0.5}, video_pruning_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"compilation_config": {"compile_mm_encoder": True}}, "which compile_mm_encoder compiles whole"),
+        ({"tensor_parallel_size": 2}, "not tried with a vision encoder on several ranks"),
+    ],
+)
+def test_set_ups_in_which_a_tower_cannot_be_cut_are_refused_by_name(folders: Any, options: Any, words: str) -> None:
+    folder = folders("idefics3")
+    engine_config(folder, {"ratio": 0.5, "tower": 0.5})
+    with pytest.raises(ServingError, match=words) as caught:
+        engine_config(folder, {"ratio": 0.5, "tower": 0.5}, **options)
+    assert str(folder) in str(caught.value)
 
 
 def test_adapters_of_the_vision_encoder_are_refused(folders: Any) -> None:
