@@ -57,7 +57,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "method": "divprun"}, "divprune"),
         ({"ratio": 0.5, "method": 3}, "3"),
         ({"ratio": 0.5, "options": [1]}, "options is [1]"),
-        ({"ratio": 0.5, "options": {"no": 1}}, "method resprune cannot be made with {'no': 1}"),
+        ({"ratio": 0.5, "options": {"no": 1}}, "method resprune cannot be made with {'layer': 0, 'no': 1}"),
         ({"ratio": 0.5, "method": "iwp", "options": {"layer": 3}}, "in vLLM layer is 0, found 3"),
         ({"ratio": 0.5, "method": "resprune", "options": {"layer": 1}}, "in vLLM layer is 0, found 1; give layer=0"),
         ({"ratio": 0.5, "method": "evs"}, "method evs is made for clips; name it as video_method"),
