@@ -388,3 +388,33 @@ def test_what_is_no_model_is_named(model: Any) -> None:
     for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):
         with pytest.raises(vtprune.UnsupportedModelError, match=f"model is a {type(model).__name__}"):
             call(model)
+
+
+@torch.no_grad()
+def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> None:
+    """GLM-5 Next returns hidden states `[B, T, S, D]`, and its layers get the padding of their own tokens."""
+    from tests.coverage.run import prepare, registered
+
+    if "glm5_next" not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare("glm5_next", registered()["glm5_next"])
+    model, batch = built.model, prompts.batch([[3, "image", 5]])
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        states = model(**batch, output_hidden_states=True).hidden_states
+        dropped = ~patch.last.mask[0]
+        assert all(h.shape[:2] == batch["input_ids"].shape for h in states)
+        assert all(h[0, ~dropped].any() and not h[0, dropped].any() for h in states[1:])
+        settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        static = model.generate(**batch, **settings, cache_implementation="static")
+        assert torch.equal(static, model.generate(**batch, **settings))
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_no_packed_row() -> None:
+    """`generate` with a static cache passes decoders with a window a mask that hides the first tokens."""
+    model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
+    length = batch["input_ids"].shape[1]
+    window = torch.ones(length, length, dtype=torch.bool).tril().triu(-9)[None, None]
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        model(**batch | {"attention_mask": window}, use_cache=False)
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])

@@ -266,7 +266,7 @@ class Columns:
             )
         if is_block_mask(mask):
             return masks.translate_block_mask(mask, self.index if self.is_cut else None, slots, valid)
-        if mask.dim() == 2 and mask.shape[1] == self.length and self.past:
+        if mask.dim() == 2 and mask.shape[1] == self.length and (self.past or slots.shape[1] > self.index.shape[1]):
             slots, valid = self.index, self.valid  # a mask of this call's positions only
         rows = self._on(self.index, mask.device) if self.is_cut else None
         return masks.translate_mask(mask, rows, self._on(slots, mask.device), self._on(valid, mask.device))
@@ -339,7 +339,7 @@ class Columns:
         if not isinstance(group, (tuple, list)) or not any(isinstance(x, Tensor) for x in group):
             return group
         dims = next(x.dim() for x in group if isinstance(x, Tensor))
-        if dims == 3:
+        if dims == 3 or len(group) == len(self.layouts) + 1:  # hyper-connections have several streams, [B, T, S, D]
             # Entry 0 is the input of the first layer, entry i the output of layer i - 1.
             full = (None if h is None else self._full(h, max(i - 1, 0)) for i, h in enumerate(group))
             return tuple(self.inputs.get(i, h) for i, h in enumerate(full))

@@ -173,9 +173,17 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool(mask.max() > 1):
         yield "attention_mask has values above 1"
-    last = torch.where(real, torch.arange(length), 0).amax(1)
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    columns = torch.arange(length)
+    last = torch.where(real, columns, 0).amax(1)
     seen = attended(mask, batch, length, last)
-    if seen is not None and seen.shape[2] >= past + length:
-        own = seen[:, 0, past : past + length].cpu()
-        if bool((~own & real & (torch.arange(length) <= last[:, None])).any()):
-            yield "attention_mask hides earlier tokens of the row"
+    if seen is None or seen.shape[2] < past + length:
+        return
+    hidden = ~seen[:, 0, past : past + length].cpu() & real & (columns <= last[:, None])
+    nearest = torch.where(hidden, columns, -1).amax(1)
+    rows = nearest >= 0
+    # Behind a sliding window, the token after the nearest hidden one sees that one; the first of a sample does not.
+    after = attended(mask, batch, length, (nearest + 1).clamp(max=length - 1))
+    assert after is not None
+    if bool((rows & ~after[torch.arange(batch), 0, past + nearest.clamp(min=0)].cpu()).any()):
+        yield "attention_mask hides earlier tokens of the row"
