@@ -139,7 +139,7 @@ class FlashVID(TwoCuts):
         threshold: Frames whose cosine is below it are in different segments.
         segments: Minimum number of segments of a clip.
         events: Whether weights include closeness to the segment's frames.
-        layer: Decoder layer of the second cut, published: 20 of 28; None for one cut.
+        layer: Decoder layer of the second cut, published: 20 of 28; at most the last one. None for one cut.
     """
 
     differentiable = True

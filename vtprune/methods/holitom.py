@@ -196,7 +196,7 @@ class HoliTom(TwoCuts):
         neighbors: Neighbors from which a density is computed.
         beta: Weight of a cluster's center.
         plain_mean: Clusters become plain means of center and others.
-        layer: Decoder layer of the second cut, published: 18 of 28; None for one cut.
+        layer: Decoder layer of the second cut, published: 18 of 28; at most the last one. None for one cut.
     """
 
     differentiable = True
