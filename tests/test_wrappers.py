@@ -13,7 +13,7 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
 
-from families import FAMILIES, IMAGE  # noqa: E402
+from families import FAMILIES, IMAGE, Image  # noqa: E402
 from support import ONE, model_of  # noqa: E402
 
 import vtprune  # noqa: E402
@@ -95,6 +95,47 @@ def test_fsdp_with_wrapped_layers_trains(original: bool, method: str, tmp_path: 
                 assert patch.last.kept[0].tolist() == kept
     finally:
         distributed.destroy_process_group()
+
+
+PROMPTS = [ONE, [[3, 4, Image(1), 6, 7]]]
+
+
+def _rank(rank: int, store: str, out: str) -> None:
+    """One of two processes that share a model: loss and kept tokens of its own prompt, then what `iwp` says."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(PROMPTS[rank])
+    policy = ModuleWrapPolicy({type(vtprune.inspect(model).layers[0])})
+    sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    with vtprune.patch(sharded, ratio=0.3) as patch:
+        loss = sharded(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)).loss
+        loss.backward()
+        kept = patch.last.kept[0].tolist()
+    with vtprune.patch(sharded, ratio=0.3, method="iwp"):
+        try:
+            sharded(**batch)
+            said = ""
+        except vtprune.MethodError as error:
+            said = str(error)
+    torch.save((loss.item(), kept, said), f"{out}/{rank}")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_fsdp_on_two_processes(tmp_path: Path) -> None:
+    """Each prunes its own prompt as alone; a method that would gather a layer by itself is refused."""
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for rank, prompt in enumerate(PROMPTS):
+        model, batch = model_of("llava"), FAMILIES["llava"].batch(prompt)
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
+        with torch.no_grad(), vtprune.patch(model, ratio=0.3) as patch:
+            want, kept = model(**batch, labels=labels).loss.item(), patch.last.kept[0].tolist()
+        loss, got, said = torch.load(tmp_path / str(rank))
+        assert got == kept and loss == pytest.approx(want, rel=1e-5)
+        assert "sharded over 2 processes" in said
 
 
 def test_the_default_method_reads_nothing_inside_a_layer() -> None:

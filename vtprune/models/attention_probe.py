@@ -333,12 +333,26 @@ def probe(
 
 @contextmanager
 def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
-    """Yields a layer with full weights, without its FSDP wrapper, whose forward must not be stopped half-way."""
+    """Yields a layer with full weights, without its FSDP wrapper, whose forward must not be stopped half-way.
+
+    Raises:
+        MethodError: The weights are sharded over several processes.
+    """
     inner = layer._modules.get("_fsdp_wrapped_module")
     if inner is None:
         yield layer
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
+
+    processes = getattr(layer, "world_size", 1)
+    if processes > 1:
+        # Gathering is a collective call, and a process whose batch has nothing to prune would not make it: its next
+        # one, for another layer, would be taken for this one.
+        raise MethodError(
+            f"the layers are sharded over {processes} processes (FSDP), and this method computes queries and keys of a "
+            "layer, for which all processes would have to prune in step; choose a method that reads the prompt only, "
+            "such as 'resprune' or 'divprune'"
+        )
 
     with FullyShardedDataParallel.summon_full_params(layer, recurse=False, writeback=False):
         yield inner
