@@ -288,7 +288,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
-    resized = [(NAME, {"ratio": ratio}) for ratio in sorted({*args.ratios, *MORE}, reverse=True)]
+    shares = sorted({*args.ratios, *MORE}, reverse=True) if args.model != "llava" else []  # whose grid is fixed
+    resized = [(NAME, {"ratio": ratio}) for ratio in shares]
     jobs = [(None, {}), *resized, *itertools.product(args.methods, budgets)]
     with progress.script(args.out):
         measure(jobs, args.questions, args.batch, args.processes, args.out, _print, args.force, args.model)

@@ -4,7 +4,7 @@
 #   scripts/check_release.sh PYTHON [TAG]     PYTHON has what requirements/release.txt and requirements/runtime.txt name
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1 tag=${2:-}
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") tag=${2:-}  # absolute: one step runs in another folder
 "$python" scripts/release_notes.py --check "$tag"
 rm -rf dist build/lib build/try
 "$python" -m build --no-isolation --outdir dist .

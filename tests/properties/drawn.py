@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import vtprune
 from vtprune import methods
+from vtprune.core.clips import TwoCuts
 from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, ScoreMethod, Stage, Tokens
 
@@ -153,7 +154,8 @@ def methods_with_options(draw: Any, family: str, name: str) -> Method:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     options: dict[str, Any] = {}
     if "layer" in fields:
-        options["layer"] = draw(st.integers(0, LAYERS - 1))
+        inside = issubclass(cls, TwoCuts)  # a second cut, which cannot be before the decoder
+        options["layer"] = draw(st.none() | st.integers(1, LAYERS - 1) if inside else st.integers(0, LAYERS - 1))
     if "layers" in fields and "depth" in fields and draw(st.booleans()):
         count = len(fields["layers"].default)  # type: ignore[arg-type]
         cuts = draw(st.lists(st.integers(0, LAYERS - 1), min_size=count, max_size=count, unique=True))

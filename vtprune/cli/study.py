@@ -159,18 +159,19 @@ def _print_rows(output: Output, args: argparse.Namespace, rows: list[Row], pictu
         )
     some = "a clip" if args.clip else plural(pictures, "picture")
     title = f"{args.model}, {some}, mean ratio {args.mean_ratio:g}: {short(args.question)}"
-    output.table(
-        title, ("method", "kept", "mean ratio", "KL (nats)", "same top-1", "selection", "tower + decoder"), cells
-    )
+    output.table(title, ("method", "kept", "mean", "KL", "top-1", "selection", "operations"), cells)
     for row in rows:
         if row.reason is not None:
             output.say(f"{row.method}: {row.reason}")
-    output.say("KL and top-1 compare the distribution of the next token after the prompt with the unpruned model's.")
+    output.say("mean: share of the visual tokens, averaged over the inputs of the decoder layers.")
+    output.say(
+        "KL (nats) and top-1 compare the distribution of the next token after the prompt with the unpruned model's."
+    )
     tower = next((row.tower for row in rows if row.tower and row.method != "resize"), None)
     if tower is not None:
         output.say(
-            "tower + decoder: operations to the first token, as shares of the unpruned ones; pruning the decoder alone "
-            f"can make them at most {1 / tower:.1f} times fewer."
+            "operations: of vision tower + decoder to the first token, as shares of the unpruned ones; pruning the "
+            f"decoder alone can make them at most {1 / tower:.1f} times fewer."
         )
 
 

@@ -39,5 +39,5 @@ def residual_pivots(
     max_length: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
-    length = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    length = torch.linalg.vector_norm(features.float(), dim=1)
     return dpp_map(features, relevance(features, length, weights, offsets), offsets, budgets, max_budget)
