@@ -13,6 +13,9 @@ Three phases, because a small model that is only asked questions stays at guessi
 The learning rate stays constant after a short warm-up and falls to nothing in the last `--cooldown` steps. A run that
 was interrupted goes on from `checkpoint.safetensors`; a finished run goes on from `stable.safetensors`, the state
 before the fall, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
+
+`start` beside this file holds the weights of a run that was not finished (2,000 steps, 900 of them of phase 1): with
+`--start tools/refvlm/qwen2_5_vl/start` training begins with phase 2, from a model that answers scenes and short pages.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vtprune import refvlm
 
@@ -144,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=2, help="batches of a step")
     parser.add_argument("--look-budget", type=int, default=2200)
     parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
+    parser.add_argument("--start", type=Path, help="folder with weights to begin phase 2 from")
     parser.add_argument("--fresh", action="store_true", help="start again; by default an interrupted run resumes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -163,6 +168,12 @@ def main(argv: list[str] | None = None) -> None:
         if stable.exists() and args.steps - step > args.cooldown:  # a finished run is extended
             learner, optims, step = restore(stable, args)
             stable.unlink()
+    elif args.start is not None:
+        learner, step = (
+            Learner(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32")),
+            args.look,
+        )
+        optims = optimizers(learner, False)
     else:
         learner = Learner(begin(args.out))
         optims = optimizers(learner, True)
