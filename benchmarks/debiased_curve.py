@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.mean_rows import mean_row
 from benchmarks.position_bias import GRID, QUESTION, RATIO, model, photographs
 from benchmarks.real import parts, photo_vlm
 from vtprune.methods import FastV
 from vtprune.methods.debiased.position_curve import Curve
 from vtprune.study import progress
 from vtprune.study.calibration import collect
-from vtprune.study.intervals import bootstrap
 
 OUT = Path(__file__).resolve().parent / "results" / "debiased_curve.json"
 
@@ -51,10 +51,10 @@ def last_quarter(score: Tensor) -> float:
 def row(found: Sequence[float], curves: Sequence[Curve]) -> dict[str, Any]:
     """One way of ranking: mean over pictures, and the ratio of the ends of its curves."""
     ends = [float(curve(torch.zeros(1)) / curve(torch.ones(1))) for curve in curves]
-    interval = [round(bound, 3) for bound in bootstrap(found)]
+    mean = mean_row(found)
     return {
-        "last_quarter": round(math.fsum(found) / len(found), 3),
-        "interval": interval,
+        "last_quarter": mean["mean"],
+        "interval": mean["interval"],
         "curve": [round(end, 2) for end in ends],
     }
 

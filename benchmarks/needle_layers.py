@@ -16,7 +16,6 @@ of what all of them get. `relevance` and `closest_similarity` are the medians th
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from torch import Tensor
 
 import vtprune
 from benchmarks import needle
+from benchmarks.mean_rows import mean_rows
 from benchmarks.real import parts
 from vtprune.core.ragged import top_k
 from vtprune.methods import IWP, Choice, Method, Stage, Tokens
 from vtprune.study import progress
-from vtprune.study.intervals import bootstrap
 from vtprune_kernels import attention_rows, residual_pivots
 
 OUT = Path(__file__).resolve().parent / "results" / "needle_layers.json"
@@ -94,12 +93,7 @@ def run(layer: int, texts: int) -> dict[str, Any]:
         probe.facts = [one.fact for one in chosen]
         with vtprune.patch(needle.model(), ratio=RATIO, method=probe):
             needle.model()(**inputs, use_cache=False, logits_to_keep=1)
-    row: dict[str, Any] = {}
-    for name in probe.found[0]:
-        values = [one[name] for one in probe.found]
-        interval = [round(bound, 3) for bound in bootstrap(values)]
-        row[name] = {"mean": round(math.fsum(values) / len(values), 3), "interval": interval}
-    return row
+    return mean_rows(probe.found)
 
 
 def main(argv: list[str] | None = None) -> None:

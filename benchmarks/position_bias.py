@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 import vtprune
+from benchmarks.mean_rows import mean_rows
 from benchmarks.real import parts, photo_vlm
 from vtprune.study import progress
-from vtprune.study.intervals import bootstrap
 
 OUT = Path(__file__).resolve().parent / "results" / "position-bias.json"
 GRID = 24  # 576 visual tokens
@@ -81,12 +81,7 @@ def run(method: str, ratio: float) -> dict[str, Any]:
         found = [compared(*kept(method, image, ratio)) for _, image in photographs()]
     except (vtprune.MethodError, vtprune.BudgetError) as error:
         return {"refused": str(error)}
-    row: dict[str, Any] = {}
-    for name in found[0]:
-        values = [one[name] for one in found]
-        interval = [round(float(bound), 3) for bound in bootstrap(values)]
-        row[name] = {"mean": round(float(np.mean(values)), 3), "interval": interval}
-    return row
+    return mean_rows(found)
 
 
 def main(argv: list[str] | None = None) -> None:
