@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,13 @@ def patched(model: torch.nn.Module, method: Any, **budget: Any) -> vtprune.Patch
         return vtprune.patch(model, method=method, **(budget or {"ratio": RATIO}))
     except vtprune.MethodError as error:
         pytest.skip(f"refused: {error}")
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Runs `work(0)`, ..., `work(count - 1)` at once, each in a thread of its own; raises what one of them raises."""
+    with ThreadPoolExecutor(count) as pool:
+        for result in [pool.submit(work, number) for number in range(count)]:
+            result.result()
 
 
 class Spy:

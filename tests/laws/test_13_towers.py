@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Image, Video
-from support import CLIP, MIXED, ONE, model_of
+from support import CLIP, MIXED, ONE, in_threads, model_of
 from test_7_no_trace import trace
 from tower_reference import Shown, blocks_of, copies, follows_neighbors, hiding, prefix_of
 
@@ -404,11 +403,7 @@ def test_threads_do_not_disturb_each_other(family: str) -> None:
                     if not torch.equal(logits, want[number][0]) or not all(map(torch.equal, kept, want[number][1])):
                         failures.append(f"thread {number}")
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, 3)
     assert not failures
 
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import gc
-import threading
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Image
-from support import LAYOUTS, ONE, model_of, pruned
+from support import LAYOUTS, ONE, in_threads, model_of, pruned
 
 import vtprune
 
@@ -53,11 +52,7 @@ def test_threads_on_one_model(family: str, layout: str) -> None:
                 for _ in range(3):
                     got[i] = (generate(model, batches[i]), [k.tolist() for k in patch.last.kept])
 
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, len(batches))
     assert got == want
 
 
@@ -150,11 +145,7 @@ def test_requests_with_methods_of_their_own(name: str) -> None:
                 got[i] = (generate(model, batch), patch.last.method, [k.tolist() for k in patch.last.kept])
 
     with vtprune.patch(model, ratio=0.6, method="divprune") as patch, torch.no_grad():
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(asked))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(work, len(asked))
         assert got == want
         with patch.using(method="iwp"), patch.using(ratio=0.3):  # the inner block keeps the outer one's method
             assert (generate(model, batch), patch.last.method) == want[0][:2]
