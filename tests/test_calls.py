@@ -323,7 +323,8 @@ def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["pooling", "prumerge", "visionzip", "sparsevlm", "vflowopt", "fastvid", "holitom", "flashvid"]
+    "method",
+    ["pooling", "prumerge", "visionzip", "sparsevlm", "vflowopt", "fastvid", "holitom", "flashvid", "sink_aware"],
 )
 def test_gradients_pass_through_merged_states(method: str) -> None:
     """The gradient of a bias before the merge is that of finite differences."""

@@ -32,6 +32,11 @@ class Wrapper(Method):
         return self.host.question_aware
 
     @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether states that the host merges pass gradients on."""
+        return self.host.differentiable
+
+    @property
     def group(self) -> Group:  # type: ignore[override]
         return self.host.group
 
