@@ -67,7 +67,7 @@ FAULTS = (
     Fault("5 budget", "ties go to the larger column", "core/ragged.py",
           "order = order[torch.sort(tie * len(scores) + order).indices]",
           "order = order[torch.sort(tie * len(scores) - order).indices]",
-          "test_5_budget.py -k 'llava-'"),
+          "../test_methods_attention.py -k ties_go"),
     Fault("5 budget", "the count is rounded down", "core/budget.py",
           "final = max(1, round(ratio * total))", "final = max(1, int(ratio * total))",
           "test_5_budget.py -k 'llava_next-random'"),

@@ -54,6 +54,7 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
             batch, queries = states.shape[:2]
             cache = next((v for v in kwargs.values() if hasattr(v, "get_mask_sizes")), None)
             past = int(cache.get_seq_length(number)) if cache is not None and number < len(cache.layers) else 0
+            layer = cache.layers[number] if past else None
             total = past + queries
             gone = torch.zeros(batch, total, dtype=torch.bool)
             for start, columns in cuts:
@@ -63,13 +64,15 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
                         gone[row, here[here < total]] = True  # guidance also runs a shorter prompt
 
             def hide(x: Any) -> Any:
+                if cache is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == queries < x.shape[3]:
+                    x = x[..., :total]  # a padding mask of ones, longer than the keys: other attentions leave it out
                 if not (
                     isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == queries and queries <= x.shape[3] <= total
                 ):
                     return x
-                seen = x.shape[3]  # a sliding window has forgotten the first columns
-                own = torch.eye(total, dtype=torch.bool)[past:, total - seen :]
-                blocked = gone[:, None, None, total - seen :] & ~own
+                seen = _held(layer, total, x.shape[3])
+                own = torch.eye(total, dtype=torch.bool)[past:, seen]
+                blocked = gone[:, None, None, seen] & ~own
                 return x & ~blocked if x.dtype == torch.bool else x.masked_fill(blocked, torch.finfo(x.dtype).min)
 
             hidden_args, hidden_kwargs = tuple(map(hide, args)), {k: hide(v) for k, v in kwargs.items()}
@@ -87,6 +90,13 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _held(layer: Any, total: int, seen: int) -> Tensor:
+    """Columns `[seen]` that a layer attends to: a sliding window has forgotten the first ones, but for a prompt that
+    some windows never leave behind."""
+    prompt = min(getattr(layer, "prefill_length", None) or 0, seen)
+    return torch.cat([torch.arange(prompt), torch.arange(total - seen + prompt, total)])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.transfer import to_device
 from ..errors import UnsupportedModelError
 from ..models.attended import is_block_mask
+from ..models.transformers_names import PROMPT_LENGTH, WINDOW
 from . import gather, kv_cache, masks, positions
 
 
@@ -155,6 +156,8 @@ class Columns:
         """Cuts the arguments of layer `number`, except hidden states, down from all positions to those left."""
         if self.needs_no_change(args, kwargs):
             return args, kwargs
+        if self.is_cut:
+            self._shorten_prompt(number)
         if self.state is None and len(args) < 2:
             return args, self._as_before(number, kwargs)
         if self.is_cut and "together" not in self._gathered:
@@ -171,6 +174,22 @@ class Columns:
             if value is not None and "mask" in name:
                 return False
         return len(args) < 2 or not any(isinstance(value, Tensor) and value.dim() == 4 for value in args[1:])
+
+    def _shorten_prompt(self, number: int) -> None:
+        """Tells a cached layer whose window keeps the prompt how many of its tokens are left.
+
+        Raises:
+            UnsupportedModelError: An earlier call filled the layer: its window counts slots, not positions.
+        """
+        prompt = kv_cache.lasting_prompt(self.cache, number)
+        if not prompt:
+            return
+        if self.past:
+            raise UnsupportedModelError(
+                f"layer {number} has a sliding window beside the first prompt, so that later turns cannot be cut; give "
+                "all pictures in the first prompt, or run this turn inside patch.paused()"
+            )
+        setattr(self.cache.layers[number], PROMPT_LENGTH, min(prompt, self.index.shape[1]))
 
     def _as_before(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer of a first prompt; all but masks are the same for every layer that is given the same."""
@@ -254,7 +273,12 @@ class Columns:
             return None
         key = ("mask", id(mask), id(slots))
         if key not in self._gathered:
-            self._gathered[key] = (mask, slots, self._translated(mask, slots, valid))
+            made = self._translated(mask, slots, valid)
+            prompt = kv_cache.lasting_prompt(self.cache, number) if self.state is not None and self.length > 1 else 0
+            if prompt and isinstance(made, Tensor) and made.dim() == 4:  # the model's own mask has no such window
+                window = getattr(self.cache.layers[number], WINDOW)
+                made = masks.windowed(made, self._on(self.index + self.past, made.device), slots, window, prompt)
+            self._gathered[key] = (mask, slots, made)
         return self._gathered[key][2]
 
     def _translated(self, mask: Any, slots: Tensor, valid: Tensor) -> Any:
@@ -282,7 +306,8 @@ class Columns:
             count, start = map(int, sizes(queries)) if sizes is not None else (count, start)
         key = (id(self.state.base_of(number)) if self.state is not None else 0, cached, count, start)
         if key not in self._slots:
-            filled = self._filled(number, cached, self.index, self.valid)[:, start : start + count]
+            filled = self._filled(number, cached, self.index, self.valid)
+            filled = kv_cache.attended(filled, kv_cache.lasting_prompt(self.cache, number), start, count)
             plain = not bool((filled < 0).any())
             # A static cache includes empty slots.
             filled = nn.functional.pad(filled, (0, count - filled.shape[1]), value=-1)
@@ -388,7 +413,9 @@ class Columns:
         keys_seen = x.shape[-1]
         # A sliding window attends to the last slots only; a static cache includes empty slots.
         empty = max(keys_seen - slots.shape[1], 0)
-        slots = nn.functional.pad(slots, (0, empty), value=-1)[:, -keys_seen:]
+        slots = nn.functional.pad(slots, (0, empty), value=-1)
+        prompt = kv_cache.lasting_prompt(self.cache, layer)
+        slots = kv_cache.attended(slots, prompt, slots.shape[1] - keys_seen, keys_seen)
         total = self.past + self.length
         keys = x.movedim(3, 1)  # [B, k, H, q]
         keys = gather.scatter(keys, to_device(slots.clamp(min=0), x.device), to_device(slots >= 0, x.device), total)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core.transfer import to_device
 from ..errors import VTPruneError
-from ..models.transformers_names import is_cache
+from ..models.transformers_names import PROMPT_LENGTH, is_cache
 from .positions import Shift
 
 if TYPE_CHECKING:
@@ -245,6 +245,26 @@ def cached_tokens(cache: Any, layer: int) -> int:
     if cache is None or layer >= len(cache.layers) or not hasattr(cache.layers[layer], "get_seq_length"):
         return 0
     return int(cache.layers[layer].get_seq_length())
+
+
+def lasting_prompt(cache: Any, layer: int) -> int:
+    """Number of first slots that a layer's sliding window never leaves behind; 0 for the windows of most models."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    return getattr(cache.layers[layer], PROMPT_LENGTH, None) or 0
+
+
+def attended(slots: Tensor, prompt: int, gone: int, count: int) -> Tensor:
+    """The `count` of all `slots` `[B, n]` that a layer attends to.
+
+    Args:
+        slots: Of all tokens that the layer has seen.
+        prompt: First slots that are never forgotten, see `lasting_prompt`.
+        gone: Slots after them that a sliding window has left behind.
+        count: Slots to attend to.
+    """
+    window = slots[:, prompt + gone : gone + count]
+    return torch.cat([slots[:, :prompt], window], 1) if prompt and gone else slots[:, gone : gone + count]
 
 
 def length(cache: Cache | None) -> int:

@@ -53,6 +53,22 @@ def causal_mask(columns: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
     return ((slots[:, None, :] <= columns[:, :, None]) & valid[:, None, :])[:, None]
 
 
+def windowed(mask: Tensor, columns: Tensor, slots: Tensor, window: int, prompt: int) -> Tensor:
+    """Blocks what a sliding window beside the prompt leaves behind.
+
+    Args:
+        mask: `[B or 1, heads or 1, q, k]` bool or float.
+        columns: `[B, q]` positions of the queries.
+        slots: `[B, k]` position in each KV slot of the layer.
+        window: Size of the window in positions.
+        prompt: Number of first slots that stay in view.
+    """
+    far = columns[:, :, None] - to_device(slots, columns.device)[:, None, :] >= window
+    far[..., :prompt] = False
+    blocked = far[:, None]
+    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+
 def causal_in_form(form: str, columns: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
     """Builds `causal_mask` in the form that an attention implementation takes.
 
