@@ -103,6 +103,7 @@ SECTIONS = (
     ),
     Section("real-speed.json", "Speed of a real decoder", report_real.speed, "python -m benchmarks.real_speed"),
     Section("serving-*.json", "Serving with vLLM", serving_table.markdown, "python -m benchmarks.serving --alone"),
+    Section("vllm-videos.json", "Clips in vLLM", report_measured.vllm_videos, "python -m benchmarks.vllm_videos"),
     Section("kernels-*.json", "Kernels", report_sections.kernels, "python -m benchmarks.kernels"),
     Section("overhead.json", "What pruning adds", report_sections.overhead, "python -m benchmarks.overhead"),
     Section("small_pools.json", "Small pools", report_sections.small_pools, "python -m benchmarks.small_pools"),

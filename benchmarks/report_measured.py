@@ -233,3 +233,29 @@ def tower_quality(data: Data) -> str:
             rows.append((*cells, "" if low is None else f"{low:+.3f} to {high:+.3f}"))
         parts.append(f"### {name} pixels, {part['prompts']} prompts\n\n" + table(heading, rows))
     return "\n\n".join(parts)
+
+
+def vllm_videos(data: Data) -> str:
+    """Clips in vLLM, by the plug-in and by vLLM itself."""
+    parts = [
+        f"Clips of {data['visual_tokens']} visual tokens, of which {data['share']:.0%} stay; {data['clips']} clips a "
+        "model, each answered by all engines in turn. `KL`: of the next token to the unpruned engine's (95 % "
+        "interval). `same`, `right`: answers equal to the unpruned engine's, and right ones; random weights have none. "
+        "`time`: CPU time of a request, from frames to the last token, over the unpruned engine's for the same clip, "
+        f"median and quartiles. {versions(data)}"
+    ]
+    for part in data["models"]:
+        rows = [
+            (
+                row["engine"],
+                f"{row['tokens']:.0f}",
+                f"{row['kl']:.3f}{span(row['kl_interval'], '.3f')}",
+                str(row["same"]),
+                str(row["right"]) if part["trained"] else "",
+                f"{row['time']:.2f}{span(row['time_quartiles'], '.2f')}",
+            )
+            for row in part["rows"]
+        ]
+        heading = ("engine", "tokens of the prompt", "KL", "same", "right", "time")
+        parts.append(f"### {part['model']}\n\n" + table(heading, rows))
+    return "\n\n".join(parts)

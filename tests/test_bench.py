@@ -182,6 +182,16 @@ def test_every_layout_makes_prompts_its_model_takes(family: str, batch: int) -> 
     assert [len(columns) for columns in patch.last.visual] == visual.tolist()
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_clip_is_a_prompt_of_sixteen_frames(family: str) -> None:
+    model = FAMILIES[family].build()
+    inputs = layouts.prompt(model, layouts.GridClip(), 2, 64, 6)
+    assert inputs["video_grid_thw"][:, 0].tolist() == [8, 8] and "pixel_values" not in inputs
+    with vtprune.patch(model, ratio=0.5, method="vcast") as patch, torch.no_grad():
+        model(**inputs)
+    assert [len(kept) for kept in patch.last.kept] == [32, 32] and len(patch.last.visual[0]) == 64
+
+
 def test_shapes_have_the_published_sizes() -> None:
     from transformers import AutoModelForImageTextToText
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import vtprune
+from vtprune import refvlm
 from vtprune.cli.main import main
 
 
@@ -41,6 +42,8 @@ def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: A
         (["--model", "tiny", "--image", "a.png"], "architecture without a processor"),
         (["--model", "embedded", "--image", "a.png", "--visual-tokens", "9"], "leave --visual-tokens out"),
         (["--model", "nowhere"], "no folder nowhere"),
+        (["--model", "tiny", "--clip"], "takes the frames of a clip as pictures"),
+        (["--model", "embedded-qwen2_5_vl", "--clip"], "--clip needs --image FOLDER"),
         (["--json", "/nowhere/a.json"], "its folder does not exist"),
         (["--plot", "a.txt"], "expected a file name that ends in .svg"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
@@ -57,3 +60,17 @@ def test_a_model_with_a_processor_is_measured(tmp_path: Path, capfd: Any) -> Non
     assert main([*given, "--visual-tokens", "144", "--batch", "1", "2", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {(row["batch"], row["visual"]) for row in rows if "refused" not in row} == {(1, 144), (2, 144)}
+
+
+def test_a_clip_is_measured_beside_smaller_frames(tmp_path: Path) -> None:
+    out = tmp_path / "a.json"
+    for number, frame in enumerate(refvlm.clips.clip(0, (12, 12), 3).frames):
+        frame.save(tmp_path / f"{number}.png")
+    given = ["bench", "--model", "embedded-qwen2_5_vl", "--methods", "vidcom2", "--rounds", "1", "--new-tokens", "1"]
+    given += ["--clip", "--image", str(tmp_path), "--ratios", "0.3", "--batch", "2", "--question", "what moves?"]
+    assert main([*given, "--json", str(out)]) == 0
+    data = json.loads(out.read_text())
+    rows = {row["variant"]: row for row in data["rows"]}
+    assert data["clip"] and all(row["visual"] == 432 for row in rows.values())
+    counts = {row["kept"] for name, row in rows.items() if name != "unpruned"}
+    assert counts == {108}, "three steps of 6 x 6 tokens, the most below 0.3 of 12 x 12"

@@ -234,6 +234,32 @@ def test_the_command_shows_and_writes_what_it_measured(command: Any, capfd: Any,
     assert json.loads((tmp_path / "out.json").read_text()) == data
 
 
+def test_clips_are_measured_beside_smaller_frames(monkeypatch: Any, tmp_path: Path, capfd: Any) -> None:
+    loaded = refvlm.load(name="qwen2_5_vl")
+    monkeypatch.setattr(loading, "model_and_processor", lambda *args: loaded)
+    given = ["fidelity", "--clip", "--model", "embedded-qwen2_5_vl", "--repeats", "1", "--max-new-tokens", "2"]
+    given += ["--methods", "vidcom2", "--ratios", "0.3", "--limit", "2"]
+    assert main([*given, "--json", str(tmp_path / "drawn.json")]) == 0
+    assert "drawn clips" in capfd.readouterr().out
+    data = json.loads((tmp_path / "drawn.json").read_text())
+    assert data["questions"] == "the clips' own" and data["pictures"] == 2
+    counts = {f"{row['method']} {row['ratio']}": row["kept"] for row in data["rows"]}
+    assert data["rows"][0]["kept"] == counts["resize 0.3"] <= 0.3 * data["rows"][0]["visual"] < counts["resize 0.9"]
+    assert data["rows"][0]["equal_tokens"]["ratio"] == 0.3
+
+    for name in ("one", "two"):
+        (tmp_path / "films" / name).mkdir(parents=True)
+        for number in range(4):
+            refvlm.scenes.scene(number // 2).image.save(tmp_path / "films" / name / f"{number}.png")
+    films = ["--images", str(tmp_path / "films"), "--question", "what?"]
+    assert main([*given, *films, "--json", str(tmp_path / "films.json")]) == 0
+    data = json.loads((tmp_path / "films.json").read_text())
+    assert (data["pictures"], data["of"], data["rows"][0]["visual"]) == (2, "films", 288)
+    (tmp_path / "films" / "one" / "0.png").unlink()
+    assert main([*given, *films, "--json", str(tmp_path / "odd.json")]) == 2
+    assert "expected an even number of frames" in capfd.readouterr().err
+
+
 def test_the_command_takes_a_folder_and_questions_and_goes_on(
     command: Any, capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,9 @@ from PIL import Image
 
 import vtprune
 from tools.refvlm import data, qwen_learner
+from tools.refvlm.qwen2_5_vl import build
 from vtprune import refvlm
-from vtprune.refvlm import evaluate, loading, qwen
+from vtprune.refvlm import clip_inputs, evaluate, loading, qwen
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,16 @@ def test_training_attends_and_counts_positions_as_the_model_does():
     wanted, _ = model.model.get_rope_index(ids, types, image_grid_thw=torch.tensor([[1, 20, 28]] * 2))
     found = learner.positions(batch, prefix)
     assert torch.equal(found[:, :, : prefix + 5], wanted)
+
+
+def test_clips_get_the_marks_of_a_processor_that_has_them(loaded):
+    """The words for clips that its successor is trained with (`tools/refvlm/qwen2_5_vl`)."""
+    frames = refvlm.clips.clip(5, (12, 12)).frames[:4]
+    processor = build.processor()
+    made = clip_inputs.inputs(loaded[0], processor, frames, " what? answer:")
+    words = processor.tokenizer.convert_ids_to_tokens(made["input_ids"][0].tolist())
+    count = int(made["video_grid_thw"].prod()) // 4
+    assert words[:2] == ["<bos>", "<vision_start>"] and words[2 : 2 + count] == ["<video>"] * count
+    assert words[2 + count :] == ["<vision_end>", "what", "?", "answer", ":"]
+    plain = clip_inputs.inputs(loaded[0], loaded[1], frames, " what? answer:")
+    assert torch.equal(made["pixel_values_videos"], plain["pixel_values_videos"])

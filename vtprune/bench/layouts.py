@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FRAMES = 16  # of a clip
 # For each model, the picture size found for a number of tokens, because the search is slow.
 _SIZES: weakref.WeakKeyDictionary[Any, dict[int, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
@@ -35,9 +36,9 @@ class Layout:
         """Random pictures whose number of visual tokens is as close to `tokens` as the layout allows."""
         raise NotImplementedError
 
-    def around(self, config: Any) -> tuple[list[int], list[int]]:
-        """Token ids before and after the placeholders."""
-        return [], []
+    def placeholders(self, config: Any, tokens: int) -> list[int]:
+        """Token ids of the pictures in the prompt, with what stands around them."""
+        return [config.image_token_id] * tokens
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,27 @@ class Grid(Layout):
         data = {"pixel_values": _noise(generator, grid[1] * grid[2], width), "image_grid_thw": torch.tensor([grid])}
         return Pictures(rows * columns, data)
 
-    def around(self, config: Any) -> tuple[list[int], list[int]]:
-        return [config.vision_start_token_id], [config.vision_end_token_id]
+    def placeholders(self, config: Any, tokens: int) -> list[int]:
+        return [config.vision_start_token_id, *[config.image_token_id] * tokens, config.vision_end_token_id]
+
+
+@dataclass(frozen=True)
+class GridClip(Grid):
+    """A clip of `FRAMES` frames as a list of patches (Qwen-VL)."""
+
+    def pictures(self, model: Any, tokens: int, generator: torch.Generator) -> Pictures:
+        vision = model.config.vision_config
+        steps = FRAMES // vision.temporal_patch_size
+        frame = super().pictures(model, max(1, round(tokens / steps)), generator)
+        grid = frame.data["image_grid_thw"] * torch.tensor([steps, 1, 1])
+        pixels = _noise(generator, int(grid.prod()), frame.data["pixel_values"].shape[1])
+        return Pictures(steps * frame.tokens, {"pixel_values_videos": pixels, "video_grid_thw": grid})
+
+    def placeholders(self, config: Any, tokens: int) -> list[int]:
+        # Qwen3-VL writes every time step by itself, between marks.
+        parts = FRAMES // config.vision_config.temporal_patch_size if config.model_type.startswith("qwen3") else 1
+        inner = [config.video_token_id] * (tokens // parts)
+        return [config.vision_start_token_id, *inner, config.vision_end_token_id] * parts
 
 
 @dataclass(frozen=True)
@@ -156,11 +176,10 @@ def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed:
     generator = torch.Generator().manual_seed(seed)
     config, vocabulary = model.config, model.config.get_text_config().vocab_size
     samples = [layout.pictures(model, tokens, generator) for _ in range(batch)]
-    before, after = layout.around(config)
     ids = []
     for pictures in samples:
         words = torch.randint(3, vocabulary * 3 // 5, (text,), generator=generator).tolist()
-        middle = [*before, *[config.image_token_id] * pictures.tokens, *after]
+        middle = layout.placeholders(config, pictures.tokens)
         ids.append([1, *words[: text // 2], *middle, *words[text // 2 :]])
     inputs = {"input_ids": torch.tensor(ids)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -168,7 +187,9 @@ def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed:
         value = torch.cat([pictures.data[name] for pictures in samples])
         inputs[name] = value.to(model.dtype) if value.is_floating_point() else value
     if isinstance(layout, Grid):
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).long()
+        clip = isinstance(layout, GridClip)
+        seen = inputs["input_ids"] == (config.video_token_id if clip else config.image_token_id)
+        inputs["mm_token_type_ids"] = (2 if clip else 1) * seen.long()
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts for a model with a processor: the user's picture, or noise with a given number of visual tokens."""
+"""Prompts for a model with a processor: the user's picture or clip, or noise with a given number of visual tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ..engine.patching import inspect
 from ..errors import InputError, one_line
 from ..refvlm import loading
-from ..study.resize import shrinking
+from ..study.resize import Frames, shrinking
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,15 +23,15 @@ QUESTION = "What is in the picture?"
 
 
 def of_processor(
-    model: Any, processor: Any, picture: Image | None, question: str | None, setting: Setting
+    model: Any, processor: Any, picture: Image | Frames | None, question: str | None, setting: Setting
 ) -> dict[str, Any]:
     """Model inputs of a setting, with the same prompt in every sample.
 
     Args:
         model: The model.
         processor: Its processor.
-        picture: The user's picture, made smaller until it has `setting.tokens` visual tokens if they are given; or None
-            for noise with about so many.
+        picture: The user's picture, or the frames of a clip, made smaller until it has `setting.tokens` visual tokens
+            if they are given; or None for noise with about so many.
         question: The text; by default a plain question.
         setting: Number of samples, and of visual tokens of each.
 
@@ -40,14 +40,18 @@ def of_processor(
         MethodError: No size of the picture has so few tokens.
     """
 
-    def made(pictures: list[Image]) -> dict[str, Any]:
+    def made(shown: Any) -> dict[str, Any]:
+        if isinstance(shown, Frames):
+            single = loading.clip_prompt(model, processor, shown, question or QUESTION)
+            return {name: torch.cat([value] * setting.batch) for name, value in single.items()}
+        pictures = shown if isinstance(shown, list) else [shown]
         return _inputs(model, processor, pictures, question or QUESTION, setting.batch)
 
     if picture is None:
         return made(_pictures(model, processor, setting.tokens or 576))
     if setting.tokens is None:
-        return made([picture])
-    return dict(shrinking(model, processor, picture, lambda small: made([small]))(setting.tokens * setting.batch)[0])
+        return made(picture)
+    return dict(shrinking(model, processor, picture, made)(setting.tokens * setting.batch)[0])
 
 
 def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, batch: int) -> dict[str, Any]:

@@ -71,6 +71,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", metavar="FILE", help="use your own picture instead (not for architectures with random weights)"
     )
+    parser.add_argument(
+        "--clip",
+        action="store_true",
+        help="a clip in place of pictures: the frames in the folder --image; noise of 16 frames for an architecture",
+    )
     parser.add_argument("--question", type=words, metavar="TEXT", help="the question about it")
     parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=count, default=8, metavar="N", help="default: %(default)s")
@@ -111,6 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = _settings(args, next(model.parameters()).device.type)
     own = make_prompt is not None and args.image
     header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens)
+    header |= {"clip": True} if args.clip else {}
     out = output.file
     with progress.interruptible(out):
         data = measure.run(bench, settings, args.rounds, header, out, args.force)
@@ -133,6 +139,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if _is_shape(args.model) and (args.image or args.question):
         raise InputError(f"{args.model} is an architecture without a processor; leave --image and --question out")
+    if args.clip and not (_is_shape(args.model) or args.image):
+        raise InputError("--clip needs --image FOLDER, the frames of a clip, with a model that has a processor")
     if args.image and args.visual_tokens:
         raise InputError("--image determines the number of visual tokens; leave --visual-tokens out")
     if args.plot:
@@ -170,9 +178,12 @@ def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
 
     if not _is_shape(args.model):
         from ..bench.prompts import of_processor
+        from ..study.resize import Frames
 
         loading.is_local(args.model)
-        picture = images.picture(args.image) if args.image else None
+        picture: Any = images.picture(args.image) if args.image and not args.clip else None
+        if args.clip:
+            picture = Frames(images.pictures(args.image))
         quiet()
         model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
         name = (
@@ -189,6 +200,11 @@ def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
     shape = shapes.get(args.model)
+    layout = shape.layout
+    if args.clip:
+        if not isinstance(layout, layouts.Grid):
+            raise InputError(f"{args.model} takes the frames of a clip as pictures; leave --clip out")
+        layout = layouts.GridClip()
     quiet()
     model = shape.build(device, kind, args.attention)
-    return model, lambda s: layouts.prompt(model, shape.layout, s.batch, s.tokens, args.text_tokens), args.model
+    return model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, args.text_tokens), args.model

@@ -50,11 +50,18 @@ def add(commands: Any) -> None:
         examples=(
             "fidelity --images FOLDER",
             "fidelity --model OWNER/NAME --images FOLDER --questions questions.txt --ratios 0.25 0.1",
+            "fidelity --model embedded-qwen2_5_vl --clip --methods vcast evs uniform",
         ),
     )
     add_model(parser)
     parser.add_argument(
         "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
+    )
+    parser.add_argument(
+        "--clip",
+        action="store_true",
+        help="clips in place of pictures: a folder of frames, ordered by name, or a folder of such folders (default: "
+        "clips that vtprune draws); an even number of frames each",
     )
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
@@ -180,7 +187,10 @@ def _ratios(args: argparse.Namespace) -> list[float]:
 
 
 def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
-    """`(name of the picture, the picture or its path, question)` of every prompt; every picture is opened once."""
+    """`(name of the picture, the picture or its path, question)` of every prompt; every picture is opened once.
+
+    With `--clip`, the frames of a clip or their paths stand for the picture.
+    """
     from .. import refvlm
     from ..refvlm import evaluate
 
@@ -188,7 +198,12 @@ def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
     if args.questions:
         asked = _lines(args.questions)
     pictures: list[tuple[str, Any]]
-    if args.images is None:
+    if getattr(args, "clip", False):
+        if args.images is None and args.model in EMBEDDED_MODELS and asked is None:
+            drawn = map(refvlm.clips.clip, range(args.limit or 24))
+            return [(f"clip {clip.seed}", list(clip.frames), clip.questions[0].text) for clip in drawn]
+        pictures = _clips(args)
+    elif args.images is None:
         count = args.limit or 24
         if args.model in EMBEDDED_MODELS and asked is None:
             samples = enumerate(evaluate.held_out_scenes(count))
@@ -203,6 +218,18 @@ def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
         pictures = [(Path(file).name, file) for file in found]
     asked = asked or list(GENERIC_EMBEDDED if args.model in EMBEDDED_MODELS else GENERIC)
     return [(name, picture, question) for name, picture in pictures for question in asked]
+
+
+def _clips(args: argparse.Namespace) -> list[tuple[str, list[Any]]]:
+    """Name of each clip, and its frames or their paths."""
+    from .. import refvlm
+
+    if args.images is None:
+        return [(f"clip {number}", list(refvlm.clips.clip(number).frames)) for number in range(args.limit or 24)]
+    place = Path(args.images).expanduser()
+    inside = sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+    folders = (inside or [place])[: args.limit]
+    return [(folder.name, images.picture_files(str(folder))) for folder in folders]
 
 
 def _lines(path: str) -> list[str]:
@@ -226,11 +253,15 @@ def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -
     """Yields the model inputs of each prompt, with only one picture in memory at a time."""
     from ..refvlm import loading
     from ..study.fidelity import Prompt
-    from ..study.resize import shrinking
+    from ..study.resize import Frames, shrinking
 
     for name, picture, question in pairs:
-        image = images.picture(picture) if isinstance(picture, str) else picture
-        made = partial(loading.inputs, model, processor, question=question)
+        if isinstance(picture, list):
+            image: Any = Frames(images.picture(frame) if isinstance(frame, str) else frame for frame in picture)
+            made = partial(loading.clip_prompt, model, processor, question=question)
+        else:
+            image = images.picture(picture) if isinstance(picture, str) else picture
+            made = partial(loading.inputs, model, processor, question=question)
         yield Prompt(made(image), name, shrinking(model, processor, image, made))
 
 
@@ -247,18 +278,23 @@ def _header(
     # Pictures, questions and options are compared by their digest when a run is resumed.
     digest = hashlib.sha256(repr(methods).encode())
     for name, picture, question in pairs:
-        content = files.read_bytes(picture, images.MAX_BYTES) if isinstance(picture, str) else picture.tobytes()
-        digest.update(f"{name} {question}".encode() + hashlib.sha256(content).digest())
+        digest.update(f"{name} {question}".encode())
+        for one in picture if isinstance(picture, list) else [picture]:
+            content = files.read_bytes(one, images.MAX_BYTES) if isinstance(one, str) else one.tobytes()
+            digest.update(hashlib.sha256(content).digest())
     device, threads = model.device, torch.get_num_threads()
     machine = f"{os.cpu_count()} {platform.machine()} cores, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
+    kind = "clips" if args.clip else "scenes"
     header: dict[str, Any] = {
         "model": args.model,
         "pictures": len({name for name, _, _ in pairs}),
-        "of": "drawn scenes" if args.images is None else Path(args.images).name,
+        "of": f"drawn {kind}" if args.images is None else Path(args.images).name,
         "prompts": len(pairs),
-        "questions": "the scenes' own" if own else list(dict.fromkeys(question for _, _, question in pairs)),
+        "questions": f"the {'clips' if args.clip else 'scenes'}' own"
+        if own
+        else list(dict.fromkeys(question for _, _, question in pairs)),
         "methods": list(methods),
         "ratios": _ratios(args),
         "max_new_tokens": args.max_new_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +62,24 @@ def add(commands: Any) -> None:
         examples=(
             "tune --images FOLDER --question 'what is this?' --mean-ratio 0.25 --out strategy.json",
             "tune --auto --images FOLDER --question 'what is this?' --mean-ratio 0.25 --out auto.json",
+            "tune --pixels --images FOLDER --mean-ratio 0.25 --out ratio.json",
         ),
     )
-    _prompts(tune, mean_ratio=0.25, default="%(default)s")
-    tune.add_argument(
+    _prompts(tune, mean_ratio=0.25, default="%(default)s", required=False)
+    kinds = tune.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--auto",
         action="store_true",
         help="calibrate automatic ratios: find the energy that keeps --mean-ratio of the tokens on average",
     )
-    tune.add_argument("--min", type=share, default=0.02, metavar="SHARE", help="with --auto (default: %(default)s)")
-    tune.add_argument("--max", type=share, default=0.5, metavar="SHARE", help="with --auto (default: %(default)s)")
+    kinds.add_argument(
+        "--pixels",
+        action="store_true",
+        help="calibrate automatic ratios for vLLM, which are read from pixels alone: no question, no model",
+    )
+    bounds = "with --auto or --pixels (default: %(default)s)"
+    tune.add_argument("--min", type=share, default=0.02, metavar="SHARE", help=bounds)
+    tune.add_argument("--max", type=share, default=0.5, metavar="SHARE", help=bounds)
     tune.add_argument("--trials", type=count, default=30, metavar="N", help="default: %(default)s")
     tune.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     tune.add_argument(
@@ -82,7 +91,7 @@ def add(commands: Any) -> None:
     tune.set_defaults(command=_tune)
 
 
-def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str) -> None:
+def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str, required: bool = True) -> None:
     parser.add_argument(
         "--image",
         "--images",
@@ -90,7 +99,7 @@ def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default:
         metavar="FILE_OR_FOLDER",
         help="a picture, or a folder of pictures; - is standard input",
     )
-    parser.add_argument("--question", required=True, type=words, metavar="TEXT", help="asked about every picture")
+    parser.add_argument("--question", required=required, type=words, metavar="TEXT", help="asked about every picture")
     add_model(parser)
     parser.add_argument(
         "--mean-ratio",
@@ -106,6 +115,8 @@ def _batches(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], Calla
     """The model; a prompt per picture, or one for all frames of a clip; a function for prompts of smaller pictures."""
     from ..refvlm import loading
 
+    if args.question is None:
+        raise InputError("--question is missing; expected a text that is asked about every picture")
     pictures = images.pictures(args.image)
     loading.is_local(args.model)
     quiet()
@@ -181,6 +192,8 @@ def _tune(args: argparse.Namespace) -> None:
 
     output = Output(args)
     check_file(args.out)
+    if args.pixels:
+        return _calibrate_pixels(args, output)
     if args.auto:
         return _calibrate(args, output)
     model, batches, _ = _batches(args)
@@ -214,12 +227,34 @@ def _tune(args: argparse.Namespace) -> None:
     )
 
 
-def _calibrate(args: argparse.Namespace, output: Output) -> None:
-    from ..study.auto import calibrate
-
+def _new_file(args: argparse.Namespace) -> Path:
     path = Path(args.out).expanduser()
     if path.exists() and not args.force:
         raise InputError(f"{args.out} exists; use --force to overwrite it")
+    return path
+
+
+def _calibrate_pixels(args: argparse.Namespace, output: Output) -> None:
+    from ..core.pixel_auto import PixelAuto
+
+    path = _new_file(args)
+    pictures = images.pictures(args.image)
+    auto = PixelAuto(args.mean_ratio, args.min, args.max).fit(pictures)
+    kept = [auto.ratio(picture) for picture in pictures]
+    config = {"ratio": {name: round(number, 6) for name, number in dataclasses.asdict(auto).items()}}
+    path.write_text(json.dumps({"vtprune": config}) + "\n", encoding="utf-8")
+    output.say(
+        f"typical {auto.typical:.4g} keeps {sum(kept) / len(kept):.3f} of the tokens on average over {len(kept)} "
+        f"pictures, from {min(kept):.3f} to {max(kept):.3f}"
+    )
+    output.say(f'written to {args.out}; use it with vllm serve MODEL --additional-config "$(cat {args.out})"')
+    output.write(config | {"kept": kept})
+
+
+def _calibrate(args: argparse.Namespace, output: Output) -> None:
+    from ..study.auto import calibrate
+
+    path = _new_file(args)
     model, batches, _ = _batches(args)
     auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
     mean = sum(kept) / len(kept)

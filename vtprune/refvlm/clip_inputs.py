@@ -18,10 +18,15 @@ def inputs(model: Any, processor: Any, frames: Sequence[Image], text: str) -> di
 
     Args:
         model: Of the Qwen2.5-VL architecture.
-        processor: Its processor, which has no video half (torchvision is not needed).
+        processor: Its processor. A stock one needs no video half (nor torchvision); a `PictureProcessor` that knows
+            `<video>` also writes the marks around the clip.
         frames: RGB pictures of one size, an even number: two make one time step.
         text: What follows the clip in the prompt.
     """
+    from .qwen import PictureProcessor
+
+    if isinstance(processor, PictureProcessor) and processor.video_token_id is not None:
+        return dict(processor(videos=[list(frames)], text=processor.video_token + text))
     vision = model.config.vision_config
     pictures = processor.image_processor(images=list(frames), return_tensors="pt")
     steps, (_, rows, columns) = len(frames) // vision.temporal_patch_size, pictures["image_grid_thw"][0].tolist()

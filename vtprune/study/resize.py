@@ -20,8 +20,21 @@ STEPS = 10  # of the bisection over the scale
 Key = TypeVar("Key", bound=Hashable)
 
 
+class Frames(list):
+    """Frames of a clip, PIL pictures of one size, that are resized as one picture is."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a frame."""
+        return self[0].size
+
+    def resize(self, size: Sequence[int]) -> Frames:
+        """Smaller frames."""
+        return Frames(frame.resize(size) for frame in self)
+
+
 def shrinking(
-    model: nn.Module, processor: Any, image: Image, prompt: Callable[[Image], Mapping[str, Any]]
+    model: nn.Module, processor: Any, image: Image | Frames, prompt: Callable[[Any], Mapping[str, Any]]
 ) -> Callable[[int], tuple[Mapping[str, Any], int]]:
     """`resized` as a function of the budget alone, with tokens counted by the model's placeholders."""
     from ..engine.patching import inspect
@@ -60,8 +73,8 @@ def regained(right: Sequence[bool], resized: Sequence[bool], mine: Sequence[bool
 
 def resized(
     processor: Any,
-    image: Image,
-    prompt: Callable[[Image], Mapping[str, Any]],
+    image: Image | Frames,
+    prompt: Callable[[Any], Mapping[str, Any]],
     count: Callable[[Mapping[str, Any]], int],
     budget: int,
 ) -> tuple[Mapping[str, Any], int]:
@@ -72,7 +85,7 @@ def resized(
 
     Args:
         processor: Of the model.
-        image: The picture.
+        image: The picture, or the frames of a clip.
         prompt: Makes the model inputs of a picture with `processor`.
         count: Reads the number of visual tokens from model inputs.
         budget: Visual tokens that the prompt may have.

@@ -5,7 +5,7 @@
     LLM(MODEL, additional_config={"vtprune": {"method": "divprune", "ratio": 0.25}})
 
 Every image, and with M-RoPE every clip, then gets fewer placeholders in its prompt (`prompts`), and as many of its
-features are chosen between the projector and the decoder (`choosing`), by the methods and kernels of the transformers
+features are chosen between the projector and the decoder (`selection`), by the methods and kernels of the transformers
 path. Scheduling, prefix cache, tensor and data parallelism stay vLLM's own: it sees shorter prompts, nothing else.
 `hooks` is where the two meet.
 """
