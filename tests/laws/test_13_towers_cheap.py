@@ -7,6 +7,8 @@ measures time.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -91,3 +93,31 @@ def test_shares_of_the_first_token(family: str) -> None:
     assert alone.flops[0] == alone.flops[1] and alone.bound == pytest.approx(1 / alone.share[0])
     assert "not cut" in patch.last.report()
     assert alone.flops[0] == pytest.approx(before, rel=0.02)  # class tokens count as patches where nothing is cut
+
+
+@pytest.mark.parametrize("name", ["Similar", "Pixels"])
+def test_mergers_run_on_kept_groups_where_the_others_are_copies(family: str, name: str) -> None:
+    """The tokens of copied merge groups are copies of tokens, as if the merger had run on all of them."""
+    model, batch = model_of(family), FAMILIES[family].batch(MIXED)
+    tower = vtprune.inspect(model).vision_tower
+    mergers = [m for n, m in tower.named_modules() if re.fullmatch(r"merger|deepstack_merger_list\.\d+", n)]
+    rows, merged, ran = [], [], []
+    with contextlib.ExitStack() as stack:
+        for merger in mergers:
+            linear = [m for m in merger.modules() if isinstance(m, torch.nn.Linear)][-1]
+            stack.callback(linear.register_forward_hook(lambda m, a, o: ran.append(len(o))).remove)
+            stack.callback(merger.register_forward_pre_hook(lambda m, a: rows.append((m, a[0]))).remove)
+            stack.callback(merger.register_forward_hook(lambda m, a, o: merged.append(o)).remove)
+        with vtprune.patch(model, tower=getattr(towers, name)(keep=0.3)) as patch:
+            model(**batch)  # tries once whether the mergers treat groups one by one
+            ran.clear(), rows.clear(), merged.clear()
+            model(**batch)
+            run = patch.last.tower_runs[0]
+    group = vtprune.inspect(model).config.vision_config.spatial_merge_size ** 2 if mergers else 1
+    kept, all_groups = sum(map(len, run.kept)) // group, sum(run.patches) // group
+    assert ran == [kept] * len(mergers)
+    for (merger, states), tokens in zip(rows, merged, strict=True):
+        torch.testing.assert_close(tokens, merger(states), rtol=1e-5, atol=1e-5)
+    weights = sum(p.numel() for merger in mergers for p in merger.parameters() if p.dim() > 1)
+    assert run.spared == (all_groups - kept) * weights
+    assert run.flops[0] - run.flops[1] >= run.spared

@@ -88,6 +88,7 @@ class TowerRun:
         patches: Number of patches of each image; likewise.
         work: Work of every block.
         outside: Multiply-adds of the tower outside its blocks: patch embedding and merger.
+        spared: Those of them that the merger was spared, because dropped patches are copies of kept ones.
         selection_time: Host seconds spent on the selection.
     """
 
@@ -97,13 +98,14 @@ class TowerRun:
     patches: list[int]
     work: list[BlockWork] = field(repr=False)
     outside: float = 0.0
+    spared: float = 0.0
     selection_time: float = 0.0
 
     @property
     def flops(self) -> tuple[float, float]:
         """Multiply-adds of the tower without the cut and with it."""
         both = [work.flops for work in self.work]
-        return sum(b for b, _ in both) + self.outside, sum(a for _, a in both) + self.outside
+        return sum(b for b, _ in both) + self.outside, sum(a for _, a in both) + self.outside - self.spared
 
 
 @dataclass(frozen=True)

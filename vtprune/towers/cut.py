@@ -19,6 +19,7 @@ from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..report.tower import TowerRun
 from ..vision import block_calls
+from .copies import mergers_of
 from .method import TowerMethod
 from .run import RunningTower
 from .structure import find_parts
@@ -38,6 +39,7 @@ class _Thread(threading.local):
         self.given: dict[str, Any] = {}  # arguments of the tower's call in progress
         self.running: RunningTower | None = None
         self.block: nn.Module | None = None  # the block in progress
+        self.merging = False  # whether the merger in progress was handed the merge groups that ran
         self.finished: list[TowerRun] = []
         self.first: Tensor | None = None  # states entering block 0, if it was cut
         self.cut = False  # whether the call in progress was cut
@@ -65,6 +67,7 @@ class TowerCut:
         self.method, self.parts, self._active = method, find_parts(anatomy), active
         self.at = len(self.parts.blocks) if method is None else method.block_of(len(self.parts.blocks))
         self._thread = _Thread()
+        self._alone: dict[nn.Module, bool] = {}  # mergers that treat merge groups one by one
         self._constant: dict[Any, Tensor] = {}  # rows that do not depend on pixels, by the shape of a picture
 
     def attach(self, wrap: Callable[[Callable], Callable]) -> list[Any]:
@@ -85,6 +88,9 @@ class TowerCut:
                 handles.append(
                     module.register_forward_hook(wrap(after), prepend=True, with_kwargs=True, always_call=always)
                 )
+        for merger in mergers_of(self.parts) if self.method is not None else ():
+            handles.append(merger.register_forward_pre_hook(wrap(self._before_merger), with_kwargs=True))
+            handles.append(merger.register_forward_hook(wrap(self._after_merger), prepend=True, with_kwargs=True))
         return handles
 
     def around(self) -> list[tuple[nn.Module, Callable, Callable]]:
@@ -123,6 +129,16 @@ class TowerCut:
                 f"{len(self.parts.blocks)} blocks one after another as modules; patch without tower="
             )
         return None if first is None or output is None else _with_first_states(output, first)
+
+    def _before_merger(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        running = self._thread.running
+        merged = running.before_merger(module, args[0]) if running is not None and args else None
+        self._thread.merging = merged is not None
+        return None if merged is None else ((merged, *args[1:]), kwargs)
+
+    def _after_merger(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        running, self._thread.merging = (self._thread.running if self._thread.merging else None), False
+        return None if running is None else running.after_merger(output)
 
     def _hooks_of(self, number: int, last: bool) -> tuple[Callable, Callable]:
         def before_block(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -163,7 +179,9 @@ class TowerCut:
                 "again; install transformers 5.23 or newer, or call gradient_checkpointing_disable()"
             )
         given = self._thread.given
-        return RunningTower(self.parts, self.method, self.at, given, lambda: self._constant_rows(given), self.strict)
+        return RunningTower(
+            self.parts, self.method, self.at, given, lambda: self._constant_rows(given), self.strict, self._alone
+        )
 
     def _take(self) -> list[TowerRun] | None:
         finished, self._thread.finished = self._thread.finished, []

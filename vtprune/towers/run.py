@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..core.transfer import to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
 from ..models.attention_probe import probe
-from ..report.tower import BlockWork, TowerRun, kept_numbers
+from ..report.tower import BlockWork, TowerRun, kept_numbers, weights_per_token
 from ..vision import block_calls
 from ..vision.attention import Attention
 from ..vision.block_calls import Offsets
 from ..vision.pictures import Layout, find_pictures
 from . import arguments
 from .arguments import Rows
+from .copies import Copies, treats_units_alone
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 from .structure import TowerParts
 
@@ -58,6 +59,7 @@ class RunningTower:
     given: dict[str, Any]
     constant_rows: Any
     strict: bool = True
+    alone: dict[nn.Module, bool] = field(default_factory=dict)  # see `treats_units_alone`, kept between calls
     groups: list[Rows] = field(default_factory=list)  # empty if nothing is dropped
     choice: TowerChoice | None = None
     layout: Layout | None = None
@@ -65,6 +67,7 @@ class RunningTower:
     at_cut: Tensor | None = None  # [B, L, D] states at the cut
     kept: list[Tensor] | None = None  # of each picture
     rebuilt: _Rebuilt | None = None
+    copies: Copies | None = None  # instead, where dropped patches are copies
     selection_time: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,6 +77,9 @@ class RunningTower:
         self._whole: BlockCall | None = None  # the last call before the cut with full attention
         self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
         self._called: tuple[tuple, dict[str, Any]] | None = None
+        self._output: Tensor | None = None  # full states after the last block so far, if merge groups are copied
+        self._spared = 0.0  # multiply-adds that mergers did not do
+        self._recorded: TowerRun | None = None
 
     def uncut(self) -> tuple[tuple, dict[str, Any]] | None:
         """The uncut arguments of the block in progress; None if they were not cut."""
@@ -98,8 +104,7 @@ class RunningTower:
         if number == self.at:
             started = time.perf_counter()
             self._cut(method, block, args, kwargs, states)
-            if self.choice is not None and self.choice.rebuild is not None and self.layout is not None:
-                self.rebuilt = _Rebuilt.of(self.choice.rebuild, self.layout.rows, _batched(states))
+            self._prepare_rebuilding(states)
             self.selection_time = time.perf_counter() - started
         groups = self.groups if number >= self.at + method.stabilize else []
         self._count(number, states, args, kwargs, groups)
@@ -114,7 +119,10 @@ class RunningTower:
         if self.method is None or not self.groups or number < self.at:
             return None
         rows = output[0] if isinstance(output, tuple) else output
-        if number < self.at + self.method.stabilize:
+        if self.copies is not None:
+            self._pending = None
+            base = self.copies.spread(_batched(rows))
+        elif number < self.at + self.method.stabilize:
             full = _batched(rows)  # all rows ran; dropped ones are rebuilt nevertheless
             base = self._held(full)
         else:
@@ -129,7 +137,40 @@ class RunningTower:
         if self.rebuilt is not None:
             base = self.rebuilt.apply(base)
         whole = base[0] if rows.dim() == 2 else base
+        if self.copies is not None and self.copies.units is not None:
+            self._output = whole
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    def before_merger(self, module: nn.Module, states: Any) -> Tensor | None:
+        """The states of the merge groups that ran, for a merger of the last block's output; None leaves it all rows."""
+        copies = self.copies
+        if copies is None or copies.units is None or self._output is None:
+            return None
+        if states is not self._output or self._output.dim() != 2:
+            return None
+        if module not in self.alone:
+            self.alone[module] = treats_units_alone(module, self._output, copies.merge)
+        if not self.alone[module]:
+            return None
+        ran = self.groups[0].index[0]
+        self._spared += (len(self._output) - len(ran)) // copies.merge * weights_per_token(module)
+        if self._recorded is not None:
+            self._recorded.spared = self._spared
+        return self._output.index_select(0, ran)
+
+    def after_merger(self, output: Tensor) -> Tensor:
+        """The merger's output for all merge groups."""
+        assert self.copies is not None and self.copies.units is not None
+        return output.index_select(0, self.copies.units)
+
+    def _prepare_rebuilding(self, states: Tensor) -> None:
+        if self.choice is None or self.choice.rebuild is None or self.layout is None:
+            return
+        assert self.method is not None
+        if not self.method.stabilize:
+            self.copies = Copies.of(self.choice.rebuild, self.layout.rows, self.groups, self.parts.packed_merge**2)
+        if self.copies is None:
+            self.rebuilt = _Rebuilt.of(self.choice.rebuild, self.layout.rows, _batched(states))
 
     def _look(self, number: int, call: BlockCall) -> None:
         """Keeps the offsets, calls and states of blocks before the cut that the selection may need."""
@@ -276,7 +317,11 @@ class RunningTower:
             return None
         patches = self.layout.offsets.diff().tolist()
         name = type(self.method).__name__
-        return TowerRun(name, self.at, self.kept, patches, self.work, self._outside(sum(patches)), self.selection_time)
+        outside = self._outside(sum(patches))
+        self._recorded = TowerRun(
+            name, self.at, self.kept, patches, self.work, outside, self._spared, self.selection_time
+        )
+        return self._recorded
 
     def _outside(self, patches: int) -> float:
         """Multiply-adds of patch embedding and merger."""
