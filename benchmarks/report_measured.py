@@ -186,8 +186,9 @@ def towers(data: Data) -> str:
     )
     heading = ("tokens kept", "gain in time to first token", "tower's share", "gain by operations", "bound")
     after = (
-        "Above its limit: the cut tower's time over that of the same tower whose later blocks are handed only the kept "
-        "patches, with arguments made before (`Pixels`: patch embedding and merger get only those, too)."
+        "Above its limit, in a tower of full depth: the cut tower's time over that of the same tower whose later "
+        "blocks are handed only the kept patches, with arguments made before (`Similar` and `Pixels`, which copy: the "
+        "merger gets only those, too; `Pixels`: and the patch embedding)."
     )
     tables = table(heading, shares), table(("tower method", "cut before block", "above its limit"), limits)
     return "\n\n".join((text, tables[0], after, tables[1]))

@@ -4,17 +4,20 @@
     python -m benchmarks.towers [--rounds 3]
     python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out FILE
 
-The shape is Qwen2.5-VL-7B in full width with a quarter of the blocks of its tower and of the layers of its decoder;
-weights and pixels are drawn. The picture has 78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691
-visual tokens, and the prompt 40 text tokens. All variants take turns, round after round; on a CPU the time is that of
-one thread's processor time, which other work on the machine does not count into. The limit of a cut is the same tower
-whose later blocks are called on nothing but the kept rows, with arguments that were prepared before.
+The shape of whole requests is Qwen2.5-VL-7B in full width with a quarter of the blocks of its tower and of the layers
+of its decoder; the tower alone, beside its limit, has all its blocks. Weights and pixels are drawn. The picture has
+78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691 visual tokens, and the prompt 40 text tokens.
+All variants take turns, round after round; on a CPU the time is one thread's processor time, which other work on the
+machine does not count into. The limit of a cut is the same tower whose later blocks are called on nothing but the
+kept rows, with arguments that were prepared before.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +38,7 @@ OUT = Path(__file__).resolve().parent / "results" / "towers-cpu.json"
 TOKENS, TEXT = 2691, 40  # 1080 x 1920 pixels
 WARM = 300  # visual tokens of the runs before, which are not counted
 RATIO, KEEP = 0.1, 0.35
+LIMITS = {"Similar": ("merger",), "Pixels": ("merger", "patch_embed")}
 METHOD = "divprune"  # cuts before the decoder's first layer, at any depth
 
 
@@ -101,14 +105,14 @@ class Limit:
     Args:
         tower, blocks: The tower and its blocks.
         run: Calls the tower, cut.
-        kept: `[K]` rows that patch embedding and merger get as well; None gives them all.
+        parts: Names of other parts of the tower that get only as many rows as ran: "merger", "patch_embed".
     """
 
     def __init__(
-        self, tower: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Any], kept: Tensor | None
+        self, tower: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Any], parts: Sequence[str] = ()
     ) -> None:
         self.calls: list[tuple[tuple, dict]] = []
-        self.tower, self.blocks, self.kept = tower, blocks, kept
+        self.tower, self.blocks, self.parts = tower, blocks, parts
         handles = [block.register_forward_pre_hook(self._note, with_kwargs=True) for block in blocks]
         last = blocks[-1].register_forward_hook(lambda module, args, output: setattr(self, "states", output))
         run()
@@ -122,19 +126,18 @@ class Limit:
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
         """The tower's next call is the limit."""
-        calls, kept = iter(self.calls), self.kept
+        calls, ran = iter(self.calls), len(self.calls[-1][0][0])
         handles = [
             block.register_forward_pre_hook(lambda m, a, k: next(calls), with_kwargs=True) for block in self.blocks
         ]
         handles.append(self.blocks[-1].register_forward_hook(lambda m, a, o: self.states))
-        if kept is not None:
-            for part in (self.tower.patch_embed, self.tower.merger):
-                handles.append(part.register_forward_pre_hook(lambda m, a: (a[0][kept], *a[1:])))
-            width, merge = self.states.shape[-1], self.tower.spatial_merge_unit
-            embedded, merged = self.states.new_zeros(len(self.states), width), None
-            handles.append(self.tower.patch_embed.register_forward_hook(lambda m, a, o: embedded))
-            merged = self.states.new_zeros(len(self.states) // merge, self.tower.config.out_hidden_size)
-            handles.append(self.tower.merger.register_forward_hook(lambda m, a, o: merged))
+        for name in self.parts:
+            rows, width = len(self.states), self.states.shape[-1]
+            if name == "merger":
+                rows, width = rows // self.tower.spatial_merge_unit, self.tower.config.out_hidden_size
+            full, part = self.states.new_zeros(rows, width), getattr(self.tower, name)
+            handles.append(part.register_forward_pre_hook(lambda m, a: (a[0][:ran], *a[1:])))
+            handles.append(part.register_forward_hook(lambda m, a, o, full=full: full))
         try:
             yield
         finally:
@@ -147,7 +150,8 @@ def limits(
 ) -> dict[str, Any]:
     """The cut tower beside the same tower whose later blocks get only the kept rows, method by method.
 
-    For `Pixels`, which cuts before the first block, patch embedding and merger of its limit get the kept rows only.
+    Where dropped patches are copies of kept ones, the limit's merger gets the kept rows only, and so does the patch
+    embedding if the cut is before the first block.
     """
     anatomy = vtprune.inspect(model)
     parts = find_parts(anatomy)
@@ -157,9 +161,7 @@ def limits(
         method = getattr(towers, name)(keep=KEEP)
         cut, least = [], []
         with vtprune.patch(model, tower=method) as patch:
-            limit = Limit(tower, list(parts.blocks), lambda: tower(pixels, grid), None)
-            if name == "Pixels":
-                limit.kept = torch.arange(len(limit.calls[-1][0][0]), device=device)
+            limit = Limit(tower, list(parts.blocks), lambda: tower(pixels, grid), LIMITS.get(name, ()))
             for _ in range(rounds):
                 cut.append(timed(lambda: tower(pixels, grid), device))
                 with patch.paused(), limit.prepared():
@@ -172,6 +174,15 @@ def limits(
         }
         print(f"{name:<10} {100 * rows[name]['over_limit']:5.1f} % above its limit", flush=True)
     return rows
+
+
+def whole_tower(name: str) -> shapes.Shape:
+    """The shape whose depth a `-shallow` one has a part of, with all blocks of its tower and a single decoder layer."""
+    shape = shapes.get(name.removesuffix("-shallow"))
+    config = copy.deepcopy(shape.config())
+    config.text_config.num_hidden_layers = 1
+    config.text_config.layer_types = config.text_config.layer_types[:1]
+    return dataclasses.replace(shape, config=lambda: config)
 
 
 def main() -> None:
@@ -208,8 +219,10 @@ def main() -> None:
             "method": METHOD,
             "versions": progress.versions(),
             "first_token": answers,
-            "towers": limits(model, inputs, args.rounds, device, args.methods),
         }
+        del model
+        whole = whole_tower(args.shape)
+        result["towers"] = limits(whole.build(device, dtype), inputs, args.rounds, device, args.methods)
     progress.save(args.out, result)
 
 
