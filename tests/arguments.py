@@ -35,8 +35,9 @@ class Subject:
         model: Unpatched.
         picture, text: Make a prompt of one row with a picture, and one without.
         placeholder: Token id of the picture's places.
-        masked: Given `patch.last`, a context in which the unpatched model hides what was dropped; None where layers mix
-            tokens without a mask: there is no reference for their decoding and losses.
+        masked: Given `patch.last`, a context in which the unpatched model hides what was dropped.
+        decodes: Whether it does so while decoding, too; not where layers mix tokens without a mask: they run on the
+            shorter prompt there, in one pass.
         method: The method that prunes.
     """
 
@@ -44,7 +45,8 @@ class Subject:
     picture: Callable[[], Batch]
     text: Callable[[], Batch]
     placeholder: int
-    masked: Callable[[Any], AbstractContextManager] | None
+    masked: Callable[[Any], AbstractContextManager]
+    decodes: bool = True
     method: Any = "uniform"
 
     def patched(self) -> vtprune.Patch:
@@ -122,6 +124,7 @@ def compared(
     call: Callable[[], Any],
     same: Callable[[Any, Any], None],
     hidden: Callable[[], Any] | None = None,
+    steps: bool = True,
 ) -> str | None:
     """What came of a call: None where the unpatched model does not take it.
 
@@ -129,6 +132,7 @@ def compared(
         subject, picture, call: What is called, and whether with a picture.
         same: Raises unless two results are the same.
         hidden: The call of the masked model, if another one.
+        steps: Whether the call decodes.
     """
     try:
         plain = call()
@@ -142,7 +146,7 @@ def compared(
             same(got, plain)
             return "equal"
         assert last is not None and len(last.kept[0]) < len(last.visual[0]), "nothing was pruned"
-        if subject.masked is None:
+        if steps and not subject.decodes:
             return "pruned"
         with subject.masked(last):
             same(got, (hidden or call)())
@@ -170,8 +174,13 @@ def forward_outcomes(subject: Subject) -> Iterator[tuple[str, str]]:
                     batch = subject.picture() if picture else subject.text()
                     return model(**{**batch, name: values(parameter, batch, subject)[number]})  # noqa: B023
 
+                def shorter(call: Callable = call, name: str = parameter.name) -> Any:
+                    # A shorter prompt has other labels and columns; they do not change its last logits.
+                    alone = not subject.decodes and name in ("labels", "shift_labels", "logits_to_keep")
+                    return model(**subject.picture()) if alone else call()
+
                 where = "picture" if picture else "text"
-                if (outcome := compared(subject, picture, call, same)) is not None:
+                if (outcome := compared(subject, picture, call, same, shorter, steps=False)) is not None:
                     yield f"{shown(parameter.name, value)} with {where}", outcome
 
             def step(number: int = number, name: str = parameter.name) -> Any:
@@ -355,7 +364,8 @@ def of_architecture(architecture: str, class_name: str) -> Iterator[tuple[str, s
         lambda: checks.fresh(prompts.batch(one)),
         lambda: checks.fresh(prompts.batch(text)),
         prompts.placeholder,
-        None if subject.hybrid else subject.reference,
+        subject.reference,
+        decodes=not subject.hybrid,
     )
     yield from forward_outcomes(mine)
     yield from generate_outcomes(mine)

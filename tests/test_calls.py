@@ -384,6 +384,17 @@ def test_places_that_begin_again_in_a_picture_are_no_packed_row() -> None:
         unsupported.refuse_packed_rows({"position_ids": torch.tensor([[two]] * 3)}, real, 0)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "CLIPVision", "SiglipVision", "Dinov2"])
+def test_models_without_input_embeddings_are_named(kind: str) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**small, "image_size": 8, "patch_size": 2}
+    parts = {"text_config": {**small, "vocab_size": 99}, "vision_config": vision} if kind == "CLIP" else vision
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**parts))
+    for call in (vtprune.inspect, lambda wrong: vtprune.patch(wrong, ratio=0.5)):
+        with pytest.raises(vtprune.UnsupportedModelError, match=f"{kind}Model"):
+            call(model)
+
+
 @pytest.mark.parametrize("model", ["llava", None])
 def test_what_is_no_model_is_named(model: Any) -> None:
     for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):
