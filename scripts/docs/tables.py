@@ -199,6 +199,7 @@ def clips(results: Path = RESULTS) -> str:
     if data is None or not data["rows"]:
         return MISSING
     rows, out = data["rows"], [f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. {_versions(data)}"]
+    sizes = {row["kept"] for row in rows if row["rule"] == "uniform"}  # fewer and smaller frames have more of them
     head = (
         "rule",
         "tokens",
@@ -207,13 +208,15 @@ def clips(results: Path = RESULTS) -> str:
         "KL to unpruned, real clips",
         "same first word",
         "still scenes",
+        "moving camera",
+        "moving objects",
     )
-    for kept in sorted({row["kept"] for row in rows}, reverse=True):
+    for kept in sorted(sizes, reverse=True):
         lines = []
         for rule in dict.fromkeys(row["rule"] for row in rows):
             mine = {row["part"]: row for row in rows if (row["rule"], row["kept"]) == (rule, kept)}
             if any("refused" in row for row in mine.values()):
-                lines.append((f"`{rule}`", "refused", "", "", "", "", "", ""))
+                lines.append((f"`{rule}`", "refused", *[""] * (len(head) - 2)))
                 continue
             real = [row for part, row in mine.items() if "right" not in row]
             count = sum(row["prompts"] for row in real)
@@ -223,7 +226,7 @@ def clips(results: Path = RESULTS) -> str:
             seconds = sum(row["seconds"] for row in mine.values()) / len(mine)
             right = [
                 "" if row is None else f"{row['right']} of {row['prompts']} ({row['right_unpruned']})"
-                for row in (mine.get("still"), mine.get("moving"))
+                for row in map(mine.get, ("still", "moving", "objects"))
             ]
             name = f"`{rule}`" if " " not in rule else rule
             cells = (
@@ -234,8 +237,38 @@ def clips(results: Path = RESULTS) -> str:
                 f"{same:.0f} of {count}",
             )
             lines.append((name, *cells, *right))
-        out.append(table((*head, "moving camera"), lines))
+        out.append(table(head, lines))
     return "\n\n".join(out)
+
+
+def clips_time(results: Path = RESULTS) -> str:
+    """Methods beside the most of fewer, or of smaller, frames that took no more time."""
+    data = _read(results / "video.json")
+    if data is None or not data.get("equal_time"):
+        return MISSING
+    rows = []
+    for clips_of, lines in data["equal_time"].items():
+        for line in lines:
+            cells = (clips_of, f"`{line['rule']}`", f"{line['kept']}", f"{line['time']:.2f}", f"{line['kl']:.2f}")
+            other = ("none", "", "", "")
+            if "instead_kept" in line:
+                low, high = line["difference"]
+                other = (f"{line['instead_kept']}", f"{line['instead_time']:.2f}", f"{line['instead_kl']:.2f}")
+                other += (f"{low:+.2f} to {high:+.2f}",)
+            rows.append((*cells, line["instead"], *other))
+    head = (
+        "clips",
+        "rule",
+        "tokens a step",
+        "time",
+        "KL",
+        "instead",
+        "tokens a step",
+        "time",
+        "KL",
+        "difference of KL",
+    )
+    return table(head, rows)
 
 
 def curvature(results: Path = RESULTS) -> str:
@@ -260,6 +293,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "needles": needles,
     "equal_cost": equal_cost,
     "clips": clips,
+    "clips_time": clips_time,
     "curvature": curvature,
 }
 

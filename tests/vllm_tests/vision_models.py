@@ -102,6 +102,15 @@ def qwen3_vl_moe(folder: Path) -> None:
     save_file(published, folder / "published" / "model.safetensors", metadata={"format": "pt"})
 
 
+def qwen3_5(folder: Path) -> None:
+    """A Qwen3.5: two layers of linear attention and one of attention, in a Qwen3-VL without DeepStack."""
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 4}
+    linear |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    linear["layer_types"] = ["linear_attention", "linear_attention", "full_attention"]
+    rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    qwen(folder, "Qwen3_5", {"num_position_embeddings": 64}, rope, linear)
+
+
 def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any], more: dict | None = None) -> None:
     """A Qwen-VL of a kind: what its tower and the positions of its decoder have of their own."""
     import transformers
@@ -122,8 +131,9 @@ def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any], 
     # Clips are normalized as pictures are, as in published checkpoints: vLLM does both with the same numbers.
     grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     pixels = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
-    videos = transformers.Qwen3VLVideoProcessor if "Qwen3VL" in kind else transformers.Qwen2VLVideoProcessor
-    processor = getattr(transformers, f"{kind.removesuffix('Moe')}Processor")(
+    reader = "Qwen3VL" if kind.startswith("Qwen3") else kind
+    videos = transformers.Qwen3VLVideoProcessor if reader == "Qwen3VL" else transformers.Qwen2VLVideoProcessor
+    processor = getattr(transformers, f"{reader}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(size=pixels, **grid),
         tokenizer=words,
         video_processor=videos(size=pixels, **grid),
