@@ -85,8 +85,8 @@ FAULTS = (
           "class ThreadState(threading.local):", "class ThreadState:",
           "test_8_state.py -k 'threads and llava-steps'"),
     Fault("8 own your state", "every call leaves something behind", "engine/session.py",
-          "        thread.call, thread.fresh = None, set()\n",
-          "        thread.call, thread.fresh = None, set()\n"
+          "        thread.fresh = set()\n",
+          "        thread.fresh = set()\n"
           "        self._left = [*getattr(self, '_left', ()), torch.zeros(1)]\n",
           "test_8_state.py -k 'grows and llava-steps'"),
     Fault("9 never silent", "a budget that rounds to all tokens drops one", "core/budget.py",

@@ -175,9 +175,9 @@ def forward_outcomes(subject: Subject) -> Iterator[tuple[str, str]]:
                     return model(**{**batch, name: values(parameter, batch, subject)[number]})  # noqa: B023
 
                 def shorter(call: Callable = call, name: str = parameter.name) -> Any:
-                    # A shorter prompt has other labels and columns; they do not change its last logits.
-                    alone = not subject.decodes and name in ("labels", "shift_labels", "logits_to_keep")
-                    return model(**subject.picture()) if alone else call()
+                    # A shorter prompt has other columns; the last logits are the same without these arguments.
+                    of_columns = ("labels", "shift_labels", "logits_to_keep", "output_router_logits")
+                    return call() if subject.decodes or name not in of_columns else model(**subject.picture())
 
                 where = "picture" if picture else "text"
                 if (outcome := compared(subject, picture, call, same, shorter, steps=False)) is not None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +308,62 @@ def test_an_interrupted_call_leaves_the_cache_guarded(error: type[BaseException]
         handle.remove()
     with pytest.raises(vtprune.VTPruneError, match="patch the model"):
         model(input_ids=token, past_key_values=cache)
+
+
+@pytest.mark.parametrize("between", ["refused", "another prompt"])
+@torch.no_grad()
+def test_what_comes_between_leaves_the_cache_guarded(between: str) -> None:
+    """A decoder call that is refused before its first layer; a call that follows on an interrupted one."""
+    model, batch, token = model_of("llava"), FAMILIES["llava"].batch(ONE), torch.tensor([[20]])
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        cache = model(**batch, use_cache=True).past_key_values
+        if between == "refused":
+            with pytest.raises(vtprune.UnsupportedModelError, match="without input_ids"):
+                patch.anatomy.decoder(past_key_values=cache)
+        else:
+            handle = patch.anatomy.layers[2].register_forward_pre_hook(_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(input_ids=token, past_key_values=cache)
+            handle.remove()
+            model(**batch, use_cache=True)
+    with pytest.raises(vtprune.VTPruneError, match="patch the model"):
+        model(input_ids=token, past_key_values=cache)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_threads_go_on_from_shallow_copies_of_the_same_layers() -> None:
+    """One that ends first leaves the others' layers open."""
+    model, batch, token = model_of("llava"), FAMILIES["llava"].batch(ONE), torch.tensor([[20]])
+    started, ended = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            assert ended.wait(60)
+
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        cache = model(**batch, use_cache=True).past_key_values
+        want = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+
+        @torch.no_grad()
+        def go_on() -> torch.Tensor:
+            mine = transformers.DynamicCache()
+            mine.layers = [copy.copy(layer) for layer in cache.layers]
+            return model(input_ids=token, past_key_values=mine).logits
+
+        handle = patch.anatomy.layers[2].register_forward_pre_hook(wait)
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(go_on)
+            assert started.wait(60)
+            quick = go_on()
+            ended.set()
+            torch.testing.assert_close(slow.result(), want)
+        handle.remove()
+        torch.testing.assert_close(quick, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

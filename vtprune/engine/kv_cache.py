@@ -54,12 +54,12 @@ class CacheState:
         ragged = {name: bool((b < 0).any()) for name, b in distinct.items()}
         self.ragged = [b is not None and ragged[id(b)] for b in base]
         self.open = False  # whether the last call had visual tokens, so that the next one must not add any
-        self.reading = False  # whether a call of a patched model that uses the cache is in progress
+        self.reading: list[None] = []  # an entry for each call of a patched model that is using the cache
         self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d], see `mark_of`
         self._next: tuple[str, Any, weakref.ref[CacheState]] | None = None  # see `_once`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_next": None}  # weak references cannot be pickled
+        return {**vars(self), "_next": None, "reading": []}  # weak references cannot be pickled
 
     def matches(self, keys: Tensor) -> bool:
         """Whether `keys` `[B, G, slots, d]` are the last layer's, up to a cast, judged by the slot in `mark`."""
@@ -155,7 +155,7 @@ class CacheState:
         shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
         after = CacheState(base, self.length, shifts)
         after.held = None if self.held is None else function(self.held)
-        after.open, after.reading = self.open, self.reading
+        after.open = self.open
         return after
 
     def _once(self, kind: str, argument: Any, make: Callable[[], CacheState]) -> CacheState:

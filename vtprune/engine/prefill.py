@@ -149,13 +149,19 @@ class DecoderCall(CallState):
             return args, kwargs
         return _with_hidden(args, kwargs, self.columns.through_full_length(number, hidden))
 
+    def start_reading(self) -> None:
+        """Lets the cache's layers take keys and values until `stop_reading`."""
+        if self.columns.state is not None:
+            self.columns.state.reading.append(None)
+
     def stop_reading(self) -> None:
         """Lets the cache's layers refuse keys and values again, which models that are not patched would add."""
         if self.columns.state is not None:
-            self.columns.state.reading = False
+            self.columns.state.reading.pop()
 
     def finish(self, output: Any) -> Any:
         """Scatters the output to the length of the full prompt, and attaches the state of slots to the cache."""
+        self.stop_reading()
         if len(self.stages) < len(self.cuts):
             missed = sorted(set(self.cuts) - {layer for layer, _ in self.stages})
             raise NothingPrunedError(
@@ -163,7 +169,6 @@ class DecoderCall(CallState):
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
                 "report the model"
             )
-        self.stop_reading()
         ends_prompt = self.visual is not None and self.options.budget.may_drop
         if not (self.columns.is_modified or ends_prompt):
             return output
@@ -420,7 +425,6 @@ def begin(
                 "several calls, each of which would be pruned by itself; pass the whole prompt in one call, or give "
                 "this call a budget of its own inside patch.using(...)"
             )
-        state.reading = True
     states = kwargs.get("inputs_embeds")
     states = states if states is not None else kwargs.get("input_ids", args[0] if args else None)
     if states is None:
@@ -439,9 +443,11 @@ def begin(
     form = functools.partial(getattr, spec, "attention_form")  # asked for where masks are made from nothing
     renumber, mixing = spec.renumbers, spec.anatomy.mixes_columns
     columns = Columns((batch, length), real, past, state, cache, form, renumber, mixing)
-    return DecoderCall(
+    call = DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )
+    call.start_reading()
+    return call
 
 
 def _real_columns(

@@ -256,7 +256,8 @@ class Session:
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         thread = self.thread
-        thread.call, thread.fresh = None, set()
+        self.end_call()
+        thread.fresh = set()
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual = False, None
         self.caches.state_of(cache_of(kwargs))  # before the model asks for its length
@@ -307,6 +308,7 @@ class Session:
         own_budget = request.budget is not None or request.spec is not None or not self.drops
         spec = request.spec or self.spec
         options = CallOptions(self.budget, request.question_end, outer, own_budget, thread.generates)
+        self.end_call()
         thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, args, kwargs, visual)
         if call is None:
             return None
