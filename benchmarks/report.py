@@ -56,6 +56,7 @@ SECTIONS = (
         "python -m benchmarks.accuracy",
         report_charts.accuracy,
     ),
+    Section("drawn.json", "Pages and crowds", report_sections.drawn, "python -m benchmarks.drawn"),
     Section("kinds*.json", "Accuracy by kind of question", report_measured.kinds, "python -m benchmarks.kinds"),
     Section(
         "fidelity*.json",
@@ -86,6 +87,12 @@ SECTIONS = (
         "Cuts in the vision tower: quality",
         report_measured.tower_quality,
         "python -m benchmarks.tower_quality",
+    ),
+    Section(
+        "tower_photographs.json",
+        "Cuts in the vision tower: photographs",
+        report_real.tower_photographs,
+        "python -m benchmarks.tower_photographs",
     ),
     Section("needle.json", "Needles in a text", report_real.needle, "python -m benchmarks.needle"),
     Section(

@@ -94,6 +94,21 @@ def position_bias(data: Data) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def tower_photographs(data: Data) -> str:
+    """How far cuts in a real tower change the features of photographs."""
+    head = (
+        f"{len(data['photographs'])} photographs of scikit-image, a DINOv2-small tower of {data['grid'] ** 2} patches, "
+        "cut before its fourth block (`Pixels`: the first). Cosine similarity of the final features to the uncut "
+        "tower's, mean over all patches and over the tenth that changed most. Means over photographs (95 % interval). "
+        f"{versions(data)}"
+    )
+    lines = [
+        (f"`{name}`", *(f"{row[key]['mean']:.2f}{span(row[key]['interval'], '.2f')}" for key in ("cosine", "worst")))
+        for name, row in data["rows"].items()
+    ]
+    return f"{head}\n\n" + table(("tower method and share", "all patches", "a tenth"), lines)
+
+
 def speed(data: Data) -> str:
     """A table for each number of visual places: ratios inside a round, whose runs stood next to each other in time."""
     loads = [entry["load"] for setting in data["settings"].values() for entry in setting["rounds"] if entry["load"]]

@@ -19,6 +19,7 @@ Data = dict[str, Any]
 def refvlm(data: Data) -> str:
     """Accuracy of a built-in model, unpruned."""
     kinds = {name: value for name, value in data.items() if isinstance(value, dict) and "all" in value}
+    kinds |= data.get("beds", {})
     rows = [
         (
             name.replace("_", " ") if kind == "all" else "",
@@ -35,6 +36,29 @@ def refvlm(data: Data) -> str:
         f"most frequent answer of each kind would reach. {versions(data)}"
     )
     return f"{text}\n\n" + table(("questions", "kind", "right", "of", "majority"), rows)
+
+
+def drawn(data: Data) -> str:
+    """Right answers on drawn pages and crowds, beside smaller pictures."""
+    parts = [
+        f"Built-in model {data['model']}, {data['questions']}. Methods keep as many tokens as the smaller picture of "
+        "the row `resize`. `cost`: operations to the first token, tower included, unpruned = 1. `rescued`: of the "
+        "questions that the unpruned model answers rightly, and wrongly from the smaller picture, those that the row "
+        f"answers rightly. {versions(data)}"
+    ]
+    for bed, rows in data["beds"].items():
+        cells = [
+            (
+                f"`{row['row']}`",
+                f"{row['tokens']:.0f}",
+                f"{row['cost']:.2f}",
+                f"{percent(row)}{span(row['interval'], scale=100)}",
+                f"{row['rescued']} of {row['lost']}" if "lost" in row else "",
+            )
+            for row in rows
+        ]
+        parts.append(f"### {bed} visual tokens\n\n" + table(("row", "tokens", "cost", "right", "rescued"), cells))
+    return "\n\n".join(parts)
 
 
 def accuracy(data: Data) -> str:

@@ -87,7 +87,7 @@ def drawn_clip(seed: int, pan: float) -> tuple[Frames, str, str]:
     """A camera that moves `pan` pixels a frame over a scene, a question about the scene and its answer."""
     scene = refvlm.scenes.scene(seed)
     question = scene.questions[seed % len(scene.questions)]
-    return [ImageChops.offset(scene.image, round(pan * n), 0) for n in range(FRAMES)], question.text, question.answer
+    return [ImageChops.offset(scene.small, round(pan * n), 0) for n in range(FRAMES)], question.text, question.answer
 
 
 def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames, str, str | None]]:
@@ -231,7 +231,7 @@ def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str,
         list: For each case the curvature, and the share of an even budget that V-CAST's weights give, at the frame (two
         for a cut: before and after it) and on average over the other inner frames.
     """
-    scene, other = (refvlm.scenes.scene(seed).image for seed in (20_000_001, 20_000_002))
+    scene, other = (refvlm.scenes.scene(seed).small for seed in (20_000_001, 20_000_002))
     noise = np.random.default_rng(0)
 
     def noisy(image: Image.Image) -> Image.Image:

@@ -34,7 +34,7 @@ def clip(seed: int, pan: int, frames: int = FRAMES) -> tuple[list[Image.Image], 
     """A camera that moves `pan` pixels a frame over a scene, and a question about it."""
     scene = refvlm.scenes.scene(seed)
     question = next((question for question in scene.questions if question.kind == "digit"), scene.questions[0])
-    return [ImageChops.offset(scene.image, pan * number, 0) for number in range(frames)], question
+    return [ImageChops.offset(scene.small, pan * number, 0) for number in range(frames)], question
 
 
 def as_pictures(processor, frames: list[Image.Image], question: str) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prunes a clip: as several pictures, and as a video.")
     parser.add_argument("--method", default="resprune")
     parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--pan", type=int, default=6, help="pixels that the camera moves from frame to frame")
+    parser.add_argument("--pan", type=int, default=3, help="pixels that the camera moves from frame to frame")
     parser.add_argument("--scene", type=int, default=7)
     parser.add_argument("--frames", type=int, default=FRAMES, help="an even number")
     parser.add_argument("--video-method", help="the method for the video input, by default that of --method")

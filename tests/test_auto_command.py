@@ -84,7 +84,7 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
         and f"energy {data['energy']:.6g}" in printed
     )
     assert "exists; use --force" in _refused(capfd, *arguments, "--out", out)
-    demo = ["demo", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report"]
+    demo = ["demo", "--small", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report"]
     assert _run(*demo, "--auto", out, "--method", "divprune") == 0
     assert "auto (energy" in capfd.readouterr().out
     assert _run(*demo, "--ratio", "auto") == 0
@@ -114,7 +114,19 @@ def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa:
     found = vtprune.Certificate.load(out)
     assert found.ratio == 0.5 and found.pictures == 12 and found.method == "divprune"
     assert "exists; use --force" in _refused(capfd, *arguments)
-    demo = ["demo", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report", "--certificate", out]
+    demo = [
+        "demo",
+        "--small",
+        "--image",
+        photo,
+        "--repeats",
+        1,
+        "--output",
+        tmp_path / "a.png",
+        "--report",
+        "--certificate",
+        out,
+    ]
     assert _run(*demo) == 0
     printed = capfd.readouterr().out
     assert "divprune" in printed and "ratio=0.5" in printed

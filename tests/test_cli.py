@@ -71,13 +71,17 @@ def test_budgets_reach_the_patch(capfd, tmp_path, folder, photo, budget, kept):
     assert _numbers(capfd.readouterr().out, "visual tokens") == [144, kept]
 
 
-def test_demo_answers_its_question_both_ways(capfd, tmp_path):
-    assert _run("demo", "--output", tmp_path / "demo.png", "--repeats", 1) == 0
+@pytest.mark.parametrize(("options", "tokens"), [((), [1296, 130]), (("--small",), [144, 14])])
+def test_demo_answers_its_question_both_ways(capfd, tmp_path, options, tokens):
+    assert _run("demo", *options, "--output", tmp_path / "demo.png", "--repeats", 1) == 0
     out = capfd.readouterr().out
-    assert _numbers(out, "visual tokens") == [144, 14]
+    assert _numbers(out, "visual tokens") == tokens
     truth = re.search(r"The right answer is '(.*)'", out)[1]
     answers = [cell.strip() for cell in next(line for line in out.splitlines() if "answer" in line).split("│")[2:4]]
     assert answers[0] == truth
+    assert options or answers[1] == truth
+    before, after = _numbers(out, "KV cache")
+    assert options or before > 4 * after
     assert Image.open(tmp_path / "demo.png").size[0] > 700
 
 

@@ -114,7 +114,9 @@ def test_narrow_terminals_are_readable(width):
     out = _process("methods", env=env).stdout.decode()
     assert "scale_over=" in out and "…" not in out
     assert max(map(len, out.splitlines())) <= max(int(width), 60)
-    out = _process("demo", "--repeats", "1", "--output", "/tmp/vtprune-narrow.png", "--force", env=env).stdout.decode()
+    out = _process(
+        "demo", "--small", "--repeats", "1", "--output", "/tmp/vtprune-narrow.png", "--force", env=env
+    ).stdout.decode()
     assert "KV cache" in out and "visual tokens" in out and "144" in out
     table = [line for line in out.splitlines() if line[:1] in "│┃"]
     assert all(len(line) <= int(width) for line in table) and "…" not in "".join(table)
@@ -171,15 +173,15 @@ def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, erro
 
 def test_pictures_of_others_are_not_overwritten(capsys, tmp_path):
     path = tmp_path / "a.png"
-    assert _run("demo", "--output", path, "--repeats", 1) == 0
-    assert _run("demo", "--output", path, "--repeats", 1, "--keep", 99999) == 0
+    assert _run("demo", "--small", "--output", path, "--repeats", 1) == 0
+    assert _run("demo", "--small", "--output", path, "--repeats", 1, "--keep", 99999) == 0
     out = capsys.readouterr().out
     assert "has 144 visual tokens, so none was dropped" in out and "of one run" in out
     refvlm.scenes.scene(1).image.save(path)
     before = path.read_bytes()
-    assert _run("demo", "--output", path) == 2 and path.read_bytes() == before
+    assert _run("demo", "--small", "--output", path) == 2 and path.read_bytes() == before
     assert "--force" in capsys.readouterr().err
-    assert _run("demo", "--output", path, "--repeats", 1, "--force") == 0 and path.read_bytes() != before
+    assert _run("demo", "--small", "--output", path, "--repeats", 1, "--force") == 0 and path.read_bytes() != before
 
 
 def test_devices_are_neither_read_nor_replaced(capsys, tmp_path):
@@ -211,7 +213,7 @@ def test_large_and_thin_pictures_are_drawn_small(tmp_path, size):
 
     path, out = tmp_path / "in.png", tmp_path / "out.png"
     path.write_bytes(hostile_pictures.picture(size))
-    assert _run("demo", "--image", path, "--output", out, "--repeats", 1) == 0
+    assert _run("demo", "--small", "--image", path, "--output", out, "--repeats", 1) == 0
     assert max(Image.open(out).size) < 3 * 2048
 
 

@@ -234,7 +234,7 @@ def test_clips(tmp_path: Path) -> None:
 
 def test_the_command_on_a_clip(capfd: Any, tmp_path: Path) -> None:
     for number in range(4):
-        refvlm.scenes.scene(number).image.save(tmp_path / f"{number}.png")
+        refvlm.scenes.scene(number).small.save(tmp_path / f"{number}.png")
     arguments = ["compare", "--image", str(tmp_path), "--question", "how many stars?", "--repeats", "1", "--clip"]
     few = ["--methods", "evs", "vcast", "--mean-ratio", "0.5"]
     assert main([*arguments, *few, "--model", "embedded-qwen2_5_vl"]) == 0

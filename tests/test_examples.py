@@ -19,6 +19,7 @@ FOLDER = ROOT / "examples"
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs an example as `python examples/NAME ARGUMENTS` would, without a new process; returns what it printed."""
+    importlib.import_module("vtprune.methods")  # registers the methods, which happens once in a process
     registry = importlib.import_module("vtprune.core.registry")
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 

@@ -163,7 +163,7 @@ def test_rows_sum_prompts_up_picture_by_picture() -> None:
 
 def test_smaller_pictures_are_rows_and_methods_keep_as_many_tokens() -> None:
     model, processor = refvlm.load(name="qwen2_5_vl")
-    image = refvlm.scenes.scene(3).image
+    image = refvlm.scenes.scene(3).small
     variants = with_resizing([Variant("random", methods.Random(), 0.3)])
     assert [v.key for v in variants] == ["random 0.3", "resize 0.9", "resize 0.75", "resize 0.3"]
 
@@ -250,7 +250,7 @@ def test_clips_are_measured_beside_smaller_frames(monkeypatch: Any, tmp_path: Pa
     for name in ("one", "two"):
         (tmp_path / "films" / name).mkdir(parents=True)
         for number in range(4):
-            refvlm.scenes.scene(number // 2).image.save(tmp_path / "films" / name / f"{number}.png")
+            refvlm.scenes.scene(number // 2).small.save(tmp_path / "films" / name / f"{number}.png")
     films = ["--images", str(tmp_path / "films"), "--question", "what?"]
     assert main([*given, *films, "--json", str(tmp_path / "films.json")]) == 0
     data = json.loads((tmp_path / "films.json").read_text())

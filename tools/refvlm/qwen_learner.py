@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from tools.refvlm import data
+from tools.refvlm import data, qwen
 from tools.refvlm.learner import Learner
-from vtprune.refvlm import model, qwen
+from vtprune.refvlm import model
 from vtprune.refvlm.qwen import CELL, MERGE_SIZE, PATCH_SIZE
 
 TEMPORAL = 2  # a still picture is two equal frames

@@ -139,7 +139,7 @@ def untrained(name: str, seed: int) -> Learner:
     """The learner of the model `name` before its first step."""
     if name == "llava":
         return Learner(model.build(seed))
-    from vtprune.refvlm import qwen
+    from . import qwen
 
     return learner_class(name)(qwen.build(seed, model.VOCABULARY, load()[0]))
 

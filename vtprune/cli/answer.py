@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..report.pruning import Pruning
     from ..study.timing import Side
 
-# The held-out scene that the demo shows, and the kind of question that it asks.
-DEMO_SCENE, DEMO_KIND = 7, "digit"
+# What the demo shows: a held-out crowd of 1,296 visual tokens, whose vision tower is cut as well, or a small scene.
+DEMO_MODEL, DEMO_CROWD, DEMO_TOWER = f"{EMBEDDED}-qwen2_5_vl", (0, (36, 36), "color"), 0.35
+SMALL_SCENE, SMALL_KIND = 7, "digit"
 _MARK = "vtprune"  # "Software" field of the pictures written here
 
 
@@ -31,17 +32,18 @@ def add(commands: Any) -> None:
     """Adds the commands to the subparsers of the command line."""
     demo = commands.add_parser(
         "demo",
-        help="run the model inside the package with and without pruning",
+        help="run a model inside the package with and without pruning",
         description=description(
-            "Asks the small model inside the package a question about a picture, with all visual tokens and with few. "
-            "Writes a picture in which dropped tokens are dark."
+            "Asks a small model inside the package a question about a large picture, with all visual tokens and with "
+            "few. Writes a picture in which dropped tokens are dark."
         ),
         examples=("demo", "demo --image photo.png --question 'how many stars are there?' --ratio 0.2"),
     )
     demo.add_argument("--image", metavar="FILE", help="your own picture; - is standard input")
     demo.add_argument("--question", type=words, metavar="TEXT", help="your own question")
-    _pruning(demo, max_new_tokens=8, repeats=5, output="vtprune-demo.png")
-    demo.set_defaults(command=_demo, model=EMBEDDED, device="cpu", dtype="auto")
+    demo.add_argument("--small", action="store_true", help="the smaller model, a LLaVA, and a picture of 144 tokens")
+    _pruning(demo, max_new_tokens=8, repeats=5, output="vtprune-demo.png", tower=f"{DEMO_TOWER}, with --small 1")
+    demo.set_defaults(command=_demo, device="cpu", dtype="auto")
 
     run = commands.add_parser(
         "run",
@@ -55,12 +57,12 @@ def add(commands: Any) -> None:
     add_model(run, required=True)
     run.add_argument("--image", required=True, metavar="FILE", help="the picture; - is standard input")
     run.add_argument("--question", required=True, type=words, metavar="TEXT", help="the question about it")
-    _pruning(run, max_new_tokens=32, repeats=3, output="vtprune-run.png")
+    _pruning(run, max_new_tokens=32, repeats=3, output="vtprune-run.png", tower="1")
     add_device(run)
     run.set_defaults(command=_run)
 
 
-def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: int, output: str) -> None:
+def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: int, output: str, tower: str) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--ratio",
@@ -72,6 +74,9 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
     budget.add_argument("--auto", metavar="FILE", help="automatic ratio calibrated by vtprune tune --auto")
     budget.add_argument("--certificate", metavar="FILE", help="ratio and method certified by vtprune certify")
     budget.add_argument("--mean-ratio", type=share, metavar="SHARE", help="mean share over all decoder layers instead")
+    parser.add_argument(
+        "--tower", type=share, metavar="SHARE", help=f"share of patches in the tower's later blocks (default: {tower})"
+    )
     parser.add_argument("--method", help=f"see vtprune methods (default: {default_method.NAME}, or the certificate's)")
     parser.add_argument(
         "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
@@ -86,11 +91,14 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
 def _demo(args: argparse.Namespace) -> None:
     from .. import refvlm
 
-    scene = refvlm.scenes.scene(DEMO_SCENE)
-    asked = next(question for question in scene.questions if question.kind == DEMO_KIND)
+    seed, grid, kind = DEMO_CROWD
+    drawn: Any = refvlm.scenes.scene(SMALL_SCENE) if args.small else refvlm.crowds.crowd(seed, grid)
+    asked = next(question for question in drawn.questions if question.kind == (SMALL_KIND if args.small else kind))
     truth = None if args.image or args.question else asked.answer
     args.question = args.question or asked.text
-    _side_by_side(args, scene.image if args.image is None else None, truth)
+    args.model = EMBEDDED if args.small else DEMO_MODEL
+    args.tower = args.tower or (None if args.small else DEMO_TOWER)
+    _side_by_side(args, drawn.image if args.image is None else None, truth)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -126,7 +134,7 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     inputs = loading.inputs(model, processor, image, args.question, args.max_new_tokens)
-    with patch(model, **budget, method=method and method()) as patched:
+    with patch(model, **budget, method=method and method(), tower=args.tower) as patched:
         before, after = timing.measure_side_by_side(
             model, processor, inputs, patched, max_new_tokens=args.max_new_tokens, repeats=args.repeats
         )
@@ -140,7 +148,8 @@ def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | No
         output.say(last.report())
     _write_picture(args.output, image, last, (before.answer, after.answer))
     output.say(f"picture written to {args.output}; dropped tokens are dark")
-    about = {"model": args.model, "question": args.question, "method": args.method, "budget": str(last.budget)}
+    about = {"model": args.model, "question": args.question, "method": args.method}
+    about |= {"budget": str(last.budget), "tower": args.tower}
     output.write(about | {"all_tokens": dataclasses.asdict(before), "pruned": dataclasses.asdict(after)})
 
 
@@ -217,6 +226,8 @@ def _notes(args: argparse.Namespace, before: Side, after: Side, truth: str | Non
     of = "Times are of one run" if args.repeats == 1 else f"Times are medians of {plural(args.repeats, 'run')}"
     notes = [f"The right answer is {truth!r}."] if truth else []
     notes.append(f"{of}, alternating, after a warm-up.")
+    if args.tower:
+        notes.append(f"The later blocks of the vision tower run on {args.tower:.0%} of the patches.")
     if after.bound:
         notes.append(
             f"The vision tower takes {after.vision / after.seconds:.0%} of the pruned time to first token: pruning the "

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..study import progress
 from ..study.intervals import wilson
-from . import MODELS, easy_vqa, load, prompt, scenes
+from . import MODELS, beds, easy_vqa, load, prompt, scenes
 
 
 class Sample(NamedTuple):
@@ -36,17 +36,11 @@ class Sample(NamedTuple):
 
 
 def held_out_scenes(n_scenes: int, questions_per_scene: int = 1) -> Iterator[Sample]:
-    """Questions on scenes that training never draws, about the same number of each kind (not every scene has all)."""
+    """Questions on small scenes that training never draws, about the same number of each kind (not all have all)."""
     if n_scenes > scenes.TRAIN_SEEDS:
         raise ValueError(f"found n_scenes={n_scenes:,}; expected at most the {scenes.TRAIN_SEEDS:,} held-out scenes")
-    total: Counter[str] = Counter()
-    for seed in range(n_scenes):
-        drawn = scenes.scene(seed)
-        # The least frequent kinds so far come first, so that rare kinds (a digit needs a sign) catch up.
-        questions = sorted(drawn.questions, key=lambda question: total[question.kind])
-        for question in questions[:questions_per_scene]:
-            total[question.kind] += 1
-            yield Sample(drawn.image, question.text, question.answer, question.kind, question.patches)
+    for drawn, question in beds.evenly(map(scenes.scene, range(n_scenes)), questions_per_scene):
+        yield Sample(drawn.small, question.text, question.answer, question.kind, question.patches)
 
 
 def easy_vqa_test(limit: int | None = None) -> Iterator[Sample]:
@@ -79,6 +73,14 @@ def answer(model: Any, processor: Any, samples: Iterable[Any], batch_size: int =
         tail = generated[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(tail, skip_special_tokens=True)]
     return answers
+
+
+@torch.no_grad()
+def answer_alone(model: Any, processor: Any, sample: beds.Sample) -> str:
+    """The greedy answer to a question about pictures of any number and size, or a clip."""
+    inputs = processor(**sample.inputs(), return_tensors="pt").to(model.device)
+    generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return str(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def tally(samples: Sequence[Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -133,7 +135,14 @@ def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int)
 
 
 def measure(
-    name: str, n_scenes: int, questions: int, easy: bool, batch: int, out: Path | None, force: bool = False
+    name: str,
+    n_scenes: int,
+    questions: int,
+    easy: bool,
+    batch: int,
+    out: Path | None,
+    force: bool = False,
+    in_beds: int = 0,
 ) -> dict[str, Any]:
     """Asks all questions that are missing in `out`, which is written after every batch.
 
@@ -144,6 +153,7 @@ def measure(
         batch: Prompts at a time.
         out: The result file, or None.
         force: Ignore the existing file.
+        in_beds: Questions in each of `beds`, 0 for none.
 
     Returns:
         dict: Content of the file.
@@ -173,17 +183,24 @@ def measure(
         data[kind] = tally(samples, given)
         del data["answers"][kind]
     data.pop("answers", None)
+    for bed in beds.names() if in_beds else ():
+        asked = beds.samples(bed, in_beds)
+        if data.get("beds", {}).get(bed, {}).get("all", {}).get("total") != len(asked):
+            given = [answer_alone(model, processor, sample) for sample in asked]
+            data.setdefault("beds", {})[bed] = tally(asked, given)
+            progress.save(out, data)
     progress.save(out, data)
     return data
 
 
 def _show(data: dict[str, Any]) -> None:
-    for name in ("scenes", "easy_vqa_test"):
-        for kind, row in data.get(name, {}).items():
+    sets = {name: data[name] for name in ("scenes", "easy_vqa_test") if name in data}
+    for name, kinds in (sets | data.get("beds", {})).items():
+        for kind, row in kinds.items():
             low, high = row["interval"]
             share = f"{row['right']:5}/{row['total']:<5} {row['accuracy']:7.2%}"
             tail = f"95 % interval {low:.1%} to {high:.1%}  majority guess {row['majority']:.1%}"
-            print(f"{name:13} {kind:9} {share}  {tail}")
+            print(f"{name:14} {kind:13} {share}  {tail}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -192,12 +209,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=1000, help="held-out scenes (0: none)")
     parser.add_argument("--questions", type=int, default=1, help="per scene")
     parser.add_argument("--easy-vqa", action="store_true", help="also the easy-VQA test split")
+    parser.add_argument("--beds", type=int, default=0, help="questions on each kind and size of drawn pictures")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
     with progress.script(args.out):
-        data = measure(args.model, args.scenes, args.questions, args.easy_vqa, args.batch, args.out, args.force)
+        data = measure(
+            args.model, args.scenes, args.questions, args.easy_vqa, args.batch, args.out, args.force, args.beds
+        )
     _show(data)
     if args.out:
         print(f"written to {args.out}")

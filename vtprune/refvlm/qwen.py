@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second reference model: a stock Qwen2.5-VL, with dynamic resolution, windows, a patch merger and M-RoPE.
-
-It shares words, prompts and decoder widths with the first one, and its training starts from the decoder of that one.
-"""
+"""The processor of the second built-in model, a stock Qwen2.5-VL: pictures of any size, several of them, and clips."""
 
 from __future__ import annotations
 
@@ -10,20 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    BatchFeature,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import BatchFeature, ProcessorMixin
 
 PATCH_SIZE = 6
 MERGE_SIZE = 2
 CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction
-WINDOW = 48  # pixels: windows of 4 x 4 visual tokens
-# Pictures outside are enlarged or reduced, without changing their shape: about 81 to 144 visual tokens.
-MIN_PIXELS, MAX_PIXELS = 108 * 108, 144 * 144
 
 
 class PictureProcessor(ProcessorMixin):
@@ -108,89 +96,3 @@ class PictureProcessor(ProcessorMixin):
             "video_grid_thw": torch.tensor(grids),
             "second_per_grid_ts": torch.ones(len(grids)),
         }
-
-
-def processor(
-    tokenizer: PreTrainedTokenizerFast, pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)
-) -> PictureProcessor:
-    """The processor of the model.
-
-    Args:
-        tokenizer: that of the first model, or one with more words.
-        pixels: smaller pictures are enlarged to the first number of pixels, larger ones reduced to the second.
-    """
-    from transformers import Qwen2VLImageProcessorPil
-
-    from . import CHAT_TEMPLATE
-
-    images = Qwen2VLImageProcessorPil(
-        patch_size=PATCH_SIZE,
-        temporal_patch_size=2,
-        merge_size=MERGE_SIZE,
-        size={"shortest_edge": pixels[0], "longest_edge": pixels[1]},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return PictureProcessor(images, tokenizer, CHAT_TEMPLATE)
-
-
-def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
-    """4 vision blocks, two of them with windows; 6 decoder layers with 6 query and 2 key-value heads."""
-    ids = {f"{name}_token_id": vocabulary[f"<{name}>"] for name in ("pad", "bos", "eos")}
-    size = len(vocabulary)
-    vision = {
-        "depth": 4,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_heads": 4,
-        "patch_size": PATCH_SIZE,
-        "spatial_merge_size": MERGE_SIZE,
-        "temporal_patch_size": 2,
-        "window_size": WINDOW,
-        "fullatt_block_indexes": [1, 3],
-        "out_hidden_size": 192,
-    }
-    text = {
-        "vocab_size": size + 3,  # no word is left for the tokens that only videos and other prompts have
-        "hidden_size": 192,
-        "intermediate_size": 448,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        "tie_word_embeddings": True,
-        **ids,
-    }
-    return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=vocabulary["<image>"],
-        video_token_id=size,
-        vision_start_token_id=size + 1,
-        vision_end_token_id=size + 2,
-        tie_word_embeddings=True,
-        **ids,
-    )
-
-
-def build(seed: int, vocabulary: dict[str, int], first: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with an untrained vision side and the word vectors and decoder layers of the first model, `first`.
-
-    The two decoders differ in how positions turn queries and keys, and in the biases, which start at zero here.
-    """
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config(vocabulary))
-    decoder: Any = model.model.language_model
-    learned = dict(first.model.language_model.state_dict())
-    words = learned.pop("embed_tokens.weight")
-    with torch.no_grad():
-        decoder.embed_tokens.weight.zero_()[: len(words)] = words
-    missing, unexpected = decoder.load_state_dict(learned, strict=False)
-    if unexpected or any(not name.endswith(".bias") and "embed_tokens" not in name for name in missing):
-        raise RuntimeError(f"the first model's decoder does not fit: missing {missing}, unexpected {unexpected}")
-    model.generation_config.max_new_tokens = 64
-    model.generation_config.do_sample = False
-    for name in ("pad", "bos", "eos"):
-        setattr(model.generation_config, f"{name}_token_id", vocabulary[f"<{name}>"])
-    return model

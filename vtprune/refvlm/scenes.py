@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and its objects; `image` and `questions` are created on first use."""
+    """A picture and its objects; `image`, `small` and `questions` are created on first use."""
 
     seed: int
     objects: tuple[SceneObject, ...]
@@ -54,6 +54,12 @@ class Scene:
     @cached_property
     def image(self) -> Image.Image:
         return draw_scene(self.seed, self.objects)
+
+    @cached_property
+    def small(self) -> Image.Image:
+        """The picture with one visual token per cell of `patches`, as the built-in LLaVA reduces it."""
+        side = SIZE // 2
+        return self.image.resize((side, side), Image.Resampling.BICUBIC)
 
     @cached_property
     def questions(self) -> tuple[Question, ...]:

@@ -43,7 +43,7 @@ __all__ = [
 def resolve(tower: float | TowerMethod | type[TowerMethod]) -> TowerMethod:
     """Turns the `tower` that a user passes into a method: a share of the patches becomes `Similar(keep=share)`.
 
-    docs/towers.md has the measurement behind that choice.
+    docs/towers.md has the measurement behind that choice, and when another one is better.
 
     Raises:
         MethodError: It is neither a share nor a method.

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vtprune.refvlm import model as first
-from vtprune.refvlm import pages, qwen
+from vtprune.refvlm import pages
 from vtprune.refvlm.qwen import PictureProcessor
+
+from .. import qwen
 
 PATCH_SIZE, MERGE_SIZE = 6, 2
 CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction

@@ -14,8 +14,8 @@ The learning rate stays constant after a short warm-up and falls to nothing in t
 was interrupted goes on from `checkpoint.safetensors`; a finished run goes on from `stable.safetensors`, the state
 before the fall, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
 
-`start` beside this file holds the weights of a run that was not finished (2,000 steps, 900 of them of phase 1): with
-`--start tools/refvlm/qwen2_5_vl/start` training begins with phase 2, from a model that answers scenes and short pages.
+The shipped weights are of 2,720 steps. `start` beside this file holds those of step 2,000: with `--start
+tools/refvlm/qwen2_5_vl/start` training begins with phase 2, from a model that answers scenes and short pages.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vtprune import refvlm
+from vtprune.refvlm.qwen import PictureProcessor
 
 from .. import checkpoint
 from . import build, data
@@ -112,8 +113,9 @@ def save_weights(learner: Learner, folder: Path) -> None:
 
 
 def begin(folder: Path) -> Any:
-    """The model before the first step."""
-    seed, processor = refvlm.load(name="qwen2_5_vl")
+    """The model before the first step, from the weights in `folder` of the earlier model with six layers."""
+    seed = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32")
+    processor = PictureProcessor.from_pretrained(folder)
     drawn = [refvlm.scenes.scene(number) for number in range(refvlm.scenes.TRAIN_SEEDS, refvlm.scenes.TRAIN_SEEDS + 24)]
     asked = [(scene.image, refvlm.prompt(question.text)) for scene in drawn for question in scene.questions[:2]]
     return build.from_seed(seed, build.importance(seed, asked, processor))
@@ -138,9 +140,9 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
-    parser.add_argument("--look", type=int, default=240, help="steps of phase 1")
-    parser.add_argument("--small", type=int, default=1000, help="steps of phase 2")
-    parser.add_argument("--steps", type=int, default=2400, help="all steps")
+    parser.add_argument("--look", type=int, default=900, help="steps of phase 1")
+    parser.add_argument("--small", type=int, default=1400, help="steps of phase 2")
+    parser.add_argument("--steps", type=int, default=2720, help="all steps")
     parser.add_argument("--cooldown", type=int, default=250, help="last steps, in which the learning rate falls")
     parser.add_argument("--look-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -148,6 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=2, help="batches of a step")
     parser.add_argument("--look-budget", type=int, default=2200)
     parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
+    parser.add_argument(
+        "--earlier", type=Path, help="weights that python -m tools.refvlm.train --model qwen2_5_vl writes"
+    )
     parser.add_argument("--start", type=Path, help="folder with weights to begin phase 2 from")
     parser.add_argument("--fresh", action="store_true", help="start again; by default an interrupted run resumes")
     args = parser.parse_args(argv)
@@ -175,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         optims = optimizers(learner, False)
     else:
-        learner = Learner(begin(args.out))
+        if args.earlier is None:
+            parser.error("a run without --start begins with the earlier model: --earlier FOLDER")
+        learner = Learner(begin(args.earlier))
         optims = optimizers(learner, True)
     source = data.Source()
     held_out = [data.held_out(*what) for what in HELD_OUT]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cuts inside a real vision tower change of photographs: writes `benchmarks/results/tower_photographs.json`.
+
+    make real
+    .venv-real/bin/python -m benchmarks.tower_photographs
+
+The model of `benchmarks.real.photo_vlm` sees every photograph of scikit-image, its tower (a DINOv2 of 12 blocks) cut
+and uncut. `cosine` is the mean similarity of the features of all patches, dropped ones as the method rebuilds them, to
+the uncut tower's; `worst` the mean over the tenth of the patches that changed most. Intervals are bootstrapped over the
+photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vtprune
+from benchmarks.mean_rows import mean_rows
+from benchmarks.position_bias import photographs
+from benchmarks.real import parts, photo_vlm
+from vtprune import towers
+from vtprune.study import progress
+
+OUT = Path(__file__).resolve().parent / "results" / "tower_photographs.json"
+GRID = 24  # patches in each direction
+METHODS = ("Change", "Attention", "Similar", "Pixels", "Random", "Uniform")
+KEEPS = (0.75, 0.5, 0.35)
+
+
+@torch.no_grad()
+def features(model: Any, pixels: Tensor) -> Tensor:
+    """Unit features `[N, D]` of the patches of one photograph."""
+    return torch.nn.functional.normalize(model.model.vision_tower(pixels).last_hidden_state[0, 1:], dim=-1)
+
+
+def compared(model: Any, pixels: Tensor, method: towers.TowerMethod) -> dict[str, float]:
+    """Similarity of the cut tower's features to the uncut one's, see the module docstring."""
+    whole = features(model, pixels)
+    with vtprune.patch(model, tower=method):
+        cosine = (features(model, pixels) * whole).sum(-1).sort().values
+    return {"cosine": float(cosine.mean()), "worst": float(cosine[: len(cosine) // 10].mean())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_photographs", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite existing results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    header = {
+        "tower_sha256": parts.SHA256[parts.ONNX],
+        "photographs": {one.name: one.license for one in parts.photographs()},
+        "grid": GRID,
+        "versions": progress.versions(),
+    }
+    images = [image for _, image in photographs()]
+    model = photo_vlm.load(images[:2], GRID)
+    with progress.script(args.out):
+        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
+        rows = data.setdefault("rows", {})
+        for name in METHODS:
+            for keep in KEEPS:
+                key = f"{name} {keep}"
+                if key not in rows:
+                    method = getattr(towers, name)(keep=keep)
+                    rows[key] = mean_rows([compared(model, photo_vlm.pixels([image]), method) for image in images])
+                    progress.save(args.out, data)
+                print(key, {k: v for k, v in rows[key].items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
