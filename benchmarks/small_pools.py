@@ -71,8 +71,8 @@ def cases(rows: int, picks: int, data: str) -> Iterator[tuple[str, int, bool, Ch
                 "dpp_map",
                 width,
                 small,
-                lambda x=x: dpp_lazy.choose(Cosine(x, relevance), picks),  # type: ignore[misc]
-                lambda x=x: dpp_gram.choose(Cosine(x, relevance), picks),  # type: ignore[misc]
+                lambda x=x, d=width: dpp_lazy.choose(Cosine(x, relevance), picks, d),  # type: ignore[misc]
+                lambda x=x, d=width: dpp_gram.choose(Cosine(x, relevance), picks, d),  # type: ignore[misc]
             )
 
 

@@ -52,6 +52,19 @@ def test_residual_pivots_equal_specification(lengths, kind):
         assert_order(order, naive_residual(features, weight, offsets, counts), offsets, counts)
 
 
+@pytest.mark.parametrize("width", [64, 192])
+def test_more_picks_than_dimensions(width):
+    """What is left of a row after as many picks as there are dimensions is rounding, and chooses nothing."""
+    lengths = (2 * width, width + 20, 30)
+    for seed in range(3):
+        features = torch.randn(sum(lengths), width, generator=torch.Generator().manual_seed(seed))
+        weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) + 0.1
+        offsets, counts = offsets_of(lengths), torch.tensor([width + 15, width + 15, 20])
+        for weight in (None, weights):
+            order = residual_pivots(features, weight, offsets, counts)
+            assert torch.equal(order, naive_residual(features, weight, offsets, counts))
+
+
 def coverage(features: Tensor, chosen: list[int]) -> float:
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     return float((unit @ unit[chosen].T).amax(1).clamp_min(0).sum())

@@ -209,6 +209,19 @@ def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
         assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
 
 
+def test_more_picks_than_dimensions(memory):
+    features, offsets, counts = (
+        torch.randn(90, 12, generator=torch.Generator().manual_seed(3)),
+        offsets_of((50, 40)),
+        [16, 40],
+    )
+    weights = torch.rand(90, generator=torch.Generator().manual_seed(2)) + 0.1
+    for operation in ("dpp_map", "residual_pivots"):
+        run, naive = pair(operation)
+        order = run(features, weights, offsets, torch.tensor(counts))
+        assert torch.equal(order, naive(features, weights, offsets, torch.tensor(counts)))
+
+
 def test_choices_survive_ties_zeros_and_broken_numbers(memory):
     rows, offsets, budgets = exact_rows(6, 32, seed=5).repeat(3, 1), torch.tensor([0, 18]), torch.tensor([12])
     run, naive = pair("weighted_farthest_point")

@@ -13,12 +13,13 @@ from .._ragged import finite
 from .naive import EXHAUSTED
 
 
-def choose(kernel: Cosine, budget: int) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int) -> Tensor:
     """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
     Args:
         kernel: Kernel of the group's rows, including their relevance.
         budget: Number of rows to select, at least 1.
+        rank: Dimensions of the rows: so many explain all others.
     """
     variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]
     left, least = variance.clone(), EXHAUSTED * variance
@@ -28,7 +29,7 @@ def choose(kernel: Cosine, budget: int) -> Tensor:
     for step in range(budget):
         gain, row = torch.where(left > least, left, 0).max(0)
         best, gained = int(row), float(gain)
-        if gained <= 0:
+        if gained <= 0 or step == rank:
             rest = variance.index_fill(0, torch.tensor(chosen, dtype=torch.int64, device=left.device), -torch.inf)
             best_first = torch.sort(rest, descending=True, stable=True).indices
             chosen += best_first[: budget - step].tolist()

@@ -27,7 +27,8 @@ def dpp_map(
         while len(chosen) < budget:
             gain = torch.where(left > EXHAUSTED * variance, left, 0).masked_fill(~free, -torch.inf)
             best = int(gain.argmax())
-            if gain[best] <= 0:
+            # As many rows as there are dimensions explain all others; what seems left of them is rounding.
+            if gain[best] <= 0 or len(chosen) == features.shape[1]:
                 rest = torch.sort(variance.masked_fill(~free, -torch.inf), descending=True, stable=True).indices
                 chosen += rest[: budget - len(chosen)].tolist()
                 break

@@ -46,7 +46,7 @@ def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.conste
 
 @triton.jit(do_not_specialize=["max_budget", "first", "begin"])
 def _choose(
-    matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, exhausted,
+    matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, exhausted, rank,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Makes picks `begin` to `begin + STEPS` of one group, from the matrix that earlier picks leave unexplained."""
@@ -59,7 +59,8 @@ def _choose(
     own = tl.load(variance + start + place, mask=inside, other=0.0)
     gain = tl.load(left + start + place, mask=inside, other=-float("inf"))
     for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + group))):
-        best = tl.max(_gain_key(gain, own, place, exhausted), 0)
+        # As many rows as there are dimensions explain all others; what seems left of them is rounding.
+        best = tl.max(_gain_key(gain, own, place, tl.where(step < rank, exhausted, float("inf"))), 0)
         one = key_row(best)
         tl.store(order + group * max_budget + step, start + one)
         row = tl.load(matrix + one * side + place, mask=line, other=0.0)
@@ -172,7 +173,7 @@ def _whole(
         for begin in range(0, max_budget, _STEPS):
             _choose[(count,)](
                 matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, EXHAUSTED,
-                STEPS=_STEPS, BLOCK=power_of_two(side), num_warps=8,
+                features.shape[1], STEPS=_STEPS, BLOCK=power_of_two(side), num_warps=8,
             )  # fmt: skip
             if begin + _STEPS < max_budget:
                 _take_out[(tiles, tiles, count)](
@@ -195,7 +196,8 @@ def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
         _pick[(len(owner),)](
             features, *features.stride(), window.factor, variance, left, left_new, cholesky, total, owner, first,
             offsets, limit, best, window.slots, window.missed, window.taken, window.lines, window.side,
-            window.max_length, max_budget, step, groups, EXHAUSTED, START=step == 0, WIDTH=features.shape[1],
+            window.max_length, max_budget, step, groups,
+            EXHAUSTED if step < features.shape[1] else float("inf"), START=step == 0, WIDTH=features.shape[1],
             BLOCK=column_block(features.shape[1]), ROWS=ROWS,
         )  # fmt: skip
         if step:

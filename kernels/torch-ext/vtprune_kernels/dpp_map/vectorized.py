@@ -24,13 +24,14 @@ def dpp_map(
             kernel = Cosine(features[start:stop], relevance[start:stop].float())
             # Near the rank of the rows, gains are only rounding, which differs between the two paths.
             small = budget < features.shape[1] // 2 and is_small(stop - start, features.shape[1], budget)
-            order[number, :budget] = (gram.choose if small else choose)(kernel, budget) + start
+            rank = features.shape[1]
+            order[number, :budget] = (gram.choose if small else choose)(kernel, budget, rank) + start
     return order
 
 
-def choose(kernel: Cosine, budget: int) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int) -> Tensor:
     """Same as `gram.choose`, with lazy evaluation."""
-    return _Group(kernel, budget).choose()
+    return _Group(kernel, budget).choose(rank)
 
 
 class _Group:
@@ -94,12 +95,14 @@ class _Group:
         self.done += count
         self.update(rows, left)
 
-    def choose(self) -> Tensor:
+    def choose(self, rank: int) -> Tensor:
         """Selects rows `[budget]`, returned in order of selection."""
         budget, window = len(self.chosen), Window()
         while self.done < budget:
             before, width = self.done, min(window.rows, len(self.kernel) - self.done)
-            self.pick(lazy_top(self.bounds, self.seen, before, width, self.refresh), min(width, budget - before))
+            if before < rank:
+                rows = lazy_top(self.bounds, self.seen, before, width, self.refresh)
+                self.pick(rows, min(width, budget - before, rank - before))
             if self.done == before:  # the selected rows explain all others
                 rest = self.variance.masked_fill(self.bounds == -torch.inf, -torch.inf)
                 best_first = torch.sort(rest, descending=True, stable=True).indices
