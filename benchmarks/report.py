@@ -138,7 +138,7 @@ SECTIONS = (
 HEAD = """# Results
 
 Rendered by `python -m benchmarks.report` from `benchmarks/results/*.json`, which only benchmarks write. Accuracies and
-fidelities are of the small models inside the package, which know simple scenes only: they compare methods, and say
+fidelities are of the small models inside the package, which know drawn pictures only: they compare methods, and say
 nothing about how large models degrade. `load`: processes that wanted a core meanwhile, the measuring one included; on a
 machine with other work, times side by side in one run compare better than times of two runs."""
 

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
+
+from vtprune import refvlm
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -46,7 +50,24 @@ def versions(data: dict[str, Any]) -> str:
     parts = [", ".join(names), *([data["machine"]] if "machine" in data else [])]
     if data.get("load") is not None:
         parts.append(f"load up to {data['load']:.1f}")
+    parts += [f"**earlier weights of the built-in {name}**" for name in earlier_weights(data)]
     return f"({'; '.join(parts)})"
+
+
+@lru_cache(maxsize=1)
+def _weights() -> dict[str, str]:
+    """SHA-256 of the weights of each built-in model."""
+    files = {name: folder / "model.safetensors" for name, folder in refvlm.MODELS.items()}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+
+
+def earlier_weights(data: dict[str, Any]) -> list[str]:
+    """The built-in models that results were measured on with other weights than those in the package."""
+    now, found = _weights(), data.get("weights_sha256")
+    if isinstance(found, str):
+        name = str(data.get("model", "model")).removeprefix("embedded-").replace("embedded", "llava")
+        return [] if found in now.values() else [name]
+    return [name for name, value in (found or {}).items() if value != now.get(name)]
 
 
 def seconds(number: float | None) -> str:

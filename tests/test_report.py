@@ -95,6 +95,11 @@ def test_charts_are_the_same_each_time_and_small(tmp_path: Path) -> None:
 
 def test_the_load_of_the_machine_is_shown() -> None:
     assert report_tables.versions(ABOUT) == "(torch 2.13.0; 2 cores)"
+    stale = {"qwen2_5_vl": "of other weights", "llava": report_tables._weights()["llava"]}
+    assert report_tables.versions(ABOUT | {"weights_sha256": stale}).endswith(
+        "earlier weights of the built-in qwen2_5_vl**)"
+    )
+    assert report_tables.earlier_weights({"weights_sha256": "x", "model": "embedded-qwen2_5_vl"}) == ["qwen2_5_vl"]
     assert report_tables.versions(ABOUT | {"load": 2.33}) == "(torch 2.13.0; 2 cores; load up to 2.3)"
 
 
