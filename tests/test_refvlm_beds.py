@@ -174,7 +174,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(data.Source, "__init__", _small_source)
     monkeypatch.setattr(data, "SIZES", {kind: {(5, 5): 1} if kind != "page" else {(8, 8): 1} for kind in data.KINDS})
     sizes = ["--budget", "150", "--look-budget", "60", "--parts", "1", "--look", "2", "--small", "2"]
-    common = ["--out", str(tmp_path), *sizes]
+    common = ["--out", str(tmp_path), "--earlier", str(tmp_path), *sizes]
     train.main([*common, "--steps", "4", "--cooldown", "1"])
     train.main([*common, "--steps", "6", "--cooldown", "1"])
 
