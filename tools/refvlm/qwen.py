@@ -41,11 +41,18 @@ def processor(
     return PictureProcessor(images, tokenizer, CHAT_TEMPLATE)
 
 
-def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
-    """4 vision blocks, two of them with windows; 6 decoder layers with 6 query and 2 key-value heads."""
+def narrow_config(
+    vocabulary: dict[str, int], vision: dict[str, Any], text: dict[str, Any], **tokens: int
+) -> Qwen2_5_VLConfig:
+    """A tower of 4 narrow blocks, and a decoder with 6 query and 2 key-value heads.
+
+    Args:
+        vocabulary: numbers of the words, among them `<pad>`, `<bos>`, `<eos>` and `<image>`.
+        vision, text: the other sizes of tower and decoder.
+        tokens: numbers of the tokens of clips and of the marks around pictures.
+    """
     ids = {f"{name}_token_id": vocabulary[f"<{name}>"] for name in ("pad", "bos", "eos")}
-    size = len(vocabulary)
-    vision = {
+    tower = {
         "depth": 4,
         "hidden_size": 128,
         "intermediate_size": 320,
@@ -53,32 +60,45 @@ def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
         "patch_size": PATCH_SIZE,
         "spatial_merge_size": MERGE_SIZE,
         "temporal_patch_size": 2,
-        "window_size": WINDOW,
-        "fullatt_block_indexes": [1, 3],
-        "out_hidden_size": 192,
     }
-    text = {
-        "vocab_size": size + 3,  # no word is left for the tokens that only videos and other prompts have
-        "hidden_size": 192,
-        "intermediate_size": 448,
-        "num_hidden_layers": 6,
+    decoder = {
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         "tie_word_embeddings": True,
         **ids,
     }
     return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=tower | vision,
+        text_config=decoder | text,
         image_token_id=vocabulary["<image>"],
-        video_token_id=size,
-        vision_start_token_id=size + 1,
-        vision_end_token_id=size + 2,
         tie_word_embeddings=True,
+        **tokens,
         **ids,
     )
+
+
+def set_generation(model: Qwen2_5_VLForConditionalGeneration, vocabulary: dict[str, int]) -> None:
+    """Greedy answers of at most 64 tokens."""
+    model.generation_config.max_new_tokens = 64
+    model.generation_config.do_sample = False
+    for name in ("pad", "bos", "eos"):
+        setattr(model.generation_config, f"{name}_token_id", vocabulary[f"<{name}>"])
+
+
+def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
+    """Two of the vision blocks have windows; 6 decoder layers."""
+    size = len(vocabulary)
+    vision = {"window_size": WINDOW, "fullatt_block_indexes": [1, 3], "out_hidden_size": 192}
+    text = {
+        "vocab_size": size + 3,  # no word is left for the tokens that only videos and other prompts have
+        "hidden_size": 192,
+        "intermediate_size": 448,
+        "num_hidden_layers": 6,
+        "max_position_embeddings": 1024,
+    }
+    marks = {"vision_start_token_id": size + 1, "vision_end_token_id": size + 2}
+    return narrow_config(vocabulary, vision, text, video_token_id=size, **marks)
 
 
 def build(seed: int, vocabulary: dict[str, int], first: Any) -> Qwen2_5_VLForConditionalGeneration:
@@ -96,8 +116,5 @@ def build(seed: int, vocabulary: dict[str, int], first: Any) -> Qwen2_5_VLForCon
     missing, unexpected = decoder.load_state_dict(learned, strict=False)
     if unexpected or any(not name.endswith(".bias") and "embed_tokens" not in name for name in missing):
         raise RuntimeError(f"the first model's decoder does not fit: missing {missing}, unexpected {unexpected}")
-    model.generation_config.max_new_tokens = 64
-    model.generation_config.do_sample = False
-    for name in ("pad", "bos", "eos"):
-        setattr(model.generation_config, f"{name}_token_id", vocabulary[f"<{name}>"])
+    set_generation(model, vocabulary)
     return model

@@ -16,12 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from vtprune.refvlm import model as first
 from vtprune.refvlm import pages
-from vtprune.refvlm.qwen import PictureProcessor
+from vtprune.refvlm.qwen import CELL, PictureProcessor
 
 from .. import qwen
 
-PATCH_SIZE, MERGE_SIZE = 6, 2
-CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction
 WINDOW = 96  # pixels: windows of 8 x 8 visual tokens
 HIDDEN, NEURONS = 192, 240
 SEED_LAYERS, LAYERS = 6, 20
@@ -66,16 +64,8 @@ def processor() -> PictureProcessor:
 
 
 def config(layers: int) -> Qwen2_5_VLConfig:
-    """4 narrow vision blocks, one of which sees the whole picture; 6 query and 2 key-value heads in the decoder."""
-    ids = {f"{name}_token_id": VOCABULARY[f"<{name}>"] for name in ("pad", "bos", "eos")}
+    """One vision block sees the whole picture; `layers` decoder layers."""
     vision = {
-        "depth": 4,
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_heads": 4,
-        "patch_size": PATCH_SIZE,
-        "spatial_merge_size": MERGE_SIZE,
-        "temporal_patch_size": 2,
         "window_size": WINDOW,
         "fullatt_block_indexes": [1],
         "out_hidden_size": HIDDEN,
@@ -86,33 +76,17 @@ def config(layers: int) -> Qwen2_5_VLConfig:
         "hidden_size": HIDDEN,
         "intermediate_size": NEURONS,
         "num_hidden_layers": layers,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        "tie_word_embeddings": True,
-        **ids,
     }
-    return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=VOCABULARY["<image>"],
-        video_token_id=VOCABULARY["<video>"],
-        vision_start_token_id=VOCABULARY["<vision_start>"],
-        vision_end_token_id=VOCABULARY["<vision_end>"],
-        tie_word_embeddings=True,
-        **ids,
-    )
+    marks = {f"{name}_token_id": VOCABULARY[f"<{name}>"] for name in ("video", "vision_start", "vision_end")}
+    return qwen.narrow_config(VOCABULARY, vision, text, **marks)
 
 
 def build(layers: int, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """The model with random weights."""
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config(layers))
-    model.generation_config.max_new_tokens = 64
-    model.generation_config.do_sample = False
-    for name in ("pad", "bos", "eos"):
-        setattr(model.generation_config, f"{name}_token_id", VOCABULARY[f"<{name}>"])
+    qwen.set_generation(model, VOCABULARY)
     return model
 
 
