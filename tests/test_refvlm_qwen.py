@@ -93,6 +93,12 @@ def test_it_sees_what_it_was_trained_on(loaded, name):
     assert {len(sample.pictures) for sample in samples} == {pictures}
 
 
+def test_beds_are_refused_for_a_model_that_does_not_know_them(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "llava", "--scenes", "0", "--beds", "1"])
+    assert "which llava does not know; use qwen2_5_vl" in capsys.readouterr().err
+
+
 def test_the_command_line_knows_it(loaded):
     model, _ = loading.model_and_processor("embedded-qwen2_5_vl", device="cpu")
     assert model.config.model_type == loading.config("embedded-qwen2_5_vl")[0].model_type == "qwen2_5_vl"

@@ -214,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
+    if args.beds and args.model != "qwen2_5_vl":
+        parser.error(f"--beds asks about pages, pairs and clips, which {args.model} does not know; use qwen2_5_vl")
     with progress.script(args.out):
         data = measure(
             args.model, args.scenes, args.questions, args.easy_vqa, args.batch, args.out, args.force, args.beds
