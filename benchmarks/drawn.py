@@ -4,8 +4,8 @@
     python -m benchmarks.drawn [--questions 40] [--beds "pages 20 x 20"] [--force]
 
 The built-in Qwen2.5-VL is asked one question at a time. Every method keeps as many visual tokens as the smaller picture
-of the row `resize` has after the processor's rounding. `rescued` counts, of the questions that the unpruned model
-answers rightly, and wrongly from the smaller picture, those that the method answers rightly.
+of the row `resize` has after the processor's rounding. `lost` counts the questions that the model answers rightly from
+the whole picture and wrongly from the smaller one, and `rescued` those of them that the method answers rightly.
 """
 
 from __future__ import annotations

@@ -85,7 +85,8 @@ def mergers_of(parts: TowerParts) -> Iterator[nn.Module]:
 def treats_units_alone(module: nn.Module, states: Tensor, merge: int) -> bool:
     """Whether a module computes one row from each `merge` rows, whatever the others are.
 
-    Tried on the first units of `states` `[L, D]`, whose other order must give the other order of the same rows.
+    The module is run on the first units of `states` `[L, D]` and on some of them in reverse order: both must give the
+    same row for the same unit.
     """
     count = min(_TRIED, len(states) // merge)
     units = states[: count * merge].detach().reshape(count, merge, -1)
