@@ -20,6 +20,8 @@ from tower_reference import blocks_of, prefix_of
 
 import vtprune
 from vtprune import towers
+from vtprune.towers.embedding import EarlyChoice
+from vtprune.towers.structure import find_parts
 
 
 def tower_flops(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[int, list[int], list[int]]:
@@ -119,5 +121,39 @@ def test_mergers_run_on_kept_groups_where_the_others_are_copies(family: str, nam
     for (merger, states), tokens in zip(rows, merged, strict=True):
         torch.testing.assert_close(tokens, merger(states), rtol=1e-5, atol=1e-5)
     weights = sum(p.numel() for merger in mergers for p in merger.parameters() if p.dim() > 1)
-    assert run.spared == (all_groups - kept) * weights
+    parts = find_parts(vtprune.inspect(model))
+    embedded = parts.embedding_weights * group if name == "Pixels" and mergers else 0
+    assert run.spared == (all_groups - kept) * (weights + embedded)
     assert run.flops[0] - run.flops[1] >= run.spared
+
+
+def test_the_patch_embedding_runs_on_kept_patches_where_pixels_select_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else changes, also where the order of patches is known at the first block only."""
+    model, batch = model_of(family), FAMILIES[family].batch(MIXED)
+    tower = vtprune.inspect(model).vision_tower
+    embedding = next(
+        (m for n, m in tower.named_modules() if n == "patch_embed" and hasattr(tower, "spatial_merge_size")), None
+    )
+    embedded: list[int] = []
+    with contextlib.ExitStack() as stack:
+        if embedding is not None:
+            stack.callback(
+                embedding.register_forward_hook(lambda m, a, o: embedded.append(len(a[0])), prepend=True).remove
+            )
+        found, ran = {}, {}
+        for how in ("early", "order unknown", "late"):
+            with monkeypatch.context() as changed, vtprune.patch(model, tower=towers.Pixels(keep=0.3)) as patch:
+                if how == "order unknown":
+                    changed.setattr(EarlyChoice, "fits", lambda self, layout: False)
+                if how == "late":
+                    changed.setattr(towers.Pixels, "needs_states", True)
+                embedded.clear()
+                found[how] = [model(**batch).logits for _ in range(2)]
+                ran[how], run = list(embedded), patch.last.tower_runs[0]
+    for other in found.values():
+        torch.testing.assert_close(other, found["late"], rtol=1e-5, atol=1e-5)
+    if embedding is not None:
+        kept, whole = sum(map(len, run.kept)), sum(run.patches)
+        assert ran == {"early": [kept] * 2, "order unknown": [kept, whole, whole], "late": [whole] * 2}

@@ -62,10 +62,10 @@ class Copies:
         return ran.index_select(1, self.rows)
 
 
-def mergers_of(parts: TowerParts) -> Iterator[nn.Module]:
-    """The modules of a tower, outside its blocks, that may compute one token from each merge group.
+def row_by_row(parts: TowerParts) -> Iterator[nn.Module]:
+    """The modules of a tower, outside its blocks, that may compute one row from each patch or merge group.
 
-    They have linear layers and otherwise only modules without children.
+    They have linear layers or convolutions, and are no lists.
     """
 
     def search(module: nn.Module) -> Iterator[nn.Module]:
@@ -75,7 +75,7 @@ def mergers_of(parts: TowerParts) -> Iterator[nn.Module]:
             inside = list(child.modules())
             if isinstance(child, nn.ModuleList) or parts.blocks in inside:
                 yield from search(child)
-            elif any(isinstance(m, nn.Linear) for m in inside):
+            elif any(isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)) for m in inside):
                 yield child
 
     yield from search(parts.tower)

@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..report.tower import TowerRun
 from ..vision import block_calls
-from .copies import mergers_of
+from .copies import row_by_row
 from .method import TowerMethod
 from .run import RunningTower
 from .structure import find_parts
@@ -39,7 +39,8 @@ class _Thread(threading.local):
         self.given: dict[str, Any] = {}  # arguments of the tower's call in progress
         self.running: RunningTower | None = None
         self.block: nn.Module | None = None  # the block in progress
-        self.merging = False  # whether the merger in progress was handed the merge groups that ran
+        self.early: RunningTower | None = None  # the call whose patches were selected before the first block
+        self.shortened = False  # whether the merger or patch embedding in progress was handed only rows that ran
         self.finished: list[TowerRun] = []
         self.first: Tensor | None = None  # states entering block 0, if it was cut
         self.cut = False  # whether the call in progress was cut
@@ -67,7 +68,7 @@ class TowerCut:
         self.method, self.parts, self._active = method, find_parts(anatomy), active
         self.at = len(self.parts.blocks) if method is None else method.block_of(len(self.parts.blocks))
         self._thread = _Thread()
-        self._alone: dict[nn.Module, bool] = {}  # mergers that treat merge groups one by one
+        self._alone: dict[nn.Module, bool] = {}  # modules that treat merge groups or patches one by one
         self._constant: dict[Any, Tensor] = {}  # rows that do not depend on pixels, by the shape of a picture
 
     def attach(self, wrap: Callable[[Callable], Callable]) -> list[Any]:
@@ -88,9 +89,9 @@ class TowerCut:
                 handles.append(
                     module.register_forward_hook(wrap(after), prepend=True, with_kwargs=True, always_call=always)
                 )
-        for merger in mergers_of(self.parts) if self.method is not None else ():
-            handles.append(merger.register_forward_pre_hook(wrap(self._before_merger), with_kwargs=True))
-            handles.append(merger.register_forward_hook(wrap(self._after_merger), prepend=True, with_kwargs=True))
+        for module in row_by_row(self.parts) if self.method is not None else ():
+            handles.append(module.register_forward_pre_hook(wrap(self._before_rows), with_kwargs=True))
+            handles.append(module.register_forward_hook(wrap(self._after_rows), prepend=True, with_kwargs=True))
         return handles
 
     def around(self) -> list[tuple[nn.Module, Callable, Callable]]:
@@ -113,7 +114,7 @@ class TowerCut:
         thread = self._thread
         if thread.stopping:
             return
-        thread.running, thread.first, thread.given, thread.finished = None, None, {}, []
+        thread.running, thread.early, thread.first, thread.given, thread.finished = None, None, None, {}, []
         if self._active():
             thread.given = block_calls.named(module, args, kwargs)
 
@@ -122,7 +123,7 @@ class TowerCut:
         if thread.stopping:
             return None
         cut, thread.cut = thread.cut, False
-        first, thread.first, thread.running, thread.given = thread.first, None, None, {}
+        first, thread.first, thread.running, thread.early, thread.given = thread.first, None, None, None, {}
         if output is not None and not cut and self.method is not None and self._active():
             raise UnsupportedModelError(
                 f"the vision tower {type(module).__name__} cannot be cut: it returned without calling its "
@@ -130,15 +131,29 @@ class TowerCut:
             )
         return None if first is None or output is None else _with_first_states(output, first)
 
-    def _before_merger(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        running = self._thread.running
-        merged = running.before_merger(module, args[0]) if running is not None and args else None
-        self._thread.merging = merged is not None
-        return None if merged is None else ((merged, *args[1:]), kwargs)
+    def _before_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Before a merger or patch embedding: hands it only the rows that ran, or will run."""
+        thread, rows = self._thread, None
+        thread.shortened = False
+        if thread.stopping or not args or not isinstance(args[0], Tensor):
+            return None
+        if thread.running is not None:
+            rows = thread.running.before_merger(module, args[0])
+        elif any(args[0] is value for value in thread.given.values()):
+            thread.early = self._begin()
+            rows = thread.early.before_embedding(module, args[0])
+        thread.shortened = rows is not None
+        return None if rows is None else ((rows, *args[1:]), kwargs)
 
-    def _after_merger(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        running, self._thread.merging = (self._thread.running if self._thread.merging else None), False
-        return None if running is None else running.after_merger(output)
+    def _after_rows(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        thread = self._thread
+        if not thread.shortened:
+            return None
+        thread.shortened = False
+        if thread.running is not None:
+            return thread.running.after_merger(output)
+        assert thread.early is not None
+        return thread.early.after_embedding(output)
 
     def _hooks_of(self, number: int, last: bool) -> tuple[Callable, Callable]:
         def before_block(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -147,7 +162,8 @@ class TowerCut:
                 if thread.stopping:
                     states = block_calls.states_of(args, kwargs)
                     raise _Stop(states if states is not None else torch.empty(0))
-                thread.running = self._begin() if self._active() else None
+                early, thread.early = thread.early, None
+                thread.running = None if not self._active() else self._begin() if early is None else early
             if thread.running is None:
                 return None
             thread.block = module
@@ -180,7 +196,14 @@ class TowerCut:
             )
         given = self._thread.given
         return RunningTower(
-            self.parts, self.method, self.at, given, lambda: self._constant_rows(given), self.strict, self._alone
+            self.parts,
+            self.method,
+            self.at,
+            given,
+            lambda: self._constant_rows(given),
+            lambda: self._up_to_blocks(given),
+            self.strict,
+            self._alone,
         )
 
     def _take(self) -> list[TowerRun] | None:

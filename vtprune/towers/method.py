@@ -63,8 +63,8 @@ class Patches:
         unit_offsets: `[S + 1]` offsets of the pictures in units, on the host.
         budgets: `[S]` number of units to keep of each picture, on the host; None if the method has no budget.
         grids: For each picture, the places of its patches, or None if they are unknown.
-        pixels: Returns the pixels `[N, F]` of each patch, float32, as the processor normalized them, one of several
-            equal temporal copies.
+        pixels: Returns the pixels `[N, F]` of each patch, float32, as the processor normalized them; one of several
+            temporal copies if they are equal in all patches.
         received: Returns `[N]` float32, the mean attention that each patch receives from its picture in the last block
             with full attention before the cut (in the block at the cut if there is none). Pictures of 2,048 patches or
             more are read at 512 query rows, spread evenly.
@@ -123,6 +123,7 @@ class TowerMethod:
     group: bool = True
 
     needs_budget: ClassVar[bool] = True
+    needs_states: ClassVar[bool] = True  # False: `choose` reads pixels and places only
     first_block: ClassVar[int] = 0  # the earliest block before which the method can cut
     stabilize: ClassVar[int] = 0  # blocks after the cut that still run on all patches
 
@@ -159,6 +160,12 @@ class TowerMethod:
         if isinstance(self.keep, float):
             return torch.tensor([max(1, round(self.keep * n)) for n in units.tolist()])
         return units.clamp(max=min(self.keep, int(units.max()))) if len(units) else units
+
+    @classmethod
+    def reads_states(cls) -> bool:
+        """Whether `choose` may read states; a subclass that defines it anew says so anew by `needs_states = False`."""
+        owner = next(base for base in cls.__mro__ if "choose" in vars(base))
+        return vars(owner).get("needs_states", True)
 
     def choose(self, patches: Patches) -> TowerChoice:
         """Selects the patches that stay, and how the others are rebuilt."""

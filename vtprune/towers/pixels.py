@@ -44,6 +44,7 @@ class Pixels(PixelRule, TowerMethod):
     block: Count | None = 0
 
     needs_budget: ClassVar[bool] = False
+    needs_states: ClassVar[bool] = False
 
     def choose(self, patches: Patches) -> TowerChoice:
         pixels = patches.pixels()

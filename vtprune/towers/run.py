@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..vision.pictures import Layout, find_pictures
 from . import arguments
 from .arguments import Rows
 from .copies import Copies, treats_units_alone
+from .embedding import EarlyChoice, choose_from_pixels, patches_of
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 from .structure import TowerParts
 
@@ -50,6 +52,7 @@ class RunningTower:
         at: The cut is before this block.
         given: The tower's arguments by name.
         constant_rows: See `find_pictures`.
+        rerun: Runs the tower without a cut, and returns the states `[N, D]` entering its first block.
         strict: Whether a share that rounds to all patches is an error.
     """
 
@@ -57,9 +60,11 @@ class RunningTower:
     method: TowerMethod | None
     at: int
     given: dict[str, Any]
-    constant_rows: Any
+    constant_rows: Callable[[], Tensor]
+    rerun: Callable[[], Tensor]
     strict: bool = True
     alone: dict[nn.Module, bool] = field(default_factory=dict)  # see `treats_units_alone`, kept between calls
+    early: EarlyChoice | None = None  # made before the patch embedding
     groups: list[Rows] = field(default_factory=list)  # empty if nothing is dropped
     choice: TowerChoice | None = None
     layout: Layout | None = None
@@ -78,7 +83,8 @@ class RunningTower:
         self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
         self._called: tuple[tuple, dict[str, Any]] | None = None
         self._output: Tensor | None = None  # full states after the last block so far, if merge groups are copied
-        self._spared = 0.0  # multiply-adds that mergers did not do
+        self._spared = 0.0  # multiply-adds that mergers and the patch embedding did not do
+        self._shared = False  # whether the entries of a batch have some table in common
         self._recorded: TowerRun | None = None
 
     def uncut(self) -> tuple[tuple, dict[str, Any]] | None:
@@ -101,15 +107,22 @@ class RunningTower:
             self._reader = Offsets(*_batched(states).shape[:2])
         if number <= self.at:
             self._look(number, BlockCall(block, args, kwargs))
+        redone = False
         if number == self.at:
             started = time.perf_counter()
-            self._cut(method, block, args, kwargs, states)
+            layout = self._pictures(method, block, args, kwargs, states)
+            if self.early is not None and not self.early.fits(layout):
+                # Rare: only the block's arguments tell in which order the patches are.
+                self.alone[self.early.module] = False
+                self.early, self._spared, states, redone = None, 0.0, self.rerun(), True
+                args, kwargs = arguments.with_states(args, kwargs, states)
+            self._cut(method, layout, states)
             self._prepare_rebuilding(states)
-            self.selection_time = time.perf_counter() - started
+            self.selection_time += time.perf_counter() - started
         groups = self.groups if number >= self.at + method.stabilize else []
         self._count(number, states, args, kwargs, groups)
         if not groups:
-            return None
+            return (args, kwargs) if redone else None
         full = _batched(states)
         self._pending, self._called = (args, kwargs, full), (args, kwargs)
         return self._arguments_of(self.groups[0], args, kwargs, full, states.dim() == 2)
@@ -140,6 +153,28 @@ class RunningTower:
         if self.copies is not None and self.copies.units is not None:
             self._output = whole
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+    def before_embedding(self, module: nn.Module, pixels: Tensor) -> Tensor | None:
+        """The pixels of the patches that stay, if the method selects them by pixels before block 0; else None."""
+        method = self.method
+        if method is None or self.at or method.stabilize or method.reads_states() or pixels.dim() != 2:
+            return None
+        if module not in self.alone:
+            self.alone[module] = treats_units_alone(module, pixels, 1)
+        if not self.alone[module]:
+            return None
+        started = time.perf_counter()
+        self.early = choose_from_pixels(module, method, self.parts, self.given, pixels, self._choose)
+        self.selection_time += time.perf_counter() - started
+        if self.early is None:
+            return None
+        self._spared += (len(pixels) - len(self.early.ran)) * self.parts.embedding_weights
+        return pixels.index_select(0, self.early.ran)
+
+    def after_embedding(self, output: Tensor) -> Tensor:
+        """The embeddings of all patches; a dropped one has that of the patch that it is a copy of."""
+        assert self.early is not None
+        return output.index_select(0, self.early.copies)
 
     def before_merger(self, module: nn.Module, states: Any) -> Tensor | None:
         """The states of the merge groups that ran, for a merger of the last block's output; None leaves it all rows."""
@@ -184,33 +219,28 @@ class RunningTower:
         if number == self.at - 1:
             self.before = block_calls.states_of(call.args, call.kwargs)
 
-    @torch.no_grad()
-    def _cut(self, method: TowerMethod, block: nn.Module, args: tuple, kwargs: dict, states: Tensor) -> None:
-        full = _batched(states)
-        shape = (full.shape[0], full.shape[1])
+    def _pictures(self, method: TowerMethod, block: nn.Module, args: tuple, kwargs: dict, states: Tensor) -> Layout:
+        """The pictures among the states at the cut."""
+        shape = _batched(states).shape
         values = block_calls.named(block, args, kwargs)
         mask = block_calls.mask_among(values)
         tables = block_calls.tables_among({k: v for k, v in values.items() if v is not states}, shape[1])
-        layout = self.layout = find_pictures(
-            self.parts, self.given, shape, self._offsets, mask, self.constant_rows, method.group, tables
+        self._shared = shape[0] > 1 and any(len(table) != shape[0] for table in tables)
+        return find_pictures(
+            self.parts, self.given, (shape[0], shape[1]), self._offsets, mask, self.constant_rows, method.group, tables
         )
-        rows = to_device(layout.rows, full.device)
-        flat = full.flatten(0, 1)[rows].detach()
-        before = None if self.before is None else _batched(self.before).flatten(0, 1)[rows].detach()
-        patches = Patches(
-            states=flat,
-            before=before,
-            offsets=layout.offsets,
-            unit=to_device(layout.unit, full.device),
-            unit_offsets=layout.unit_offsets,
-            budgets=method.budgets(layout.unit_offsets.diff()),
-            grids=layout.grids,
-            pixels=layout.pixels,
-            received=functools.partial(self._received, layout),
-        )
-        choice = method.choose(patches)
+
+    @torch.no_grad()
+    def _cut(self, method: TowerMethod, layout: Layout, states: Tensor) -> None:
+        full, self.layout = _batched(states), layout
+        if self.early is not None:
+            choice = self.early.choice
+        else:
+            rows = to_device(layout.rows, full.device)
+            before = None if self.before is None else _batched(self.before).flatten(0, 1)[rows].detach()
+            received = functools.partial(self._received, layout)
+            choice = self._choose(patches_of(layout, method, full.flatten(0, 1)[rows].detach(), before, received))
         keep = choice.keep.cpu()
-        self._check(keep, patches)
         self.before = self._whole = None
         self.kept = kept_numbers(keep.split(layout.offsets.diff().tolist()))
         if bool(keep.all()):
@@ -221,14 +251,15 @@ class RunningTower:
                 )
             return
         self.choice = choice
-        shared = shape[0] > 1 and any(len(table) != shape[0] for table in tables)
         assert self._reader is not None
-        self.groups = _groups(layout, keep, shared, full.device, self._reader)
+        self.groups = _groups(layout, keep, self._shared, full.device, self._reader)
         self.at_cut = full
 
-    def _check(self, keep: Tensor, patches: Patches) -> None:
-        """Raises unless the method's keep mask has all patches, whole units, and as many as the budget."""
-        name = type(self.method).__name__
+    def _choose(self, patches: Patches) -> TowerChoice:
+        """The method's choice; raises unless it has all patches, whole units, and as many as the budget."""
+        assert self.method is not None
+        choice, name = self.method.choose(patches), type(self.method).__name__
+        keep = choice.keep.cpu()
         if keep.shape != (len(patches),) or keep.dtype != torch.bool:
             raise MethodError(
                 f"{name} returned {keep.dtype} of shape {tuple(keep.shape)}; expected bool of [{len(patches)}]"
@@ -245,6 +276,7 @@ class RunningTower:
             )
         if bool((counts == 0).any()):
             raise MethodError(f"{name} kept no patch of a picture; expected at least one of each")
+        return choice
 
     def _received(self, layout: Layout) -> Tensor:
         """Mean attention `[N]` that patches receive, in large pictures over a sample of query rows."""

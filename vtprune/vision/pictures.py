@@ -61,6 +61,7 @@ class Layout:
         unit: `[N]` unit of each patch.
         unit_offsets: `[S + 1]` offsets of the pictures in units.
         pixels: Returns the pixels `[N, F]` of each patch.
+        order: `[N]` number in the processor's order of each patch; None if that is the tower's order.
     """
 
     batch: int
@@ -72,6 +73,7 @@ class Layout:
     unit: Tensor
     unit_offsets: Tensor
     pixels: Callable[[], Tensor]
+    order: Tensor | None = None
 
 
 def find_pictures(
@@ -283,7 +285,7 @@ def _permute_windows(layout: Layout, given: dict[str, Any], parts: PatchSizes) -
     if index is None:
         return
     order = index[:, None] * parts.packed_merge**2 + torch.arange(parts.packed_merge**2)
-    order = order.reshape(-1)  # [N] number in the processor's order of each patch of the tower
+    order = layout.order = order.reshape(-1)
     grids = layout.grids
     counts = layout.offsets.diff().tolist()
     for number, (start, count) in enumerate(zip(layout.offsets[:-1].tolist(), counts, strict=True)):
@@ -347,7 +349,9 @@ def _pixels(layout: Layout, given: dict[str, Any], images: Tensor | None, parts:
     if packed is not None:
         copies = packed.shape[1] // (3 * tall * wide)
         if copies * 3 * tall * wide == packed.shape[1] and copies > 1:
-            packed = packed.reshape(len(packed), 3, copies, -1)[:, :, 0].flatten(1)
+            apart = packed.reshape(len(packed), 3, copies, -1)
+            if bool((apart == apart[:, :, :1]).all()):  # a picture; the frames of a clip differ
+                packed = apart[:, :, 0].flatten(1)
         return packed.float()
     pictures = len(layout.offsets) - 1
     if images is None or len(images) != pictures or any(grid is None for grid in layout.grids):
