@@ -160,6 +160,20 @@ def test_clips() -> None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("frame", [0, 1])
+def test_a_change_in_one_frame_of_a_patch_is_seen(frame: int) -> None:
+    """A patch of Qwen's towers holds two frames of a clip; what moves in the second is no copy of its neighbor."""
+    model, batch = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch(CLIP)
+    pixels = batch["pixel_values_videos"].fill_(0.5)
+    kept = []
+    with vtprune.patch(model, tower=towers.Pixels()) as patch:
+        for value in (0.5, 1.0):
+            pixels.reshape(len(pixels), 3, 2, -1)[9, :, frame] = value
+            model(**batch)
+            kept.append(len(torch.cat(patch.last.tower_runs[-1].kept)))
+    assert kept[0] < kept[1] < len(pixels)
+
+
 @every_method
 def test_a_picture_alone_is_as_in_a_batch(family: str, name: str) -> None:
     model, maker = model_of(family), FAMILIES[family]
