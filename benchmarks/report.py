@@ -66,6 +66,14 @@ SECTIONS = (
         report_charts.fidelity,
     ),
     Section("video.json", "Clips", report_sections.video, "python -m benchmarks.video"),
+    Section(
+        "clip_fidelity*.json",
+        "Clips: quality without labels, and time",
+        report_sections.fidelity,
+        "vtprune fidelity --model MODEL --clip --limit 16 --repeats 1 --max-new-tokens 4 --methods METHODS "
+        "--ratios 0.5 0.25 0.1 --json FILE",
+        report_charts.fidelity,
+    ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),
     Section(
         "bench-*-long.json",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import vtprune
 from vtprune.models import attention_probe
-from vtprune.towers import Change, Random
+from vtprune.towers import Change, Pixels, Random
 from vtprune.towers.cut import TowerCut
+from vtprune.towers.method import Patches, TowerChoice
 from vtprune.towers.run import RunningTower
 
 from .prompts import ONE, TWO, Prompts
@@ -61,6 +62,7 @@ def examine(model: nn.Module, fed: Prompts) -> str:
             _no_trace(tower, cut, one)
         except vtprune.UnsupportedModelError as error:
             return f"refused: {error}"
+    _early(anatomy, several)
     if fed.feed.name.startswith("pixels"):
         _groups(model, cuts[1], fed)
     return "passes"
@@ -293,6 +295,29 @@ def _batch(tower: nn.Module, cut: TowerCut, one: Inputs, several: Inputs) -> Non
         together = cut._take()[0].kept
     if not all(torch.equal(a, b) for a, b in zip(alone, together, strict=False)):
         raise Failed("batch: a picture keeps other patches among others than alone")
+
+
+class _Late(Pixels):
+    """`Pixels` that is taken for a method that reads states, so that all patches are embedded."""
+
+    def choose(self, patches: Patches) -> TowerChoice:
+        return super().choose(patches)
+
+
+def _early(anatomy: vtprune.Anatomy, inputs: Inputs) -> None:
+    """A cut by pixels gives the same states whether it is made before the patch embedding or after it."""
+    found = []
+    for method in (Pixels(keep=KEEP), _Late(keep=KEEP)):
+        cut = TowerCut(anatomy, method, lambda: True)
+        try:
+            with _attached(cut):
+                found.append(_states(anatomy.vision_tower, cut.parts.blocks, inputs))
+        except vtprune.UnsupportedModelError:  # the tower's arguments do not say which patches are neighbors
+            return
+    early, late = found
+    off = float((early - late).abs().max() / late.abs().max())
+    if not off < TOLERANCE:
+        raise Failed(f"patch embedding of kept patches only: off by {off:.1e} of the largest state")
 
 
 def _no_trace(tower: nn.Module, cut: TowerCut, inputs: Inputs) -> None:
