@@ -71,7 +71,7 @@ SECTIONS = (
         "Clips: quality without labels, and time",
         report_sections.fidelity,
         "vtprune fidelity --model MODEL --clip --limit 16 --repeats 1 --max-new-tokens 4 --methods METHODS "
-        "--ratios 0.5 0.25 0.1 --json FILE",
+        "--ratios 0.75 0.25 0.1 --json FILE",
         report_charts.fidelity,
     ),
     Section("latency-*.json", "Speed and memory", report_measured.latency, "python -m benchmarks.latency"),

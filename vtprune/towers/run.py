@@ -82,6 +82,7 @@ class RunningTower:
         self._whole: BlockCall | None = None  # the last call before the cut with full attention
         self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
         self._called: tuple[tuple, dict[str, Any]] | None = None
+        self._written: tuple[Tensor, int, Tensor] | None = None  # states that a block returned, and their rows that ran
         self._output: Tensor | None = None  # full states after the last block so far, if merge groups are copied
         self._spared = 0.0  # multiply-adds that mergers and the patch embedding did not do
         self._shared = False  # whether the entries of a batch have some table in common
@@ -152,6 +153,8 @@ class RunningTower:
         whole = base[0] if rows.dim() == 2 else base
         if self.copies is not None and self.copies.units is not None:
             self._output = whole
+        if number >= self.at + self.method.stabilize and not whole.is_inference():
+            self._written = (whole, whole._version, rows)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     def before_embedding(self, module: nn.Module, pixels: Tensor) -> Tensor | None:
@@ -236,10 +239,9 @@ class RunningTower:
         if self.early is not None:
             choice = self.early.choice
         else:
-            rows = to_device(layout.rows, full.device)
-            before = None if self.before is None else _batched(self.before).flatten(0, 1)[rows].detach()
+            before = None if self.before is None else _of_patches(layout, self.before)
             received = functools.partial(self._received, layout)
-            choice = self._choose(patches_of(layout, method, full.flatten(0, 1)[rows].detach(), before, received))
+            choice = self._choose(patches_of(layout, method, _of_patches(layout, full), before, received))
         keep = choice.keep.cpu()
         self.before = self._whole = None
         self.kept = kept_numbers(keep.split(layout.offsets.diff().tolist()))
@@ -305,8 +307,13 @@ class RunningTower:
     def _arguments_of(
         self, group: Rows, args: tuple, kwargs: dict, full: Tensor, flat: bool
     ) -> tuple[tuple, dict[str, Any]]:
-        rows = group.take(full, 1, True)
-        return arguments.cut(args, kwargs, group, rows[0] if flat else rows)
+        written, rows = self._written, None
+        if written is not None and block_calls.states_of(args, kwargs) is written[0] and len(self.groups) == 1:
+            rows = written[2] if written[0]._version == written[1] else None
+        if rows is None:
+            rows = group.take(full, 1, True)
+            rows = rows[0] if flat else rows
+        return arguments.cut(args, kwargs, group, rows)
 
     def _held(self, full: Tensor) -> Tensor:
         """The states `full` at kept rows, and the states at the cut at all others."""
@@ -400,6 +407,12 @@ class _Rebuilt:
         made = nn.functional.embedding_bag(self.sources, now, mode="mean", padding_idx=len(now) - 1)
         made = made if self.own is None else self.own + made
         return flat.index_copy_(0, self.dropped, made.to(flat.dtype)).reshape(full.shape)
+
+
+def _of_patches(layout: Layout, states: Tensor) -> Tensor:
+    """States `[N, D]` of the patches, without those of class tokens and padding."""
+    flat = states.detach().reshape(-1, states.shape[-1])
+    return flat if len(layout.rows) == len(flat) else flat[to_device(layout.rows, flat.device)]
 
 
 def _batched(states: Tensor) -> Tensor:
