@@ -90,6 +90,22 @@ def bmp_of_runs(count: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset) + about + palette + data
 
 
+def gray(mode: str, values: list[float], form: str = "TIFF") -> bytes:
+    """A grayscale picture, one pixel high, of a mode with 16 or 32 bits."""
+    image = Image.new(mode, (len(values), 1))
+    image.putdata(values)
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def broken_fax() -> bytes:
+    """A fax TIFF with damaged code words, about which libtiff writes to the standard error of the process."""
+    whole = bytearray(picture((64, 64), "TIFF", "1", compression="group4"))
+    whole[8:16] = b"\x12\x34\x56\x78\x9a\xbc\xde\xf0"
+    return bytes(whole)
+
+
 # Name -> (content, a part of the message).
 REFUSED = {
     "chunks.png": (lambda: png_of_chunks(200_000), "too many parts"),

@@ -150,6 +150,8 @@ def test_a_full_disk_is_one_line(command):
     ("error", "code", "said"),
     [
         (MemoryError(), 1, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "not enough memory"),
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "No such file"),
         (RecursionError("too deep"), 1, "not enough stack"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (use --debug"),
         (OSError(28, "No space left on device"), 1, "No space left"),
@@ -169,6 +171,50 @@ def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, erro
     with pytest.raises(SystemExit):
         _run("--help")
     assert f"  {code:<3}  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "said"),
+    [
+        ("methods >&-", 1, "standard output is closed"),
+        ("methods >&- 2>&-", 1, ""),
+        ("rnu 2>&-", 2, ""),
+        ("rnu 2>/dev/full", 2, ""),
+        ("demo --small --image - <&-", 2, "cannot read standard input as a picture: it is closed"),
+        ("fidelity --questions - <&-", 2, "cannot read standard input as questions: it is closed"),
+        ("methods --json /dev/full", 1, "No space left"),
+        (f"methods --json {'a' * 300}", 2, "too long"),
+        (f"compare --question x --image {'a' * 300}", 2, "too long"),
+        ("methods --json pipe", 2, "cannot write pipe"),
+        ("tune --pixels --image pipe.png --out pipe --force", 2, "pipe.png"),
+        ("demo --tower 0", 2, "'0' is not a share of patches to keep"),
+        ("bench --model tiny --threads 999999999", 2, "at most 1,024"),
+        ("run --model embedded --image a.png --question x --dtype float8_e4m3fn", 2, "unknown dtype"),
+    ],
+)
+def test_streams_and_paths_of_every_kind_end_in_one_line(tmp_path, redirect, code, said):
+    os.mkfifo(tmp_path / "pipe")
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    command = ["bash", "-c", f"exec {sys.executable} -m vtprune {redirect}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    assert run.returncode == code and said in run.stderr and "error" not in run.stdout
+    assert len(run.stderr.splitlines()) == bool(said)
+
+
+def test_words_that_the_terminal_cannot_show_are_escaped(capsys):
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = _process("methods", "--json", "-", "--debug", env=env)
+    assert run.returncode == 0
+    bad = _process("rnü", env=env)
+    assert bad.returncode == 2 and b"rn\\xfc" in bad.stderr
+
+
+def test_what_libraries_say_about_a_damaged_picture_is_not_shown(tmp_path):
+    path = tmp_path / "fax.tif"
+    path.write_bytes(hostile_pictures.broken_fax())
+    run = _process("demo", "--small", "--repeats", "1", "--image", path, "--output", tmp_path / "o.png")
+    assert len(run.stderr.decode().splitlines()) == (run.returncode != 0)
+    assert "Fax" not in run.stderr.decode()
 
 
 def test_pictures_of_others_are_not_overwritten(capsys, tmp_path):
@@ -274,6 +320,7 @@ def test_damaged_results_are_one_line(capsys, tmp_path):
         {"rows": [{**row, "kl": "x"}]},
         {"rows": [{**row, "frontier": 3}]},
         {"rows": [row, row]},
+        {"rows": [{**row, "kept": 10**400}]},
         {"records": ["{"]},
         {"records": 5},
         {"records": ["{}", "{}", "{}"]},
@@ -308,6 +355,62 @@ def test_a_folder_without_the_models_weights_is_refused(capsys, tmp_path, folder
     for command in (["run", *rest], ["inspect"], ["doctor"]):
         assert _run(*command, "--model", copy) == 2
         assert "num_hidden_layers=1,000,000" in capsys.readouterr().err
+
+
+def test_damaged_results_of_bench_are_one_line(capsys, tmp_path):
+    path = tmp_path / "b.json"
+    command = ["bench", "--model", "tiny", "--methods", "uniform", "--visual-tokens", "16", "--text-tokens", "4"]
+    command += ["--new-tokens", "1", "--rounds", "1", "--json", path]
+    assert _run(*command) == 0
+    good = json.loads(path.read_text())
+    (key,) = good["settings"]
+    setting = good["settings"][key]
+    (part,) = setting["rounds"]
+    run = part["runs"]["uniform ratio=0.1"]
+
+    def with_run(**damage: object) -> dict:
+        runs = part["runs"] | {"uniform ratio=0.1": {**run, **damage}}
+        return {key: {**setting, "rounds": [{**part, "runs": runs}]}}
+
+    for settings in (
+        3,
+        {key: []},
+        {key: {**setting, "rounds": 1}},
+        {key: {**setting, "rounds": [{}]}},
+        {key: {**setting, "rounds": [{**part, "runs": {}}]}},
+        with_run(prefill="x"),
+        with_run(prefill=0),
+        with_run(prefill=True),
+        with_run(kept=10**400),
+        with_run(cpu=[1]),
+        with_run(token=[]),
+    ):
+        path.write_text(json.dumps(good | {"settings": settings}))
+        capsys.readouterr()
+        assert _run(*command) == 2
+        err = capsys.readouterr().err
+        assert "is damaged" in err and len(err.splitlines()) == 1
+
+
+def test_a_model_that_fails_unpruned_is_an_input_error(capsys, tmp_path, folder):
+    import shutil
+
+    copy, picture = tmp_path / "model", tmp_path / "a.png"
+    refvlm.scenes.scene(1).image.save(picture)
+    shutil.copytree(folder, copy)
+    good = (copy / "config.json").read_text()
+    rest = ["--image", picture, "--question", "x?", "--output", tmp_path / "b.png"]
+    for change, said in (
+        ({"image_token_id": 5, "image_token_index": 5}, "fails without pruning"),
+        ({"text_config": {**json.loads(good)["text_config"], "intermediate_size": 8}}, "other shapes"),
+        ({"vision_config": {**json.loads(good)["vision_config"], "image_size": 10**6}}, "image_size=1,000,000"),
+    ):
+        (copy / "config.json").write_text(json.dumps(json.loads(good) | change))
+        assert _run("run", "--model", copy, *rest) == 2
+        err = capsys.readouterr().err
+        assert said in err and len(err.splitlines()) == 1
+    (copy / "config.json").write_text(json.dumps(json.loads(good) | {"text_config": {"vocab_size": -1}}))
+    assert _run("inspect", "--model", copy) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_the_package_is_lazy_and_complete():

@@ -13,6 +13,7 @@ import pytest
 from vtprune.core import files
 from vtprune.core.files import FileError
 from vtprune.core.images import MAX_SIDE, open_picture
+from vtprune.errors import InputError
 
 SCHEMA = {
     "type": "object",
@@ -110,6 +111,43 @@ def test_odd_pictures_are_read_quickly(tmp_path, name):
     assert time.thread_time() - started < 2
     assert found.size == size and found.image.mode == "RGB" and max(found.image.size) <= MAX_SIDE
     assert found.animated == (name in ("pages.tif", "second.tif"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "form"),
+    [
+        ("I;16", [0, 16_384, 32_768, 65_535], "PNG"),
+        ("I;16", [0, 16_384, 32_768, 65_535], "TIFF"),
+        ("I", [0, 16_384, 32_768, 65_535], "TIFF"),
+        ("I", [0, 1_000_000, 2_000_000, 4_000_000], "TIFF"),
+        ("F", [0.0, 0.25, 0.5, 1.0], "TIFF"),
+        ("F", [0.0, 64.0, 128.0, 255.0], "TIFF"),
+        ("L", [0, 64, 128, 255], "PNG"),
+    ],
+)
+def test_deep_grays_are_scaled_and_not_cut_off(mode, values, form):
+    found = open_picture(hostile_pictures.gray(mode, values, form)).image
+    reds = [found.getpixel((column, 0))[0] for column in range(4)]
+    assert reds == pytest.approx([0, 64, 128, 255], abs=1)
+
+
+def test_what_is_written_goes_to_files_and_to_pipes_with_a_reader(tmp_path):
+    path = tmp_path / "new.json"
+    files.write_text(path, "ä")
+    files.write_text(path, "b")
+    assert path.read_text() == "b"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="cannot write"):
+        files.write_text(tmp_path / "pipe", "nobody reads")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(tmp_path / "pipe", "read")
+    assert os.read(reader, 10) == b"read"
+    os.close(reader)
+    for place in (tmp_path, tmp_path / "no" / "folder", tmp_path / ("a" * 300)):
+        with pytest.raises(InputError, match="cannot write"):
+            files.write_text(place, "x")
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text("/dev/full", "x")
 
 
 def test_decoding_has_an_end():

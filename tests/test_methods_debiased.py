@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,10 @@ def test_curve_survives_saving(tmp_path: Path) -> None:
     curve = Curve("reciprocal-cubic", (0.1, 0.2, 0.3))
     curve.save(tmp_path / "curve.json")
     assert Curve.load(tmp_path / "curve.json") == curve
+    for form, coefficients in (("exponential", [-500]), ("exponential", [500]), ("reciprocal-cubic", [-2, 0, 0])):
+        (tmp_path / "bad.json").write_text(json.dumps({"form": form, "coefficients": coefficients}))
+        with pytest.raises(MethodError, match="not all positive and finite"):
+            Curve.load(tmp_path / "bad.json")
     assert methods.Debiased(curve=str(tmp_path / "curve.json"))._curve == curve
 
 

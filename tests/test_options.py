@@ -208,5 +208,10 @@ def test_options_of_a_certificate_must_be_its_methods(tmp_path: Any) -> None:
         path.write_text(json.dumps(good | text | {"method": method, "options": options}))
         with pytest.raises(vtprune.VTPruneError, match=message):
             vtprune.Certificate.load(path).make_method()
+    named = good | text | {"method": "pyramiddrop", "options": {}}
+    for name, value in [("risk", 0), ("risk", 1), ("confidence", 1), ("pictures", 0), ("questions", 1e300)]:
+        path.write_text(json.dumps(named | {name: value}))
+        with pytest.raises(vtprune.CertificateError, match=name):
+            vtprune.Certificate.load(path)
     path.write_text(json.dumps(good | text | {"method": "pyramiddrop", "options": {"layers": [4, 5, 6]}}))
     assert vtprune.Certificate.load(path).make_method() == methods.PyramidDrop(layers=(4, 5, 6))

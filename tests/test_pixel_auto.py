@@ -74,12 +74,14 @@ def test_the_mean_over_pictures_is_the_one_that_was_asked_for() -> None:
         ({"mean": 0.5, "max": 0.4}, "min <= mean <= max"),
         ({"energy": 0.9}, "no 'energy'; expected mean, min, max, typical"),
         ({"typical": "a"}, "typical of an automatic ratio is 'a'"),
+        ({"mean": 10**400}, "mean of an automatic ratio is 1000"),
+        ({"max": "x" * 10_000}, r"max of an automatic ratio is 'x+\.\.\."),
     ],
 )
 def test_bad_automatic_ratios_are_one_line(ratio: dict, words: str) -> None:
     with pytest.raises(ServingError, match=words) as caught:
         parse({"ratio": ratio})
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     with pytest.raises(BudgetError):
         PixelAuto.of(ratio)
 

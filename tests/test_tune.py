@@ -138,6 +138,10 @@ def test_a_search_is_repeatable_resumable_and_saved(
 
     with pytest.raises(vtprune.VTPruneError, match="exists; use --resume .* or --force to overwrite it"):
         tune.tune(model, batches, 0.25, trials=1, seed=3, path=path)
+    moved = [{**about["trials"][0], "grid": 2.0}, *about["trials"][1:]]
+    path.write_text(json.dumps(saved | {"about": about | {"trials": moved}}))
+    with pytest.raises(vtprune.VTPruneError, match="grid=2 in trial 0"):
+        tune.tune(model, batches, 0.25, trials=18, seed=3, path=path, resume=True)
     path.write_text(json.dumps(saved | {"about": about | {"versions": about["versions"] | {"torch": "1.0"}}}))
     with pytest.raises(vtprune.VTPruneError, match='versions.torch is "1.0" there'):
         tune.tune(model, batches, 0.25, trials=18, seed=3, path=path, resume=True)

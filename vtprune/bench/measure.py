@@ -25,6 +25,19 @@ from .variants import Variant
 
 WARM = 576  # most visual tokens of a warm-up on a CPU
 SHRINKING = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the tokens asked of a layout that may round up
+# Schema of a run in a result file.
+_SECONDS = {"type": "number", "minimum": 0, "maximum": 1e9}
+_SOME_TIME = {**_SECONDS, "exclusiveMinimum": 0}
+_AMOUNT = {"type": "integer", "minimum": 0, "maximum": 10**18}
+_TIMES = {"vision": _SECONDS, "decision": _SECONDS, "prefill": _SOME_TIME, "total": _SOME_TIME}
+_TIMES["token"] = {**_SECONDS, "type": ["number", "null"]}
+_RUN = {
+    **_TIMES,
+    **dict.fromkeys(("visual", "text", "kept", "kv_bytes", "kv_bytes_formula"), _AMOUNT),
+    "peak_bytes": {**_AMOUNT, "type": ["integer", "null"]},
+    **dict.fromkeys(("mean_ratio", "flops_share"), {"type": "number", "minimum": 0, "maximum": 2}),
+    "cpu": {"type": ["object", "null"], "properties": _TIMES},
+}
 REFUSALS = (BudgetError, MethodError, NothingPrunedError, UnsupportedModelError)
 
 
@@ -231,10 +244,10 @@ def run(
         with the load average at its start (`load`) and its `runs`.
 
     Raises:
-        StaleResultError: `out` is a result with another header.
+        StaleResultError: `out` is a result with another header, or damaged.
     """
     data = {**header, "about": bench.about(), "settings": {}}
-    data["settings"] = progress.load(out, header, force).get("settings", {})
+    data["settings"] = progress.load(out, header, force, _schema(bench.variants)).get("settings", {})
     for setting in settings:
         data["settings"].setdefault(setting.key, {**dataclasses.asdict(setting), "rounds": []})
     todo = [(setting, rounds - len(data["settings"][setting.key]["rounds"])) for setting in settings]
@@ -257,6 +270,19 @@ def run(
                 progress.save(out, data)
                 step(setting.key)
     return data
+
+
+def _schema(variants: Sequence[Variant]) -> dict[str, Any]:
+    """JSON Schema of a result file, beside its header."""
+    refused = {"type": "object", "required": ["refused"], "properties": {"refused": {"type": "string"}}}
+    measured = {"type": "object", "required": [*_RUN], "properties": _RUN}
+    run = {"if": {"required": ["refused"]}, "then": refused, "else": measured}
+    runs = {"type": "object", "required": [variant.key for variant in variants], "additionalProperties": run}
+    part = {"type": "object", "required": ["load", "runs"], "properties": {"runs": runs}}
+    sizes = {"batch": _AMOUNT, "tokens": {**_AMOUNT, "type": ["integer", "null"]}}
+    rounds = {"type": "array", "items": part}
+    setting = {"type": "object", "required": ["batch", "tokens", "rounds"], "properties": {**sizes, "rounds": rounds}}
+    return {"properties": {"settings": {"type": "object", "additionalProperties": setting}}}
 
 
 def header(bench: Bench, name: str, text: int | None, seed: int = 0) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..core.files import write_bytes
 from ..errors import InputError, VTPruneError
 from . import summary
 
@@ -57,8 +59,10 @@ def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
         axes[-1].set_xlabel(f"milliseconds {clock}to the end of the answer (medians)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-        kind = Path(path).suffix.removeprefix(".")
-        figure.savefig(path, metadata={"Date": None} if kind == "svg" else {}, dpi=150)
+        kind = Path(path).suffix.lower().removeprefix(".")
+        buffer = BytesIO()
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {}, dpi=150)
+    write_bytes(path, buffer.getvalue())
 
 
 def _groups(data: Mapping[str, Any], cpu: bool) -> list[tuple[str, list[dict[str, Any]]]]:

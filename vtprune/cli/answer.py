@@ -6,18 +6,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import default_method, images
-from ..errors import InputError, one_line
+from ..core import default_method, files, images
+from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
-from .arguments import add_device, add_model, count, quiet, ratio, share, short, words
+from .arguments import add_device, add_model, count, patches, quiet, ratio, share, short, words
 from .output import Output, add_json, check_file, plural
 from .parser import description
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL import Image
 
     from ..report.pruning import Pruning
     from ..study.timing import Side
@@ -75,7 +76,10 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
     budget.add_argument("--certificate", metavar="FILE", help="ratio and method certified by vtprune certify")
     budget.add_argument("--mean-ratio", type=share, metavar="SHARE", help="mean share over all decoder layers instead")
     parser.add_argument(
-        "--tower", type=share, metavar="SHARE", help=f"share of patches in the tower's later blocks (default: {tower})"
+        "--tower",
+        type=patches,
+        metavar="SHARE",
+        help=f"share of patches in the tower's later blocks (default: {tower})",
     )
     parser.add_argument("--method", help=f"see vtprune methods (default: {default_method.NAME}, or the certificate's)")
     parser.add_argument(
@@ -118,7 +122,7 @@ def _budget(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value} or {"ratio": args.ratio or 0.1}
 
 
-def _side_by_side(args: argparse.Namespace, image: Image | None, truth: str | None) -> None:
+def _side_by_side(args: argparse.Namespace, image: Image.Image | None, truth: str | None) -> None:
     """Runs both variants; checks all arguments before loading the model."""
     from .. import methods
     from ..engine.patching import patch
@@ -180,7 +184,8 @@ def _is_ours(path: Path) -> bool:
     return program in (_MARK, _MARK.encode())
 
 
-def _write_picture(path: str, image: Image, last: Pruning, answers: tuple[str, str]) -> None:
+def _write_picture(path: str, image: Image.Image, last: Pruning, answers: tuple[str, str]) -> None:
+    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     from ..report import overlay
@@ -189,10 +194,10 @@ def _write_picture(path: str, image: Image, last: Pruning, answers: tuple[str, s
     mark.add_text("Software", _MARK)
     place = Path(path).expanduser()
     options: dict[str, Any] = {"pnginfo": mark} if place.suffix.lower() == ".png" else {"comment": _MARK}
-    try:
-        overlay.before_and_after(image, last.show(image), answers).save(place, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {path}: {one_line(error)}") from error
+    buffer = BytesIO()
+    shown = overlay.before_and_after(image, last.show(image), answers)
+    shown.save(buffer, Image.registered_extensions()[place.suffix.lower()], **options)
+    files.write_bytes(place, buffer.getvalue())
 
 
 def _print_sides(output: Output, args: argparse.Namespace, before: Side, after: Side) -> None:

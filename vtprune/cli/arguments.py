@@ -52,15 +52,20 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
 
 
-def share(text: str) -> float:
+def share(text: str, of: str = "tokens") -> float:
     """Parses a share of visual tokens to keep, in (0, 1]."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share of tokens to keep; expected a number in (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share of {of} to keep; expected a number in (0, 1]")
     return value
+
+
+def patches(text: str) -> float:
+    """Parses a share of the patches that the vision tower keeps, in (0, 1]."""
+    return share(text, "patches")
 
 
 def probability(text: str) -> float:
@@ -70,7 +75,7 @@ def probability(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a probability; expected a number above 0 and below 1")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a probability; expected a number above 0 and below 1")
     return value
 
 

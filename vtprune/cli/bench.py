@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ON_ACCELERATOR = ((1, 8, 32), (576, 2880, 8192))
 ON_CPU = ((1,), (576, 2880))
+MAX_THREADS = 1_024
 
 
 def add(commands: Any) -> None:
@@ -146,6 +147,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.plot:
         check_file(args.plot)
         plot.check(args.plot)
+    if args.threads and args.threads > MAX_THREADS:  # more end the process when their stacks are made
+        raise InputError(f"--threads {args.threads:,}: at most {MAX_THREADS:,}")
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -190,15 +193,11 @@ def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
             args.model if args.model == EMBEDDED or not Path(args.model).exists() else Path(args.model).resolve().name
         )
         return model, partial(of_processor, model, processor, picture, args.question), name
-    import torch
 
     from ..bench import layouts, shapes
 
-    device = loading._device(args.device)
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16"
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
+    device = loading.device_of(args.device)
+    kind = loading.dtype_of(args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "bfloat16")
     shape = shapes.get(args.model)
     layout = shape.layout
     if args.clip:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import files, images
-from ..errors import InputError, one_line
+from ..errors import InputError
 from ..refvlm.loading import EMBEDDED_MODELS
 from .arguments import add_device, add_model, chosen_methods, count, quiet, share, words
 from .output import Output, add_json, check_file
@@ -236,11 +235,7 @@ def _lines(path: str) -> list[str]:
     """Reads questions from a file, one per line."""
     name = "standard input" if path == "-" else path
     try:
-        if path == "-":
-            data = files.check_size(sys.stdin.buffer.read(files.MAX_SETTINGS + 1), files.MAX_SETTINGS)
-            text = files.decode(data)
-        else:
-            text = files.read_text(path)
+        text = files.decode(files.read_stdin(files.MAX_SETTINGS)) if path == "-" else files.read_text(path)
     except files.FileError as error:
         raise InputError(f"cannot read {name} as questions: {error}") from error
     found = [line.strip() for line in text.splitlines() if line.strip()]
@@ -329,7 +324,4 @@ def _plot_file(args: argparse.Namespace) -> Path | None:
 def _save(path: Path, shown: list[Chart]) -> None:
     from ..study import charts
 
-    try:
-        charts.save(shown, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {path}: {one_line(error)}") from error
+    charts.save(shown, path)

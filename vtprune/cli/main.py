@@ -7,11 +7,14 @@ Modules of this package import PyTorch and transformers inside functions, so tha
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from ..errors import VTPruneError, one_line
@@ -19,6 +22,11 @@ from . import answer, bench, certify, completion, describe, doctor, fidelity, st
 from .parser import EXIT_CODES, Parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+# Errors of the system about a path that was given: it does not exist, has too long a name, must not be read, ...
+BAD_PATHS = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ENXIO),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_streams()
         _run(arguments)
         sys.stdout.flush()  # raises for a full disk here instead of at interpreter exit
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return PIPE_CLOSED
     except Exception as error:
         if "--debug" in arguments:
@@ -92,35 +101,57 @@ def _add_help(parser: Parser, commands: argparse._SubParsersAction) -> None:
     version.set_defaults(command=lambda args: print(f"vtprune {__version__}"))
 
 
+def _check_streams() -> None:
+    """Prepares standard output and standard error.
+
+    Raises:
+        OSError: Standard output is closed.
+    """
+    if sys.stderr is None:  # closed; without this, `print(file=None)` would write to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
+
+
 def _explain(error: Exception) -> int:
     """Prints an error as one line and returns its exit code."""
-    known = isinstance(error, VTPruneError)
+    bad_path = isinstance(error, OSError) and error.filename is not None and error.errno in BAD_PATHS
+    known = isinstance(error, VTPruneError) or bad_path
     if known:
         text = one_line(error, limit=600)
     elif isinstance(error, OSError) and error.errno is not None:
         text = one_line(error)
-    elif isinstance(error, (MemoryError, RecursionError)):
-        text = f"not enough {'memory' if isinstance(error, MemoryError) else 'stack'}: {one_line(error)}"
+    elif isinstance(error, MemoryError) or "allocate memory" in str(error):  # PyTorch raises RuntimeError
+        text = f"not enough memory: {one_line(error)}"
+    elif isinstance(error, RecursionError):
+        text = f"not enough stack: {one_line(error)}"
     else:
         text = f"{type(error).__name__}: {one_line(error)} (use --debug for a traceback)"
-    print(f"vtprune: error: {text}", file=sys.stderr)
+    try:
+        print(f"vtprune: error: {text}", file=sys.stderr)
+    except OSError:  # standard error is a full disk or a closed pipe: the exit code has to do
+        _discard(sys.stderr)
     if isinstance(error, OSError) and error.filename is None:
-        _discard_output()  # otherwise the interpreter tries to write again at exit
+        _discard(sys.stdout)  # otherwise the interpreter tries to write again at exit
     return BAD_INPUT if known else FAILED
 
 
-def _discard_output() -> None:
-    """Redirects standard output to the null device, so that flushing its buffer at exit does not fail."""
+def _discard(stream: Any) -> None:
+    """Redirects a stream to the null device, so that flushing its buffer at exit does not fail."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError, AttributeError):  # standard output has no file descriptor, as in tests
         return
 
 
 def _show_warnings() -> None:
     """Sends warnings of the library to standard error, unless it already has a log handler."""
-    # Pillow's warnings about damaged metadata name its source files; unreadable pictures raise our own errors.
-    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    # Warnings of Pillow, NumPy and PyTorch name their source files; what cannot be used raises our own errors.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     log = logging.getLogger("vtprune")
     if not log.handlers:
         handler = logging.StreamHandler()

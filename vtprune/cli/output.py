@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, one_line
+from ..core import files
+from ..errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,10 +95,7 @@ class Output:
         if self.to_stdout:
             sys.stdout.write(text)
             return
-        try:
-            Path(self.json).expanduser().write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {self.json}: {one_line(error)}") from error
+        files.write_text(self.json, text)
         self.say(f"JSON written to {self.json}")
 
 

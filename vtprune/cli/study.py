@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import images
+from ..core import files, images
 from ..errors import InputError
 from .arguments import add_device, add_model, chosen_methods, count, quiet, share, short, words
 from .output import Output, add_json, check_file, plural
@@ -242,7 +242,7 @@ def _calibrate_pixels(args: argparse.Namespace, output: Output) -> None:
     auto = PixelAuto(args.mean_ratio, args.min, args.max).fit(pictures)
     kept = [auto.ratio(picture) for picture in pictures]
     config = {"ratio": {name: round(number, 6) for name, number in dataclasses.asdict(auto).items()}}
-    path.write_text(json.dumps({"vtprune": config}) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps({"vtprune": config}) + "\n")
     output.say(
         f"typical {auto.typical:.4g} keeps {sum(kept) / len(kept):.3f} of the tokens on average over {len(kept)} "
         f"pictures, from {min(kept):.3f} to {max(kept):.3f}"

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import CertificateError
 from ..models.identity import config_hash, files_hash, weights_hash
 from .energy import Auto
-from .files import MAX_RESULTS, FileError, check_schema, read_json
+from .files import MAX_RESULTS, FileError, check_schema, read_json, write_text
 from .method import Method
 from .registry import get, make
 
@@ -140,7 +140,7 @@ class Certificate:
 
     def save(self, path: str | Path) -> None:
         """Writes the certificate as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> Certificate:
@@ -172,10 +172,11 @@ def _schema(cls: type[Certificate]) -> dict[str, Any]:
     """JSON Schema of a certificate's file."""
     share: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
     properties: dict[str, Any] = {f.name: {"type": "string"} for f in dataclasses.fields(cls) if f.type == "str"}
-    properties |= dict.fromkeys(("risk", "confidence", "changed"), share)
-    properties |= dict.fromkeys(("pictures", "questions"), {"type": "integer", "minimum": 0})
+    properties |= dict.fromkeys(("risk", "confidence"), {**share, "exclusiveMinimum": 0, "exclusiveMaximum": 1})
+    properties |= dict.fromkeys(("pictures", "questions"), {"type": "integer", "minimum": 1, "maximum": 10**9})
     automatic = {"required": ["energy", "min", "max"], "additionalProperties": share, "maxProperties": 3}
     properties |= {
+        "changed": share,
         "ratio": {**share, "exclusiveMinimum": 0},
         "auto": {"type": ["object", "null"], **automatic},
         "options": {"type": ["object", "null"]},

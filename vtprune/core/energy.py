@@ -15,7 +15,7 @@ from vtprune_kernels import residual_pivots
 from vtprune_kernels.residual_pivots import residual_energy
 
 from ..errors import BudgetError
-from .files import FileError, read_json
+from .files import FileError, read_json, write_text
 from .options import Share, fits, shorten
 
 
@@ -61,7 +61,7 @@ class Auto:
     def save(self, path: str | Path, **about: object) -> None:
         """Writes the fields as JSON, together with the entries of `about`."""
         data = {"ratio": "auto", "energy": self.energy, "min": self.min, "max": self.max, "about": about}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Auto:

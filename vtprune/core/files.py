@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files named by users: regular files of bounded size, and JSON validated against a schema."""
+"""Files named by users: reads regular ones of bounded size, validates JSON against a schema, and writes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 MIB = 2**20
 MAX_SETTINGS = 1 * MIB  # strategies, curves, lists of questions
@@ -54,12 +56,48 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     return check_size(data, limit, status.st_size)
 
 
+def read_stdin(limit: int) -> bytes:
+    """Reads standard input, at most `limit` bytes.
+
+    Raises:
+        FileError: It is closed, or longer.
+    """
+    if sys.stdin is None:
+        raise FileError("it is closed")
+    return check_size(sys.stdin.buffer.read(limit + 1), limit)
+
+
 def check_size(data: bytes, limit: int, size: int | None = None) -> bytes:
     """Returns `data`, or raises `FileError` if it is longer than `limit` bytes."""
     if len(data) > limit:
         found = f"{size / MIB:,.1f} MiB" if size and size > limit else f"more than {limit / MIB:,.1f} MiB"
         raise FileError(f"it has {found}; at most {limit / MIB:,.0f} MiB are read")
     return data
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file; `~` is expanded. A pipe that nobody reads is refused, because opening it would wait for a reader.
+
+    Raises:
+        InputError: It cannot be written.
+        OSError: The disk is full.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(Path(path).expanduser(), flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise InputError(f"cannot write {path}: {one_line(error)}") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
 def read_text(path: str | Path, limit: int = MAX_SETTINGS) -> str:

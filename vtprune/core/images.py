@@ -8,14 +8,16 @@ time, and refuses to return large metadata in one piece.
 from __future__ import annotations
 
 import io
-import sys
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import InputError
-from .files import FileError, check_size, read_bytes
+from .files import FileError, check_size, read_bytes, read_stdin
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +86,7 @@ def open_picture(
             file.allow_pixels(max_seconds)
             image.draft("RGB", (2 * max_side, 2 * max_side))  # a JPEG is decoded at a fraction of its size
             ImageOps.exif_transpose(image, in_place=True)
-            picture = image.convert("RGB")
+            picture = _eight_bits(image).convert("RGB")
     except FileError:
         raise
     except Image.DecompressionBombError:
@@ -98,6 +100,23 @@ def open_picture(
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side))
     return Picture(picture, size, mode, animated)
+
+
+def _eight_bits(image: Image) -> Image:
+    """A grayscale image of 16 or 32 bits with its range scaled to 8; `convert` would make all above 255 white.
+
+    White is 65,535 for 16 bits. For 32 bits, which have no agreed white, it is the first of 1 (fractions only), 255,
+    65,535 and the largest value that no value exceeds.
+    """
+    if image.mode[:1] not in "IF":
+        return image
+    whole = image.mode != "F"
+    _, peak = cast("tuple[float, float]", image.getextrema())
+    white = 65_535.0
+    if ";" not in image.mode:
+        white = next((white for white in (1.0, 255.0, 65_535.0)[whole:] if peak <= white), peak)
+    wide = image.convert("I") if whole else image
+    return wide.point(lambda value: value * (255 / white) + 0).convert("L")
 
 
 def _check_pixels(size: tuple[int, int], most: int) -> None:
@@ -135,6 +154,23 @@ class _BoundedFile(io.BytesIO):
         return super().read(size)
 
 
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Sends the process's standard error to the null device: libtiff writes lines of its own about damaged files."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def picture(path: str) -> Image:
     """Reads a picture file as `open_picture` does; `-` is standard input.
 
@@ -142,8 +178,9 @@ def picture(path: str) -> Image:
         InputError: It cannot be read; the message names the file.
     """
     try:
-        source = sys.stdin.buffer.read(MAX_BYTES + 1) if path == "-" else path
-        return open_picture(source).image
+        source = read_stdin(MAX_BYTES) if path == "-" else path
+        with _silenced():
+            return open_picture(source).image
     except FileError as error:
         raise InputError(f"cannot read {'standard input' if path == '-' else path} as a picture: {error}") from error
 

@@ -24,7 +24,7 @@ from typing import (
 )
 
 from ..errors import MethodError
-from .files import FileError, read_json
+from .files import FileError, read_json, write_text
 
 if TYPE_CHECKING:
     from .method import Method
@@ -136,7 +136,7 @@ def shorten(value: Any) -> str:
 def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
     """Writes the named options of a method as JSON, together with the entries of `about`."""
     options = {"method": method.name} | {name: getattr(method, name) for name in names}
-    Path(path).write_text(json.dumps(options | {"about": dict(about)}, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(options | {"about": dict(about)}, indent=1) + "\n")
 
 
 def load_options(

@@ -7,12 +7,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from ..errors import BudgetError
+from .options import Share, fits, shorten
 
 _BLOCK = 16  # pixels, about a token of Qwen-VL and of 14-pixel towers
 _STEP = 16  # of 256 grey levels: smaller differences between neighbors are noise
@@ -94,9 +94,9 @@ class PixelAuto:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) <= 1:
+            if not fits(value, Share) or value == 0:
                 raise BudgetError(
-                    f"{field.name} of an automatic ratio is {value!r}; expected a share above 0, at most 1"
+                    f"{field.name} of an automatic ratio is {shorten(value)}; expected a share above 0, at most 1"
                 )
         if not self.min <= self.mean <= self.max:
             raise BudgetError(
@@ -109,7 +109,9 @@ class PixelAuto:
         """From an object of JSON."""
         known = [field.name for field in dataclasses.fields(cls)]
         if unknown := [name for name in options if name not in known]:
-            raise BudgetError(f"an automatic ratio has no {', '.join(map(repr, unknown))}; expected {', '.join(known)}")
+            raise BudgetError(
+                f"an automatic ratio has no {', '.join(map(shorten, unknown))}; expected {', '.join(known)}"
+            )
         return cls(**options)
 
     def ratio(self, picture: Any) -> float:

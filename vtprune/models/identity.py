@@ -31,7 +31,8 @@ def files_hash(folder: str | Path) -> str | None:
 
     Other weights, another dtype and another split into files change it. None if there is no such file.
     """
-    found, files = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
+    # Only regular files: opening a pipe waits until somebody writes to it.
+    found, files = hashlib.sha256(), sorted(path for path in Path(folder).glob("*.safetensors") if path.is_file())
     for path in files:
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())

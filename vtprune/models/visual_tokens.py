@@ -388,7 +388,14 @@ def _coordinates(tiles: int, side: int) -> Tensor:
 def run_places(length: int, kind: str, crop: int | None) -> Tensor:
     """Places `[length, 4]` of a run of placeholders, guessed from its length alone."""
     side = math.isqrt(length)
-    if kind == "image" and crop and length % crop == 0 and math.isqrt(crop) ** 2 == crop and length != crop:
+    if (
+        kind == "image"
+        and crop
+        and crop > 0
+        and length % crop == 0
+        and math.isqrt(crop) ** 2 == crop
+        and length != crop
+    ):
         out = grid_places(length // crop, math.isqrt(crop), math.isqrt(crop))
         return out[:, [1, 0, 2, 3]]  # the grid's frames are crops
     if side * side == length:

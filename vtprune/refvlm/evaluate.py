@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,26 @@ def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int)
     }
 
 
+def _schema(sets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """JSON Schema of a result file, beside its header."""
+    share, number = {"type": "number", "minimum": 0, "maximum": 1}, {"type": "integer", "minimum": 0, "maximum": 10**9}
+    interval = {"type": "array", "items": share, "minItems": 2, "maxItems": 2}
+    row = {"right": number, "total": number, "accuracy": share, "interval": interval, "majority": share}
+    rows = {"type": "object", "required": [*row], "properties": row}
+    tallied = {"type": "object", "required": ["all"], "additionalProperties": rows}
+    given = {
+        kind: {"type": "array", "items": {"type": "string"}, "maxItems": len(samples)} for kind, samples in sets.items()
+    }
+    drawn = {"type": "object", "additionalProperties": tallied}
+    return {
+        "properties": {
+            **dict.fromkeys(sets, tallied),
+            "answers": {"type": "object", "properties": given},
+            "beds": drawn,
+        }
+    }
+
+
 def measure(
     name: str,
     n_scenes: int,
@@ -163,10 +183,10 @@ def measure(
     """
     model, processor = load(name=name)
     data: dict[str, Any] = header(name, model, processor, n_scenes, questions)
-    data |= progress.load(out, data, force)
     sets = {"scenes": list(held_out_scenes(n_scenes, questions))} if n_scenes else {}
     if easy:
         sets["easy_vqa_test"] = list(easy_vqa_test())
+    data |= progress.load(out, data, force, _schema(sets))
     for kind, samples in sets.items():
         if kind in data:
             continue

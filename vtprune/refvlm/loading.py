@@ -27,6 +27,7 @@ MAX_SIZES = {
     "intermediate_size": 1_048_576,
     "vocab_size": 16_777_216,
     "max_position_embeddings": 1_073_741_824,
+    "image_size": 16_384,
 }
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger("vtprune")
@@ -48,13 +49,10 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         InputError: The folder is missing or incomplete, the model takes no pictures, its weights are not safetensors,
             or something in it cannot be read.
     """
-    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    place = _device(device)
-    kind: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype, dtype)
-    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise InputError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
+    place = device_of(device)
+    kind: str | torch.dtype = "auto" if dtype == "auto" else dtype_of(dtype)
     if name in EMBEDDED_MODELS:
         from .. import refvlm
 
@@ -74,11 +72,19 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         )
         processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # broken model files raise any type of error; the user gets one line
-        raise InputError(f"cannot load the model {name}: {one_line(error)}") from error
+        raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
+    _check_picture_size(name, processor.image_processor)
     _check_weights(name, model, info["missing_keys"])
     return model.eval().to(place), processor
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error of transformers; the one about shapes refers to a report that is switched off."""
+    if "ignore_mismatched_sizes" in str(error):
+        return "weights in its files have other shapes than its configuration says"
+    return one_line(error)
 
 
 def _check_weights(name: str, model: Any, missing: Any) -> None:
@@ -103,6 +109,18 @@ def _check_sizes(found: Any, name: str) -> None:
             value = getattr(part, attribute, None)
             if isinstance(value, int) and value > most:
                 raise InputError(f"the config of {name} has {attribute}={value:,}; at most {most:,} is accepted")
+
+
+def _check_picture_size(name: str, image_processor: Any) -> None:
+    """Raises if pictures would be made absurdly large, which takes all memory."""
+    for size in (getattr(image_processor, "size", None), getattr(image_processor, "crop_size", None)):
+        sides = [getattr(size, side, None) for side in ("height", "width")]
+        largest = max((side for side in sides if isinstance(side, int)), default=0)
+        if largest > MAX_SIZES["image_size"]:
+            raise InputError(
+                f"the image processor of {name} makes pictures of {largest:,} pixels a side; at most "
+                f"{MAX_SIZES['image_size']:,} are accepted"
+            )
 
 
 def refuse_pickles(name: str) -> None:
@@ -173,8 +191,11 @@ def skeleton(name: str) -> Any:
     from transformers import AutoModelForImageTextToText
 
     found, _ = config(name)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(found, trust_remote_code=False).eval()
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(found, trust_remote_code=False).eval()
+    except Exception as error:  # a broken configuration raises any type of error
+        raise InputError(f"cannot build the model {name}: {one_line(error)}") from error
 
 
 def prompt(processor: Any, image: Image, question: str) -> Any:
@@ -269,7 +290,26 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
     return {name: value.to(model.dtype) if _is_float(value) else value for name, value in moved.items()}
 
 
-def _device(name: str) -> torch.device:
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point dtype that a model can compute in, by its name.
+
+    Raises:
+        InputError: There is none of this name.
+    """
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise InputError(f"unknown dtype {name!r}; expected auto, float32, bfloat16 or float16")
+    return found
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name; `auto` is the accelerator if there is one.
+
+    Raises:
+        InputError: It cannot be used.
+    """
     import torch
 
     if name == "auto":

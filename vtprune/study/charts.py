@@ -10,9 +10,11 @@ import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..core.files import write_bytes
 from ..errors import VTPruneError
 
 # Distinguishable colors, then markers: enough combinations for every registered method.
@@ -88,7 +90,7 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
 
     Raises:
         VTPruneError: matplotlib is not installed.
-        OSError, ValueError: The file cannot be written, or its format is unknown.
+        InputError, OSError, ValueError: The file cannot be written, or its format is unknown.
     """
     if not available():
         raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib")
@@ -101,9 +103,11 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
             _draw(figure.add_subplot(len(charts), 1, index + 1), chart)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
-        svg = Path(path).suffix.lower() == ".svg"
-        about = {"Date": None, "Creator": None, "Description": f"sha256 {digest(charts)}"} if svg else None
-        figure.savefig(path, metadata=about, dpi=150)
+        kind = Path(path).suffix.lower().removeprefix(".")
+        about = {"Date": None, "Creator": None, "Description": f"sha256 {digest(charts)}"} if kind == "svg" else None
+        buffer = BytesIO()
+        figure.savefig(buffer, format=kind, metadata=about, dpi=150)
+    write_bytes(path, buffer.getvalue())
 
 
 def _draw(axes: Any, chart: Chart) -> None:

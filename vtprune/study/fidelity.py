@@ -24,7 +24,7 @@ from . import metrics, stopwatch
 from .intervals import bootstrap, group_means, wilson
 from .resize import MORE, NAME, regained, rival
 
-_NUMBER = {"type": "number"}
+_NUMBER = {"type": "number", "minimum": -1e12, "maximum": 1e12}
 _SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 _REFUSED = {"type": "object", "required": ["refused"], "properties": {"refused": {"type": "string"}}}
 _MEASURED = {
@@ -34,10 +34,10 @@ _MEASURED = {
     "prefix": _SHARE,
     "cosine": _NUMBER,
     "attention_errors": {"type": "array", "items": {"type": ["number", "null"]}},
-    "seconds": {"type": "number", "exclusiveMinimum": 0},
-    "deciding": {"type": "number", "minimum": 0},
-    "visual": {"type": "integer", "minimum": 1},
-    "kept": {"type": "integer", "minimum": 1},
+    "seconds": {**_NUMBER, "exclusiveMinimum": 0},
+    "deciding": {**_NUMBER, "minimum": 0},
+    "visual": {**_NUMBER, "type": "integer", "minimum": 1},
+    "kept": {**_NUMBER, "type": "integer", "minimum": 1},
     "mean_ratio": _SHARE,
 }
 _ESTIMATE = {

@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..errors import InputError, VTPruneError, one_line
 from . import stopwatch
 
 if TYPE_CHECKING:
@@ -51,6 +54,18 @@ class Side:
         return self.seconds / self.vision if self.vision else None
 
 
+def _generate(model: Any, inputs: Mapping[str, Any], new_tokens: int, *, pruned: bool) -> Any:
+    """Greedy answer; raises `InputError` if the model fails unpruned, so that its files are at fault."""
+    try:
+        return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    except (VTPruneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if pruned:
+            raise
+        raise InputError(f"the model fails without pruning, too: {type(error).__name__}: {one_line(error)}") from error
+
+
 def measure_side_by_side(
     model: Any, processor: Any, inputs: Mapping[str, Any], patch: Patch, *, max_new_tokens: int = 32, repeats: int = 5
 ) -> tuple[Side, Side]:
@@ -68,12 +83,15 @@ def measure_side_by_side(
 
     Returns:
         tuple[Side, Side]: Without pruning, with pruning.
+
+    Raises:
+        InputError: The model fails without pruning.
     """
     contexts: tuple[Callable[[], AbstractContextManager], ...] = (patch.paused, nullcontext)
     answers = []
     for context in contexts:
         with context():
-            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            out = _generate(model, inputs, max_new_tokens, pruned=context is nullcontext)
             new = out[0, inputs["input_ids"].shape[1] :]
             answers.append(processor.decode(new, skip_special_tokens=True).strip())
     runs: tuple[list[stopwatch.Run], list[stopwatch.Run]] = ([], [])

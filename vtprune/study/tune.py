@@ -37,8 +37,8 @@ _TRIAL = {
 _SEARCH: dict[str, Any] = {
     "mean_ratio": _SHARE,
     "num_layers": {"type": "integer", "minimum": 1, "maximum": 10_000},
-    "samples": {"type": "integer", "minimum": 1},
-    "seed": {"type": "integer"},
+    "samples": {"type": "integer", "minimum": 1, "maximum": 10**9},
+    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63},
     "trials": {
         "type": "array",
         "minItems": 1,
@@ -270,6 +270,14 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
                 f"{path} has a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "
                 "with the same settings, or use another file"
             )
+    space = bounds(fresh.mean_ratio)
+    for number, trial in enumerate(old.trials):
+        for name, (low, high) in space.items():
+            if not low <= trial[name] <= high:
+                raise VTPruneError(
+                    f"{path} has {name}={trial[name]:g} in trial {number}, which no search with this budget tries; "
+                    f"expected {low:g} to {high:g}"
+                )
     return old
 
 

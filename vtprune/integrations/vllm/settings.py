@@ -16,9 +16,10 @@ from ... import __version__, methods, towers
 from ...core import budget, default_method
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
+from ...core.options import shorten
 from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
-from ...errors import BudgetError, CertificateError, MethodError, VTPruneError
+from ...errors import BudgetError, CertificateError, MethodError, VTPruneError, one_line
 from ...methods import Method
 from ...towers import TowerMethod
 
@@ -135,20 +136,24 @@ def parse(config: Any) -> Settings:
         ServingError: One line that says what is wrong and what was expected.
     """
     if not isinstance(config, Mapping):
-        raise ServingError(f"vtprune: the configuration is {config!r}; expected an object with {', '.join(_FIELDS)}")
+        raise ServingError(
+            f"vtprune: the configuration is {shorten(config)}; expected an object with {', '.join(_FIELDS)}"
+        )
     unknown = [name for name in config if name not in _FIELDS]
     if "mean_ratio" in unknown:
         raise ServingError("vtprune: mean_ratio: vLLM cuts before the decoder, where it equals ratio; give ratio")
     if unknown:
-        raise ServingError(f"vtprune: unknown field {', '.join(map(repr, unknown))}; expected {', '.join(_FIELDS)}")
+        raise ServingError(f"vtprune: unknown field {', '.join(map(shorten, unknown))}; expected {', '.join(_FIELDS)}")
     for field in ("options", "video_options"):
         if not isinstance(config.get(field, {}), Mapping):
-            raise ServingError(f"vtprune: {field} is {config[field]!r}; expected an object with options of the method")
+            raise ServingError(
+                f"vtprune: {field} is {shorten(config[field])}; expected an object with options of the method"
+            )
     try:
         return _parse(config)
     except (BudgetError, CertificateError, MethodError) as error:
         raise ServingError(
-            f"vtprune: {' '.join(str(error).split())}".replace("ratio, keep and mean_ratio", "ratio and keep")
+            f"vtprune: {one_line(error, 600)}".replace("ratio, keep and mean_ratio", "ratio and keep")
         ) from None
 
 
@@ -208,13 +213,11 @@ def tower_of(given: Any) -> TowerMethod | None:
     options = dict(given)
     name = options.pop("method", None)
     if name not in TOWER_METHODS:
-        raise MethodError(f"tower method {name!r}; in vLLM there are {', '.join(TOWER_METHODS)}")
+        raise MethodError(f"tower method {shorten(name)}; in vLLM there are {', '.join(TOWER_METHODS)}")
     try:
         method = getattr(towers, str(name))(**options)
     except TypeError as error:
-        raise MethodError(
-            f"tower method {name} cannot be made with {options}: {' '.join(str(error).split())}"
-        ) from None
+        raise MethodError(f"tower method {name} cannot be made with {shorten(options)}: {one_line(error)}") from None
     if method.keep is None:
         raise MethodError(f"tower method {name} without keep leaves the count to the picture; in vLLM give keep")
     return method
@@ -241,12 +244,12 @@ def _method(name: Any, options: Mapping[str, Any], known: Sequence[str]) -> Meth
     for option, value in fixed.items():
         if options.get(option, value) != value:
             raise MethodError(
-                f"{name}: in vLLM {option} is {value!r}, found {options[option]!r}; give {option}={value!r}"
+                f"{name}: in vLLM {option} is {value!r}, found {shorten(options[option])}; give {option}={value!r}"
             )
     method = make(str(name), {**fixed, **_DEFAULTS.get(str(name), {}), **options})
     layers = [stage.layer for stage in method.schedule(1)]
     if layers != [0]:
         raise MethodError(
-            f"{name} with {dict(options)} cuts before layers {layers}; vLLM allows a cut before layer 0 only"
+            f"{name} with {shorten(dict(options))} cuts before layers {layers}; vLLM allows a cut before layer 0 only"
         )
     return method

@@ -12,8 +12,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ...core.files import FileError, read_json
-from ...core.options import Range, check_options
+from ...core.files import FileError, read_json, write_text
+from ...core.options import Range, check_options, shorten
 from ...errors import MethodError
 from .curve_fitting import Fit, Form, fit_coefficients
 
@@ -60,6 +60,12 @@ class Curve:
             raise MethodError(
                 f"a curve of form {self.form!r} with {len(self.coefficients)} coefficients; expected {expected}"
             )
+        weights = self(torch.linspace(0, 1, _LAST + 1))
+        if not bool(((weights > 0) & weights.isfinite()).all()):
+            raise MethodError(
+                f"the weights of {self.form!r} with coefficients {self.coefficients} are not all positive and finite; "
+                "expected a curve above 0 on [0, 1]"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Weights at `x`, of the same shape."""
@@ -84,8 +90,8 @@ class Curve:
         host, _, benchmark = name.partition("/")
         if host not in _SIGMAS or benchmark not in _SETS:
             raise MethodError(
-                f"there is no released curve {name!r}; expected 'fastv', or one of {', '.join(_SIGMAS)}, a slash, and "
-                f"one of {', '.join(_SETS)}"
+                f"there is no released curve {shorten(name)}; expected 'fastv', or one of {', '.join(_SIGMAS)}, a "
+                f"slash, and one of {', '.join(_SETS)}"
             )
         return cls("exponential", (_SIGMAS[host][_SETS.index(benchmark)],))
 
@@ -134,7 +140,7 @@ class Curve:
 
     def save(self, path: str | Path) -> None:
         """Writes the curve as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Curve:
