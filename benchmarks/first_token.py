@@ -6,7 +6,7 @@
 
 The built-in Qwen2.5-VL unpruned, on smaller pictures, with methods in the decoder, with cuts in the vision tower, and
 with both, on the prompts of `benchmarks.tower_quality`, which says what the numbers are. docs/choosing.md opens with
-the chart, whose time is that of the processor, from the model's inputs to the logits, choosing included.
+the chart, whose time is that of the processor, from the model's inputs to the logits, selection included.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ class Clock:
         object.__setattr__(model, "forward", self._clock(model.forward, "decoder"))
 
     def clock_read(self: Any) -> dict[str, float]:
-        """Seconds so far: vision tower and projector, choosing, decoder."""
+        """Seconds so far: vision tower and projector, selection, decoder."""
         sums = self.clock_sums
         encoder = sums["encoder"] or sums["embed"]  # an unpruned model has no pruner in front
-        return {"encoder": encoder, "choosing": sums["embed"] - encoder, "decoder": sums["decoder"]}
+        return {"encoder": encoder, "selection": sums["embed"] - encoder, "decoder": sums["decoder"]}
 
     def _clock(self: Any, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         import torch

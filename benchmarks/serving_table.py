@@ -67,8 +67,8 @@ def part_rows(data: Data) -> list[tuple[str, ...]]:
     for asked, name in (("alone", "one at a time"), ("together", "8 at once")):
         for way, parts in data["parts"].items():
             own = parts[asked]
-            cells = (seconds(own[part]) for part in ("preparing", "encoder", "choosing", "decoder", "all"))
-            share = "" if way == UNPRUNED else f"{100 * own['choosing'] / own['all']:.1f} %"
+            cells = (seconds(own[part]) for part in ("preparing", "encoder", "selection", "decoder", "all"))
+            share = "" if way == UNPRUNED else f"{100 * own['selection'] / own['all']:.1f} %"
             found.append((name, way, *cells, share))
     return found
 
@@ -95,7 +95,7 @@ def gains(data: Data) -> list[tuple[str, float, float]]:
     ]
 
 
-_ENGINE = ("encoder", "choosing", "decoder")
+_ENGINE = ("encoder", "selection", "decoder")
 
 
 def markdown(data: Data) -> str:

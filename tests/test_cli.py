@@ -56,8 +56,8 @@ def test_run_compares_both_ways_and_writes_the_picture(capfd, tmp_path, folder, 
     # 6 layers, 2 key-value heads of 32 numbers, keys and values, float32
     assert _numbers(out, "KV cache") == [tokens * 6 * 2 * 32 * 2 * 4 for tokens in (before, after)]
     assert all(0 < seconds < 30 for seconds in _numbers(out, "time to first token"))
-    nothing, choosing = _numbers(out, "of which selection")
-    assert nothing == 0 < choosing < _numbers(out, "time to first token")[1]
+    nothing, selecting = _numbers(out, "of which selection")
+    assert nothing == 0 < selecting < _numbers(out, "time to first token")[1]
     left, right = np.split(np.asarray(Image.open(picture).convert("L"), dtype=float), 2, axis=1)
     assert right.mean() < 0.75 * left.mean()
 

@@ -138,7 +138,7 @@ def test_prompts_without_pictures_and_patched_models_are_refused() -> None:
 
 def fake(seconds: float, kl: float, same: float, error: float | None = 0.5) -> dict[str, Any]:
     numbers = {"kl": kl, "top1": same, "answers": same, "prefix": same, "cosine": 0.9, "attention_errors": [0.1, error]}
-    return numbers | {"seconds": seconds, "deciding": 0.01, "visual": 100, "kept": 10, "mean_ratio": 0.1}
+    return numbers | {"seconds": seconds, "selection_seconds": 0.01, "visual": 100, "kept": 10, "mean_ratio": 0.1}
 
 
 def test_rows_sum_prompts_up_picture_by_picture() -> None:

@@ -64,8 +64,8 @@ def plan(monkeypatch) -> serving.Plan:
         return _row(1.0, 1.0, 900) if server.config is None else _row(0.25, 3.0, 300)
 
     def parts(plan: serving.Plan, model: str, way: str) -> dict[str, Any]:
-        choosing = 0.0 if way == "unpruned" else 0.1
-        own = {"preparing": 0.1, "encoder": 0.2, "choosing": choosing, "decoder": 0.8 - 5 * choosing, "all": 1.2}
+        selection = 0.0 if way == "unpruned" else 0.1
+        own = {"preparing": 0.1, "encoder": 0.2, "selection": selection, "decoder": 0.8 - 5 * selection, "all": 1.2}
         return {"alone": own, "together": own}
 
     monkeypatch.setattr(serving, "Server", FakeServer)

@@ -25,7 +25,7 @@ def test_same_kept_set(family: str, method: str) -> None:
 
 
 def test_no_attention_map_is_asked_for(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No call gets `output_attentions`, and no tensor of the size of an attention map is made while deciding."""
+    """No call gets `output_attentions`, and no tensor of the size of an attention map is made in a selection."""
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     calls = []

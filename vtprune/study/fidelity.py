@@ -35,7 +35,7 @@ _MEASURED = {
     "cosine": _NUMBER,
     "attention_errors": {"type": "array", "items": {"type": ["number", "null"]}},
     "seconds": {**_NUMBER, "exclusiveMinimum": 0},
-    "deciding": {**_NUMBER, "minimum": 0},
+    "selection_seconds": {**_NUMBER, "minimum": 0},
     "visual": {**_NUMBER, "type": "integer", "minimum": 1},
     "kept": {**_NUMBER, "type": "integer", "minimum": 1},
     "mean_ratio": _SHARE,
@@ -66,7 +66,7 @@ def record_schema(variants: Sequence[Variant]) -> dict[str, Any]:
 def rows_schema(variants: Sequence[Variant]) -> dict[str, Any]:
     """JSON Schema of the return value of `summarize`."""
     estimates = dict.fromkeys(("kl", "cosine", "prefix", "top1", "answers", "relative_time"), _ESTIMATE)
-    numbers = dict.fromkeys(("kept", "visual", "mean_ratio", "seconds", "deciding"), _NUMBER)
+    numbers = dict.fromkeys(("kept", "visual", "mean_ratio", "seconds", "selection_seconds"), _NUMBER)
     measured = {**estimates, **numbers, "frontier": {"type": "boolean"}}
     beside = {
         "type": ["object", "null"],
@@ -176,7 +176,7 @@ def measure_prompt(
         `kl` in nats and `top1` (next token), `answers` and `prefix` (greedy answers: equal or not, share of the
         unpruned one before the first difference), `cosine` (last hidden state), `attention_errors` (a relative error
         per cut: see `attention_errors`), `seconds` from inputs to the first token's logits including vision tower and
-        selection, `deciding` (the selection time), `visual`, `kept` and `mean_ratio`.
+        selection, `selection_seconds`, `visual`, `kept` and `mean_ratio`.
 
     Raises:
         VTPruneError: The model is patched, or the prompt has no visual token.
@@ -239,7 +239,7 @@ def _resized(reference: _Reference, model: nn.Module, small: _Smaller | None, se
         **_compared(reference, got, _answer(model, inputs, settings)),
         "attention_errors": [None],
         "seconds": _seconds(model, inputs, settings),
-        "deciding": 0.0,
+        "selection_seconds": 0.0,
         "visual": reference.visual,
         "kept": count,
         "mean_ratio": count / reference.visual,
@@ -283,7 +283,7 @@ def _against(
         **_compared(reference, got, answer),
         "attention_errors": attention_errors(reference.outputs.attention, got.attention, cuts),
         "seconds": seconds,
-        "deciding": statistics.median(selection),
+        "selection_seconds": statistics.median(selection),
         "visual": len(last.visual[0]),
         "kept": len(last.kept[0]),
         "mean_ratio": last.mean_ratio,
@@ -345,13 +345,13 @@ def summarize(
         variants: Variants to summarize.
 
     Returns:
-        list: `method`, `ratio`, and either `refused` or `kept`, `visual`, `mean_ratio`, `seconds` and `deciding`
-        (medians), `cuts_error` (mean attention error of each cut), for each of `kl`, `cosine`, `prefix`,
-        `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time relative to the
-        unpruned model on the same prompt) a `value` and an `interval` (None for means of one picture); `frontier`,
-        whether no other row, nor the unpruned model, is both faster and closer (`kl`); and beside resized pictures,
-        `equal_tokens` and `equal_time` (the largest that takes no more time): the `ratio` of their row, the difference
-        in `kl`, the number of answers that they `changed`, and how many of those this row `kept`.
+        list: `method`, `ratio`, and either `refused` or `kept`, `visual`, `mean_ratio`, `seconds` and
+        `selection_seconds` (medians), `cuts_error` (mean attention error of each cut), for each of `kl`, `cosine`,
+        `prefix`, `attention_error` (the last cut), `top1`, `answers` and `relative_time` (median of the time relative
+        to the unpruned model on the same prompt) a `value` and an `interval` (None for means of one picture);
+        `frontier`, whether no other row, nor the unpruned model, is both faster and closer (`kl`); and beside resized
+        pictures, `equal_tokens` and `equal_time` (the largest that takes no more time): the `ratio` of their row, the
+        difference in `kl`, the number of answers that they `changed`, and how many of those this row `kept`.
     """
     rows = [_row(variant, [record[variant.key] for record in records], records, pictures) for variant in variants]
     ran = [row for row in rows if "refused" not in row]
@@ -397,7 +397,7 @@ def _row(
         return row | {"refused": refused}
     for name in ("visual", "kept", "mean_ratio"):
         row[name] = statistics.fmean(record[name] for record in mine)
-    for name in ("seconds", "deciding"):
+    for name in ("seconds", "selection_seconds"):
         row[name] = statistics.median(record[name] for record in mine)
     relative = [m["seconds"] / r["unpruned"]["seconds"] for m, r in zip(mine, records, strict=True)]
     per_picture = group_means(relative, pictures)

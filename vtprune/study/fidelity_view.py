@@ -132,6 +132,6 @@ def _cells(row: dict[str, Any], intervals: bool) -> list[str]:
         span(row["answers"], ".0%"),
         span(row["cosine"], ".3f"),
         span(row["attention_error"], ".2f") if "attention_error" in row else "-",
-        f"{1e3 * row['deciding']:.1f} ms",
+        f"{1e3 * row['selection_seconds']:.1f} ms",
         f"{'* ' if row['frontier'] else ''}{span(row['relative_time'], '.2f')}",
     ]
