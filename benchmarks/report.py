@@ -102,6 +102,12 @@ SECTIONS = (
         report_real.tower_photographs,
         "python -m benchmarks.tower_photographs",
     ),
+    Section(
+        "real-quality.json",
+        "Answers of a model of real parts",
+        report_real.quality,
+        "python -m benchmarks.real_quality",
+    ),
     Section("needle.json", "Needles in a text", report_real.needle, "python -m benchmarks.needle"),
     Section(
         "needle_layers.json",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections of docs/results.md that rest on real parts: needles in a text, position bias, speed of a real decoder."""
+"""Sections of docs/results.md that rest on real parts: answers, needles, position bias, speed of a decoder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,61 @@ from typing import Any
 from benchmarks.report_tables import percent, span, table, versions
 
 Data = dict[str, Any]
+
+
+def quality(data: Data) -> str:
+    """A table of the unpruned model by kind of question, and one of all methods for each bed where they were asked."""
+    beds = data["beds"]
+    head = (
+        "A DINOv2-small tower, SmolLM2-135M, and our projector and LoRA between them, asked about drawn objects on "
+        f"parts of photographs that training never saw ({', '.join(data['held_out_photographs'])}) and about pages of "
+        f"large text. Right answers, equal word for word (95 % interval). {versions(data)}"
+    )
+    whole = {bed: rows["unpruned"]["kinds"] for bed, rows in beds.items()}
+    lines = [
+        (
+            bed.split()[0],
+            f"{int(bed.split()[1]) ** 2:,}",
+            kind,
+            _share(row),
+            str(row["total"]),
+            f"{100 * row['majority']:.0f} %",
+        )
+        for bed, kinds in whole.items()
+        for kind, row in kinds.items()
+    ]
+    right, total = (sum(kinds["all"][name] for kinds in whole.values()) for name in ("right", "total"))
+    overall = f"Unpruned {right} of {total} are right."
+    parts = [f"{head}\n\n{overall}"]
+    parts.append(table(("picture", "visual tokens", "questions", "right", "of", "most frequent answer"), lines))
+    for bed, rows in beds.items():
+        cut = [row for name, row in rows.items() if name != "unpruned"]
+        if not cut:
+            continue
+        costs = sorted({row["mean_ratio"] for row in cut}, reverse=True)
+        found = {(row["method"], row["mean_ratio"]): row for row in cut}
+        methods = sorted({row["method"] for row in cut if "refused" not in row})
+        asked = min(row["kinds"]["all"]["total"] for row in cut if "refused" not in row)
+        first = rows["unpruned"]["outcomes"][:asked]
+        kind, grid = bed.split()
+        parts.append(
+            f"### {kind.capitalize()}s, {int(grid) ** 2:,} visual tokens, pruned\n\nThe first {asked} questions, of "
+            f"which the unpruned model answers {first.count('1')} rightly, at equal mean cost, the share of visual "
+            "tokens averaged over the inputs of the decoder layers."
+        )
+        cells = [[found.get((method, cost), {}) for cost in costs] for method in methods]
+        shown = [[_share(row["kinds"]["all"]) if "kinds" in row else "refused" for row in line] for line in cells]
+        pairs = zip(methods, shown, strict=True)
+        parts.append(
+            table(("method", *(f"mean cost {cost:g}" for cost in costs)), [(f"`{m}`", *line) for m, line in pairs])
+        )
+        never = {row["method"]: row["refused"] for row in cut if "refused" in row and row["method"] not in methods}
+        parts.append("\n".join(f"* `{name}` cannot be tried: {why}" for name, why in sorted(never.items())))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _share(row: Data) -> str:
+    return f"{percent(row)}{span(row['interval'], '.0f', 100)}"
 
 
 def needle(data: Data) -> str:

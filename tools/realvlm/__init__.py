@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the projector and LoRA of `benchmarks.real.picture_vlm`."""

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training batches: pictures of one size, several questions behind each, and what every patch shows."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.real import drawn, parts, photo_vlm
+from tools.refvlm.qwen2_5_vl.data import GROUPS, ask_scene, object_cells, page_cells
+from vtprune.refvlm import pages, scenes
+
+TEXT = 120  # text positions per picture: about ten questions
+IGNORE = -100
+KINDS = {"scene": 0.6, "crowd": 0.2, "page": 0.2}
+# Patches in each direction with their weights; a step takes as many pictures as its tokens allow.
+GRIDS = {12: 4.0, 14: 2.0, 16: 4.0, 20: 1.0, 24: 0.7, 32: 0.25}
+Dialogue = tuple[str, str, str]  # kind, question, answer
+
+
+@dataclass
+class Batch:
+    """Pictures and packed questions.
+
+    Attributes:
+        pixels: float32 `[B, 3, H, W]`.
+        tokens: int64 `[B, TEXT]`, several questions with their answers.
+        labels: int64 `[B, TEXT]`, the token to predict at each position, or `IGNORE`.
+        segments: int64 `[B, TEXT]`, number of the question, 0 for padding.
+        positions: int64 `[B, TEXT]`, places after the picture, as if each question stood there alone.
+        asked: per picture, the questions that fitted, in the order of `segments`.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+    labels: Tensor
+    segments: Tensor
+    positions: Tensor
+    asked: list[list[Dialogue]]
+
+
+@lru_cache(maxsize=200_000)
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(parts.tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def cells(picture: drawn.Picture) -> np.ndarray:
+    """The word of every group of words that each patch shows, int8 `[grid * grid, len(GROUPS)]`."""
+    if picture.kind == "crowd":
+        return object_cells(picture.drawn.objects, picture.grid**2)
+    table = page_cells(picture.drawn) if picture.kind == "page" else object_cells(picture.drawn.objects, scenes.GRID**2)
+    side = drawn.PAGE[0] if picture.kind == "page" else scenes.GRID
+    middles = ((np.arange(picture.grid) + 0.5) * side / picture.grid).astype(int)
+    return table.reshape(side, side, -1)[middles[:, None], middles].reshape(picture.grid**2, -1)
+
+
+def patch_words(picture: drawn.Picture) -> list[tuple[str, ...]]:
+    """The words that describe what each patch shows, such as ("red", "star", "big", "top", "left")."""
+    groups = [(group, words) for group, words in GROUPS.items() if group not in ("center", "order")]
+    columns = [list(GROUPS).index(group) for group, _ in groups]
+    return [
+        tuple(words[index] for index, (_, words) in zip(row, groups, strict=True) if 0 <= index < len(words))
+        for row in cells(picture)[:, columns].tolist()
+    ]
+
+
+def ask(picture: drawn.Picture, rng: random.Random, captions: float) -> list[Dialogue]:
+    """Questions of every kind about a picture, in random order; sometimes its description first."""
+    if picture.kind == "page":
+        kinds = [*pages.KINDS, "line", "line", "word", "word", "word", "which line", "page presence", "page presence"]
+        rng.shuffle(kinds)
+        found = (pages.ask(picture.drawn, kind, rng) for kind in kinds)
+        return list(dict.fromkeys((q.kind, q.text, q.answer) for q in found if q is not None))
+    return ask_scene(picture.drawn.objects, rng, captions, size=picture.kind == "scene")
+
+
+def batch(seed: int, step: int, budget: int, captions: float) -> Batch:
+    """Pictures of one size with about `budget` tokens; the same seed and step always give the same batch."""
+    rng = random.Random(f"real {seed} {step}")
+    grid = rng.choices(list(GRIDS), list(GRIDS.values()))[0]
+    chosen = []
+    for _ in range(max(1, round(budget / (grid * grid + TEXT)))):
+        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+        chosen.append(drawn.picture(kind, scenes.TRAIN_SEEDS * (1 + seed) + rng.randrange(10**8), grid))
+    return pack([(picture, ask(picture, rng, captions)) for picture in chosen])
+
+
+def held_out(kind: str, grid: int, count: int) -> Batch:
+    """Pictures that neither training nor the final evaluation draws, on held-out photographs."""
+    rng = random.Random(f"real held out {kind} {grid}")
+    chosen = [drawn.picture(kind, 900_000 + number, grid) for number in range(count)]
+    return pack([(picture, ask(picture, rng, 0.0)) for picture in chosen])
+
+
+def pack(rows: list[tuple[drawn.Picture, list[Dialogue]]]) -> Batch:
+    """Pictures of one size, and as many of their questions as fit, to tensors."""
+    tokens, segments, positions = (torch.zeros(len(rows), TEXT, dtype=torch.long) for _ in range(3))
+    labels = torch.full((len(rows), TEXT), IGNORE)
+    end = parts.tokenizer().eos_token_id
+    kept: list[list[Dialogue]] = []
+    for row, (_, asked) in enumerate(rows):
+        used, fitted = 0, []
+        for dialogue in asked:
+            question, answer = encode(f" {dialogue[1]} answer:"), encode(f" {dialogue[2]}")
+            words = (*question, *answer)
+            if used + len(words) > TEXT:
+                continue
+            fitted.append(dialogue)
+            span = slice(used, used + len(words))
+            tokens[row, span] = torch.tensor(words)
+            segments[row, span] = len(fitted)
+            positions[row, span] = torch.arange(len(words))
+            labels[row, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
+            used += len(words)
+        kept.append(fitted)
+    pixels = photo_vlm.pixels([picture.image for picture, _ in rows])
+    return Batch(pixels, tokens, labels, segments, positions, kept)
