@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.real import drawn, parts, photo_vlm
-from tools.refvlm.qwen2_5_vl.data import GROUPS, ask_scene, object_cells, page_cells
+from tools.refvlm.qwen2_5_vl.data import GROUPS, object_cells, page_cells
 from vtprune.refvlm import pages, scenes
 
 TEXT = 120  # text positions per picture: about ten questions
 IGNORE = -100
-KINDS = {"scene": 0.6, "crowd": 0.2, "page": 0.2}
-# Patches in each direction with their weights; a step takes as many pictures as its tokens allow.
-GRIDS = {12: 4.0, 14: 2.0, 16: 4.0, 20: 1.0, 24: 0.7, 32: 0.25}
+KINDS = {"scene": 0.7, "crowd": 0.12, "page": 0.18}
+# Patches in each direction with their weights: small pictures most of the time. Letters need 16 patches and more.
+GRIDS: dict[str, dict[int, float]] = {
+    "scene": {12: 5.0, 14: 2.0, 16: 3.0, 20: 0.6, 24: 0.4, 32: 0.15},
+    "crowd": {12: 2.0, 16: 3.0, 20: 1.0, 24: 0.5, 32: 0.2},
+    "page": {16: 2.0, 20: 2.0, 24: 1.0, 32: 0.2},
+}
+# Of the questions about objects; what only needs one object to be found is learned first.
+ASKED = (*("color", "shape", "size", "position", "digit", "count") * 2, *["presence"] * 3)
 Dialogue = tuple[str, str, str]  # kind, question, answer
 
 
@@ -76,17 +82,25 @@ def ask(picture: drawn.Picture, rng: random.Random, captions: float) -> list[Dia
         rng.shuffle(kinds)
         found = (pages.ask(picture.drawn, kind, rng) for kind in kinds)
         return list(dict.fromkeys((q.kind, q.text, q.answer) for q in found if q is not None))
-    return ask_scene(picture.drawn.objects, rng, captions, size=picture.kind == "scene")
+    objects = picture.drawn.objects
+    wanted = [kind for kind in ASKED if kind != "size" or picture.kind == "scene"]
+    rng.shuffle(wanted)
+    found = (scenes.ask(objects, kind, rng) for kind in wanted)
+    asked = list(dict.fromkeys((q.kind, q.text, q.answer) for q in found if q is not None))
+    if picture.kind == "scene" and rng.random() < captions:
+        asked.insert(0, ("caption", "describe the image", scenes.caption(objects)))
+    return asked
 
 
 def batch(seed: int, step: int, budget: int, captions: float) -> Batch:
-    """Pictures of one size with about `budget` tokens; the same seed and step always give the same batch."""
+    """Pictures of one kind and size, about `budget` tokens; the same seed and step always give the same batch."""
     rng = random.Random(f"real {seed} {step}")
-    grid = rng.choices(list(GRIDS), list(GRIDS.values()))[0]
-    chosen = []
-    for _ in range(max(1, round(budget / (grid * grid + TEXT)))):
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-        chosen.append(drawn.picture(kind, scenes.TRAIN_SEEDS * (1 + seed) + rng.randrange(10**8), grid))
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    grid = rng.choices(list(GRIDS[kind]), list(GRIDS[kind].values()))[0]
+    seeds = [
+        scenes.TRAIN_SEEDS * (1 + seed) + rng.randrange(10**8) for _ in range(round(budget / (grid**2 + TEXT)) or 1)
+    ]
+    chosen = [drawn.picture(kind, number, grid) for number in seeds]
     return pack([(picture, ask(picture, rng, captions)) for picture in chosen])
 
 

@@ -69,7 +69,7 @@ class Learner(nn.Module):
         self.live = [weight for weight in adapted.parameters() if weight.requires_grad]
         self.lora = nn.ParameterList([weight.detach().float() for weight in self.live])
         self.frozen = [adapted, vlm.model.vision_tower.to(torch.bfloat16)]  # in a list: no part of `state_dict`
-        self.words = layers.embed_tokens.weight
+        self.words = layers.embed_tokens.weight.detach()  # no parameter of this module, either
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def optimizer(learner: Learner, lr: float) -> torch.optim.Optimizer:
 
 def train_step(learner: Learner, optim: torch.optim.Optimizer, step: int, args: argparse.Namespace) -> float:
     """One step, which follows from its number and the state; returns the loss."""
-    captions = 0.7 if step < args.captions else 0.15
+    captions = 0.5 if step < args.captions else 0.15
     loss, _ = learner(data.batch(args.seed, step, args.budget, captions))
     optim.zero_grad()
     learner.backward(loss)
@@ -104,8 +104,8 @@ def run(args: argparse.Namespace) -> None:
             checkpoint.save(file, learner, [optim], step)
             learner.save(args.out / "weights.safetensors")
             progress.save(curve_file, {"curve": curve})
-        elif step % 10 == 0:
-            print(f"{step} loss {sum(losses[-10:]) / 10:.3f} {time.process_time():.0f} s", flush=True)
+        elif step % 20 == 0:
+            print(f"{step} loss {sum(losses[-20:]) / 20:.3f} {time.process_time():.0f} s", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,11 +113,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/realvlm"), help="checkpoint, curve and weights so far")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of LoRA; the projector's is a third of it")
-    parser.add_argument("--budget", type=int, default=1500, help="tokens a step")
-    parser.add_argument("--captions", type=int, default=200, help="first steps, in which most scenes are described")
+    parser.add_argument("--lr", type=float, default=8e-4, help="of LoRA; the projector's is a third of it")
+    parser.add_argument("--budget", type=int, default=640, help="tokens a step")
+    parser.add_argument("--captions", type=int, default=400, help="first steps, in which most scenes are described")
     parser.add_argument("--fit", type=int, default=240, help="pictures for the regression")
-    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
