@@ -33,7 +33,7 @@ def model():
 def untrained():
     torch.manual_seed(0)
     found = learner.Learner()
-    found.begin(3, (12,))
+    found.begin(0.002, 1)
     with torch.no_grad():
         for number, weight in enumerate(found.lora):  # as if trained: LoRA begins with zeros
             weight.copy_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
@@ -51,13 +51,13 @@ def test_a_seed_always_draws_the_same_picture(kind):
     one, again, other = (drawn.picture(kind, seed, GRID) for seed in (5, 5, scenes.TRAIN_SEEDS + 5))
     assert one.image.tobytes() == again.image.tobytes() != other.image.tobytes()
     assert one.image.size == (GRID * 14, GRID * 14) and one.questions == again.questions
-    assert len(data.patch_words(one)) == GRID**2
+    assert data.patch_labels(one).shape == (GRID**2, len(data.SHOWN))
 
 
 def test_patches_say_what_is_drawn_there():
     """The patch at the center of an object carries its words; most others are background."""
     picture = drawn.picture("scene", 3, 24)
-    words = data.patch_words(picture)
+    words = data.patch_words(data.patch_labels(picture))
     for item in picture.drawn.objects:
         row, column = (int(place * 24 / 288) for place in (item.y, item.x))
         assert {item.color, item.shape, item.vertical, item.horizontal} <= set(words[row * 24 + column])
@@ -109,7 +109,7 @@ def test_an_interrupted_training_goes_on_exactly(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return step(*args)
 
-    settings = ["--steps", "3", "--every", "1", "--budget", "200", "--fit", "3"]
+    settings = ["--steps", "3", "--every", "1", "--budget", "200", "--look", "0.002"]
     train.main(["--out", str(tmp_path / "whole"), *settings])
     monkeypatch.setattr(train, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -24,7 +24,7 @@ from .text_vlm import PLACEHOLDER
 
 WEIGHTS = Path(__file__).parent / "weights" / "picture_vlm.safetensors"
 START = "<|im_start|>"
-TOWER_LAYERS = [6, 9, 12]  # whose outputs the projector sees: the last one alone is about objects, not letters
+TOWER_LAYERS = [3, 6, 9, 12]  # whose outputs the projector sees: the last one is about objects, not letters
 RANK, ALPHA = 16, 32
 ADAPTED = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 

@@ -26,6 +26,12 @@ GRIDS: dict[str, dict[int, float]] = {
 }
 # Of the questions about objects; what only needs one object to be found is learned first.
 ASKED = (*("color", "shape", "size", "position", "digit", "count") * 2, *["presence"] * 3)
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+# The words that describe what a patch shows, at most one of each group.
+SHOWN: dict[str, tuple[str, ...]] = {
+    **{group: words for group, words in GROUPS.items() if group not in ("center", "word", "order")},
+    "letter": LETTERS,
+}
 Dialogue = tuple[str, str, str]  # kind, question, answer
 
 
@@ -65,13 +71,31 @@ def cells(picture: drawn.Picture) -> np.ndarray:
     return table.reshape(side, side, -1)[middles[:, None], middles].reshape(picture.grid**2, -1)
 
 
-def patch_words(picture: drawn.Picture) -> list[tuple[str, ...]]:
-    """The words that describe what each patch shows, such as ("red", "star", "big", "top", "left")."""
-    groups = [(group, words) for group, words in GROUPS.items() if group not in ("center", "order")]
-    columns = [list(GROUPS).index(group) for group, _ in groups]
+def letters(picture: drawn.Picture) -> np.ndarray:
+    """Which letter each patch shows, the one at its middle: int8 `[grid * grid]`, `len(LETTERS)` for none."""
+    found = np.full((picture.grid, picture.grid), len(LETTERS), dtype=np.int8)
+    if picture.kind == "page":
+        middles = (np.arange(picture.grid) + 0.5) * drawn.PAGE[0] * pages.CELL / picture.grid
+        for word in picture.drawn.words:
+            top, left = word.corner
+            for row in np.flatnonzero((middles >= top - 1) & (middles < top + pages.HIGH + 1)):
+                for column in np.flatnonzero((middles >= left) & (middles < left + pages.ADVANCE * len(word.text))):
+                    letter = word.text[int(middles[column] - left) // pages.ADVANCE]
+                    found[row, column] = LETTERS.index(letter) if letter in LETTERS else len(LETTERS)
+    return found.ravel()
+
+
+def patch_labels(picture: drawn.Picture) -> np.ndarray:
+    """The word of every group in `SHOWN` that each patch shows, int8 `[grid * grid, len(SHOWN)]`; others mean none."""
+    table = cells(picture)[:, [list(GROUPS).index(group) for group in SHOWN if group != "letter"]]
+    return np.concatenate((table, letters(picture)[:, None]), axis=1)
+
+
+def patch_words(labels: np.ndarray) -> list[tuple[str, ...]]:
+    """The words that describe each patch, such as ("red", "star", "big", "top", "left"), from `patch_labels`."""
     return [
-        tuple(words[index] for index, (_, words) in zip(row, groups, strict=True) if 0 <= index < len(words))
-        for row in cells(picture)[:, columns].tolist()
+        tuple(words[index] for index, words in zip(row, SHOWN.values(), strict=True) if 0 <= index < len(words))
+        for row in labels.tolist()
     ]
 
 

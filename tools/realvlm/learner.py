@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.real import drawn, parts, photo_vlm, picture_vlm
-from vtprune.refvlm import scenes
 
 from . import data
 
-RIDGE = 3.0
-HIDDEN_PER_SIGN = 288  # half of the projector's hidden width
+# Pictures that the projector learns from before anything else: kind, grid, and how many of a thousand.
+LOOKED_AT = (
+    ("scene", 12, 350), ("scene", 16, 250), ("crowd", 16, 150), ("page", 16, 100), ("page", 20, 100), ("page", 24, 50)
+)  # fmt: skip
+BACKGROUND = 0.15  # share of the patches of bare background that are looked at
+SHARPNESS = 2.0  # of the product of a patch and a word
 
 
 class Attention(torch.autograd.Function):
@@ -110,49 +114,81 @@ class Learner(nn.Module):
             weight.grad, live.grad = live.grad.float(), None
 
     @torch.no_grad()
-    def begin(self, count: int, grids: tuple[int, ...] = (12, 16)) -> float:
-        """Fits the projector in closed form: every patch becomes the mean vector of the words that describe it.
+    def look_at(self, thousands: float) -> tuple[Tensor, Tensor]:
+        """What the tower says of patches, bfloat16 `[N, D]`, and which words they show, int64 `[N, len(SHOWN)]`."""
+        seen, shown, seed = [], [], 2 * 10**9
+        for kind, grid, share in LOOKED_AT:
+            for _ in range(max(1, round(share * thousands))):
+                picture = drawn.picture(kind, seed, grid)
+                labels = torch.from_numpy(data.patch_labels(picture)).long()
+                bare = labels[:, list(data.SHOWN).index("background")] == 0
+                chosen = ~bare | (torch.rand(len(bare), generator=torch.Generator().manual_seed(seed)) < BACKGROUND)
+                seen.append(self.features(photo_vlm.pixels([picture.image]))[0, chosen].to(torch.bfloat16))
+                shown.append(labels[chosen])
+                seed += 1
+        return torch.cat(seen), torch.cat(shown)
 
-        Hidden neurons come in pairs of opposite signs along the directions that matter, so that the projector starts as
-        the linear regression and a little more: GELU(x) - GELU(-x) = x.
+    def begin(self, thousands: float, rounds: int = 8, rows: int = 512, rate: float = 2e-3) -> dict[str, float]:
+        """Trains the projector alone: every patch becomes about the mean vector of the words that describe it.
+
+        The decoder knows these words, so it reads a patch as words from its first step on. A regression in closed form
+        finds 55 % of the colors and 77 % of the shapes, this 98 % and 94 %.
 
         Args:
-            count: pictures to fit on.
+            thousands: of pictures to look at.
+            rounds, rows, rate: passes over the patches, patches a step, and the learning rate at first.
 
         Returns:
-            float: Share of the targets' variance that is explained.
+            dict: Share of right words in every group, of the patches in the last steps.
         """
-        seen, wanted = [], []
-        table = self.words.float()
-        for number in range(count):
-            kind, grid = drawn.KINDS[number % 3], grids[number // 3 % len(grids)]
-            picture = drawn.picture(kind, scenes.TRAIN_SEEDS - 1 - number + 10**9, grid)
-            seen.append(self.features(photo_vlm.pixels([picture.image]))[0].double())
-            wanted += [self._described(words, table) for words in data.patch_words(picture)]
-        features, goal = torch.cat(seen), torch.stack(wanted).double()
-        middle, spread = features.mean(0), features.std(0)
-        scaled = (features - middle) / spread
-        linear = ridge(scaled, goal - goal.mean(0))
-        # First the directions that the linear regression needs, then the largest ones of what the tower says.
-        needed = torch.linalg.svd(linear).U[:, : HIDDEN_PER_SIGN // 2]
-        rest = scaled - scaled @ needed @ needed.T
-        largest = torch.linalg.eigh(rest.T @ rest).eigenvectors.flip(1)[:, : HIDDEN_PER_SIGN - needed.shape[1]]
-        directions = torch.cat((needed, largest), dim=1)
-        directions = directions / (scaled @ directions).std(0)
-        one, two = self.projector.linear_1, self.projector.linear_2
-        one.weight.copy_(torch.cat((directions, -directions), dim=1).T / spread)
-        one.bias.copy_(-(one.weight.double() @ middle))
-        hidden = F.gelu(F.linear(features, one.weight.double(), one.bias.double()))
-        weight = ridge(hidden - hidden.mean(0), goal - goal.mean(0)).T
-        two.weight.copy_(weight)
-        two.bias.copy_(goal.mean(0) - weight @ hidden.mean(0))
-        left = goal - F.linear(hidden, two.weight.double(), two.bias.double())
-        return 1 - float(left.square().sum() / (goal - goal.mean(0)).square().sum())
+        seen, shown = self.look_at(thousands)
+        middle, spread = seen.float().mean(0), seen.float().std(0)
+        vectors = [self._vectors(words) for words in data.SHOWN.values()]
+        described = self._described(shown, vectors)
+        mean = described.mean(0)
+        apart = [(group - group.mean(0)).T for group in vectors]
+        background = torch.where(shown[:, list(data.SHOWN).index("background")] == 0, 0.3, 1.0)
+        optim = torch.optim.AdamW(self.projector.parameters(), lr=rate, weight_decay=0.05)
+        self.projector.linear_2.bias.data.copy_(mean)
+        generator, steps = torch.Generator().manual_seed(0), max(1, rounds * len(seen) // rows)
+        hits: Counter = Counter()
+        for step in range(steps):
+            part = torch.randint(len(seen), (rows,), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = self.projector(((seen[part].float() - middle) / spread).to(torch.bfloat16)).float()
+            loss = ((out - described[part]).square().sum(1) * background[part]).mean() / 10
+            for number, (group, words) in enumerate(zip(data.SHOWN, apart, strict=True)):
+                label = shown[part, number]
+                here = (label >= 0) & (label < words.shape[1])
+                if words.shape[1] > 1 and here.any():
+                    logits = SHARPNESS * (out[here] - mean) @ words
+                    loss = loss + 0.3 * F.cross_entropy(logits, label[here])
+                    if step >= 0.9 * steps:
+                        hits[group, "right"] += int((logits.argmax(1) == label[here]).sum())
+                        hits[group, "asked"] += int(here.sum())
+            for settings in optim.param_groups:
+                settings["lr"] = rate * min(1, (step + 1) / 50) * (1 - step / steps)
+            optim.zero_grad()
+            loss.backward()
+            optim.step()
+        with torch.no_grad():  # the model sees features as they are
+            first = self.projector.linear_1
+            first.weight.div_(spread)
+            first.bias.sub_(first.weight @ middle)
+        return {group: round(hits[group, "right"] / hits[group, "asked"], 3) for group, _ in hits}
 
-    def _described(self, words: tuple[str, ...], table: Tensor) -> Tensor:
-        """The sum of words' vectors over the root of their number, about as long as a word's vector."""
-        vectors = [table[list(data.encode(f" {word}"))].mean(0) for word in words]
-        return torch.stack(vectors).sum(0) / len(vectors) ** 0.5
+    def _vectors(self, words: tuple[str, ...]) -> Tensor:
+        """The vectors of words, float32 `[words, D]`; a word in several pieces has the mean of theirs."""
+        return torch.stack([self.words[list(data.encode(f" {word}"))].float().mean(0) for word in words])
+
+    def _described(self, shown: Tensor, vectors: list[Tensor]) -> Tensor:
+        """The sum of the vectors of each patch's words over the root of their number, about as long as one of them."""
+        total, count = torch.zeros(len(shown), self.words.shape[1]), torch.zeros(len(shown), 1)
+        for number, group in enumerate(vectors):
+            here = (shown[:, number] >= 0) & (shown[:, number] < len(group))
+            total[here] += group[shown[here, number]]
+            count[here] += 1
+        return total / count.clamp(min=1).sqrt()
 
     def save(self, path: Any) -> None:
         """Projector and LoRA in float16, as `picture_vlm.load` reads them."""
@@ -166,13 +202,6 @@ class Learner(nn.Module):
 
 
 START = parts.tokenizer().convert_tokens_to_ids(picture_vlm.START)
-
-
-def ridge(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Weights `[in, out]` of the ridge regression of centered values."""
-    gram = inputs.T @ inputs
-    gram.diagonal().add_(RIDGE * len(inputs) / 1000)
-    return torch.linalg.solve(gram, inputs.T @ outputs)
 
 
 def bias(segments: Tensor, prefix: int) -> Tensor:

@@ -4,8 +4,8 @@
     make real
     .venv-real/bin/python -m tools.realvlm.train --out out/realvlm --steps 4000
 
-The projector begins as a regression in closed form: every patch becomes the vectors of the words that describe it, so
-that the decoder, which knows the words already, reads the picture as words. Then projector and LoRA learn from
+The projector is trained first, alone: every patch becomes the vectors of the words that describe it, so that the
+decoder, which knows the words already, reads the picture as words. Then projector and LoRA learn from
 descriptions and questions, about ten behind each picture. Pictures are drawn anew in every step. Tower and decoder stay
 as they are.
 
@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         optim.load_state_dict(states[0])
         curve = [point for point in curve if point["step"] <= step]
     else:
-        explained = learner.begin(args.fit)
-        print(f"regression explains {explained:.3f} of what patches show", flush=True)
+        print(f"patches show {learner.begin(args.look)}", flush=True)
     batches = {f"{kind} {grid}": data.held_out(kind, grid, count) for kind, grid, count in HELD_OUT}
     losses: list[float] = []
     while step < args.steps:
@@ -115,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=8e-4, help="of LoRA; the projector's is a third of it")
     parser.add_argument("--budget", type=int, default=640, help="tokens a step")
-    parser.add_argument("--captions", type=int, default=400, help="first steps, in which most scenes are described")
-    parser.add_argument("--fit", type=int, default=240, help="pictures for the regression")
+    parser.add_argument("--captions", type=int, default=200, help="first steps, in which most scenes are described")
+    parser.add_argument("--look", type=float, default=1.5, help="thousands of pictures that the projector sees first")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)

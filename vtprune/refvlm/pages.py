@@ -46,6 +46,7 @@ class Word:
     line: int  # from 1
     place: int  # in its line, from 0; the number of a line has -1
     patches: tuple[int, ...]
+    corner: tuple[int, int]  # top and left of its first letter, in pixels
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def page(seed: int, grid: tuple[int, int] | None = None) -> Page:
                 for column in range(x // CELL, (x + width - 2) // CELL + 1)
                 if ink[max(y, row * CELL) : (row + 1) * CELL, max(x, column * CELL) : (column + 1) * CELL][:HIGH].any()
             ]
-            words.append(Word(text, number, place, tuple(cells)))
+            words.append(Word(text, number, place, tuple(cells), (y, x)))
             x += width + rng.randint(ADVANCE, 2 * ADVANCE)
     return Page(seed, grid, tuple(words), ink)
 
