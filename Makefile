@@ -90,7 +90,7 @@ eval: $(EVAL)
 # An environment with real parts, and the decoder of SmolLM2 converted once; `benchmarks/needle.py` runs in it.
 real: $(REAL)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(REAL_PY) -m benchmarks.real.parts
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(REAL_PY) -m pytest -q tests/test_real_parts.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(REAL_PY) -m pytest -q tests/test_real_parts.py tests/test_real_vlm.py
 
 # The demo in examples/space, driven by a real browser where there is one: chromium and chromedriver.
 test-web: $(WEB)

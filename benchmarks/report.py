@@ -108,6 +108,7 @@ SECTIONS = (
         report_real.quality,
         "python -m benchmarks.real_quality",
     ),
+    Section("real-training.json", "Training of that model", report_real.training, "python -m tools.realvlm.train"),
     Section("needle.json", "Needles in a text", report_real.needle, "python -m benchmarks.needle"),
     Section(
         "needle_layers.json",

@@ -62,6 +62,21 @@ def quality(data: Data) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def training(data: Data) -> str:
+    """One row a checkpoint: loss, and right answers on held-out photographs by kind of picture."""
+    curve = data["curve"]
+    kinds = [name for name in curve[-1] if ":" not in name and name not in ("step", "loss", "processor_seconds")]
+    head = (
+        "Loss of the answers' tokens, and the share of questions about held-out photographs whose tokens are all the "
+        "most likely ones, by kind of picture and patches in each direction, in the course of training."
+    )
+    lines = [
+        (f"{point['step']:,}", f"{point['loss']:.3f}", *(f"{100 * point[kind]:.0f} %" for kind in kinds))
+        for point in curve
+    ]
+    return f"{head}\n\n{table(('step', 'loss', *kinds), lines)}"
+
+
 def _share(row: Data) -> str:
     return f"{percent(row)}{span(row['interval'], '.0f', 100)}"
 
