@@ -26,6 +26,8 @@ GRID = 16
 
 @pytest.fixture(scope="module")
 def model():
+    if not picture_vlm.WEIGHTS.exists():
+        pytest.skip("no trained weights yet: python -m tools.realvlm.train")
     return picture_vlm.load(GRID)
 
 
