@@ -157,3 +157,20 @@ def test_the_patch_embedding_runs_on_kept_patches_where_pixels_select_them(
     if embedding is not None:
         kept, whole = sum(map(len, run.kept)), sum(run.patches)
         assert ran == {"early": [kept] * 2, "order unknown": [kept, whole, whole], "late": [whole] * 2}
+
+
+def test_states_that_a_hook_changes_between_blocks_are_the_next_blocks() -> None:
+    """A block is handed the rows that the one before returned, unless somebody has changed them since."""
+    model, batch = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch(MIXED)
+    block = blocks_of(vtprune.inspect(model).vision_tower)[1]
+    logits = []
+
+    def in_place(module: Any, args: tuple, output: torch.Tensor) -> None:
+        output.neg_()
+
+    for change in (lambda m, a, o: None, in_place, lambda m, a, o: -o):
+        with vtprune.patch(model, tower=towers.Uniform(keep=0.3, block=0)), torch.no_grad():
+            handle = block.register_forward_hook(change)
+            logits.append(model(**batch).logits)
+            handle.remove()
+    assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[0], logits[1])
