@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every optional argument of `forward` and `generate`, given one by one to an unpatched, a patched and a masked model.
+"""Passes every optional argument of `forward` and `generate` to an unpatched, a patched and a masked model.
 
-`outcomes` says for each argument and situation (a text prompt, a picture, a decoding step) whether the patched model's
-result is the unpatched model's (text) or the masked, unpatched model's (picture), whether the call is refused, or what
-went wrong. Arguments that the unpatched model does not take either are left out. For all architectures:
+`forward_outcomes` and `generate_outcomes` yield an outcome per argument and situation (text prompt, picture, decoding
+step): whether the patched model's result equals that of the unpatched model (text) or of the masked, unpatched model
+(picture), or why the call is refused or fails. Arguments that the unpatched model rejects are skipped. For all
+architectures:
 
     python -m tests.arguments [architecture ...]
 """
@@ -24,21 +25,21 @@ from transformers.utils import TransformersKwargs
 import vtprune
 
 Batch = dict[str, Any]
-TOKEN = 70  # of decoding steps; texts of architectures start at 64
+TOKEN = 70  # input of a decoding step; text ids of the architectures start at 64
 
 
 @dataclass
 class Subject:
-    """A model with what is needed to call it.
+    """A model and the inputs to call it with.
 
     Attributes:
         model: Unpatched.
         picture, text: Make a prompt of one row with a picture, and one without.
-        placeholder: Token id of the picture's places.
-        masked: Given `patch.last`, a context in which the unpatched model hides what was dropped.
-        decodes: Whether it does so while decoding, too; not where layers mix tokens without a mask: they run on the
-            shorter prompt there, in one pass.
-        method: The method that prunes.
+        placeholder: Token id of visual tokens in a prompt.
+        masked: Takes `patch.last` and returns a context in which the unpatched model masks the dropped tokens.
+        decodes: Whether `masked` also works while decoding. False where layers mix tokens without a mask: there the
+            reference runs the shortened prompt in one pass.
+        method: Pruning method.
     """
 
     model: nn.Module
@@ -91,7 +92,7 @@ def values(parameter: inspect.Parameter, batch: Batch, subject: Subject) -> list
         "max_length_q": [length],
         "max_length_k": [length],
         "seq_idx": [torch.zeros_like(ids, dtype=torch.int32)],
-        "is_causal": [True],  # the reference has no other mask
+        "is_causal": [True],  # the reference supports causal masks only
         "vision_feature_layer": [None, -1],
         "vision_feature_select_strategy": [None, "default"],
     }
@@ -126,12 +127,12 @@ def compared(
     hidden: Callable[[], Any] | None = None,
     steps: bool = True,
 ) -> str | None:
-    """What came of a call: None where the unpatched model does not take it.
+    """Outcome of a call, or None where the unpatched model rejects it.
 
     Args:
-        subject, picture, call: What is called, and whether with a picture.
+        subject, picture, call: The model, whether the prompt has a picture, and the call.
         same: Raises unless two results are the same.
-        hidden: The call of the masked model, if another one.
+        hidden: Call of the masked model where it differs from `call`.
         steps: Whether the call decodes.
     """
     try:
@@ -158,7 +159,7 @@ def compared(
 
 
 def forward_outcomes(subject: Subject) -> Iterator[tuple[str, str]]:
-    """What comes of every optional argument of `forward`, for a text prompt, a picture and a decoding step."""
+    """Outcomes of every optional argument of `forward`, for a text prompt, a picture and a decoding step."""
     model = subject.model
 
     def same(got: Any, want: Any) -> None:
@@ -175,7 +176,7 @@ def forward_outcomes(subject: Subject) -> Iterator[tuple[str, str]]:
                     return model(**{**batch, name: values(parameter, batch, subject)[number]})  # noqa: B023
 
                 def shorter(call: Callable = call, name: str = parameter.name) -> Any:
-                    # A shorter prompt has other columns; the last logits are the same without these arguments.
+                    # In a shortened prompt these arguments name other columns; they do not change the last logits.
                     of_columns = ("labels", "shift_labels", "logits_to_keep", "output_router_logits")
                     return call() if subject.decodes or name not in of_columns else model(**subject.picture())
 
@@ -216,7 +217,7 @@ def own_loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
 
 
 def settings(assistant: nn.Module | None) -> dict[str, list[Any]]:
-    """Values of every setting of `generate`; a list of dicts where one needs others beside it."""
+    """Values of every setting of `generate`; a dict where a setting requires others."""
     prompts = torch.tensor([[65, 66, 67]])
     found: dict[str, list[Any]] = {
         "max_length": [200],
@@ -299,7 +300,7 @@ def settings(assistant: nn.Module | None) -> dict[str, list[Any]]:
     return found
 
 
-# Settings of `generate` that no value is made for, with the reason.
+# Settings of `generate` that are not tested, with the reason.
 LEFT_OUT = {
     "stop_strings": "needs a tokenizer",
     "token_healing": "needs a tokenizer",
@@ -323,7 +324,7 @@ CACHES = ("cache_implementation", "cache_config", "max_cache_len")
 
 
 def generate_outcomes(subject: Subject, assistant: nn.Module | None = None) -> Iterator[tuple[str, str]]:
-    """What comes of every setting of `generate`, with a text prompt and with a picture."""
+    """Outcomes of every setting of `generate`, with a text prompt and with a picture."""
 
     def same(got: Any, want: Any) -> None:
         got, want = (getattr(x, "sequences", x) for x in (got, want))
@@ -351,7 +352,7 @@ def of_architecture(architecture: str, class_name: str) -> Iterator[tuple[str, s
     """Outcomes of a registered architecture.
 
     Raises:
-        NotRun: It was not built or not fed, or is refused.
+        NotRun: The model cannot be built, has no test inputs, or is refused.
     """
     from tests.coverage import checks, run
 
@@ -372,7 +373,7 @@ def of_architecture(architecture: str, class_name: str) -> Iterator[tuple[str, s
 
 
 def main(names: list[str]) -> None:
-    """Prints how many arguments have which outcome, and every outcome that is no equal result."""
+    """Prints the number of arguments per outcome, and every outcome other than an equal result."""
     from tests.coverage import run
 
     for architecture, class_name in run.registered().items():

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if importlib.util.find_spec("vtprune_kernels") is None:
     sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
 
-# Read when Triton is imported: without a GPU its sources are run by the interpreter.
+# Triton reads this on import: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code blocks of documents, and what stands for names on the hub in them."""
+"""Extracts code blocks of documents and replaces names on the hub by local paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def offline(code: str, folder: Path) -> str:
-    """Python code in which names of models on the hub are the path of a local folder."""
+    """Replaces names of models on the hub by the path of a local folder."""
 
     def swap(match: re.Match[str]) -> str:
         name = match[2]

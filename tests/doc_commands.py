@@ -33,7 +33,7 @@ PATH=/nonexistent
 
 
 class WrongCommand(Exception):
-    """A shown command that cannot work: the text says which part of it does not exist."""
+    """A documented command that cannot work; the message names the part that does not exist."""
 
 
 def calls(script: str) -> list[list[str]]:
@@ -66,7 +66,7 @@ def check(words: list[str], page: str = "") -> None:
 
 
 def _nothing(words: list[str], saved: list[str]) -> None:
-    """Programs of the system, whose options are not this project's."""
+    """Accepts system programs with any options."""
 
 
 def _vtprune(words: list[str], saved: list[str]) -> None:
@@ -125,7 +125,7 @@ def _pip(words: list[str], saved: list[str]) -> None:
 
 
 def _lmms_eval(words: list[str], saved: list[str]) -> None:
-    """`--model_args` are read by the plug-in's own readers."""
+    """Parses `--model_args` with the plug-in's own functions."""
     given = dict(zip(words, words[1:], strict=False))
     if missing := {"--model", "--model_args", "--tasks"} - set(given):
         raise WrongCommand(f"lmms-eval: shown without {', '.join(sorted(missing))}")
@@ -146,7 +146,7 @@ def _accelerate(words: list[str], saved: list[str]) -> None:
 
 
 def _vllm(words: list[str], saved: list[str]) -> None:
-    """The `vtprune` part of `--additional-config` is read by the plug-in's own reader."""
+    """Parses the `vtprune` part of `--additional-config` with the plug-in's own function."""
     if words[0] != "serve" or len(words) < 2 or words[1].startswith("-"):
         raise WrongCommand("vllm: expected `serve MODEL`")
     for option, value in zip(words, words[1:], strict=False):
@@ -155,7 +155,7 @@ def _vllm(words: list[str], saved: list[str]) -> None:
 
 
 def _value(text: str) -> object:
-    """As lmms-eval reads values: numbers, lists and truth values, else text."""
+    """Parses a value as lmms-eval does: numbers, lists and booleans, otherwise text."""
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except ValueError:

@@ -51,11 +51,10 @@ class Pixels:
     """One picture or clip, as the processor would prepare it.
 
     Attributes:
-        tokens: How many placeholders it takes.
-        data: Tensors by the name that the model's forward gives them.
+        tokens: Number of placeholders.
+        data: Tensors by name of the forward argument.
         wrap: Text ids before and after the placeholders.
-        ids: All ids in their order, where text stands between the placeholders (time stamps of frames); instead of
-            `wrap`.
+        ids: All token ids, instead of `wrap`, where text stands between the placeholders (time stamps of frames).
     """
 
     tokens: int
@@ -73,7 +72,7 @@ class Family:
         config: Function that returns the model's config.
         image, video: `(size, generator) -> Pixels`; None where the family has no such input.
         join: Joins the pixel tensors of a batch.
-        needs_types: Whether the model wants `mm_token_type_ids`.
+        needs_types: Whether the model needs `mm_token_type_ids`.
     """
 
     name: str
@@ -86,7 +85,7 @@ class Family:
     needs_types: bool = False
 
     def build(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-        """Builds a random model, with weights wider than usual so that logits and attention differ visibly."""
+        """Builds a random model with large weights, so that logits and attention vary clearly between tokens."""
         from transformers import AutoModelForImageTextToText
 
         torch.manual_seed(seed)
@@ -118,7 +117,7 @@ class Family:
     ) -> dict[str, torch.Tensor]:
         """Inputs for `prompts`. The content of a prompt does not depend on what else is in the batch.
 
-        With `equal`, all pictures of one size show the same.
+        With `equal`, all pictures of one size have the same pixels.
         """
         rows: list[list[int]] = []
         images: list[list[Pixels]] = []
@@ -236,7 +235,7 @@ def _anyres_image(make: Callable[[], Any], size: int, generator: torch.Generator
 
     model, original = _packing_model(make), torch.tensor([_SIZES[size % len(_SIZES)]])
     tiles = image_size_to_num_patches(original[0], _PINPOINTS, 16)
-    # The model's own packed layout says how many tokens are left after unpadding.
+    # The model's own packing determines how many tokens remain after unpadding.
     extra = {"vision_feature_select_strategy": "default"} if "Next" in type(model).__name__ else {}
     _, lengths = model.pack_image_features([torch.zeros(tiles, 16, 1)], original, image_newline=torch.zeros(1), **extra)
     pixels = torch.zeros(1, 5, 3, 16, 16)
@@ -245,7 +244,7 @@ def _anyres_image(make: Callable[[], Any], size: int, generator: torch.Generator
 
 
 def _onevision_video(size: int, generator: torch.Generator) -> Pixels:
-    frames = 3 if size < 2 else 8  # clips of one batch are equally long here
+    frames = 3 if size < 2 else 8  # all clips of a batch have the same length
     return Pixels(frames * 4 + 1, {"pixel_values_videos": _random(generator, 1, frames, 3, 16, 16)})
 
 
@@ -309,7 +308,7 @@ def _qwen_video(size: int, generator: torch.Generator) -> Pixels:
 
 
 def _qwen3_video(size: int, generator: torch.Generator) -> Pixels:
-    """A time stamp stands before every frame."""
+    """A clip with a time stamp before every frame."""
     clip = _qwen_video(size, generator)
     frames = _CLIPS[size % len(_CLIPS)][0]
     clip.ids = []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vision-language model that exists nowhere, with names that nobody uses: pictures come as `photo`, to a `retina`.
+"""A made-up vision-language model with unfamiliar names: `photo` for the pixels, `retina` for the vision tower.
 
-It stands for a model of a later transformers. What it shares with all models there are the conventions that generation
-and caches rest on: `input_ids`, `attention_mask`, `past_key_values`, the registry of attention functions. Its variants
-do things that pruning cannot serve.
+It represents a model of a later transformers version, and follows only the conventions that generation and caches rely
+on: `input_ids`, `attention_mask`, `past_key_values` and the registry of attention functions. Its variants cannot be
+pruned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLACEHOLDER, WORDS, SIDE = 3, 61, 4
 
 
 class MarulkConfig(PretrainedConfig):
-    """Sizes. `variant` names what the model does otherwise than it should."""
+    """Sizes, and the `variant`: the property that prevents pruning, or none."""
 
     model_type = "marulk"
 
@@ -36,7 +36,7 @@ class MarulkConfig(PretrainedConfig):
 
 
 class Notion(nn.Module):
-    """A layer: attention and a bend."""
+    """A decoder layer: attention and an MLP."""
 
     def __init__(self, config: MarulkConfig, number: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Marulk(PreTrainedModel):
-    """What all parts share."""
+    """Base class of all parts."""
 
     config_class = MarulkConfig
     base_model_prefix = "whole"
@@ -124,7 +124,7 @@ def _retina(config: MarulkConfig) -> tuple[nn.Module, nn.Module]:
 
 
 class Eyeball(Marulk):
-    """A retina that says what it takes."""
+    """A vision tower that declares its main input."""
 
     main_input_name = "pixel_values"
 
@@ -138,7 +138,7 @@ class Eyeball(Marulk):
 
 
 class MarulkWhole(Marulk):
-    """Puts what the retina sees in place of the placeholders."""
+    """Vision tower and language model: features replace the placeholders."""
 
     def __init__(self, config: MarulkConfig) -> None:
         super().__init__(config)
@@ -168,7 +168,7 @@ class MarulkWhole(Marulk):
 
 
 class MarulkSpeaks(Marulk, GenerationMixin):
-    """The whole with a mouth."""
+    """The complete model, with a language-modeling head."""
 
     def __init__(self, config: MarulkConfig) -> None:
         super().__init__(config)
@@ -210,7 +210,7 @@ def build(variant: str = "") -> MarulkSpeaks:
 
 
 def batch(tokens: int = 16) -> dict[str, Tensor]:
-    """Two prompts, the second left-padded, each with a picture of 16 tokens behind `tokens` placeholders."""
+    """Two prompts, the second left-padded, each with `tokens` placeholders and a picture of 16 tokens."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for before, after in ((3, 6), (2, 4)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ragged batch of prompts without a model: text, pictures, what a layer's attention is fed, what taps recorded."""
+"""A ragged batch of prompts without a model: text, pictures, attention inputs of one layer, recorded tap values."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: int = 2, stage: int = 0) -> Tokens:
-    """The batch, padded to equal lengths where taps recorded it."""
+    """`Tokens` of the batch; recorded tap values are padded to equal lengths."""
     longest = max(s.length for s in samples) + 2
     starts = [longest - s.length if left else 0 for s in samples]
     visual = [torch.arange(s.count) + s.before for s in samples]
@@ -63,7 +63,7 @@ def tokens(samples: list[Sample], budgets: list[int], left: bool = True, layer: 
 
     def padded(name: str) -> Tensor:
         parts = [getattr(s, name) for s in samples]
-        out = torch.full((len(samples), longest, *parts[0].shape[1:]), 1e4)  # padding holds nonsense
+        out = torch.full((len(samples), longest, *parts[0].shape[1:]), 1e4)  # padding must not be read
         for b, (part, start) in enumerate(zip(parts, starts, strict=True)):
             out[b, start : start + len(part)] = part
         return out

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference for "drop is mask": an unpatched model whose layers may not attend to what was dropped.
+"""The reference for "drop is mask": an unpatched model whose layers cannot attend to dropped tokens.
 
-Independent of the engine: it keeps every column, builds each layer's mask from scratch, and knows of the pruning only
-which columns were dropped before which layer (and, for merging methods, the states that kept columns were given).
+Independent of the engine: it keeps every column, builds each layer's mask from scratch, and takes from the pruned run
+only which columns were dropped before which layer (and, for merging methods, the new states of kept columns).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Drops:
     """What a pruned prefill dropped.
 
     Attributes:
-        cuts: `(layer, dropped columns per sample)`, cumulative: each names all that is gone from that layer on.
+        cuts: `(layer, dropped columns per sample)`, cumulative: each lists all columns missing from that layer on.
         merged: `layer -> (rows, columns, states)` that replaced hidden states before that layer.
     """
 
@@ -50,7 +50,7 @@ class Drops:
 
 @contextmanager
 def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | None = None) -> Iterator[None]:
-    """While open, decoder layers see nothing of what `drops` lists.
+    """Context in which decoder layers cannot attend to the columns of `drops`.
 
     Args:
         layers: Decoder layers of an unpatched model.
@@ -80,8 +80,7 @@ def masked(layers: nn.ModuleList, drops: list[Drops], attention_mask: Tensor | N
                 allowed &= real[:, None]
             for drop in drops:
                 allowed &= ~drop.mask(number, batch, total)[:, None]
-            # The first columns of a left-padded row see nothing at all; let them see themselves so that no row is
-            # empty.
+            # Padding columns at the left attend to nothing; each attends to itself, so that no mask row is empty.
             empty = ~allowed.any(-1, keepdim=True)
             allowed |= empty & torch.eye(total, dtype=torch.bool)[past:]
             mask = torch.zeros(allowed.shape, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)

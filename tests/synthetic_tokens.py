@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Tokens` without a model: what a method reads is given as tensors."""
+"""`Tokens` without a model, made from given queries, keys and values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def tokens(samples: list[Sample], budgets: list[int], image: Tensor | None = None) -> Tokens:
-    """`Tokens` of a batch whose pools are the samples; `hidden` is empty of meaning."""
+    """`Tokens` of a batch whose pools are the samples; `hidden` is zero."""
 
     def read(_tokens: Tokens, _layer: int, rope: bool, which: str) -> AttentionInputs:
         keys, queries, orders, visual, base = [], [], [], [], 0

@@ -40,7 +40,7 @@ def subject_of(family: str) -> Subject:
 
 
 def faults(outcomes: dict[str, str], refused: tuple[str, ...] = ()) -> dict[str, str]:
-    """Outcomes that are no equal result, without refusals of the named arguments."""
+    """Outcomes other than an equal result, except refusals of the arguments in `refused`."""
     assert sum(outcome == "equal" for outcome in outcomes.values()) > 50
     allowed = {what for what, outcome in outcomes.items() if outcome.startswith("refused") and what.startswith(refused)}
     return {what: outcome for what, outcome in outcomes.items() if outcome != "equal" and what not in allowed}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ratio="auto"`: a count for each picture, from the residual energy of its features."""
+"""`ratio="auto"`: a token count for each picture, from the residual energy of its features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vtprune.errors import BudgetError, VTPruneError  # noqa: E402
 
 
 def mixture(directions: int, rows: int = 30, seed: int = 0) -> torch.Tensor:
-    """`[rows, 16]` in a subspace, besides a little noise."""
+    """`[rows, 16]` in a subspace of `directions` dimensions, plus a little noise."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(directions, 16, generator=generator)
     noise = 1e-3 * torch.randn(rows, 16, generator=generator)

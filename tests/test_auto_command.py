@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune tune --auto` and `vtprune certify`: output, files and errors; their files in `vtprune run`."""
+"""`vtprune tune --auto` and `vtprune certify`: output, errors, and use of the files that they write."""
 
 from __future__ import annotations
 

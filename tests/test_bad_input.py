@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invalid model inputs: a clear error, or the behavior of the unpatched model."""
+"""Invalid model inputs raise a clear error or behave as on the unpatched model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def without_pixels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @every_method
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_features_that_are_not_finite(method: str, bad: float) -> None:
-    """The sample is named, whatever the method reads."""
+    """Non-finite features raise an error that names the sample, for every method."""
     model, batch = model_of("llava"), FAMILIES["llava"].batch(PAIR)
     batch["pixel_values"] = batch["pixel_values"].clone()
     batch["pixel_values"][1, 0, 0, 0] = bad
@@ -64,7 +64,7 @@ def test_words_that_are_not_finite_where_attention_is_read(method: str, layer: i
     model.get_input_embeddings().weight[98, 0] = float("inf")
     with pruned(model, methods.get(method)(layer=layer)) as (patch, _):
         if method == "fastv" and layer == 0:
-            model(**batch)  # chooses at random there
+            model(**batch)  # selects at random at layer 0
             return
         with pytest.raises(vtprune.MethodError, match=r"sample 0 hold NaN or Inf"):
             model(**batch)
@@ -73,7 +73,7 @@ def test_words_that_are_not_finite_where_attention_is_read(method: str, layer: i
 
 @every_method
 def test_text_that_is_not_finite(method: str) -> None:
-    """Text decides what most methods keep: if it is NaN they must not choose by it, and others need not care."""
+    """NaN in the text: methods that read text raise an error, and the others keep the same tokens."""
     model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(PAIR)
     word = 98
     batch["input_ids"][1, -2] = word
@@ -87,12 +87,12 @@ def test_text_that_is_not_finite(method: str) -> None:
         kept = [k.tolist() for k in patch.last.kept]
         batch["input_ids"][1, -2] = word - 1
         model(**batch)
-        assert kept == [k.tolist() for k in patch.last.kept], "the set depends on NaN"
+        assert kept == [k.tolist() for k in patch.last.kept], "the selection depends on NaN"
 
 
 @every_family
 def test_placeholders_without_features(family: str) -> None:
-    """Nothing was looked at: the ids are text, to the model and to the patch."""
+    """Placeholder ids without pixels are plain text to the model and to the patch."""
     model, batch = model_of(family), without_pixels(FAMILIES[family].batch(PAIR))
     batch.pop("mm_token_type_ids", None)
     plain = model(**batch).logits
@@ -110,7 +110,7 @@ def test_one_placeholder_too_few_or_too_many(family: str, change: int) -> None:
     batch["input_ids"][1, visual[-1] if change < 0 else visual[-1] + 2] = 11 if change < 0 else IMAGE
     if "mm_token_type_ids" in batch:
         batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
-    with pytest.raises(Exception):  # noqa: B017  transformers' own, of several kinds
+    with pytest.raises(Exception):  # noqa: B017  transformers raises several types
         model(**batch)
     with pruned(model, "uniform") as (patch, _):
         with pytest.raises(Exception):  # noqa: B017
@@ -135,7 +135,7 @@ def test_features_without_placeholders(family: str) -> None:
 @every_family
 @every_method
 def test_a_batch_without_pictures(family: str, method: str) -> None:
-    """Text alone, and pixels named as None, as a collator leaves them."""
+    """Text with `pixel_values=None`, as collators pass it, gives the logits of the unpatched model."""
     model, batch = model_of(family), FAMILIES[family].batch([[9], [4]])
     plain = model(**batch).logits
     with pruned(model, method) as (patch, _):
@@ -145,7 +145,7 @@ def test_a_batch_without_pictures(family: str, method: str) -> None:
 
 @few_families
 def test_pixels_of_no_picture(family: str) -> None:
-    """Empty pixel tensors beside text do what they do to the unpatched model."""
+    """Text with empty pixel tensors behaves as on the unpatched model."""
     model, make = model_of(family), FAMILIES[family]
     batch = make.batch([[9], [4]])
     for name, value in make.batch(ONE).items():
@@ -156,7 +156,7 @@ def test_pixels_of_no_picture(family: str) -> None:
 
 @few_families
 def test_a_picture_without_tokens(family: str) -> None:
-    """Features of two pictures of which one is empty: the other is pruned as if it were alone."""
+    """With features of two pictures, one of them empty, the other is pruned as if alone."""
     model, make = model_of(family), FAMILIES[family]
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip(f"transformers {transformers.__version__} takes no mm_encoder_outputs")
@@ -172,7 +172,7 @@ def test_a_picture_without_tokens(family: str) -> None:
 
 
 def same_as_unpatched(model: torch.nn.Module, batch: dict[str, Any], pruned_tokens: int | None) -> None:
-    """Where the unpatched model refuses a call the patched one does too; else it prunes, or has nothing to prune."""
+    """Asserts that a call fails as without a patch, or prunes `pruned_tokens` visual tokens (None: there are none)."""
     try:
         plain = model(**batch).logits
     except Exception as error:
@@ -192,7 +192,7 @@ def same_as_unpatched(model: torch.nn.Module, batch: dict[str, Any], pruned_toke
 
 
 class Elsewhere(Middle):
-    """Cuts where it is told to."""
+    """Cuts at the stages in `stages`."""
 
     stages: tuple[Stage, ...] = ()
 
@@ -214,7 +214,7 @@ def test_schedules_that_no_model_has(layers: tuple) -> None:
 @pytest.mark.parametrize("layer", [LAYERS, 99, -1, 1.5])
 @every_method
 def test_options_that_name_a_missing_layer(method: str, layer: float) -> None:
-    """Refused, or, where the method says so, moved to the last layer: never a run without its cut."""
+    """A missing layer is refused or, where the method documents it, replaced by the last layer."""
     cls = methods.get(method)
     names = {f.name for f in fields(cls)}
     if not names & {"layer", "layers"}:
@@ -226,7 +226,7 @@ def test_options_that_name_a_missing_layer(method: str, layer: float) -> None:
     except vtprune.MethodError:
         return
     with patch:
-        assert layer > 0 and "last" in (cls.__doc__ or ""), "moved without a word"
+        assert layer > 0 and "last" in (cls.__doc__ or ""), "replaced without documentation"
         model(**batch)
         assert patch.last.stages[-1][0] == LAYERS - 1 and len(patch.last.kept[0]) == 8
 

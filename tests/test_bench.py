@@ -61,7 +61,7 @@ def test_tokens_and_kv_bytes_are_those_of_the_formula(result: dict[str, Any]) ->
     for row in (row for row in rows if "refused" not in row):
         visual = 288 if row["tokens"] == 288 else 144
         kept = visual if row["variant"] == "unpruned" else round(0.1 * visual)
-        assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["variant"]  # 6 and the beginning
+        assert (row["visual"], row["text"], row["kept"]) == (visual, 7, kept), row["variant"]  # 6 and BOS
         full = 2 if row["variant"].startswith("iwp:layer=2") else 4 if row["variant"] == "unpruned" else 0
         columns = full * (visual + 7) + (4 - full) * (kept + 7)
         # keys and values, 2 heads of 16 numbers of 4 bytes
@@ -132,8 +132,7 @@ def test_marks_agree_with_the_engine(tiny: Any) -> None:
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_limit_is_the_model_on_the_kept_tokens(family: str) -> None:
-    """The pruned model, told to keep what the limit keeps, has the limit's cache; where positions are renumbered it is
-    also its equal number by number."""
+    """A pruned model with the limit's tokens has the limit's cache size and, with compact positions, its logits."""
     model = FAMILIES[family].build()
     inputs = FAMILIES[family].batch([[3, Image(0), 4]] * 2)
     parts = vtprune.inspect(model)
@@ -151,14 +150,14 @@ def test_limit_is_the_model_on_the_kept_tokens(family: str) -> None:
     def last(**given: Any) -> torch.Tensor:
         return model(**given).logits[:, -1]
 
-    if "qwen" not in family:  # three axes of positions
+    if "qwen" not in family:  # M-RoPE has no compact positions
         want = last(**short)
         with vtprune.patch(model, ratio=0.5, method=_Spaced()):
             torch.testing.assert_close(last(**inputs), want, rtol=0, atol=2e-4)
 
 
 class _Spaced(vtprune.methods.Method):
-    """Keeps what the limit keeps, renumbered as if nothing else had ever been there."""
+    """Keeps the limit's tokens, with compact positions."""
 
     positions = "compact"
 
@@ -208,7 +207,7 @@ def test_shapes_have_the_published_sizes() -> None:
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b"])
 def test_shallow_shapes_keep_the_proportions(name: str) -> None:
-    """Equal shares of tower blocks and decoder layers, in full width; a prompt reaches them."""
+    """Shallow shapes keep the width and the ratio of tower blocks to decoder layers, and have prompts."""
     from transformers import AutoModelForImageTextToText
 
     from vtprune.towers.structure import find_parts
@@ -230,7 +229,7 @@ def test_shallow_shapes_keep_the_proportions(name: str) -> None:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The plain loops of published methods, registered for one test."""
+    """Published methods as plain loops, registered for one test."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     peers.register_all()
     return peers.BOTH
@@ -267,7 +266,7 @@ def test_shares_of_the_possible_gain() -> None:
     data = _made({"unpruned": [10, 20, 10], "limit ratio=0.1": [2, 4, 2], "random ratio=0.1": [4, 8, 3]})
     row = summary.rows(data)[2]
     assert row["speedup"] == 2.5 and row["over_limit"] == 1.0 and row["gain"] == 0.75
-    assert row["gain_end_to_end"] == 0.75  # the limit counts the vision time, which it does not have
+    assert row["gain_end_to_end"] == 0.75  # includes the vision time, also for the limit, whose run has none
     assert row["flops_bound"] == 1.0 and row["flops_gain"] == pytest.approx(0.6 / 0.9)
     assert row["prefill"] == {"median": 4, "low": 3, "high": 8} and row["verdict"] == ""
 
@@ -318,7 +317,7 @@ def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any, monkeypatch
     monkeypatch.setattr(vtprune.methods.Random, "choose", refuse)
     runs = bench.round(bench.prepare(measure.Setting(1, 144)))
     assert runs["random ratio=0.5"]["refused"] == "not on this model"
-    assert runs["unpruned"]["token"] is None  # there was no further token
+    assert runs["unpruned"]["token"] is None  # no token after the first
     assert find_patch(tiny) is None
 
 

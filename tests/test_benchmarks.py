@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts that measure the README's tables, on little data."""
+"""The benchmark scripts behind the README's tables, on small data."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def model_and_batches() -> tuple[Any, list[dict[str, Any]]]:
 
 
 def own_scores(model: Any, batches: list[dict[str, Any]], host: methods.Method) -> list[torch.Tensor]:
-    """What the host ranks by at its first cut when it prunes itself."""
+    """Scores at the host's first cut when the host itself prunes."""
     found: list[torch.Tensor] = []
     with torch.no_grad(), vtprune.patch(model, ratio=0.1, method=host) as patch:
         for batch in batches:
@@ -108,7 +108,7 @@ def test_padding_is_left_out_of_the_fit(model_and_batches: Any) -> None:
 
 
 def test_padding_goes_first_in_every_beam(model_and_batches: Any) -> None:
-    """The model's call takes no sizes of pictures, and beams repeat the pictures."""
+    """Every beam drops padding first; sizes are passed to the method because the model's call takes none."""
     model, batches = model_and_batches
     method = methods.Debiased(sizes=[(60, 120), (120, 60)])
     with vtprune.patch(model, ratio=0.4, method=method) as patch:

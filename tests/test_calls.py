@@ -45,7 +45,7 @@ def test_logits_have_the_callers_length(family: str, layout: str) -> None:
 
 
 def labels_of(batch: dict) -> torch.Tensor:
-    """Text is predicted, but not pictures, nor the first word after one: it is read off a column that may go."""
+    """Labels of text only, without the first word after a picture: the column that predicts it may be dropped."""
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
     labels[0, int((labels[0] == -100).nonzero()[-1]) + 1] = -100
     return labels
@@ -55,7 +55,7 @@ def labels_of(batch: dict) -> torch.Tensor:
 @every_layout
 @torch.no_grad()
 def test_labels_mean_the_same(family: str, layout: str) -> None:
-    """The loss over text is that of the masked model; labels of visual columns are ignored as usual."""
+    """The loss over text equals that of the masked model."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     labels = labels_of(batch)
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
@@ -81,7 +81,7 @@ def test_gradients_flow_through_the_kept_tokens(family: str, layout: str) -> Non
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (_, spy):
         got = grads()
         drops = [spy.drops()]
-    if layout == "merging":  # the reference puts in constants
+    if layout == "merging":  # the reference inserts constants
         assert all(torch.isfinite(g).all() for g in got) and any(g.any() for g in got)
         return
     with reference(model, drops, batch):
@@ -126,7 +126,7 @@ def test_precomputed_features(family: str) -> None:
 
 
 def ignored_features(model: torch.nn.Module, batch: dict) -> None:
-    """Asserts that the unpatched model looks past features of no name that it knows, and that a patched one says so."""
+    """Asserts that the unpatched model ignores features under an unknown name, and that a patched one raises."""
     rest = {k: v for k, v in batch.items() if not k.startswith("pixel")}
     given = {"image": torch.randn(4, 32)}
     assert torch.equal(model(**rest, mm_encoder_outputs=given).logits, model(**rest).logits)
@@ -152,7 +152,7 @@ def _strategy(model: torch.nn.Module) -> dict:
 @every_layout
 @torch.no_grad()
 def test_compact_positions(family: str, layout: str) -> None:
-    """Survivors renumbered: each layer's rotation is that of 0, 1, 2, ..., in the prompt and in decoding."""
+    """Every layer rotates its remaining tokens by positions 0, 1, 2, ..., in the prompt and while decoding."""
     method = LAYOUTS[layout]
     model = model_of(family)
     decoder = vtprune.inspect(model).decoder
@@ -220,7 +220,7 @@ def test_report() -> None:
 @every_family
 @torch.no_grad()
 def test_offloaded_weights(family: str) -> None:
-    """accelerate sets `forward` on every module and moves weights in and out; hooks on instances do not mind."""
+    """Results are the same with weights offloaded by accelerate, which replaces `forward` of every module."""
     accelerate = pytest.importorskip("accelerate")
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(MIXED)
     results = []
@@ -239,7 +239,7 @@ def test_offloaded_weights(family: str) -> None:
 
 @torch.no_grad()
 def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """`labels=input_ids` keeps every visual token for the loss, and says so once; with -100 there is nothing to say."""
+    """`labels=input_ids` keeps every visual token for the loss, and warns once; -100 does neither."""
     from vtprune.vision.attention import warn_once
 
     warn_once.cache_clear()
@@ -256,8 +256,8 @@ def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm"])
 @torch.no_grad()
 def test_a_chat_goes_on_after_an_answer_of_one_token(family: str) -> None:
-    """A prompt of `generate` is over with its answer, however short: the next picture has a budget of its own. What was
-    only run through the model may be a part of a prompt, and new pictures after it are refused."""
+    """After `generate`, even of one token, a new picture has its own budget. After a plain forward call, which may be
+    one part of a prompt, new pictures are refused."""
     model, make = model_of(family), FAMILIES[family]
     batch, turn = make.batch(ONE), make.batch([[2, Image(1), 4]])
     with pruned(model, "uniform", ratio=0.3) as (patch, _):
@@ -278,7 +278,7 @@ def test_a_chat_goes_on_after_an_answer_of_one_token(family: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "smolvlm", "internvl"])
 @torch.no_grad()
 def test_adjacent_pictures_that_were_encoded_before(family: str) -> None:
-    """How long each picture is, is known from features that the caller stored, too."""
+    """Adjacent pictures are told apart in precomputed features as in pixels."""
     model, batch = model_of(family), FAMILIES[family].batch([[3, Image(0), Image(0), 5]])
     pixels = {name: batch.pop(name) for name in list(batch) if name.startswith(("pixel", "image_"))}
     seen = []
@@ -313,7 +313,7 @@ def test_an_interrupted_call_leaves_the_cache_guarded(error: type[BaseException]
 @pytest.mark.parametrize("between", ["refused", "another prompt"])
 @torch.no_grad()
 def test_what_comes_between_leaves_the_cache_guarded(between: str) -> None:
-    """A decoder call that is refused before its first layer; a call that follows on an interrupted one."""
+    """The cache stays guarded after a refused decoder call, and after an interrupted call followed by another."""
     model, batch, token = model_of("llava"), FAMILIES["llava"].batch(ONE), torch.tensor([[20]])
     with pruned(model, "uniform", ratio=0.3) as (patch, _):
         cache = model(**batch, use_cache=True).past_key_values
@@ -336,7 +336,7 @@ def _interrupt(*_: object) -> None:
 
 @torch.no_grad()
 def test_threads_go_on_from_shallow_copies_of_the_same_layers() -> None:
-    """One that ends first leaves the others' layers open."""
+    """A thread that finishes first does not guard layers that another thread still uses."""
     model, batch, token = model_of("llava"), FAMILIES["llava"].batch(ONE), torch.tensor([[20]])
     started, ended = threading.Event(), threading.Event()
 
@@ -386,7 +386,7 @@ def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:
     ["pooling", "prumerge", "visionzip", "sparsevlm", "vflowopt", "fastvid", "holitom", "flashvid", "sink_aware"],
 )
 def test_gradients_pass_through_merged_states(method: str) -> None:
-    """The gradient of a bias before the merge is that of finite differences."""
+    """The gradient of a bias before the merge equals the finite difference."""
     model = FAMILIES["llava"].build(dtype=torch.float64)
     batch = FAMILIES["llava"].batch(ONE)
     batch["pixel_values"] = batch["pixel_values"].double()
@@ -421,7 +421,7 @@ def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 @torch.no_grad()
 def test_an_argument_that_the_model_does_not_know_is_no_picture(family: str) -> None:
-    """Collators of other models leave `image_flags` and the like in a batch; models ignore them."""
+    """Unknown arguments such as `image_flags`, which other models' collators add, are ignored."""
     model, text = model_of(family), FAMILIES[family].batch([[9]])
     strange = {"image_flags": torch.ones(1, 1), "visual_weights": torch.ones(1, 40), "video_frames_seen": True}
     want = model(**text, **strange).logits
@@ -433,7 +433,7 @@ def test_an_argument_that_the_model_does_not_know_is_no_picture(family: str) -> 
 
 
 def test_places_that_begin_again_in_a_picture_are_no_packed_row() -> None:
-    """HunYuan-VL counts the places of a picture from 0; the text after it goes on from the row's length."""
+    """Position ids that restart in a picture (HunYuan-VL) are accepted, those of packed rows are refused."""
     from vtprune.models import unsupported
 
     real = torch.ones(1, 10, dtype=torch.bool)
@@ -463,7 +463,7 @@ def test_what_is_no_model_is_named(model: Any) -> None:
 
 @torch.no_grad()
 def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> None:
-    """GLM-5 Next returns hidden states `[B, T, S, D]`, and its layers get the padding of their own tokens."""
+    """GLM-5 Next: hidden states `[B, T, S, D]` are zero at dropped tokens, and a static cache changes no answer."""
     from tests.coverage.run import prepare, registered
 
     if "glm5_next" not in registered():
@@ -482,7 +482,7 @@ def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> No
 
 @torch.no_grad()
 def test_a_sliding_window_is_no_packed_row() -> None:
-    """`generate` with a static cache passes decoders with a window a mask that hides the first tokens."""
+    """A mask that hides the first tokens, as `generate` makes for a window and a static cache, is accepted."""
     model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
     length = batch["input_ids"].shape[1]
     window = torch.ones(length, length, dtype=torch.bool).tril().triu(-9)[None, None]

@@ -23,7 +23,7 @@ from vtprune.errors import CertificateError, VTPruneError  # noqa: E402
 from vtprune.study import certify as module  # noqa: E402
 from vtprune.study.risk import binomial_cdf, exact_p_value, p_value, pictures_needed, rejected  # noqa: E402
 
-# Changes of n that are just certified at risk = level: n of Hoeffding-Bentkus and of the exact test.
+# Fewest pictures certified with so many changes, at risk = level: (Hoeffding-Bentkus, exact test).
 NEEDED = {
     0.05: {0: (59, 59), 1: (113, 93), 2: (150, 124), 3: (181, 153), 5: (240, 208)},
 }
@@ -57,7 +57,7 @@ def test_the_binomial_tail_is_the_sum() -> None:
 
 
 def test_p_values_are_honest() -> None:
-    """Of losses whose mean is just the limit, a share of at most the level is certified."""
+    """Losses whose mean equals the limit are certified at most as often as the level allows."""
     draw = random.Random(0)
     for losses in ((0.0, 1.0), (0.0, 0.5, 1.0), (0.1,)):
         risk = 0.1
@@ -246,7 +246,7 @@ def test_a_patched_model_and_a_broken_file_are_refused(prompts, tmp_path: Path) 
 
 
 def test_the_benchmark_sees_broken_certificates(monkeypatch) -> None:
-    """Honest certificates keep their promise; where every candidate passes, nearly all of them are broken."""
+    """Valid certificates hold; those of a test that always passes are reported as broken."""
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -263,7 +263,7 @@ def test_the_benchmark_sees_broken_certificates(monkeypatch) -> None:
 
 
 def test_the_committed_benchmark_broke_no_promise() -> None:
-    """Two built-in models, three methods, 200 certificates for each of three risks, made and judged in two ways."""
+    """In the committed results, no more certificates are broken than allowed, within the noise."""
     from benchmarks import certify as benchmark
 
     data = json.loads(benchmark.OUT.read_text(encoding="utf-8"))

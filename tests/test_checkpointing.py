@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient checkpointing: layers that are run again in the backward pass get what they got the first time.
+"""Gradient checkpointing: layers recomputed in the backward pass get the inputs of their first run.
 
-transformers before 5.23 runs them with their hooks, newer versions without.
+transformers before 5.23 recomputes layers with their hooks, newer versions without.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", ["random", "pyramiddrop", "pooling"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_gradients_are_those_without_checkpointing(family: str, method: str, reentrant: bool) -> None:
-    """Two prompts whose graphs are alive together; DeepStack features get their gradients, too (Qwen3-VL)."""
+    """Two prompts with live graphs have the gradients of a run without checkpointing, DeepStack features included."""
     found = []
     for checkpointed in (False, True):
         model = training(family, checkpointed, reentrant)

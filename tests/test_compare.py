@@ -52,7 +52,7 @@ def test_numbers_are_those_of_the_prompts_one_by_one(model: torch.nn.Module, pad
             got = last_logits(model).softmax(-1)
         assert row.kl == pytest.approx(float((want * (want / got).log()).sum(-1).mean()), rel=1e-3)
         assert row.top1 == pytest.approx(float((want.argmax(-1) == got.argmax(-1)).float().mean()))
-        # 25, 50 and 25 visual tokens; before the decoder, 0.7 of them, else all in two of four layers and then 0.4
+        # 25, 50 and 25 visual tokens: 0.7 of them if cut before the decoder, else 0.4 after two of four layers
         first = methods.get(name)().schedule(LAYERS)[0].layer
         kept = [18, 35, 18] if first == 0 else [10, 20, 10]
         assert row.visual == pytest.approx(100 / 3) and row.kept == pytest.approx(sum(kept) / 3)
@@ -110,9 +110,9 @@ def test_resize_is_the_unpruned_model_on_another_prompt(model: torch.nn.Module) 
     assert [number for number, _ in asked] == [0, 1] and asked[0][1] == asked[1][1] > 0
     assert row.kl == pytest.approx(0.0, abs=1e-6) and row.top1 == 1.0
     assert asked[0][1] == int(0.5 * row.visual) and row.kept == asked[0][1] - 2
-    assert other.kept == row.kept, "methods keep as many as the processor's rounding left"
+    assert other.kept == row.kept, "methods keep as many tokens as the smaller picture has"
     deep = compare(model, prompts, 0.55, ["fastv"], repeats=1, smaller=same_picture)
-    assert next(row for row in deep if row.method == "fastv").mean_ratio > 0.5, "what cannot keep so few keeps more"
+    assert next(row for row in deep if row.method == "fastv").mean_ratio > 0.5, "a late cut cannot keep so few"
 
     def fixed_grid(number: int, tokens: int) -> Any:
         raise vtprune.MethodError("resizing cannot")
@@ -221,7 +221,7 @@ def test_the_command_refuses_in_one_line(capfd: Any, tmp_path: Path) -> None:
 
 
 def test_clips(tmp_path: Path) -> None:
-    """Methods that compare frames have rows of their own; what they refuse at this cost is a row with the reason."""
+    """Methods for clips are compared; one that cannot meet the cost is a row with the reason."""
     family = FAMILIES["qwen2_5_vl"]
     clips = [family.batch([[3, Video(2), 5]]), family.batch([[2, Video(3), 3, Video(2), 4]], seed=1)]
     chosen = ["evs", "dycoke", "vcast", "flashvid"]

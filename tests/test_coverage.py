@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A few architectures of `python -m tests.coverage` that differ in structure, on every test run.
 
-Pictures seen in both directions under a sliding window (Gemma 3), a prompt seen in both directions (PaliGemma), patch
+Bidirectional attention within pictures under a sliding window (Gemma 3) and within the prompt (PaliGemma), patch
 merging (Mistral 3), token splitting (Idefics 3), three axes of positions (GLM-4V), early fusion (Fuyu), layers with
 recurrent state (Qwen 3.5), and models that must be refused with their reason.
 """
@@ -29,7 +29,7 @@ NAMES = run.registered()
 def test_architecture_passes(architecture: str) -> None:
     entry = run.examine(architecture, NAMES[architecture])
     if entry["status"] == "not fed" and Version(transformers.__version__) < Version("5.23"):
-        # Random weights take these pictures as features only.
+        # Random models of these versions accept these pictures only as precomputed features.
         model = build.build(architecture, NAMES[architecture]).model
         assert "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
         pytest.skip(f"transformers {transformers.__version__} takes no mm_encoder_outputs")
@@ -88,9 +88,9 @@ def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch
         ("qwen2_5_omni_thinker", "passes"),  # windows
         ("gemma3", "passes"),  # pooled patches
         ("llama4", "passes"),  # a class token at the end, one rotation for all tiles
-        ("mistral3", "passes"),  # pictures of a packed sequence told apart by the mask
+        ("mistral3", "passes"),  # pictures of a packed sequence separated by the mask
         ("lfm2_vl", "passes"),  # padded patches
-        ("gemma4", "passes"),  # patches that say where they are
+        ("gemma4", "passes"),  # patches with position ids
         ("hunyuan_vl", "passes"),  # packed in raster order, merged by a convolution
         ("paddleocr_vl", "passes"),  # packed in raster order
         ("video_llava", "second vision tower"),

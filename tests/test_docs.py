@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation: Python blocks run, commands exist, and every page is built from what there is."""
+"""Documentation: Python blocks run, commands exist, and generated pages are complete."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def session(embedded, tmp_path, monkeypatch):
     for number, name in enumerate(("photo.png", "photos/a.png", "photos/b.png", "photos/c.png")):
         refvlm.scenes.scene(number).image.save(tmp_path / name)
     manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
-    monkeypatch.setattr(manager, "_load_model", manager._load_model)  # put back what the page on serving replaces
+    monkeypatch.setattr(manager, "_load_model", manager._load_model)  # restored after the page on serving
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))  # dataclasses look their module up
     yield dict(embedded, __name__="page")
     vtprune.unpatch(embedded["model"])
@@ -57,7 +57,7 @@ def session(embedded, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", TO_RUN)
 def test_python_blocks_run(place, session, folder, tmp_path):
-    """In order and in one namespace, as a reader would paste them."""
+    """The Python blocks of a page run in order and in one namespace."""
     page = tmp_path / Path(place).name
     page.write_text(doc_blocks.offline(PAGES[place], folder), encoding="utf-8")
     document = Sybil([PythonCodeBlockParser()]).parse(page)
@@ -119,7 +119,7 @@ def test_no_document_is_left_out():
 
 
 def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
-    """The block that wraps the loading of `transformers serve`, as a file of its own, is given a model to load."""
+    """A model that `transformers serve` loads after the page's Python block is pruned."""
     manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
     block = next(b for b in doc_blocks.blocks(PAGES["serving.md"]) if "ModelManager" in b.code)
     exec(doc_blocks.offline(block.code, folder), {"__name__": "serve_pruned"})
@@ -131,7 +131,7 @@ def test_the_pruned_server_of_the_page_on_serving_prunes(session, folder):
         patch = importlib.import_module("vtprune.engine.patching").find_patch(model)
         assert patch.last.tokens == (144, 14)
     finally:
-        server.shutdown()  # or Python waits at its end until the model has been idle for five minutes
+        server.shutdown()  # otherwise Python waits at exit until the model has been idle for five minutes
 
 
 def test_names_on_the_hub_become_the_folder(tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def results(tmp_path):
 
 def test_tables_hold_the_numbers_of_the_results(results):
     front = tables.front(results).splitlines()[4:]
-    # the cheapest, the next that answers more, and the unpruned model; the oracle is no method, and b at 0.5 is beaten
+    # the Pareto front up to the unpruned model, without the oracle; b at 0.5 is dominated
     assert [line.split(" | ")[3] for line in front] == ["`a`", "`a`", "`b`", "unpruned"]
     assert front[0].startswith("| 14 (10%) | 14 | 75.0% (10.0% to 90.0%) | `a` | `ratio=0.1`")
     floor = tables.floor(results)
@@ -263,7 +263,7 @@ def test_includes_and_links():
 
 
 def test_documents_type_no_numbers_of_results():
-    """Percentages come from results; the pages of this folder that are written by hand have none of their own."""
+    """Hand-written pages in docs/ contain no percentages; those come from result files."""
     for path in sorted((ROOT / "docs").rglob("*.md")):
         if path.name not in ("models.md", "support.md", "layouts.md", "results.md"):
             found = re.findall(r"\d+(?:\.\d+)? ?%", re.sub(r"```.*?```", "", path.read_text(), flags=re.S))

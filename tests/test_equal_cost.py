@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation says of the default at equal mean cost, against the committed results."""
+"""The documentation's statements about the default method at equal mean cost, against the committed results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_leads_of_counts_and_of_paired_outcomes() -> None:
     ones, paired = "1" * 60, "1" * 54 + "0" * 6
     assert lead({"outcomes": ones + "0" * 40}, {"outcomes": paired + "0" * 40})[3] > 0
     assert lead(counts(60, 100), counts(54, 100))[3] < 0  # the same shares, not paired
-    assert lead({"outcomes": "1111"}, {"outcomes": "11"})[:3] == (1.0, 1.0, 2)  # texts that both were asked about
+    assert lead({"outcomes": "1111"}, {"outcomes": "11"})[:3] == (1.0, 1.0, 2)  # over the texts of both
 
 
 def write(folder: Path, **right: int) -> None:
@@ -42,7 +42,7 @@ def test_only_rows_of_equal_cost_compare(tmp_path: Path) -> None:
 
 
 def test_no_method_is_clearly_better_than_the_default_where_the_page_says_none() -> None:
-    """docs/choosing.md names every exception; this list is theirs."""
+    """The methods in `EXCEPTIONS`, which docs/choosing.md names, are the only better ones."""
     found = comparisons()
     assert len({one.bed for one in found}) >= 4
     assert {(one.bed, round(one.cost, 2), one.method) for one in better(found)} == set(EXCEPTIONS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example runs on the built-in model, in seconds, and prints what it promises."""
+"""Every example runs on the built-in model and prints the documented results."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_own_method(run):
 
 @pytest.mark.parametrize("arguments", [(), ("--pan", "0", "--method", "divprune")])
 def test_video(run, arguments):
-    """Two trained models, and both read the sign, before and after."""
+    """Both trained models read the sign, unpruned and pruned."""
     out = run("04_video.py", *arguments)
     answers = re.findall(
         r"^(frames as pictures|video input): .*\? unpruned: (\w+), pruned: (\w+), right: (\w+)", out, re.M
@@ -89,7 +89,7 @@ def test_video(run, arguments):
 
 
 def test_a_clip_of_pairs_of_equal_frames_is_the_pictures_themselves():
-    """What is made of frames for the video input: a still picture, twice, has the patches of the picture."""
+    """In the video input, two equal frames have the patches of one picture, and two frames keep their own pixels."""
     import torch
 
     from vtprune import refvlm

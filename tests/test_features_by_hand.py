@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features that a caller computes and merges: pruned where possible, otherwise an error."""
+"""Features that the caller computes and merges are pruned where possible; otherwise an error is raised."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor], scale: float
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("scale", [1.0, 1.001])
 def test_merged_by_hand(family: str, scale: float) -> None:
-    """What the model's own encoder returned is found again; what was changed since is refused, also under a cast."""
+    """Features of the model's own encoder are recognized, also after a cast; changed features are refused."""
     model, inputs = model_of(family), FAMILIES[family].batch(ONE)
     decoder, ids = vtprune.inspect(model).decoder, inputs["input_ids"]
     with pruned(model, "random") as (patch, _):
@@ -104,7 +104,7 @@ def test_padding_may_hold_anything() -> None:
 
 
 def test_tower_and_projector_by_hand() -> None:
-    """Gemma 3 projects with a bare matrix."""
+    """Features of tower and projector, called by hand, are pruned (Gemma 3 projects with a bare matrix)."""
     from tests.coverage.run import prepare
 
     built, prompts = prepare("gemma3", "Gemma3ForConditionalGeneration")
@@ -118,8 +118,7 @@ def test_tower_and_projector_by_hand() -> None:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_is_not_merged_passes(family: str) -> None:
-    """Text, by ids and by embeddings, before and after an encoding by hand; the decoder alone; placeholders as they
-    are."""
+    """Text, as ids or embeddings, passes unpruned through model and decoder after an encoding by hand."""
     model, inputs = model_of(family), FAMILIES[family].batch(ONE)
     decoder, ids = vtprune.inspect(model).decoder, inputs["input_ids"][:, -4:]
     words = model.get_input_embeddings()(ids)

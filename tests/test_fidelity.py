@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtprune fidelity`: what pruning changes without labels, its numbers computed directly, and the command."""
+"""`vtprune fidelity`: its numbers, compared with direct computation, and the command."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_fewer_tokens_are_worse_on_the_embedded_model(embedded: tuple[Any, Any])
 @torch.no_grad()
 @pytest.mark.parametrize("method", [methods.DivPrune(), methods.FastV(layer=2), methods.IWP(layer=1)])
 def test_attention_error_is_the_directly_computed_one(method: methods.Method) -> None:
-    """Softmax written out, with and without the dropped columns, from the unpruned layer's own queries and keys."""
+    """The attention error equals that of a softmax written out, with and without the dropped columns."""
     model, prompt = model_of("llava"), prompt_of("llava")
     layer = next(iter(method.schedule(LAYERS))).layer
     record = measure_prompt(model, prompt, [Variant("it", method, 0.2)], **ONCE)["it 0.2"]
@@ -154,10 +154,10 @@ def test_rows_sum_prompts_up_picture_by_picture() -> None:
     assert near["top1"]["value"] == 0.75
     assert near["top1"]["interval"] == [pytest.approx(x, rel=1e-5) for x in intervals.wilson(1.5, 2)]
     assert near["relative_time"] == {"value": 0.5, "interval": [0.5, 0.5]} and near["cuts_error"] == [0.1, 0.5]
-    # equally fast and nearer wins; slower than the unpruned model never does
+    # the lower KL of two equally fast methods is on the frontier; one slower than the unpruned model never is
     assert (near["frontier"], far["frontier"], slow["frontier"]) == (True, False, False)
     assert near["attention_error"]["value"] == 0.5 and "attention_error" not in slow
-    alone = summarize(records[:2], ["a", "a"], variants)[0]  # of one picture there is no telling how others differ
+    alone = summarize(records[:2], ["a", "a"], variants)[0]  # one picture gives no bootstrap interval
     assert alone["kl"] == {"value": 0.2, "interval": None} and alone["top1"]["interval"] is not None
 
 

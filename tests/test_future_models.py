@@ -27,7 +27,7 @@ def no_grad():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_model_works_by_structure(method: str) -> None:
-    """Drop is mask, decoding, and an exact budget, for pictures that come under a name that nobody knows."""
+    """Drop is mask, decoding and the budget hold for a model with unfamiliar names."""
     model, inputs = build(), batch()
     plain = model(**inputs).logits
     with vtprune.patch(model, ratio=0.25, method=method) as patch:
@@ -49,7 +49,7 @@ def test_an_unknown_model_works_by_structure(method: str) -> None:
 
 
 def test_a_method_says_what_it_cannot_read() -> None:
-    """IWP reads keys before rotation, and this model's rotation goes by a name of its own; its variant works."""
+    """IWP reads keys before rotation, and raises where the rotation has an unknown name."""
     model, inputs = build(), batch()
     with vtprune.patch(model, ratio=0.25, method="iwp"), pytest.raises(vtprune.MethodError, match="rotated keys"):
         model(**inputs)
@@ -76,9 +76,9 @@ def test_no_placeholder_is_refused_at_once() -> None:
     ("variant", "placeholders", "reason"),
     [
         ("lengthens", 1, "changes the length of its prompt"),  # one placeholder becomes sixteen columns
-        ("layers not called", 16, "without calling"),  # hooks would never be asked
+        ("layers not called", 16, "without calling"),  # hooks would never run
         ("sideways", 1, "rounds to all"),  # pictures are mixed into every column
-        ("fused", 16, "vision tower ran while the decoder did"),  # and under a name that nobody knows
+        ("fused", 16, "vision tower ran while the decoder did"),  # with an unknown argument name
     ],
 )
 def test_what_cannot_be_pruned_is_said_at_the_first_picture(variant: str, placeholders: int, reason: str) -> None:
