@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that read all columns: retrieval vectors, and the loss that balances experts."""
+"""Heads over all columns: retrieval vectors, and the load-balancing loss of experts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def colpali() -> tuple[Any, dict]:
 
 
 def colqwen2() -> tuple[Any, dict]:
-    """Its forward merges the features itself, and hands the language model embeddings."""
+    """A ColQwen2, whose forward merges the features and passes embeddings to the language model."""
     from transformers import ColQwen2Config, ColQwen2ForRetrieval
 
     config = ColQwen2Config(vlm_config=FAMILIES["qwen2_vl"].config(), embedding_dim=16)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VTPRUNE_KERNELS`: the tensor operations come from a Kernel Hub repository where one is named.
 
-The package `kernels` is no dependency of the tests; `make guard` loads the repository with the real one. Here a
-stand-in loads it, as that package does: a module by the name in its metadata, from the folder of this machine.
+The tests do not depend on the package `kernels`; `make guard` loads the repository with it. Here a stand-in loads the
+module that the metadata names from a local folder, as that package does.
 """
 
 from __future__ import annotations

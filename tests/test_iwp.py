@@ -94,14 +94,14 @@ def test_rotation_changes_neither_norms_nor_the_query_free_magnitude():
     s = sample()
     torch.testing.assert_close(s.rotated_keys.norm(dim=-1), s.keys.norm(dim=-1))
     plain, rotated = (IWP(rope_in_duplication=rope).candidates(tokens([s], [10])) for rope in (False, True))
-    assert torch.equal(plain.relevance, rotated.relevance)  # the magnitude stays free of positions
+    assert torch.equal(plain.relevance, rotated.relevance)  # the magnitude does not depend on positions
     assert not torch.allclose(plain.keys, rotated.keys)
     turned = IWP(rope_in_magnitude=True).candidates(tokens([s], [10]))
     assert not torch.allclose(turned.relevance, rotated.relevance)
 
 
 def test_relevance_ignores_where_the_image_stands():
-    """Without rotation, moving every key by some positions changes no magnitude."""
+    """Moving all tokens by some positions changes no relevance."""
     s = sample()
     moved = Sample(s.queries, s.keys, s.values, s.start, s.count, rotate(s.keys, 7), rotate(s.queries, 7))
     first, second = (IWP().candidates(tokens([x], [10])).relevance for x in (s, moved))
@@ -133,7 +133,7 @@ def test_chunk_of_one_is_exact_greedy_for_any_pool(seed, budget, duplication):
 
 
 def doubled(count, seed):
-    """Every visual token twice, and otherwise no two alike."""
+    """A sample with every visual token twice and no other duplicates."""
     s = sample(count, seed=seed)
     keys, values = (
         torch.cat([x[:, : 3 + count], x[:, 3 : 3 + count], x[:, 3 + count :]], 1) for x in (4 * s.keys, s.values)
@@ -185,7 +185,7 @@ def test_statistics_are_logged_for_debugging_only(caplog):
 
 
 def query_free_by_formula(keys, values, offsets, scaling, reduce):
-    """One pool, head and token at a time, in double precision."""
+    """The query-free magnitude, pool by pool in double precision."""
     out = []
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         k, v = keys[start:end].double(), values[start:end].double()
@@ -213,7 +213,7 @@ def test_query_free_magnitude_survives_lengths_whose_exponential_does_not():
 
 
 def test_without_a_query_neither_text_nor_places_matter():
-    """The sizes of updates are the same for other questions, and before and after rotation."""
+    """`query="none"`: the question does not change the selection, nor rotation the relevance."""
     one = sample()
     other = dataclasses.replace(one, queries=one.queries.flip(-1), rotated_queries=one.rotated_queries.flip(-1))
     method = IWP(query="none", duplication=0.0)

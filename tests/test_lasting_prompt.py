@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding windows that never leave the prompt behind (Unlimited-OCR): pruned answers longer than the window."""
+"""Sliding windows that always include the prompt (Unlimited-OCR): pruned answers longer than the window."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_answers_longer_than_the_window(subject: checks.Subject, method: Any, ca
 
 
 def test_padded_rows_answer_as_alone(subject: checks.Subject) -> None:
-    """Without pruning they do not: transformers looks the padding up at other columns once the window has moved."""
+    """A padded row answers as alone. (Not so unpruned: transformers misreads the padding once the window has moved.)"""
     count, both = window(subject) + 30, subject.prompts.batch(prompts.TWO)
     with vtprune.patch(subject.model, ratio=0.3, method="uniform"):
         alone, want = generate(subject, subject.one, count)

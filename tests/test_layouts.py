@@ -27,11 +27,10 @@ def no_grad():
 
 
 def prune(model: torch.nn.Module, inputs: dict[str, Any], method: str = "fastv") -> Any:
-    """Prunes to a fifth and asserts that columns were lost among placeholders only, and that the text is that of the
-    model that cannot see them.
+    """Prunes to a fifth; asserts that only placeholders are dropped and that the answer is that of the masked model.
 
     Returns:
-        VisualTokens: Where the visual tokens lie.
+        VisualTokens: Pictures and grid positions of the visual tokens.
     """
     ids, plain = inputs["input_ids"], model(**inputs).logits[:, -1]
     placeholders = torch.tensor(list(vtprune.inspect(model).placeholders.values()))
@@ -43,7 +42,7 @@ def prune(model: torch.nn.Module, inputs: dict[str, Any], method: str = "fastv")
         assert visual.tolist() == torch.isin(ids[row], placeholders).nonzero()[:, 0].tolist()
         assert len(kept) == max(1, round(0.2 * len(visual)))
     dropped = len(last.visual[0]) - len(last.kept[0])
-    assert out.past_key_values.get_seq_length(3) == ids.shape[1] - dropped  # every word is there, and every kept token
+    assert out.past_key_values.get_seq_length(3) == ids.shape[1] - dropped  # all text and the kept tokens
     with masked(vtprune.inspect(model).layers, [Drops.of(last)]):
         assert generate(model, inputs) == got
         torch.testing.assert_close(model(**inputs).logits[:, -1], out.logits[:, -1], rtol=1e-4, atol=1e-4)
@@ -66,9 +65,9 @@ def prompt_of(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["random", "fastv", "pooling"])
 def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
-    """Qwen3-VL: a picture, then a clip of three frames, each behind its time; times stay, and the clip is one."""
+    """Qwen3-VL: time stamps before the frames of a clip are not dropped, and all frames belong to one clip."""
     model, generator = FAMILIES["qwen3_vl"].build(), torch.Generator().manual_seed(4)
-    row = [1, 20, VISION_START, *[IMAGE] * 12, VISION_END, 21]  # as many as the clip takes
+    row = [1, 20, VISION_START, *[IMAGE] * 12, VISION_END, 21]  # as many tokens as the clip
     for number in range(3):
         row += [*words(60 + number, 70, 71), VISION_START, *[VIDEO] * 4, VISION_END]
     inputs = prompt_of([[*row, 30, 31, 32]])
@@ -76,7 +75,7 @@ def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
     inputs["image_grid_thw"], inputs["video_grid_thw"] = torch.tensor([[1, 4, 12]]), torch.tensor([[3, 4, 4]])
     for name in ("pixel_values", "pixel_values_videos"):
         inputs[name] = torch.randn(48, 96, generator=generator)
-    if method == "pooling":  # merged tokens have no reference; what is lost is all that is asked here
+    if method == "pooling":  # merged tokens have no masked reference: only the kept columns are checked
         with vtprune.patch(model, ratio=0.2, method=method) as patch:
             model(**inputs)
             places, kept = patch.last.places, patch.last.kept[0]
@@ -91,8 +90,7 @@ def test_timestamps_between_the_frames_of_a_clip(method: str) -> None:
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
 def test_newlines_of_any_resolution_tiles(family: str) -> None:
-    """A thumbnail, then the unpadded grid of all tiles; the newline behind each of its rows is visual, without a
-    place."""
+    """After the thumbnail, a newline behind each row of the tile grid is a visual token without a grid position."""
     model, inputs = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5]])
     places = prune(model, inputs)
     tile = places.crop == 1
@@ -105,7 +103,7 @@ def test_newlines_of_any_resolution_tiles(family: str) -> None:
 
 
 def test_newline_behind_a_clip() -> None:
-    """LLaVA-OneVision: the frames of a clip in one run, with one newline at its end."""
+    """LLaVA-OneVision: the frames of a clip are one run with a single newline at its end."""
     model, inputs = FAMILIES["llava_onevision"].build(), FAMILIES["llava_onevision"].batch([[3, Video(0), 5]])
     places = prune(model, inputs)
     assert places.frame[:-1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
@@ -113,7 +111,7 @@ def test_newline_behind_a_clip() -> None:
 
 
 def test_tags_between_tiles() -> None:
-    """Idefics 3, SmolVLM: every tile stands between tags with its row and column, which are text, as are line ends."""
+    """Idefics 3, SmolVLM: the tags with row and column around each tile, and line ends, are text."""
     model, generator = FAMILIES["smolvlm"].build(), torch.Generator().manual_seed(2)
     row = [1, 20, 21]
     for line in range(2):
@@ -128,7 +126,7 @@ def test_tags_between_tiles() -> None:
 
 
 def test_tiles_in_one_run() -> None:
-    """InternVL: the tiles of a picture follow one another between two tags, the thumbnail last."""
+    """InternVL: the tiles of a picture are one run between two tags, with the thumbnail last."""
     model, inputs = FAMILIES["internvl"].build(), FAMILIES["internvl"].batch([[3, Image(2), 5]])
     places = prune(model, inputs)
     assert places.image.unique().tolist() == [0]
@@ -152,8 +150,7 @@ def mistral3() -> torch.nn.Module:
 
 
 def test_row_tokens() -> None:
-    """Mistral 3: the rows of a picture stand apart, with a word behind each; two pictures of different shapes, and one
-    that is a single row."""
+    """Mistral 3: runs separated by row-end tokens are rows of one picture, also for a picture of a single row."""
     model, side = mistral3(), 8
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     row_end, image_end = 50, 51
@@ -175,7 +172,7 @@ def test_row_tokens() -> None:
 
 
 def test_two_pictures_with_a_word_between_them_are_two() -> None:
-    """One word between two runs makes rows of them only where the encoder says that they are one picture."""
+    """Two runs separated by one word are two pictures, unless the encoder returns them as one."""
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 1, Image(0), 5]])
     places = prune(model, inputs)
     assert places.image.tolist() == [0] * 25 + [1] * 25
@@ -184,7 +181,7 @@ def test_two_pictures_with_a_word_between_them_are_two() -> None:
 
 @pytest.mark.parametrize("way", ["argument", "config"])
 def test_a_class_token_that_is_kept_has_no_place(way: str) -> None:
-    """`vision_feature_select_strategy="full"`: the first token of a picture is no patch, and the others are a grid."""
+    """`vision_feature_select_strategy="full"`: the class token has no grid position; the others are a grid."""
     family = FAMILIES["llava"]
     model, batch = family.build(), family.batch([[3, Image(0), 5]])
     ids = torch.cat([batch["input_ids"][:, :4], torch.full((1, 26), IMAGE), batch["input_ids"][:, -5:]], 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lmms-eval plug-in. What needs lmms-eval runs where it is installed (`make eval`); elsewhere it is skipped."""
+"""The lmms-eval plug-in. Tests that need lmms-eval are skipped where it is not installed (`make eval` installs it)."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def scored(number, answer, *rest):
 @needs_lmms_eval
 @pytest.mark.parametrize("method", ["none", "iwp"])
 def test_log_likelihoods_are_those_of_the_library(method):
-    """Of each answer in a batch of answers of unlike lengths: the loss of the model that dropped the same tokens."""
+    """Each answer, in a batch of different lengths, has the loss of the library with the same tokens dropped."""
     import torch
 
     import vtprune

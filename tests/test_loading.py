@@ -23,7 +23,7 @@ READERS = {f"{module}.load" for module in ("torch", "np", "numpy", "yaml")} | {"
 
 
 class Trap:
-    """What a malicious checkpoint holds: unpickling it runs a function."""
+    """An object of a malicious checkpoint: unpickling it runs a function."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of a saved model that a test may spoil."""
+    """A copy of a saved model that a test may modify."""
     place = tmp_path / "model"
     place.mkdir()
     for file in saved.iterdir():
@@ -53,7 +53,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 def offences(tree: ast.AST) -> Iterator[str]:
-    """Imports and calls that read pickles or run what they read, and whatever lets a model bring its own code."""
+    """Imports and calls that read pickles, evaluate text, or allow code that comes with a model."""
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
@@ -73,7 +73,7 @@ def offences(tree: ast.AST) -> Iterator[str]:
 def test_the_package_unpickles_nothing() -> None:
     found = {str(f.relative_to(ROOT)): list(offences(ast.parse(f.read_text(encoding="utf-8")))) for f in SHIPPED}
     assert len(found) > 60
-    # A kernel is code: it runs where VTPRUNE_KERNELS names its repository, and only that repository is trusted.
+    # Kernels are code: only the repository that VTPRUNE_KERNELS names is trusted.
     assert found.pop("vtprune/core/hub_kernels.py") == ["trust_remote_code=[on_hub[1]]"]
     assert {file: what for file, what in found.items() if what} == {}
 
@@ -96,7 +96,7 @@ def test_the_scan_sees(line: str) -> None:
 
 
 def test_every_model_is_asked_for_safetensors() -> None:
-    """`from_pretrained` of a model falls back to pickles unless it is told not to."""
+    """Every `from_pretrained` of a model passes `use_safetensors`; without it, pickles are a fallback."""
     calls = [
         (file.name, node)
         for file in SHIPPED
@@ -127,7 +127,7 @@ def test_a_folder_with_pickled_weights_is_refused(folder: Path, tmp_path: Path, 
 
 
 def test_pickled_weights_that_torch_would_accept_are_refused_too(folder: Path) -> None:
-    """A state dict without tricks: transformers alone would read it."""
+    """A harmless pickled state dict, which transformers alone would read, is refused."""
     from safetensors.torch import load_file
 
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -137,7 +137,7 @@ def test_pickled_weights_that_torch_would_accept_are_refused_too(folder: Path) -
 
 
 def test_pickles_beside_safetensors_are_not_read(folder: Path, tmp_path: Path) -> None:
-    """Checkpoints of a training run hold such files."""
+    """Pickles beside safetensors, as in checkpoints of a training run, are ignored."""
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
         (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     model, _ = loading.model_and_processor(str(folder))

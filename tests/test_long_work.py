@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every long command: a bar, an interrupt that loses nothing, going on from there, and other versions left alone.
+"""Every long command shows a bar, saves results on interrupt, resumes, and refuses result files of other versions.
 
-The commands run as they are, on little data; where one step of the real work takes long, a small one stands in.
+The commands run on small data; slow steps are replaced.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Command:
     Attributes:
         module: Run with `python -m`.
         arguments: Its arguments; `{}` becomes an empty folder.
-        step: What does one step.
-        done: How many steps the file holds the results of.
-        file: What it writes into that folder.
-        instead: What is replaced, to be quick.
-        version: Where the file says which vtprune wrote it.
-        anew: A finished run is done again when it is asked for again.
+        step: Function that does one step.
+        done: Returns the number of steps with results in the file.
+        file: Name of the result file in that folder.
+        instead: Replacements of slow objects, by name.
+        version: Keys of the vtprune version in the file.
+        anew: Whether a finished command starts over when it is run again.
     """
 
     module: str
@@ -221,7 +221,7 @@ COMMANDS = (
 
 
 def found(command: Command, folder: Path) -> int:
-    """How many steps are done."""
+    """Number of finished steps."""
     data = json.loads((folder / command.file).read_text(encoding="utf-8"))
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -238,7 +238,7 @@ def main_of(module: str) -> Callable[[], Any]:
 
 
 class Runs:
-    """Runs a command in this process, and counts its steps."""
+    """Runs a command in this process and counts its steps."""
 
     def __init__(self, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.main, self.steps, self.stop = main_of(command.module), 0, 0
@@ -259,7 +259,7 @@ class Runs:
         monkeypatch.setattr(command.step, step)
 
     def __call__(self, *more: str, stop: int = 0) -> tuple[int, int]:
-        """Exit code and number of steps; interrupted in step `stop`."""
+        """Runs until step `stop` interrupts; returns exit code and number of steps."""
         self.steps, self.stop = 0, stop
         self.monkeypatch.setattr(sys, "argv", [*self.argv, *more])
         try:
@@ -281,7 +281,7 @@ def _resolve(place: str, name: str) -> Any:
 def test_long_work(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # put back, where a command sets it
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # restored after commands that set it
     run, file = Runs(command, tmp_path, monkeypatch), tmp_path / command.file
 
     assert run(stop=2) == (130, 2)
@@ -290,7 +290,7 @@ def test_long_work(
     assert "interrupted: finished results are in" in said and "run the same command" in said
     assert found(command, tmp_path) == 1
 
-    assert run() == (0, STEPS - 1)  # what was done is not done again
+    assert run() == (0, STEPS - 1)  # finished steps are not repeated
     assert f"{STEPS}/{STEPS}" in capfd.readouterr().err
     assert found(command, tmp_path) == STEPS
     assert run() == (0, STEPS if command.anew else 0) and found(command, tmp_path) == STEPS
@@ -343,4 +343,4 @@ def test_a_signal_loses_nothing(
     assert "interrupted: finished results are in" in said and "Traceback" not in said, said
     kept = done(json.loads((tmp_path / file).read_text(encoding="utf-8")))
     assert kept >= 1 and f"{kept}/" in said, said
-    assert [path.name for path in tmp_path.iterdir()] == [file]  # no half-written one beside it
+    assert [path.name for path in tmp_path.iterdir()] == [file]  # no temporary file is left

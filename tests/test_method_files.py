@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A method is one file, or one folder, that names its paper."""
+"""Every method is one file or one folder, and names its paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from vtprune import methods
 
 FOLDER = Path(methods.__file__).parent
-# By the files themselves, not by the registry: other tests register methods of their own.
+# From the files, not from the registry: other tests register methods of their own.
 FILES = {f for f in FOLDER.rglob("*.py") if any(line.startswith("@register(") for line in f.read_text().splitlines())}
 
 

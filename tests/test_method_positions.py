@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`positions="compact"`, the switch to what official code does, for every method that has it."""
+"""`positions="compact"`, which renumbers kept tokens as official code does, for every method that has it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import vtprune  # noqa: E402
 from vtprune import methods  # noqa: E402
 
 RENUMBERING = [n for n in methods.names() if "positions" in {f.name for f in dataclasses.fields(methods.get(n))}]
-# One cut before the decoder: then renumbering means that the prompt never had the dropped tokens.
+# With one cut before the decoder, compact positions equal a prompt without the dropped tokens.
 AT_INPUT: dict[str, dict[str, Any]] = {
     "cdpruner": {},
     "divprune": {},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw official schedules on a decoder of the published depth: survivors and means are those of the official code."""
+"""Published schedules at the published depth keep the token counts and means of the official code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N = 576
 
 
 def deep(layers: int) -> Family:
-    """LLaVA-1.5's token count and depth, tiny otherwise."""
+    """A tiny LLaVA with the token count of LLaVA-1.5 and `layers` decoder layers."""
 
     def config() -> Any:
         from transformers import LlavaConfig
@@ -62,7 +62,7 @@ PUBLISHED = [
     (TransPrune(), 32, {7: 504, 9: 360, 12: 72}, 236.25),
     (TransPrune(shares=(0.625, 0.1875, 0.0625), depth=None), 32, {7: 360, 9: 108, 12: 36}, 181.125),
     (SparseVLM(shares=(303 / N, 110 / N, 36 / N)), 32, {3: 303, 7: 110, 16: 36}, 140.8125),
-    # As released the clusters come on top: of 273, 202 and 81 dropped tokens 9, 7 and 3.
+    # The release adds clusters: 9, 7 and 3 of the 273, 202 and 81 dropped tokens.
     (SparseVLM.released((303, 110, 36)), 32, {3: 312, 7: 117, 16: 39}, 145.40625),
     (SparseVLM.released((238, 108, 60), version=2), 32, {3: 238, 7: 108, 16: 60}, 144.125),
     (VFlowOpt(preset=0.5), 28, {0: 417, 9: 312, 18: 152}, 288.6071),
@@ -80,11 +80,11 @@ def test_survivors_and_mean_are_the_official_ones(
     model, batch = model_and_batch(depth)
     stages, last_count = method.schedule(depth), list(counts.values())[-1]
     budgets = [Budget(keep=last_count), Budget(mean_ratio=mean / N)]
-    if not isinstance(method, FastV):  # whose count is the budget alone
+    if not isinstance(method, FastV):  # FastV's count is the budget itself
         budgets.append(Budget(ratio=stages[-1].share))
     for budget in budgets:
         planned = plan(budget, stages, depth, [N], [[0]])
-        # Where the ratio is solved for, a count may round the other way.
+        # Solving for the ratio may round a count the other way.
         slack = 0 if budget.mean_ratio is None else 1
         assert all(abs(n - want) <= slack for (n,), want in zip(planned, counts.values(), strict=True))
     with vtprune.patch(model, keep=last_count, method=method) as patch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that read the decoder's attention, and the two controls, on hand-built ragged batches."""
+"""Methods that read the decoder's attention, and the controls `random` and `uniform`, on ragged batches."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_uniform_spreads_over_rows_and_columns() -> None:
             gaps = marks.nonzero().flatten().diff()
             assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
     assert spread(torch.ones(12, dtype=torch.int64), 4).nonzero().flatten().tolist() == [1, 4, 7, 10]
-    for lengths in ((1, 1, 6), (6, 1, 1), (1, 6, 1), (9, 1, 1, 1, 1, 9)):  # the used rows may be the short ones
+    for lengths in ((1, 1, 6), (6, 1, 1), (1, 6, 1), (9, 1, 1, 1, 1, 9)):  # also where the used rows are short
         rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         assert all(int(spread_grid(rows, k).sum()) == k for k in range(len(rows) + 1))
 
@@ -130,7 +130,7 @@ def test_dart_takes_what_resembles_the_pivots_least() -> None:
     empty = (hidden[:0], size[:0], torch.tensor([0, 0]))
     keep = duplication_aware(hidden, size, torch.tensor([0, 6]), torch.tensor([5]), *empty, pivots=1)
     assert keep.tolist() == [True, True, True, True, False, True]
-    text = hidden[2:3] + hidden[3:4] + hidden[0:1] / 2  # takes second, and resembles all that are left but the last
+    text = hidden[2:3] + hidden[3:4] + hidden[0:1] / 2  # picks second; similar to all remaining tokens but the last
     keep = duplication_aware(
         hidden, size, torch.tensor([0, 6]), torch.tensor([3]), text, size[:1], torch.tensor([0, 1]), pivots=1
     )
@@ -187,7 +187,7 @@ def test_density_peaks_is_what_it_says() -> None:
 def test_density_peaks_of_duplicates() -> None:
     x = torch.zeros(6, 5)
     x[3:] = 4.0
-    group, centers = density_peaks(x, 2)  # all are equally dense: the first of each kind stands for it
+    group, centers = density_peaks(x, 2)  # all are equally dense: the first of each kind is a center
     assert centers.tolist() == [0, 3] and group.tolist() == [0, 0, 0, 1, 1, 1]
     group, centers = density_peaks(x, 3)  # more clusters than kinds: every cluster still has a member
     assert sorted(torch.bincount(group, minlength=3).tolist()) == [1, 2, 3]
@@ -208,7 +208,7 @@ def test_sparsevlm_scores_by_the_words_that_see_the_image() -> None:
     distance = rows[:, None] - torch.arange(s.before, s.before + s.count)
     theta = 10000.0 ** (-torch.arange(SIZE // 2) / (SIZE // 2))
     divisor = 2 * torch.cos(distance[..., None] * theta).sum(-1) / SIZE**0.5
-    assert divisor.min() < 0.3 * SIZE**0.5  # far away the release divides by little, or less than nothing
+    assert divisor.min() < 0.3 * SIZE**0.5  # at long distances the released divisor is small or negative
     corrected = attention / divisor.clamp_min(0.3 * SIZE**0.5)
     best = corrected.sum((1, 2)).topk(3).indices  # 14/32 of 6 heads
     plus = methods.SparseVLM(version=2, floor=0.3)
@@ -216,7 +216,7 @@ def test_sparsevlm_scores_by_the_words_that_see_the_image() -> None:
     choice = plus.choose(batch)
     torch.testing.assert_close(choice.scores, corrected[best].mean((0, 1)))
 
-    # Later cuts measure distances in the prompt as it was.
+    # Later cuts measure distances in the unpruned prompt.
     assert torch.equal(batch.memory["sparsevlm.place"], s.before + choice.keep.nonzero().flatten())
     far = replace(s, rows=1, cols=7)
     later = tokens(

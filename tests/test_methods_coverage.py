@@ -44,7 +44,7 @@ def test_newlines_go_first_however_long_they_are(name: str) -> None:
     newline = tokens.grid_row < 0
     tokens.hidden[newline] *= 100
     assert torch.equal(PLAIN[name].choose(tokens).keep, ~newline)
-    tokens.grid_row[:] = -1  # nothing has a place: then all may stay
+    tokens.grid_row[:] = -1  # without grid positions any token may be kept
     tokens.budgets[:] = 1
     assert int((PLAIN[name].choose(tokens).keep & newline).sum()) == (name == "resprune")
 
@@ -71,14 +71,14 @@ def test_resprune_cuts_deep_decoders_after_their_first_layer() -> None:
 
 def test_center_takes_the_mean_of_each_pool_out() -> None:
     rows, group = torch.randn(9, 4), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
-    rows[6] = 0  # a token without a place
+    rows[6] = 0  # a token without a grid position
     got = centered(rows, group, 2)
     torch.testing.assert_close(got[:4], rows[:4] - rows[:4].mean(0))
     shown = [4, 5, 7, 8]
     torch.testing.assert_close(got[shown], rows[shown] - rows[shown].mean(0))
     assert (got[6] == 0).all()
     tokens = tokens_of([(5, 5)], [1])
-    tokens.hidden[:, 0] -= 50  # a common direction longer than everything else
+    tokens.hidden[:, 0] -= 50  # a common component that dominates all others
     plain = tokens_of([(5, 5)], [1])
     center = methods.ResPrune(center=True)
     assert torch.equal(center.choose(tokens).keep, center.choose(plain).keep)
@@ -88,7 +88,7 @@ def test_center_takes_the_mean_of_each_pool_out() -> None:
 @pytest.mark.parametrize("family, by_class", [("llava", True), ("qwen2_5_vl", False), ("internvl", True)])
 @torch.no_grad()
 def test_saliency_is_attention_among_patches(family: str, by_class: bool) -> None:
-    """Over the patches of a picture it sums to 1 for a class token, and to the number of queries without one."""
+    """The saliency of a picture sums to 1 with a class token, and to the number of patches without one."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     with pruned(model, methods.Scope(), ratio=0.3) as (patch, spy):
         model(**batch)

@@ -36,7 +36,7 @@ def collected(form: str, noise: float) -> tuple[list[Tensor], list[Tensor]]:
         bias = torch.exp(1.3 * x) if form == "exponential" else 1 + 0.8 * x - 0.5 * x**2 + 1.5 * x**3
         mask = torch.ones(length, dtype=torch.bool) if noise == 0 else torch.rand(length, generator=g) < 0.8
         score = 3 * bias * (1 + noise * torch.randn(length, generator=g).double())
-        scores.append(torch.where(mask, score, 1e3))  # what padding gets must not matter
+        scores.append(torch.where(mask, score, 1e3))  # scores of padding must not matter
         masks.append(mask)
     return scores, masks
 
@@ -96,7 +96,7 @@ def test_curve_survives_saving(tmp_path: Path) -> None:
 
 def test_padding_bands() -> None:
     half, strict = PaddingRule("area", 0.5), PaddingRule("area", 0.01)
-    # 24 x 15 in a square of 24: 4.5 cells of padding on both sides, so a cell is just half padding: it stays.
+    # 24 x 15 in a square of 24: 4.5 cells of padding on both sides, so one cell is exactly half padding and is kept.
     assert half.band(15, 24, 24).sum() == 16 and strict.band(15, 24, 24).sum() == 14
     assert PaddingRule("integer").band(15, 24, 24).tolist() == [4 <= c < 19 for c in range(24)]
     assert PaddingRule("bilinear").band(120, 240, 24).tolist() == [6 <= c < 18 for c in range(24)]

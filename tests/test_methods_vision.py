@@ -180,7 +180,7 @@ class Merger(nn.Module):
 @pytest.mark.parametrize("over", [6, 24])  # of a patch; of the four patches of a token
 def test_exact_sensitivity_behind_a_norm_is_that_of_finite_differences(kind: Any, over: int) -> None:
     torch.manual_seed(0)
-    merger = Merger(kind(over, eps=0.3), 6, 4)  # an eps that is felt
+    merger = Merger(kind(over, eps=0.3), 6, 4)  # an eps large enough to matter
     with torch.no_grad():
         for parameter in merger.parameters():
             parameter.normal_(0.2, 0.7)
@@ -190,7 +190,7 @@ def test_exact_sensitivity_behind_a_norm_is_that_of_finite_differences(kind: Any
     assert found is not None
     exact, step, total = merger.double(), 1e-5, torch.zeros(5, dtype=torch.float64)
     with torch.no_grad():
-        for direction in torch.eye(24, dtype=torch.float64).view(24, 4, 6):  # as over the sphere
+        for direction in torch.eye(24, dtype=torch.float64).view(24, 4, 6):  # same mean as over the sphere
             ends = [exact((x.double() + sign * step * direction).reshape(-1, 6)) for sign in (1, -1)]
             total += ((ends[0] - ends[1]) / (2 * step)).square().sum(1)
     torch.testing.assert_close(found.double(), (total / 24).sqrt(), rtol=1e-4, atol=1e-6)

@@ -20,7 +20,7 @@ from vtprune.methods import Tokens
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_estimators_agree_about_a_model(family: str) -> None:
     model, batch, found = FAMILIES[family].build(), FAMILIES[family].batch([[3, Image(0), 5]]), {}
-    closed = family != "smolvlm"  # its connector is one linear
+    closed = family != "smolvlm"  # its connector is a single linear layer
     for estimator in ("jvp", "difference") + ("exact",) * closed:
         method = methods.ZOOPrune(estimator=estimator, directions=400 if family == "llava" else 8, step=1e-2)
         with torch.inference_mode(), vtprune.patch(model, ratio=0.5, method=method) as patch:
@@ -75,7 +75,7 @@ def test_visionzip_sends_sums_of_features_through_the_projector() -> None:
 
 
 def _groups(tokens: Tokens, rest: Tensor, targets: Tensor) -> list[tuple[int, Tensor]]:
-    """The patches that belong to each target, found patch by patch from the keys of the layer."""
+    """The patches of each target, assigned one by one by the similarity of keys."""
     layer, args, kwargs, *_ = tokens.recorded["vision.layer"][0]
     hidden = layer.layer_norm1(args[0] if args else kwargs["hidden_states"])
     keys = layer.self_attn.k_proj(hidden)[0, 1:].unflatten(1, (layer.self_attn.num_heads, -1)).mean(1)
@@ -143,7 +143,7 @@ def test_vflowopt_adds_the_entropy_of_the_pixels(family: str) -> None:
         places, scores = patch.last.places, [*scores, patch.last.scores[0]]
     added = (scores[1] - scores[0])[places.grid_row >= 0]
     assert (added > 0).all() and added.std() > 0
-    if family in ("llava", "internvl"):  # one softmax to a crop
+    if family in ("llava", "internvl"):  # one softmax per crop
         crops = 2 if family == "llava" else 3
         assert float(added.sum()) == pytest.approx(0.5 * crops, rel=1e-4)
 
@@ -184,7 +184,7 @@ def test_relevance_without_clip_is_the_cosine_with_the_text_and_none_leaves_the_
     embeds, visual = normalize(seen["inputs_embeds"][0], dim=-1), patch.last.visual[0]
     cosine = (embeds[visual] @ embeds[int(visual[-1]) + 1 :].T).mean(1)
     scores = patch.last.scores[0]
-    assert torch.equal(scores.argsort(), cosine.argsort())  # the most alike has the largest, not the smallest
+    assert torch.equal(scores.argsort(), cosine.argsort())  # the most similar token has the largest score
     kept = {}
     for options in ({"relevance": "none"}, {"theta": 0}, {"theta": "released"}, {}, {"theta": 0.5}):
         with torch.no_grad(), vtprune.patch(model, ratio=0.4, method=methods.CDPruner(**options)) as patch:
@@ -198,7 +198,7 @@ def test_relevance_without_clip_is_the_cosine_with_the_text_and_none_leaves_the_
 
 
 class Words:
-    """Just enough of a tokenizer."""
+    """A minimal tokenizer."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebook runs from top to bottom, and prints what is stored in it."""
+"""The notebook runs from top to bottom and prints its stored output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATH = ROOT / "examples" / "notebook.ipynb"
 
 
 def printed(notebook: Any) -> list[str]:
-    """What each code cell wrote to standard output."""
+    """Standard output of each code cell."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return ["".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in cells]
 

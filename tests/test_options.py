@@ -21,11 +21,11 @@ from vtprune.methods.debiased.padding import PaddingRule
 from vtprune.methods.debiased.position_curve import Curve
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
-# Whatever an option is, none of these can be meant.
+# Values that no option accepts.
 NONSENSE: list[Any] = [NAN, INF, -INF, HUGE, -HUGE, 1e300, -1e300, object(), b"x", "nonsense", 1j, {}]
 NONSENSE += [torch.tensor([1.0, 2.0]), np.array([1, 2]), ["x"], (NAN,), (True,), ((1,),), -(10**9), type, "2", ""]
 TOWERS = [cls for cls in vars(towers).values() if isinstance(cls, type) and issubclass(cls, towers.TowerMethod)]
-# These take any object, and say what is wrong where it is used.
+# Options that accept any object and raise where it is used.
 FREE = {("cdpruner", "clip"), ("cdpruner", "clip_tokenizer"), ("cdpruner", "tokenizer"), ("debiased", "sizes")}
 
 

@@ -45,7 +45,7 @@ class _Places:
 
 
 def test_a_picture_seen_twice_gets_a_panel_for_each_view():
-    cuts = [torch.tensor([0, 1, 3, 4, 9, 11]), torch.tensor([0, 4])]  # numbers in `_Places` after each of two cuts
+    cuts = [torch.tensor([0, 1, 3, 4, 9, 11]), torch.tensor([0, 4])]  # indices kept after each of two cuts
     picture = Image.new("RGB", (60, 60), RED)
     places = _Places()
     views = []
@@ -66,6 +66,6 @@ def test_a_picture_seen_twice_gets_a_panel_for_each_view():
 
     whole = [light(1, row, col, 2, 2) for row in range(2) for col in range(2)]
     assert light(0, 0, 0, 1, 1) == whole[0] == sum(RED)
-    assert whole[2] < whole[1] == whole[3] < whole[0]  # the first cut took the third, the second cut two more
+    assert whole[2] < whole[1] == whole[3] < whole[0]  # the first cut dropped the third token, the second two more
     tiles = [light(2, row, col, 2, 3) for row in range(2) for col in range(3)]
     assert tiles[1] == tiles[2] == tiles[3] == tiles[5] < tiles[4] < tiles[0] == sum(RED)

@@ -28,7 +28,7 @@ guard = _load(ROOT / "scripts" / "check_packaging.py")
 
 
 def _listed() -> set[str]:
-    """The package list of pyproject.toml; tomllib came with Python 3.11."""
+    """The package list of pyproject.toml, parsed without tomllib, which Python 3.10 lacks."""
     block = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.S | re.M)
     return set(re.findall(r'"([\w.]+)"', block[1]))
 
@@ -92,12 +92,12 @@ print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
 
 
 def test_import_is_cheap(tmp_path):
-    """Under 0.3 s on top of torch, with no model code of transformers and no Triton.
+    """Importing vtprune after torch takes under 0.3 s, and loads neither model code of transformers nor Triton.
 
-    Processor time is taken, since tests on the other core would count into elapsed time; the best of three runs counts.
+    The best processor time of three runs counts; elapsed time would depend on other processes.
     """
     slow = ("transformers.models", "transformers.modeling_utils", "triton", "matplotlib", "rich")
-    # Installed packages have their bytecode: the first run writes it, whatever the environment says.
+    # Installed packages have bytecode: the first run writes it, whatever the environment sets.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {
         "PYTHONPYCACHEPREFIX": str(tmp_path)
     }
@@ -126,7 +126,7 @@ def test_every_file_names_its_licence():
 
 
 def test_library_never_prints():
-    """`print` is for the command line and for scripts that are run by name."""
+    """Only the command line and scripts that are run by name call `print`."""
     allowed = {"tools/refvlm/train.py", "vtprune/refvlm/evaluate.py"}
     allowed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "vtprune" / "cli").glob("*.py")}
     for folder in ("vtprune", "kernels/torch-ext"):
@@ -137,7 +137,7 @@ def test_library_never_prints():
 
 
 def test_make_installs_torch_first_and_alone():
-    """From nothing: the environment, then torch by itself, then the rest, then the package without its dependencies."""
+    """`make demo` installs torch alone, then the other requirements, then the package without dependencies."""
     run = subprocess.run(
         ["make", "-n", "-B", "demo", "VENV=elsewhere", f"PYTHON={sys.executable}"],
         cwd=ROOT,

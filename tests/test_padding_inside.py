@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders that mix neighboring columns without a look at masks: masked columns inside a row count alike alone and in
-a batch."""
+"""Decoders that mix neighboring columns regardless of masks: padding inside a row acts alike alone and in a batch."""
 
 from __future__ import annotations
 

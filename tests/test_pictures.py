@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens on the pixels of the original picture, for every family and way of cutting.
+"""Boxes of tokens on the original picture, for every family and preprocessing.
 
-The check knows nothing of grids and tiles: a spot of the original is changed, the picture goes through the family's own
-image processor and vision tower again, and the feature that changes most must be the one that is said to lie there.
-Attention is switched off in the tower, so that features know only their own pixels.
+Independent of grids and tiles: a spot of the original is changed, the family's own image processor and vision tower
+encode it again, and the feature that changes most must belong to a token whose box covers the spot. Attention in the
+tower is switched off, so that features depend only on their own pixels.
 """
 
 from __future__ import annotations
@@ -97,14 +97,14 @@ def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def pixels(case: str, pictures: list[Image.Image]) -> dict[str, Any]:
-    """What the family's image processor makes of pictures."""
+    """Output of the family's image processor."""
     processor = _processor(case)
     given: Any = [pictures] if case in ("split", "onevision-several") else pictures
     return {k: torch.as_tensor(np.asarray(v)) for k, v in processor(given, return_tensors="pt").items()}
 
 
 def features(model: torch.nn.Module, data: dict[str, Any], kind: str = "image") -> torch.Tensor:
-    """`[R, D]` what the model puts in the place of placeholders."""
+    """Features `[R, D]` that replace the placeholders."""
     composite = vtprune.inspect(model).composite
     encode = getattr(composite, f"get_{kind}_features")
     with torch.no_grad():
@@ -114,7 +114,7 @@ def features(model: torch.nn.Module, data: dict[str, Any], kind: str = "image") 
 
 
 def prompt(family: str, case: str, data: dict[str, Any], count: int, kind: str = "image") -> dict[str, torch.Tensor]:
-    """A prompt around `count` placeholders: broken into runs as the family's processor does."""
+    """A prompt with `count` placeholders, split into runs as by the family's processor."""
     token = VIDEO if kind == "video" else IMAGE
     if case == "split":  # every tile between tags
         runs = [16] * (count // 16)
@@ -157,7 +157,7 @@ def spoiled(image: Image.Image, box: np.ndarray) -> Image.Image:
 
 
 def under(view: Any, box: np.ndarray) -> list[int]:
-    """Tokens of a view that are said to hold a part of the middle third of a rectangle."""
+    """Tokens of a view whose boxes overlap the middle third of a rectangle."""
     x, y, half_x, half_y = *(box[:2] + box[2:]) / 2, *(box[2:] - box[:2]) / 6
     left, top, right, bottom = view.boxes.T
     return view.tokens[(left < x + half_x) & (x - half_x < right) & (top < y + half_y) & (y - half_y < bottom)].tolist()
@@ -181,7 +181,7 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
         mine = [v for v in views if v.picture.size == size]
         finest = max(mine, key=lambda v: len(v.tokens))
         inside = np.flatnonzero((finest.boxes[:, :2] >= -0.01).all(1) & (finest.boxes[:, 2:] <= 1.01).all(1))
-        for cell in [inside[0], inside[-1], *rng.choice(inside, 2)]:  # the corners move most where a rectangle is wrong
+        for cell in [inside[0], inside[-1], *rng.choice(inside, 2)]:  # wrong boxes are most wrong at the corners
             box = finest.boxes[cell]
             other = list(originals)
             other[number] = spoiled(originals[number], box)
@@ -197,7 +197,7 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_pictures_of_a_padded_batch_keep_apart(padding):
-    """Prompts with tiles of different number: pixels are padded too, and a prompt without a picture stands between."""
+    """Prompts with different numbers of tiles, and one without a picture, show only their own tokens."""
     model, originals = _model("smolvlm"), [picture(LONG, 0), picture(TALL, 1)]
     data = {k: torch.as_tensor(np.asarray(v)) for k, v in _processor("split")([[p] for p in originals]).items()}
     values = data["pixel_values"]
@@ -224,7 +224,7 @@ def test_pictures_of_a_padded_batch_keep_apart(padding):
 
 
 def _clip(family: str, frames: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """A clip as the family's video processor prepares it: stretched frames, Qwen's two to a step."""
+    """A clip as the family's video processor prepares it: resized frames, for Qwen two per step."""
     if family == "llava_onevision":
         return {"pixel_values_videos": pixels("onevision-several", frames)["pixel_values"][:, 0][None]}
     made = _processor("qwen")([f.resize((48, 32)) for f in frames], return_tensors="pt")
@@ -261,7 +261,7 @@ def test_every_frame_of_a_clip_has_its_own_tokens(family, steps):
 
 
 def test_a_clip_has_a_strip_of_where_its_budget_went() -> None:
-    """A bar for every frame, as high as the share that stayed; without the frames, over gray stand-ins."""
+    """A strip has a bar for every frame, as high as the share of its tokens that were kept; pictures have no strip."""
     from vtprune.report import draw
 
     family = FAMILIES["qwen2_5_vl"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Automatic ratios from pixels: what counts as content, bounds, and fitting the mean."""
+"""Automatic ratios from pixels: the measure of content, bounds, and fitting the mean."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_what_repeats_counts_once() -> None:
     still = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert content(np.stack([still] * 4)) == pytest.approx(content(still) / 4)
     noisy = np.clip(np.stack([still] * 4).astype(int) + np.arange(4)[:, None, None, None] % 2, 0, 255).astype(np.uint8)
-    assert content(noisy) == pytest.approx(content(still) / 4, rel=0.01)  # a grey level more is the same
+    assert content(noisy) == pytest.approx(content(still) / 4, rel=0.01)  # one gray level does not count
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,7 +90,7 @@ def test_a_served_picture_gets_its_own_count() -> None:
     config = parse({"ratio": "auto"})
     full, flat = config.share_of(page(22)), config.share_of(Image.new("RGB", (320, 320)))
     assert full is not None and config.counts([100], full)[0] > 30 and config.counts([100], flat) == [5]
-    assert config.share_of((np.zeros((2, 32, 32, 3), np.uint8), {"fps": 2})) == 0.05  # a clip and its facts
+    assert config.share_of((np.zeros((2, 32, 32, 3), np.uint8), {"fps": 2})) == 0.05  # a clip with its metadata
     assert config.share_of(np.zeros((9, 64))) == 0.25  # features have no pixels
     marks = {parse(json.loads(text)).fingerprint for text in ('{"ratio": "auto"}', '{"ratio": {"mean": 0.3}}')}
     assert len(marks | {parse({"ratio": 0.25}).fingerprint}) == 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method `pixels`: what a neighbor does not predict is kept first, in every layout of patches."""
+"""The method `pixels`: patches that their neighbors do not predict are kept first, in every layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vtprune.refvlm import pages
 
 
 def embedded(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """What the decoder is given `[T, D]` if no block of the tower mixes patches."""
+    """Decoder inputs `[T, D]` with the blocks of the tower skipped."""
     parts, found = vtprune.inspect(model), []
 
     def pass_on(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -58,8 +58,8 @@ def test_a_cell_that_differs_counts_as_new_wherever_it_is(family: str, kind: str
         last = patch.last
     score = last.scores[0]
     ours = changed[last.visual[0]]
-    assert ours.any() and bool((score[ours] > 0).all()), "the tokens that have the noise"
-    # Besides them only the first cell of every tile and frame, and the cells that the noise predicts wrongly.
+    assert ours.any() and bool((score[ours] > 0).all()), "changed cells have positive scores"
+    # Other positive scores: the first cell of every tile and frame, and cells next to the changed one.
     tiles = len(torch.stack([last.places.frame, last.places.crop], 1).unique(dim=0))
     assert int((score > 0).sum()) <= tiles * 3 + 4 * int(ours.sum())
     assert bool((score[~ours] <= 0).any())

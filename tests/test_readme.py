@@ -23,7 +23,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
-    """As a reader would paste them into one session; the first one prints the report of a real pruning."""
+    """The Python blocks run in one session, print the report, and leave no hooks on the model."""
     monkeypatch.chdir(tmp_path)  # a picture is written
     scope: dict = {}
     blocks = _blocks("python")
@@ -43,7 +43,7 @@ def test_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
 
 
 def test_ten_lines_are_enough():
-    """Install, patch, generate, unpatch; and a method of one's own."""
+    """The first example and the method of one's own take at most ten lines of code each."""
     first, own = _blocks("python")
     code = [line for line in first.splitlines() if line.strip() and not line.startswith("#")]
     assert len(code) <= 10

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crowds, pages and clips; the processor with marks and clips; and how the built-in Qwen2.5-VL is trained on them."""
+"""Crowds, pages and clips, the processor for them, and the training of the built-in Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_crowds_hold_small_objects_apart():
         assert len(cells) == len(set(cells)), "two objects share a visual token"
         pixels = np.asarray(crowd.image).astype(int)
         for thing in crowd.objects:
-            assert np.abs(pixels[thing.y, thing.x] - thing.rgb).sum() < 30 or thing.digit, "it is not where it says"
+            assert np.abs(pixels[thing.y, thing.x] - thing.rgb).sum() < 30 or thing.digit, "wrong color at its position"
             assert (thing.vertical, thing.horizontal) == (
                 "bottom" if 2 * thing.y > 288 else "top",
                 "right" if 2 * thing.x > 288 else "left",
@@ -58,7 +58,7 @@ def test_pages_say_what_they_answer():
             if question.kind == "page presence":
                 said = {word.text for word in page.words}
                 assert question.answer == ("yes" if question.text.split()[-1][:-1] in said else "no")
-        for word in page.words:  # letters are where the patches say, in dark ink
+        for word in page.words:  # every patch of a word contains ink
             ink = page.drawn.reshape(16, 12, 14, 12).any((1, 3)).ravel()
             assert ink[list(word.patches)].all()
 
@@ -168,7 +168,7 @@ def test_growing_changes_nothing_at_first(processor):
 
 
 def test_a_run_goes_on(tmp_path, monkeypatch):
-    """Interrupted before the decoder grows, the run goes on there, and grows."""
+    """A run that stopped before the decoder grows resumes there, and grows it."""
     monkeypatch.setattr(train, "HELD_OUT", (("scene", (6, 6), 2),))
     monkeypatch.setattr(train, "begin", lambda folder: build.build(build.SEED_LAYERS))
     monkeypatch.setattr(data.Source, "__init__", _small_source)

@@ -135,7 +135,7 @@ def test_training_attends_and_counts_positions_as_the_model_does():
 
 
 def test_clips_get_the_marks_of_a_processor_that_has_them(loaded):
-    """The words for clips that its successor is trained with (`tools/refvlm/qwen2_5_vl`)."""
+    """Prompts of clips contain the marks of the processor in `tools/refvlm/qwen2_5_vl`."""
     frames = refvlm.clips.clip(5, (12, 12)).frames[:4]
     processor = build.processor()
     made = clip_inputs.inputs(loaded[0], processor, frames, " what? answer:")

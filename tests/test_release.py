@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts that workflows call, and that workflows call what exists. `make workflows` runs their linters."""
+"""Scripts of the workflows, and that workflows call only what exists. `make workflows` runs linters on them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_first_failure_of_a_log_is_found(log, shown):
 
 @pytest.mark.parametrize(("number", "command"), [("", "issue create"), ("17", "issue comment 17")])
 def test_a_broken_night_becomes_one_issue(tmp_path, number, command):
-    """With a stand-in for GitHub's command, which writes down how it was called."""
+    """A failed nightly run opens one issue or comments on it; a stand-in for `gh` records the call."""
     stand_in = tmp_path / "gh"
     stand_in.write_text(
         f'#!/bin/sh\nif [ "$2" = list ]; then echo "{number}"; exit; fi\n'

@@ -16,7 +16,7 @@ def test_the_new_patch_is_whole_and_comes_off():
     before = set(vars(model)), set(vars(model.model))
     old = vtprune.patch(model, ratio=0.1)
     once = set(vars(model)), set(vars(model.model))
-    new = vtprune.patch(model, keep=20, method="zoo_prune")  # reads what the encoder makes
+    new = vtprune.patch(model, keep=20, method="zoo_prune")  # reads the encoder's output
     assert old.removed and find_patch(model) is new
     assert once == (set(vars(model)), set(vars(model.model)))
     model.generate(**inputs, max_new_tokens=1)

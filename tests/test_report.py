@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/results.md and the README are what the committed results give, and show the numbers that results hold."""
+"""docs/results.md and the README match the committed results and show their numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_pages_and_charts_are_what_the_results_give() -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Results and pages of a project, in a place of their own."""
+    """A copy of results and pages in a temporary folder."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     for name in ("accuracy.json", "iwp_sweep.json"):
@@ -45,7 +45,7 @@ def copy(tmp_path: Path) -> Path:
 def test_what_is_stale_is_named_and_mended(copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     drawn: list[Path] = []
 
-    def draw(shown: list[charts.Chart], path: Path) -> None:  # what matters of an SVG here is its metadata
+    def draw(shown: list[charts.Chart], path: Path) -> None:  # only the digest in the metadata is compared
         drawn.append(path)
         path.write_text(f"<svg>sha256 {charts.digest(shown)}</svg>")
 
@@ -180,7 +180,7 @@ def test_kinds_and_soak_show_their_numbers() -> None:
 
 
 def test_kernels_on_a_gpu_show_their_dtypes_and_what_was_aimed_at() -> None:
-    """What `benchmarks.kernels` writes on a machine with a GPU; the numbers are made up."""
+    """GPU results of `benchmarks.kernels` (made up here) are shown with dtypes and targets."""
     row = {"operation": "dpp_map", "size": "N=9", "data": "noise", "dtype": "bfloat16", "seconds": 0.002}
     missed = {"what": "DPP, 160 of 2880", "aim_seconds": 1.5e-3, "seconds": 0.002, "met": False, "shortfall": 0.0}
     missed |= {"replayed_seconds": 0.0016, "times_plain": 12.25, "aim_times_plain": 10.0, "extra_bytes": 2**20}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resizing as a competitor of pruning: the most tokens that are not above a budget, read back after rounding."""
+"""Resizing as a baseline for pruning: the largest token count within a budget, read from the processor's output."""
 
 from __future__ import annotations
 

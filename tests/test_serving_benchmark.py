@@ -28,7 +28,7 @@ python_info{version="3"} 1.0
 
 
 class FakeServer:
-    """Is ready at once; notes what happens to it."""
+    """A server that is ready at once and records its events."""
 
     events: list[tuple[str, Any]] = []
 
@@ -81,7 +81,7 @@ def test_ways_take_turns_and_servers_start_once(plan):
     ]  # fmt: skip
     pruned = {"method": "divprune", "ratio": 0.25}
     assert [event for event in FakeServer.events if event[0] == "start"] == [("start", None), ("start", pruned)]
-    assert FakeServer.events[-2:] == [("stop", None), ("stop", pruned)]  # before the engine has the machine for itself
+    assert FakeServer.events[-2:] == [("stop", None), ("stop", pruned)]  # no server runs while the engine is timed
     assert set(data["parts"]) == {"unpruned", "divprune 0.25"} and len(data["rows"]) == 8
 
 

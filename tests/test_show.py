@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `patch.last` shows and says: pictures, heat maps, the reason for a patch, reports, logs; and streaming."""
+"""Output of `patch.last`: pictures, heat maps, explanations of tokens, reports, logs; and streaming."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_without_pixels_a_square_picture_is_shown_and_a_long_one_asks_how_it_was
         last.show(long)
     assert last.show(long, fit="stretch").views[0].boxes.tolist() == patch.last.show(long).views[0].boxes.tolist()
     assert last.show(SCENE.image).views[0].boxes.max() == 1.0
-    assert copy.copy(last).show().views[0].picture.size == (12 * 24, 12 * 24)  # a stand-in
+    assert copy.copy(last).show().views[0].picture.size == (12 * 24, 12 * 24)  # a placeholder
 
 
 @pytest.mark.parametrize("pattern", ["stripes", "noise", "flat"])

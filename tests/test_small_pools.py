@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The measured crossover between all pairs at once and lazy evaluation, against the rule in the kernels."""
+"""The kernels' rule for all pairs at once or lazy evaluation agrees with the measured crossover."""
 
 from __future__ import annotations
 

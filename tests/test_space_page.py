@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of the Space: where the time to the first token goes, and what pruning the decoder can still save."""
+"""The page of the Space: parts of the time to the first token, and the speedup that pruning can still reach."""
 
 from __future__ import annotations
 

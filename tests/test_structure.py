@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.parent.name for path in (ROOT / "vtprune").glob("*/__init__.py"))
 PATH = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
 
-# A process for each package that has torch and transformers, which take seconds to import, and nothing of vtprune.
-# `vtprune/__init__.py` is skipped: it imports most packages, in an order that could hide a circle.
+# Forks a process for each package, with torch and transformers (seconds to import) loaded but nothing of vtprune.
+# `vtprune/__init__.py` is skipped: it imports most packages, in an order that could hide a circular import.
 IMPORT_ALONE = """
 import importlib, os, sys, types
 import torch, transformers
@@ -71,7 +71,7 @@ SHIPPED = [
 
 
 def alone(folder: Path, packages: list[str]) -> str:
-    """What goes wrong when each package is imported in a process of its own."""
+    """Errors when each package is imported in a process of its own."""
     command = [sys.executable, "-c", IMPORT_ALONE, str(folder), *packages]
     return subprocess.run(
         command, env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True, check=True
@@ -92,7 +92,7 @@ def test_a_circle_is_noticed(tmp_path):
 
 
 def type_check(code: str, folder: Path) -> str:
-    """What mypy says about a user's file, by the settings and with the cache of `make types`."""
+    """Output of mypy for a user's file, with the settings and the cache of `make types`."""
     file = folder / "user.py"
     file.write_text(code, encoding="utf-8")
     command = [sys.executable, "-m", "mypy", "--no-pretty", "--no-error-summary", str(file)]
@@ -101,7 +101,7 @@ def type_check(code: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory) -> str:
-    """Right lines first, then wrong ones, so that mypy runs once."""
+    """Output of one mypy run over correct lines followed by wrong ones."""
     classes = [cls.__name__ for cls in SHIPPED]
     right = "".join(f"assert_type(vtprune.methods.{name}(), vtprune.methods.{name})\n" for name in classes)
     wrong = "# wrong\nIWP(layers=2)\nIWP(layer='two')\nvtprune.methods.Nothing\n"
@@ -134,7 +134,7 @@ def test_the_layout_table_names_every_folder_once():
 
 
 def test_faults_of_the_laws_name_code_that_exists() -> None:
-    """`scripts/check_laws_can_fail.py` replaces text of the package; each text must still be in its file."""
+    """Every text that `scripts/check_laws_can_fail.py` replaces is still in its file."""
     spec = importlib.util.spec_from_file_location("faults", ROOT / "scripts" / "check_laws_can_fail.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)

@@ -40,7 +40,7 @@ def test_row(entry: dict[str, str]) -> None:
 
 
 def test_a_feature_that_stops_working_is_noticed() -> None:
-    """A row that fails, and a refusal that does not come, are failures and not outcomes."""
+    """A row that fails, and a missing refusal, are reported as failures."""
 
     def broken(folder: Path) -> None:
         """Does not work."""

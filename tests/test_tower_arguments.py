@@ -21,7 +21,7 @@ def test_windows_count_the_rows_that_are_left() -> None:
 
 
 def test_windows_without_rows_drop_out() -> None:
-    """Attention over packed windows must not be handed an empty one."""
+    """Windows without kept rows are removed: packed attention accepts no empty window."""
     offsets = torch.tensor([0, 4, 8, 10])
     assert cut_offsets(offsets, rows_of(10, [1, 2, 8])).tolist() == [0, 2, 3]
     assert cut_offsets(offsets, rows_of(10, [4])).tolist() == [0, 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of cuts in a real tower, with a tower that is at hand everywhere."""
+"""The benchmark of cuts in a real tower, run on the tower of the built-in model."""
 
 from __future__ import annotations
 

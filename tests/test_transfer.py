@@ -70,7 +70,7 @@ def test_a_cut_reads_the_device_once(monkeypatch, method, cuts):
 
 
 def test_an_error_of_the_method_gives_way_to_what_broke_it():
-    """A method that fails on broken numbers is not to blame."""
+    """If the method fails on NaN, the error about NaN is raised instead of its own."""
     model, batch = model_of("llava"), FAMILIES["llava"].batch(PAIR)
 
     class Fails(vtprune.methods.get("random")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of transformers that vtprune relies on, and arguments known by kind."""
+"""Names of transformers that vtprune relies on, and recognition of caches."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_the_first_trial_is_the_released_strategy(model: Any, batches: Any) -> N
 def test_a_search_is_repeatable_resumable_and_saved(
     model: Any, batches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model is left out: a made-up objective with its top inside the space."""
+    """With a made-up objective instead of a model, repeated and resumed searches give the same trials."""
     tops = {"threshold": 20.0, "alpha": 0.5, "grid": 9.0, "first": 0.33, "second": 0.8}
     space = tune.bounds(0.25)
 
@@ -124,7 +124,7 @@ def test_a_search_is_repeatable_resumable_and_saved(
     assert tune.tune(model, batches, 0.25, trials=3, seed=4).trials[1] != whole.trials[1]
 
     assert len({trial["threshold"] for trial in whole.trials[:11]}) == 11  # nothing is drawn twice
-    # Better than random points: the Gaussian process looks where it pays.
+    # The Gaussian process finds better points than random sampling.
     assert max(t["value"] for t in whole.trials[11:]) > max(t["value"] for t in whole.trials[:11])
     assert whole.best["value"] > -0.1
 
@@ -159,7 +159,7 @@ def test_not_a_number_counts_nothing(model: Any, batches: Any, monkeypatch: pyte
 
     monkeypatch.setattr(metrics, "last_states", broken)
     value = tune.tune(model, batches, 0.9, trials=1).trials[0]["value"]
-    assert 0.5 < value <= 1  # one of three samples is left
+    assert 0.5 < value <= 1  # one of three samples is finite
 
 
 def test_what_cannot_be_searched_is_refused(

@@ -23,7 +23,7 @@ PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7], [9]]
 
 @dataclass
 class Reader(Method):
-    """Keeps what it saw of the vision side."""
+    """Records the inputs that it gets from the vision tower."""
 
     seen: list = field(default_factory=list)
     attention: list = field(default_factory=list)
@@ -258,7 +258,7 @@ def test_padded_patches_neither_give_nor_take_attention() -> None:
 
 @dataclass
 class Twice(Reader):
-    """Reads the layer's own call, and then the layer run once more."""
+    """Reads attention from the layer's own call, and from running the layer again."""
 
     pairs: list = field(default_factory=list)
 
@@ -289,7 +289,7 @@ def test_sampled_rows_are_spread_over_every_picture() -> None:
         places = stratified(size, count).nonzero()[:, 0]
         runs = (places.double() * count / size).floor()
         assert count * 0.95 <= len(places) <= count and len(runs.unique()) >= 0.9 * count
-    columns = stratified(48 * 48, 576).nonzero()[:, 0] % 48  # every fourth place would be in every fourth column
+    columns = stratified(48 * 48, 576).nonzero()[:, 0] % 48  # a stride of 4 would sample only every fourth column
     assert columns.bincount(minlength=48).min() > 0
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 2, 2500, 8, generator=generator) for _ in range(2))

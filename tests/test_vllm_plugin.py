@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM plug-in where vLLM is not needed: settings, shorter prompts, chosen features, positions on several axes.
+"""The vLLM plug-in without vLLM: settings, shortened prompts, selected features, positions on several axes.
 
 `make test-vllm` tests it in a real vLLM.
 """
@@ -76,7 +76,7 @@ def test_bad_configuration_is_one_line(config: Any, words: str) -> None:
 
 
 def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:
-    """`resprune` without a layer cuts deep decoders before layer 1, vLLM before the decoder: not what was certified."""
+    """Certificates of `resprune` with a cut inside the decoder are refused: vLLM cuts before it."""
     numbers = {"risk": 0.1, "confidence": 0.9, "pictures": 9, "questions": 9, "changed": 0.0}
     texts = dict.fromkeys(("model", "config_hash", "weights_hash"), "x")
     for layer, words in ((None, "found None; give layer=0"), (1, "found 1"), (0, None)):
@@ -131,7 +131,7 @@ def test_runs_are_shortened_and_nothing_else(mask: list[bool], data: st.DataObje
     text = "".join("x" if m else "." for m in mask)
     short = "".join(letter for letter, stay in zip(text, stays.tolist(), strict=True) if stay)
     assert short.count(".") == text.count(".") and short.count("x") == sum(counts)
-    # What lies between two other tokens is a run, and is as long as was asked.
+    # Every run of placeholders has the requested length.
     lengths = iter(counts)
     wanted = "".join(c if c == "." else "" for c in text) if not runs else None
     if wanted is None:
@@ -216,7 +216,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or a clip: `[frames, rows, columns]`, with times between frames or without."""
+    """A picture or a clip: `[frames, rows, columns]`, with or without time stamps between frames."""
 
     grid: tuple[int, int, int]
     timed: bool
@@ -229,7 +229,7 @@ class Item:
 
 
 class Model:
-    """Rows and columns as Qwen-VL counts them; clips with times are frames of their own, as in Qwen3-VL."""
+    """Positions as in Qwen-VL; every frame of a clip with time stamps starts anew, as in Qwen3-VL."""
 
     config = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)
 
@@ -277,9 +277,9 @@ ITEMS = st.lists(
 def test_kept_tokens_and_text_stand_where_they_stood(
     items: list[Any], tail: int, budget: dict[str, Any], steps: list[int], draw: Any
 ) -> None:
-    """Pictures, clips, clips with times between frames, in chunks of any size, with text after the last one or none."""
+    """Kept tokens and text have their original positions, for pictures and clips in chunks of any size."""
     config, places = parse(budget), Positions(Model())
-    # The whole prompt, and the same with some columns of each item; of text only `embeds` has to be right.
+    # The whole prompt, and the prompt with some columns of each item.
     tokens: list[int] = []
     ids: list[int] = []
     stays: list[int] = []
@@ -421,7 +421,7 @@ def test_coverage_without_saliency_reads_no_tower():
 
 
 def test_records_reach_the_tokens():
-    """What a reader has seen is handed to the method under the names of `Tokens`."""
+    """Records of a reader reach the method as fields of `Tokens`."""
     reader = object.__new__(readers.VisionReader)
     reader.anatomy = SimpleNamespace()
     seen = []
@@ -477,4 +477,4 @@ def test_forward_is_wrapped_as_hooks_would_be_and_packed_states_keep_their_form(
     assert block(torch.ones(3, 2, 4)).shape == (4, 2, 4)
     with pytest.raises(RuntimeError):
         block(torch.ones(3, 1, 5))
-    assert seen[-1] is None, "the end of a failed call is told"
+    assert seen[-1] is None, "`after` also runs when the call fails"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that hold a vision-language model: unwrapped, or the error names the models inside."""
+"""Modules that hold a vision-language model are unwrapped; of several, the error names each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import vtprune  # noqa: E402
 
 
 class ValueHead(nn.Module):
-    """A scalar for every column, as reinforcement learning adds it."""
+    """A model with a value head, as in reinforcement learning."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_several_models_are_named() -> None:
 @pytest.mark.parametrize("original", [True, False])
 @pytest.mark.parametrize("method", ["uniform", "iwp", "pyramiddrop"])
 def test_fsdp_with_wrapped_layers_trains(original: bool, method: str, tmp_path: Path) -> None:
-    """Patched afterwards: the same tokens and the same loss as without FSDP, twice, with a backward pass each."""
+    """A patch on an FSDP model keeps the tokens and the loss of the model without FSDP, over two steps."""
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -101,7 +101,7 @@ PROMPTS = [ONE, [[3, 4, Image(1), 6, 7]]]
 
 
 def _rank(rank: int, store: str, out: str) -> None:
-    """One of two processes that share a model: loss and kept tokens of its own prompt, then what `iwp` says."""
+    """One of two processes that share a model: saves loss and kept tokens of its prompt, and the error of `iwp`."""
     from torch import distributed
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -126,7 +126,7 @@ def _rank(rank: int, store: str, out: str) -> None:
 
 
 def test_fsdp_on_two_processes(tmp_path: Path) -> None:
-    """Each prunes its own prompt as alone; a method that would gather a layer by itself is refused."""
+    """Each process prunes its own prompt as alone; a method that would have to gather a layer is refused."""
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     for rank, prompt in enumerate(PROMPTS):
         model, batch = model_of("llava"), FAMILIES["llava"].batch(prompt)
@@ -139,7 +139,7 @@ def test_fsdp_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_the_default_method_reads_nothing_inside_a_layer() -> None:
-    """Where no layer can be read, it runs all the same; one that needs queries and keys is an error."""
+    """The default method runs where no layer can be probed; one that needs queries and keys raises."""
     model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
 
     def refuse(*_: Any, **__: Any) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference for cuts inside vision towers: the unpatched tower whose later blocks may not attend to dropped rows.
+"""The reference for cuts inside vision towers: the unpatched tower whose later blocks cannot attend to dropped rows.
 
-Independent of the engine. Every block runs on every row; an attention function of the test's own hides the dropped
-keys; after each block the dropped rows are put to what the method says, computed naively.
+Independent of the engine: every block runs on every row, a custom attention function masks the dropped keys, and after
+each block the dropped rows are set to the method's reconstruction, computed naively.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "tests_hiding_attention"
-# Where tests/families.py keep the blocks of their towers, and how many class tokens stand in front.
+# Paths of the blocks in the towers of tests/families.py.
 BLOCKS = ("blocks", "encoder.layers", "encoder.layer")
 
 
@@ -35,13 +35,13 @@ def prefix_of(tower: nn.Module) -> int:
 
 @dataclass
 class Shown:
-    """What a tower call looks like to the reference.
+    """The cut of one tower call.
 
     Attributes:
         at: Blocks from here on hide the dropped rows.
-        kept: For each picture the numbers of its patches that are kept.
+        kept: Indices of the kept patches of each picture.
         sizes: Patches of each picture.
-        rebuild: `(picture, states at the cut, states now, kept) -> states` of all patches of a picture; None holds.
+        rebuild: `(picture, states at the cut, states now, kept) -> states` of all patches; None keeps those at the cut.
     """
 
     at: int
@@ -52,7 +52,7 @@ class Shown:
 
 @contextmanager
 def hiding(tower: nn.Module, shown: list[Shown]) -> Iterator[None]:
-    """While open, calls of the tower run as `shown` says, one entry for each call in turn."""
+    """Context in which each call of the tower is cut by its entry in `shown`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
     blocks, prefix = blocks_of(tower), prefix_of(tower)
@@ -68,7 +68,7 @@ def hiding(tower: nn.Module, shown: list[Shown]) -> Iterator[None]:
             start = state["cursor"]
             state["cursor"] = end = start + query.shape[0] * query.shape[2]
             hide = state["hide"].flatten()[start:end].reshape(query.shape[0], -1)
-            hide = hide & ~hide.all(1, keepdim=True)  # a window without kept rows: nobody reads what it makes
+            hide = hide & ~hide.all(1, keepdim=True)  # the output of a window without kept rows is unused
             logits = logits.masked_fill(hide[:, None, None], -torch.inf)
         return (logits.softmax(-1) @ value.float()).to(value.dtype).transpose(1, 2).contiguous(), None
 
@@ -150,7 +150,7 @@ def follows_neighbors(count: int = 10) -> Callable:
 
 
 def copies(sources: Callable[[int, Tensor, Tensor], Tensor]) -> Callable:
-    """Dropped patches are copies of those that `sources(picture, states at the cut, kept)` names."""
+    """Dropped patches are copies of the patches `sources(picture, states at the cut, kept)`."""
 
     def rebuild(picture: int, was: Tensor, now: Tensor, kept: Tensor) -> Tensor:
         return now[sources(picture, was, kept)]
