@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# The suite draws the same examples every time; fresh draws belong to `make soak`. Some environments have no Hypothesis.
+# Hypothesis draws the same examples in every run; `make soak` draws new ones. Some environments lack Hypothesis.
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 

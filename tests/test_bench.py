@@ -48,7 +48,7 @@ def bench_of(model: Any, methods: list[str] = METHODS, new_tokens: int = 3) -> m
 
 @pytest.fixture(scope="module")
 def result(tiny: Any) -> dict[str, Any]:
-    """One round over two settings, everything included."""
+    """The result of one round over two settings."""
     bench = bench_of(tiny)
     head = measure.header(bench, "tiny", 6)
     return measure.run(bench, [measure.Setting(1, 288), measure.Setting(2, 144)], 1, head, warm_up=0)
@@ -207,7 +207,7 @@ def test_shapes_have_the_published_sizes() -> None:
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b", "internvl3-8b"])
 def test_shallow_shapes_keep_the_proportions(name: str) -> None:
-    """Shallow shapes keep the width and the ratio of tower blocks to decoder layers, and have prompts."""
+    """Shallow shapes keep the width and the ratio of tower blocks to decoder layers, and accept prompts."""
     from transformers import AutoModelForImageTextToText
 
     from vtprune.towers.structure import find_parts

@@ -239,7 +239,7 @@ def test_offloaded_weights(family: str) -> None:
 
 @torch.no_grad()
 def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """`labels=input_ids` keeps every visual token for the loss, and warns once; -100 does neither."""
+    """`labels=input_ids` keeps every visual token for the loss, and warns once; labels of -100 do neither."""
     from vtprune.vision.attention import warn_once
 
     warn_once.cache_clear()

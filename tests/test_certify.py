@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certified ratios: the statistics against published and counted values, and certificates on a model."""
+"""Certified ratios: the statistics against known values, and certificates on a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vtprune.errors import CertificateError, VTPruneError  # noqa: E402
 from vtprune.study import certify as module  # noqa: E402
 from vtprune.study.risk import binomial_cdf, exact_p_value, p_value, pictures_needed, rejected  # noqa: E402
 
-# Fewest pictures certified with so many changes, at risk = level: (Hoeffding-Bentkus, exact test).
+# Smallest number of pictures certified per number of changes, at risk = level: (Hoeffding-Bentkus, exact test).
 NEEDED = {
     0.05: {0: (59, 59), 1: (113, 93), 2: (150, 124), 3: (181, 153), 5: (240, 208)},
 }

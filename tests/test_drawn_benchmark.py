@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of pages and crowds: equal tokens, whole answers, and its table."""
+"""The benchmark of pages and crowds: equal token counts, lost and rescued answers, and the table."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_leads_of_counts_and_of_paired_outcomes() -> None:
     ones, paired = "1" * 60, "1" * 54 + "0" * 6
     assert lead({"outcomes": ones + "0" * 40}, {"outcomes": paired + "0" * 40})[3] > 0
     assert lead(counts(60, 100), counts(54, 100))[3] < 0  # the same shares, not paired
-    assert lead({"outcomes": "1111"}, {"outcomes": "11"})[:3] == (1.0, 1.0, 2)  # over the texts of both
+    assert lead({"outcomes": "1111"}, {"outcomes": "11"})[:3] == (1.0, 1.0, 2)  # over the questions of both
 
 
 def write(folder: Path, **right: int) -> None:
@@ -42,7 +42,7 @@ def test_only_rows_of_equal_cost_compare(tmp_path: Path) -> None:
 
 
 def test_no_method_is_clearly_better_than_the_default_where_the_page_says_none() -> None:
-    """The methods in `EXCEPTIONS`, which docs/choosing.md names, are the only better ones."""
+    """Only the methods in `EXCEPTIONS`, which docs/choosing.md names, are better than the default."""
     found = comparisons()
     assert len({one.bed for one in found}) >= 4
     assert {(one.bed, round(one.cost, 2), one.method) for one in better(found)} == set(EXCEPTIONS)

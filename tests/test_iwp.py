@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IWP: its mathematics and its selection."""
+"""IWP: its formulas and its selection."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_row_tokens() -> None:
 
 
 def test_two_pictures_with_a_word_between_them_are_two() -> None:
-    """Two runs separated by one word are two pictures, unless the encoder returns them as one."""
+    """Two runs separated by one word are two pictures if the encoder returns two."""
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 1, Image(0), 5]])
     places = prune(model, inputs)
     assert places.image.tolist() == [0] * 25 + [1] * 25

@@ -23,7 +23,7 @@ READERS = {f"{module}.load" for module in ("torch", "np", "numpy", "yaml")} | {"
 
 
 class Trap:
-    """An object of a malicious checkpoint: unpickling it runs a function."""
+    """A malicious object: unpickling it runs a function."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

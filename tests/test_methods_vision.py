@@ -162,7 +162,7 @@ def test_two_linears_are_told_from_other_projectors() -> None:
 
 
 class Merger(nn.Module):
-    """Norm over every patch, or over all patches of a token; then two linear layers."""
+    """A norm over every patch or over all patches of a token, then two linear layers."""
 
     def __init__(self, norm: nn.Module, width: int, patches: int) -> None:
         super().__init__()

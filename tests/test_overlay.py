@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of dropped patches, pixel by pixel."""
+"""Rendered pictures of dropped patches, checked pixel by pixel."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders that mix neighboring columns regardless of masks: padding inside a row acts alike alone and in a batch."""
+"""Decoders that mix neighboring columns regardless of masks: padding inside a row has the same effect in a batch."""
 
 from __future__ import annotations
 

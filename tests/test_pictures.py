@@ -91,7 +91,7 @@ def _processor(name: str) -> Any:
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Soft colored blobs, different at each end."""
+    """Blurred random colors."""
     noise = np.random.default_rng(seed).integers(40, 216, (7, 9, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
@@ -181,7 +181,7 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
         mine = [v for v in views if v.picture.size == size]
         finest = max(mine, key=lambda v: len(v.tokens))
         inside = np.flatnonzero((finest.boxes[:, :2] >= -0.01).all(1) & (finest.boxes[:, 2:] <= 1.01).all(1))
-        for cell in [inside[0], inside[-1], *rng.choice(inside, 2)]:  # wrong boxes are most wrong at the corners
+        for cell in [inside[0], inside[-1], *rng.choice(inside, 2)]:  # errors of boxes are largest at the corners
             box = finest.boxes[cell]
             other = list(originals)
             other[number] = spoiled(originals[number], box)

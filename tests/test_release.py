@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts of the workflows, and that workflows call only what exists. `make workflows` runs linters on them."""
+"""Workflows call only existing targets and scripts, and their scripts work. `make workflows` runs linters on them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of serving, with stand-ins for vLLM: order of runs, resuming, metrics, tables."""
+"""The benchmark of serving, with a fake vLLM: order of runs, resuming, metrics, tables."""
 
 from __future__ import annotations
 

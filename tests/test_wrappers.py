@@ -31,7 +31,7 @@ class ValueHead(nn.Module):
 
 
 class Engine(nn.Module):
-    """An engine that keeps the model as `module`."""
+    """An engine that holds the model as `module`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
