@@ -10,24 +10,25 @@ import sys
 
 import vtprune
 from vtprune import refvlm
+from vtprune.refvlm import loading
 from vtprune.report.overlay import before_and_after
 
 
 def main(path: str) -> None:
     """Writes the picture before and after; stops if the pruned model gives another answer."""
-    model, processor = refvlm.load()
-    scene = refvlm.scenes.scene(94)
-    question = next(question for question in scene.questions if question.kind == "digit")
-    inputs = processor(images=scene.image, text=refvlm.prompt(question.text), return_tensors="pt")
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    crowd = refvlm.crowds.crowd(27, (36, 36))
+    question = next(question for question in crowd.questions if question.kind == "digit")
+    inputs = loading.inputs(model, processor, crowd.image, question.text)
 
     def answer() -> str:
         tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     whole = answer()
-    with vtprune.patch(model, keep=16, method="pyramiddrop") as patch:
+    with vtprune.patch(model, ratio=0.1) as patch:
         pruned = answer()
-        picture = before_and_after(scene.image, patch.last.show(scene.image), (whole, pruned))
+        picture = before_and_after(crowd.image, patch.last.show(crowd.image), (whole, pruned))
     if not whole == pruned == question.answer:
         raise SystemExit(f"{question.text} {whole} unpruned, {pruned} pruned; expected {question.answer}")
     picture.save(path)

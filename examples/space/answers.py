@@ -89,8 +89,18 @@ class Models:
         self._loaded: dict[str, tuple[Any, Any]] = {}
         self._locks = {name: threading.Lock() for name in self.names}
 
-    def ask(self, name: str, image: Image.Image, question: str, budget: Budget, methods: Sequence[str]) -> list[Answer]:
+    def ask(
+        self,
+        name: str,
+        image: Image.Image,
+        question: str,
+        budget: Budget,
+        methods: Sequence[str],
+        tower: float | None = None,
+    ) -> list[Answer]:
         """Answers a question about a picture with several methods, or with that of a certificate.
+
+        `tower` is the share of the patches that the later blocks of the vision tower see; None for all.
 
         Failures, such as a certificate of another model, are answers with an error.
         """
@@ -103,7 +113,7 @@ class Models:
                 ratio = self._auto(name, budget.share) if isinstance(budget, Mean) else budget
             except Exception as error:
                 return [self._failed(name, method, error) for method in methods]
-            answers = [self._one(name, model, processor, image, inputs, ratio, method) for method in methods]
+            answers = [self._one(name, model, processor, image, inputs, ratio, method, tower) for method in methods]
             return [replace(answer, certificate=certificate) for answer in answers]
 
     def _get(self, name: str) -> tuple[Any, Any]:
@@ -121,12 +131,20 @@ class Models:
         return self._autos[name, share]
 
     def _one(
-        self, name: str, model: Any, processor: Any, image: Image.Image, inputs: Any, ratio: Any, method: str
+        self,
+        name: str,
+        model: Any,
+        processor: Any,
+        image: Image.Image,
+        inputs: Any,
+        ratio: Any,
+        method: str,
+        tower: float | None,
     ) -> Answer:
         # A certificate brings the options of its method along.
         chosen = {} if isinstance(ratio, vtprune.Certificate) else {"method": method}
         try:
-            with vtprune.patch(model, ratio=ratio, **chosen) as patch:
+            with vtprune.patch(model, ratio=ratio, tower=tower, **chosen) as patch:
                 before, after = timing.measure_side_by_side(
                     model, processor, inputs, patch, max_new_tokens=self.max_new_tokens, repeats=self.repeats
                 )

@@ -3,17 +3,18 @@
 
     python app.py
 
-Environment: `VTPRUNE_MODELS` (comma-separated: `embedded`, local folders, names on the hub; default `embedded`),
-`VTPRUNE_CERTIFICATES` (comma-separated files of `vtprune certify`; default: one of the embedded model, beside this
-file), `VTPRUNE_MAX_NEW_TOKENS` (32), `VTPRUNE_REPEATS` (timed runs, 3). Gradio's own variables, such as
-`GRADIO_SERVER_PORT` and `GRADIO_TEMP_DIR`, work too. Uploads stay in Gradio's temporary folder and are deleted after an
-hour.
+Environment: `VTPRUNE_MODELS` (comma-separated: `embedded-qwen2_5_vl`, `embedded`, local folders, names on the hub;
+default `embedded-qwen2_5_vl`), `VTPRUNE_CERTIFICATES` (comma-separated files of `vtprune certify`; default: one of that
+model, beside this file), `VTPRUNE_MAX_NEW_TOKENS` (32), `VTPRUNE_REPEATS` (timed runs, 3). Gradio's own variables, such
+as `GRADIO_SERVER_PORT` and `GRADIO_TEMP_DIR`, work too. Uploads stay in Gradio's temporary folder and are deleted after
+an hour.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import page
@@ -24,18 +25,25 @@ from PIL import Image
 import vtprune
 from vtprune import methods, refvlm
 
-SCENES = {f"scene {seed}": seed for seed in (7, 12, 23, 31, 48, 77)}
+# Pictures of 1,296, 576, 400 and 144 visual tokens for the embedded Qwen2.5-VL.
+LARGE, SMALLER = (36, 36), (24, 24)
+DRAWN: dict[str, Any] = {f"crowd {seed}": refvlm.crowds.crowd(seed, LARGE) for seed in (27, 8, 3)}
+DRAWN |= {"smaller crowd": refvlm.crowds.crowd(4, SMALLER), "page": refvlm.pages.page(2, (20, 20))}
+DRAWN |= {f"scene {seed}": refvlm.scenes.scene(seed) for seed in (7, 12)}
 UPLOAD = "my upload"
 ABOUT = """# vtprune: most visual tokens are redundant
 A vision-language model cuts a picture into patches, and its language model pays for **every one** of them. vtprune
 keeps the few that matter and drops the others while the model reads the question: no training, same model. Pick a
 picture, ask, and move the slider. Dropped patches turn dark; hover over a patch to see why it stayed or went.
 """
-NOTE = """The model inside the package is tiny and knows drawn scenes only: ask it about shapes, colors, places and
-digits. Times are of this machine, measured in turn with the unpruned model; with so small a model, choosing may cost
-more time than it saves."""
+NOTE = """The model inside the package is small and knows drawn pictures only: ask it about shapes, colors, places and
+digits, or about the words and lines of a page. Times are of this machine, measured in turn with the unpruned model. On
+the scenes of 144 patches, choosing may cost more time than it saves. Small things, such as digits and words, can be
+lost where the vision tower is cut."""
+DEFAULT = "embedded-qwen2_5_vl"
 MAX_QUESTION = 500
-SHARE, AUTO = "a share of them", "auto: as many as each picture needs, with that share as the mean over the scenes"
+SHARE, AUTO = "a share of them", "auto: as many as each picture needs, with that share as the mean over the pictures"
+TOWER = 0.35  # share of the patches in the later blocks of the vision tower, as in `vtprune demo`
 CERTIFICATE = Path(__file__).resolve().parent / "certificate.json"
 
 
@@ -47,7 +55,7 @@ def models_from_environment() -> Models:
     """The models that `VTPRUNE_MODELS` names."""
     names = [name.strip() for name in os.environ.get("VTPRUNE_MODELS", "").split(",") if name.strip()]
     tokens, repeats = _number("VTPRUNE_MAX_NEW_TOKENS", 32), _number("VTPRUNE_REPEATS", 3)
-    return Models(names or ["embedded"], tokens, repeats, [picture(scene, None)[0] for scene in SCENES])
+    return Models(names or [DEFAULT], tokens, repeats, [picture(name, None)[0] for name in DRAWN])
 
 
 def certificates_from_environment() -> dict[str, vtprune.Certificate]:
@@ -63,15 +71,17 @@ def picture(choice: str, file: str | None) -> tuple[Image.Image, str]:
         if not file:
             raise uploads.UploadError("No picture was uploaded yet: send one, or pick a scene.")
         return uploads.read(file)
-    if choice not in SCENES:
+    if choice not in DRAWN:
         raise uploads.UploadError(f"There is no picture {choice!r}.")
-    return refvlm.scenes.scene(SCENES[choice]).image.convert("RGB"), ""
+    drawn = DRAWN[choice]
+    return getattr(drawn, "small", drawn.image).convert("RGB"), ""
 
 
 def questions(choice: str) -> list[str]:
-    """Questions that go well with a picture."""
-    if choice in SCENES:
-        return [question.text for question in refvlm.scenes.scene(SCENES[choice]).questions]
+    """Questions that go well with a picture; the first is about its smallest part."""
+    if choice in DRAWN:
+        asked = sorted(DRAWN[choice].questions, key=lambda question: question.kind not in ("digit", "line"))
+        return [question.text for question in asked]
     return ["what is in the picture?"]
 
 
@@ -81,7 +91,7 @@ def look(choice: str, file: str | None):
         image, note = picture(choice, file)
     except uploads.UploadError as error:
         return None, str(error), gr.skip()
-    return image, note, gr.skip() if choice == UPLOAD else questions(choice)[-1]
+    return image, note, gr.skip() if choice == UPLOAD else questions(choice)[0]
 
 
 def uploaded(file: str | None):
@@ -103,6 +113,7 @@ def answer(models: Models, certificates: dict[str, vtprune.Certificate]):
         chosen: list[str],
         asked: list[str],
         how: str = SHARE,
+        cut_tower: bool = False,
     ):
         """Answers a question about a picture: a message, and the result as HTML."""
         question = (question or "").strip()
@@ -118,8 +129,10 @@ def answer(models: Models, certificates: dict[str, vtprune.Certificate]):
             return "Choose at least one method and one model.", ""
         if not 0 < ratio <= 1:
             return "The ratio is a share of the tokens: above 0, at most 1.", ""
-        budget: Budget = certificates.get(how) or (Mean(ratio) if how == AUTO else ratio)
-        answers = [a for name in asked for a in models.ask(name, image, question, budget, chosen)]
+        budget: Budget = certificates.get(how) or (Mean(ratio) if how == AUTO else float(ratio))
+        # Certificates and automatic counts are of the whole tower.
+        tower = TOWER if cut_tower and isinstance(budget, float) else None
+        answers = [a for name in asked for a in models.ask(name, image, question, budget, chosen, tower)]
         return note or "Done.", page.results(answers)
 
     return ask
@@ -132,17 +145,18 @@ def build(models: Models, certificates: dict[str, vtprune.Certificate]) -> gr.Bl
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                choice = gr.Radio([*SCENES, UPLOAD], value=next(iter(SCENES)), label="Picture", elem_id="choice")
+                choice = gr.Radio([*DRAWN, UPLOAD], value=next(iter(DRAWN)), label="Picture", elem_id="choice")
                 file = gr.File(label="Upload a picture", type="filepath", height=110, elem_id="upload")
                 preview = gr.Image(label="Picture", interactive=False, height=260, buttons=[], elem_id="preview")
             with gr.Column(scale=2, min_width=320):
-                first = questions(next(iter(SCENES)))[-1]
+                first = questions(next(iter(DRAWN)))[0]
                 question = gr.Textbox(first, label="Question", max_length=MAX_QUESTION, elem_id="question")
                 how = gr.Radio(budgets, value=SHARE, label="How many visual tokens stay", elem_id="how")
                 ratio = gr.Slider(0.02, 1.0, 0.1, step=0.01, label="Share of visual tokens kept", elem_id="ratio")
                 chosen = gr.CheckboxGroup(
                     list(methods.for_pictures()), value=["resprune"], label="Methods", elem_id="methods"
                 )
+                cut = gr.Checkbox(False, label="Cut inside the vision tower, too", elem_id="tower")
                 names = models.names
                 asked = gr.CheckboxGroup(
                     names, value=names[:1], label="Models", visible=len(names) > 1, elem_id="models"
@@ -155,12 +169,12 @@ def build(models: Models, certificates: dict[str, vtprune.Certificate]) -> gr.Bl
         demo.load(look, [choice, file], [preview, message, question], api_visibility="private", **quick)
         choice.input(look, [choice, file], [preview, message, question], api_name="look", **quick)
         file.change(uploaded, [file], [choice, preview, message], api_name="uploaded", **quick)
-        inputs = [file, choice, question, ratio, chosen, asked, how]
+        inputs = [file, choice, question, ratio, chosen, asked, how, cut]
         # A certificate has a ratio and a method of its own.
         how.input(
-            lambda how: (gr.update(visible=how not in certificates), gr.update(visible=how not in certificates)),
+            lambda how: (*[gr.update(visible=how not in certificates)] * 2, gr.update(visible=how == SHARE)),
             how,
-            [ratio, chosen],
+            [ratio, chosen, cut],
             api_visibility="private",
             **quick,
         )

@@ -43,7 +43,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo with two models: the embedded one, and the same from its folder."""
+    """The demo with two models: the embedded Qwen2.5-VL, and the embedded LLaVA from its folder."""
     from vtprune import refvlm
 
     home = tmp_path_factory.mktemp("space")
@@ -60,7 +60,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "GRADIO_TEMP_DIR": str(temp),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_OFFLINE": "1",
-        "VTPRUNE_MODELS": f"embedded,{refvlm.WEIGHTS}",
+        "VTPRUNE_MODELS": f"embedded-qwen2_5_vl,{refvlm.WEIGHTS}",
         "VTPRUNE_MAX_NEW_TOKENS": "8",
         "VTPRUNE_REPEATS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -15,6 +15,7 @@ from web_support import SHOTS, browser_missing, chromium
 
 pytestmark = pytest.mark.skipif(browser_missing() is not None, reason=browser_missing() or "")
 PATIENCE = 120  # seconds
+QWEN = "embedded-qwen2_5_vl"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def _slide(driver, value):
     box.send_keys(value, Keys.TAB)
 
 
-def _ask(driver, *ways, kept, models=("embedded",)):
+def _ask(driver, *ways, kept, models=(QWEN,)):
     """Presses the button and waits for these methods' rows and these numbers of kept patches; returns the rows.
 
     Letting go of the slider asks as well, so more than one answer may be on its way.
@@ -104,24 +105,24 @@ def _shot(driver, name, selector="body"):
 def test_a_scene_is_answered_with_and_without_pruning(page):
     assert _wait(page, "#question textarea, #question input").get_attribute("value")
     _tick(page, "#methods", "iwp")
-    (_, _, answer, tokens, _, first, *parts), (_, _, pruned, fewer, memory, *_) = _ask(page, "iwp", kept=[14])
+    (_, _, answer, tokens, _, first, *parts), (_, _, pruned, fewer, memory, *_) = _ask(page, "iwp", kept=[130])
     assert answer and pruned
-    assert tokens == "144" and fewer.startswith("14 (-90 %)")
+    assert tokens == "1,296" and fewer.startswith("130 (-90 %)")
     assert re.fullmatch(r"[\d,]+ KiB \(-\d+ %\)", memory) and re.fullmatch(r"[\d,]+ ms", first)
-    assert re.fullmatch(r"\d+\.\d ms 0\.0 ms \d+\.\d ms \d+\.\d times as fast", " ".join(parts))
+    assert re.fullmatch(r"[\d,.]+ ms 0\.0 ms [\d,.]+ ms \d+\.\d times as fast", " ".join(parts))
     assert _wait(page, "#result .heat img").get_attribute("src").startswith("data:image/jpeg")
     _shot(page, "space.png")
 
 
 def test_the_slider_changes_what_is_kept(page):
     _slide(page, "0.5")
-    assert _ask(page, "iwp", kept=[72])[1][3].startswith("72 (-50 %)")
+    assert _ask(page, "iwp", kept=[648])[1][3].startswith("648 (-50 %)")
 
 
 def test_a_patch_tells_why(page):
     patch = _wait(page, "#result svg.patches rect[data-kept='0']")
     title = page.execute_script("return arguments[0].querySelector('title').textContent", patch)
-    assert re.match(r"Patch row \d+, column \d+: dropped before layer \d+\. Score \S+, rank \d+ of 144\.", title)
+    assert re.match(r"Patch row \d+, column \d+: dropped before layer \d+\. Score \S+, rank \d+ of 1296\.", title)
     event = "arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
     page.execute_script(event, patch)
     assert _wait(page, "#result .why").text == title
@@ -133,22 +134,31 @@ def test_a_patch_tells_why(page):
 def test_methods_are_compared_and_progressive_ones_show_their_stages(page):
     _slide(page, "0.1")
     _tick(page, "#methods", "iwp", "pyramiddrop", "divprune")
-    _ask(page, "divprune", "iwp", "pyramiddrop", kept=[14, 14, 14])
+    _ask(page, "divprune", "iwp", "pyramiddrop", kept=[130, 130, 130])
     stages = page.execute_script(
         "return [...document.querySelectorAll('#result .card[data-method=pyramiddrop] .stages figcaption')]"
         ".map(e => e.textContent)"
     )
-    assert len(stages) > 1 and all(re.fullmatch(r"before layer \d: \d+ of 144 kept", text) for text in stages)
+    assert len(stages) > 1 and all(re.fullmatch(r"before layer \d+: \d+ of 1296 kept", text) for text in stages)
     assert "without scores" in _wait(page, "#result .card[data-method=divprune] p.heat").text
     _shot(page, "space-methods.png", "#result")
 
 
 def test_two_models_are_compared(page):
     _tick(page, "#methods", "iwp")
-    _tick(page, "#models", "embedded", "weights")
-    rows = _ask(page, "iwp", kept=[14, 14], models=("embedded", "weights"))
+    _tick(page, "#models", QWEN, "weights")
+    rows = _ask(page, "iwp", kept=[130, 14], models=(QWEN, "weights"))
     assert rows[0][2] and rows[2][2]
-    _tick(page, "#models", "embedded")
+    _tick(page, "#models", QWEN)
+
+
+def test_the_vision_tower_is_cut_as_well(page):
+    box = _wait(page, "#tower input")
+    page.execute_script("arguments[0].click()", box)
+    whole, cut = _ask(page, "iwp", kept=[130])
+    before, after = (float(row[6].removesuffix(" ms").replace(",", "")) for row in (whole, cut))
+    assert after < before
+    page.execute_script("arguments[0].click()", box)
 
 
 def test_an_upload_is_shown_and_asked_about_and_a_bad_one_gets_a_message(page, tmp_path):
@@ -160,11 +170,11 @@ def test_an_upload_is_shown_and_asked_about_and_a_bad_one_gets_a_message(page, t
     (tmp_path / "bad.png").write_text("no picture")
     page.find_element("css selector", "#upload input[type=file]").send_keys(str(tmp_path / "mine.png"))
     _wait(page, "#choice input:checked", lambda e: e.get_attribute("value") == "my upload")
-    _ask(page, "iwp", kept=[14])
+    _ask(page, "iwp", kept=[86])
     assert _wait(page, "#result svg.patches").get_dom_attribute("viewBox") == "0 0 432 288"
     page.execute_script("arguments[0].click()", _wait(page, "#upload button[aria-label^='Remove'], #upload button"))
     _wait(page, "#upload input[type=file]").send_keys(str(tmp_path / "bad.png"))
     _wait(page, "#message", lambda e: "no picture that can be read" in e.text)
     page.execute_script("arguments[0].click()", _wait(page, "#choice input[value='scene 7']"))
     _ask(page, "iwp", kept=[14])
-    assert _wait(page, "#result svg.patches").get_dom_attribute("viewBox") == "0 0 288 288"
+    assert _wait(page, "#result svg.patches").get_dom_attribute("viewBox") == "0 0 144 144"
