@@ -77,10 +77,11 @@ def rows(args: argparse.Namespace, todo: list[str]) -> Iterator[dict[str, Any]]:
     engine["additional_config"] = {"vtprune": {"method": args.method, "ratio": args.ratio}}
     if args.cpu:
         engine |= {"dtype": "float32", "kv_cache_memory_bytes": 2**28}
+        ray.init(num_cpus=args.workers + 2)  # engines and the reading of pictures share what cores there are
     config = vLLMEngineProcessorConfig(
         model_source=args.model,
         engine_kwargs=engine,
-        concurrency=args.workers,
+        concurrency=(args.workers, args.workers),  # a number alone starts with one engine
         batch_size=args.batch,
         should_continue_on_error=True,  # a request that fails is a row with an error
         # One prompt serves all, made by `prompt`; the engine makes tokens of it.

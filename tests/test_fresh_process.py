@@ -25,3 +25,10 @@ print(patch.last.method, len(patch.last.kept[0]))
 def test_patch_knows_the_methods_by_itself() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["resprune", "5"], done.stderr[-2000:]
+
+
+def test_a_certificate_knows_the_methods_by_itself() -> None:
+    program = "import vtprune\nfound = vtprune.Certificate.load('examples/space/certificate.json')\n"
+    command = [sys.executable, "-c", f"{program}print(found.make_method().name)"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["resprune"], done.stderr[-2000:]
