@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.coverage [architecture ...]`: checks every registered architecture and writes what came of it.
+"""`python -m tests.coverage [architecture ...]`: checks every registered architecture and writes the results.
 
-Each architecture runs in a process of its own with limits on time and memory, so that one crash does not stop the rest.
-Named architectures are run again and replace their entries in `docs/models.json`. Every entry is written at once: an
-interrupted run goes on with the next one, a finished one is run again. Results of another version are overwritten with
-`--force` only.
+Each architecture runs in its own process with limits on time and memory, so that a crash does not stop the others.
+Named architectures are rerun and replace their entries in `docs/models.json`. Entries are written one by one: an
+interrupted run resumes, a finished one starts again. Results of other versions are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
     parser.add_argument("architectures", nargs="*", help="model types (default: all)")
-    parser.add_argument("--jobs", type=int, default=1, help="architectures at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=300, help="seconds for each (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent processes (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=300, help="seconds per architecture (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder for models.json and models.md")
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     parser.add_argument(
-        "--towers", action="store_true", help="only cuts inside vision towers; what is known otherwise stays as it is"
+        "--towers", action="store_true", help="check only cuts inside vision towers and keep all other results"
     )
     args = parser.parse_args()
 
@@ -37,7 +36,7 @@ def main() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
 
-    torch.set_num_threads(1)  # children are forked: no thread may be running
+    torch.set_num_threads(1)  # children are forked, which is unsafe with running threads
     from tests.coverage import report
     from tests.coverage.run import isolated, registered
     from vtprune.study import progress

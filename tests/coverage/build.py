@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds any registered architecture from its own default config, shrunk by what its settings are called.
+"""Builds a small model of any registered architecture from its default config.
 
-No architecture is named here. A setting is recognized by its name and value (a width, a number of heads, a number of
-layers, a list with an entry per layer, a token id) and replaced by a small one, the same in every part of the config,
-so that what has to fit goes on fitting.
+No architecture is named here. Settings are recognized by name and value (a width, a number of heads or layers, a list
+with one entry per layer, a token id) and replaced by small values, consistently in all parts of the config.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import nn
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER = 64, 4, 2, 32, 48
 DECODER_LAYERS, OTHER_LAYERS, EXPERTS = 4, 2, 4
 VOCAB, FIRST_TEXT = 320, 64
-# Small enough to matter in a prompt of this size, even to a single image.
+# Sliding window, shorter than a prompt with a single image.
 WINDOW = 20
 
 
@@ -27,13 +26,13 @@ class Ids:
     """Token ids of the small vocabulary.
 
     Attributes:
-        of: Original id to small id; equal ids stay equal wherever they occur.
+        of: Original id to small id; equal ids stay equal.
     """
 
     of: dict[int, int] = field(default_factory=dict)
 
     def small(self, value: int | None) -> int:
-        """The id that stands for `value`; None gets one of its own."""
+        """The small id of `value`; each None gets a new id."""
         if value is None:
             value = -1000 - len(self.of)
         if value not in self.of:
@@ -109,13 +108,13 @@ _EXACT: dict[str, Any] = {
 
 
 def shrink(config: dict[str, Any]) -> tuple[dict[str, Any], Ids]:
-    """Replaces the sizes in a config by small ones.
+    """Replaces the sizes in a config with small ones.
 
     Args:
         config: `PretrainedConfig.to_dict()`.
 
     Returns:
-        tuple: The new settings, and which id stands for which.
+        tuple: The new settings, and the mapping of token ids.
     """
     ids = Ids()
     alone = not any(isinstance(v, dict) and "model_type" in v for v in config.values())
@@ -124,14 +123,14 @@ def shrink(config: dict[str, Any]) -> tuple[dict[str, Any], Ids]:
 
 @dataclass
 class _Part:
-    """What settings of one (sub-)config are read against.
+    """Properties of one (sub-)config on which the small values of its settings depend.
 
     Attributes:
         config: The original settings.
         text: Whether it describes the decoder.
-        layers: Its number of layers, None where it does not say.
-        sources: For each layer of the small model the original layer whose kind it takes.
-        heads, width: Original numbers.
+        layers: Its number of layers, or None.
+        sources: For each layer of the small model, the original layer whose type it has.
+        heads, width: Original values.
     """
 
     config: dict[str, Any]
@@ -149,7 +148,7 @@ class _Part:
         layers = first(_LAYERS)
         width = next((config[k] for k in ("hidden_size", "embed_dim", "d_model") if type(config.get(k)) is int), None)
         least = DECODER_LAYERS if text else OTHER_LAYERS
-        # Layers of different kinds, by what per-layer lists say, in the order in which the kinds first occur.
+        # One layer of each type found in per-layer lists, in order of first occurrence.
         lists = [v for k, v in config.items() if isinstance(v, (list, tuple)) and len(v) == layers and _per_layer(k)]
         kinds: dict[str, int] = {}
         for i in range(layers or 0):
@@ -203,11 +202,11 @@ def _setting(name: str, value: Any, part: _Part, ids: Ids) -> Any:
 
 
 def _mapping(value: dict[str, Any], part: _Part, ids: Ids) -> dict[str, Any]:
-    """Rotary settings, possibly one group for each kind of layer."""
+    """Rotary settings, possibly one group per layer type."""
     if "mrope_section" in value:
         share = value.get("partial_rotary_factor", part.config.get("partial_rotary_factor")) or 1
         size = HEAD_DIM if isinstance(part.config.get("head_dim"), int) else WIDTH // HEADS
-        if isinstance(part.config.get("qk_rope_head_dim"), int):  # latent attention rotates a part of its own
+        if isinstance(part.config.get("qk_rope_head_dim"), int):  # latent attention rotates only this part of a head
             size = _EXACT["qk_rope_head_dim"]
         value = value | {"mrope_section": _sections(value["mrope_section"], int(size * share) // 2)}
     return {k: _setting(k, v, part, ids) if isinstance(v, dict) else v for k, v in value.items()}
@@ -250,7 +249,7 @@ def _number(name: str, value: int, part: _Part) -> int:
 
 
 def _sections(sections: list[int], half: int) -> list[int]:
-    """Shares of `half` rotary frequencies, in proportion, every axis at least one where there are enough."""
+    """Splits `half` rotary frequencies in proportion to `sections`, at least one per axis if possible."""
     total = sum(sections)
     out = [max(1, s * half // total) for s in sections]
     while sum(out) < half:
@@ -261,7 +260,7 @@ def _sections(sections: list[int], half: int) -> list[int]:
 
 
 def _listed(name: str, value: list[Any], part: _Part) -> list[Any]:
-    """A list with an entry per layer keeps its kinds of layers; a list of layer numbers keeps numbers that exist."""
+    """Shrinks a list with one entry per layer to the small layers, and a list of layer numbers to existing layers."""
     if part.layers and len(value) == part.layers and _per_layer(name):
         return [value[i] for i in part.sources]
     numbers = bool(value) and all(type(v) is int for v in value)
@@ -279,8 +278,8 @@ class Built:
 
     Attributes:
         model: In eval mode, float32, random weights.
-        ids: Which token id stands for which.
-        notes: What had to be replaced to build it here.
+        ids: Mapping of token ids.
+        notes: Replacements that were necessary to build the model.
     """
 
     model: nn.Module
@@ -288,7 +287,7 @@ class Built:
     notes: list[str] = field(default_factory=list)
 
 
-# Settings without a default that a model nevertheless needs; any value works.
+# Settings without a default that some models require; any value works.
 _MISSING: dict[str, Any] = {
     "head_dim": HEAD_DIM,
     "num_experts_per_tok": 2,
@@ -306,7 +305,7 @@ _MISSING: dict[str, Any] = {
 
 
 def _complete(config: dict[str, Any], by_kind: bool, window: bool, text: bool = True) -> dict[str, Any]:
-    """Gives settings that are None a value, and rotary settings what their model looks for in them."""
+    """Sets values for settings that are None, and adds the rotary settings that the model reads."""
     out = {}
     for name, value in config.items():
         if isinstance(value, dict) and "model_type" in value:
@@ -328,7 +327,7 @@ def _complete(config: dict[str, Any], by_kind: bool, window: bool, text: bool = 
 
 
 def _tower_of_stock(config: Any) -> list[str]:
-    """Puts a small CLIP in place of a vision tower that needs a package that is not here."""
+    """Replaces a vision tower whose package is not installed by a small CLIP."""
     from transformers import CLIPVisionConfig
 
     config.vision_config = CLIPVisionConfig(
@@ -343,7 +342,7 @@ def _tower_of_stock(config: Any) -> list[str]:
 
 
 ATTEMPTS = 4
-# Ids that part of a larger model reads, but that are kept in the config above it.
+# Ids that a sub-model reads but that only the parent config defines.
 _ABOVE = ("vision_start_token_id", "vision_end_token_id")
 
 
@@ -352,9 +351,9 @@ def build(model_type: str, class_name: str, attempt: int = 0, stock_tower: bool 
 
     Args:
         model_type, class_name: As transformers registers them.
-        attempt: 0 takes the shrunk config as it is; later ones complete it in different ways.
+        attempt: 0 uses the shrunk config as it is; higher values complete it in different ways.
         stock_tower: Use a small CLIP as vision tower.
-        seed: Of the weights.
+        seed: Seed of the weights.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -363,7 +362,7 @@ def build(model_type: str, class_name: str, attempt: int = 0, stock_tower: bool 
     plain = cls().to_dict()
     for name, part in getattr(cls, "sub_configs", {}).items():
         if "vision" in name and plain.get(name) is None and hasattr(part, "model_type"):
-            plain[name] = part().to_dict()  # a multimodal model whose default is text only
+            plain[name] = part().to_dict()  # a multimodal model whose default config is text only
     settings, ids = shrink(plain)
     for name in ("transformers_version", "architectures", "_name_or_path"):
         settings.pop(name, None)
@@ -384,7 +383,7 @@ def build(model_type: str, class_name: str, attempt: int = 0, stock_tower: bool 
 
 
 def widen(model: nn.Module) -> nn.Module:
-    """Draws weights wider than usual, so that logits, attention and routing differ visibly between tokens."""
+    """Redraws weights with a larger variance, so that logits, attention and routing differ clearly between tokens."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks: identity, drop is mask, decode, batch, beams, text, leave no trace; for one method on one model."""
+"""Checks of one method on one model: identity, drop is mask, decode, batch, beams, text, no trace."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RATIO, STEPS, TOLERANCE = 0.4, 5, 2e-4
 
 
 class Failed(AssertionError):
-    """A check that did not hold; the message says by how much."""
+    """A failed check; the message includes the deviation."""
 
 
 class Subject:
-    """A small model with its prompts, and what it does unpruned."""
+    """A small model with its prompts and its unpruned logits."""
 
     def __init__(self, model: nn.Module, prompts: Prompts) -> None:
         self.model, self.prompts = model, prompts
@@ -39,13 +39,13 @@ class Subject:
 
     @torch.no_grad()
     def beams(self, batch: dict[str, Any]) -> Tensor:
-        """`[B, STEPS]` text of the best of two beams."""
+        """Tokens `[B, STEPS]` of the best of two beams."""
         mode = {"max_new_tokens": STEPS, "do_sample": False, "num_beams": 2, "suppress_tokens": list(range(64))}
         return self.model.generate(**fresh(batch), **mode)[:, -STEPS:]
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Greedy text without special tokens: `[B, STEPS]` tokens and `[B, STEPS, V]` logits."""
+        """Greedy tokens `[B, STEPS]` without special tokens, and their logits `[B, STEPS, V]`."""
         out = self.model.generate(
             **fresh(batch),
             max_new_tokens=STEPS,
@@ -58,8 +58,8 @@ class Subject:
 
     @contextmanager
     def reference(self, last: Any) -> Iterator[None]:
-        """The unpatched model without what `last` says was dropped; its logits are those of the surviving columns where
-        the decoder runs on the shorter sequence."""
+        """The unpatched model without the tokens that `last` reports as dropped; its logits are those of the surviving
+        columns where the decoder runs on the shorter sequence."""
         cuts = [
             (layer, [v[~torch.isin(v, k)] for v, k in zip(last.visual, kept, strict=True)])
             for layer, kept in last.stages
@@ -75,7 +75,7 @@ class Subject:
 
 
 def fresh(batch: dict[str, Any]) -> dict[str, Any]:
-    """Models and `generate` write into encoder outputs; each call gets some of its own."""
+    """Copies a batch's encoder outputs, which models and `generate` modify in place."""
 
     def own(value: Any) -> Any:
         if type(value) is dict:
@@ -86,17 +86,17 @@ def fresh(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bounded(logits: Tensor) -> Tensor:
-    """Logits as float32; those that a model forbids altogether are not to set the scale."""
+    """Logits as float32; values that the model masks out are bounded so that they do not set the scale."""
     return torch.where(logits.abs() < 1e30, logits, 0).float()
 
 
 def _differ(got: Tensor, want: Tensor) -> float:
-    """Largest difference as a share of the largest logit."""
+    """Largest absolute difference relative to the largest logit."""
     return float((got - want).abs().max() / want.abs().max())
 
 
 def _close(got: Tensor, want: Tensor, what: str, plain: Tensor | None = None) -> None:
-    """Raises unless `got` is `want`, and is clearly not the unpruned `plain`."""
+    """Raises unless `got` equals `want` and clearly differs from the unpruned `plain`."""
     off = _differ(got, want)
     if not off < TOLERANCE:
         raise Failed(f"{what}: off by {off:.1e} of the largest logit")
@@ -116,7 +116,7 @@ def identity(subject: Subject, method: Any) -> None:
 
 
 def drop_is_mask(subject: Subject, method: Any) -> None:
-    """Surviving columns have the logits of the unpatched model that cannot see the dropped ones."""
+    """Surviving columns have the logits of the unpatched model with the dropped columns masked."""
     with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
         got, last = subject.logits(subject.one), patch.last
     survivors = _survivors(subject, last)
@@ -138,7 +138,7 @@ def _survivors(subject: Subject, last: Any) -> Tensor:
 
 
 def decode(subject: Subject, method: Any) -> None:
-    """Every generated token's logits are those of the masked, unpatched model over the whole text at once."""
+    """Logits of every generated token equal those of one pass of the masked, unpatched model over the whole text."""
     plain, plain_logits = subject.generate(subject.one)
     whole = subject.logits(extended(subject.one, plain[:, :-1]), use_cache=False)[:, -STEPS:]
     at_once = _differ(whole, plain_logits) < TOLERANCE
@@ -152,7 +152,7 @@ def decode(subject: Subject, method: Any) -> None:
     with subject.reference(last):
         if at_once:
             want = subject.logits(extended(subject.one, tokens[:, :-1]), use_cache=False)[:, -STEPS:]
-        else:  # text that was generated is not read as a prompt would be: generate with the masked model
+        else:  # prompt and generated text are attended to differently: generate with the masked model
             same, want = subject.generate(subject.one)
             if not torch.equal(same, tokens):
                 raise Failed(f"decode: generated {tokens.tolist()}, the masked model {same.tolist()}")
@@ -160,12 +160,12 @@ def decode(subject: Subject, method: Any) -> None:
 
 
 def batch(subject: Subject, method: Any) -> None:
-    """A sample in a left-padded batch keeps the same tokens and has the same logits as alone."""
+    """A sample in a left-padded batch has the same kept tokens and logits as alone."""
     _padded(subject, method, "left")
 
 
 def right_padding(subject: Subject, method: Any) -> None:
-    """A sample in a right-padded batch does so as well."""
+    """A sample in a right-padded batch has the same kept tokens and logits as alone."""
     _padded(subject, method, "right")
 
 
@@ -184,7 +184,7 @@ def _padded(subject: Subject, method: Any, side: str) -> None:
 
 
 def beams(subject: Subject, method: Any) -> None:
-    """Beam search finds the text that the masked, unpatched model finds."""
+    """Beam search gives the same text as the masked, unpatched model."""
     if subject.hybrid:
         raise OwnLimit("layers without masks have no reference for beams")
     try:
@@ -200,13 +200,13 @@ def beams(subject: Subject, method: Any) -> None:
 
 
 def text(subject: Subject, method: Any) -> None:
-    """A prompt without pictures passes untouched."""
+    """A prompt without pictures gives the unpatched model's logits."""
     ids = torch.arange(FIRST_TEXT, FIRST_TEXT + 9)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs |= {name: torch.zeros_like(ids) for name in subject.prompts.wants}
     try:
         plain = subject.logits(inputs)
-    except Exception as error:  # a model that always wants a picture
+    except Exception as error:  # a model that requires a picture
         raise OwnLimit(f"the model itself takes no prompt without pictures ({type(error).__name__})") from error
     with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
         if not torch.equal(subject.logits(inputs), plain) or patch.last is not None:
@@ -214,7 +214,7 @@ def text(subject: Subject, method: Any) -> None:
 
 
 class OwnLimit(Exception):
-    """The unpruned model does not have the property either, so pruning cannot be measured against it."""
+    """The unpruned model lacks the property, so the check does not apply."""
 
 
 def _own(got: Tensor, want: Tensor, what: str) -> None:

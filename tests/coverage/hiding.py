@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What "not attending to what was dropped" means for an unpatched model, whatever its layers are.
+"""Masked reference of a pruned call for unpatched models with any type of layer.
 
-Attending layers keep every column and the model's own mask (sliding windows, pictures that are seen in both
-directions), with the dropped columns hidden in it. Recurrent and convolutional layers have no mask to hide a column in;
-a decoder that has some is run on the shorter sequence from the layer of the cut on.
+Attention layers keep all columns and the model's own mask (sliding windows, bidirectional pictures), in which the
+dropped columns are masked too. Recurrent and convolutional layers have no such mask; decoders with any of them run on
+the shortened sequence from the cut on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def mixes_without_mask(layer: nn.Module) -> bool:
-    """Whether a layer mixes columns other than by attention: with a convolution over them or a recurrent state."""
+    """Whether a layer mixes columns by a convolution or a recurrent state, which no attention mask affects."""
     return any(
         isinstance(m, nn.Conv1d) or re.search("mamba|deltanet|shortconv", type(m).__name__.lower())
         for m in layer.modules()
@@ -27,7 +27,7 @@ def mixes_without_mask(layer: nn.Module) -> bool:
 
 @contextmanager
 def eager(decoder: nn.Module) -> Iterator[None]:
-    """While open, the decoder attends eagerly, so that every mask is there to be seen."""
+    """Switches the decoder to eager attention inside the block, so that every mask is explicit."""
     configs = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
@@ -41,10 +41,10 @@ def eager(decoder: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Iterator[None]:
-    """While open, layers may not attend to dropped columns.
+    """Masks dropped columns in the layers' attention inside the block.
 
     Args:
-        layers: Of an unpatched decoder that attends eagerly.
+        layers: Layers of an unpatched decoder with eager attention.
         cuts: `(layer, dropped columns per sample)`, cumulative.
     """
 
@@ -59,13 +59,13 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
             gone = torch.zeros(batch, total, dtype=torch.bool)
             for start, columns in cuts:
                 if start <= number:
-                    for row in range(batch):  # beams of a sample follow one another
+                    for row in range(batch):  # beams of a sample are consecutive rows
                         here = columns[row * len(columns) // batch]
-                        gone[row, here[here < total]] = True  # guidance also runs a shorter prompt
+                        gone[row, here[here < total]] = True  # guidance also runs on a shorter prompt
 
             def hide(x: Any) -> Any:
                 if cache is None and isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == queries < x.shape[3]:
-                    x = x[..., :total]  # a padding mask of ones, longer than the keys: other attentions leave it out
+                    x = x[..., :total]  # padding mask of ones, longer than the keys
                 if not (
                     isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == queries and queries <= x.shape[3] <= total
                 ):
@@ -93,15 +93,15 @@ def hidden(layers: nn.ModuleList, cuts: list[tuple[int, list[Tensor]]]) -> Itera
 
 
 def _held(layer: Any, total: int, seen: int) -> Tensor:
-    """Columns `[seen]` that a layer attends to: a sliding window has forgotten the first ones, but for a prompt that
-    some windows never leave behind."""
+    """Columns `[seen]` in a layer's cache: a sliding window has dropped the first ones, except those of the prompt in
+    some models."""
     prompt = min(getattr(layer, "prefill_length", None) or 0, seen)
     return torch.cat([torch.arange(prompt), torch.arange(total - seen + prompt, total)])
 
 
 @contextmanager
 def shortened(layers: nn.ModuleList, cut: int, gone: Tensor) -> Iterator[None]:
-    """While open, layers from `cut` on run without the columns `gone` (one sample), and so does all that follows."""
+    """Removes the columns `gone` (one sample) from layer `cut` on, including everything after the layers."""
     length, kept = 0, torch.empty(0, dtype=torch.long)
 
     def take(x: Any) -> Any:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic prompts for any architecture: pictures through the vision tower where that works, else made-up features.
+"""Synthetic prompts for any architecture: pixels through the vision tower where possible, else random features.
 
-What a model wants beside `input_ids` is read off its forward's arguments. Where several forms are possible (features as
-a list, one tensor, a tensor per picture), they are tried in turn and the first that the unpruned model accepts is used.
+The arguments beside `input_ids` follow from the signature of the model's forward. If several formats are possible
+(features as a list, one tensor, a tensor per picture), the first one that the unpruned model accepts is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ENDS = ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token
 
 @dataclass
 class Features(ModelOutput):
-    """What a vision encoder returns, under every name that models read it by."""
+    """Output of a vision encoder, under all attribute names that models read."""
 
     last_hidden_state: Any = None
     pooler_output: Any = None
@@ -39,13 +39,13 @@ class Features(ModelOutput):
 
 @dataclass
 class Feed:
-    """How pictures get into a model.
+    """One input format for pictures or clips.
 
     Attributes:
-        name: "pixels" or "features", and the form of it.
-        kind: Of the placeholder, "image" or "video".
-        lengths: Placeholders of the pictures, by their number.
-        arguments: Makes the model's arguments from the numbers of the pictures.
+        name: "pixels" or "features", and the format.
+        kind: Modality of the placeholder, "image" or "video".
+        lengths: Number of placeholders by picture number.
+        arguments: Makes the model's arguments from picture numbers.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Prompts:
     wants: set[str] = field(default_factory=set)
 
     def batch(self, prompts: Sequence[Sequence[Any]], padding: str = "left") -> dict[str, Any]:
-        """Padded inputs. What a prompt contains does not depend on the others in the batch."""
+        """Padded inputs; each prompt's content is independent of the rest of the batch."""
         rows, pictures = [], []
         for prompt in prompts:
             generator, row, number = torch.Generator().manual_seed(7), [1], 0
@@ -93,7 +93,7 @@ class Prompts:
 
 
 def extended(batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """The batch with generated text behind it."""
+    """The batch with generated tokens appended."""
     out = dict(batch)
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.dim() == 2 and value.shape == batch["input_ids"].shape:
@@ -103,15 +103,15 @@ def extended(batch: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
 
 
 def prompts_for(model: nn.Module, placeholders: dict[str, int], kind: str = "") -> Prompts:
-    """Finds a way to feed pictures, or clips, to `model`.
+    """Finds a format in which `model` accepts pictures or clips.
 
     Args:
-        model: Small, as built.
-        placeholders: Kind to token id.
-        kind: "image" or "video"; pictures where the model takes any.
+        model: Small model from `build`.
+        placeholders: Modality to token id.
+        kind: "image" or "video"; by default pictures if the model accepts any.
 
     Raises:
-        RuntimeError: None of the ways is accepted; the message holds the first reason.
+        RuntimeError: The model accepts none of the formats; the message holds the first error.
     """
     kind = kind or ("image" if "image" in placeholders else next(iter(placeholders)))
     configs = [model.config, getattr(model.config, "vlm_config", None)]
@@ -194,7 +194,7 @@ def _pixel_feeds(
     vision: Any,
     accepted: set[str],
 ) -> Iterator[Feed]:
-    """Forms of pictures, each kept if the encoder takes two of them."""
+    """Yields the pixel formats in which the encoder accepts two pictures."""
     patch = getattr(vision, "patch_size", 14)
     patch = patch[0] if isinstance(patch, (list, tuple)) else patch
     size = getattr(vision, "image_size", None) or 8 * patch
@@ -252,7 +252,7 @@ def _pixel_feeds(
         try:
             with torch.no_grad():
                 lengths = [_length(encode(**{k: v for k, v in make([n]).items() if k in known})) for n in range(3)]
-        except Exception:  # not a form that this encoder takes
+        except Exception:  # a format that this encoder does not accept
             continue
         if all(length is not None and 0 < length <= 80 for length in lengths):
             yield Feed(f"pixels ({name})", kind, lengths, make)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results to `models.json`, and from there to `models.md`."""
+"""Writes results to `models.json` and renders them as `models.md`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE = "models.json"
 
 
 def load(folder: Path, force: bool = False) -> dict[str, Any]:
-    """Versions and earlier results, these by architecture under `architectures`; none with `force`.
+    """Versions and earlier results by architecture (under `architectures`; none with `force`).
 
     Raises:
         StaleResultError: The results are of another version.
@@ -37,7 +37,7 @@ def load(folder: Path, force: bool = False) -> dict[str, Any]:
 
 
 def summary(entries: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """How many of each status."""
+    """Number of entries by status."""
     counts = Counter(entry["status"] for entry in entries)
     return {status: counts[status] for status in _ORDER if counts[status]}
 
@@ -48,7 +48,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def tower_line(entry: dict[str, Any]) -> str:
-    """One line for the terminal on the vision tower."""
+    """One line for the terminal about the vision tower."""
     return f"{entry['architecture']:<24} {entry.get('tower', '-')[:150]}"
 
 
@@ -105,12 +105,12 @@ def render(whole: dict[str, Any]) -> str:
 
 
 def _tower(entry: dict[str, Any]) -> str:
-    """What the table says of the vision tower; reasons are listed below it."""
+    """The table's entry for the vision tower; reasons are listed below the table."""
     return entry.get("tower", "").partition(":")[0]
 
 
 def _tower_summary(entries: list[dict[str, Any]]) -> str:
-    """How many towers can be cut, and why the others cannot."""
+    """Number of towers that can be cut, and the reasons for the others."""
     told = [(e["architecture"], e["tower"]) for e in entries if e.get("tower")]
     passing = sum(text == "passes" for _, text in told)
     others = [f"- {name}: {_cell(text)}" for name, text in told if text != "passes"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One architecture, from its config to its entry in the table."""
+"""Builds and checks one architecture and returns its entry of the table."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def short(error: BaseException, limit: int = 240) -> str:
 
 
 class NotRun(Exception):
-    """An architecture that cannot be checked; the argument is what is known of it."""
+    """An architecture that cannot be checked; the argument is its entry."""
 
 
 def prepare(architecture: str, class_name: str) -> tuple[build.Built, prompts.Prompts]:
     """A small model of an architecture, and prompts for it.
 
     Raises:
-        NotRun: With `status` "refused" and the library's sentence, or "not built", "not fed" and what the model said.
+        NotRun: With `status` "refused" and the library's message, or "not built" or "not fed" and the model's error.
     """
     failure = ("not built", "")
     stock_tower = False
@@ -51,7 +51,7 @@ def prepare(architecture: str, class_name: str) -> tuple[build.Built, prompts.Pr
         try:
             built = build.build(architecture, class_name, attempt, stock_tower)
         except ImportError as error:
-            # The next attempt is made without the tower that needs another package.
+            # The next attempt replaces the tower that needs another package.
             failure = failure if failure[1] else ("not built", short(error))
             stock_tower = True
             continue
@@ -74,11 +74,11 @@ def examine(architecture: str, class_name: str, only_tower: bool = False) -> dic
 
     Args:
         architecture, class_name: As transformers registers them.
-        only_tower: Leave out all checks but those of cuts inside the vision tower.
+        only_tower: Check only cuts inside the vision tower.
 
     Returns:
-        dict: `status` is "passes", "refused" (with the library's sentence), "not built" or "not fed" (with what the
-        model said) or "fails" (with the check that did not hold).
+        dict: `status` is "passes", "refused" (with the library's message), "not built" or "not fed" (with the model's
+        error) or "fails" (with the failed check).
     """
     entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
     try:
@@ -112,7 +112,7 @@ def examine(architecture: str, class_name: str, only_tower: bool = False) -> dic
 
 
 def _tower(model: torch.nn.Module, fed: prompts.Prompts) -> str:
-    """What came of the checks of cuts inside the vision tower."""
+    """Result of the checks of cuts inside the vision tower."""
     try:
         return towers.examine(model, fed)
     except towers.Failed as error:
@@ -124,18 +124,18 @@ def _tower(model: torch.nn.Module, fed: prompts.Prompts) -> str:
 
 
 def _inside(subject: checks.Subject) -> Any:
-    """FastV at the first layer, from the third on, whose forerunner attends; None if no layer does."""
+    """FastV before the first layer (from the third on) that follows an attention layer; None if there is none."""
     count = subject.parts.num_layers
     for layer in (2, 1, *range(3, count)):
         method = methods.FastV(layer=layer)
         try:
             with vtprune.patch(subject.model, ratio=checks.RATIO, method=method):
                 pruned = subject.logits(subject.one)[0, -1]
-            if not torch.equal(pruned, subject.plain[0, -1]):  # some layer after the cut looks at other columns
+            if not torch.equal(pruned, subject.plain[0, -1]):  # some layer after the cut attends to other columns
                 return method
         except vtprune.MethodError:
             continue
-        except Exception:  # the checks will say what it is
+        except Exception:  # the checks report the error
             return method
     return None
 
@@ -144,7 +144,7 @@ def _clips(subject: checks.Subject, method: Any, rows: dict[str, dict[str, str]]
     """Checks of clips, added to `rows`.
 
     Returns:
-        dict: "video": how clips were fed, or why they were not.
+        dict: "video": input format of the clips, or the reason why they were not fed.
     """
     try:
         fed = prompts.prompts_for(subject.model, subject.parts.placeholders, "video")
@@ -176,13 +176,13 @@ def _all(subject: checks.Subject, method: Any, chosen: dict[str, Any] = checks.C
 
 
 def isolated(architecture: str, limit: int, only_tower: bool = False) -> dict[str, Any]:
-    """`examine` in a forked process, which an interrupt ends."""
+    """Runs `examine` in a forked process, which an interrupt ends."""
     class_name = registered()[architecture]
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a bar may have put itself there, with its lock
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # a progress bar may have replaced them
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(limit)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of cuts inside vision towers: identity, hidden rows, whole merge groups, batch, no trace.
+"""Checks of cuts inside vision towers: identity, hidden rows, whole merge groups, batch, no trace.
 
-A tower is called with what its model gives it where synthetic pictures go through the model, and by itself, with what
-its forward's arguments are called, elsewhere.
+A tower is called with its model's own inputs where synthetic pictures can be fed to the model, otherwise directly, with
+inputs that follow from the names of its forward's arguments.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ KEEP = 0.4
 
 
 class Failed(AssertionError):
-    """A check that did not hold."""
+    """A failed check."""
 
 
 class NotFed(Exception):
-    """No form of pixels was found that the tower takes."""
+    """The tower accepts none of the pixel formats."""
 
 
 Inputs = tuple[tuple, dict[str, Any]]
 
 
 def examine(model: nn.Module, fed: Prompts) -> str:
-    """What the table says of the tower: "passes", "refused: ..." or "not fed: ..." ; `Failed` where a check fails."""
+    """Returns "passes", "refused: ..." or "not fed: ..."; raises `Failed` where a check fails."""
     anatomy = vtprune.inspect(model)
     cuts: list[TowerCut] = []
     for method in (Change(keep=KEEP, block=1), Random(keep=KEEP, block=0)):
@@ -69,7 +69,7 @@ def examine(model: nn.Module, fed: Prompts) -> str:
 
 
 def _from_model(model: nn.Module, tower: nn.Module, fed: Prompts) -> tuple[Inputs, Inputs] | None:
-    """What the model calls its tower with for one picture and for three."""
+    """The inputs that the model passes to its tower for one picture and for three."""
     found: list[Inputs] = []
     handle = tower.register_forward_pre_hook(lambda m, a, k: found.append((a, dict(k))), with_kwargs=True)
     try:
@@ -85,14 +85,14 @@ def _from_model(model: nn.Module, tower: nn.Module, fed: Prompts) -> tuple[Input
 
 
 def _by_itself(cut: TowerCut) -> tuple[Inputs, Inputs]:
-    """The first form of made-up pixels that the tower takes, for one picture and for three."""
+    """The first format of random pixels that the tower accepts, for one picture and for three."""
     failure: Exception | None = None
     for form in _forms(cut):
         try:
             for count in (1, 3):
                 _states(cut.parts.tower, cut.parts.blocks, ((), form(count)))
             return ((), form(1)), ((), form(3))
-        except Exception as error:  # whatever a forward may raise
+        except Exception as error:  # a forward may raise anything
             failure = failure or error
     raise NotFed(f"{type(failure).__name__}: {failure}" if failure else "its arguments are not known here")
 
@@ -163,12 +163,12 @@ def _forms(cut: TowerCut) -> Iterator[Callable[[int], dict[str, Any]]]:
 
 @torch.no_grad()
 def _states(tower: nn.Module, blocks: nn.ModuleList, inputs: Inputs) -> Tensor:
-    """The states after the last block; `NotFed` where it never ran."""
+    """The states after the last block; raises `NotFed` if no block ran."""
     seen: list[Tensor] = []
     hook = blocks[-1].register_forward_hook(lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o))
     try:
         tower(*inputs[0], **inputs[1])
-    except (RuntimeError, ValueError):  # a merger whose sizes do not fit the small config; the blocks ran
+    except (RuntimeError, ValueError):  # the merger's sizes do not fit the small config, but the blocks ran
         if not seen:
             raise
     finally:
@@ -204,7 +204,7 @@ def _identity(anatomy: vtprune.Anatomy, method: Any, inputs: Inputs) -> None:
 
 
 def _hidden_rows(tower: nn.Module, cut: TowerCut, inputs: Inputs) -> None:
-    """Rows that ran have the states of the tower whose blocks from the cut on may not attend to the others."""
+    """Kept rows have the states of the uncut tower with the other rows masked from the cut on."""
     running: list[RunningTower] = []
     begin = cut._begin
 
@@ -240,7 +240,7 @@ def _hidden_rows(tower: nn.Module, cut: TowerCut, inputs: Inputs) -> None:
 
 @contextmanager
 def hiding(tower: nn.Module, blocks: nn.ModuleList, at: int, hide: Tensor) -> Iterator[list[int]]:
-    """While open, blocks from `at` on attend to nothing of `hide` `[B, L]`. Yields how often they attended."""
+    """Masks the rows `hide` `[B, L]` in blocks from `at` on; yields the calls of their attention."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
     asked: list[int] = []
@@ -287,7 +287,7 @@ def hiding(tower: nn.Module, blocks: nn.ModuleList, at: int, hide: Tensor) -> It
 
 
 def _batch(tower: nn.Module, cut: TowerCut, one: Inputs, several: Inputs) -> None:
-    """The first picture keeps the same patches alone and among others."""
+    """The first picture keeps the same patches alone and in a batch."""
     with _attached(cut):
         _states(tower, cut.parts.blocks, one)
         alone = cut._take()[0].kept
@@ -298,21 +298,21 @@ def _batch(tower: nn.Module, cut: TowerCut, one: Inputs, several: Inputs) -> Non
 
 
 class _Late(Pixels):
-    """`Pixels` that is taken for a method that reads states, so that all patches are embedded."""
+    """`Pixels` declared as a method that reads states, so that all patches are embedded."""
 
     def choose(self, patches: Patches) -> TowerChoice:
         return super().choose(patches)
 
 
 def _early(anatomy: vtprune.Anatomy, inputs: Inputs) -> None:
-    """A cut by pixels gives the same states whether it is made before the patch embedding or after it."""
+    """A cut by pixels gives the same states before and after the patch embedding."""
     found = []
     for method in (Pixels(keep=KEEP), _Late(keep=KEEP)):
         cut = TowerCut(anatomy, method, lambda: True)
         try:
             with _attached(cut):
                 found.append(_states(anatomy.vision_tower, cut.parts.blocks, inputs))
-        except vtprune.UnsupportedModelError:  # the tower's arguments do not say which patches are neighbors
+        except vtprune.UnsupportedModelError:  # the tower's arguments do not define the neighbors of a patch
             return
     early, late = found
     off = float((early - late).abs().max() / late.abs().max())
@@ -335,7 +335,7 @@ def _no_trace(tower: nn.Module, cut: TowerCut, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def _groups(model: nn.Module, cut: TowerCut, fed: Prompts) -> None:
-    """Patches that make one unit reach one visual token: changing them after the last block changes just that one."""
+    """A change of one unit's patches after the last block changes exactly one visual token."""
     with _attached(cut):
         model(**fed.batch(ONE))
         run = cut._take()
@@ -379,8 +379,8 @@ def _groups(model: nn.Module, cut: TowerCut, fed: Prompts) -> None:
         grab.remove()
     if len(embeds) != 2 or embeds[0].shape != embeds[1].shape:
         return
-    # Nothing can be said where nothing changes (the projector reads an earlier block) or all does (resamplers), and
-    # where a convolution merges squares that overlap.
+    # Not checkable where no token changes (the projector reads an earlier block), where all do (resamplers), or where a
+    # convolution merges overlapping squares.
     changed = int((embeds[0] != embeds[1]).any(-1).sum())
     tokens = int((fed.batch(ONE)["input_ids"] == fed.placeholder).sum())
     if changed > 1 and changed < tokens and (len(members) > 1 or tokens == len(layout.rows)):

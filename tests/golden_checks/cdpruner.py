@@ -22,7 +22,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         found = -similarity(images, torch.from_numpy(case["text_embeds"])).flatten()  # in CLIP's space
         found = scale(
             found, torch.zeros(len(found), dtype=torch.int64), 1
-        )  # the crops of a call share minimum and maximum
+        )  # the crops of a call share one minimum and maximum
         np.testing.assert_allclose(found.reshape(shape), case["relevance"], rtol=1e-4, atol=1e-5)
         relevance, budget = torch.from_numpy(case["relevance"]).flatten(), int(case["budget"])
         offsets = torch.arange(0, len(relevance) + 1, shape[-1])
@@ -37,6 +37,6 @@ def check(data: dict[str, np.ndarray]) -> None:
 
 
 def pick_gains(features: torch.Tensor, relevance: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """What each pick adds: the squared diagonal of the Cholesky factor of the kernel in the order of the picks."""
+    """Gain of each pick: the squared diagonal of the Cholesky factor of the kernel in pick order."""
     rows = (normalize(features, dim=-1) * relevance[:, None])[order].double()
     return torch.linalg.cholesky(rows @ rows.T).diagonal().square().float()

@@ -12,7 +12,7 @@ from vtprune.core.clips import Clip
 
 
 def cases(data: dict[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields the name of every group of a file and its arrays."""
+    """Yields the name and arrays of every group of a golden file."""
     groups = sorted({name.split("_")[0] for name in data})
     assert groups
     for group in groups:
@@ -39,7 +39,7 @@ def merged_close(x: torch.Tensor, y: np.ndarray) -> None:
 
 
 def same_kept(keep: torch.Tensor, case: dict[str, np.ndarray]) -> None:
-    """The kept tokens, and how many of each frame where the case says so."""
+    """Asserts the kept tokens, and the count of each frame where the case has one."""
     kept = keep.sort().values
     assert kept.tolist() == case["kept"].tolist()
     if "frame_counts" in case:

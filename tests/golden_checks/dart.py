@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of DART: pivots, the order in which they take tokens, and kept tokens."""
+"""Golden check of DART: pivots, the order in which they select tokens, and kept tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         assert requested // (2 * pivots) == int(case["tokens_per_pivot"])
         assert pivots + requested // (2 * pivots) * 2 * pivots == int(case["budget"])
         hidden = torch.from_numpy(case["hidden_normed"])
-        kinds = {False: requested, True: int(case["budget"])}  # at a count that divides evenly both modes agree
+        kinds = {False: requested, True: int(case["budget"])}  # both modes agree where the count divides evenly
         for exact, budget in kinds.items():
             keep = duplication_aware(
                 hidden[start:end],

@@ -43,7 +43,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         close(scores, case["scores"])
 
         budget = int(case["budget"])
-        if "budget_requested" in case:  # the release lowers the rank to what shows the picture
+        if "budget_requested" in case:  # the released code lowers the rank to the number of unpadded tokens
             assert budget == min(int(case["budget_requested"]), int(mask.sum()))
         pool = torch.tensor([0, len(scores)])
         kept = top_k(scores, pool, torch.tensor([budget])).nonzero().flatten()

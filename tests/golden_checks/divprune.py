@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of DivPrune: the order of the picks and the distances they were picked with."""
+"""Golden check of DivPrune: the pick order and the distance of each pick."""
 
 from __future__ import annotations
 

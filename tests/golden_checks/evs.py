@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of EVS: dissimilarity to the frame before, and kept tokens."""
+"""Golden check of EVS: dissimilarity to the previous frame, and kept tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of FastVID: segments, salient tokens, centers, and the merged features; counts of the release."""
+"""Golden check of FastVID: segments, salient tokens, centers, merged features, and the released code's counts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of FlashVID before the decoder: segments, picks, trees and clusters; counts of the release."""
+"""Golden check of FlashVID before the decoder: segments, picks, trees, clusters, and the released code's counts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of HoliTom: windows, static places, picks and clusters; counts of the release; the cut inside."""
+"""Golden check of HoliTom: windows, static positions, picks, clusters, the released counts, and the decoder cut."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of IPCV: scores, kept patches and neighbors, and whole towers cut by the engine."""
+"""Golden check of IPCV: scores, kept patches and neighbors, and whole towers under the engine's cut."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _check_choice(case: Case, before: Tensor, at_cut: Tensor, keep: Tensor) -> N
 
 
 def _check_core(case: Case) -> None:
-    """Only the choice, and the rebuild from states that are given."""
+    """Checks the selection, and the rebuild from given states."""
     before, at_cut = torch.from_numpy(case["states_before"]), torch.from_numpy(case["states_at_cut"])
     later = torch.from_numpy(case["states_later"])
     tower = _Tower([_Given(lambda x: at_cut), _Given(lambda x: later[torch.from_numpy(case["kept"])])], [len(before)])
@@ -56,7 +56,7 @@ def _check_core(case: Case) -> None:
 
 
 def _check_packed(case: Case) -> None:
-    """A whole tower of Qwen2-VL's kind; the release chooses from one pool over all pictures."""
+    """Checks a whole Qwen2-VL tower; the released code selects from one pool over all pictures."""
     embeddings = torch.from_numpy(case["embeddings"])
     lengths = [int(np.prod(grid)) for grid in case["grid_thw"]]
     blocks = [_Packed(case, number) for number in range(len(case["qkv_weight"]))]
@@ -81,9 +81,9 @@ def _check_packed(case: Case) -> None:
 
 
 def _check_tiles(case: Case) -> None:
-    """A tower of InternVL's kind. Each tile keeps its own, but the release takes neighbors from all tiles.
+    """Checks an InternVL tower: selection is per tile, but the released code takes neighbors from all tiles.
 
-    Kept rows are checked against the release; dropped ones against its formula with the neighbors of the data.
+    Kept rows are compared with the released code's; dropped ones with its formula, given the neighbors of the data.
     """
     embeddings, at, last = torch.from_numpy(case["embeddings"]), int(case["prune_layer"]), len(case["qkv_weight"])
     states, before = embeddings, embeddings
@@ -100,7 +100,7 @@ def _check_tiles(case: Case) -> None:
     top = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :budget].sort(1).values
     kept = torch.cat([torch.zeros(tiles, 1, dtype=torch.int64), top + 1], 1)
     np.testing.assert_array_equal(kept, case["kept"])
-    # The release counts the class tokens among the kept patches that neighbors are taken from.
+    # In the released code, class tokens are among the kept patches that neighbors are taken from.
     keep = torch.zeros(tiles, count + 1, dtype=torch.bool).scatter_(1, kept, True).flatten()
     dropped, sources = nearest_kept(flat, keep, torch.tensor([0, len(flat)]), int(case["neighbours_k"]))
     np.testing.assert_array_equal(sources.sort(1).values, case["neighbours"].reshape(len(dropped), -1))
@@ -125,7 +125,7 @@ def _check_tiles(case: Case) -> None:
 
 
 class _Given(nn.Module):
-    """A block whose output is given."""
+    """A block that returns given states."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Given(nn.Module):
 
 
 class _Packed(nn.Module):
-    """A block of Qwen2-VL's kind on a packed sequence."""
+    """A Qwen2-VL block on a packed sequence."""
 
     def __init__(self, case: Case, number: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Packed(nn.Module):
 
 
 class _Tiles(_Packed):
-    """A block of InternVL's kind on a batch of tiles."""
+    """An InternVL block on a batch of tiles."""
 
     def __init__(self, case: Case, number: int) -> None:
         super().__init__(case, number)
@@ -183,7 +183,7 @@ class _Tiles(_Packed):
 
 
 def _rotation(case: Case) -> Tensor:
-    """`[N, dh / 2]` angles of rows and columns, in the order of merge squares of 2 x 2."""
+    """Row and column angles `[N, dh / 2]`, in the order of the 2 x 2 merge groups."""
     width = case["embeddings"].shape[1] // int(case["num_heads"])
     frequency = 1 / 10000 ** (torch.arange(0, width // 2, 2).float() / (width // 2))
     angles = []
@@ -195,7 +195,7 @@ def _rotation(case: Case) -> Tensor:
 
 
 class _Tower(nn.Module):
-    """Blocks over one packed sequence, which attends within `lengths`; every patch is in the same picture."""
+    """Blocks over one packed sequence of a single picture; attention stays within segments of `lengths`."""
 
     def __init__(self, blocks: list[nn.Module], lengths: list[int], rotation: Tensor | None = None) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of IWP: magnitudes, similarities, and the exact greedy choice under every objective."""
+"""Golden check of IWP: magnitudes, similarities, and the exact greedy selection under every objective."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sample_of(case: dict[str, np.ndarray]) -> Sample:
         torch.from_numpy(case[name]) for name in (FIRST, "keys_pre_rope_all", "keys_post_rope_visual", "values_visual")
     )
     start, count, length = int(case["image_start"]), values.shape[1], keys.shape[1]
-    # Rotated keys and values of the text are not in the file, and nothing may read them.
+    # Rotated keys and values of the text are not in the file; NaN shows any read of them.
     everywhere = [torch.full((len(x), length, x.shape[2]), torch.nan) for x in (rotated, values)]
     for whole, visual in zip(everywhere, (rotated, values), strict=True):
         whole[:, start : start + count] = visual

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of PixelPrune: the cells that stay, from the pixels of a tower call; as tokens, they come first."""
+"""Golden check of PixelPrune: kept cells from the pixels of a tower call; as tokens they rank first."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ METRICS = ("max", "mean", "rms")
 
 
 def layout_of(pixel_values: torch.Tensor, grid: torch.Tensor, merge: int, side: int) -> Layout:
-    """The pictures of a packed call."""
+    """The layout of the pictures of a packed call."""
     parts = PatchSizes(nn.Module(), SimpleNamespace(), merge, merge, None, (side, side), False)
     given = {"hidden_states": pixel_values, "grid_thw": grid}
     return find_pictures(parts, given, (1, len(pixel_values)), None, None, lambda: torch.empty(0), True)
 
 
 def patches_of(layout: Layout) -> Patches:
-    """What the engine hands a tower method."""
+    """The `Patches` that the engine passes to a tower method."""
     states = torch.zeros(layout.length, 1)
     nothing: Any = None
     return Patches(
@@ -60,7 +60,7 @@ def check(data: dict[str, np.ndarray]) -> None:
             choice = Pixels(**options).choose(patches)
             keep = choice.keep
             cells = keep.reshape(-1, merge * merge)
-            assert (cells == cells[:, :1]).all(), "merge groups stay whole"
+            assert (cells == cells[:, :1]).all(), "a merge group was split"
             np.testing.assert_array_equal(cells[:, 0].nonzero()[:, 0], case[name])
             counts = [int(part[:, 0].sum()) for part in cells.split((patches.unit_offsets.diff()).tolist())]
             np.testing.assert_array_equal(counts, case[f"{name}_counts"])
@@ -69,6 +69,6 @@ def check(data: dict[str, np.ndarray]) -> None:
             np.testing.assert_array_equal(first.nonzero()[:, 0], case[name])
             if name == "kept":
                 np.testing.assert_array_equal(keep.nonzero()[:, 0], case["kept_patches"])
-            if tolerance == 0:  # what represents a dropped patch has its pixels
+            if tolerance == 0:  # the source of a dropped patch has the same pixels
                 rebuild, pixels = choice.rebuild, patches.pixels()
                 assert torch.equal(pixels[rebuild.dropped], pixels[rebuild.sources[:, 0]])

@@ -18,7 +18,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         keys, features = torch.from_numpy(case["keys"]), torch.from_numpy(case["features"])
         queries = torch.zeros_like(keys)
         queries[0] = torch.from_numpy(case["query_cls"])
-        # Two halves of the width, as if they were heads: the method has to put them together again.
+        # Split into two heads, which the method has to concatenate again.
         heads = [x.unflatten(1, (2, -1)).transpose(0, 1)[None] for x in (queries, keys)]  # [1, 2, N + 1, C / 2]
         attention = one_head(Attention(*heads, 1.0, None, None, 1)).of_class_token()[0, 1:]
         expected = case["prumerge_cls_attention"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of residual selection: the order of the picks, their scores, the energy left and automatic budgets."""
+"""Golden check of residual selection: pick order, scores, residual energy and automatic budgets."""
 
 from __future__ import annotations
 

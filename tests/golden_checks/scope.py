@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of SCOPE: saliency of both kinds of tower, the order of the picks, their scores and the coverage."""
+"""Golden check of SCOPE: saliency in both kinds of tower, pick order, scores and coverage."""
 
 from __future__ import annotations
 

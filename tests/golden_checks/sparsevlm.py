@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of SparseVLM and SparseVLM+: raters, scores, kept tokens, and what is recycled into what."""
+"""Golden check of SparseVLM and SparseVLM+: raters, scores, kept tokens, and the target of each recycled token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: t
     if split_budget(count, total) != (
         budget,
         clusters,
-    ):  # two splits may have the same sum; ours then keeps one token more
+    ):  # if two splits have the same sum, the library keeps one token more
         assert split_budget(count, total) == (budget + 1, clusters - 1)
         return torch.stack([visual[rows][group == c].mean(0) for c in range(clusters)])
     keep, merged = recycle(visual, scores, scores, torch.tensor([0, count]), torch.tensor([total]))
@@ -65,7 +65,7 @@ def check(data: dict[str, np.ndarray]) -> None:
 
         attention = torch.from_numpy(case["text_attention_rows"])[:, chosen]  # [H, r, N]
         if int(case["version2"]):
-            ids = torch.from_numpy(case["position_ids"])  # they have gaps after an earlier cut
+            ids = torch.from_numpy(case["position_ids"])  # with gaps after an earlier cut
             divisor = rope_weights(ids[end:, None] - ids[start:end], head_size=128)
             close(divisor, case["rope_weights"])
             attention = attention / divisor[chosen]

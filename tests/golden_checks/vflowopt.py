@@ -54,7 +54,7 @@ def check_map(case: dict[str, np.ndarray]) -> None:
 
 
 def assembled(case: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The map over thumbnail and tiles, packed as the model itself would, and which tokens are newlines."""
+    """The map over thumbnail and tiles in the model's packed order, and the mask of newline tokens."""
     width, height = case["image_size"].tolist()
     crops = torch.from_numpy(case["crop_importance"])
     across, down = (len(crops) - 1, 1) if width > height else (1, len(crops) - 1)
@@ -71,7 +71,7 @@ def assembled(case: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Packing(LlavaOnevisionModel):
-    """The packed layout of LLaVA-OneVision without its weights."""
+    """LLaVA-OneVision's packing of features, without its weights."""
 
     def __init__(self, config: SimpleNamespace) -> None:
         torch.nn.Module.__init__(self)

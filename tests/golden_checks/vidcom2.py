@@ -18,7 +18,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         close(to_clip, case["video_scores"])
         close(to_frame, case["frame_scores"])
         shares = frame_shares(to_clip, clip, float(case["ratio"]))
-        close(shares, case["frame_shares"], extra=2e-5)  # a temperature of 0.01 makes rounding a hundred times larger
+        close(shares, case["frame_shares"], extra=2e-5)  # a temperature of 0.01 multiplies rounding errors by 100
         counts = [max(1, round(s * n)) for s, n in zip(shares.tolist(), clip.sizes, strict=True)]
         assert counts == case["release_frame_budgets"].tolist()
         scores = to_clip + to_frame

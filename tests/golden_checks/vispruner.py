@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of VisPruner: important patches and what is left of the others, in order."""
+"""Golden check of VisPruner: important patches and the diverse rest, in order."""
 
 from __future__ import annotations
 

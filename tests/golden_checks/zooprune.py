@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Golden check of ZOO-Prune: directions, sensitivity by differences and by derivatives, choice per crop."""
+"""Golden check of ZOO-Prune: directions, sensitivity by finite differences and by derivatives, selection per crop."""
 
 from __future__ import annotations
 

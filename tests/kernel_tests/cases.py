@@ -15,13 +15,13 @@ def offsets_of(lengths: tuple[int, ...]) -> Tensor:
 
 
 def budgets(lengths: tuple[int, ...], kind: str) -> Tensor:
-    """Budgets of one row, of some rows, and of all rows."""
+    """Budget per group: one row, some rows or all rows."""
     count = {"one": lambda n: min(n, 1), "some": lambda n: (n + 3) // 4, "all": lambda n: n}[kind]
     return torch.tensor([count(n) for n in lengths])
 
 
 def clustered(rows: int, *shape: int, seed: int, clusters: int = 12, noise: float = 0.7) -> Tensor:
-    """`[rows, *shape]` float32 around a few centers, the rows of one center beside each other."""
+    """Clustered rows `[rows, *shape]` float32; rows of one cluster are adjacent."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(clusters, *shape, generator=generator)
     which = torch.randint(clusters, (rows,), generator=generator).sort().values
@@ -29,7 +29,7 @@ def clustered(rows: int, *shape: int, seed: int, clusters: int = 12, noise: floa
 
 
 def exact_rows(rows: int, width: int, seed: int) -> Tensor:
-    """`[rows, width]` with four entries of 1 or -1: lengths and products are exact, so that ties are true ties."""
+    """Rows `[rows, width]` with four entries of 1 or -1: norms and products are exact, and so are ties."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.rand(rows, width, generator=generator).topk(4, dim=1).indices
     signs = torch.randint(0, 2, (rows, 4), generator=generator) * 2.0 - 1
@@ -42,7 +42,7 @@ def strided(tensor: Tensor) -> Tensor:
 
 
 def assert_order(order: Tensor, expected: Tensor, offsets: Tensor, counts: Tensor) -> None:
-    """Equal orders, each holding exactly its budget of different rows of its own group."""
+    """Asserts equal orders, each with exactly `counts` distinct rows of its own group."""
     assert order.dtype == torch.int64 and order.shape == (len(counts), int(counts.max()))
     for row, start, stop, count in zip(order, offsets[:-1], offsets[1:], counts.tolist(), strict=True):
         chosen = row[:count]

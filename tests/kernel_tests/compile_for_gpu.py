@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every Triton source for a GPU that need not be there, and prints the resources of each kernel.
+"""Compiles every Triton kernel for a GPU that need not be present, and prints the resources of each.
 
     python tests/kernel_tests/compile_for_gpu.py [cuda:90 | cuda:80 | hip:gfx942] [float16 | bfloat16 | float32]
 
-Every launch of an operation is turned into a compilation: nothing runs. The value of a tensor may not be read
-meanwhile, nor one be made from numbers of the host, for on a GPU that would wait for the device. The last line says how
-many kernels were compiled.
+Every kernel launch is replaced by a compilation. Reading a tensor's value or creating a tensor from host data raises,
+because on a GPU it would synchronize with the device. The last line is the number of compiled kernels.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from triton.runtime.jit import JITFunction
 
 from kernel_tests.gpu_cases import launches
 
-TILE_LIMIT = 99 * 1024  # shared memory of a block on the smallest of the usual GPUs
-STACK_LIMIT = 512  # bytes that a thread may spill from its registers; thousands are tiles that are too large
+TILE_LIMIT = 99 * 1024  # bytes of shared memory per block on the smallest common GPUs
+STACK_LIMIT = 512  # spilled bytes per thread; thousands indicate tiles that are too large
 
 
 class NoDevice:
-    """Stands in for a driver: names the target, and can launch nothing."""
+    """Replacement of Triton's driver that reports the target and cannot launch kernels."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -43,7 +42,7 @@ class NoDevice:
 
 
 def registers(binary: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of one thread, by NVIDIA's disassembler, which comes with Triton."""
+    """Registers and stack bytes per thread, from the disassembler that Triton includes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -55,7 +54,7 @@ def registers(binary: bytes) -> tuple[int, int]:
 
 def forbidden(reader: str):
     def read(*_: object, **__: object):
-        raise RuntimeError(f"{reader} waits for the device")
+        raise RuntimeError(f"{reader} synchronizes with the device")
 
     return read
 
@@ -76,7 +75,7 @@ def main(target: str = "cuda:90", dtype: str = "float16") -> None:
                 use["registers"], use["stack"] = registers(kernel.asm["cubin"])
             print(*key[:2], *(f"{name}={value}" for name, value in use.items()), flush=True)
             assert use["shared"] <= TILE_LIMIT, f"{key[:2]} needs {use['shared']} bytes of shared memory"
-            assert use.get("stack", 0) <= STACK_LIMIT, f"{key[:2]} spills {use['stack']} bytes a thread"
+            assert use.get("stack", 0) <= STACK_LIMIT, f"{key[:2]} spills {use['stack']} bytes per thread"
 
     JITFunction.run = compile_only
     calls = list(launches(getattr(torch, dtype)))

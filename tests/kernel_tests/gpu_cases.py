@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All launches of the Triton operations, at sizes of real models."""
+"""Calls of all Triton operations, at sizes of real models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yields the name of an operation and a call of it, on inputs of `dtype` that say nothing."""
+    """Yields the name of each operation and a call of it on random inputs of `dtype`."""
 
     def call(operation: str, *arguments: object, **options: object) -> tuple[str, Callable[[], object]]:
         run = getattr(import_module(f"vtprune_kernels.{operation}.triton"), operation)
         return f"{operation} {sorted(options)}", lambda: run(*arguments, **options)
 
     def choice(operation: str, *arguments: object, **options: object) -> Iterator[tuple[str, Callable[[], object]]]:
-        """With a matrix of all pairs, and without."""
+        """A selection with the matrix of all pairs, and without it."""
         name, run = call(operation, *arguments, max_length=600, **options)
         yield name, run
         module = import_module("vtprune_kernels._triton_pairs")

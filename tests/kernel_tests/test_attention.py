@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few rows, received attention, and rank-one magnitudes, against specification and definition."""
+"""Attention rows, received attention and rank-one relevance against the specification and the definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtprune_kernels.received_attention.naive import received_attention as naive
 
 
 def case(heads=6, groups=2, size=60, seed=0, keys=(9, 123, 1), rows=(3, 5, 1)):
-    """Three samples; visual tokens from column 2 on, the query rows are the last columns."""
+    """Three samples with visual tokens from column 2 on; the last columns are the query rows."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(sum(rows), heads, size, generator=generator) * 3
     k, v = (torch.randn(sum(keys), groups, size + extra, generator=generator) for extra in (0, 4))
@@ -40,7 +40,7 @@ def test_relevance_equals_specification(heads, groups, size, reduce, normalize, 
 
 
 def test_relevance_is_softmax_weight_times_value_length():
-    """The definition by brute force in float64, for one sample."""
+    """Relevance of one sample equals softmax weight times value norm, computed in float64."""
     q, k, v, query_offsets, key_offsets, query_order, visual, scaling = case(keys=(40,), rows=(6,))
     magnitudes = []
     for row, place in enumerate(query_order.tolist()):
@@ -79,7 +79,7 @@ def test_rows_equal_specification(reduce, heads, groups, size, softcap):
 
 def test_rows_equal_pytorch_attention():
     q, k, _, query_offsets, key_offsets, query_order, _, scaling = case(keys=(70,), rows=(4,))
-    eye = torch.eye(70)[None, None].expand(1, 6, 70, 70)  # values that make the output the attention itself
+    eye = torch.eye(70)[None, None].expand(1, 6, 70, 70)  # identity values: the output is the attention matrix
     mask = torch.arange(70) <= query_order[:, None]
     keys = k.permute(1, 0, 2)[None].repeat_interleave(3, 1)
     expected = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, eye, mask, scale=scaling)

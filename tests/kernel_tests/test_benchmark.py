@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the kernels, on little data, and the one command for all that needs a GPU."""
+"""Tests of the kernel benchmark on small inputs, and of the command that runs all GPU measurements."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def test_extra_memory_counts_what_is_alive_at_once():
 
     def work():
         first = source + 1  # 4000 bytes
-        second = first * 2  # 8000 at once
+        second = first * 2  # 8000 bytes while `first` is alive
         del first
         third = second - 1  # 8000
-        return third.view(10, 100)  # nothing new
+        return third.view(10, 100)  # no new memory
 
     assert kernels.extra_memory(work, CPU) == 8000
     assert kernels.extra_memory(lambda: source.view(10, 100), CPU) == 0

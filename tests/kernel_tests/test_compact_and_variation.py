@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compaction of token rows, and transition variation: the change of tokens by a module."""
+"""Tests of token compaction and of transition variation (how much a module changes each token)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_variation_of_unchanged_and_turned_tokens():
 
 
 def test_compact_is_differentiable(monkeypatch):
-    """A column's gradient is the sum over its places, and padding has none; also where the kernel would run."""
+    """A column's gradient is the sum over its copies, and zero from padding; also on the kernel's path."""
     source = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
     index = torch.tensor([[0, 2, 2, 6], [1, 5, -1, -1]])
     module = importlib.import_module("vtprune_kernels.compact")

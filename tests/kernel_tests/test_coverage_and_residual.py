@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facility location and residual selection: the fast paths against their specifications and their laws."""
+"""Facility location and residual selection: fast paths against specifications and mathematical properties."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_residual_pivots_equal_specification(lengths, kind):
 
 @pytest.mark.parametrize("width", [64, 192])
 def test_more_picks_than_dimensions(width):
-    """What is left of a row after as many picks as there are dimensions is rounding, and chooses nothing."""
+    """After as many picks as dimensions, residuals are rounding errors and do not affect the order."""
     lengths = (2 * width, width + 20, 30)
     for seed in range(3):
         features = torch.randn(sum(lengths), width, generator=torch.Generator().manual_seed(seed))
@@ -83,7 +83,7 @@ def test_every_pick_adds_most_and_gains_never_rise():
 
 
 def test_greedy_coverage_reaches_its_share_of_the_best():
-    """Facility location is monotone and submodular: greedy is within 1 - 1/e of the best of all sets."""
+    """Greedy facility location reaches at least 1 - 1/e of the best set's coverage (monotone and submodular)."""
     from itertools import combinations
 
     for seed in range(5):
@@ -205,7 +205,7 @@ def test_energy_left_is_what_the_projection_leaves():
 @pytest.mark.parametrize("length", [2880, 6000])
 @pytest.mark.parametrize("choose", [facility_location, residual_pivots])
 def test_extra_memory_has_a_bound(choose, length):
-    """A matrix of all pairs of 2,880 rows would fit into 64 MiB once, one of 6,000 rows would not."""
+    """Extra memory is bounded, for 2,880 rows (all pairs fit into 64 MiB) and 6,000 rows (they do not)."""
     features = clustered(length, 16, seed=9)
     offsets, counts = torch.tensor([0, length]), torch.tensor([12])
     assert 0 < extra_memory(lambda: choose(features, None, offsets, counts), torch.device("cpu")) <= 64 * 2**20

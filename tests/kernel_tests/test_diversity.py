@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Farthest point and DPP: the fast paths against their specifications."""
+"""Farthest-point and DPP selection: fast paths against their specifications."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_poin
 
 @pytest.fixture(autouse=True, params=["as it comes", "lazy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small groups as they are chosen, and by lazy evaluation, which large groups always are."""
+    """Runs every test with the default path, and with the lazy evaluation of large groups."""
     if request.param == "lazy":
         for operation in ("dpp_map", "weighted_farthest_point"):
             module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
@@ -80,7 +80,7 @@ def test_ties_go_to_the_smaller_row():
     for weights in (None, torch.ones(60), halves):
         order = weighted_farthest_point(rows, weights, offsets, counts)
         assert_order(order, naive_farthest(rows, weights, offsets, counts), offsets, counts)
-    generic = clustered(20, 7, seed=9)  # lengths with rounding: every row is still exactly as good as any other
+    generic = clustered(20, 7, seed=9)  # norms are rounded, but all rows are exactly equal
     for relevance in (torch.ones(20), torch.full((20,), 0.3)):
         assert dpp_map(generic, relevance, torch.tensor([0, 20]), torch.tensor([1])).tolist() == [[0]]
 
@@ -97,7 +97,7 @@ def test_dpp_orders_duplicates_by_relevance_and_not_by_rounding():
 
 @pytest.mark.parametrize("others", [0, 3, 400])
 def test_rows_that_are_each_others_nearest_tie(others):
-    """Both distances are one number, whatever the order of its sums: the smaller row is first."""
+    """The two rows have the same distance, whatever the order of summation, so the smaller index comes first."""
     for seed in range(20):
         rows = clustered(others, 37, seed=seed, clusters=1, noise=0.01)
         pair = torch.randn(2, 37, generator=torch.Generator().manual_seed(seed)) - 3 * rows.sum(0) / max(1, others)
@@ -117,7 +117,7 @@ def nonsense(cosine):
     "screen", [lambda c: c, lambda c: c.rounded(torch.bfloat16), nonsense], ids=["f32", "bf16", "-"]
 )
 def test_first_pick_does_not_depend_on_the_guesses(rows, screen, monkeypatch):
-    """Whatever low precision says about who is near whom, the answer is that of float32."""
+    """The first pick is that of float32, whatever neighbors the low-precision screening proposes."""
     module = importlib.import_module("vtprune_kernels.weighted_farthest_point.isolated")
     monkeypatch.setattr(module, "screen_of", screen)
     offsets, counts = torch.tensor([0, rows]), torch.tensor([3])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive MMR: the fast path against the specification, the specification against the mathematics."""
+"""Progressive MMR: the fast path against the specification, and the specification against its definition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
 
 @pytest.fixture(autouse=True, params=["as it comes", "lazy"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small groups as they are chosen, and by lazy evaluation, which large groups always are."""
+    """Runs every test with the default path, and with the lazy evaluation of large groups."""
     if request.param == "lazy":
         for operation in ("progressive_mmr",):
             module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
@@ -59,7 +59,7 @@ def test_every_schedule_and_objective_equals_specification(options):
 
 @pytest.mark.parametrize("objective", ["linear", "log"])
 def test_similarity_equals_the_cosine_of_rank_one_updates(objective):
-    """Kernel features in float64 by their definition, small enough not to overflow."""
+    """Similarity equals the cosine of rank-one updates from explicit kernel features in float64."""
     _, keys, values, _ = case((40,), key_size=16)
     keys, k, v = keys + 3, keys.double() + 3, values.double()
     kappa = torch.exp(torch.einsum("igd,jgd->gij", k, k) / k.shape[-1] ** 0.5)
@@ -75,7 +75,7 @@ def test_similarity_equals_the_cosine_of_rank_one_updates(objective):
 
 
 def brute_force(relevance, similarity, count, duplication):
-    """Exact greedy choice in float64 on the full matrix."""
+    """Exact greedy selection in float64 on the full matrix."""
     chosen = []
     while len(chosen) < count:
         closest = similarity[:, chosen].amax(1).clamp_min(0) if chosen else torch.zeros_like(relevance)
@@ -156,7 +156,7 @@ def test_carried_rows_count_as_chosen_and_are_not_returned(chunk):
     first = torch.zeros(121, dtype=torch.bool)
     first[torch.cat([whole[0, :10], whole[2, :10]])] = True
     rest = progressive_mmr(relevance, keys, values, offsets, torch.tensor([20, 0, 20]), chunk=1, preselected=first)
-    assert torch.equal(rest[[0, 2]], whole[[0, 2], 10:])  # going on equals never having stopped
+    assert torch.equal(rest[[0, 2]], whole[[0, 2], 10:])  # resuming equals an uninterrupted selection
 
 
 def test_closest_other_is_the_largest_off_diagonal_similarity():

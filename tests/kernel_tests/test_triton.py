@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton sources against the specifications: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels against the specifications: on a GPU if present, else in Triton's interpreter.
 
-The interpreter is slow, so the shapes are small and odd. Outputs are allocated full of NaN, so that a value that is not
-written is seen.
+The interpreter is slow, so the shapes are small and odd. Outputs are initialized with NaN to reveal unwritten values.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}  # inputs are exact: only sums differ
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-5, torch.bfloat16: 2e-5}  # inputs are exact: only sums are rounded
 
 
 def pair(operation):
-    """The Triton source, fed on the device and answering on the CPU, and the specification."""
+    """The Triton operation, run on the device with results on the CPU, and its specification."""
     run, naive = (
         getattr(importlib.import_module(f"vtprune_kernels.{operation}.{part}"), operation)
         for part in ("triton", "naive")
@@ -49,7 +48,7 @@ def pair(operation):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """Fresh memory holds NaN, or a number that no index has."""
+    """Initializes new tensors with NaN, or with an invalid index."""
 
     def fill(tensor):
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 101)
@@ -61,10 +60,10 @@ def poison(monkeypatch):
 
 @pytest.fixture(params=[None, 14_000, 0], ids=["matrix", "matrix in parts", "no matrix"])
 def memory(request, monkeypatch):
-    """What a matrix of all pairs may take: enough for all groups of a test, for some of them at once, for none."""
+    """Byte limit of the matrix of all pairs: enough for all groups of a test, for some of them, or for none."""
     if request.param is not None:
         monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", request.param)
-        window = importlib.import_module("vtprune_kernels._triton_window")  # of few rows, which are searched in parts
+        window = importlib.import_module("vtprune_kernels._triton_window")  # a small window, searched in parts
         monkeypatch.setattr(window, "WINDOW_BYTES", 20_000)
         monkeypatch.setattr(window, "_SCAN", 64)
 
@@ -284,7 +283,7 @@ def test_cosines_of_all_pairs_and_the_nearest_other_row(dtype):
 
 @pytest.mark.parametrize("dtype, bias", [(torch.float32, 600.0), (torch.float16, 1.0), (torch.bfloat16, 1.0)], ids=str)
 def test_similarities_of_all_pairs(dtype, bias):
-    """A bias that all keys share changes no distance, but is what most of a product of keys is made of."""
+    """A bias shared by all keys, which dominates their products, changes no distance."""
     module = importlib.import_module("vtprune_kernels.progressive_mmr.triton_similarity")
     similarity = importlib.import_module("vtprune_kernels.progressive_mmr.naive").similarity
     keys = ((clustered(150, 2, 20, seed=1) * 0.7) + bias).to(dtype)
@@ -303,7 +302,7 @@ def test_similarities_of_all_pairs(dtype, bias):
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts the launches of the interpreter")
 @pytest.mark.parametrize("operation, most", [("weighted_farthest_point", 3), ("progressive_mmr", 3), ("dpp_map", 5)])
 def test_a_choice_takes_few_launches(operation, most, monkeypatch):
-    """However many rows are chosen; the DPP's matrix changes after every 32."""
+    """The number of launches does not depend on the budget (the DPP updates its matrix every 32 picks)."""
     from triton.runtime import interpreter
 
     launches, call = [], interpreter.GridExecutor.__call__
@@ -341,7 +340,7 @@ def test_a_window_is_made_anew_only_after_a_pick_outside(operation, monkeypatch)
 
 
 def test_progressive_mmr_chooses_among_the_candidates_only(memory):
-    """The round that chooses three of twelve candidates: the twelfth place has two equal rows, and the first has it."""
+    """Of two rows tied for the last of twelve candidate places, only the smaller index can be selected."""
     run, naive = pair("progressive_mmr")
     directions = torch.eye(16)
     rows = torch.cat([directions[:2], directions[2].expand(5, -1), directions[3:5], directions[2].expand(6, -1)])[
@@ -400,7 +399,7 @@ def test_compact():
 
 
 def test_every_source_compiles_for_a_gpu_that_is_not_here():
-    """The interpreter accepts more than the compiler does."""
+    """Every kernel compiles for a GPU that is not present: the interpreter accepts more than the compiler."""
     folder = Path(__file__).resolve().parent
     path = os.pathsep.join([str(folder.parent), str(folder.parents[1] / "kernels" / "torch-ext")])
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}

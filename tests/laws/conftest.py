@@ -18,8 +18,7 @@ from vtprune import methods  # noqa: E402
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family`, `method`, `layout` and `attention` arguments run over all there is; families outermost, to build few
-    models."""
+    """Parametrizes `family`, `method`, `layout` and `attention`; families outermost, so that few models are built."""
     names = metafunc.fixturenames
     if "family" in names:
         metafunc.parametrize("family", list(FAMILIES), scope="session")

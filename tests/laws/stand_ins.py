@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPU replacements of flash attention and flex attention that take the same masks.
 
-Flash attention gets no mask, or one of live keys only (`[B, KV]`); flex attention gets a `BlockMask`. What the kernels
-do with them is done here with dense masks, so that every path of the engine runs where the kernels do not.
+Flash attention gets no mask or a padding mask `[B, KV]`; flex attention gets a `BlockMask`. Here both are turned into
+dense masks, so that every path of the engine can be tested on a CPU.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.masking_utils import (
 def flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    """Causal from the bottom right, over the keys that `attention_mask` `[B, KV]` leaves."""
-    assert attention_mask is None or attention_mask.dim() == 2, "flash attention takes a mask of keys only"
+    """Causal attention aligned to the bottom right, over the keys that `attention_mask` `[B, KV]` leaves visible."""
+    assert attention_mask is None or attention_mask.dim() == 2, "flash attention takes a padding mask [B, KV]"
     is_causal = kwargs.pop("is_causal", None)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
@@ -39,7 +39,7 @@ def flash(
 
 
 def flex(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """The pattern of a `BlockMask`, written out."""
+    """Attention under a `BlockMask`, by its dense equivalent."""
     kwargs.pop("is_causal", None)
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, is_causal=False, **kwargs)
@@ -50,7 +50,7 @@ def flex(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention
 
 
 def flex_block_mask(batch_size: int, q_length: int, kv_length: int, mask_function: Any = None, **kwargs: Any) -> Any:
-    """transformers' mask for flex attention, without compiling."""
+    """Flex attention's `BlockMask` as transformers builds it, without compilation."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     q_offset, kv_offset = int(kwargs.get("q_offset", 0)), kwargs.get("kv_offset", 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers of the laws: cached models, spied methods, the masked reference of a pruned call."""
+"""Helpers of the laws: cached models, recorded selections, the masked reference of a pruned call."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Middle(ScoreMethod):
 
 @dataclass
 class Merging(Method):
-    """A cut that changes what it keeps."""
+    """One cut that rewrites the hidden states of the kept tokens."""
 
     layer: int = 1
 
@@ -81,14 +81,14 @@ def patched(model: torch.nn.Module, method: Any, **budget: Any) -> vtprune.Patch
 
 
 def in_threads(work: Callable[[int], None], count: int) -> None:
-    """Runs `work(0)`, ..., `work(count - 1)` at once, each in a thread of its own; raises what one of them raises."""
+    """Runs `work(0)`, ..., `work(count - 1)` concurrently, one thread each; reraises the first exception."""
     with ThreadPoolExecutor(count) as pool:
         for result in [pool.submit(work, number) for number in range(count)]:
             result.result()
 
 
 class Spy:
-    """Records the choices of a patch's method, with the states that a merging method wrote, for the reference."""
+    """Records the selections of a patch's method, with the states that a merging method wrote, for the reference."""
 
     def __init__(self, patch: vtprune.Patch) -> None:
         self.patch, self.choose = patch, patch.method.choose
@@ -101,7 +101,7 @@ class Spy:
         return choice
 
     def drops(self) -> Drops:
-        """Tokens that the most recent prefill dropped and replaced."""
+        """Tokens that the last prefill dropped, and states that it replaced."""
         last = self.patch.last
         assert last is not None
         drop = Drops.of(last)
@@ -119,7 +119,7 @@ class Spy:
 
 @contextmanager
 def pruned(model: torch.nn.Module, method: Any, **budget: Any) -> Iterator[tuple[vtprune.Patch, Spy]]:
-    """A patched model, unpatched at the end; skips where the method refuses the model."""
+    """Patches a model for the duration of the block; skips the test if the method refuses the model."""
     patch = patched(model, method, **budget)
     spy = Spy(patch)
     try:
@@ -130,7 +130,7 @@ def pruned(model: torch.nn.Module, method: Any, **budget: Any) -> Iterator[tuple
 
 
 def survivors(drops: list[Drops], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[B, T]` bool, positions with a token that no cut dropped."""
+    """Positions whose token no cut dropped, `[B, T]` bool."""
     rows, length = batch["input_ids"].shape
     alive = batch["attention_mask"].bool().clone()
     for drop in drops:
@@ -139,5 +139,5 @@ def survivors(drops: list[Drops], batch: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def reference(model: torch.nn.Module, drops: list[Drops], batch: dict[str, torch.Tensor]) -> Any:
-    """Context manager under which the unpatched `model` hides what `drops` lists."""
+    """Context manager in which the unpatched `model` masks the tokens of `drops`."""
     return masked(vtprune.inspect(model).layers, drops, batch["attention_mask"])

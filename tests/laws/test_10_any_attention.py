@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import stand_ins  # noqa: F401  (registers them)
+import stand_ins  # noqa: F401  (registers the replacements)
 import torch
 from families import FAMILIES
 from support import LAYOUTS, MIXED, ONE, model_of, pruned, survivors
@@ -25,7 +25,7 @@ def test_same_kept_set(family: str, method: str) -> None:
 
 
 def test_no_attention_map_is_asked_for(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No call gets `output_attentions`, and no tensor of the size of an attention map is made in a selection."""
+    """Selection never requests `output_attentions` and allocates no tensor of the size of an attention map."""
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     calls = []
@@ -43,7 +43,7 @@ def test_no_attention_map_is_asked_for(family: str, method: str, monkeypatch: py
 
 @pytest.mark.parametrize("kind", ["keys_stand_in", "flex_stand_in"])
 def test_masks_of_flash_and_flex_attention(family: str, layout: str, kind: str) -> None:
-    """The same logits, kept sets and generated tokens as under sdpa, with masks in the form that these kernels take."""
+    """Logits, kept sets and generated tokens equal those under sdpa, with masks in the kernels' own formats."""
     make = FAMILIES[family]
     plain, other = model_of(family), make.build(kind)
     for prompts in (ONE, MIXED):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 11: a pruned prefill costs what a prompt of only the kept tokens costs, plus the layers before the cut and what
-the method reads.
+"""Law 11: a pruned prefill costs as much as a prompt of the kept tokens only, plus the layers before the cut and the
+reads of the method.
 
-Counted in floating-point operations of matrix products, which are the same on every machine.
+Cost is counted in floating-point operations of matrix products, which are the same on every machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def decoder_flops(model: torch.nn.Module, decoder: torch.nn.Module, batch: dict) -> tuple[int, list[int]]:
-    """Operations inside the decoder, and the number of columns that each layer ran on."""
+    """Floating-point operations of the decoder, and the number of columns of each layer."""
     counter, columns = FlopCounterMode(display=False), []
     handles = []
 
@@ -47,7 +47,7 @@ def test_layers_run_on_the_kept_columns_only(family: str, layout: str) -> None:
         slots = patch.last.slots
         assert columns == slots
         decoder = patch.anatomy.decoder
-    # The same decoder on prompts of exactly these lengths, layer by layer.
+    # Each layer's cost is taken from an unpruned prompt of the same length.
     limit = 0
     for number, length in enumerate(slots):
         short = {"inputs_embeds": torch.randn(1, length, 32), "use_cache": False}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 12: however a model is called, the result is the masked, unpatched model's, or an error names what works instead.
+"""Law 12: every way of calling a model gives the result of the masked, unpatched model, or an error with a remedy.
 
-Each way of calling is a function that is given a family and a method. What it compares with is an unpatched model whose
-layers may not see what `patch.last` says was dropped (`reference`). The matrix is printed by running this file:
+Each call variant is a function of a family and a method. Its reference is the unpatched model with the tokens that
+`patch.last` reports as dropped masked out (`reference`). Running this file prints the matrix:
 
     python tests/laws/test_12_open_calls.py [family ...]
 """
@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[str, Method], None]] = {}
 
 
 def way(function: Callable[[str, Method], None]) -> Callable[[str, Method], None]:
-    """Adds a way of calling to the list."""
+    """Registers a call variant."""
     WAYS[function.__name__] = function
     return function
 
@@ -49,17 +49,17 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def text(batch: dict) -> dict:
-    """The last words of a batch, without pictures."""
+    """The last four tokens of a batch, as a text prompt."""
     return {"input_ids": batch["input_ids"][:, -4:]}
 
 
 def bare(batch: dict) -> dict:
-    """A batch without what M-RoPE models cannot take beside hand-made steps."""
+    """A batch without the arguments that M-RoPE models do not accept together with manual decoding steps."""
     return {k: v for k, v in batch.items() if k != "attention_mask"}
 
 
 class Case:
-    """A family's model, a patched model's calls and the masked reference of them."""
+    """A model, its patch, and the comparison of pruned calls with their masked reference."""
 
     def __init__(self, family: str, method: Method, prompts: Any = ONE, attention: str = "sdpa", **budget: Any) -> None:
         self.make, self.model = FAMILIES[family], model_of(family, attention)
@@ -81,7 +81,7 @@ class Case:
         return [k.tolist() for k in self.patch.last.kept]
 
     def against_masked(self, call: Callable[[], Any], batch: dict | None = None) -> Any:
-        """Runs `call` pruned, then masked, and returns both results."""
+        """Runs `call` pruned and masked, and returns both results."""
         batch = self.batch if batch is None else batch
         got, drops = call(), self.spy.drops()
         self.patch.remove()
@@ -94,7 +94,7 @@ class Case:
 
 @way
 def flags_with_text(family: str, method: Method) -> None:
-    """Every flag with a text prompt gives what the unpatched model gives."""
+    """With a text prompt every output flag gives the unpatched model's result."""
     with Case(family, method) as case:
         plain = text(case.batch)
         for flags in (
@@ -114,7 +114,7 @@ def flags_with_text(family: str, method: Method) -> None:
 
 @way
 def hidden_states(family: str, method: Method) -> None:
-    """Hidden states have the caller's length, and at columns that are left the masked model's values."""
+    """Hidden states have the prompt's length, and the masked model's values at the kept columns."""
     with Case(family, method, MIXED) as case:
         got, want = case.against_masked(lambda: case.model(**case.batch, output_hidden_states=True))
         kept = case.patch.last.mask
@@ -127,7 +127,7 @@ def hidden_states(family: str, method: Method) -> None:
 
 @way
 def generate_flags(family: str, method: Method) -> None:
-    """`generate` with every output asked for; attention maps count the conversation's columns."""
+    """`generate` returns every requested output; attention maps have the columns of the whole conversation."""
     with Case(family, method, attention="eager") as case:
         flags = dict(
             return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_scores=True
@@ -147,7 +147,7 @@ def generate_flags(family: str, method: Method) -> None:
 
 @way
 def gradients_of_hidden_states(family: str, method: Method) -> None:
-    """Hidden states that are returned are part of the graph."""
+    """Gradients flow through returned hidden states."""
     with Case(family, method) as case, torch.enable_grad():
         out = case.model(**case.batch, output_hidden_states=True)
         if not out.hidden_states[0].requires_grad:
@@ -173,7 +173,7 @@ def prompt_ends_in_a_picture(family: str, method: Method) -> None:
 
 @way
 def right_padded_rows_end_in_pictures(family: str, method: Method) -> None:
-    """The last real column of each row stays, alone as in the batch."""
+    """The last unpadded column of each row is kept, alone and in a batch."""
     with Case(family, method, ENDS_IN_PICTURE) as case:
         ids, pad = case.batch["input_ids"], case.batch["attention_mask"]
         after = (
@@ -189,7 +189,7 @@ def right_padded_rows_end_in_pictures(family: str, method: Method) -> None:
 
 @way
 def labels_read_columns(family: str, method: Method) -> None:
-    """The first word after a picture is predicted from a column that stays: the loss is the masked model's."""
+    """The column that predicts the first word after a picture is kept, so the loss equals the masked model's."""
     with Case(family, method) as case:
         labels = case.batch["input_ids"].masked_fill(case.batch["input_ids"] == IMAGE, -100)
         got, want = case.against_masked(lambda: case.model(**case.batch, labels=labels).loss)
@@ -210,7 +210,7 @@ def logits_to_keep(family: str, method: Method) -> None:
 
 @way
 def answers_do_not_choose(family: str, method: Method) -> None:
-    """Two answers to one prompt see the same picture: by labels, and by `patch.question`."""
+    """Two answers to one prompt give the same kept set, with labels and with `patch.question`."""
     with Case(family, method) as case:
         ids, seen = case.batch["input_ids"], []
         for answer in ([20, 21, 22, 23], [70, 71], []):
@@ -230,7 +230,7 @@ def answers_do_not_choose(family: str, method: Method) -> None:
 
 @way
 def features_merged_by_hand(family: str, method: Method) -> None:
-    """Placed into the embeddings by the caller: pruned as the model's own, or refused; scaled ones are refused."""
+    """Features that the caller merges are pruned like the model's own or refused; scaled ones are refused."""
     with Case(family, method) as case:
         ids, model = case.batch["input_ids"], case.model
         pixels = {k: v for k, v in case.batch.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
@@ -250,14 +250,14 @@ def features_merged_by_hand(family: str, method: Method) -> None:
 
 
 def from_layers(layers: list[Any]) -> DynamicCache:
-    """A new cache with the layers of another one."""
+    """A new cache that holds `layers`."""
     made = DynamicCache()
     made.layers = layers
     return made
 
 
 def stored(cache: Any) -> dict[str, Any]:
-    """Copies of a cache, in every way that there is."""
+    """Copies of a cache by every method of copying and serialization, by name."""
     file = io.BytesIO()
     torch.save(cache, file)
     file.seek(0)
@@ -276,7 +276,7 @@ def stored(cache: Any) -> dict[str, Any]:
 
 @way
 def stored_caches(family: str, method: Method) -> None:
-    """A pruned cache goes on as before after it was copied, stored or taken apart."""
+    """Decoding from a copied, stored or rebuilt pruned cache gives the same results."""
     with Case(family, method) as case:
         token = torch.tensor([[20]])
         cache = case.model(**bare(case.batch), use_cache=True).past_key_values
@@ -290,7 +290,7 @@ def stored_caches(family: str, method: Method) -> None:
 
 @way
 def changed_caches(family: str, method: Method) -> None:
-    """Layers of a pruned cache go on in another cache object that is cropped or whose rows are selected."""
+    """Layers of a pruned cache work in a new cache that is cropped or whose rows are selected."""
     with Case(family, method, MIXED) as case:
         cache = case.model(**bare(case.batch), use_cache=True).past_key_values
         rows, token = torch.tensor([1, 1, 0]), torch.tensor([[20]])
@@ -312,7 +312,7 @@ def changed_caches(family: str, method: Method) -> None:
 
 @way
 def cache_after_remove(family: str, method: Method) -> None:
-    """An unpatched model is refused the cache, its copies, and its layers in a new cache."""
+    """An unpatched model raises on a pruned cache, its copies, and its layers in a new cache."""
     with Case(family, method) as case:
         cache = case.model(**bare(case.batch), use_cache=True).past_key_values
         case.patch.remove()
@@ -335,7 +335,7 @@ def chunked_prefill(family: str, method: Method) -> None:
 
 
 def flex(mask: Tensor) -> Any:
-    """A `BlockMask` of a mask `[1, 1, T, T]`."""
+    """The `BlockMask` of a dense mask `[1, 1, T, T]`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(lambda b, h, q, k: mask[0, 0, q, k], 1, None, *mask.shape[2:], device="cpu")
@@ -343,7 +343,7 @@ def flex(mask: Tensor) -> Any:
 
 @way
 def packed_row(family: str, method: Method) -> None:
-    """Several samples in one row are refused, whichever way they are told apart."""
+    """Several samples packed in one row are refused, however their boundaries are given."""
     with Case(family, method) as case:
         call = bare(case.batch)
         ids = call["input_ids"]
@@ -364,7 +364,7 @@ def packed_row(family: str, method: Method) -> None:
 
 @way
 def hidden_pictures(family: str, method: Method) -> None:
-    """Visual tokens that the attention mask hides take no place of the budget, alone as in a batch."""
+    """Visual tokens that the attention mask hides do not count against the budget, alone and in a batch."""
     if family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         pytest.skip("transformers counts M-RoPE grids against the columns that the mask shows")
     with Case(family, method, [[3, Image(0), 5], [3, Image(0), 5]]) as case:
@@ -379,7 +379,7 @@ def hidden_pictures(family: str, method: Method) -> None:
 
 @way
 def small_picture(family: str, method: Method) -> None:
-    """A picture of which the budget keeps everything is answered."""
+    """A picture so small that the budget keeps all its tokens raises no error."""
     with Case(family, method, ratio=0.999) as case:
         got = case.model.generate(**case.batch, max_new_tokens=2, do_sample=False)
         assert case.kept == [v.tolist() for v in case.patch.last.visual]
@@ -389,7 +389,7 @@ def small_picture(family: str, method: Method) -> None:
 
 @way
 def threads_and_tasks(family: str, method: Method) -> None:
-    """`paused` and `using` follow the request into threads and tasks, and nobody else."""
+    """`paused` and `using` apply in the threads and tasks of their own request only."""
     with Case(family, method) as case:
         case.spy.close()
         total = int((case.batch["input_ids"] == IMAGE).sum())
@@ -458,7 +458,7 @@ def test_open_call(family: str, method: str, how: str) -> None:
 
 
 def test_questions_of_rows_for_beams() -> None:
-    """`generate` copies the rows of a batch for its beams, and their questions with them."""
+    """Beam search repeats the questions of `patch.question` along with the rows of the batch."""
     with Case("llava", "iwp", MIXED) as case:
         length, seen = case.batch["input_ids"].shape[1], []
         ends = [length - 2 + row % 3 for row in range(len(case.batch["input_ids"]))]

@@ -24,7 +24,7 @@ KEEP = 0.4
 
 @dataclass
 class Norm(towers.TowerMethod):
-    """One's own method, as the documentation shows it."""
+    """A user-defined method, as in the documentation."""
 
     def score(self, patches: towers.Patches) -> torch.Tensor:
         return patches.states.norm(dim=-1)
@@ -40,7 +40,7 @@ every_method = pytest.mark.parametrize("name", NAMES)
 
 @contextmanager
 def last_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the states after the tower's last block, as the rest of the model sees them."""
+    """Collects the states after the tower's last block, as the rest of the model receives them."""
     seen: list[torch.Tensor] = []
 
     def look(module: torch.nn.Module, args: tuple, output: Any) -> None:
@@ -54,7 +54,7 @@ def last_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def reference_rebuild(name: str, runs: list[Any], choices: list[towers.TowerChoice]) -> Callable | None:
-    """What a method says of dropped patches, naively; copies are taken from where the method's choice points."""
+    """Plain version of a method's rebuild of dropped patches; copies take the sources that the method returned."""
     if name == "Change":
         return follows_neighbors()
     if name not in ("Similar", "Pixels"):
@@ -122,7 +122,7 @@ def test_kept_rows_are_those_of_the_tower_that_hides_the_others(family: str, nam
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, want_logits, rtol=1e-4, atol=2e-5)
     plain = model(**batch).logits
-    assert float((logits - plain).abs().max()) > 1e-3, "the cut changed nothing, so the law says nothing"
+    assert float((logits - plain).abs().max()) > 1e-3, "the cut changed no logit, so the comparison is vacuous"
 
 
 @pytest.mark.parametrize("block", [0, 1, -1])
@@ -149,7 +149,7 @@ def test_clips() -> None:
             with last_states(model) as seen, vtprune.patch(model, tower=method) as patch:
                 model(**batch)
                 runs, got = patch.last.tower_runs, list(seen)
-            assert len(runs) == 2, "pictures and clips are encoded apart"
+            assert len(runs) == 2, "pictures and clips are encoded in separate calls"
             shown = [
                 Shown(run.block, run.kept, run.patches, reference_rebuild(name, [run], [choice]))
                 for run, choice in zip(runs, choices, strict=True)
@@ -162,7 +162,7 @@ def test_clips() -> None:
 
 @pytest.mark.parametrize("frame", [0, 1])
 def test_a_change_in_one_frame_of_a_patch_is_seen(frame: int) -> None:
-    """A patch of Qwen's towers holds two frames of a clip; what moves in the second is no copy of its neighbor."""
+    """A patch that changes in either of its two frames (Qwen's towers) is not dropped as a copy of its neighbor."""
     model, batch = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch(CLIP)
     pixels = batch["pixel_values_videos"].fill_(0.5)
     kept = []
@@ -188,7 +188,7 @@ def test_a_picture_alone_is_as_in_a_batch(family: str, name: str) -> None:
 
 
 def test_pictures_that_decide_for_themselves(family: str) -> None:
-    """Without a budget pictures of one batch keep different numbers of patches."""
+    """Without a budget, pictures of one batch keep different numbers of patches."""
     model, maker = model_of(family), FAMILIES[family]
     batch = maker.batch([[3, Image(0), 5], [3, Image(0), 5]])
     pixels = batch["pixel_values"]
@@ -208,7 +208,7 @@ def test_pictures_that_decide_for_themselves(family: str) -> None:
         logits = model(**batch).logits
         runs, got = patch.last.tower_runs, list(seen)
         counts = [len(kept) for kept in runs[0].kept]
-        assert min(counts) < max(counts), "the pictures are to differ"
+        assert min(counts) < max(counts), "the test needs pictures with different counts"
         choices_together = list(choices)
         alone = model(**first).logits
         for mine, theirs in zip(patch.last.tower.kept, runs[0].kept, strict=False):
@@ -240,7 +240,7 @@ def test_counts_are_exact_and_groups_whole(family: str, name: str) -> None:
 
 
 def test_units_are_what_the_projector_merges(family: str) -> None:
-    """Changing the patches of one unit after the last block changes one visual token (and those that blend tiles)."""
+    """A change to one unit's patches after the last block changes one visual token (and those that blend tiles)."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     parts = vtprune.inspect(model)
     units: list[tuple[torch.Tensor, int]] = []
@@ -347,7 +347,7 @@ def test_remove_leaves_no_trace(family: str, name: str) -> None:
 
 
 def test_every_decoder_method_follows(family: str, method: str) -> None:
-    """With the tower cut, a decoder method does what it does on the features of the masked tower."""
+    """With a cut tower, a decoder method selects and answers as on the features of the masked tower."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     cut = towers.Random(keep=0.5)
     try:
@@ -358,7 +358,7 @@ def test_every_decoder_method_follows(family: str, method: str) -> None:
         pytest.skip(f"refused: {error}")
     tower = vtprune.inspect(model).vision_tower
     reads_tower = method in ("visionzip", "vispruner", "prumerge", "vflowopt", "zoo_prune", "scope", "cdpruner")
-    if reads_tower:  # they call blocks of the tower or read its attention: the reference would see its own
+    if reads_tower:  # they read the tower itself, which differs in the reference
         assert torch.isfinite(got).all() and len(kept[0]) == len(patch.last.kept[0])
         return
     with (
@@ -479,7 +479,7 @@ def test_autocast(family: str) -> None:
 
 @pytest.mark.parametrize("installed_before", [True, False])
 def test_captured_hidden_states_have_all_rows(family: str, installed_before: bool) -> None:
-    """transformers captures hidden states by hooks: whoever came first, they hold the rows that were put back."""
+    """Captured hidden states have all rows, whether transformers' hooks or the patch's were installed first."""
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(ONE)
     tower = vtprune.inspect(model).vision_tower
     calls: list[tuple[tuple, dict]] = []
@@ -503,7 +503,7 @@ def test_captured_hidden_states_have_all_rows(family: str, installed_before: boo
 
 
 def test_feature_layers_see_full_rows() -> None:
-    """LLaVA's projector may read several layers, before and after the cut."""
+    """A projector that reads several layers (LLaVA) gets all rows from those before and after the cut."""
     config = FAMILIES["llava"].config()
     config.vision_feature_layer = [1, 2, -1]
     model = type(FAMILIES["llava"].build())(config).eval()
@@ -597,4 +597,4 @@ def test_no_method_is_without_a_test() -> None:
     }
     assert known - {"TowerMethod"} == set(NAMES) - {"Norm"}
     assert methods.names()
-    assert Video  # clips are in CLIP
+    assert Video  # used in CLIP

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T6: a cut tower costs what a tower costs that is given only the kept rows from the cut on.
+"""T6: from the cut on, a cut tower costs as much as a tower run on the kept rows only.
 
-Counted in floating-point operations of matrix products, which are the same on every machine; benchmarks/towers.py
-measures time.
+Cost is counted in floating-point operations of matrix products, which are the same on every machine;
+benchmarks/towers.py measures time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vtprune.towers.structure import find_parts
 
 
 def tower_flops(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[int, list[int], list[int]]:
-    """Operations in each block of the tower, and the rows that each ran on."""
+    """Total floating-point operations of the blocks, and the operations and rows of each."""
     blocks = blocks_of(vtprune.inspect(model).vision_tower)
     flops, rows, counters = [0] * len(blocks), [0] * len(blocks), {}
     handles = []
@@ -42,7 +42,7 @@ def tower_flops(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[int, lis
             flops[number] += counters[number].get_total_flops()
 
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        # Before the hook of the cut: what it does to put rows back is not a matrix product.
+        # Runs before the hook of the cut, whose rebuilding of rows is not counted.
         handles.append(block.register_forward_hook(leave, with_kwargs=True, prepend=True))
     model(**batch)
     for handle in handles:
@@ -69,7 +69,7 @@ def test_later_blocks_run_on_kept_rows_only(family: str, name: str) -> None:
 
 
 def test_the_report_counts_what_runs(family: str) -> None:
-    """Its multiply-adds are half the counted operations of the blocks (whose fused attention is not counted)."""
+    """Reported multiply-adds are half of the counted operations of the blocks (fused attention is not counted)."""
     model, batch = model_of(family, "eager"), FAMILIES[family].batch(MIXED)
     with vtprune.patch(model, tower=towers.Uniform(keep=0.3)) as patch:
         total, _, _ = tower_flops(model, batch)
@@ -99,7 +99,7 @@ def test_shares_of_the_first_token(family: str) -> None:
 
 @pytest.mark.parametrize("name", ["Similar", "Pixels"])
 def test_mergers_run_on_kept_groups_where_the_others_are_copies(family: str, name: str) -> None:
-    """The tokens of copied merge groups are copies of tokens, as if the merger had run on all of them."""
+    """Mergers skip copied merge groups, and the visual tokens equal those of a merger run on all groups."""
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
     tower = vtprune.inspect(model).vision_tower
     mergers = [m for n, m in tower.named_modules() if re.fullmatch(r"merger|deepstack_merger_list\.\d+", n)]
@@ -111,7 +111,7 @@ def test_mergers_run_on_kept_groups_where_the_others_are_copies(family: str, nam
             stack.callback(merger.register_forward_pre_hook(lambda m, a: rows.append((m, a[0]))).remove)
             stack.callback(merger.register_forward_hook(lambda m, a, o: merged.append(o)).remove)
         with vtprune.patch(model, tower=getattr(towers, name)(keep=0.3)) as patch:
-            model(**batch)  # tries once whether the mergers treat groups one by one
+            model(**batch)  # the first call checks that the mergers treat groups independently
             ran.clear(), rows.clear(), merged.clear()
             model(**batch)
             run = patch.last.tower_runs[0]
@@ -130,7 +130,7 @@ def test_mergers_run_on_kept_groups_where_the_others_are_copies(family: str, nam
 def test_the_patch_embedding_runs_on_kept_patches_where_pixels_select_them(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else changes, also where the order of patches is known at the first block only."""
+    """Kept sets and states are unchanged, also where the order of patches is known only at the first block."""
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
     tower = vtprune.inspect(model).vision_tower
     embedding = next(

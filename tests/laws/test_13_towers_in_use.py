@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 13, T5: cuts inside the vision tower in pipelines and under offloaded weights keep and say the same."""
+"""Law 13, T5: in pipelines and with offloaded weights, cuts inside the tower keep the same patches and answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def result(model: Any, batch: dict[str, Any], method: towers.TowerMethod) -> tup
 
 
 def test_offloaded_to_the_cpu(family: str) -> None:
-    """accelerate moves the weights of every module in before its call and out after it; states stay."""
+    """Offloading by accelerate, which moves each module's weights in and out around its call, changes no result."""
     accelerate = pytest.importorskip("accelerate")
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(MIXED)
     want = [result(model, batch, method) for method in METHODS]
@@ -41,7 +41,7 @@ def test_offloaded_to_the_cpu(family: str) -> None:
 
 
 def test_blocks_on_disk(family: str, tmp_path: Path) -> None:
-    """`device_map` with the later half of the tower on disk, whose weights are meta tensors between calls."""
+    """Results are the same with the later half of the tower on disk (meta tensors between calls)."""
     accelerate = pytest.importorskip("accelerate")
     model, split, batch = FAMILIES[family].build(), FAMILIES[family].build(), FAMILIES[family].batch(ONE)
     want = [result(model, batch, method) for method in METHODS]
@@ -51,7 +51,7 @@ def test_blocks_on_disk(family: str, tmp_path: Path) -> None:
     far = tuple(f"{names[block]}." for block in blocks[len(blocks) // 2 :])
     near = [n for n, m in split.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
     places = {name: "disk" if f"{name}.".startswith(far) else "cpu" for name in near}
-    # Parameters that no module of `near` holds alone are named one by one.
+    # Parameters outside the modules of `near` are listed individually.
     places |= {n: "cpu" for n, _ in split.named_parameters() if not n.startswith(tuple(f"{name}." for name in near))}
     split = accelerate.dispatch_model(split, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert next(blocks_of(vtprune.inspect(split).vision_tower)[-1].parameters()).is_meta

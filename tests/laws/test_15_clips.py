@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws 1 to 6 for methods that compare frames, on clips of more frames than the other laws have."""
+"""Laws 1 to 6 for methods that compare frames, on longer clips than in the other laws."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_every_clip_has_its_own_budget(kind: str, name: str, ratio: float) -> No
 
 
 def test_pictures(kind: str, name: str) -> None:
-    """A method prunes pictures by its rule for one frame, or says that it needs frames and what to do."""
+    """A method prunes pictures by its rule for one frame, or raises an error that names `video_method`."""
     model, batch = model_of(kind), FAMILIES[kind].batch([[3, Image(0), 5]])
     with pruned(model, name, ratio=RATIO) as (patch, _):
         if type(methods.resolve(name)).needs_frames:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with pictures and clips under two methods: each prunes its modality as it does alone, in one pass."""
+"""One method for pictures and one for clips: in a mixed prompt each prunes its modality as it does alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ every_kind = pytest.mark.parametrize("kind", WITH_VIDEO, scope="session")
 
 
 def spied(patch: vtprune.Patch) -> list[Spy]:
-    """A spy on either method; the second one looks over `patch.video_method`."""
+    """One `Spy` for `patch.method` and one for `patch.video_method`."""
 
     class Clips:
         method, last = patch.video_method, property(lambda self: patch.last)
@@ -57,7 +57,7 @@ def test_drop_is_mask(kind: str, pictures: str, clips: str) -> None:
 @every_kind
 @every_pair
 def test_each_kind_has_its_budget(kind: str, pictures: str, clips: str) -> None:
-    """The share of either kind in a sample, or the share of every image where a method counts by image."""
+    """Each modality of a sample keeps its share, or each image does where a method counts by image."""
     model, batch = model_of(kind), FAMILIES[kind].batch(BOTH)
     with vtprune.patch(model, ratio=RATIO, method=pictures, video_method=clips) as patch:
         model(**batch)
@@ -113,6 +113,7 @@ def test_reports_and_explanations(kind: str) -> None:
 
 
 def test_what_cannot_be_is_said() -> None:
+    """Unsupported combinations of methods and modalities raise errors that name the reason."""
     qwen, llava = model_of("qwen2_5_vl"), model_of("llava")
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (llava, {"video_method": "vcast"}, "no placeholder for clips"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams: frames are appended to a bounded cache; outputs are those of a model masked from the removed frames."""
+"""Law 17: with a bounded cache (`window=`), outputs equal those of a model in which the evicted frames are masked."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ VISUAL = {"pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_t
 
 
 def chunks(family: str, prompts: list) -> list[dict[str, Any]]:
-    """One call for each prompt; text only where it has no picture."""
+    """One call per prompt, without vision arguments where a prompt has no picture."""
     batches = [FAMILIES[family].batch([prompt], seed=number) for number, prompt in enumerate(prompts)]
     return [{k: v for k, v in b.items() if k in VISUAL or k == "input_ids"} for b in batches]
 
 
 def stream(model: torch.nn.Module, calls: list[dict[str, Any]], before: Any = None, after: Any = None) -> list:
-    """Logits of every call, each on the cache of the one before."""
+    """Logits of successive calls on one cache."""
     cache, out = DynamicCache(), []
     for call in calls:
         with before() if before else torch.no_grad():
             start = cache.get_seq_length()
             positions = torch.arange(call["input_ids"].shape[1])[None] + start
-            if "mm_token_type_ids" in call:  # M-RoPE: the caller numbers what is appended
+            if "mm_token_type_ids" in call:  # M-RoPE: positions of appended tokens come from the caller
                 positions = positions.expand(3, -1, -1)
             out.append(model(**call, position_ids=positions, past_key_values=cache, use_cache=True).logits)
         if after:
@@ -42,8 +42,8 @@ def stream(model: torch.nn.Module, calls: list[dict[str, Any]], before: Any = No
 
 def check(family: str, method: Any, prompts: list, window: int, ratio: float) -> None:
     model, calls = model_of(family), chunks(family, prompts)
-    drops: list[list[Drops]] = [[]]  # after each call, what all so far have pruned
-    left: list[torch.Tensor] = []  # after each call, what it let go
+    drops: list[list[Drops]] = [[]]  # after each call, the tokens pruned so far
+    left: list[torch.Tensor] = []  # after each call, the columns it evicted
 
     def look(cache: Any) -> None:
         call = calls[len(left)]
@@ -66,7 +66,7 @@ def check(family: str, method: Any, prompts: list, window: int, ratio: float) ->
         return masked(vtprune.inspect(model).layers, [*drops[number], *evicted])
 
     want = stream(model, calls, before=hidden)
-    assert sum(map(len, left)) > 0, "nothing left the cache"
+    assert sum(map(len, left)) > 0, "nothing was evicted"
     for number, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         start = sum(call["input_ids"].shape[1] for call in calls[:number])
         dropped = torch.zeros(1, start + mine.shape[1], dtype=torch.bool)
@@ -88,7 +88,7 @@ def test_clips_lose_whole_frames(kind: str, ratio: float) -> None:
 
 
 def test_a_bound_for_as_long_as_one_likes() -> None:
-    """Slots stop growing though the conversation goes on; every layer keeps the text and the newest frames."""
+    """Each layer's cache holds the text and the newest `window` visual tokens, however long the conversation."""
     model, make = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"]
     call = chunks("qwen2_5_vl", [[1, Video(3), 1]])[0]
     clip, text = make.video(3, torch.Generator()).tokens, call["input_ids"].shape[1]
@@ -102,7 +102,7 @@ def test_a_bound_for_as_long_as_one_likes() -> None:
 
 
 def test_samples_of_a_batch_lose_their_own_frames() -> None:
-    """Rows of unequal length: slots of the shorter row are filled up and hidden."""
+    """Each row of a batch of unequal lengths evicts its own frames and generates as alone."""
     model, make = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"]
     rows = [[3, Video(3), 4], [3, Video(2), 4]]
     tokens = []
@@ -116,6 +116,7 @@ def test_samples_of_a_batch_lose_their_own_frames() -> None:
 
 @pytest.mark.parametrize("window", [0, -3, 2.5, True, "many"])
 def test_windows_that_are_none(window: Any) -> None:
+    """A window that is not a positive integer raises `BudgetError`."""
     with pytest.raises(vtprune.BudgetError, match=f"window is {window!r}"):
         vtprune.patch(model_of("llava"), window=window)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 1: with everything kept, logits and generations are bit-identical."""
+"""Law 1: with all tokens kept, logits and generations are bit-identical to the unpatched model's."""
 
 import torch
 from families import FAMILIES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 2: cutting before layer k equals an unpatched model whose layers from k on may not attend to what was dropped."""
+"""Law 2: a cut before layer k equals the unpatched model with the dropped tokens masked from layer k on."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_methods(family: str, method: str, padding: str) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_the_default_in_deep_decoders(name: str) -> None:
-    """The families' decoders are shallow, and the default cuts before those; deep ones are cut before layer 1."""
+    """In deep decoders, where the default cuts before layer 1 instead of before the decoder, the law holds."""
     check(model_of(name), ResPrune(layer=1), FAMILIES[name].batch(MIXED))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 3: every generated token is the one of the masked, unpatched model."""
+"""Law 3: every generated token equals that of the masked, unpatched model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(model: torch.nn.Module, method: Any, batch: dict, mode: dict[str, Any]
     with pruned(model, method, **budget) as (_, spy):
         got = model.generate(**batch, **mode, **NEW)
         drops = [spy.drops()]
-    # The reference has no static cache, and no reason to differ because of one.
+    # The reference runs without a static cache, which does not change its result.
     mode = {k: v for k, v in mode.items() if k not in ("cache_implementation", "use_cache")}
     torch.manual_seed(7)
     with reference(model, drops, batch):
@@ -63,7 +63,7 @@ def test_video(family: str, layout: str) -> None:
 
 
 def test_methods_on_video(family: str, method: str) -> None:
-    """`generate` decides as a plain forward call does, though it encodes pictures before it calls the model."""
+    """`generate`, which encodes pictures before it calls the model, keeps the same tokens as a forward call."""
     if FAMILIES[family].video is None:
         pytest.skip("this family takes no video")
     model, batch = model_of(family), FAMILIES[family].batch(CLIP)
@@ -84,7 +84,7 @@ def test_cache_and_no_cache_agree(family: str, method: str) -> None:
 
 
 def test_inputs_embeds(family: str, layout: str) -> None:
-    """A prompt of embeddings with the placeholders' own embeddings in it, with and without `input_ids`."""
+    """A prompt given as `inputs_embeds` that include the placeholders' embeddings, with and without `input_ids`."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     others = {k: v for k, v in batch.items() if k != "input_ids"}
@@ -101,10 +101,10 @@ def test_inputs_embeds(family: str, layout: str) -> None:
 
 
 def steps(model: torch.nn.Module, out: Any, mask: torch.Tensor | None, count: int = 6) -> list[list[int]]:
-    """Greedy decoding by hand after a prefill. No position ids, except where transformers cannot do without them.
+    """Manual greedy decoding after a prefill, with position ids only where transformers requires them.
 
-    The M-RoPE families number decoding steps from the cache length, or else want positions from the caller: with a 2-D
-    mask and no position ids the unpatched models fail.
+    M-RoPE families derive positions from the cache length or take them from the caller: with a 2-D mask and no position
+    ids the unpatched models fail.
     """
     tokens = []
     for _ in range(count):
@@ -146,7 +146,7 @@ def test_continued_chat_with_a_second_image(family: str, layout: str) -> None:
             **first, past_key_values=DynamicCache(), do_sample=False, return_dict_in_generate=True, **NEW
         )
         drops += [spy.drops()] if spy is not None else []
-        # The template's words come after the answer, whose last token is not in the cache yet.
+        # The second turn follows the answer, whose last token is not in the cache yet.
         ids = torch.cat([out.sequences, second["input_ids"]], 1)
         if make.needs_types:
             again = steps(model, turn_by_hand(model, out, second), None)
@@ -168,7 +168,7 @@ def test_continued_chat_with_a_second_image(family: str, layout: str) -> None:
 
 
 def turn_by_hand(model: torch.nn.Module, out: Any, second: dict) -> Any:
-    """M-RoPE: `generate` cannot place a later picture on a kept cache, so the caller numbers the new columns."""
+    """A second turn with explicit M-RoPE positions: `generate` cannot place a new picture on an existing cache."""
     last = out.sequences[:, -1:]
     ids = torch.cat([last, second["input_ids"]], 1)
     types = torch.cat([torch.zeros_like(last), second["mm_token_type_ids"]], 1)
@@ -195,7 +195,7 @@ def masked_without_padding(model: torch.nn.Module, drops: list) -> Any:
 
 
 def test_continued_chat_with_text_only(family: str, layout: str) -> None:
-    """A second question about the same pictures, in a padded batch, finds the pruned pictures in the cache."""
+    """A second question about the same pictures, in a padded batch, is answered from the pruned cache."""
     model, make = model_of(family), FAMILIES[family]
     first = make.batch(MIXED)
 
@@ -222,7 +222,7 @@ def test_continued_chat_with_text_only(family: str, layout: str) -> None:
 
 
 def test_paused_goes_on_with_a_pruned_cache(family: str, layout: str) -> None:
-    """Pausing stops new cuts; a generation that was cut before goes on as it began."""
+    """`paused` disables new cuts; decoding on an already pruned cache is unchanged."""
     model, batch = model_of(family), FAMILIES[family].batch(MIXED)
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, _):
         want = steps(model, model(**batch, use_cache=True), batch["attention_mask"])

@@ -44,7 +44,7 @@ def test_layouts(family: str, layout: str) -> None:
 
 
 def test_padding_is_not_carried_along(family: str) -> None:
-    """A short row must not keep the columns that a long row has lost."""
+    """A pruned batch has no more columns than its longest pruned row."""
     model = model_of(family)
     batch = FAMILIES[family].batch([[3, Image(0), 5], [9]])
     with pruned(model, "random", keep=2) as (patch, _):
@@ -58,7 +58,7 @@ EQUAL = [[3, Image(0), 4, Image(0), 5], [9], [2, Image(0), 7, Image(0), 3]]  # e
 
 @pytest.mark.parametrize("keep", [5, 11])
 def test_equal_pictures(family: str, method: str, keep: int) -> None:
-    """Of two equal tokens the same one stays in a batch and alone, although sums round differently."""
+    """Of two equal tokens the same one is kept in a batch and alone, although sums round differently."""
     model, make = model_of(family), FAMILIES[family]
     batch = make.batch(EQUAL, equal=True)
     with pruned(model, method, keep=keep) as (patch, _):

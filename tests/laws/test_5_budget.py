@@ -29,12 +29,12 @@ def test_exact_and_repeatable(family: str, method: str, budget: dict) -> None:
             if "keep" in budget:
                 assert len(kept) == min(3, n)
         if "mean_ratio" in budget:
-            # One token of the smallest sample is the finest that a count can do.
+            # An integer count is off by less than one token of the smallest sample.
             assert abs(first.mean_ratio - 0.85) < 1.5 / min(len(v) for v in first.visual if len(v))
 
 
 def test_the_three_budgets_mean_the_same(method: str) -> None:
-    """A share, the count that it is, and the mean that it costs keep the same tokens at every cut."""
+    """`ratio`, the equivalent `keep` and the equivalent `mean_ratio` keep the same tokens at every cut."""
     model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
     with pruned(model, method, ratio=0.4) as (patch, _):
         expected = patch.mean_ratio

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 6: KV length per layer is what `patch.last` reports, and its bytes decrease accordingly."""
+"""Law 6: KV cache length and bytes of each layer equal those that `patch.last` reports."""
 
 import copy
 
@@ -25,7 +25,7 @@ def test_lengths_and_bytes(family: str, method: str) -> None:
     dropped = [length - len(last.visual[0]) + n for n in last.per_layer(0)]
     assert [layer.keys.shape[-2] for layer in cache.layers] == dropped == last.slots
     assert [cache.get_seq_length(i) for i in range(len(dropped))] == dropped
-    assert cache.get_seq_length() == length  # what callers count is the conversation
+    assert cache.get_seq_length() == length  # callers see the length of the whole conversation
     assert (size(unpruned), size(cache)) == last.kv_bytes
     assert size(cache) < size(unpruned)
 
@@ -68,7 +68,7 @@ def test_copy_crop_and_reset(family: str, layout: str) -> None:
 
 
 def test_crop_into_the_picture(family: str) -> None:
-    """Going back to before the picture leaves a prefix that an unpatched model continues."""
+    """A cache cropped to before the picture can be continued by an unpatched model."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     text = batch["input_ids"][:, :4]
     with pruned(model, LAYOUTS["steps"], ratio=0.3):
@@ -83,7 +83,7 @@ def test_crop_into_the_picture(family: str) -> None:
 
 
 def test_crop_between_kept_tokens() -> None:
-    """A conversation that was cut off where tokens are missing has the length that was asked for, and can go on."""
+    """A cache cropped between kept tokens has the requested length and can be continued."""
     model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
     with pruned(model, LAYOUTS["input"], ratio=0.3) as (patch, _):
         whole = model(**batch, use_cache=True).past_key_values

@@ -22,7 +22,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "
 
 
 def trace(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything a patch could leave behind."""
+    """All state of a model and of its registries that a patch could change."""
     out: dict[str, Any] = {"registry": dict(vars(ALL_ATTENTION_FUNCTIONS)), "state": list(model.state_dict())}
     for name, module in model.named_modules():
         out[name] = (type(module), sorted(vars(module)), sorted(vars(type(module))))
@@ -86,7 +86,7 @@ def test_saving_copying_and_pickling(family: str, tmp_path: Path) -> None:
 
 
 def test_peft(family: str, method: str) -> None:
-    """An adapter may be there before the patch, and the patch comes off the wrapped model."""
+    """A model with a PEFT adapter can be patched, and the patch is removed without trace."""
     peft = pytest.importorskip("peft")
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(ONE)
     targets = r".*(language_model|text_model).*\.(q_proj|v_proj)"

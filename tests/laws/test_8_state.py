@@ -43,7 +43,7 @@ def test_threads_on_one_model(family: str, layout: str) -> None:
         # prompt.
         batches = [make.batch([PROMPTS[0]], seed=seed) for seed in range(4)]
     with pruned(model, LAYOUTS[layout], ratio=0.3) as (patch, spy):
-        spy.close()  # the spy itself is not made for threads
+        spy.close()  # the spy is not thread-safe
         want = [(generate(model, batch), [k.tolist() for k in patch.last.kept]) for batch in batches]
         got: list[Any] = [None] * len(batches)
 
@@ -57,7 +57,7 @@ def test_threads_on_one_model(family: str, layout: str) -> None:
 
 
 def test_interleaved_generations(family: str, layout: str) -> None:
-    """Two conversations advance in turns on one model."""
+    """Two conversations that alternate decoding steps on one model give the tokens of each alone."""
     model, make = model_of(family), FAMILIES[family]
     batches = [make.batch([[3, Image(0), 5]], seed=s) for s in (0, 1)]
 
@@ -82,7 +82,7 @@ def test_interleaved_generations(family: str, layout: str) -> None:
 
 
 class Interrupt(BaseException):
-    """Stands for KeyboardInterrupt, which hooks that run on errors do not see."""
+    """Like KeyboardInterrupt, an exception that `except Exception` does not catch."""
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Interrupt, KeyboardInterrupt])
@@ -101,7 +101,7 @@ def test_an_exception_inside_leaves_the_model_usable(family: str, layout: str, e
                 model(**batch)
             handle.remove()
             assert torch.equal(model(**batch).logits, want)
-            # Text after an interrupted picture is text.
+            # A text prompt after an interrupted prefill is not pruned.
             text = torch.tensor([[20, 21, 22]])
             with patch.paused():
                 clean = model(input_ids=text).logits
@@ -128,7 +128,7 @@ def test_nothing_grows(family: str, layout: str) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_requests_with_methods_of_their_own(name: str) -> None:
-    """Inside `using(method=...)` a thread gets what a patch with that method gives, whatever others ask for."""
+    """In `using(method=...)` each thread gets the result of a patch with that method, whatever other threads use."""
     model, batch = model_of(name), FAMILIES[name].batch([PROMPTS[0]])
     asked = [("iwp", {"ratio": 0.3}), ("pyramiddrop", {"keep": 4}), ("uniform", {"mean_ratio": 0.5}), ("resprune", {})]
     want = []

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 9: visual tokens that should be dropped and are not are an error; text passes untouched; errors say what to
-do."""
+"""Law 9: failing to drop visual tokens is an error, text prompts are unchanged, and errors name a remedy."""
 
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ def test_text_passes_untouched(family: str, method: str) -> None:
 
 
 def test_nothing_dropped(family: str, method: str) -> None:
-    """A picture so small for its ratio that rounding keeps every token is answered, and the report says so."""
+    """A picture so small that its ratio rounds to all tokens is answered, and the report notes it."""
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     logits = model(**batch).logits
     with patched(model, method, ratio=0.999) as patch:
@@ -100,7 +99,7 @@ class Short(ScoreMethod):
 
 @dataclass
 class Backwards(Middle):
-    """Names its layers in the wrong order."""
+    """Schedules its cuts in the wrong order."""
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         return Stage(2, 0.5), Stage(1, 0.2)

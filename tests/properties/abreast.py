@@ -15,12 +15,12 @@ THREADS = 8
 
 
 def check_threads(family: str, recipes: list[dict[str, Any]], rounds: int = 2) -> int:
-    """Thread `i` works on the model that has recipe `i % len(recipes)`; every answer must be that of a serial run.
+    """Asserts that answers in threads equal those of a serial run; thread `i` uses recipe `i % len(recipes)`.
 
     Args:
-        family: Of the models.
-        recipes: Arguments of `vtprune.patch`, one for each model.
-        rounds: Times that each thread goes through all prompts, each thread from another one on.
+        family: Model family.
+        recipes: Arguments of `vtprune.patch`, one dict per model.
+        rounds: Passes of each thread over all prompts; threads start at different prompts.
 
     Returns:
         int: Number of generations that ran in threads.

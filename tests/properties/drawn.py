@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis strategies: prompts, methods with their options and stages, and budgets.
+"""Hypothesis strategies for prompts, methods (with options and stages) and budgets.
 
 Methods come from the registry, options from their annotations, so new ones are included automatically.
 """
@@ -27,17 +27,17 @@ from vtprune.methods import Choice, Method, ScoreMethod, Stage, Tokens
 CASES = int(os.environ.get("VTPRUNE_CASES", "200"))
 MAX_SAMPLES, MAX_IMAGES = 4, 5
 
-# Double precision, so that "the same set" is not a matter of the last bit: matrix products of a batch and of one sample
-# of it round differently, and two scores that are nearly equal would change places.
+# Double precision: matrix products of a batch and of a single sample round differently, which in float32 could swap
+# two nearly equal scores.
 DTYPE = torch.float64
 
-# Options whose meaning is that the law does not hold: a minimum over the batch, a count that is not the budget, a class
-# token that most towers do not have.
+# Options under which the properties do not hold: a minimum over the batch, a count other than the budget, a class token
+# that most towers lack.
 _LEFT_OUT = {"scale_over", "exact", "keep_class_token"}
 
 
 def profile(cases: int, **others: Any) -> settings:
-    """Settings for `cases` examples: the same ones on every run unless the caller says otherwise."""
+    """Settings for `cases` examples, derandomized unless `others` override it."""
     return settings(
         **{
             "max_examples": cases,
@@ -53,13 +53,13 @@ def profile(cases: int, **others: Any) -> settings:
 
 @cache
 def model_of(family: str) -> torch.nn.Module:
-    """One model of each family, in double precision."""
+    """The family's model in double precision."""
     return FAMILIES[family].build(dtype=DTYPE)
 
 
 @dataclass
 class Drawn(Method):
-    """Keeps the longest vectors, at stages that are drawn; merges if asked."""
+    """Keeps the tokens of largest norm, at random stages; optionally merges."""
 
     stages: tuple[Stage, ...] = (Stage(0, 0.5),)
     merges: bool = False
@@ -90,7 +90,7 @@ class Case:
 
 @st.composite
 def prompts(draw: Any, family: str) -> tuple[Part, ...]:
-    """Text anywhere, 0 to 5 pictures (clips, where the family takes them) of different sizes, none of it required."""
+    """Text anywhere, and 0 to 5 pictures (and clips, where the family accepts them) of different sizes."""
     kinds = [Image] if FAMILIES[family].video is None else [Image, Image, Image, Video]
     out: list[Part] = []
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 2, 3, 4, MAX_IMAGES]))):
@@ -103,7 +103,7 @@ def prompts(draw: Any, family: str) -> tuple[Part, ...]:
 
 @cache
 def accepted(family: str) -> tuple[str, ...]:
-    """Registered methods that do not refuse the family's model."""
+    """Registered methods that accept the family's model."""
     names = []
     for name in methods.for_pictures():
         try:
@@ -116,7 +116,7 @@ def accepted(family: str) -> tuple[str, ...]:
 
 @cache
 def _hosts(family: str, name: str) -> tuple[str, ...]:
-    """Methods that a method which wraps another one takes without more ado."""
+    """Methods that a wrapper accepts as `host=` with default options."""
     out = []
     for host in accepted(family):
         if host != name and issubclass(methods.get(host), ScoreMethod):
@@ -133,7 +133,7 @@ def _is_mrope(family: str) -> bool:
 
 
 def _choices(cls: type[Method], family: str) -> dict[str, Sequence[Any]]:
-    """Options that take one of a few values, with these values."""
+    """Options with a finite set of values, and these values."""
     out: dict[str, Sequence[Any]] = {}
     for name, hint in get_type_hints(cls).items():
         if name in _LEFT_OUT or name not in {f.name for f in dataclasses.fields(cls)}:
@@ -171,7 +171,7 @@ def methods_with_options(draw: Any, family: str, name: str) -> Method:
 
 @st.composite
 def schedules(draw: Any) -> Drawn:
-    """Cuts before any of the layers, with falling shares."""
+    """Cuts before random layers, with decreasing shares."""
     layers = sorted(draw(st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS)))
     shares = sorted(
         draw(st.lists(st.integers(5, 95), min_size=len(layers), max_size=len(layers), unique=True)), reverse=True
@@ -187,7 +187,7 @@ def budgets(draw: Any, method: Method) -> tuple[str, Any]:
         return kind, draw(st.integers(1, 80))
     if kind == "ratio":
         return kind, draw(st.one_of(st.just(1.0), st.floats(0.005, 0.95)))
-    least = next(iter(method.schedule(LAYERS))).layer / LAYERS  # the layers before the first cut see everything
+    least = next(iter(method.schedule(LAYERS))).layer / LAYERS  # layers before the first cut run on all tokens
     return kind, draw(st.floats(least + 0.03, 0.97)) if least < 0.9 else 0.97
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generations that end in an exception, wherever it comes from: the next one is as if it had never been."""
+"""Generations that end in an exception at any place must not affect the next generation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import vtprune
 
 
 class _Stops(StoppingCriteria):
-    """Fails instead of answering, after some tokens."""
+    """Stopping criterion that raises after `after` tokens."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -32,7 +32,7 @@ class _Stops(StoppingCriteria):
 
 @contextmanager
 def failing(module: torch.nn.Module, error: type[BaseException], calls: int) -> Iterator[None]:
-    """While open, `module` raises when it is called for the `calls`-th time."""
+    """Makes `module` raise `error` at its `calls`-th call inside the block."""
     left = [calls]
 
     def hook(*_: Any) -> None:
@@ -49,7 +49,7 @@ def failing(module: torch.nn.Module, error: type[BaseException], calls: int) -> 
 
 @contextmanager
 def method_failing(patch: vtprune.Patch, error: type[BaseException]) -> Iterator[None]:
-    """While open, the method raises after it has read what it reads."""
+    """Makes the method raise `error` when it selects tokens, after the engine has read its inputs."""
     choose = patch.method.choose
 
     def fails(tokens: Any) -> Any:
@@ -64,7 +64,7 @@ def method_failing(patch: vtprune.Patch, error: type[BaseException]) -> Iterator
 
 
 def _interruptions(patch: vtprune.Patch, batch: dict) -> Iterator[tuple[str, type[BaseException], Callable[[], Any]]]:
-    """Name, exception, and a generation that raises it."""
+    """Yields name, exception and a generation that raises it."""
 
     def generate_in(context: Any) -> Callable[[], Any]:
         def run() -> None:
@@ -83,14 +83,14 @@ def _interruptions(patch: vtprune.Patch, batch: dict) -> Iterator[tuple[str, typ
     layers, tower = patch.anatomy.layers, patch.anatomy.vision_tower
     for error in (torch.OutOfMemoryError, KeyboardInterrupt):
         for number, calls in ((0, 1), (len(layers) - 1, 1), (1, 3)):
-            # A probe calls a layer as well: the first call of layer 0 may be the probe's.
+            # The first call of layer 0 may come from the attention probe.
             yield f"{error.__name__}, layer {number}", error, generate_in(failing(layers[number], error, calls))
         yield f"{error.__name__}, vision tower", error, generate_in(failing(tower, error, 1))
         yield f"{error.__name__}, method", error, generate_in(method_failing(patch, error))
 
 
 def check_interrupted(family: str, method: str) -> int:
-    """Interrupts generations in every way there is; after each the model prunes as before, and in the end is clean.
+    """Interrupts generations at every place; asserts unchanged pruning after each, and no trace after `remove`.
 
     Returns:
         int: Number of interrupted generations.
@@ -114,10 +114,10 @@ def check_interrupted(family: str, method: str) -> int:
 
 
 def check_signals(family: str, method: str, times: int, seed: int = 0) -> int:
-    """The same with a real interruption, at random moments: Ctrl-C comes between any two instructions of Python.
+    """Like `check_interrupted`, with SIGINT at random moments (between any two Python instructions).
 
     Returns:
-        int: How many of the `times` generations did not end before their signal came.
+        int: Number of the `times` generations that the signal interrupted.
     """
     own, batch = model(family), batches(family)[0]
     draw, count = random.Random(seed), 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch, pause, remove and patch again, in any order, on two models at once: a machine of rules."""
+"""Hypothesis state machine: patch, pause, remove and patch again, in any order, on two models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch(prompt: int) -> dict[str, torch.Tensor]:
 
 @cache
 def expected(recipe: int | None, prompt: int) -> tuple[list, list | None]:
-    """What a model that was never touched before says under a recipe; None is no patch."""
+    """Answer and kept columns of a fresh model under a recipe (None: unpatched)."""
     fresh = FAMILIES[FAMILY].build()
     if recipe is None:
         return generated(fresh, batch(prompt)), None
@@ -43,28 +43,28 @@ def expected(recipe: int | None, prompt: int) -> tuple[list, list | None]:
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """Knows which recipe each of two models should be under, and whether that patch is paused."""
+    """Tracks the expected recipe of each of two models, and whether its patch is paused."""
 
     def __init__(self) -> None:
         super().__init__()
         self.models = [model(FAMILY, 0), model(FAMILY, 1)]
         self.patches: list[vtprune.Patch | None] = [None, None]
         self.recipes: list[int | None] = [None, None]
-        self.pauses: list[list[ExitStack]] = [[], []]  # of the present patch
-        self.stale: list[vtprune.Patch] = []  # replaced or removed ones, whose handles users may still hold
+        self.pauses: list[list[ExitStack]] = [[], []]  # of the current patch
+        self.stale: list[vtprune.Patch] = []  # replaced or removed patches whose handles users may still hold
         self.stale_pauses: list[ExitStack] = []
 
     @initialize()
     def warm(self) -> None:
         for each in self.models:
-            generated(each, batch(0))  # transformers leaves caches of its own on first use
+            generated(each, batch(0))  # transformers creates caches of its own on first use
         self.clean = [traces(each) for each in self.models]
 
-    # --- what a user may do -------------------------------------------------------------------------------------------
+    # --- user actions -------------------------------------------------------------------------------------------------
 
     @rule(which=numbers, recipe=st.integers(0, len(RECIPES) - 1))
     def patch(self, which: int, recipe: int) -> None:
-        """Also over an earlier patch, paused or not."""
+        """Patches a model that may already have a patch, paused or not."""
         new = vtprune.patch(self.models[which], **RECIPES[recipe])
         self._retire(which)
         self.patches[which], self.recipes[which] = new, recipe
@@ -143,7 +143,7 @@ class Lifecycle(RuleBasedStateMachine):
         elif patch is not None:
             assert patch.last is before
 
-    # --- what must hold at any time -----------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------------------------------
 
     @invariant()
     def unpatched_models_are_clean(self) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does memory grow with the number of visual tokens, and not with its square? Whole prefills of a tiny decoder.
+"""Peak memory of prefills of a tiny decoder by number of visual tokens; it must grow linearly, not quadratically.
 
-Counted are the bytes of all tensors that are alive at once: what an operation returns, not what it needs inside.
+Counts the bytes of all live tensors that operations return, without the temporary memory inside operations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAYERS, KEEP = 2, 64
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of tensors alive at once while it is on, of those that were made while it is on."""
+    """Dispatch mode that measures the peak bytes of live tensors allocated under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Peak(TorchDispatchMode):
 
 
 def model() -> torch.nn.Module:
-    """A LLaVA of two layers whose pictures have 1,024 tokens each."""
+    """A LLaVA with two decoder layers and 1,024 tokens per picture."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     text = TEXT | {"num_hidden_layers": LAYERS, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -76,7 +76,7 @@ def model() -> torch.nn.Module:
 
 
 def prompt(images: int) -> dict[str, torch.Tensor]:
-    """So many pictures in a row, and a question."""
+    """Inputs of a prompt with `images` pictures and a question."""
     row = [1, 11, *[IMAGE] * (PER_IMAGE * images), 12, 13, 14, 15]
     pixels = torch.randn(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     return {"input_ids": torch.tensor([row]), "pixel_values": pixels}
@@ -84,7 +84,7 @@ def prompt(images: int) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def peak(model: torch.nn.Module, tokens: int, method: Any) -> int:
-    """Most bytes alive at once in a prefill with `tokens` visual tokens of which 64 are kept; None prunes nothing."""
+    """Peak bytes of a prefill with `tokens` visual tokens, 64 of them kept by `method` (None: unpruned)."""
     inputs = prompt(tokens // PER_IMAGE)
     if method is None:
         with Peak() as seen:
@@ -99,6 +99,6 @@ def peak(model: torch.nn.Module, tokens: int, method: Any) -> int:
 
 
 def growth(sizes: tuple[int, ...], methods: list[Any]) -> dict[str, list[int]]:
-    """Peaks of methods by name at several numbers of tokens; "unpruned" is the model alone."""
+    """Peak bytes by method name at each number of tokens; "unpruned" is the unpatched model."""
     small = model()
     return {str(m or "unpruned"): [peak(small, n, m) for n in sizes] for m in (None, *methods)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of state share: small models built once, what a generation says, what a patch may leave behind."""
+"""Helpers of the state tests: cached small models, prompts, generations, and traces of a patch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS: list[Prompt] = [[3, Image(0), 5], [6, Image(1), 4], [2, Image(2), 1, Im
 
 @cache
 def model(family: str, copy: int = 0) -> torch.nn.Module:
-    """A model that a test may patch; `copy` makes another one with the same weights."""
+    """A cached model for patching; another `copy` has the same weights."""
     return FAMILIES[family].build()
 
 
@@ -34,7 +34,7 @@ def batches(family: str) -> list[dict[str, torch.Tensor]]:
 
 @cache
 def accepted(family: str) -> tuple[str, ...]:
-    """Registered methods that do not refuse the family's model."""
+    """Registered methods that accept the family's model."""
     out = []
     for name in methods.for_pictures():
         try:
@@ -46,19 +46,19 @@ def accepted(family: str) -> tuple[str, ...]:
 
 
 def generated(model: torch.nn.Module, batch: dict[str, torch.Tensor], **options: Any) -> list[list[int]]:
-    """Four tokens, greedily."""
+    """Prompt and four greedy tokens."""
     return model.generate(**batch, max_new_tokens=4, do_sample=False, **options).tolist()  # type: ignore[operator]
 
 
 def answer(patch: vtprune.Patch, batch: dict[str, torch.Tensor]) -> tuple[list, list]:
-    """What a patched model generates, and what it kept."""
+    """Generated tokens and kept columns of a patched model."""
     tokens = generated(patch.model, batch)
     assert patch.last is not None
     return tokens, [kept.tolist() for kept in patch.last.kept]
 
 
 def traces(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything a patch could leave behind on a model and beside it."""
+    """All state of a model and of global registries that a patch could change."""
     out: dict[str, Any] = {"registry": sorted(vars(ALL_ATTENTION_FUNCTIONS)), "state": list(model.state_dict())}
     for name, module in model.named_modules():
         out[name] = type(module), sorted(vars(module)), sorted(vars(type(module)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads; `make soak` does this with every method on every family."""
+"""Generations in threads equal serial ones; `make soak` runs this with every method on every family."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def test_threads(family: str, recipes: list[dict[str, Any]]) -> None:
 
 
 def test_derivatives_in_threads() -> None:
-    """SmolVLM's projector is differentiated; PyTorch has one level of forward-mode differentiation for all threads."""
+    """SmolVLM's projector is differentiated in threads, though PyTorch has one global forward-mode level."""
     check_threads("smolvlm", [{"method": "zoo_prune", "ratio": 0.3}], rounds=1)

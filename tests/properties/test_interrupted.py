@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interrupted generations; `make soak` interrupts every method on every family, and with real signals."""
+"""Interrupted generations leave no effect; `make soak` covers every method and family, and real signals."""
 
 from __future__ import annotations
 

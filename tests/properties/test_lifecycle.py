@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch, pause, remove and patch again in any order; `make soak` takes more and longer walks."""
+"""Patch, pause, remove and patch again in any order; `make soak` runs more and longer sequences."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory grows with the number of visual tokens; `make soak` tests up to 32,768 with every method."""
+"""Memory is linear in the number of visual tokens; `make soak` tests up to 32,768 with every method."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def test_peak_counts_what_is_alive_at_once() -> None:
             torch.ones(1000) * 2
         square = torch.ones(100, 1) @ torch.ones(1, 100)
         del square
-    assert 40_800 <= seen.most <= 40_900  # the square and what it is made of
+    assert 40_800 <= seen.most <= 40_900  # the product and its operands

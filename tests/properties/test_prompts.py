@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever the prompt: exact budget, kept tokens among the visual columns and in order, alone equals batched.
+"""Random prompts: budgets are exact, kept tokens are visual and in order, and samples alone equal batched ones.
 
-`VTPRUNE_CASES` says how many prompts are drawn; `make soak` draws more, and other ones.
+`VTPRUNE_CASES` sets the number of prompts; `make soak` draws more, and different ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check(case: Case) -> None:
 
 
 def check_sets(case: Case, last: Any, visual: list[torch.Tensor]) -> None:
-    """Budget, place and order of what was kept."""
+    """Checks number, columns and order of the kept tokens."""
     images = last.places.image.split(last.places.counts)
     assert [v.tolist() for v in last.visual] == [v.tolist() for v in visual]
     before = last.visual
@@ -71,7 +71,7 @@ def check_sets(case: Case, last: Any, visual: list[torch.Tensor]) -> None:
 
 
 def check_mean(case: Case, last: Any, row: int, total: int, pools: int) -> None:
-    """The mean over layer inputs is what was asked for, to within the one token per pool that a count can be off."""
+    """Checks the mean ratio over layer inputs, to within one token per pool (counts are integers)."""
     cuts = {layer: len(kept[row]) for layer, kept in last.stages}
     left, seen = total, []
     for layer in range(LAYERS):
@@ -83,7 +83,7 @@ def check_mean(case: Case, last: Any, row: int, total: int, pools: int) -> None:
 def check_alone(
     case: Case, model: torch.nn.Module, patch: vtprune.Patch, last: Any, batch: dict, together: torch.Tensor
 ) -> None:
-    """Every sample of the batch has the kept set and the logits that it has alone."""
+    """Checks that every sample of the batch has the same kept set and logits as alone."""
     for row, prompt in enumerate(case.prompts):
         single = _batch(case, [prompt], "left")
         real = batch["attention_mask"][row].bool()
@@ -93,13 +93,13 @@ def check_alone(
         try:
             alone = model(**single).logits[0]
         except vtprune.NothingPrunedError:
-            assert torch.equal(last.kept[row], last.visual[row])  # so few tokens that all of them stay
+            assert torch.equal(last.kept[row], last.visual[row])  # too few tokens to drop any
             continue
         if len(last.visual[row]):
             assert patch.last is not None and patch.last is not last
             assert patch.last.visual[0].tolist() == (last.visual[row] - offset).tolist()
             assert patch.last.kept[0].tolist() == (last.kept[row] - offset).tolist()
-        # Rotations, and what some methods merge, are float32 in a model of any precision.
+        # Rotary embeddings and the merging of some methods compute in float32 at any model precision.
         torch.testing.assert_close(together[row][real], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
 
 
@@ -108,13 +108,13 @@ def _batch(case: Case, rows: Any, padding: str) -> dict[str, torch.Tensor]:
 
 
 def _visual(batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The columns that a reader of the prompt would call visual."""
+    """Columns of placeholder tokens, per row."""
     placeholder = (batch["input_ids"] == IMAGE) | (batch["input_ids"] == VIDEO)
     return [row.nonzero()[:, 0] for row in placeholder]
 
 
 def _rounds_to_all(case: Case, sizes: list[int]) -> bool:
-    """Whether the share is so large that no pool has a token to lose; pictures have four tokens at least."""
+    """Whether the ratio rounds to all tokens in every pool (pictures have at least four tokens)."""
     sizes = [4] if case.method.group == "image" else [n for n in sizes if n]
     return case.budget[0] != "keep" and all(max(1, round(case.budget[1] * n)) == n for n in sizes)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long runs of what the property tests do in short: `python -m tests.soak`."""
+"""Long runs of the property tests: `python -m tests.soak`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.soak --out FILE`: what holds for a while holds for long. Writes what it did, and what failed.
+"""Runs the property tests for long and writes counts and failures: `python -m tests.soak --out FILE`.
 
-Runs part by part and goes on after a part that fails; the exit status is 1 then. The file is written after every part:
-an interrupted run goes on with the next one, a finished one is run again. Results of another version, or of other
-numbers of cases, are overwritten with `--force` only.
+A failed part does not stop the others; the exit status is then 1. The file is written after every part: an interrupted
+run resumes with the next one, a finished one starts again. Results of another version, or of other numbers of cases,
+are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vtprune.study import progress
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One part: whether it passed, what it went through, and how long it took."""
+    """Runs one part; returns whether it passed, its counts, and its duration in seconds."""
     import torch
 
     started, spent = time.perf_counter(), time.process_time()
@@ -42,7 +42,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def soak(args: argparse.Namespace) -> dict[str, Any]:
-    """Goes through the parts, or what an interrupted run left of them; the file is written after each.
+    """Runs all parts, or the rest of an interrupted run; writes the file after each.
 
     Raises:
         StaleResultError: The file holds results of another version, machine, or number of cases.
@@ -65,9 +65,9 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="The long tests.")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("VTPRUNE_SOAK_OUT", "out/soak.json")))
-    parser.add_argument("--seed", type=int, default=0, help="of the cases that are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases")
     parser.add_argument("--cases", type=int, default=2000, help="prompts")
-    parser.add_argument("--generations", type=int, default=1000, help="while memory is watched")
+    parser.add_argument("--generations", type=int, default=1000, help="number of generations of the memory part")
     parser.add_argument("--only", nargs="+", choices=list(parts.PARTS), default=list(parts.PARTS))
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()

@@ -25,7 +25,7 @@ from vtprune.methods.debiased.position_curve import Curve
 from vtprune.study import progress
 from vtprune.study.tune import Search
 
-SECONDS = 15.0  # of processor time that a single file may take
+SECONDS = 15.0  # limit of processor time per file
 _TRIAL = {"threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.3, "second": 0.9, "value": 1.0}
 _SEARCH = {"mean_ratio": 0.3, "num_layers": 28, "samples": 1, "seed": 0, "trials": [_TRIAL], "agreement": 1.0}
 _STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5, "depth": 28}
@@ -36,7 +36,7 @@ _VALUES = [None, True, -1, 0, 1, 0.5, 3, 1e300, -1e300, float("nan"), float("inf
 
 
 def targets() -> dict[str, tuple[Callable[[Path], Any], list[bytes]]]:
-    """For every reader, how it is called, and good files that are damaged for it."""
+    """For every reader, a function that reads a file, and valid files to damage."""
     curve = {"form": "exponential", "coefficients": [1.0]}
     auto = {"ratio": "auto", "energy": 0.9, "min": 0.02, "max": 0.5}
     certificate = {"ratio": 0.1, "auto": None, "method": "pyramiddrop", "options": {"layers": [8, 16, 24]}}
@@ -66,7 +66,7 @@ def targets() -> dict[str, tuple[Callable[[Path], Any], list[bytes]]]:
 
 
 def damaged(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
-    """A file with one to four damages; in half of the JSON files one value is another, and the file still parses."""
+    """Damages a file in one to four places; half of the JSON files get one other value and still parse."""
     if data.startswith(b"{") and draw.random() < 0.5:
         content = place = json.loads(data)
         name = draw.choice(list(place))
@@ -94,13 +94,13 @@ def damaged(data: bytes, others: list[bytes], draw: random.Random) -> bytes:
 
 
 def run(cases: int, seed: int) -> dict[str, Any]:
-    """Reads `cases` damaged files, shared among the readers.
+    """Reads `cases` damaged files, divided among the readers.
 
     Returns:
-        dict: How many were read and refused by each reader, and the longest processor time of one.
+        dict: Numbers of files read and refused per reader, and the longest processor time in seconds.
 
     Raises:
-        AssertionError: One ended in another error than vtprune's, or took too long; the file is kept and named.
+        AssertionError: A file raised an error that is not vtprune's, or took too long; the message names its copy.
     """
     draw, counts, longest = random.Random(seed), Counter[str](), 0.0
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -126,7 +126,7 @@ def run(cases: int, seed: int) -> dict[str, Any]:
 
 
 def _kept(data: bytes) -> str:
-    """The name of a file that holds what broke a reader."""
+    """Writes `data` to a file and returns its path."""
     with tempfile.NamedTemporaryFile(prefix="vtprune-fuzz-", delete=False) as file:
         file.write(data)
     return file.name

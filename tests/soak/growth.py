@@ -18,13 +18,13 @@ ROUND = 10  # generations under one patch
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds."""
+    """Resident memory of the process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def tensors() -> int:
-    """Tensors that Python knows of."""
+    """Number of tensors tracked by the garbage collector."""
     gc.collect()
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
@@ -45,7 +45,7 @@ def prompts(family: str) -> list[dict[str, torch.Tensor]]:
 
 
 def turns() -> Iterator[tuple[str, str]]:
-    """Families and methods, every pair of them before any comes again."""
+    """Cycles through all pairs of family and method."""
     while True:
         longest = max(len(accepted(family)) for family in FAMILIES)
         for number in range(longest):
@@ -56,15 +56,15 @@ def turns() -> Iterator[tuple[str, str]]:
 
 
 def run(generations: int, warm_up: int) -> dict[str, Any]:
-    """Generates and watches the process.
+    """Runs generations and measures the memory of the process.
 
     Args:
-        generations: That count.
-        warm_up: That come before: allocators and caches of the libraries fill up.
+        generations: Number of measured generations.
+        warm_up: Generations before, which fill allocators and caches of the libraries.
 
     Returns:
-        dict: Resident bytes at the start and at the end (means of a tenth of the run), their growth, and the numbers of
-        tensors that Python knows of.
+        dict: Resident bytes at the start and at the end (means over a tenth of the run), their growth, and numbers of
+        live tensors.
     """
     batches = {family: prompts(family) for family in FAMILIES}
     seen: list[int] = []
@@ -100,5 +100,5 @@ def run(generations: int, warm_up: int) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any]) -> None:
-    """Under 1 % more memory at the end."""
+    """Asserts that memory grew by less than 1 %."""
     assert result["growth"] < 0.01, result

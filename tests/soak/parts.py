@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the soak. Each returns what it did, as JSON, and raises where something does not hold."""
+"""Parts of the soak test. Each returns its counts as JSON and raises if a property fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_PER_DOUBLING = 2.5  # linear is 2, quadratic 4
 
 
 def prompts(args: argparse.Namespace) -> dict[str, Any]:
-    """Random prompts: exact budget, kept tokens visual and in order, alone equals batched."""
+    """Random prompts: budgets are exact, kept tokens are visual and in order, and samples alone equal batched ones."""
     seen: Counter[str] = Counter()
     methods: Counter[str] = Counter()
     for family in FAMILIES:
@@ -44,18 +44,18 @@ def prompts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """A thousand generations: the process does not grow."""
+    """Memory of the process does not grow over a thousand generations."""
     result = growth.run(args.generations, warm_up=args.generations // 2)
     growth.check(result)
     return result
 
 
 def threads(args: argparse.Namespace) -> dict[str, Any]:
-    """Eight threads on one model, and on two that are patched differently, with every method."""
+    """Eight threads on one model, and on two models with different patches, for every method."""
     one = two = 0
     for number, family in enumerate(FAMILIES):
         names = accepted(family)
-        # Every method on some family: all of them on all take too long.
+        # Every method on one of three families; all pairs would take too long.
         for name in names[number % 3 :: 3]:
             one += check_threads(family, [{"method": name, "ratio": 0.3}], rounds=1)
         pair = [{"method": names[number % len(names)], "ratio": 0.3}, {"method": names[-1 - number], "keep": 5}]
@@ -64,7 +64,7 @@ def threads(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def interruptions(args: argparse.Namespace) -> dict[str, Any]:
-    """Exceptions at every place, and signals at random moments."""
+    """Generations interrupted by exceptions at every place and by signals at random moments."""
     count = signals = pairs = 0
     for number, family in enumerate(FAMILIES):
         for name in accepted(family)[number % 4 :: 4]:
@@ -77,14 +77,14 @@ def interruptions(args: argparse.Namespace) -> dict[str, Any]:
 def lifecycle(args: argparse.Namespace) -> dict[str, Any]:
     """Patch, pause, remove, patch again, in any order."""
     walks, steps = 60, 25
-    # The machine's examples are all different ones: they are not derandomized.
+    # Not derandomized, so that every run draws different examples.
     settings = profile(walks, derandomize=False, stateful_step_count=steps, phases=[Phase.generate, Phase.shrink])
     run_state_machine_as_test(seeded(args.seed)(Lifecycle), settings=settings)
     return {"walks": walks, "steps_at_most": steps}
 
 
 def long_prompts(args: argparse.Namespace) -> dict[str, Any]:
-    """Up to 32,768 visual tokens: memory doubles where tokens do, and no more."""
+    """Memory at most doubles when visual tokens double, up to 32,768 tokens."""
     peaks = linear.growth(SIZES, list(accepted("llava")))
     factors = {name: [round(b / a, 2) for a, b in zip(p, p[1:], strict=False)] for name, p in peaks.items()}
     steep = {name: f for name, f in factors.items() if max(f) > MOST_PER_DOUBLING}
@@ -93,7 +93,7 @@ def long_prompts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def readers(args: argparse.Namespace) -> dict[str, Any]:
-    """Random and damaged files for every reader: each is read, or refused with an error of vtprune, in bounded time."""
+    """Every random or damaged file is read or refused with an error of vtprune, in bounded time."""
     return fuzz.run(args.cases, args.seed)
 
 

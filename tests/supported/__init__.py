@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else users do with a model (compile, quantize, offload, copy, ...), tried on patched ones: `docs/support.md`."""
+"""Other features (compile, quantize, offload, copy, ...) tried on patched models; makes `docs/support.md`."""

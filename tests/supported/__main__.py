@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.supported [word ...]`: tries every feature and writes `docs/support.json` and `docs/support.md`.
 
-Rows whose name contains one of the words are tried again and replace their entries. Every row is written at once: an
-interrupted run goes on with the next one, a finished one is tried again. Rows of other versions are overwritten with
-`--force` only.
+Rows whose name contains one of the words are rerun and replace their entries. Rows are written one by one: an
+interrupted run resumes, a finished one starts again. Rows of other versions are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.supported", description=__doc__)
     parser.add_argument("words", nargs="*", help="parts of names of rows (default: all)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of support.json and support.md")
-    parser.add_argument("--force", action="store_true", help="begin anew, and overwrite rows of other versions")
+    parser.add_argument("--force", action="store_true", help="start again, and overwrite rows of other versions")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     from tests.supported import rows, table

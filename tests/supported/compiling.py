@@ -14,14 +14,14 @@ import vtprune
 from tests.supported.models import build, greedy, kept, patched, prompt
 from tests.supported.table import refused, row
 
-BACKEND = "aot_eager"  # dynamo and autograd tracing as ever; only the generated kernels are left out
-# In the middle of the decoder, before it, before it by the keys of its first layer, and step by step.
+BACKEND = "aot_eager"  # full dynamo and autograd tracing, without generated kernels
+# Cuts inside the decoder, before it, before it by the keys of its first layer, and progressive cuts.
 CUTS = ("fastv", "divprune", "iwp", "pyramiddrop")
 
 
 @torch.no_grad()
 def _same(compile_: Callable[[nn.Module], nn.Module], before: bool, method: str = "fastv") -> None:
-    """Asserts that a compiled model prunes as it does uncompiled, be it compiled before it is patched or after."""
+    """Asserts that a model compiled before or after patching prunes as it does uncompiled."""
     torch.compiler.reset()
     inputs, model = prompt(), build()
     with patched(model, method) as patch:
@@ -103,8 +103,8 @@ def layers(folder: Path) -> None:
 
 @row("`torch.compile(fullgraph=True)`")
 def fullgraph(folder: Path) -> str:
-    """One graph cannot hold a cut whose place depends on values; torch says so with the hook's reason. The language
-    model's layers may be compiled whole one by one, as may an unpatched model."""
+    """A selection depends on values, so torch raises with the hook's reason. Single layers of the language model, and
+    an unpatched model, compile with `fullgraph=True`."""
     torch.compiler.reset()
     model, inputs = build(), prompt()
     with patched(model), torch.no_grad():
@@ -125,7 +125,7 @@ def export(folder: Path) -> str:
 
 @row("`torch.jit.trace`")
 def trace(folder: Path) -> str:
-    """A trace would fix one prompt's choice for all prompts."""
+    """A trace would apply one prompt's selection to all prompts."""
     model, inputs = build().requires_grad_(False), prompt()
     arguments = (inputs["input_ids"], inputs["pixel_values"])
     with patched(model), torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to generate."""
+"""Rows for modes of generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.supported.table import row
 
 
 def _assistant() -> torch.nn.Module:
-    """A text model that guesses; its vocabulary is the main model's."""
+    """A text model with the main model's vocabulary, for assisted generation."""
     from families import PAD, TEXT
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,20 +28,20 @@ def _assistant() -> torch.nn.Module:
 
 
 def _same(**mode: Any) -> None:
-    """Asserts that a mode of generation keeps the same tokens and says the same as plain greedy text."""
+    """Asserts that a generation mode keeps the same tokens and gives the same text as greedy decoding."""
     model, inputs = build(), prompt()
     unpruned = greedy(model, inputs)
     _as_far_as_unpatched(model, inputs, mode)
     for method in METHODS:
         with patched(model, method) as patch:
             want, columns = greedy(model, inputs), kept(patch)
-            assert want != unpruned, "pruning changed nothing, so this says nothing"
+            assert want != unpruned, "pruning did not change the text, so the comparison is vacuous"
             assert greedy(model, inputs, **mode) == want
             assert kept(patch) == columns
 
 
 def _as_far_as_unpatched(model: torch.nn.Module, inputs: dict[str, Any], mode: dict[str, Any]) -> None:
-    """Skips what an old transformers cannot do unpatched: 5.19 hands the pixels on to a text model, which refuses."""
+    """Skips modes that fail unpatched: transformers 5.19 passes pixels to a text assistant, which rejects them."""
     try:
         greedy(model, inputs, **mode)
     except ValueError as error:
@@ -76,7 +76,7 @@ def lookup(folder: Path) -> None:
 
 
 class _Collector:
-    """A streamer that keeps what it is given."""
+    """A streamer that collects its tokens."""
 
     def __init__(self) -> None:
         self.pieces: list[list[int]] = []

@@ -20,7 +20,7 @@ from reference import Drops, masked  # noqa: E402
 import vtprune  # noqa: E402
 
 FAMILY, STEPS = "llava", 6
-# One method that decides before the decoder, one that reads the last word of the prompt inside it.
+# One method that cuts before the decoder, and one that reads the attention of the last token inside it.
 METHODS = ("random", "fastv")
 
 
@@ -36,7 +36,7 @@ def prompt(family: str = FAMILY) -> dict[str, Any]:
 
 @contextmanager
 def patched(model: nn.Module, method: str = "fastv") -> Iterator[vtprune.Patch]:
-    """The model with a fifth of its visual tokens."""
+    """Patches the model to a fifth of its visual tokens."""
     with vtprune.patch(model, ratio=0.2, method=method) as patch:
         yield patch
 
@@ -49,15 +49,15 @@ def greedy(model: nn.Module, inputs: dict[str, Any], **extra: Any) -> list[list[
 
 
 def kept(patch: vtprune.Patch) -> list[list[int]]:
-    """Columns that the last prefill kept, some of them dropped."""
+    """Columns that the last prefill kept; asserts that it dropped some."""
     last = patch.last
-    assert last is not None, "nothing was pruned and nothing was said"
+    assert last is not None, "nothing was pruned, and no error was raised"
     assert all(len(k) < len(v) for k, v in zip(last.kept, last.visual, strict=True))
     return [k.tolist() for k in last.kept]
 
 
 def same_as_masked(model: nn.Module, inputs: dict[str, Any], method: str = "fastv") -> None:
-    """Asserts that the model, pruned, generates what it does unpruned without seeing the dropped columns."""
+    """Asserts that the pruned model generates the same as the unpruned model with the dropped columns masked."""
     with patched(model, method) as patch:
         got, last = greedy(model, inputs), patch.last
         kept(patch)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the support table: registered by decorator, run one by one, rendered as JSON and Markdown.
 
-A row is a function whose docstring says what was tried. It returns nothing if that works, and the library's (or
-torch's) own sentence, by `refused`, if it is refused.
+A row is a function whose docstring describes the trial. It returns None if the feature works, and the message of the
+library (or torch) if it is refused (see `refused`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Row:
     """One feature.
 
     Attributes:
-        name: As in the table.
-        how: What was tried, in one sentence.
-        check: Takes an empty folder; returns None or the sentence of a refusal.
-        needs: Packages that it takes.
-        slow: Takes more than ten seconds.
+        name: Name in the table.
+        how: The trial, in one sentence.
+        check: Takes an empty folder; returns None or the message of a refusal.
+        needs: Required packages.
+        slow: Whether it takes more than ten seconds.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
 
     @property
     def missing(self) -> list[str]:
-        """Packages that are not here."""
+        """Required packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
@@ -60,12 +60,12 @@ def row(
 
 
 def refused(call: Callable[[], Any], by: type[Exception] = vtprune.VTPruneError) -> str:
-    """The sentence with which `call` is refused; fails if it goes through."""
+    """The message with which `call` is refused; fails if it succeeds."""
     try:
         call()
     except by as error:
         return _sentence(error)
-    raise AssertionError("was expected to be refused, but went through")
+    raise AssertionError("expected a refusal, but the call succeeded")
 
 
 def _sentence(error: Exception) -> str:
@@ -84,7 +84,7 @@ def run(entry: Row) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             reason = entry.check(Path(folder))
-        except Exception as error:  # whatever the feature may raise is what the table is for
+        except Exception as error:  # any error is a result of the table
             return out | {"outcome": "fails", "reason": f"{type(error).__name__}: {_sentence(error)[:400]}"}
     return out if reason is None else out | {"outcome": "refused", "reason": reason}
 
@@ -93,7 +93,7 @@ FILE = "support.json"
 
 
 def load(folder: Path, force: bool = False) -> dict[str, Any]:
-    """Versions and the rows as they were written last, these by feature; no row with `force`.
+    """Versions and earlier rows by feature (none with `force`).
 
     Raises:
         StaleResultError: They are of other versions.
@@ -128,8 +128,8 @@ def render(whole: dict[str, Any], runs: Sequence[dict[str, Any]] | None = None) 
     """The table in Markdown.
 
     Args:
-        whole: What `support.json` holds.
-        runs: Runs of the test suite as `benchmarks.versions` records them; by default those of `RUNS`.
+        whole: Content of `support.json`.
+        runs: Runs of the test suite recorded by `benchmarks.versions`; by default those of `RUNS`.
     """
     versions = ", ".join(f"{name} {version}" for name, version in whole.items() if name not in ("left", "rows"))
     text = [
@@ -152,7 +152,7 @@ def render(whole: dict[str, Any], runs: Sequence[dict[str, Any]] | None = None) 
 
 
 def _versions_tested(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines about the versions that the whole suite was run with."""
+    """Lines about the versions with which the whole suite was run."""
     text = [
         "",
         "## Versions",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device placement and format of weights."""
+"""Rows for device placement and format of weights."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def device_map(folder: Path) -> None:
 
 
 def _quantized(quantize: Callable[[nn.Module], Any]) -> None:
-    """Asserts that a quantized model, pruned, says what it says without seeing the dropped tokens."""
+    """Asserts that a pruned quantized model generates the same as unpruned with the dropped tokens masked."""
     for method in ("random", "fastv", "iwp"):
         model, inputs = build(), prompt()
         plain = greedy(model, inputs)
@@ -179,7 +179,8 @@ def checkpointing(folder: Path) -> None:
 
 @row("LoRA adapters (PEFT)", "peft")
 def adapters(folder: Path) -> None:
-    """A patched model wrapped with an adapter, and a wrapped one patched, keep the same tokens and say the same."""
+    """A patched model wrapped with an adapter, and a wrapped model patched, keep the same tokens and give the same
+    answer."""
     import peft
 
     config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are served, and how each writes an image into a prompt."""
+"""The served models, and the text that stands for an image or a clip in their prompts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vtprune.integrations.vllm.settings import QUESTION_FREE
 
 @dataclass(frozen=True)
 class Family:
-    """A model.
+    """A served model.
 
     Attributes:
-        build: Writes it to a folder.
-        image: What stands for an image in a prompt; nothing, where images come first anyway.
-        clip: What stands for a clip; nothing, where none is asked about.
+        build: Writes the model to a folder.
+        image: Text for an image in a prompt; empty if images always come first.
+        clip: Text for a clip; empty if none is tested.
         several: Whether a prompt may hold several images.
         text_only: Whether a prompt may hold none.
-        mrope: Whether positions have several axes.
-        torchvision: Whether vLLM's class imports it.
-        methods: To try; for clips where the family has some.
-        tower: Whether its vision tower is cut in one more engine.
+        mrope: Whether the model has M-RoPE positions.
+        torchvision: Whether vLLM's class imports torchvision.
+        methods: Tested methods; methods for clips if `clip` is set.
+        tower: Whether one more engine cuts the vision tower.
         engine: Options of `LLM`.
     """
 
@@ -43,22 +43,22 @@ class Family:
     engine: dict[str, Any] = field(default_factory=dict)
 
     def prompt(self, request: Request) -> str:
-        """The text of a request, with what stands for images and clips."""
+        """The text of a request, with placeholders for images and clips."""
         return " ".join(request.text.replace("@", self.image).replace("%", self.clip).split())
 
     def requests(self) -> list[Request]:
-        """What is asked, one after the other."""
+        """The requests, in order."""
         asked = plans.requests(self.several, self.text_only)
         return asked + plans.clip_requests() if self.clip else asked
 
     def runs(self) -> list[Run]:
-        """The engines to ask."""
+        """The engines that answer them."""
         return plans.clip_runs(self.methods) if self.clip else plans.runs(self.methods, self.tower)
 
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 QWEN_CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
-NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # or the largest video would rule the encoder's budget
+NO_VIDEO = {"limit_mm_per_prompt": {"image": 4, "video": 0}}  # else the largest video sets the encoder budget
 CLIPS = {"limit_mm_per_prompt": {"image": 3, "video": 2}}
 READING = (
     "divprune",
@@ -67,7 +67,7 @@ READING = (
     "scope",
     "visionzip",
     "zoo_prune",
-)  # what reads other parts of the model, and the default
+)  # methods that read other parts of the model, and the default
 FAMILIES = {
     "idefics3": Family(models.MODELS["idefics3"], methods=QUESTION_FREE),
     "idefics3-transformers": Family(models.MODELS["idefics3"], methods=READING, engine={"model_impl": "transformers"}),

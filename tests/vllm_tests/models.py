@@ -30,13 +30,13 @@ TEMPLATE = (
 
 
 def tokenizer(*special: str) -> Any:
-    """A tokenizer of whole words."""
+    """A word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     known = ["<pad>", "<bos>", "<eos>", "<unk>", *special, "\n", "user", "assistant", ":", *WORDS]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
-    # Spaces part words; a newline is a word.
+    # Spaces separate words; a newline is a word.
     newline, space = (pre_tokenizers.Split(text, how) for text, how in (("\n", "isolated"), (" ", "removed")))
     inner.pre_tokenizer = pre_tokenizers.Sequence([newline, space])
     names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -70,7 +70,7 @@ def idefics3(folder: Path, kind: str = "Idefics3") -> None:
 
 
 def paligemma(folder: Path) -> None:
-    """A PaliGemma: every picture is 64 tokens. vLLM attends causally on the CPU, so the config asks for no more."""
+    """A PaliGemma: every picture is 64 tokens. vLLM is causal on the CPU, and so is the config."""
     from transformers import (
         PaliGemmaConfig,
         PaliGemmaForConditionalGeneration,
@@ -103,7 +103,7 @@ def paligemma(folder: Path) -> None:
 
 
 def published_names(folder: Path) -> None:
-    """Renames weights as published checkpoints have them: vLLM reads those, transformers too, but it writes others."""
+    """Renames weights as in published checkpoints, which vLLM requires; transformers writes other names."""
     weights = load_file(folder / "model.safetensors")
     known = {re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", k): v for k, v in weights.items()}
     save_file(known, folder / "model.safetensors", metadata={"format": "pt"})
@@ -113,10 +113,10 @@ def save(folder: Path, cls: Any, config: Any, processor: Any) -> None:
     torch.manual_seed(0)
     model = cls(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # so that different pictures get different answers
+        for parameter in model.parameters():  # larger weights, so that different pictures get different answers
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.15)
-        if config.get_text_config().tie_word_embeddings:  # or every token would foretell itself
+        if config.get_text_config().tie_word_embeddings:  # otherwise every token would predict itself
             model.get_input_embeddings().weight.mul_(0.1)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of models that cannot be served pruned. Nothing is loaded from them but configs and processors."""
+"""Folders of models that cannot be served pruned; only configs and processors are loaded from them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vllm_tests.vision_models import SPECIAL, qwen
 
 
 def llama(folder: Path) -> None:
-    """Text only."""
+    """A text-only model."""
     words = tokenizer()
     LlamaConfig(architectures=["LlamaForCausalLM"], vocab_size=len(words), **TEXT, **SPECIAL).save_pretrained(folder)
     words.save_pretrained(folder)
 
 
 def whisper(folder: Path) -> None:
-    """An encoder-decoder."""
+    """An encoder-decoder model."""
     words = tokenizer()
     config = WhisperConfig(
         architectures=["WhisperForConditionalGeneration"],
@@ -37,7 +37,7 @@ def whisper(folder: Path) -> None:
 
 
 def qwen2_vl(folder: Path) -> None:
-    """M-RoPE in a class of vLLM that lacks its interface for pruned media."""
+    """An M-RoPE model whose class in vLLM lacks the interface for pruned media."""
     vision = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
     qwen(folder, "Qwen2VL", vision, {"mrope_section": [4, 6, 6]})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that clients send: good pictures, odd ones and broken ones."""
+"""Picture files sent by clients: valid, unusual and broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def noise(seed: int, width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture that is like no other."""
+    """A picture of random noise."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
@@ -32,7 +32,7 @@ def url(file: bytes, kind: str = "png") -> str:
 
 
 def claims(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that says it is large."""
+    """A PNG of a few bytes whose header declares a large size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -44,7 +44,7 @@ def claims(width: int, height: int) -> bytes:
 
 
 def odd() -> dict[str, str]:
-    """URLs of pictures that can be read, though a careless program would not."""
+    """URLs of valid pictures in unusual formats."""
     frames = [noise(seed, 48, 48) for seed in range(3)]
     animated = {"save_all": True, "append_images": frames[1:]}
     return {
@@ -61,7 +61,7 @@ def odd() -> dict[str, str]:
 
 
 def broken() -> dict[str, str]:
-    """URLs that hold no picture."""
+    """URLs without a valid picture."""
     good = encoded(noise(7, 64, 64))
     return {
         "nothing": url(b""),

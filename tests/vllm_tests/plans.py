@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of every model: requests, and the settings and engines that they are put to."""
+"""Requests for every model, and the settings and engines that they run with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-TOKENS = 5  # that every request generates
-BLOCK = 32  # tokens of a block of the KV cache: the fewest that the CPU allows
-STEP = 32  # tokens of a step of the chunked engine, fewer than most prompts have
+TOKENS = 5  # generated per request
+BLOCK = 32  # tokens per KV cache block, the minimum on a CPU
+STEP = 32  # tokens per step of the chunked engine, fewer than in most prompts
 
 PLAIN = {"enable_chunked_prefill": False, "enable_prefix_caching": False, "max_num_batched_tokens": 2048}
 CHUNKED = {"enable_chunked_prefill": True, "enable_prefix_caching": True, "max_num_batched_tokens": STEP}
-# A text that fills whole blocks, before the image.
+# Text before the image that fills whole blocks.
 LONG = " ".join(f"word{i}" for i in range(20, 60))
 
 
@@ -24,8 +24,8 @@ class Request:
     """A text in which `@` stands for each image and `%` for each clip.
 
     Attributes:
-        images: By seed, width and height.
-        clips: By seed, frames, width and height.
+        images: Seed, width and height of each.
+        clips: Seed, frames, width and height of each.
     """
 
     text: str
@@ -33,22 +33,22 @@ class Request:
     clips: tuple[tuple[int, int, int, int], ...] = ()
 
     def pictures(self) -> list[Image.Image]:
-        """The images: noise, which no two seeds share."""
+        """The images, random noise by seed."""
         return [picture(*image) for image in self.images]
 
     def videos(self) -> list[tuple[np.ndarray, dict[str, Any]]]:
-        """The clips `[T, H, W, 3]`, and what vLLM wants to know of each."""
+        """The clips `[T, H, W, 3]` with their vLLM metadata."""
         return [(clip(*shape), clip_facts(shape[1])) for shape in self.clips]
 
     def data(self) -> dict[str, Any]:
-        """What vLLM takes as `multi_modal_data`."""
+        """vLLM's `multi_modal_data`."""
         given = {"image": self.pictures(), "video": self.videos()}
         return {modality: items for modality, items in given.items() if items}
 
 
 @dataclass(frozen=True)
 class Run:
-    """An engine: what stands under `"vtprune"` (None: unpruned), and options of `LLM`."""
+    """An engine: its `"vtprune"` settings (None: unpruned) and options of `LLM`."""
 
     name: str
     config: dict[str, Any] | None
@@ -56,7 +56,7 @@ class Run:
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """A picture of noise."""
+    """A picture of random noise."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
@@ -69,13 +69,13 @@ def clip(seed: int, frames: int, width: int, height: int) -> np.ndarray:
 
 
 def clip_facts(frames: int) -> dict[str, Any]:
-    """That a clip has two frames a second, all of which are looked at."""
+    """vLLM metadata of a clip: two frames per second, all of them used."""
     told = {"fps": 2.0, "duration": frames / 2, "total_num_frames": frames, "frames_indices": list(range(frames))}
     return {**told, "video_backend": "opencv", "do_sample_frames": False}
 
 
 def clip_requests() -> list[Request]:
-    """Clips of several lengths and sizes, beside images, after text that fills a block, and at the prompt's end."""
+    """Clips of several lengths and sizes, with images, after text that fills a block, and at the end of a prompt."""
     return [
         Request("word1 % word2 word3", clips=((20, 4, 64, 48),)),
         Request(f"{LONG} % word2", clips=((21, 8, 32, 64),)),
@@ -86,7 +86,7 @@ def clip_requests() -> list[Request]:
 
 
 def requests(several: bool = True, text: bool = True) -> list[Request]:
-    """One and several images, of different sizes, and none.
+    """Prompts with no, one and several images of different sizes.
 
     Args:
         several: Whether prompts of the model may hold several images.
@@ -107,7 +107,7 @@ def requests(several: bool = True, text: bool = True) -> list[Request]:
 
 
 def batch(single: list[Request]) -> list[Request]:
-    """Sixteen requests at once: those, and as many with other images as are missing."""
+    """Sixteen concurrent requests: `single`, filled up with requests for other images."""
     more = [
         Request(
             r.text,
@@ -122,11 +122,11 @@ def batch(single: list[Request]) -> list[Request]:
 
 
 def runs(methods: tuple[str, ...], tower: bool = False) -> list[Run]:
-    """Every method in one engine, `divprune` in both; ratios and counts in turn; unpruned for comparison.
+    """The unpruned run and one per method (`divprune`: plain and chunked); ratios and counts alternate.
 
     Args:
-        methods: Their names.
-        tower: Whether to cut the vision tower as well, in one more engine.
+        methods: Names of methods.
+        tower: Whether to add an engine that cuts the vision tower.
     """
     out = [
         Run("unpruned", None, CHUNKED),
@@ -144,12 +144,12 @@ def runs(methods: tuple[str, ...], tower: bool = False) -> list[Run]:
 
 
 def clip_runs(methods: tuple[str, ...]) -> list[Run]:
-    """Every method for clips, beside `divprune` for images, in one engine; unpruned for comparison."""
+    """The unpruned run and one per clip method, with `divprune` for images."""
     out = [Run("unpruned", None, CHUNKED)]
     for number, method in enumerate(methods):
         engine = ("plain", PLAIN) if number % 2 else ("chunked", CHUNKED)
-        # Not the default for images: resprune would pick 79 tokens in 64 dimensions. Its kernel's float32 variances do
-        # not tell that nothing is left after 64, so that rounding decides the rest.
+        # Not the default for images: resprune would pick 79 tokens in 64 dimensions, and the order after 64 depends on
+        # rounding.
         config = {"method": "divprune", "ratio": 0.55, "video_method": method}
         out.append(Run(f"{method}-{engine[0]}", config, engine[1]))
     return out

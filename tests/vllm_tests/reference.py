@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same cut in transformers: what a pruned vLLM has to answer, greedily, token for token."""
+"""Greedy reference answers of transformers with the same cut as vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtprune.integrations.vllm.settings import Settings
 
 
 class Reference:
-    """A model of transformers that is given the prompt without the columns that a method drops, renumbered."""
+    """A transformers model run on the prompt without the dropped columns, with consecutive positions."""
 
     def __init__(self, folder: Path, settings: Settings | None, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -26,11 +26,11 @@ class Reference:
         if settings is not None and settings.tower is not None:
             vtprune.patch(self.model, tower=settings.tower)
         method = None if settings is None else settings.method
-        # The reader of vLLM's Transformers back end reads transformers' own modules, and this is one.
+        # The reader of vLLM's Transformers back end, which reads transformers' modules.
         self.reader = readers.Reader() if method is None else readers.make(self.model, False, method)
 
     def answer(self, text: str, request: Request, tokens: int) -> tuple[int, list[int]]:
-        """Length of the pruned prompt, and the tokens after it."""
+        """Length of the pruned prompt, and the generated tokens."""
         images = request.pictures()
         inputs = self.processor(images=images or None, text=text, return_tensors="pt")
         inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
@@ -43,21 +43,21 @@ class Reference:
         length = states.shape[1]
         embed = self.model.get_input_embeddings()
         with torch.no_grad():
-            for _ in range(tokens):  # without a cache and without positions: 0, 1, 2, ...
+            for _ in range(tokens):  # no cache; default positions 0, 1, 2, ...
                 logits = self.model(inputs_embeds=states, use_cache=False).logits[0, -1]
                 out.append(int(logits.argmax()))
                 states = torch.cat([states, embed(torch.tensor([[out[-1]]]))], 1)
         return length, out
 
     def runs(self, text: str, request: Request) -> list[list[int]]:
-        """For each image its lengths of runs of placeholders."""
+        """Lengths of the placeholder runs of each image."""
         if not request.images:
             return []
         ids = self.processor(images=request.pictures(), text=text, return_tensors="pt")["input_ids"][0]
         return [[length for _, length in image] for image in self._runs(ids, len(request.images))]
 
     def _merged(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """`[1, T, D]` what the decoder receives for the whole prompt."""
+        """Decoder input `[1, T, D]` of the whole prompt."""
         base = self.model.model
         decoder = next(getattr(base, name) for name in ("text_model", "language_model") if hasattr(base, name))
         seen: list[torch.Tensor] = []
@@ -70,12 +70,12 @@ class Reference:
         return seen[0]
 
     def _runs(self, ids: torch.Tensor, images: int) -> list[list[tuple[int, int]]]:
-        """For each image start and length of its runs of placeholders."""
+        """Start and length of the placeholder runs of each image."""
         mask = ids == self.model.config.image_token_id
         edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
         starts = (edges == 1).nonzero()[:, 0].tolist()
         runs = list(zip(starts, prompts.runs_of(mask), strict=True))
-        # Between images there is a word; between tiles there are only tags.
+        # Images are separated by words, tiles only by tags.
         words = set(self.processor.tokenizer.convert_tokens_to_ids([f"word{i}" for i in range(60)]))
         out: list[list[tuple[int, int]]] = [[]]
         for number, run in enumerate(runs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same cut in transformers for models with M-RoPE: what is kept stands where it stood, and so does what follows."""
+"""Reference answers for M-RoPE models: all remaining tokens keep their positions of the unpruned prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtprune.integrations.vllm.settings import Settings
 
 
 class MRoPEReference(Reference):
-    """A Qwen-VL of transformers that is given fewer columns, with the positions that they had in the whole prompt."""
+    """A Qwen-VL of transformers run on the kept columns, with their positions in the whole prompt."""
 
     def __init__(self, folder: Path, settings: Settings | None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(folder, settings, dtype)
@@ -23,7 +23,7 @@ class MRoPEReference(Reference):
             self.reader = readers.make(self.model, True, settings.video_method)
 
     def answer(self, text: str, request: Request, tokens: int) -> tuple[int, list[int]]:
-        """Length of the pruned prompt, and the tokens after it."""
+        """Length of the pruned prompt, and the generated tokens."""
         inputs = self._inputs(text, request)
         with self.reader.watch() as seen:
             states, deep, positions = self._decoder_inputs(inputs)
@@ -31,7 +31,7 @@ class MRoPEReference(Reference):
         end = int(positions.max()) + 1
         ids = inputs["input_ids"][0]
         if self.settings is not None:
-            # Deeper features go along with each feature, in further channels.
+            # DeepStack features are appended as channels.
             width, channels = states.shape[1], torch.cat([states, *deep], 1)
             stays = torch.ones(len(ids), dtype=torch.bool)
             for columns, modality, grid in self._items(inputs):
@@ -56,11 +56,11 @@ class MRoPEReference(Reference):
         return length, out
 
     def runs(self, text: str, request: Request) -> list[list[int]]:
-        """For each image and clip how many placeholders it has."""
+        """Number of placeholders of each image and clip."""
         return [[len(columns)] for columns, _, _ in self._items(self._inputs(text, request))]
 
     def _inputs(self, text: str, request: Request) -> dict[str, Any]:
-        """What the processor makes of a prompt; clips are looked at whole."""
+        """The processor's output for a prompt, with all frames of clips."""
         given: dict[str, Any] = {"images": request.pictures() or None}
         if request.clips:
             frames, facts = zip(*request.videos(), strict=True)
@@ -69,7 +69,7 @@ class MRoPEReference(Reference):
         return dict(self.processor(**given, text=text, return_tensors="pt", return_mm_token_type_ids=True))
 
     def _items(self, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, str, list[int]]]:
-        """Columns, modality and grid of every image and clip, in the order of the prompt."""
+        """Columns, modality and grid of every image and clip, in prompt order."""
         ids, out = inputs["input_ids"][0], []
         for modality in ("image", "video"):
             columns = (ids == getattr(self.model.config, f"{modality}_token_id")).nonzero()[:, 0]
@@ -79,7 +79,7 @@ class MRoPEReference(Reference):
         return sorted(out, key=lambda item: int(item[0][0]))
 
     def _decoder_inputs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """`[T, D]` states, for each deep level `[T, D]` what is added after it, and `[3, T]` positions."""
+        """States `[T, D]`, the DeepStack features `[T, D]` of each level, and positions `[3, T]`."""
         seen: list[dict[str, Any]] = []
         decoder = self.model.model.language_model
         hook = decoder.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -93,13 +93,13 @@ class MRoPEReference(Reference):
             full = torch.zeros_like(states)
             full[given["visual_pos_masks"][0]] = level
             deep.append(full)
-        positions = given["position_ids"]  # none without images: one after the other
+        positions = given["position_ids"]  # absent without images: consecutive positions
         return states, deep, torch.arange(len(states)).expand(3, -1) if positions is None else positions[-3:, 0]
 
     def _after_clips(self, positions: torch.Tensor, items: list[Any]) -> torch.Tensor:
-        """`[3, T]` positions in which text after a clip continues after all of it, as in vLLM and in Qwen's own code.
+        """Positions `[3, T]` in which text after a clip follows its largest position, as in vLLM and in Qwen's code.
 
-        In transformers 5.19 it continues after the rows and columns of a Qwen2.5-VL clip, which may last longer.
+        transformers 5.19 continues after the rows and columns of a Qwen2.5-VL clip, ignoring larger time positions.
         """
         positions = positions.clone()
         for columns, _, _ in items:
@@ -109,7 +109,7 @@ class MRoPEReference(Reference):
         return positions
 
     def _decode(self, states: torch.Tensor, deep: list[torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-        """`[D]` the last column's output."""
+        """Output `[D]` of the last column."""
         extra: dict[str, Any] = {}
         if deep:
             everywhere = torch.ones(1, len(states), dtype=torch.bool)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real OpenAI-compatible server with a pruned model, asked over HTTP as users ask it."""
+"""Tests of a pruned model behind vLLM's OpenAI-compatible server, over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
-openai = pytest.importorskip("openai", reason="the openai client, which asks the server, is not installed")
+openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
 from vllm_tests import models, pictures  # noqa: E402
 
@@ -30,11 +30,11 @@ CONFIG, KEEP = {"method": "divprune", "ratio": 0.25}, {"method": "uniform", "kee
 OPTIONS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16")
 OPTIONS += ("--limit-mm-per-prompt", '{"image": 4}')
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
-# Sizes of the pictures of each request.
+# Width and height of each request's pictures.
 REQUESTS = {"none": [], "one": [(96, 64)], "small": [(32, 32)], "two": [(64, 64), (40, 96)], "four": [(96, 96)] * 4}
 
 
-# What vLLM, pruned or not, answers with status 500, though the request is wrong; and the reason that it gives.
+# Invalid requests that vLLM, pruned or not, answers with status 500, and its reasons.
 OWN_ERRORS = {"a large claim": "exceeds limit", "another scheme": "Cannot load local files"}
 
 
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpruned(model: Path) -> dict[str, Any]:
-    """What an unpruned server answers, and how it refuses; it has ended when the pruned one starts."""
+    """Answers and refusals of an unpruned server, which is stopped before the pruned one starts."""
     with Server(model, options=OPTIONS, environment=SMALL) as server:
         answers = {name: ask(server, *images(sizes)) for name, sizes in REQUESTS.items()}
         return answers | {name: refusal(server, url) for name, url in pictures.broken().items()}
@@ -64,7 +64,7 @@ def images(sizes: list[tuple[int, int]], seed: int = 0) -> list[str]:
 
 
 def request(server: Server, urls: tuple[str, ...], tokens: int = 8) -> dict[str, Any]:
-    """A chat with pictures in front of the text."""
+    """Parameters of a chat completion with pictures before the text."""
     parts: list[dict] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "word1 word2 word3"}]}]
     return {"model": server.model, "messages": messages, "max_tokens": tokens, "temperature": 0}
@@ -94,7 +94,7 @@ def said(answer: Any) -> tuple[int, str]:
 
 
 def dropped(model: Path, sizes: list[tuple[int, int]], config: dict[str, Any] = CONFIG) -> int:
-    """Tokens that fall away, by the processor of transformers and the settings alone."""
+    """Number of dropped tokens, from the transformers processor and the settings."""
     from transformers import AutoProcessor
 
     processor, settings = AutoProcessor.from_pretrained(model), parse(config)
@@ -119,7 +119,7 @@ def test_text_alone_is_answered_as_ever(server, unpruned):
 
 
 def test_pictures_are_looked_at(server):
-    """The same prompt length, other pictures, other words; and the same ones again from the caches."""
+    """Other pictures of equal size change the answer; the same ones, from the caches, repeat it."""
     answers = [said(ask(server, *images([(64, 64)], seed))) for seed in (10, 11, 12, 10)]
     assert len({length for length, _ in answers}) == 1
     assert len({text for _, text in answers}) == 3 and answers[0] == answers[3]
@@ -135,13 +135,13 @@ def test_sixteen_at_once_say_what_they_say_alone(server):
             return await asyncio.gather(*calls)
 
     crowd = [said(answer) for answer in asyncio.run(together())]
-    # Alone means without what the caches hold of the crowd, too; other prompts push nothing out of a cache this large.
+    # A cache salt keeps the single requests from reusing blocks of the batch; the cache is too large for evictions.
     alone = [said(ask_once(server, urls)) for urls in asked]
     assert crowd == alone and len(set(crowd)) == 16
 
 
 def ask_once(server: Server, urls: tuple[str, ...]) -> Any:
-    """With a cache salt, by which no block of an earlier prompt is used again."""
+    """Sends a request with a cache salt, so that no block of an earlier prompt is reused."""
     with client(server) as asking:
         return asking.chat.completions.create(**request(server, urls), extra_body={"cache_salt": "alone"})
 
@@ -201,7 +201,7 @@ def test_requests_that_clients_leave_are_forgotten(server):
 
 
 def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
-    """Data parallelism: eight requests at once, shared between two engines."""
+    """With data parallelism, eight concurrent requests on two engines are answered as on one."""
     urls = [images([(64, 64)], seed=i)[0] for i in range(8)]
     wanted = [said(ask(server, url)) for url in urls]
     options = (*OPTIONS, "--data-parallel-size", "2")
@@ -214,15 +214,15 @@ def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
 
 
 def test_it_stops_when_it_is_terminated(server):
-    """The last of the tests that need this server; it is stopped between two requests."""
+    """SIGTERM between two requests stops the server cleanly (the last test that uses this server)."""
     assert server.stop(signal.SIGTERM) == 0, server.tail()
     assert not server.ready() and server.left() == []
-    # vLLM itself may complain that its engine is gone; of the plug-in there must be no complaint.
+    # vLLM may log that its engine is gone; the plug-in must log nothing.
     assert "vtprune/" not in server.log.read_text().rpartition("shutdown triggered")[2], server.tail(80)
 
 
 def test_a_count_holds_for_every_picture_and_ctrl_c_stops_the_server(model, unpruned):
-    """Between two requests: with some under way vLLM, pruned or not, waits until their clients hang up."""
+    """`keep` applies to every picture, and Ctrl-C between two requests stops the server."""
     with Server(model, KEEP, options=OPTIONS, environment=SMALL) as server:
         for name in ("one", "four"):
             before, after = unpruned[name].usage.prompt_tokens, said(ask(server, *images(REQUESTS[name])))[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/serving.md shows of vLLM, run and read by the real one."""
+"""Programs and command-line options shown in docs/serving.md work with the installed vLLM."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_python_program_runs(tmp_path):
     code = doc_blocks.offline(code, tmp_path / "model").replace("additional_config=CONFIG", engine)
     (tmp_path / "offline.py").write_text(code, encoding="utf-8")
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    paths = os.pathsep.join([str(ROOT), *map(os.path.abspath, given)])  # it runs in another folder
+    paths = os.pathsep.join([str(ROOT), *map(os.path.abspath, given)])  # the program runs in another folder
     done = subprocess.run(
         [sys.executable, "offline.py"],
         cwd=tmp_path,

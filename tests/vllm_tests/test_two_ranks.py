@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism on the CPU: two ranks, each with half of the heads, choose what one would."""
+"""Tensor parallelism on the CPU: two ranks, each with half of the heads, select the same tokens as one."""
 
 from __future__ import annotations
 

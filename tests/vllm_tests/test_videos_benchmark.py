@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of clips in vLLM, of one clip: the plug-in's engines and vLLM's own have equal counts."""
+"""The vLLM clip benchmark on one clip: engines of the plug-in and of vLLM keep equal numbers of tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models served by a real vLLM on the CPU: token for token what transformers answers with the same cut."""
+"""Tiny models served by vLLM on the CPU give the greedy tokens of transformers with the same cut."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRUNED = [case for case in CASES if case[1] != "unpruned"]
 
 
 def start(module: str, *arguments: object, **environment: str) -> None:
-    """A process of its own."""
+    """Runs a module in a separate process."""
     path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -36,7 +36,7 @@ def start(module: str, *arguments: object, **environment: str) -> None:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a process of its own did with a model: `served(name)`."""
+    """Record of a model served in a separate process: `served(name)`."""
     place = tmp_path_factory.mktemp("vllm")
 
     @functools.cache
@@ -64,7 +64,7 @@ def test_placeholders_are_exact(served: Any, name: str, run: str) -> None:
     record = served(name)[run]
     for found, wanted in zip(record["batch"], record["expected"], strict=True):
         counts = [n for image in wanted["images"] for n in image]
-        if families.FAMILIES[name].clip and run == "unpruned":  # where each frame may have a run of its own
+        if families.FAMILIES[name].clip and run == "unpruned":  # each frame may have its own run
             assert sum(found["placeholders"]) == sum(counts)
         else:
             assert found["placeholders"] == counts
@@ -77,7 +77,7 @@ def test_prompts_and_cache_blocks_shrink(served: Any, name: str, run: str) -> No
         removed = sum(before["placeholders"]) - sum(after["placeholders"])
         assert after["length"] == before["length"] - removed
         assert (removed > 0) == bool(before["placeholders"])
-        assert after["blocks"] == -(-(after["length"] + plans.TOKENS - 1) // plans.BLOCK)  # the last token is not kept
+        assert after["blocks"] == -(-(after["length"] + plans.TOKENS - 1) // plans.BLOCK)  # all but the last
         assert after["blocks"] <= before["blocks"]
     assert sum(r["blocks"] for r in short["batch"]) < 0.75 * sum(r["blocks"] for r in full["batch"])
 
@@ -87,15 +87,15 @@ def test_encoder_budget_falls(served: Any, name: str, run: str) -> None:
     full, short = served(name)["unpruned"]["budget"], served(name)[run]["budget"]
     config = next(r.config for r in families.FAMILIES[name].runs() if r.name == run)
     largest = config.get("keep") or round(config["ratio"] * full["image"])
-    if families.FAMILIES[name].clip:  # the largest clip rules, with its text between frames
-        if "chunked" in run:  # the unpruned engine is chunked, too; a plain step is longer than any clip
+    if families.FAMILIES[name].clip:  # determined by the largest clip, including the text between frames
+        if "chunked" in run:  # compare with the chunked unpruned engine; otherwise a step is longer than any clip
             assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
         return
-    if "model_impl" in families.FAMILIES[name].engine:  # which counts the tags of an unpruned image, too
+    if "model_impl" in families.FAMILIES[name].engine:  # it counts the tags of an unpruned image too
         assert 0 < short["image"] <= largest
     else:
         assert short["image"] == largest
-    if "chunked" in run:  # where the largest image asks for more than a step has anyway
+    if "chunked" in run:  # the largest image exceeds the tokens of a step
         step = plans.STEP
         assert (full["compute"], short["compute"]) == (max(step, full["image"]), max(step, short["image"]))
         assert short["compute"] < full["compute"] and short["cache"] < full["cache"]
@@ -108,10 +108,10 @@ def test_prefix_cache_answers_the_same_image_and_a_common_text(served: Any, name
             assert not any(r["cached"] for r in record["alone"] + record["again"] + record["batch"])
             continue
         for first, again in zip(record["alone"], record["again"], strict=True):
-            # All whole blocks but for the last token, which is computed to have something to go on from.
+            # All whole blocks except that of the last token, which is always computed.
             assert again["cached"] == (first["length"] - 1) // plans.BLOCK * plans.BLOCK
-        second = record["alone"][3]  # the same text as the one before, and another image
-        if families.FAMILIES[name].image:  # images after the text
+        second = record["alone"][3]  # same text as in the previous request, another image
+        if families.FAMILIES[name].image:  # the text precedes the images
             assert second["cached"] == plans.BLOCK
         else:
             assert second["cached"] == 0
@@ -137,7 +137,7 @@ def test_an_adapter_of_the_language_model_answers_as_the_merged_model(tmp_path: 
 
 @pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.tower])
 def test_a_cut_tower_gives_other_features(served: Any, name: str) -> None:
-    """The same method and ratio, with and without the cut: where nothing differs, nothing was cut."""
+    """With a cut tower the same method and ratio give other features."""
     whole, cut = (served(name)[run]["batch"] for run in ("divprune-plain", "tower-chunked"))
     assert [r["length"] for r in whole] == [r["length"] for r in cut]
     assert [r["tokens"] for r in whole] != [r["tokens"] for r in cut]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the plug-in decides before a model runs: refusals, each in one line, and the identity of images in caches."""
+"""Tests of the plug-in before a model runs: one-line refusals, and cache keys of images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Folders of tiny models by name, built when asked for."""
+    """Folders of tiny models by name, built on first use."""
     place = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
@@ -58,12 +58,12 @@ def processor(folder: Path, config: Any, **options: Any) -> Any:
     """The processor of a model, as the front end makes it."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    made = engine_config(folder, config, **options)  # the first one loads the plug-in, which wraps what follows
+    made = engine_config(folder, config, **options)  # the first config loads the plug-in, which wraps later ones
     return MULTIMODAL_REGISTRY.create_processor(made.model_config)
 
 
 def hashes(folder: Path, config: Any, names: list[str] | None = None) -> list[str]:
-    """By which caches know two images."""
+    """Cache keys of two images."""
     made = processor(folder, config)
     items = made.info.parse_mm_data({"image": [plans.picture(0, 64, 64), plans.picture(1, 96, 64)]})
     out = made("word1 <image> word2 <image>", items, None if names is None else {"image": names})
@@ -87,7 +87,7 @@ def test_different_settings_never_share_a_cache(folders: Any, names: list[str] |
     found = [hashes(folders("idefics3"), config, names) for config in CONFIGS]
     every = [name for pair in found for name in pair]
     assert len(every) == 2 * len(CONFIGS) == len(set(every))
-    assert found == [hashes(folders("idefics3"), config, names) for config in CONFIGS]  # and the same ones do
+    assert found == [hashes(folders("idefics3"), config, names) for config in CONFIGS]  # and equal settings share them
     if names is not None:
         assert found[0] == names
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_by_its_configuration(folders: Any, name: str,
 
 def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folders: Any) -> None:
     pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
-    processor(folders("qwen2_vl"), None)  # served unpruned
+    processor(folders("qwen2_vl"), None)  # can be served unpruned
     with pytest.raises(ServingError) as caught:
         processor(folders("qwen2_vl"), {"ratio": 0.5})
     line = str(caught.value)
@@ -123,7 +123,7 @@ def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folde
 
 
 def clips(folder: Path, config: Any, **options: Any) -> dict[str, Any]:
-    """What the front end makes of a prompt with a clip and a picture."""
+    """The front end's inputs of a prompt with a clip and a picture."""
     made = processor(folder, config, **options)
     request = plans.Request("", ((0, 64, 64),), ((1, 8, 64, 48),))
     return made(f"word1 {QWEN_CLIP} word2 {QWEN} word3", made.info.parse_mm_data(request.data()), None)
@@ -141,7 +141,7 @@ def test_clips_have_their_count_before_a_model_runs_and_caches_of_their_own(fold
     assert grid[0] == 4 and (video, image) == (round(0.3 * (int(grid.prod()) // 4)), round(0.3 * 8 * 8))
     assert [found[3]["prompt_token_ids"].count(token) for token in (5, 4)] == [11, 11]
     whole, short = found[0]["prompt_token_ids"], found[1]["prompt_token_ids"]
-    assert [t for t in whole if t not in (4, 5)] == [t for t in short if t not in (4, 5)]  # times between frames
+    assert [t for t in whole if t not in (4, 5)] == [t for t in short if t not in (4, 5)]  # text and timestamps
 
 
 def test_a_ratio_by_pixels_is_counted_before_a_model_runs(folders: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_ratio_by_pixels_is_counted_before_a_model_runs(folders: Any) -> None:
     for item in ids["mm_kwargs"]["image"]:
         runs, counts = (item[f"vtprune_{name}"].data.sum() for name in ("runs", "counts"))
         shares.append(float(counts / runs))
-    assert shares == pytest.approx([0.1, 1.0])  # a flat picture, and noise
+    assert shares == pytest.approx([0.1, 1.0])  # a uniform picture, and noise
     token = made.info.get_hf_config().image_token_id
     assert ids["prompt_token_ids"].count(token) == sum(
         int(item["vtprune_counts"].data.sum()) for item in ids["mm_kwargs"]["image"]
@@ -182,7 +182,7 @@ def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any
         config = engine_config(folders("idefics3"), {"certificate": given}).model_config
         found = settings_of(config)
         assert found is not None and found.counts([100]) == [40] and found.method.name == "divprune"
-    path.unlink()  # other processes, perhaps on other machines, need no file
+    path.unlink()  # other processes, possibly on other machines, do not need the file
     assert settings_of(config) == found
     other = tmp_path / "other"
     shutil.copytree(folders("idefics3"), other)
@@ -226,7 +226,7 @@ if __name__ == "__main__":
 
 
 def test_a_qwen3_5_starts_and_prunes_pictures_and_clips(tmp_path: Path) -> None:
-    """Linear attention beside attention; vLLM's own pruning of videos ends with an error there (0.32)."""
+    """Qwen3.5, with linear attention layers, starts and prunes; vLLM's own video pruning fails on it (0.32)."""
     pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
     vision_models.qwen3_5(tmp_path / "model")
     config = json.dumps({"vtprune": {"ratio": 0.5, "video_method": "evs"}})
@@ -238,7 +238,7 @@ def test_a_qwen3_5_starts_and_prunes_pictures_and_clips(tmp_path: Path) -> None:
     prompt, answer = json.loads(done.stdout.strip().splitlines()[-1])
     known = json.loads((tmp_path / "model" / "config.json").read_text())
     counts = [prompt.count(known[f"{kind}_token_id"]) for kind in ("image", "video")]
-    assert counts == [20, 36], "half of 5 x 8, and of two time steps that the processor makes 6 x 6"
+    assert counts == [20, 36], "expected half of 5 x 8, and half of two time steps of 6 x 6"
     assert len(answer) == 4
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves a tiny Idefics3 on two tensor-parallel ranks, and writes what they answer beside what transformers does.
+"""Serves a tiny Idefics3 on two tensor-parallel ranks, and writes their answers and those of transformers.
 
 python -m vllm_tests.two_ranks FOLDER RESULT.json METHOD
 """
@@ -18,7 +18,7 @@ from vtprune.integrations.vllm.settings import parse
 
 
 def main(folder: Path, result: Path, method: str) -> None:
-    """One core a rank; the second of the two KV heads' sets is a copy, as the model has one KV head."""
+    """Uses one core per rank; the model has one KV head, which both ranks hold."""
     os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1"})
     family, config = families.FAMILIES["idefics3"], {"method": method, "ratio": 0.25}
     family.build(folder)

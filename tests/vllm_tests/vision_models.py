@@ -78,13 +78,13 @@ def internvl(folder: Path) -> None:
 
 
 def qwen2_5_vl(folder: Path) -> None:
-    """A Qwen2.5-VL: 8 x 8 pixels are a token."""
+    """A Qwen2.5-VL with 8 x 8 pixels per token."""
     vision = {"window_size": 16, "fullatt_block_indexes": [1]}
     qwen(folder, "Qwen2_5_VL", vision, {"mrope_section": [4, 6, 6]})
 
 
 def qwen3_vl(folder: Path) -> None:
-    """A Qwen3-VL, whose first two vision layers enter the decoder's first two (DeepStack)."""
+    """A Qwen3-VL; features of its first two vision layers are added in the first two decoder layers (DeepStack)."""
     vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "depth": 3}
     qwen(folder, "Qwen3VL", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True})
 
@@ -93,9 +93,9 @@ def qwen3_vl_moe(folder: Path) -> None:
     """A Qwen3-VL whose decoder is a mixture of experts."""
     vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1], "depth": 3}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-    experts["norm_topk_prob"] = True  # as in published checkpoints; transformers knows no other way
+    experts["norm_topk_prob"] = True  # as in published checkpoints, and the only option in transformers
     qwen(folder, "Qwen3VLMoe", vision, {"mrope_section": [6, 5, 5], "mrope_interleaved": True}, experts)
-    # vLLM reads experts as they were published, transposed, and transformers writes them as it has them.
+    # vLLM reads expert weights in the published, transposed layout, but transformers writes its own.
     weights = load_file(folder / "model.safetensors")
     published = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in weights.items()}
     shutil.copytree(folder, folder / "published")
@@ -112,7 +112,7 @@ def qwen3_5(folder: Path) -> None:
 
 
 def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any], more: dict | None = None) -> None:
-    """A Qwen-VL of a kind: what its tower and the positions of its decoder have of their own."""
+    """Writes a Qwen-VL of `kind` with its settings of tower and rotary embedding."""
     import transformers
 
     names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
@@ -128,7 +128,7 @@ def qwen(folder: Path, kind: str, vision: dict[str, Any], rope: dict[str, Any], 
     config = getattr(transformers, f"{kind}Config")(
         vision_config=tower, text_config=text, tie_word_embeddings=False, **ids
     )
-    # Clips are normalized as pictures are, as in published checkpoints: vLLM does both with the same numbers.
+    # Clips and pictures are normalized equally, as in published checkpoints: vLLM uses the same values for both.
     grid = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     pixels = {"shortest_edge": 8 * 8, "longest_edge": 96 * 96}
     reader = "Qwen3VL" if kind.startswith("Qwen3") else kind

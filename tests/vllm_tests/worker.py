@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves one model in all its runs with vLLM, in a process of its own, and writes what happened beside what should.
+"""Serves one model with vLLM in all its runs, and writes results and expected results.
 
     python -m vllm_tests.worker MODEL FOLDER RESULT.json [RUN ...]
 
-The engine lives in this process, so that its scheduler can be watched. References come first: vLLM's Transformers back
-end changes classes of transformers.
+The engine runs in this process, so that its scheduler can be inspected. References are computed first, because vLLM's
+Transformers back end changes classes of transformers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vtprune.integrations.vllm import prompts
 from vtprune.integrations.vllm.settings import parse
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-# One thread each: two that wait for each other on cores which others use are slower.
+# One thread per process: synchronized threads are slower on shared cores.
 ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
@@ -40,7 +40,7 @@ def main(name: str, folder: Path, result: Path, *chosen: str) -> None:
     runs = [run for run in family.runs() if not chosen or run.name in chosen]
     start = time.monotonic()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nothing in a tiny model is worth sharing
+    torch.set_num_threads(1)  # tiny models do not benefit from threads
     expected = {run.name: expect(family, folder, run, plans.batch(single)) for run in runs}
     print("references", round(time.monotonic() - start), "s", flush=True)
     torch.set_num_threads(threads)
@@ -51,7 +51,7 @@ def main(name: str, folder: Path, result: Path, *chosen: str) -> None:
 
 
 def expect(family: families.Family, folder: Path, run: Run, requests: list[Request]) -> list[dict[str, Any]]:
-    """What transformers answers with the same cut, and how many placeholders each image should have."""
+    """Answers of transformers with the same cut, and the expected number of placeholders of each image."""
     settings = None if run.config is None else parse(run.config)
     reference = (reference_mrope.MRoPEReference if family.mrope else Reference)(folder, settings)
     out = []
@@ -65,7 +65,7 @@ def expect(family: families.Family, folder: Path, run: Run, requests: list[Reque
 
 
 def serve(family: families.Family, folder: Path, run: Run, single: list[Request]) -> dict[str, Any]:
-    """The same requests to vLLM: one by one, again (which a prefix cache answers), and sixteen at once."""
+    """vLLM's answers to the same requests: one by one, repeated (from the prefix cache), and sixteen at once."""
     from vllm import LLM, SamplingParams
 
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16}
@@ -73,7 +73,7 @@ def serve(family: families.Family, folder: Path, run: Run, single: list[Request]
     options |= {"limit_mm_per_prompt": {"image": 4 if family.several else 1}, **run.engine, **family.engine}
     if run.config is not None:
         options["additional_config"] = {"vtprune": run.config}
-    published = folder / "published"  # where vLLM and transformers read different files
+    published = folder / "published"  # vLLM and transformers may read different files
     llm = LLM(model=str(published if published.is_dir() else folder), **options)
     blocks = _watch_blocks()
     sampling = SamplingParams(temperature=0, max_tokens=plans.TOKENS, ignore_eos=True)
@@ -115,7 +115,7 @@ def _record(output: Any, llm: Any, blocks: dict[str, int]) -> dict[str, Any]:
 
 
 def _watch_blocks() -> dict[str, int]:
-    """How many blocks of the KV cache each request held when it ended, by its name."""
+    """Number of KV cache blocks of each finished request, by request id."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     held: dict[str, int] = {}
@@ -131,7 +131,7 @@ def _watch_blocks() -> dict[str, int]:
 
 
 def _budget(llm: Any) -> dict[str, int]:
-    """Tokens of the largest image, and how many the encoder may produce in a step and hold in its cache."""
+    """Tokens of the largest image, and the encoder's budgets per step and in its cache."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves a pruned model with an adapter of its language model, beside what transformers answers with it merged.
+"""Serves a pruned model with a LoRA adapter of its language model, and writes the answers of the merged model.
 
 python -m vllm_tests.worker_lora FOLDER RESULT.json
 """
@@ -23,7 +23,7 @@ RANK = 8
 
 
 def adapter(base: Path, folder: Path, merged: Path) -> None:
-    """A random adapter, and the model with it merged in."""
+    """Writes a random adapter, and the model with the adapter merged."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -41,7 +41,7 @@ def adapter(base: Path, folder: Path, merged: Path) -> None:
 
 
 def main(folder: Path, result: Path) -> None:
-    """Requests with and without the adapter, in one batch."""
+    """Serves requests with and without the adapter in one batch."""
     os.environ.update(ENVIRONMENT)
     family = families.FAMILIES["idefics3"]
     base, lora, merged = (folder / name for name in ("base", "lora", "merged"))
@@ -58,7 +58,7 @@ def main(folder: Path, result: Path) -> None:
 
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 16}
     options |= {"limit_mm_per_prompt": {"image": 4}, "enable_lora": True, "max_lora_rank": RANK}
-    options["max_loras"] = 2  # on the CPU vLLM reads the last place for requests without an adapter: let it be empty
+    options["max_loras"] = 2  # on the CPU vLLM uses the last slot for requests without an adapter, so leave it empty
     llm = LLM(model=str(base), additional_config={"vtprune": CONFIG}, **options)
     inputs = [
         {"prompt": family.prompt(r), **({"multi_modal_data": {"image": r.pictures()}} if r.images else {})}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo, served on this machine to a real browser and to many clients. `make test-web` runs this folder."""
+"""Fixtures of the web tests: the demo server on this machine. `make test-web` runs this folder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Server:
     """A running demo.
 
     Attributes:
-        url: Where it answers.
-        temp: Its temporary folder, the only place it may write to.
-        cwd: The folder it was started in.
+        url: Base URL.
+        temp: Its temporary folder, the only one that it may write to.
+        cwd: Its working directory.
     """
 
     url: str
@@ -80,7 +80,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
                     pytest.fail(f"the demo did not start:\n{(home / 'log.txt').read_text()[-2000:]}")
                 time.sleep(0.5)
         yield Server(url, temp, cwd, process)
-        assert process.poll() is None, "the demo died"
+        assert process.poll() is None, "the demo process ended"
     finally:
         process.terminate()
         process.wait(30)

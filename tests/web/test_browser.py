@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A person at the demo: picks, uploads, moves the slider, changes methods, compares models, asks why.
+"""Browser tests of the demo: pictures, uploads, the ratio slider, methods, model comparison and token explanations.
 
-Saves screenshots, into docs/ with `make test-web VTPRUNE_SHOTS=docs`.
+Saves screenshots, with `make test-web VTPRUNE_SHOTS=docs` into docs/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def page(server):
 
 
 def _wait(driver, selector, condition=lambda found: True):
-    """The first element that a CSS selector finds and a condition accepts."""
+    """Waits for the first element that matches a CSS selector and a condition."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -43,7 +43,7 @@ def _wait(driver, selector, condition=lambda found: True):
 
 
 def _tick(driver, group, *names):
-    """Leaves exactly these boxes of a group ticked."""
+    """Ticks exactly these checkboxes of a group."""
     from selenium.webdriver.common.by import By
 
     for label in driver.find_elements(By.CSS_SELECTOR, f"{group} label"):
@@ -63,7 +63,7 @@ def _slide(driver, value):
 def _ask(driver, *ways, kept, models=(QWEN,)):
     """Presses the button and waits for these methods' rows and these numbers of kept patches; returns the rows.
 
-    Letting go of the slider asks as well, so more than one answer may be on its way.
+    Releasing the slider also sends a request, so several answers may arrive.
     """
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -79,7 +79,7 @@ def _ask(driver, *ways, kept, models=(QWEN,)):
 
 
 def _rows(driver):
-    """The table of answers, cell by cell."""
+    """Cells of the table of answers, by row."""
     return driver.execute_script(
         "return [...document.querySelectorAll('#result table.sides tr')].slice(1)"
         ".map(row => [...row.querySelectorAll('td')].map(cell => cell.textContent))"
@@ -92,7 +92,7 @@ def _kept(driver):
 
 
 def _shot(driver, name, selector="body"):
-    """Saves a picture of the page for the documents."""
+    """Saves a screenshot of an element of the page."""
     element = _wait(driver, selector)
     driver.execute_script("arguments[0].scrollIntoView()", element)
     raw = Path(SHOTS / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site in Chromium, read from the disk: `make docs` builds it first."""
+"""Tests of the documentation site in Chromium, opened from disk; `make docs` builds it first."""
 
 from __future__ import annotations
 

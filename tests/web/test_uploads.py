@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad uploads get a message, and the demo goes on; many visitors at once are all served."""
+"""Invalid uploads get a message and leave the demo working; concurrent visitors are all served."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from PIL import Image
 
 
 def picture(size=(96, 64), mode="RGB", form="PNG", **options) -> bytes:
-    """A picture file in memory."""
+    """Bytes of a picture file."""
     buffer = io.BytesIO()
     Image.new(mode, size, "red" if mode != "CMYK" else (0, 200, 200, 0)).save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def huge(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that unfolds into width x height pixels."""
+    """A PNG of a few bytes that decodes to width x height pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -147,7 +147,7 @@ def test_a_method_that_is_not_offered_is_refused(client):
 def test_files_of_the_server_are_out_of_reach(server):
     import httpx
 
-    secret = server.temp.parent / "secret.png"  # a good picture, which nobody uploaded
+    secret = server.temp.parent / "secret.png"  # a valid picture that was not uploaded
     secret.write_bytes(picture())
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
     data = [file, "my upload", "what color is the object?", 0.25, ["uniform"], [QWEN], "a share of them", False]
@@ -176,7 +176,7 @@ def test_a_file_name_does_not_lead_out_of_the_temporary_folder(client, server):
     stored = [Path(p) for p in answer.json()] if answer.status_code == 200 else []
     assert all(server.temp.resolve() in p.resolve().parents for p in stored)
     assert not list(server.temp.parent.glob("escaped*")) and not list(server.cwd.parent.parent.glob("escaped*"))
-    assert list(server.cwd.iterdir()) == []  # all that came so far, and nothing lies where the demo was started
+    assert list(server.cwd.iterdir()) == []  # no upload wrote to the working directory
 
 
 def test_twenty_visitors_at_once_are_all_served(server):

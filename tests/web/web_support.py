@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are, and what the tests of the web demo need."""
+"""Paths and requirements of the web tests."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = ROOT / "examples" / "space"
-# Where screenshots go: not over those of the documents, unless asked.
+# Folder of screenshots; those of the documentation are only overwritten on request.
 SHOTS = ROOT / os.environ.get("VTPRUNE_SHOTS", "out")
 
 
 def missing() -> str | None:
-    """Reason why these tests cannot run here, or None."""
+    """Reason to skip the web tests, or None."""
     if os.environ.get("VTPRUNE_WEB") != "1":
         return "tests of the web demo run with `make test-web`"
     for module in ("gradio", "gradio_client", "selenium"):
@@ -26,7 +26,7 @@ def missing() -> str | None:
 
 
 def browser_missing() -> str | None:
-    """Reason why there is no browser, or None."""
+    """Reason to skip the browser tests, or None."""
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
             return f"{program} is not installed; on Debian: apt-get install chromium chromium-driver"
@@ -34,7 +34,7 @@ def browser_missing() -> str | None:
 
 
 def chromium(window: str) -> Any:
-    """A Chromium without a screen.
+    """A headless Chromium.
 
     Args:
         window: Width and height in pixels, as "1280,1400".

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets torchvision be imported beside a CPU build of PyTorch, for which there is no torchvision.
+"""Makes torchvision importable with a CPU build of PyTorch that has no matching torchvision.
 
-With this folder on PYTHONPATH, a torchvision of the same release installed with `--no-deps` serves: its transforms are
-Python, its compiled operators (boxes, which no model here uses) do not load, and two of them must at least have a name.
+Needs this folder on PYTHONPATH and a torchvision of the same release installed with `--no-deps`. Its transforms are
+Python; its compiled operators (for boxes, unused here) do not load, but two of them must be registered by name.
 """
 
 import sys
