@@ -2,7 +2,10 @@
 """Operations that pruning adds to a prefill and to a decoding step: writes `benchmarks/results/overhead.json`.
 
     python -m benchmarks.overhead                                # all settings
+    python -m benchmarks.overhead --settings "2304 tokens" --rounds 3
     python -m benchmarks.overhead --settings built-in --methods iwp random --out /tmp/overhead.json
+
+Rows of other settings that the file has already stay in it.
 
 Counts are the same on every machine: tensor operations (each is a launch on a GPU), Python calls, allocations of
 tensors, and reads of values by the host (each waits for a GPU unless the tensor is on the host anyway). They stand
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -30,6 +34,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
+from benchmarks import peers
 from vtprune import refvlm
 from vtprune.bench.limit import short_prompt
 from vtprune.core.budget import Budget
@@ -40,6 +45,7 @@ METHODS = (
     "random",
     "resprune",
     "divprune",
+    "plain-divprune",
     "iwp",
     "fastv",
     "scope",
@@ -293,13 +299,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    data = {"versions": progress.versions(), "ratio": RATIO, "rounds": args.rounds, "rows": rows}
+    peers.register_all()
+    before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     one = partial(measure, methods=args.methods, rounds=args.rounds)
+    measured: list[dict[str, Any]] = []
     for _, found in progress.work(args.settings, one, "settings"):
-        rows += found
-        progress.save(args.out, data)
-    print("\n".join(show(rows)))
+        measured += [{**row, "rounds": args.rounds} for row in found]
+        new = {row["setting"] for row in measured}
+        rows = [row for row in before if row["setting"] not in new] + measured
+        rows.sort(key=lambda row: list(SETTINGS).index(row["setting"]))
+        progress.save(args.out, {"versions": progress.versions(), "ratio": RATIO, "rows": rows})
+    print("\n".join(show(measured)))
 
 
 if __name__ == "__main__":

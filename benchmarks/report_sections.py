@@ -299,19 +299,37 @@ def overhead(data: Data) -> str:
     def share(row: Data, part: str, count: str) -> str:
         return f"{row[part][count] / plain[row['setting']][part][count]:.2f}x"
 
+    def times(row: Data) -> tuple[str, ...]:
+        spent = row["seconds"]
+        if "own_limit" not in spent:
+            return ("", "", "", "")
+        unpruned, possible = spent["unpruned"], spent["unpruned"] - spent["own_limit"]
+        steps = row["step_seconds"]
+        return (
+            f"{spent['pruned'] / unpruned:.2f}x",
+            f"{(unpruned - spent['pruned']) / possible:.0%} of {possible / unpruned:.0%}",
+            f"{row['selection_seconds'] / unpruned:.0%}",
+            f"{steps['pruned'] / steps['unpruned']:.2f}x",
+        )
+
     rows = [
         (
             row["setting"],
             f"`{row['variant']}`",
             *(share(row, "prefill", count) for count in ("operations", "calls", "allocations")),
             *(share(row, "step", count) for count in ("operations", "calls", "allocations")),
+            *times(row),
         )
         for row in data["rows"]
     ]
-    head = ("setting", "variant", *(f"{part}: {n}" for part in ("prefill", "step") for n in ("ops", "calls", "allocs")))
+    counts = (f"{part}: {n}" for part in ("prefill", "step") for n in ("ops", "calls", "allocs"))
+    head = ("setting", "variant", *counts, "prefill: time", "share of the gain", "selection", "step: time")
     text = (
         f"Keep {data['ratio']:.0%}. Counts of one prefill and one decoding step over those of the unpruned model: aten "
-        f"operations, Python calls, allocations. `limit` is fed the kept tokens only. {versions(data)}"
+        "operations, Python calls, allocations. `limit` is fed the kept tokens only. Times are CPU time of one thread, "
+        "over the unpruned model in the same run: of a prefill; the share of the possible gain that is reached, and "
+        "that gain (between unpruned and limit; for methods that cut deeper, the limit from that layer on); of the "
+        f"selection; and of a decoding step. `plain-divprune` is the plain loop in the same engine. {versions(data)}"
     )
     return f"{text}\n\n{table(head, rows)}"
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,14 @@ def group_ids(offsets: Tensor, total: int | None = None) -> Tensor:
         return torch.zeros(total, dtype=torch.int64, device=offsets.device)
     lengths = offsets.diff()
     return torch.repeat_interleave(torch.arange(len(lengths), device=offsets.device), lengths, output_size=total)
+
+
+def group_extreme(values: Tensor, offsets: Tensor, which: Literal["amax", "amin"]) -> Tensor:
+    """Largest or smallest value of every row's group: `[M]`, or a single number if there is one group."""
+    if len(offsets) == 2 and len(values):
+        return values.amax() if which == "amax" else values.amin()
+    groups = group_ids(offsets, len(values))
+    return values.new_zeros(len(offsets) - 1).scatter_reduce(0, groups, values, which, include_self=False)[groups]
 
 
 def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Tensor:
@@ -50,7 +61,12 @@ def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float 
     Greedy methods apply it before their first pick, so that rounding does not decide between equal tokens and a sample
     keeps the same tokens in a batch as alone.
     """
-    order, tie = _ties(scores, _groups_if_several(offsets, len(scores)), tolerance)
+    groups = _groups_if_several(offsets, len(scores))
+    if groups is None and scores.device.type == "cpu":
+        falling = sorted(scores.tolist(), reverse=True)
+        if all(a - b > 2 * tolerance * abs(a) for a, b in itertools.pairwise(falling)):
+            return scores
+    order, tie = _ties(scores, groups, tolerance)
     values = scores[order]
     first = torch.searchsorted(tie, tie)  # the first row of each tie holds the largest score
     return torch.empty_like(scores).index_copy_(0, order, values[first])
@@ -88,15 +104,29 @@ def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:
     Returns:
         Tensor: `[M]` bool.
     """
+    if len(offsets) == 2 and scores.device.type == "cpu":
+        keep = _top_of_one(scores, int(budgets))
+        if keep is not None:
+            return keep
     groups, budgets = _groups_if_several(offsets, len(scores)), budgets.to(scores.device)
     return rank_in_group(scores, offsets) < (budgets if groups is None else budgets[groups])
 
 
+def _top_of_one(scores: Tensor, count: int) -> Tensor | None:
+    """`top_k` of one group, with few operations; None if ties may decide which row is the last."""
+    values, order = torch.sort(scores, descending=True, stable=True)
+    if 0 < count < len(scores):
+        last, following = values[count - 1 : count + 1].tolist()
+        if not last - following > 2 * TIE * abs(last):
+            return None
+    return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, order[:count], True)
+
+
 def from_order(order: Tensor, total: int) -> Tensor:
-    """Keep mask `[total]` from chosen row numbers in any order; negative entries are padding."""
-    # Padding sets one extra row, which is cut off: selecting the other entries would synchronize with the device.
+    """Keep mask `[total]` from chosen row numbers in any order; entries of -1 are padding."""
+    # Padding sets one extra row, the last, which is cut off: selecting the other entries would synchronize.
     keep = torch.zeros(total + 1, dtype=torch.bool, device=order.device)
-    return keep.scatter_(0, torch.where(order < 0, total, order).flatten(), True)[:total]
+    return keep.index_fill_(0, order.flatten(), True)[:total]
 
 
 def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
@@ -104,11 +134,12 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
 
     They are drawn on the CPU, so that they are the same on every device; the global generator is not used.
     """
-    draws = []
-    for length in offsets.diff().tolist():
+    draws, ends = [], offsets.tolist()
+    for start, end in zip(ends, ends[1:], strict=False):
         generator = torch.Generator().manual_seed(seed)
-        draws.append(torch.rand(length, generator=generator))
-    return torch.cat(draws).to(offsets.device) if draws else torch.zeros(0, device=offsets.device)
+        draws.append(torch.rand(end - start, generator=generator))
+    scores = draws[0] if len(draws) == 1 else torch.cat([torch.zeros(0), *draws])
+    return scores.to(offsets.device)
 
 
 def scatter(x: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tensor:

@@ -7,6 +7,7 @@ copied to the device without waiting, and everything that a cut needs on the hos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,50 +23,44 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
-def all_finite(x: Tensor) -> Tensor:
-    """Whether no value is NaN or Inf, as a 0-d bool tensor on the device of `x`."""
-    # torch.isfinite makes four tensors of the size of `x`; NaN and Inf both pass through the maximum.
-    return x.abs().amax() < torch.inf if x.numel() else x.new_ones((), dtype=torch.bool)
-
-
 @dataclass
 class DeferredChecks:
-    """Device-side checks, read back together with the selection.
+    """Device-side checks that tensors are finite, read back together with the selection.
 
     Attributes:
-        flags: 0-d bool tensors, False for a check that failed.
-        on_failure: For each flag, the function that raises its error.
+        sums: Sums of the tensors; NaN and Inf pass through them, in a single operation.
+        on_failure: For each of them, the function that raises its error. Finite values may have an infinite sum: then
+            it does not raise.
     """
 
-    flags: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
     on_failure: list[Callable[[], None]] = field(default_factory=list)
 
-    def add(self, flag: Tensor, on_failure: Callable[[], None]) -> None:
-        self.flags.append(flag)
+    def add(self, x: Tensor, on_failure: Callable[[], None]) -> None:
+        self.sums.append((x.detach() if x.requires_grad else x).sum(dtype=torch.float32))
         self.on_failure.append(on_failure)
 
     def raise_if_failed(self, *results: Tensor) -> list[Tensor]:
-        """Reads the flags and `results` back, in a single copy if they share a device, and raises for a failed check.
+        """Reads the sums and `results` back, in a single copy if they share a device, and raises for a failed check.
 
         Args:
             results: 1-d tensors whose values float32 represents exactly.
 
         Returns:
-            list[Tensor]: `results` on the CPU, in their dtypes.
+            list[Tensor]: `results` on the CPU, in their dtypes; those that were there already are not copied.
         """
-        tensors = [*self.flags, *results]
-        devices = {tensor.device.type for tensor in tensors}
-        if devices == {"cpu"}:
-            read = [*self.flags, *(tensor.detach().clone() for tensor in results)]
+        tensors = [*self.sums, *results]
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            read = [*self.sums, *(tensor.detach() for tensor in results)]
         elif len({tensor.device for tensor in tensors}) == 1:
             parts = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors]).cpu()
             sizes = [x.numel() for x in tensors]
-            read = [part.to(x.dtype) for part, x in zip(parts.split(sizes), tensors, strict=True)]
+            read = [part.to(x.dtype).reshape(x.shape) for part, x in zip(parts.split(sizes), tensors, strict=True)]
         else:
             read = [tensor.detach().cpu() for tensor in tensors]
-        count, on_failure = len(self.flags), self.on_failure
-        self.flags, self.on_failure = [], []
-        for passed, fail in zip(read[:count], on_failure, strict=True):
-            if not bool(passed):
+        count, on_failure = len(self.sums), self.on_failure
+        self.sums, self.on_failure = [], []
+        for total, fail in zip(read[:count], on_failure, strict=True):
+            if not math.isfinite(total):
                 fail()
-        return [part.reshape(x.shape) for part, x in zip(read[count:], results, strict=True)]
+        return read[count:]

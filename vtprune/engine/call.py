@@ -50,6 +50,8 @@ class BudgetGroups:
 
     def count(self, tokens: Tensor) -> list[int]:
         """Number of the given tokens `[m]` in each group."""
+        if len(self.sizes) == 1 and self.sizes[0] == len(self.of_token):
+            return [len(tokens)]
         numbers = self.of_token[tokens]
         return torch.bincount(numbers[numbers >= 0], minlength=len(self.sizes)).tolist()
 
@@ -107,6 +109,8 @@ class Snapshot:
         index, valid: Its packed layout.
         cached_tokens: Number of tokens cached in it by then.
         watch: What the layer computed when it ran, if it did; otherwise its projections once it was probed.
+        probed: What was read of it, without rotation and with it.
+        checked: Whether all that methods read of it is known to be finite.
     """
 
     layer: nn.Module
@@ -116,6 +120,8 @@ class Snapshot:
     valid: Tensor
     cached_tokens: int
     watch: attention_probe.Watch = field(default_factory=attention_probe.Watch)
+    probed: dict[bool, attention_probe.QKV] = field(default_factory=dict)
+    checked: bool = False
 
     @classmethod
     def take(cls, call: CallState, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Snapshot:
@@ -130,7 +136,18 @@ class Snapshot:
     def read(self, rope: bool) -> attention_probe.QKV:
         """Queries, keys and values of the layer, see `attention_probe.probe`; no projection is run twice for them."""
         seen = self.watch.whole(self.hidden.shape[1]) if rope else None
-        return seen or attention_probe.probe(self.layer, self.args, self.kwargs, rope, self.watch.projections)
+        if seen is not None:
+            return seen
+        if rope not in self.probed:
+            given = self.layer, self.args, self.kwargs
+            both = None
+            if not rope and len(self.hidden) == 1:  # methods that read keys before rotation often read both
+                both = attention_probe.probe_both(*given, self.watch.projections)
+            if both is not None:
+                self.probed = dict(zip((False, True), both, strict=True))
+            else:
+                self.probed[rope] = attention_probe.probe(*given, rope, self.watch.projections)
+        return self.probed[rope]
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ class CallState:
         selection_time: Host seconds spent at the cuts.
         snapshots: Inputs of the layers that the method reads, by layer.
         selections: Selections of the stages so far.
-        stages: For each stage so far, its layer and the kept positions of every sample.
+        stages: Their layers.
         required: `[M]` bool, visual tokens whose outputs the caller reads, so that they have to stay; None for none.
         answer_starts: For each row, the position at which an answer begins; None if unknown.
         differentiable: Whether gradients of returned hidden states may be requested.
@@ -193,7 +210,7 @@ class CallState:
     selection_time: float = 0.0
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     selections: list[Selection] = field(default_factory=list)
-    stages: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    stages: list[int] = field(default_factory=list)
     required: Tensor | None = None
     answer_starts: list[int] | None = None
     differentiable: bool = False

@@ -44,6 +44,7 @@ class Columns:
         batch, length: Shape `[B, T]` of the call.
         past: Length of the conversation before it.
         real: `[B, T]` bool, False for padding; all True if not given.
+        padded: Whether there may be padding.
         state: State of a cache that earlier calls pruned, or None.
         cache: The KV cache, known from the first layer on.
         index, valid: The current packed layout (see `gather`), `[B, K]` on the CPU.
@@ -61,6 +62,8 @@ class Columns:
         form: Callable[[], AttentionForm],
         renumber: bool,
         mixing: bool,
+        padded: bool = True,
+        uncut: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.batch, self.length = shape
         self.past, self.state, self.cache, self._form = past, state, cache, form
@@ -71,7 +74,9 @@ class Columns:
         self._layouts: list[tuple[Tensor, Tensor] | None] = []  # of every layer that ran; None before the first cut
         self.shifts: list[positions.Shift | None] = []
         self.inputs: dict[int, Tensor] = {}  # of layers, at all positions, if gradients of them may be requested
-        self.renumber, self.mixing = renumber, mixing
+        self.renumber, self.mixing, self.padded = renumber, mixing, padded
+        if uncut is not None:
+            self._uncut = uncut
         self.shift: positions.Shift | None = None
         # Tensors made for the current packed layout, by ids of their sources; values reference the sources, so that
         # the ids stay unique.
@@ -90,13 +95,17 @@ class Columns:
 
     @functools.cached_property
     def _uncut(self) -> tuple[Tensor, Tensor]:
-        columns = torch.arange(self.length).expand(self.batch, -1)
-        return columns, torch.ones(self.batch, self.length, dtype=torch.bool)
+        return gather.all_positions(self.batch, self.length)
 
     @property
     def layouts(self) -> list[tuple[Tensor, Tensor]]:
         """The packed layout of every layer that ran."""
         return [self._uncut if layout is None else layout for layout in self._layouts]
+
+    @property
+    def slot_counts(self) -> list[int]:
+        """Number of slots of every layer that ran."""
+        return [self.length if layout is None else layout[0].shape[1] for layout in self._layouts]
 
     @functools.cached_property
     def index(self) -> Tensor:
@@ -131,8 +140,8 @@ class Columns:
             Tensor: `[B, K]` the old slot of each new slot.
         """
         slot = self.slot_of_position() if self.is_cut else None
-        self.index, self.valid = gather.pack(stays, self.real, self.mixing)
-        self.is_cut, self.ragged = True, not bool(self.valid.all())
+        self.index, self.valid = gather.pack(stays, self.real if self.padded else None, self.mixing)
+        self.is_cut, self.ragged = True, self.batch > 1 and not bool(self.valid.all())  # one row fills all slots
         if self.renumber:
             self.source = positions.sources(self.index, self.real)
             self.shift = positions.shift_of(rotation, self.real, self.index)
@@ -201,11 +210,14 @@ class Columns:
                 self._gather_together(kwargs)
             asked = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             masks_ = {name: value for name, value in asked.items() if self._is_mask(name, value)}
-            known = (given, masks_, {n: self._argument(number, n, v) for n, v in asked.items() if n not in masks_})
+            others = {n: self._argument(number, n, v) for n, v in asked.items() if n not in masks_}
+            if not self.ragged:  # no mask stays none
+                masks_ = {name: value for name, value in masks_.items() if value is not None}
+            known = (given, masks_, {**kwargs, **others})
             if key is not None:
                 self._gathered[key] = known
-        _, masks_, others = known
-        return {**kwargs, **others, **{name: self._mask(number, value) for name, value in masks_.items()}}
+        _, masks_, ready = known
+        return {**ready, **{name: self._mask(number, value) for name, value in masks_.items()}} if masks_ else ready
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if self._is_mask(name, value):
@@ -317,7 +329,8 @@ class Columns:
     def _filled(self, number: int, cached: int, index: Tensor, valid: Tensor) -> Tensor:
         """Positions `[B, cached + K]` in the slots of a layer, -1 for invalid ones, after the packed layout was added
         to the `cached` slots of earlier calls."""
-        new = torch.where(valid, index + self.past, -1)
+        new = index + self.past if self.past else index
+        new = torch.where(valid, new, -1) if self.batch > 1 else new
         if cached <= 0:
             return new
         before = self.state.slots(number, cached) if self.state is not None else None
@@ -327,15 +340,20 @@ class Columns:
         """State of the cache after this call: slots and shifts of every layer."""
         made: dict[Any, Tensor | None] = {}
         bases: list[Tensor | None] = []
-        for number, (index, valid) in enumerate(self.layouts):
+        for number, layout in enumerate(self._layouts):
             old = self.state.base_of(number) if self.state is not None else None
+            if layout is None and old is None:
+                bases.append(None)
+                continue
+            index, valid = self._uncut if layout is None else layout
             cached = kv_cache.cached_tokens(self.cache, number) - index.shape[1]
             key = (id(index), id(old), cached)
             if key not in made:
                 whole = old is None and index.shape[1] == self.length and bool(valid.all())
                 made[key] = None if whole else self._filled(number, cached, index, valid)
             bases.append(made[key])
-        state = kv_cache.CacheState(bases, self.past + self.length, self.shifts)
+        may_hide = self.batch > 1 or self.state is not None
+        state = kv_cache.CacheState(bases, self.past + self.length, self.shifts, may_hide)
         state.mark = kv_cache.mark_of(self.cache)
         return state
 

@@ -20,7 +20,12 @@ from ..core.ragged import scatter
 __all__ = ["column_dim", "gather", "gather_all", "map_tensors", "pack", "scatter"]
 
 
-def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tensor]:
+def all_positions(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """The packed layout of an uncut call."""
+    return torch.arange(length).expand(batch, -1), torch.ones(batch, length, dtype=torch.bool)
+
+
+def pack(keep: Tensor, real: Tensor | None, mixing: bool = False) -> tuple[Tensor, Tensor]:
     """Packs the kept positions of every row to the left, in order.
 
     Of a row's padding, only as much is kept as the longest row requires, the rightmost first: with right padding
@@ -28,7 +33,7 @@ def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tens
 
     Args:
         keep: `[B, T]` bool, positions that stay unless they are padding.
-        real: `[B, T]` bool, False for padding.
+        real: `[B, T]` bool, False for padding; None if there is none.
         mixing: Whether layers mix neighboring positions regardless of masks (convolution, linear attention). Then all
             padding after a row's first token stays, as in the unpruned model, and rows are packed to the right, because
             only invalid slots in front of a row do not affect its tokens.
@@ -36,9 +41,10 @@ def pack(keep: Tensor, real: Tensor, mixing: bool = False) -> tuple[Tensor, Tens
     Returns:
         tuple: `index` int64 and `valid` bool, both `[B, K]`.
     """
-    if len(keep) == 1 and bool(real.all()):
+    if len(keep) == 1 and real is None:
         columns = keep[0].nonzero().T
         return columns, torch.ones_like(columns, dtype=torch.bool)
+    real = torch.ones_like(keep) if real is None else real
     rows = []
     for keep_row, real_row in zip(keep, real, strict=True):
         needed = keep_row & ((real_row.cumsum(0) > 0) if mixing else real_row)

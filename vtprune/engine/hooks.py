@@ -71,10 +71,12 @@ class Override:
 
     def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
         self.module, self.name = module, name
-        self.before = vars(module).get(name)
+        self.before, self.function = vars(module).get(name), function
         setattr(module, name, function)
 
     def remove(self) -> None:
+        if vars(self.module).get(self.name) is not self.function:
+            return  # somebody has wrapped it since
         delattr(self.module, self.name)
         if self.before is not None:
             setattr(self.module, self.name, self.before)

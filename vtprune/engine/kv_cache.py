@@ -43,15 +43,19 @@ class CacheState:
         length: Length of the conversation when `base` was written.
         shifts: For each layer, the shift of position ids, for methods that renumber.
         held: `[B, V, 2]` position and frame number of the visual tokens in the cache, -1 for none; with `window=` only.
+
+    With `may_hide=False`, no slot is hidden, which is then not read from `base`.
     """
 
-    def __init__(self, base: list[Tensor | None], length: int, shifts: Sequence[Shift | None] = ()) -> None:
+    def __init__(
+        self, base: list[Tensor | None], length: int, shifts: Sequence[Shift | None] = (), may_hide: bool = True
+    ) -> None:
         self.base = base
         self.length = length
         self.shifts = list(shifts)
         self.held: Tensor | None = None
         distinct = {id(b): b for b in base if b is not None}  # layers between two cuts share a tensor
-        ragged = {name: bool((b < 0).any()) for name, b in distinct.items()}
+        ragged = {name: may_hide and bool((b < 0).any()) for name, b in distinct.items()}
         self.ragged = [b is not None and ragged[id(b)] for b in base]
         self.open = False  # whether the last call had visual tokens, so that the next one must not add any
         self.reading: list[None] = []  # an entry for each call of a patched model that is using the cache

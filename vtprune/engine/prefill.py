@@ -50,34 +50,44 @@ class DecoderCall(CallState):
             self._plan(self.visual)
 
     def _plan(self, visual: VisualTokens) -> None:
-        spec, real, arguments = self.spec, self.columns.real, self.options.arguments
-        layers = spec.anatomy.num_layers
-        self.live = torch.ones(len(visual), dtype=torch.bool)
-        budget, read = self.options.budget, readers.read_columns(arguments, real) & visual.mask
-        self.required = read[visual.sample, visual.position] if bool(read.any()) else None
-        groups = self._groups(visual)
-        for (use, members), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
-            plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
-            if self.required is not None:  # required tokens count in the budget, and exceed it if necessary
-                needed = members.count(self.required.nonzero()[:, 0])
-                readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
-                plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
-            if plan[-1] == members.sizes:
-                continue
-            counts = {stage.layer: count for stage, count in zip(use.schedule, plan, strict=True)}
-            call = MethodCall(use, members, counts)
+        arguments, budget = self.options.arguments, self.options.budget
+        self.live = visual.cached("live", lambda: torch.ones(len(visual), dtype=torch.bool))
+        asked = readers.positions_asked(arguments)
+        if asked is None or budget.auto is not None:
+            self.required, plans = self._plans(visual)
+        else:
+            self.required, plans = visual.cached(("plan", self.spec, budget, asked), lambda: self._plans(visual))
+        for use, groups, counts in plans:
+            call = MethodCall(use, groups, counts)
             for layer in counts:
                 self.cuts.setdefault(layer, []).append(call)
-            self.required_layer_inputs |= set(use.method.required_layer_inputs(layers))
+            self.required_layer_inputs |= set(use.method.required_layer_inputs(self.spec.anatomy.num_layers))
         if self.cuts:
-            self.answer_starts = readers.answer_starts(self.options.question_end, arguments, real, visual.mask)
+            end, real = self.options.question_end, self.columns.real
+            self.answer_starts = readers.answer_starts(end, arguments, real, visual.mask)
+
+    def _plans(self, visual: VisualTokens) -> tuple[Tensor | None, list[tuple[MethodUse, BudgetGroups, dict]]]:
+        """`required`, and for every method that prunes: its budget groups, and their counts by the layer of the cut."""
+        layers, arguments, budget = self.spec.anatomy.num_layers, self.options.arguments, self.options.budget
+        read = readers.read_columns(arguments, self.columns.real) & visual.mask
+        required = read[visual.sample, visual.position] if bool(read.any()) else None
+        groups, plans = self._groups(visual), []
+        for (use, members), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
+            plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
+            if required is not None:  # required tokens count in the budget, and exceed it if necessary
+                needed = members.count(required.nonzero()[:, 0])
+                readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
+                plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
+            if plan[-1] != members.sizes:
+                plans.append((use, members, {s.layer: count for s, count in zip(use.schedule, plan, strict=True)}))
+        return required, plans
 
     def _groups(self, visual: VisualTokens) -> list[tuple[MethodUse, BudgetGroups]]:
         """The methods that have tokens to prune in this call, and their budget groups."""
         if len(self.spec.uses) == 1:
             use, by = self.spec.uses[0], self.spec.method.group
             everything = token_view.all_tokens(visual)
-            groups = token_view.cached(visual, ("groups", by), lambda: BudgetGroups.of(visual, by, everything))
+            groups = visual.cached(("groups", by), lambda: BudgetGroups.of(visual, by, everything))
             return [(use, groups)] if len(everything) else []
         uses = [(use, use.members(visual.kind)) for use in self.spec.uses]
         return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
@@ -133,7 +143,7 @@ class DecoderCall(CallState):
         if number in self.required_layer_inputs:
             self.snapshots[number] = snapshot = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
             if self.give is None and not is_compiled():
-                snapshot.watch.start(layer, snapshot.kwargs)
+                snapshot.watch.start(snapshot.kwargs)
         if changed is not None and checkpointing.runs_hooks_again(layer):
             checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.cut_hidden)
         columns.record_layer(number)
@@ -163,7 +173,7 @@ class DecoderCall(CallState):
         """Scatters the output to the length of the full prompt, and attaches the state of slots to the cache."""
         self.stop_reading()
         if len(self.stages) < len(self.cuts):
-            missed = sorted(set(self.cuts) - {layer for layer, _ in self.stages})
+            missed = sorted(set(self.cuts) - set(self.stages))
             raise NothingPrunedError(
                 f"the method cuts before layer {', '.join(map(str, missed))}, but the decoder returned without calling "
                 f"{'it' if len(missed) == 1 else 'them'} as modules, so nothing was cut there; choose other layers, or "
@@ -187,23 +197,25 @@ class DecoderCall(CallState):
         """
         visual, columns, spec = self.visual, self.columns, self.spec
         assert visual is not None
-        past, length, layouts = columns.past, columns.length, columns.layouts
+        past, length, slots = columns.past, columns.length, columns.slot_counts
         layout, seconds, said = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
         kept = [(selection.scores, selection.kept, selection.states) for selection in self.selections]
-        stages, method, budget = self.stages, spec.method_names, self.options.budget
+        cut_layers, budget = self.stages, self.options.budget
         runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
 
         def make() -> PruningRecord:
             where = list((visual.position + past).split(visual.counts))
+            left = [_positions(visual, past, tokens) for _, tokens, _ in kept]
+            stages = list(zip(cut_layers, left, strict=True))
             return PruningRecord(
                 visual=where,
                 kept=stages[-1][1] if stages else where,
                 stages=stages,
                 selection_time=seconds,
-                method=method,
+                method=spec.method_names,
                 budget=str(budget),
                 columns=past + length,
-                slots=[int(valid.shape[1]) for _, valid in layouts],
+                slots=slots,
                 cached_before=past,
                 shape=spec.shape,
                 layout=layout,
@@ -231,27 +243,24 @@ class DecoderCall(CallState):
         flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.all_tokens(visual)
         selection = self._select(number, flat, snapshot)
         if selection.merged is None and len(selection.kept) == len(flat):
-            self._record(number, selection)
+            self._made(number, selection)
             return (args, kwargs) if columns.is_modified else None
         slot, merge = columns.slot_of_position(), None
         if selection.merged is not None:
             tokens, states = selection.merged
             rows = visual.sample[tokens]
             merge = rows, slot[rows, visual.position[tokens]], states
-        self.live = torch.zeros_like(self.live)
-        self.live[selection.kept] = True
+        self.live = torch.zeros_like(self.live).index_fill_(0, selection.kept, True)
         stays = slot >= 0
         stays.masked_scatter_(visual.mask, self.live)
         relative = columns.keep(stays, incoming[1].get("position_embeddings"))
         self._cut_records(relative)
-        self._record(number, selection)
+        self._made(number, selection)
         slots = to_device(relative, snapshot.hidden.device)
         self.cut_hidden = functools.partial(_cut_hidden, slots, merge)
         if merge is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
             pick = functools.partial(_cut_hidden, slots, None)
-            self.give = functools.partial(
-                snapshot.watch.projections.give, snapshot.layer, snapshot.hidden.shape[:2], pick
-            )
+            self.give = functools.partial(snapshot.watch.projections.give, snapshot.hidden.shape[:2], pick)
         return columns.arguments(number, *_with_hidden(*incoming, self.cut_hidden(snapshot.hidden)))
 
     def _cut_records(self, relative: Tensor) -> None:
@@ -274,32 +283,35 @@ class DecoderCall(CallState):
         method, counts = call.use.method, call.counts[number]
         members = None if len(self.spec.uses) == 1 else call.members[live]
         flat = live if members is None else live[members]
-        groups = call.groups.of_token[flat] if self.columns.is_cut or members is not None else call.groups.of_token
-        if _sizes(groups, counts) == counts:
+        if call.groups.count(flat) == counts:
             return Selection(live)
-        wanted, checks = torch.tensor(counts), DeferredChecks()
+        checks = DeferredChecks()
         # A layer whose hooks run again, in checkpointing, gets its merged states as constants.
         differentiable = self.trains and method.differentiable and not checkpointing.runs_hooks_again(snapshot.layer)
         try:
             with torch.set_grad_enabled(differentiable):
-                tokens = token_view.tokens(self, call, number, flat, wanted, snapshot, checks)
+                tokens = token_view.tokens(self, call, number, flat, snapshot, checks)
                 choice = method.choose(tokens)
         except Exception:
             checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
             raise
-        keep, *scores = checks.raise_if_failed(choice.keep, *([] if choice.scores is None else [choice.scores.float()]))
-        got = _sizes(groups[keep], counts) if keep.shape == flat.shape else None
-        if got != counts:
+        given = [] if choice.scores is None else [choice.scores.detach().to(torch.float32, copy=True)]
+        keep, *scores = checks.raise_if_failed(choice.keep, *given)
+        kept = flat[keep] if keep.shape == flat.shape else None
+        got = None if kept is None else call.groups.count(kept)
+        if kept is None or got != counts:
             raise MethodError(
                 f"{type(method).__name__} kept {keep.tolist() if got is None else got} tokens of its groups "
                 f"before layer {number}; the budget is {counts}"
             )
         merged, chosen = None, keep
         if self.required is not None:
+            groups = call.groups.of_token[flat]
             keep = self._with_required(keep, flat, groups, scores[0] if scores else None)
+            kept = flat[keep]
         if choice.hidden is not None:
             # A group that loses no token is not merged, as for its sample alone, which would not be pruned.
-            some = call.groups.shrinking(flat, flat[keep])
+            some = call.groups.shrinking(flat, kept)
             some &= chosen | ~keep  # tokens that stay only because they are required keep their states
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
             if self.trains and not differentiable:
@@ -311,7 +323,7 @@ class DecoderCall(CallState):
                 )
         states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
         if members is None:
-            return Selection(flat[keep], merged, scores[0] if scores else None, states)
+            return Selection(kept, merged, scores[0] if scores else None, states)
         stays = ~members
         stays[members] = keep
         among = [_scatter_to_all(members, values) for values in (*scores[:1], states) if values is not None]
@@ -333,17 +345,16 @@ class DecoderCall(CallState):
             keep[out[lowest[len(out) - count :]]] = False
         return keep | required
 
-    def _record(self, number: int, selection: Selection) -> None:
-        visual = self.visual
-        assert visual is not None
+    def _made(self, number: int, selection: Selection) -> None:
+        """Records the selection of a stage."""
         self.selections.append(selection)
-        columns, live = (visual.position + self.columns.past).split(visual.counts), self.live.split(visual.counts)
-        self.stages.append((number, [c[a] for c, a in zip(columns, live, strict=True)]))
+        self.stages.append(number)
 
 
-def _sizes(groups: Tensor, counts: list[int]) -> list[int]:
-    """Number of tokens in each of `len(counts)` groups, from the group number of every token."""
-    return [len(groups)] if len(counts) == 1 else torch.bincount(groups, minlength=len(counts)).tolist()
+def _positions(visual: VisualTokens, past: int, tokens: Tensor) -> list[Tensor]:
+    """Positions in the conversation of the given visual tokens `[m]`, for every sample."""
+    found = torch.bincount(visual.sample[tokens], minlength=len(visual.counts))
+    return list((visual.position[tokens] + past).split(found.tolist()))
 
 
 def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
@@ -436,13 +447,15 @@ def begin(
             "this model changes the length of its prompt, so the positions of visual tokens are unknown"
         )
     past = kv_cache.length(cache)
-    real, real_past = None, None
+    real, real_past, padded, uncut = None, None, False, None
     if visual is not None:  # decoding steps do not need the mask, and reading it would synchronize with the device
         real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
-        visual = visual.visible(real)  # visual tokens that the mask hides are padding
+        padded = not bool(real.all())
+        uncut = visual.cached("uncut", lambda: gather.all_positions(batch, length))
+        visual = visual.visible(real) if padded else visual  # visual tokens that the mask hides are padding
     form = functools.partial(getattr, spec, "attention_form")  # asked for where masks are made from nothing
     renumber, mixing = spec.renumbers, spec.anatomy.mixes_columns
-    columns = Columns((batch, length), real, past, state, cache, form, renumber, mixing)
+    columns = Columns((batch, length), real, past, state, cache, form, renumber, mixing, padded, uncut)
     call = DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )
@@ -460,8 +473,10 @@ def _real_columns(
             seen = attended(m, batch, length)
             m = None if seen is None else seen.any(1)  # a position is padding if no query attends to it
         if m is not None and m.shape[1] >= past + length:
-            known = m[:, : past + length].bool().cpu().expand(batch, -1)
-            return known[:, past:].clone(), known[:, :past]
+            known = m.to("cpu", torch.bool, copy=True).expand(batch, -1)
+            if m.shape[1] == length:
+                return known, None
+            return known[:, past : past + length].clone(), known[:, :past]
     return torch.ones(batch, length, dtype=torch.bool), None
 
 

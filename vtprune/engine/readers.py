@@ -47,6 +47,15 @@ def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
     return read & real
 
 
+def positions_asked(arguments: dict[str, Any]) -> int | None:
+    """What the read positions depend on besides the padding: how many last ones are asked for, 0 for the very last;
+    None if labels or a list of positions tell them."""
+    wanted = arguments.get("logits_to_keep")
+    if isinstance(wanted, Tensor) or any(arguments.get(name) is not None for name in ("labels", "shift_labels")):
+        return None
+    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else 0
+
+
 def warn_of_labels(arguments: dict[str, Any], read: int, planned: int) -> None:
     """Says once that labels keep more visual tokens (`read`) than the budget (`planned`)."""
     if read > planned and (arguments.get("labels") is not None or arguments.get("shift_labels") is not None):

@@ -95,6 +95,8 @@ class Session:
         self.tower = self._tower_cut()
         self._last: Account | None = None
         self._layouts = visual_tokens.LayoutMemo()
+        configs = (getattr(model, "config", None), spec.anatomy.decoder.config)
+        self._routes = any(hasattr(config, "output_router_logits") for config in configs)
 
     @property
     def budget(self) -> Budget:
@@ -173,9 +175,13 @@ class Session:
             taps.append(self.tower.tap())
         for tap in taps:
             after(tap.module, self._tap_hook(tap))
-        for module in {tap.module: None for tap in taps if tap.watched}:
+        watched = {tap.module: None for tap in taps if tap.watched}
+        for module in watched:
             before(module, self._watch)
             after(module, self._unwatch, always=True)
+        read = (module for number, module in enumerate(parts.layers) if number in self.spec.read_layers)
+        for linear in {m: None for module in (*read, *watched) for m in module.modules() if isinstance(m, nn.Linear)}:
+            add(Override(linear, "forward", attention_probe.shareable(linear)))
         return handles
 
     def _generating(self, run: Callable) -> Callable:
@@ -234,7 +240,8 @@ class Session:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         thread = self.thread
         thread.outer, thread.finished, thread.records = kwargs, None, {}
-        if not self.drops or not _requests_output("output_router_logits", kwargs, module):
+        routes = self._routes or "output_router_logits" in kwargs
+        if not (routes and self.drops and _requests_output("output_router_logits", kwargs, module)):
             return None
         # The load-balancing loss of experts is computed over this mask, from which dropped tokens are removed later.
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -431,7 +438,7 @@ class Session:
         """A layer that a tap watches is about to run."""
         if self.drops and not is_compiled():
             self.thread.watch = attention_probe.Watch()
-            self.thread.watch.start(module, kwargs)
+            self.thread.watch.start(kwargs)
 
     def _unwatch(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.thread.watch = None

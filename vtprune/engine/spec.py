@@ -64,7 +64,7 @@ class MethodUse:
         return torch.isin(kind, torch.tensor(sorted(self.kinds))).nonzero()[:, 0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # specs are keys of caches
 class PruneSpec:
     """Methods, budget and model of a patch.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,18 @@ import torch
 from torch import Tensor
 
 from ..core.tokens import AttentionInputs, Prompt, Tokens
-from ..core.transfer import DeferredChecks, all_finite, to_device
+from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
 from ..models.visual_tokens import VisualTokens
 from .call import CallState, MethodCall, Snapshot
 from .columns import slot_of_position
 
-_PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "position")
+_PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "position", "feature")
 
 
 def all_tokens(visual: VisualTokens) -> Tensor:
     """Numbers `[M]` of all visual tokens."""
-    return cached(visual, "all tokens", lambda: torch.arange(len(visual)))
-
-
-def cached(visual: VisualTokens, key: Any, make: Callable[[], Any]) -> Any:
-    """Result of `make`, which depends on the layout of the prompt only; cached for all calls with the same layout."""
-    found = visual.derived.get(key)
-    if found is None:
-        found = visual.derived[key] = make()
-    return found
+    return visual.cached("all tokens", lambda: torch.arange(len(visual)))
 
 
 def _is_uncut(call: CallState) -> bool:
@@ -38,10 +30,9 @@ def _is_uncut(call: CallState) -> bool:
     return not call.columns.is_cut and len(call.spec.uses) == 1
 
 
-def _text_key(call: CallState) -> tuple:
-    """Cache key of the positions of a prompt's text, besides those of its visual tokens."""
-    starts = call.answer_starts
-    return call.columns.real.numpy().tobytes(), None if starts is None else tuple(starts)
+def _text_key(call: CallState) -> tuple | None:
+    """Cache key of the positions of a prompt's text, besides those of its visual tokens and its padding."""
+    return None if call.answer_starts is None else tuple(call.answer_starts)
 
 
 def tokens(
@@ -49,7 +40,6 @@ def tokens(
     method_call: MethodCall,
     number: int,
     flat: Tensor,
-    wanted: Tensor,
     snapshot: Snapshot,
     checks: DeferredChecks,
 ) -> Tokens:
@@ -60,35 +50,43 @@ def tokens(
         method_call: The method's task in it.
         number: The layer after the cut.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
-        wanted: `[S]` budgets of the groups.
         snapshot: The layer's input.
         checks: Gets the checks that states, and queries and keys that the method reads, are finite.
     """
     visual, spec = call.visual, call.spec
     assert visual is not None
-    device, whole = snapshot.hidden.device, _is_uncut(call)
-
-    def places() -> dict[str, Tensor]:
-        values = {name: getattr(visual, name) for name in _PLACES}
-        return {name: to_device(value if whole else value[flat], device) for name, value in values.items()}
-
-    where = cached(visual, ("places", device), places) if whole else places()
-    feature = to_device(visual.feature if whole else visual.feature[flat], device)
+    device, whole, groups, counts = snapshot.hidden.device, _is_uncut(call), method_call.groups, method_call.counts
+    width = snapshot.hidden.shape[1]
     rows = visual.sample if whole else visual.sample[flat]
     slot = visual.position if whole else call.columns.slot_of_position()[rows, visual.position[flat]]
-    columns = where["position"] if whole else to_device(slot, device)
-    width = snapshot.hidden.shape[1]
-    states = snapshot.hidden.flatten(0, 1).index_select(0, where["sample"] * width + columns)  # [M, D]
+
+    def lay_out() -> tuple[Tensor, dict[str, Any]]:
+        places = {name: getattr(visual, name) for name in _PLACES}
+        fields: dict[str, Any] = {n: to_device(x if whole else x[flat], device) for n, x in places.items()}
+        sizes = groups.sizes if whole else groups.count(flat)
+        fields |= {
+            "offsets": _offsets(sizes, device),
+            "originals": to_device(torch.tensor(groups.sizes), device),
+            "budgets": to_device(torch.tensor(counts[number]), device),
+            "max_budget": max(counts[number], default=0),
+            "max_length": max(sizes, default=0),
+            "prompt": _prompt(call, method_call, flat).to(device),
+        }
+        return to_device(rows * width + slot, device), fields
+
+    key = ("tokens", device, method_call.use.method.group, tuple(counts[number]), _text_key(call))
+    places, fields = visual.cached(key, lay_out) if whole else lay_out()
+    states = snapshot.hidden.flatten(0, 1).index_select(0, places)  # [M, D]
 
     def refuse() -> None:
-        finite = torch.isfinite(states).all(-1)
-        bad = ", ".join(map(str, rows[~finite.cpu()].unique().tolist()))
-        raise MethodError(
-            f"visual tokens of sample {bad} hold NaN or Inf before layer {number}, so scores would be meaningless; "
-            "check the image features"
-        )
+        bad = rows[~torch.isfinite(states).all(-1).cpu()].unique().tolist()
+        if bad:
+            raise MethodError(
+                f"visual tokens of sample {', '.join(map(str, bad))} hold NaN or Inf before layer {number}, so scores "
+                "would be meaningless; check the image features"
+            )
 
-    checks.add(all_finite(states), refuse)
+    checks.add(states, refuse)
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if which != number and which not in call.snapshots:
@@ -105,28 +103,10 @@ def tokens(
             value[to_device(rows, value.device), to_device(slot, value.device)] if name in spec.column_taps else value
         )
 
-    def prompt() -> Prompt:
-        return _prompt(call, method_call, flat).to(device)
-
-    def offsets() -> Tensor:
-        return _offsets(sizes, device)
-
-    if whole:
-        sizes = method_call.groups.sizes
-        laid_out = cached(visual, ("prompt", device, _text_key(call)), prompt)
-        starts = cached(visual, ("offsets", device, method_call.use.method.group), offsets)
-    else:
-        sizes = torch.bincount(method_call.groups.of_token[flat], minlength=len(method_call.groups.sizes)).tolist()
-        laid_out, starts = prompt(), offsets()
     return Tokens(
         hidden=states,
-        offsets=starts,
-        budgets=to_device(wanted, device),
-        max_budget=max(method_call.counts[number], default=0),
-        max_length=max(sizes, default=0),
-        originals=to_device(torch.tensor(method_call.groups.sizes), device),
         layer=number,
-        stage=list(method_call.counts).index(number),
+        stage=list(counts).index(number),
         num_layers=spec.anatomy.num_layers,
         recorded={
             name.removeprefix(method_call.use.prefix): [record(name, value) for value in values]
@@ -136,10 +116,8 @@ def tokens(
         inputs=call.inputs,
         anatomy=spec.anatomy,
         memory=method_call.memory,
-        prompt=laid_out,
         reader=read,
-        feature=feature,
-        **where,
+        **fields,
     )
 
 
@@ -165,7 +143,7 @@ def _samples(call: CallState, method_call: MethodCall, slot: Tensor, flat: Tenso
     assert visual is not None
     if _is_uncut(call):
         key = ("samples", _text_key(call))
-        return cached(visual, key, lambda: list(_each_sample(call, visual, method_call, slot, flat)))
+        return visual.cached(key, lambda: list(_each_sample(call, visual, method_call, slot, flat)))
     return list(_each_sample(call, visual, method_call, slot, flat))
 
 
@@ -241,7 +219,7 @@ def attention_inputs(
 
     if past is None and _is_uncut(call):
         assert call.visual is not None
-        layout = cached(call.visual, ("keys", queries, device, _text_key(call)), lay_out)
+        layout = call.visual.cached(("keys", queries, device, _text_key(call)), lay_out)
     else:
         layout = lay_out()
     query, keys, values = [], [], []
@@ -254,14 +232,16 @@ def attention_inputs(
         query.append(probed.query[row].transpose(0, 1).index_select(0, query_slots))  # [R, H, d]
         keys.append(key)
         values.append(value)
-    finite = [all_finite(x) for x in (*query, *keys)]
-    rows = [row for row, _, _ in layout.samples]
-    checks.add(torch.stack(finite).all(), lambda: _refuse_infinite(rows, query, keys, number))
+    queries_, keys_ = _joined(query), _joined(keys)
+    if not snapshot.checked:  # rotations do not change whether values are finite
+        for x in (queries_, keys_):
+            checks.add(x, lambda: _refuse_infinite([row for row, _, _ in layout.samples], query, keys, number))
+        snapshot.checked = queries == "text"  # not only the last query
     return AttentionInputs(
-        queries=_joined(query),
+        queries=queries_,
         query_offsets=layout.query_offsets,
         query_order=layout.query_order,
-        keys=_joined(keys),
+        keys=keys_,
         values=_joined(values),
         key_offsets=layout.key_offsets,
         visual=layout.visual,
@@ -328,13 +308,14 @@ class _KeyLayout:
 
 
 def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor], number: int) -> None:
-    """Raises `MethodError` with the samples whose queries or keys hold NaN or Inf."""
+    """Raises `MethodError` if queries or keys of a sample hold NaN or Inf, and says of which."""
     pairs = zip(rows, queries, keys, strict=True)
-    bad = ", ".join(str(row) for row, q, k in pairs if not bool(torch.isfinite(q).all() & torch.isfinite(k).all()))
-    raise MethodError(
-        f"queries or keys of sample {bad} hold NaN or Inf in layer {number}, so attention would be meaningless; check "
-        "the embeddings of its text and the image features"
-    )
+    bad = [str(row) for row, q, k in pairs if not bool(torch.isfinite(q).all() & torch.isfinite(k).all())]
+    if bad:
+        raise MethodError(
+            f"queries or keys of sample {', '.join(bad)} hold NaN or Inf in layer {number}, so attention would be "
+            "meaningless; check the embeddings of its text and the image features"
+        )
 
 
 def _past_keys(call: CallState, number: int, held: int) -> list[tuple[Tensor, Tensor]] | None:

@@ -76,7 +76,7 @@ def _with_new(held: Tensor | None, call: CallState, visual: VisualTokens) -> Ten
     Frames count through the conversation of a sample. Tokens without a place (newlines) belong to the frame before.
     """
     kept = torch.ones(len(visual), dtype=torch.bool)
-    if call.stages and call.stages[0][0] == 0:
+    if call.stages and call.stages[0] == 0:
         kept[:] = False
         kept[call.selections[0].kept] = True
     rows = []
@@ -137,7 +137,7 @@ def _drop(cache: Any, state: CacheState, dropped: Tensor) -> list[Tensor | None]
             slots = state.slots(number, count)
             slots = torch.arange(count).expand(len(dropped), -1) if slots is None else slots.cpu()
             keep = (slots >= 0) & ~dropped.gather(1, slots.clamp_min(0))
-            index, valid = gather.pack(keep, torch.ones_like(keep))
+            index, valid = gather.pack(keep, None)
             made[id(old), count] = index, torch.where(valid & keep.gather(1, index), slots.gather(1, index), -1)
         index, base = made[id(old), count]
         index = to_device(index, layer.keys.device)

@@ -10,16 +10,16 @@ probe nor watch get what the registry itself returns.
 
 from __future__ import annotations
 
+import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from ..errors import MethodError
 from .transformers_names import attention_functions
@@ -30,7 +30,7 @@ class _Thread(threading.local):
 
     on = False  # inside a probe: hooks pass straight through
     watch: Watch | None = None  # the running layer
-    mode: TorchFunctionMode | None = None  # until the running layer attends
+    share: Callable | None = None  # takes the place of linear maps until the running layer attends
     record: Callable[[Tensor], None] | None = None  # takes what the attention function returns
 
 
@@ -79,54 +79,59 @@ def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: A
 class Projections:
     """What the linear maps of a layer gave out before it attended, for other runs on the same states.
 
-    A rotation comes behind the projections, so a run with another one has the same. Only maps that go through
-    `torch.nn.functional.linear` with the very same weight are shared; others run again.
+    A rotation comes behind the projections, so a run with another one has the same. Only maps that `shareable` has
+    prepared are shared; others run again.
 
     Attributes:
-        outputs: Weight and output of every map, in order.
+        outputs: Every map and its output, in order.
     """
 
     def __init__(self) -> None:
-        self.outputs: list[tuple[Tensor, Tensor]] = []
+        self.outputs: list[tuple[nn.Module, Tensor]] = []
 
-    def shared(self) -> TorchFunctionMode:
-        """Mode of the calling thread: the first run inside records, later ones take what was recorded."""
-        return _Replaying(self.outputs) if self.outputs else _Recording(self.outputs)
+    def record(self, linear: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Runs a map and records its output."""
+        output = run(x)
+        self.outputs.append((linear, output.detach()))
+        return output
 
-    def give(self, layer: nn.Module, shape: torch.Size, pick: Callable[[Tensor], Tensor]) -> None:
-        """Gives `layer`, which the calling thread runs next, a part of what was recorded; see `leave`.
+    def shared(self) -> Callable:
+        """What takes the place of a map's run: the first run of the layer records, later ones replay."""
+        return self.replay() if self.outputs else self.record
+
+    def replay(self, pick: Callable[[Tensor], Tensor] | None = None) -> Callable:
+        """A function that returns what was recorded instead of a map's run; `pick` takes a part of it."""
+        left = self.outputs[::-1]
+
+        def replayed(linear: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            if not left or left[-1][0] is not linear:
+                return run(x)
+            output = left.pop()[1]
+            return output if pick is None else pick(output)
+
+        return replayed
+
+    def give(self, shape: torch.Size, pick: Callable[[Tensor], Tensor]) -> None:
+        """Gives the layer that the calling thread runs next a part of what was recorded; see `leave`.
 
         Args:
-            layer: The layer, about to run on some of the states.
             shape: `[B, T]` of the states that were projected.
             pick: Takes from `[B, T, D]` the rows of the states that are left.
         """
-        if self.outputs and is_eager(layer) and all(output.shape[:2] == shape for _, output in self.outputs):
-            _enter(_Replaying(self.outputs, pick))
+        if self.outputs and all(output.shape[:2] == shape for _, output in self.outputs):
+            state.share = self.replay(pick)
 
 
-class _Recording(TorchFunctionMode):
-    def __init__(self, outputs: list[tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.outputs = outputs
+def shareable(linear: nn.Module) -> Callable:
+    """The forward of a linear map, whose output other runs of the calling thread may share (`Projections`)."""
+    run = linear.forward
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        if function is linear:
-            self.outputs.append((args[1], output.detach()))
-        return output
+    @functools.wraps(run)
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        share = None if torch.compiler.is_dynamo_compiling() else state.share
+        return run(x, *args, **kwargs) if share is None else share(linear, run, x)
 
-
-class _Replaying(TorchFunctionMode):
-    def __init__(self, outputs: list[tuple[Tensor, Tensor]], pick: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.left, self.pick = list(reversed(outputs)), pick
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is linear and self.left and self.left[-1][0] is args[1]:
-            output = self.left.pop()[1]
-            return output if self.pick is None else self.pick(output)
-        return function(*args, **(kwargs or {}))
+    return forward
 
 
 class Watch:
@@ -141,11 +146,11 @@ class Watch:
         self.calls: list[QKV] = []
         self.projections = Projections()
 
-    def start(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Watches `layer`, which the calling thread is about to run; see `leave`."""
+    def start(self, kwargs: dict[str, Any]) -> None:
+        """Watches the layer that the calling thread is about to run with `kwargs`; see `leave`."""
         state.watch = self
-        if kwargs.get("position_embeddings") is not None and is_eager(layer):
-            _enter(_Recording(self.projections.outputs))
+        if kwargs.get("position_embeddings") is not None:
+            state.share = self.projections.record
 
     def around(self, function: Callable) -> Callable:
         """An attention function that tells what it is given."""
@@ -170,23 +175,9 @@ class Watch:
         return first if first.query.shape[2] == length else None
 
 
-def _enter(mode: TorchFunctionMode) -> None:
-    state.mode = mode
-    mode.__enter__()
-
-
-def _leave_mode() -> None:
-    """Behind the projections nothing is recorded or given."""
-    mode, state.mode = state.mode, None
-    if mode is not None:
-        mode.__exit__(None, None, None)
-
-
 def leave() -> None:
     """The layer that was watched or given projections has run, or failed."""
-    state.watch = None
-    if state.mode is not None:
-        _leave_mode()
+    state.watch = state.share = None
 
 
 def is_probing() -> bool:
@@ -222,8 +213,7 @@ def install() -> None:
                 return original(attn_implementation, default)
             if is_probing():
                 return _stop
-            if state.mode is not None:
-                _leave_mode()
+            state.share = None  # behind the projections nothing is recorded or given
             function = original(attn_implementation, default)
             record, watch = state.record, state.watch
             function = function if watch is None else watch.around(function)
@@ -317,18 +307,52 @@ def probe(
         kwargs["use_cache"] = False
     if not rope and kwargs.get("position_embeddings", ()) is not None:  # None: this layer does not rotate
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
-    with _gathered(layer) as bare, nullcontext() if projections is None else projections.shared():
-        state.on = True
+    with _gathered(layer) as bare:
+        state.on, outer = True, state.share
+        state.share = None if projections is None else projections.shared()
         try:
             _uncompiled(bare)(*args, **kwargs)
         except _StopProbe as stop:
             return stop.inputs
         finally:
-            state.on = False
+            state.on, state.share = False, outer
     raise MethodError(
         f"{type(layer).__name__} calls no attention function (linear attention, convolution or state space); choose a "
         "layer with attention"
     )
+
+
+_alone: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers that do not broadcast over rotations
+
+
+def probe_both(
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], projections: Projections | None = None
+) -> tuple[QKV, QKV] | None:
+    """Reads a layer before and after rotation, in a single run.
+
+    Both rotations are stacked to a batch of two, over which the layer's products with them broadcast.
+
+    Args:
+        layer, args, kwargs, projections: As for `probe`; of a batch of one.
+
+    Returns:
+        tuple: As `probe` returns with `rope=False` and with `rope=True`; None if the layer has to be probed twice.
+    """
+    rotation = kwargs.get("position_embeddings")
+    if layer in _alone or not isinstance(rotation, tuple) or len(rotation) != 2:
+        return None
+    if any(x.dim() < 3 or x.shape[-3] != 1 for x in rotation):
+        return None
+    stacked = [torch.cat(both, -3) for both in zip(_no_rotation(rotation, layer), rotation, strict=True)]
+    try:
+        read = probe(layer, args, {**kwargs, "position_embeddings": tuple(stacked)}, True, projections)
+    except RuntimeError:  # it joins rotated parts with others, which have a batch of one
+        read = None
+    if read is None or len(read.query) != 2 or len(read.key) != 2 or len(read.value) != 1:
+        _alone.add(layer)
+        return None
+    before, after = (replace(read, query=read.query[i : i + 1], key=read.key[i : i + 1]) for i in (0, 1))
+    return before, after
 
 
 @contextmanager
@@ -356,12 +380,6 @@ def _gathered(layer: nn.Module) -> Iterator[nn.Module]:
 
     with FullyShardedDataParallel.summon_full_params(layer, recurse=False, writeback=False):
         yield inner
-
-
-def is_eager(layer: nn.Module) -> bool:
-    """Whether a layer is run step by step; compiled code would be made anew for every mode that it runs in."""
-    compiled = hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None
-    return not compiled and not hasattr(vars(layer).get("forward"), "_torchdynamo_orig_callable")
 
 
 def _uncompiled(layer: nn.Module) -> Callable:

@@ -171,8 +171,10 @@ def _packings(arguments: dict[str, Any], real: Tensor, past: int) -> Iterator[st
             if restarts and int(row[-1]) != past + len(row) - 1:
                 yield "position_ids restart"
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point() and bool(mask.max() > 1):
-        yield "attention_mask has values above 1"
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if not mask.is_floating_point() and int(mask.max()) > 1:
+            yield "attention_mask has values above 1"
+        return
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
     columns = torch.arange(length)
     last = torch.where(real, columns, 0).amax(1)

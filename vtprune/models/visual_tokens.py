@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from .encoder_outputs import Encoded
 # Models whose processors cut an image into crops without text between them. In all others, each of the encoder's
 # outputs is an image.
 _TILES_IN_ONE_RUN = {"cohere2_vision", "got_ocr2", "internvl", "perception_lm", "qianfan_ocr"}
+_MOST_DERIVED = 256  # values kept for one layout, most of them for one of its padding masks
 
 
 @dataclass
@@ -72,11 +73,23 @@ class VisualTokens:
     def __len__(self) -> int:
         return len(self.sample)
 
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Result of `make`, which depends on these tokens only; made once for all calls with the same layout."""
+        found = self.derived.get(key)
+        if found is None:
+            if len(self.derived) >= _MOST_DERIVED:
+                self.derived.clear()
+            found = self.derived[key] = make()
+        return found
+
     def visible(self, real: Tensor) -> VisualTokens | None:
-        """The visual tokens that the attention mask `real` `[B, T]` does not hide; None if it hides all."""
+        """The visual tokens that an attention mask `real` `[B, T]` with padding does not hide; None if it hides all."""
+        return self.cached(("visible", real.numpy().tobytes()), lambda: self._visible(real))
+
+    def _visible(self, real: Tensor) -> VisualTokens | None:
         seen = real[self.sample, self.position]
         if bool(seen.all()):
-            return self
+            return replace(self, derived={})
         if not bool(seen.any()):
             return None
         mask = self.mask & real
@@ -103,11 +116,15 @@ def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Contain
     """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if ids is not None:
-        kinds = torch.zeros(ids.shape, dtype=torch.uint8, device=ids.device)
+        kinds = None
         for i, (name, token) in enumerate(anatomy.placeholders.items()):
             if name in present:
-                kinds.masked_fill_(ids == token, i + 1)
-        return kinds.cpu()
+                here = ids == token
+                if kinds is None:
+                    kinds = here.view(torch.uint8) * (i + 1) if i else here.view(torch.uint8)
+                else:
+                    kinds.masked_fill_(here, i + 1)
+        return torch.zeros(ids.shape, dtype=torch.uint8) if kinds is None else kinds.cpu()
     if embeds is None:
         return None
     kinds = torch.zeros(embeds.shape[:2], dtype=torch.uint8, device=embeds.device)
@@ -132,7 +149,7 @@ class LayoutMemo:
         self._known: dict[Any, VisualTokens] = {}
 
     def locate(self, inputs: dict[str, Any], anatomy: Anatomy, encoded: dict[str, Encoded]) -> VisualTokens | None:
-        """Same as the function `locate`; the tensors are shared with other calls and must not be changed in place."""
+        """Same as the function `locate`; the result is shared with other calls and must not be changed in place."""
         kinds = placeholder_kinds(inputs, anatomy, encoded)
         if kinds is None:
             return None
@@ -147,7 +164,7 @@ class LayoutMemo:
             if len(self._known) >= self._MOST:
                 self._known.clear()
             self._known[key] = found
-        return replace(found)  # a copy, because the engine renumbers `feature` for copies of a sample
+        return found
 
 
 def _sizes(inputs: dict[str, Any]) -> Iterator[Any]:

@@ -188,8 +188,8 @@ class TowerCut:
 
     def _begin(self) -> RunningTower:
         first = self.parts.blocks[0]
-        checkpointed = first.training and getattr(first, "gradient_checkpointing", False)
-        if checkpointed and type(first).__call__ is not nn.Module.__call__ and self.method is not None:
+        checkpointed = self.method is not None and first.training and getattr(first, "gradient_checkpointing", False)
+        if checkpointed and type(first).__call__ is not nn.Module.__call__:
             raise UnsupportedModelError(
                 f"{type(first).__name__} is checkpointed together with its hooks, which the backward pass would run "
                 "again; install transformers 5.23 or newer, or call gradient_checkpointing_disable()"

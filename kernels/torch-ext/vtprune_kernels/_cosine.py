@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from copy import copy
 
 import torch
@@ -17,23 +19,26 @@ class Cosine:
     Args:
         features: `[n, D]`, any float dtype.
         weights: `[n]` factors on the rows, or None; those that are not finite count as zero.
-
-    Attributes:
-        squares: `[n]` similarity of each row to itself; exact unless a row is zero or tiny.
     """
 
     def __init__(self, features: Tensor, weights: Tensor | None = None, eps: float = 1e-6) -> None:
         self.rows, self.given = features.float(), features
-        length = torch.linalg.vector_norm(self.rows, dim=1)
-        if bool(torch.isfinite(length).all()):
-            self.factor = 1 / length.clamp_min(eps)
+        self.length = torch.linalg.vector_norm(self.rows, dim=1)
+        if math.isfinite(self.length.sum()):
+            self.factor = self.length.clamp_min(eps).reciprocal_()
         else:
             self.rows = self.given = unit_rows(features)
-            self.factor = torch.ones_like(length)
-        self.squares = self_cosine(length)
+            self.factor = torch.ones_like(self.length)
+        self.weights = weights
         if weights is not None:
-            weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
-            self.factor, self.squares = self.factor * weights, self.squares * weights.square()
+            self.weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
+            self.factor = self.factor * self.weights
+
+    @functools.cached_property
+    def squares(self) -> Tensor:
+        """`[n]` similarity of each row to itself; exact unless a row is zero or tiny."""
+        squares = self_cosine(self.length)
+        return squares if self.weights is None else squares * self.weights.square()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,14 +61,39 @@ def plan(
     return offsets, torch.minimum(on(budgets, device), offsets.diff()), max_budget, max_length
 
 
+def select_by_group(
+    offsets: Tensor,
+    budgets: Tensor,
+    device: torch.device,
+    max_budget: int | None,
+    choose: Callable[[int, int, int], Tensor],
+) -> Tensor:
+    """Result `[S, max_budget]` of `choose(start, stop, budget)`, which selects rows of a group, numbered from 0."""
+    order = None
+    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
+        chosen = choose(start, stop, budget) if budget > 0 else None
+        if chosen is not None and len(budgets) == 1 and len(chosen) == output_columns(budgets, max_budget):
+            return chosen[None]
+        order = empty_order(budgets, device, max_budget) if order is None else order
+        if chosen is not None:
+            order[number, : len(chosen)] = chosen + start
+    return empty_order(budgets, device, max_budget) if order is None else order
+
+
 def empty_order(budgets: Tensor, device: torch.device, max_budget: int | None = None) -> Tensor:
     """Result `[S, max_budget]` int64, filled with the padding -1."""
     return torch.full((len(budgets), output_columns(budgets, max_budget)), -1, dtype=torch.int64, device=device)
 
 
 def finite(scores: Tensor) -> Tensor:
-    """Scores as finite float32, above the minus infinity of selected rows: NaN and -inf become the lowest number."""
-    return torch.nan_to_num(scores.float(), nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
+    """Scores as finite float32, above the minus infinity of selected rows: NaN and -inf become the lowest number.
+
+    On the host, scores that are finite already are returned as they are: a sum is faster than a replacement.
+    """
+    scores = scores.float()
+    if scores.device.type == "cpu" and math.isfinite(scores.sum()):
+        return scores
+    return torch.nan_to_num(scores, nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
 
 
 def self_cosine(length: Tensor, eps: float = 1e-6) -> Tensor:

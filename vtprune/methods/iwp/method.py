@@ -14,7 +14,7 @@ from vtprune_kernels import rank1_relevance
 
 from ...core.method import Choice, Method, Stage
 from ...core.options import AtLeastZero, Count, Positive, Share
-from ...core.ragged import rank_in_group, settle_ties
+from ...core.ragged import group_extreme, rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
 from .mmr import MMR, Candidates
@@ -98,11 +98,10 @@ class IWP(Method):
         if self.relevance == "rank":
             last = (tokens.offsets.diff() - 1).clamp_min(1)[tokens.group]
             return 1 - rank_in_group(magnitude, tokens.offsets, tolerance=0) / last  # ranks of logarithms, as published
-        ends = magnitude.new_zeros(len(tokens.offsets) - 1)
-        top = ends.scatter_reduce(0, tokens.group, magnitude, "amax", include_self=False)[tokens.group]
+        top = group_extreme(magnitude, tokens.offsets, "amax")
         if self.relevance == "linear":
             return torch.nan_to_num(torch.exp(magnitude - top))
-        low = ends.scatter_reduce(0, tokens.group, magnitude, "amin", include_self=False)[tokens.group]
+        low = group_extreme(magnitude, tokens.offsets, "amin")
         return torch.nan_to_num((magnitude - low) / (top - low), nan=1.0)  # all equal: relevance 1
 
     def choose(self, tokens: Tokens) -> Choice:

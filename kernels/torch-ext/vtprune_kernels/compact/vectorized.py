@@ -13,11 +13,12 @@ def compact(tensors: Sequence[Tensor], index: Tensor, padded: bool = True) -> li
     """See `vtprune_kernels.compact`."""
     has_padding = bool((index < 0).any()) if padded else False
     padding, index = (index < 0, index.clamp_min(0)) if has_padding else (None, index)
-    samples = torch.arange(len(index), device=index.device)[:, None] if len(index) > 1 else None
+    alone = index[0] if len(index) == 1 else None
+    samples = torch.arange(len(index), device=index.device)[:, None] if alone is None else None
     results = []
     for tensor in tensors:
         # Indexing reads any strides, so that views of a cache and expanded rotations are not copied first.
-        result = tensor.index_select(1, index[0]) if len(index) == 1 else tensor[samples, index]  # [B, K, ...]
+        result = tensor[samples, index] if alone is None else tensor.index_select(1, alone)  # [B, K, ...]
         if padding is not None:
             result[padding] = 0  # in place, but of a new tensor, so that autograd allows it
         results.append(result)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, finite, groups
+from .._ragged import finite, select_by_group
 from .._small import is_small
 from . import gram
 from .naive import EXHAUSTED
@@ -18,15 +18,15 @@ def dpp_map(
     features: Tensor, relevance: Tensor, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.dpp_map`."""
-    order = empty_order(budgets, features.device, max_budget)
-    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
-        if budget > 0:
-            kernel = Cosine(features[start:stop], relevance[start:stop].float())
-            # Near the rank of the rows, gains are only rounding, which differs between the two paths.
-            small = budget < features.shape[1] // 2 and is_small(stop - start, features.shape[1], budget)
-            rank = features.shape[1]
-            order[number, :budget] = (gram.choose if small else choose)(kernel, budget, rank) + start
-    return order
+    rank = features.shape[1]
+
+    def of_group(start: int, stop: int, budget: int) -> Tensor:
+        kernel = Cosine(features[start:stop], relevance[start:stop].float())
+        # Near the rank of the rows, gains are only rounding, which differs between the two paths.
+        small = budget < rank // 2 and is_small(stop - start, rank, budget)
+        return (gram.choose if small else choose)(kernel, budget, rank)
+
+    return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
 def choose(kernel: Cosine, budget: int, rank: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, groups
+from .._ragged import select_by_group
 from .naive import gains, steps, symmetric, usable, values
 
 # Groups of up to 3,000 rows keep the cosines of all pairs, which the first gains need anyway.
@@ -28,12 +28,12 @@ def facility_location(
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""
-    order = empty_order(budgets, features.device, max_budget)
-    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
-        if budget > 0:
-            weight = None if weights is None else usable(weights[start:stop])
-            order[number, :budget] = _Group(Cosine(features[start:stop]), weight, budget, combine).choose() + start
-    return order
+
+    def of_group(start: int, stop: int, budget: int) -> Tensor:
+        weight = None if weights is None else usable(weights[start:stop])
+        return _Group(Cosine(features[start:stop]), weight, budget, combine).choose()
+
+    return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
 class _Group:

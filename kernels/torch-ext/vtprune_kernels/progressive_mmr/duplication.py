@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,12 @@ class Duplication:
         # Distances are invariant under a shift; without the mean of the keys (their bias), less precision is lost.
         self.keys = keys - keys.mean(0)
         self.scale = keys.shape[-1] ** -0.5 if scaling is None else scaling
-        self.half = self.keys.square().sum(-1) * (self.scale / 2)  # [n, G]
         self.values = unit_rows(values)
+
+    @functools.cached_property
+    def half(self) -> Tensor:
+        """`[n, G]` half the squared length of each key, scaled."""
+        return self.keys.square().sum(-1) * (self.scale / 2)
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarity `[R, C]` of `rows` `[R]` and `columns` `[C]`, averaged over the KV heads."""
@@ -40,7 +46,7 @@ class Duplication:
     def all_pairs(self) -> Tensor:
         """Similarity `[n, n]` of all rows; distances of equal keys are exactly 0."""
         keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
-        exponent = (keys @ keys.mT).mul_(self.scale)  # [G, n, n]
+        exponent = torch.bmm(keys, keys.mT).mul_(self.scale)  # [G, n, n]
         half = exponent.diagonal(dim1=1, dim2=2) / 2
         exponent.sub_(half[:, None]).sub_(half[..., None]).clamp_max_(0)
-        return exponent.exp_().mul_(values @ values.mT).mean(0)
+        return exponent.exp_().mul_(torch.bmm(values, values.mT)).mean(0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ragged import finite
 from .duplication import Duplication
 from .naive import gains
 
@@ -34,8 +35,12 @@ def choose(
         preselected: `[n]` bool, rows selected before, or None.
     """
     relevance = relevance.float()
-    value = gains(relevance, torch.zeros_like(relevance), duplication, objective)
-    given_row = gains(relevance, similarity.all_pairs(), duplication, objective)  # [n, n]
+    value = gains(relevance, relevance.new_zeros(1), duplication, objective)
+    given_row = similarity.all_pairs()  # [n, n]
+    if objective == "linear":  # as `gains`, in place
+        given_row = finite(given_row.clamp_min_(0).mul_(-duplication).add_(relevance))
+    else:
+        given_row = gains(relevance, given_row, duplication, objective)
     given_row.fill_diagonal_(-torch.inf)  # a selected row is not selected again
     if preselected is not None:
         value = torch.minimum(value, given_row[preselected].amin(0)) if bool(preselected.any()) else value
@@ -53,6 +58,6 @@ def choose(
             not_candidate = torch.full_like(value, -torch.inf).index_fill_(0, candidates, 0)
         for _ in range(count):
             best = int((value if not_candidate is None else value + not_candidate).argmax())
-            value = torch.minimum(value, given_row[best])
+            torch.minimum(value, given_row[best], out=value)
             chosen.append(best)
     return torch.tensor(chosen, dtype=torch.int64, device=relevance.device)

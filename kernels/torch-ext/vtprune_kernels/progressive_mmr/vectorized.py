@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._lazy import lazy_top
-from .._ragged import empty_order, groups
+from .._ragged import select_by_group
 from .._small import is_small
 from . import gram
 from .duplication import Duplication
@@ -70,18 +70,16 @@ def progressive_mmr(
     max_budget: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
-    order = empty_order(budgets, relevance.device, max_budget)
-    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
-        if budget == 0:
-            continue
+    rules, width = (duplication, chunk, growth, pool, objective), keys.shape[1] * (keys.shape[2] + values.shape[2])
+
+    def of_group(start: int, stop: int, budget: int) -> Tensor:
         taken = None if preselected is None else preselected[start:stop]
-        width = keys.shape[1] * (keys.shape[2] + values.shape[2])
         path = gram.choose if is_small(stop - start, width, budget) else choose
         budget = min(budget, stop - start - (0 if taken is None else int(taken.sum())))
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
-        rules = (duplication, chunk, growth, pool, objective)
-        order[number, :budget] = path(relevance[start:stop], similarity, budget, *rules, taken) + start
-    return order
+        return path(relevance[start:stop], similarity, budget, *rules, taken)
+
+    return select_by_group(offsets, budgets, relevance.device, max_budget, of_group)
 
 
 def choose(

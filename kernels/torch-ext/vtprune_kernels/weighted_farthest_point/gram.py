@@ -27,10 +27,10 @@ def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
         # Since weights are not negative, the weighted distance to the nearest row is the minimum weighted distance.
         distance = finite(distance.mul_(weight))
     distance.fill_diagonal_(-torch.inf)  # a selected row is not selected again
-    chosen, value = [first], distance[first]
+    chosen, value = [first], distance[first].clone()
     while len(chosen) < budget:
         chosen.append(int(value.argmax()))
-        value = torch.minimum(value, distance[chosen[-1]])
+        torch.minimum(value, distance[chosen[-1]], out=value)
     return torch.tensor(chosen, dtype=torch.int64, device=distance.device)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
-from .._ragged import empty_order, finite, groups
+from .._ragged import finite, select_by_group
 from .._small import is_small, is_small_for_isolation
 from . import gram
 from .isolated import most_isolated
@@ -18,14 +18,13 @@ def weighted_farthest_point(
     features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.weighted_farthest_point`."""
-    order = empty_order(budgets, features.device, max_budget)
-    for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
-        if budget > 0:
-            weight = None if weights is None else weights[start:stop].float()
-            cosine = Cosine(features[start:stop])
-            path = gram.choose if _is_small(cosine, weight, budget) else choose
-            order[number, :budget] = path(cosine, weight, budget) + start
-    return order
+
+    def of_group(start: int, stop: int, budget: int) -> Tensor:
+        weight = None if weights is None else weights[start:stop].float()
+        cosine = Cosine(features[start:stop])
+        return (gram.choose if _is_small(cosine, weight, budget) else choose)(cosine, weight, budget)
+
+    return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
 def _is_small(cosine: Cosine, weight: Tensor | None, budget: int) -> bool:
