@@ -154,9 +154,9 @@ def scatter(x: Tensor, index: Tensor, valid: Tensor | None, length: int) -> Tens
         Tensor: `[B, T, ...]`, differentiable in `x`.
     """
     if len(index) == 1 and valid is None:
-        return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_copy(1, index[0], x)
+        return x.new_zeros(x.shape[0], length, *x.shape[2:]).index_copy_(1, index[0], x)
     full = x.new_zeros(x.shape[0], length + 1, *x.shape[2:])
     # Invalid slots go to an extra position that is cut off.
     target = index if valid is None else torch.where(valid, index, length)
     batch = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(target)
-    return full.index_put((batch, target), x)[:, :length]
+    return full.index_put_((batch, target), x)[:, :length]

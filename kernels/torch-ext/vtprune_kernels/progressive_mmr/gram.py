@@ -35,7 +35,7 @@ def choose(
         preselected: `[n]` bool, rows selected before, or None.
     """
     relevance = relevance.float()
-    value = gains(relevance, relevance.new_zeros(1), duplication, objective)
+    value = gains(relevance, None, duplication, objective)
     given_row = similarity.all_pairs()  # [n, n]
     if objective == "linear":  # as `gains`, in place
         given_row = finite(given_row.clamp_min_(0).mul_(-duplication).add_(relevance))
@@ -52,12 +52,13 @@ def choose(
             value = torch.minimum(value, given_row[picked].amin(0))
             chosen += picked.tolist()
             continue
-        not_candidate = None  # minus infinity for rows that are not candidates of this round
+        candidates, numbers = None, None  # of this round, by ascending number
         if count > 1:
-            candidates = torch.sort(value, descending=True, stable=True).indices[: pool * count]
-            not_candidate = torch.full_like(value, -torch.inf).index_fill_(0, candidates, 0)
+            candidates = torch.sort(value, descending=True, stable=True).indices[: pool * count].sort().values
+            numbers = candidates.tolist()
         for _ in range(count):
-            best = int((value if not_candidate is None else value + not_candidate).argmax())
+            best = int((value if candidates is None else value.index_select(0, candidates)).argmax())
+            best = best if numbers is None else numbers[best]
             torch.minimum(value, given_row[best], out=value)
             chosen.append(best)
     return torch.tensor(chosen, dtype=torch.int64, device=relevance.device)

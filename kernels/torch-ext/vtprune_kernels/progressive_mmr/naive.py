@@ -18,8 +18,12 @@ def similarity(keys: Tensor, values: Tensor, one: int, scaling: float | None = N
     return (cosine * torch.exp(-0.5 * scaling * distance)).mean(-1)
 
 
-def gains(relevance: Tensor, closest: Tensor, duplication: float, objective: str) -> Tensor:
-    """Value `[n]` of each row, given its largest similarity to the rows selected so far (0 before the first)."""
+def gains(relevance: Tensor, closest: Tensor | None, duplication: float, objective: str) -> Tensor:
+    """Value `[n]` of each row, given its largest similarity to the rows selected so far; None before the first."""
+    if closest is None:
+        if objective == "linear":
+            return finite(relevance).clone()
+        closest = relevance.new_zeros(1)
     if objective == "log":
         return finite(relevance + 0.5 * torch.log(1 - duplication * closest.clamp_min(0).square() + 1e-6))
     return finite(relevance - duplication * closest.clamp_min(0))
