@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays `kernels/` out as a Kernel Hub repository: `build/torch-BACKEND/` with the sources and their metadata.
+"""Builds a Kernel Hub repository from `kernels/`: `build/torch-BACKEND/` with sources and metadata.
 
     python scripts/build_kernel.py [--out build/kernel]
 
-The sources are Python and Triton. Hugging Face's kernel-builder only copies such kernels, and this script does the same
-where the builder is not installed. `get_local_kernel` of the package `kernels` loads the result.
+The sources are Python and Triton, which Hugging Face's kernel-builder only copies; this script does the same without
+the builder. `get_local_kernel` of the package `kernels` loads the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROJECT = ROOT / "kernels"
 
 
 def read_config() -> dict[str, object]:
-    """Name, version, license and backends from build.toml; tomllib came with Python 3.11 only."""
+    """Name, version, license and backends from build.toml, parsed without tomllib (Python 3.11)."""
     text = (PROJECT / "build.toml").read_text(encoding="utf-8")
     found: dict[str, object] = dict(re.findall(r'^(\w+) = "([^"]*)"', text, re.M))
     found["version"] = int(re.search(r"^version = (\d+)", text, re.M)[1])  # type: ignore[index]
@@ -32,7 +32,7 @@ def read_config() -> dict[str, object]:
 
 
 def digest(folder: Path) -> dict[str, object]:
-    """Digests of all files of a build, by which `kernels` notices a changed one."""
+    """Digests of all files of a build, with which `kernels` detects changes."""
     files = {
         path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
         for path in sorted(folder.rglob("*"))
@@ -42,7 +42,7 @@ def digest(folder: Path) -> dict[str, object]:
 
 
 def build(out: Path) -> list[Path]:
-    """Writes the repository to `out`, which is emptied first, and returns the folders of its builds."""
+    """Empties `out`, writes the repository to it, and returns the folders of its builds."""
     config = read_config()
     package = str(config["name"]).replace("-", "_")
     source = PROJECT / "torch-ext" / package

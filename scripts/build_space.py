@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays out the Space as it is pushed: `examples/space`, the wheel of this version, and a requirement on it.
+"""Builds the folder of the Space: `examples/space`, the wheel of this version, and a requirement on it.
 
 python scripts/build_space.py dist/vtprune-*.whl [--out build/space]
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(wheel: Path, out: Path) -> None:
-    """Writes the Space to `out`, which is emptied first."""
+    """Empties `out` and writes the Space to it."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "examples" / "space", out, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(wheel, out)

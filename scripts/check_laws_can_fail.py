@@ -3,9 +3,9 @@
 
     python scripts/check_laws_can_fail.py
 
-Works on a copy of the tree. Prints a line per fault and exits with 1 if a law let one pass. With `--out FILE`, what was
-caught is written there fault by fault: an interrupted run resumes with the next one, a finished one starts again, and
-results of another version are overwritten with `--force` only.
+Works on a copy of the tree. Prints a line per fault and exits with 1 if any fault is not caught. With `--out FILE`,
+results are written after every fault: an interrupted run resumes, a finished one starts again, and results of another
+version are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vtprune.study import progress  # noqa: E402
 
 @dataclass
 class Fault:
-    """`old` becomes `new` in `file`; then `tests` must fail."""
+    """Replaces `old` by `new` in `file`, after which `tests` must fail."""
 
     law: str
     what: str
@@ -178,7 +178,7 @@ def survives(fault: Fault, tree: Path) -> bool:
 
 
 def check(out: Path | None, force: bool) -> dict[str, Any]:
-    """Tries all faults, or what an interrupted run left; returns what `out` then holds.
+    """Tries all faults, or the rest of an interrupted run; returns the content of `out`.
 
     Raises:
         StaleResultError: `out` holds results of another version.
@@ -201,8 +201,8 @@ def check(out: Path | None, force: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Breaks the engine on purpose: does the offended law fail?")
-    parser.add_argument("--out", type=Path, help="JSON file for what was caught")
+    parser = argparse.ArgumentParser(description="Injects faults into the engine and checks that a law fails for each.")
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):

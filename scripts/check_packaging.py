@@ -3,11 +3,11 @@
 
     python scripts/check_packaging.py [--kernels FOLDER]
 
-1. The wheel's top level is exactly `vtprune`, `vtprune_kernels` and the dist-info, and it holds what it should.
+1. The wheel's top level is exactly `vtprune`, `vtprune_kernels` and the dist-info, and no file is missing or extra.
 2. From the repository root, the Hugging Face package `kernels` is importable: the folder `kernels/` does not shadow it.
 3. There is no `kernels/__init__.py`, and no test package called `kernels`.
-4. `kernels/build.toml` satisfies the schema of Hugging Face's kernel-builder in its newest edition, and what
-   `scripts/build_kernel.py` lays out is loaded by `get_local_kernel` and computes what the package computes.
+4. `kernels/build.toml` satisfies the schema of Hugging Face's kernel-builder in its newest edition, and
+   `get_local_kernel` loads the result of `scripts/build_kernel.py`, which computes the same as the package.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATA = {
 
 
 def expected_files(root: Path = ROOT) -> set[str]:
-    """Paths that the wheel must hold: every Python file of both packages, and the data."""
+    """Expected paths in the wheel: every Python file of both packages, and their data files."""
     files = set()
     for package, folder in SOURCES.items():
         for path in (root / folder).rglob("*.py"):
@@ -55,7 +55,7 @@ def packages(root: Path = ROOT) -> set[str]:
 
 
 def wheel_problems(names: list[str], expected: set[str]) -> list[str]:
-    """What is wrong with a wheel that holds the files `names`."""
+    """Problems of a wheel with the files `names`."""
     problems = []
     files = {name for name in names if not name.endswith("/")}
     tops = {name.split("/")[0] for name in files}
@@ -75,7 +75,7 @@ def wheel_problems(names: list[str], expected: set[str]) -> list[str]:
 
 
 def check_wheel() -> list[str]:
-    """Builds the wheel from a copy of the sources, where no earlier build can leave anything, and looks into it."""
+    """Builds the wheel from a copy of the sources, free of earlier build files, and checks its contents."""
     expected = expected_files()
     problems = [f"{package} holds no Python file" for package in SOURCES if f"{package}/__init__.py" not in expected]
     if not any(name.endswith(".safetensors") for name in expected):
@@ -99,9 +99,9 @@ def check_wheel() -> list[str]:
 
 
 def check_kernels_import(folder: str | None, root: Path = ROOT) -> list[str]:
-    """Imports the Hugging Face package from the repository root; `folder` is where it is installed, if not here."""
+    """Imports the Hugging Face package from the repository root; `folder` is a separate installation of it."""
     code = "import transformers; from kernels import get_kernel"
-    if folder:  # behind the working directory, as an installed package would be
+    if folder:  # after the working directory, like an installed package
         code = f"import sys; sys.path.append({str(Path(folder).resolve())!r}); {code}"
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     return [] if run.returncode == 0 else [f"Hugging Face kernels cannot be imported: {run.stderr.strip()[-400:]}"]
@@ -143,13 +143,13 @@ def check_kernel_build(folder: str | None, root: Path = ROOT) -> list[str]:
         run = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=False)
     if run.returncode:
         return [f"the kernel does not load: {run.stderr.strip()[-400:]}"]
-    # The builder reads older editions of build.toml, and says on its output that it does.
+    # The builder accepts older editions of build.toml, but reports them on its output.
     return [f"build.toml: {run.stderr.strip()[-400:]}"] if "legacy" in run.stderr + run.stdout else []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", metavar="FOLDER", help="where Hugging Face kernels is installed, if not here")
+    parser.add_argument("--kernels", metavar="FOLDER", help="folder of Hugging Face kernels, if not installed here")
     args = parser.parse_args()
     checks: dict[str, Callable[[], list[str]]] = {
         "wheel": check_wheel,

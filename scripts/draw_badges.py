@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the badges of the README from pyproject.toml, into docs/badges: nothing is loaded from elsewhere.
+"""Draws the README's badges from pyproject.toml into docs/badges, so that none is loaded from another site.
 
 python scripts/draw_badges.py
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "badges"
-WIDTH = 6.6  # of a character at this size, in pixels
+WIDTH = 6.6  # pixels per character at this font size
 
 
 def facts() -> dict[str, str]:
-    """What the badges say, by their names."""
+    """Values of the badges by name."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
     def find(pattern: str) -> str:
@@ -48,7 +48,7 @@ def badge(name: str, value: str) -> str:
 
 
 def main() -> None:
-    """Writes a file for each fact."""
+    """Writes one SVG file per badge."""
     FOLDER.mkdir(exist_ok=True)
     for name, value in facts().items():
         (FOLDER / f"{name}.svg").write_text(badge(name, value), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws docs/pruned.png, the picture of the README, with the model inside the package.
+"""Draws docs/pruned.png, the picture of the README, with the built-in model.
 
 python scripts/draw_hero.py docs/pruned.png
 """
@@ -15,7 +15,7 @@ from vtprune.report.overlay import before_and_after
 
 
 def main(path: str) -> None:
-    """Writes the picture before and after; stops if the pruned model gives another answer."""
+    """Writes the picture before and after pruning; exits if the pruned model gives another answer."""
     model, processor = refvlm.load(name="qwen2_5_vl")
     crowd = refvlm.crowds.crowd(27, (36, 36))
     question = next(question for question in crowd.questions if question.kind == "digit")

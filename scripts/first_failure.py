@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first lines of what broke in the log of a run, as Markdown.
+"""Prints the first failure in the log of a run as Markdown.
 
     python scripts/first_failure.py LOG
 
-Known are pytest's failures and errors, tracebacks, and pip's and make's errors; else the end of the log is shown.
+Recognizes failures and errors of pytest, tracebacks, and errors of pip and make; otherwise prints the end of the log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 LINES = 30
-# The first line that matches starts the excerpt; pytest's own summary is put in front.
+# The excerpt starts at the first match; pytest's summary is prepended.
 STARTS = (
     r"^=+ (FAILURES|ERRORS) =+$",
     r"^E   ",
@@ -26,7 +26,7 @@ _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def excerpt(text: str) -> str:
-    """The part of a log that tells what broke."""
+    """The first failure in a log."""
     lines = [_COLOR.sub("", line.rstrip()) for line in text.splitlines()]
     summary = [line for line in lines if re.match(r"(FAILED|ERROR) \S+", line)][:10]
     for pattern in STARTS:
@@ -39,13 +39,13 @@ def excerpt(text: str) -> str:
 
 
 def versions(text: str) -> str:
-    """The line of versions that a run prints about itself, or nothing."""
+    """The line of versions that a run prints, or an empty string."""
     return next((line for line in text.splitlines() if line.startswith("versions: ")), "")
 
 
 def main() -> int:
     text = Path(sys.argv[1]).read_text(encoding="utf-8", errors="replace")
-    # A fence longer than any in the text keeps the excerpt together.
+    # The fence must be longer than any in the text.
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
     print(f"{versions(text)}\n\n{fence}text\n{excerpt(text) or 'the log is empty'}\n{fence}".strip())
     return 0

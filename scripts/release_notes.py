@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of CHANGELOG.md about one version; with `--check`, whether all places agree on it.
+"""Prints the section of CHANGELOG.md about one version; with `--check`, checks that all files agree on the version.
 
 python scripts/release_notes.py 0.1.0
 python scripts/release_notes.py --check [v0.1.0]
@@ -16,20 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def version() -> str:
-    """The version, from its one place."""
+    """The version in vtprune/__init__.py."""
     text = (ROOT / "vtprune" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.M)[1]  # type: ignore[index]
 
 
 def notes(wanted: str) -> str:
-    """The entries of a version; empty where there are none."""
+    """The changelog entries of a version, or an empty string."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     found = re.search(rf"^## {re.escape(wanted)}\b[^\n]*\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     return found[1].strip() if found else ""
 
 
 def problems(tag: str | None) -> list[str]:
-    """What keeps this tree from being released, under `tag` where one is given."""
+    """Problems that prevent a release of this tree (under `tag`, if given)."""
     current, found = version(), []
     if tag and tag != f"v{current}":
         found.append(f"the tag is {tag}, but vtprune/__init__.py says {current}")

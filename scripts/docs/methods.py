@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page for every registered method: its docstring, its options, its paper, and what was measured."""
+"""A page for every registered method: docstring, options, paper and measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from scripts.docs import tables
 
-# Groups of methods, in the order in which they are shown, and when to begin with one.
+# Groups of methods in page order, and when to use each.
 ABOUT = {
     "Question-free": (
         "They keep what is salient or diverse in the picture, so that what is kept serves any question. Nearly all cut "
@@ -25,7 +25,7 @@ ABOUT = {
 
 
 def names() -> list[str]:
-    """Methods that the library itself registers; other packages' and a session's own are left out."""
+    """Methods registered by the library itself, without those of other packages or of the session."""
     from vtprune import methods
 
     return [name for name in methods.names() if methods.get(name).__module__.startswith("vtprune.")]
@@ -37,20 +37,20 @@ def summary(name: str) -> str:
 
 
 def paper(name: str) -> str | None:
-    """The paper's number at arXiv."""
+    """The arXiv id of the paper."""
     found = re.search(r"(?:arXiv[:\s]*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", _words(name), re.I)
     return found[1] if found else None
 
 
 def cuts(name: str) -> str:
-    """Where it cuts a decoder of 32 layers."""
+    """The layers before which the method cuts a decoder of 32 layers."""
     from vtprune import methods
 
     return ", ".join(str(stage.layer) if stage.layer else "input" for stage in methods.get(name)().schedule(32))
 
 
 def groups() -> dict[str, list[str]]:
-    """Methods by what a reader chooses between first; every method is in one group."""
+    """Methods by group of `ABOUT`; every method is in one group."""
     from vtprune import methods
     from vtprune.core.clips import ClipMethod
     from vtprune.core.wrapper import Wrapper
@@ -73,7 +73,7 @@ def groups() -> dict[str, list[str]]:
 
 
 def page(name: str) -> str:
-    """The page of one method. What it says comes from its docstring, rendered where `:::` stands."""
+    """The page of one method; its docstring is rendered at `:::`."""
     from vtprune import methods
 
     cls = methods.get(name)
@@ -105,7 +105,7 @@ Simple scenes and a small model: a difference here is a hint, no promise for a l
 
 
 def _for_pictures(name: str) -> str:
-    """The method at work on whatever the session's prompt shows."""
+    """Example code of a method for pictures."""
     return f"""```python
 import vtprune
 
@@ -116,7 +116,7 @@ print(patch.last.report())
 
 
 def _for_clips(name: str) -> str:
-    """The method beside one for pictures, on a model that takes clips."""
+    """Example code of a method for clips, together with one for pictures."""
     return f"""```python
 import vtprune
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All pages of the documentation site as Markdown: the written ones completed, and those that are made.
+"""All pages of the documentation site as Markdown: handwritten pages with their fills, and generated pages.
 
-On a line of its own, `<!-- fill: NAME -->` becomes a table of `scripts/docs/tables.py`, and
-`<!-- include: FILE#HEADING -->` the section of that name of another document of the repository, so that nothing is told
-twice. Links may lead to any file of the repository: to those that have a page they become links, of others only the
-text is left.
+On a separate line, `<!-- fill: NAME -->` becomes a table of `scripts/docs/tables.py`, and
+`<!-- include: FILE#HEADING -->` the section of that name of another document of the repository. Links to files of the
+repository become links to their pages, or plain text where a file has no page.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PROJECT = {
     "benchmarks/README.md": ("Benchmarks", "project/benchmarks.md"),
     "CHANGELOG.md": ("Changes", "project/changelog.md"),
 }
-# What the page of all methods begins with.
+# First lines of the page of all methods.
 METHODS = """# Methods
 
 Pass one by name, `vtprune.patch(model, ratio=0.25, method="divprune")`, or as an instance with options,
@@ -45,7 +44,7 @@ def examples() -> list[str]:
 
 
 def places() -> dict[str, str]:
-    """Files of the repository outside `docs/` that have a page, to its place in the site."""
+    """Paths of files outside `docs/` that have a page, to the path of the page."""
     known = dict(HOME)
     known |= {path: place for path, (_, place) in PROJECT.items() if (ROOT / path).exists()}
     known |= {"examples/README.md": "examples/index.md", NOTEBOOK: "notebook.md"}
@@ -53,13 +52,13 @@ def places() -> dict[str, str]:
 
 
 def written() -> dict[str, str]:
-    """Source file to page, for what lies in `docs/`."""
+    """Source file to page, for files in `docs/`."""
     found = sorted((ROOT / "docs").rglob("*.md"))
     return {path.relative_to(ROOT).as_posix(): path.relative_to(ROOT / "docs").as_posix() for path in found}
 
 
 def made() -> dict[str, str]:
-    """Page to its Markdown, for all that do not lie in `docs/`."""
+    """Page to Markdown, for pages that are not in `docs/`."""
     pages = {}
     for path, place in places().items():
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -83,18 +82,18 @@ def made() -> dict[str, str]:
 
 
 def everything() -> dict[str, str]:
-    """Page to its Markdown, complete, for the whole site."""
+    """Page to complete Markdown, for the whole site."""
     return {place: own(path) for path, place in written().items()} | made()
 
 
 def own(path: str) -> str:
-    """The page of a document in `docs/`, complete; of the results, which are long, a summary."""
+    """The complete page of a document in `docs/`; for the results, a summary."""
     text = results.summary() if path == results.SOURCE else (ROOT / path).read_text(encoding="utf-8")
     return complete(text, path)
 
 
 def navigation() -> dict[str, list[dict[str, str]]]:
-    """Sections of the navigation to the made pages that belong into them."""
+    """Sections of the navigation to their generated pages."""
     return {
         "Methods": [
             {title: [{name: f"methods/{name}.md"} for name in names]} for title, names in methods.groups().items()
@@ -110,8 +109,8 @@ def complete(text: str, source: str, place: str | None = None) -> str:
 
     Args:
         text: Markdown of the document.
-        source: Its path in the repository, from which relative links count; a link to `/x.md` counts from `docs/`.
-        place: Its page; by default that of a file in `docs/`.
+        source: Its path in the repository, the base of relative links; the base of `/x.md` is `docs/`.
+        place: Path of its page; by default that of a file in `docs/`.
 
     Raises:
         ValueError: A table or a section of that name does not exist.
@@ -150,7 +149,7 @@ def relink(text: str, source: str, place: str, known: Mapping[str, str]) -> str:
         page = known.get(file, file.removeprefix("docs/") if file.startswith("docs/") else None)
         if page is not None:
             return f"{mark}[{words}]({posixpath.relpath(page, posixpath.dirname(place) or '.')}{hash_}{anchor})"
-        # A file without a page: its name is all that a reader of the site can be given.
+        # A file without a page: only its name is shown.
         return (
             (words if words.startswith("`") else f"`{words}`")
             if os.path.exists(ROOT / file) or file in PROJECT
@@ -168,7 +167,7 @@ def _fill(name: str) -> str:
 
 
 def notebook(text: str) -> str:
-    """The page of a notebook with its stored outputs."""
+    """The page of a notebook, with its stored outputs."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
@@ -185,6 +184,6 @@ def notebook(text: str) -> str:
 
 
 def _script(path: str, text: str) -> str:
-    """The page of an example: its docstring as text, and all of it as code."""
+    """The page of an example: its docstring as text, and its source."""
     name = path.split("/")[-1]
     return f"# {name}\n\n```bash\npython {path}\n```\n\n```python\n{text}```\n"

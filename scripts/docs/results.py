@@ -8,18 +8,18 @@ import re
 from scripts.docs.tables import ROOT
 
 SOURCE = "docs/results.md"
-ROWS = 5  # of a section's first table that the summary shows
+ROWS = 5  # rows of a section's first table in the summary
 _CHART = re.compile(r"!\[([^\]]*)\]\(([^)\s]+\.svg)\)")
 
 
 def sections() -> tuple[str, dict[str, str]]:
-    """What stands before the first section, and the sections by title."""
+    """The text before the first section, and the sections by title."""
     intro, *parts = re.split(r"^## ", (ROOT / SOURCE).read_text(encoding="utf-8"), flags=re.M)
     return intro, {title.strip(): body.strip() for title, _, body in (part.partition("\n") for part in parts)}
 
 
 def place(title: str) -> str:
-    """The page of a section."""
+    """The path of a section's page."""
     return f"results/{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.md"
 
 
@@ -29,7 +29,7 @@ def page(title: str) -> str:
 
 
 def summary() -> str:
-    """Markdown of the page of results: of every section its chart, the best rows of its first table, and a link."""
+    """Markdown of the results page: for every section its chart, the best rows of its first table, and a link."""
     intro, parts = sections()
     out = [intro.strip()]
     for title, body in parts.items():
@@ -55,5 +55,5 @@ def _first_table(body: str) -> list[str]:
 
 
 def _linked(text: str) -> str:
-    """A click on a chart opens it alone."""
+    """Makes every chart a link to its file."""
     return _CHART.sub(r"[![\1](\2)](\2){.chart}", text)

@@ -24,12 +24,12 @@ def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def front(results: Path = RESULTS) -> str:
-    """The budgets and methods that no other row beats in both cost and accuracy."""
+    """The Pareto front of budgets and methods in cost and accuracy."""
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
     best, rows = -1, []
-    # The cheapest first; of equal cost the most accurate one. Rounded: a mean over layers is not exact to the last bit.
+    # By cost, then accuracy. Costs are rounded, because a mean over layers is inexact in the last bits.
     measured = (row for row in data["rows"] if "refused" not in row and row["method"] != "oracle")
     for row in sorted(measured, key=lambda row: (round(row["mean_tokens"], 3), -row["right"], row["method"])):
         if row["right"] > best:
@@ -45,7 +45,7 @@ def front(results: Path = RESULTS) -> str:
 
 
 def floor(results: Path = RESULTS) -> str:
-    """Limit of each method: the smallest `ratio` tried whose loss stays inside a bound, all larger ones too."""
+    """The smallest `ratio` of each method at which, and above which, the loss stays within a bound."""
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
@@ -90,7 +90,7 @@ def kinds(results: Path = RESULTS) -> str:
 
 
 def laws(results: Path = RESULTS) -> str:
-    """The test file of every law, and on how many families it held in the last full run."""
+    """The test file of every law, and the number of families on which it held in the last full run."""
     data = _read(results / "families.json") or {"rows": []}
     lines = []
     for path in sorted((ROOT / "tests" / "laws").glob("test_*.py"), key=lambda path: int(path.stem.split("_")[1])):
@@ -104,7 +104,7 @@ def laws(results: Path = RESULTS) -> str:
 
 
 def methods(names: list[str] | None = None) -> str:
-    """A row for each of some methods, by default all, with its page and its paper."""
+    """A row per method (default: all), with links to its page and its paper."""
     from scripts.docs import methods as pages
 
     rows = []
@@ -116,7 +116,7 @@ def methods(names: list[str] | None = None) -> str:
 
 
 def of_method(name: str, results: Path = RESULTS) -> str:
-    """What one method reached at every budget, beside the unpruned model and the random choice."""
+    """Accuracy of one method at every budget, with the unpruned model and random selection for comparison."""
     data = _read(results / "accuracy.json")
     rows = [row for row in data["rows"] if row["method"] == name] if data else []
     if data is None or not rows:
@@ -135,7 +135,7 @@ def of_method(name: str, results: Path = RESULTS) -> str:
 
 
 def needles(results: Path = RESULTS) -> str:
-    """Right answers about a text in the visual places of a real decoder, at equal mean costs."""
+    """Right answers in the needle test of a real decoder, at equal mean costs."""
     data = _read(results / "needle.json")
     if data is None:
         return MISSING
@@ -164,7 +164,7 @@ def needles(results: Path = RESULTS) -> str:
 
 
 def equal_cost(results: Path = RESULTS) -> str:
-    """The default beside the best other method on every test bed and at every cost, and who beats it clearly."""
+    """The default and the best other method on every test bed and at every cost, and clear wins over the default."""
     found = comparisons.comparisons(results)
     if not found:
         return MISSING
@@ -194,12 +194,12 @@ def equal_cost(results: Path = RESULTS) -> str:
 
 
 def clips(results: Path = RESULTS) -> str:
-    """What pruning of clips changes, beside fewer and smaller frames: a table for every budget."""
+    """Effect of pruning clips, compared with fewer and smaller frames: one table per budget."""
     data = _read(results / "video.json")
     if data is None or not data["rows"]:
         return MISSING
     rows, out = data["rows"], [f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. {_versions(data)}"]
-    sizes = {row["kept"] for row in rows if row["rule"] == "uniform"}  # fewer and smaller frames have more of them
+    sizes = {row["kept"] for row in rows if row["rule"] == "uniform"}  # fewer and smaller frames have further sizes
     head = (
         "rule",
         "tokens",
@@ -242,7 +242,7 @@ def clips(results: Path = RESULTS) -> str:
 
 
 def clips_time(results: Path = RESULTS) -> str:
-    """Methods beside the most of fewer, or of smaller, frames that took no more time; a table a kind of clips."""
+    """Methods compared with fewer or smaller frames that took no more time; one table per kind of clip."""
     data = _read(results / "video.json")
     if data is None or not data.get("equal_time"):
         return MISSING
@@ -272,7 +272,7 @@ def clips_time(results: Path = RESULTS) -> str:
 
 
 def curvature(results: Path = RESULTS) -> str:
-    """V-CAST's frame weights at a cut, at a turn and where nothing happens."""
+    """V-CAST's frame weights at a scene cut, at a turn of the camera and in still scenes."""
     data = _read(results / "video.json")
     if data is None or not data.get("curvature"):
         return MISSING
@@ -316,7 +316,7 @@ def _worst(data: dict[str, Any], kind: str) -> float:
 
 
 def _law(name: str) -> str:
-    """The name under which the results know a law."""
+    """The key of a law in the results."""
     return name.replace("_", " ")
 
 

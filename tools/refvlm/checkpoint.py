@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training run stands, as safetensors: nothing is unpickled when it goes on."""
+"""Training checkpoints as safetensors, so that resuming unpickles nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def save(path: Path, learner: nn.Module, optimizers: Iterable[torch.optim.Optimizer], step: int) -> None:
-    """Writes weights, optimizers and the number of steps; an older file stays until the new one is whole."""
+    """Writes weights, optimizer states and the step atomically."""
     tensors: dict[str, Tensor] = {f"learner/{name}": value for name, value in learner.state_dict().items()}
     about: list[dict[str, Any]] = []
     for number, optimizer in enumerate(optimizers):
@@ -27,7 +27,7 @@ def save(path: Path, learner: nn.Module, optimizers: Iterable[torch.optim.Optimi
                     tensors[f"optimizer/{number}/{parameter}/{name}"] = value
                 else:
                     about[-1]["values"][f"{parameter}/{name}"] = value
-    # Tied weights are two names of one tensor, which the format does not know.
+    # safetensors has no shared tensors, so tied weights are cloned.
     whole = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     new = path.with_suffix(".new")
     save_file(whole, new, metadata={"step": str(step), "optimizers": json.dumps(about)})
@@ -41,7 +41,7 @@ def load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], list[dict
         tuple: State of the learner, states of the optimizers, number of steps.
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         metadata = file.metadata()
     learner: dict[str, Tensor] = {}
     states: list[dict[str, Any]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training batches: a sliding pool of fresh scenes, easy-VQA pictures, packed questions, and what each patch shows."""
+"""Training batches: a sliding pool of scenes, easy-VQA pictures, packed questions, and word labels of each patch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from vtprune.refvlm import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, model, scenes
 
 TEXT = 144  # text columns per picture: about eleven questions
-# The words among which every patch chooses one or none.
+# Word groups; every patch has one word of each group, or none.
 GROUPS: dict[str, tuple[str, ...]] = {
     "color": tuple(scenes.COLORS),
     "shape": scenes.SHAPES,
@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "background": ("background",),
 }
 IGNORE = -100
-PRESENT = (*scenes.COLORS, *scenes.SHAPES, *scenes.DIGITS)  # what the class token has to know
+PRESENT = (*scenes.COLORS, *scenes.SHAPES, *scenes.DIGITS)  # labels of the class token
 
 Dialogue = tuple[str, str, str]  # kind, question, answer
 SQUARE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -44,8 +44,8 @@ class Batch:
         tokens: int64 `[B, TEXT]`, several questions with their answers.
         labels: int64 `[B, TEXT]`, the token to predict at each column, or `IGNORE`.
         segments: int64 `[B, TEXT]`, number of the question, 0 for padding.
-        positions: int64 `[B, TEXT]`, columns after the picture, as if each question stood there alone.
-        asked: per picture, the questions that fitted, in the order of `segments`.
+        positions: int64 `[B, TEXT]`, columns after the picture, counted for each question separately.
+        asked: per picture, its packed questions in the order of `segments`.
     """
 
     images: torch.Tensor
@@ -58,7 +58,7 @@ class Batch:
     asked: list[list[Dialogue]]
 
     def mask(self, prefix: int) -> torch.Tensor:
-        """Bool `[B, 1, prefix + TEXT, prefix + TEXT]`: causal, and no question sees another one.
+        """Attention mask, bool `[B, 1, prefix + TEXT, prefix + TEXT]`: causal, without attention between questions.
 
         Args:
             prefix: columns before the questions, `<bos>` and the picture.
@@ -96,7 +96,7 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def patch_words(objects: tuple[scenes.SceneObject, ...]) -> np.ndarray:
-    """What each patch shows, int8 `[144, len(GROUPS)]`; every patch of an object knows the whole object."""
+    """Word labels of each patch, int8 `[144, len(GROUPS)]`; all patches of an object have the same labels."""
     table = np.array([[len(words) for words in GROUPS.values()]] * VISUAL_TOKENS, dtype=np.int8)
     table[:, list(GROUPS).index("background")] = 0
     for item in objects:
@@ -112,13 +112,13 @@ def patch_words(objects: tuple[scenes.SceneObject, ...]) -> np.ndarray:
 
 
 def describe(array: np.ndarray) -> tuple[scenes.SceneObject, ...]:
-    """The one object of an easy-VQA training picture, found by its color against the plain background.
+    """The single object of an easy-VQA training picture, found by its color on the plain background.
 
     Args:
         array: uint8 `[144, 144, 3]`.
     """
     differs = np.abs(array.astype(int) - array[0, 0].astype(int)).sum(-1) > 60
-    if differs[:3].any() and differs.mean() > 0.5:  # the corner itself belongs to the object
+    if differs[:3].any() and differs.mean() > 0.5:  # the corner pixel belongs to the object
         return ()
     rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -156,9 +156,9 @@ def describe(array: np.ndarray) -> tuple[scenes.SceneObject, ...]:
 
 
 class Pool:
-    """Pictures of one worker, replaced little by little, so that the model keeps meeting new ones.
+    """Pictures of one worker, of which a few are replaced at every step.
 
-    The newest scene at step `s` has number `size + s * fresh`; a resumed run therefore rebuilds the same pool.
+    The newest scene at step `s` has number `size + s * fresh`, so a resumed run rebuilds the same pool.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Pool:
 
 
 def ask_many(objects: tuple[scenes.SceneObject, ...], rng: random.Random, captions: float = 0.0) -> list[Dialogue]:
-    """Questions of every kind, most of them of the two that are learned last, shuffled; sometimes the caption first."""
+    """Shuffled questions of every kind, most of the two kinds learned last; sometimes with the caption first."""
     kinds = [*scenes.KINDS, "size", "position", *["count"] * 3, *["presence"] * 6]
     rng.shuffle(kinds)
     found = (scenes.ask(objects, kind, rng) for kind in kinds)
@@ -224,12 +224,12 @@ def ask_many(objects: tuple[scenes.SceneObject, ...], rng: random.Random, captio
 
 
 def resized(image: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture `[144, 144, 3]` and what its 144 patches show, at another size; a patch stays 12 pixels wide."""
+    """A picture `[144, 144, 3]` and its patch labels at another size, with the same patch size of 12 pixels."""
     if size == SQUARE:
         return image, words
     height, width = size
     cell, grid = IMAGE_SIZE // scenes.GRID, scenes.GRID
-    # The middle of every new patch decides which old one it shows.
+    # A new patch has the labels of the old patch at its center.
     rows, columns = (((np.arange(side // cell) + 0.5) * grid * cell // side).astype(int) for side in size)
     words = words.reshape(grid, grid, -1)[rows[:, None], columns].reshape(len(rows) * len(columns), -1)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)), words
@@ -238,10 +238,10 @@ def resized(image: np.ndarray, words: np.ndarray, size: tuple[int, int]) -> tupl
 def pack(
     rows: list[tuple[np.ndarray, tuple[scenes.SceneObject, ...], list[Dialogue]]], size: tuple[int, int] = SQUARE
 ) -> Batch:
-    """Pictures, their objects and their questions, as many of these as fit, to tensors.
+    """Converts pictures, objects and as many questions as fit to tensors.
 
     Args:
-        rows: of one picture each: uint8 `[144, 144, 3]`, objects, questions.
+        rows: one picture each: uint8 `[144, 144, 3]`, objects, questions.
         size: height and width of the pictures of the batch, multiples of 12.
     """
     count = len(rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of training: what every patch shows, what the class token knows, and the answers."""
+"""Training losses: patch labels, class token labels and answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import nn
 from tools.refvlm import data
 from vtprune.refvlm import model
 
-SHARPNESS = 6.0  # a patch that shows a word should have the product 1 with its vector; half of it decides
+SHARPNESS = 6.0  # scale of the word logits (products of patch and word vector); "no word" has the product 0.5
 EARLY = 4  # decoder layers before the additional early answer
-# On most training pictures the text does not look at the picture in the first decoder layers. Word vectors and patches
-# match so well in this model that it would otherwise read all it needs there, unlike large models, and dropping visual
-# tokens after those layers would cost nothing, whichever are dropped. All visual tokens stay, in all layers.
+# On most training pictures, text does not attend to the picture in the first decoder layers. Word vectors and patches
+# match so well in this model that it would otherwise read everything there, unlike large models, and dropping any
+# visual tokens after those layers would cost nothing. No visual token is dropped in training.
 BLIND_LAYERS = 2
 BLIND_SHARE = 0.6
-NULL_WEIGHT = 0.15  # most patches show background; they must not drown the objects
+NULL_WEIGHT = 0.15  # most patches show background, which would dominate the loss
 
 
 class Attention:
@@ -47,11 +47,11 @@ class Attention:
 
 
 class Learner(nn.Module):
-    """The model with what only training needs: heads for the class token, and the losses."""
+    """The model with its training heads (for the class token) and losses."""
 
-    KNOWING = 2  # places that must know what is in the whole picture
+    KNOWING = 2  # features that have to predict the contents of the whole picture
     LOOK, ANSWER, RATE = 700, 1200, 2e-3  # steps of the two phases, learning rate
-    SIZES: data.Sizes = (data.SQUARE,)  # of pictures, from which every step chooses
+    SIZES: data.Sizes = (data.SQUARE,)  # picture sizes, one per step
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
@@ -69,21 +69,21 @@ class Learner(nn.Module):
         return model.processor()
 
     def see(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Projected patches `[B, N, D]`, and the loss of what else the vision tower should know."""
+        """Projected patches `[B, N, D]`, and the auxiliary loss of the vision tower."""
         tower = self.vlm.model.vision_tower(data.pixels(batch.images), output_hidden_states=True)
         features = tower.hidden_states[self.vlm.config.vision_feature_layer]
-        # The class token must know what is in the picture, so that its attention means something.
+        # The class token predicts the picture's contents, so that its attention is meaningful.
         known = (self.heads[0](features[:, 0]), self.heads[1](tower.pooler_output))
         loss = torch.stack([F.binary_cross_entropy_with_logits(x.float(), batch.present) for x in known]).sum()
         return self.vlm.model.multi_modal_projector(features[:, 1:]), loss
 
     def positions(self, batch: data.Batch, prefix: int) -> torch.Tensor:
-        """Position ids `[B, prefix + TEXT]` of `<bos>`, the picture and every question right after it."""
+        """Position ids `[B, prefix + TEXT]`: `<bos>`, the picture, and every question directly after it."""
         before = torch.arange(prefix, device=batch.tokens.device).expand(len(batch.tokens), -1)
         return torch.cat((before, prefix + batch.positions), dim=1)
 
     def look(self, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Projected patches `[B, N, D]`, the loss of what the vision side shows, and hit rates."""
+        """Projected patches `[B, N, D]`, the patch loss, and hit rates."""
         patches, loss = self.see(batch)
         table = self.vlm.get_input_embeddings().weight.detach()
         hits: dict[str, float] = {}
@@ -105,7 +105,7 @@ class Learner(nn.Module):
     def answer(self, batch: data.Batch, patches: torch.Tensor, blind: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The answer loss, and the predicted tokens `[B, TEXT]`.
 
-        For a share `blind` of the pictures, early layers of the text do not see the picture.
+        For a share `blind` of the pictures, text does not attend to the picture in early layers.
         """
         count, prefix = len(batch.tokens), 1 + patches.shape[1]
         mask = batch.mask(prefix)

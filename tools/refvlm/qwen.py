@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The earlier Qwen2.5-VL, from which the training of the built-in one begins: six layers, 81 to 144 visual tokens.
+"""The earlier, six-layer Qwen2.5-VL with 81 to 144 visual tokens, which initializes the built-in one.
 
-It shares words, prompts and decoder widths with the LLaVA, and its training starts from the decoder of that one.
+It shares vocabulary, prompts and decoder widths with the LLaVA, and its training starts from that decoder.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from vtprune.refvlm import CHAT_TEMPLATE
 from vtprune.refvlm.qwen import MERGE_SIZE, PATCH_SIZE, PictureProcessor
 
 WINDOW = 48  # pixels: windows of 4 x 4 visual tokens
-# Pictures outside are enlarged or reduced, without changing their shape: about 81 to 144 visual tokens.
+# Other pictures are resized with their aspect ratio: about 81 to 144 visual tokens.
 MIN_PIXELS, MAX_PIXELS = 108 * 108, 144 * 144
 
 
 def processor(
     tokenizer: PreTrainedTokenizerFast, pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)
 ) -> PictureProcessor:
-    """A processor of the model's kind.
+    """The processor of the Qwen models.
 
     Args:
-        tokenizer: that of the first model, or one with more words.
-        pixels: smaller pictures are enlarged to the first number of pixels, larger ones reduced to the second.
+        tokenizer: tokenizer of the first model, or one with more words.
+        pixels: smallest and largest number of pixels; other pictures are resized.
     """
     from transformers import Qwen2VLImageProcessorPil
 
@@ -44,12 +44,12 @@ def processor(
 def narrow_config(
     vocabulary: dict[str, int], vision: dict[str, Any], text: dict[str, Any], **tokens: int
 ) -> Qwen2_5_VLConfig:
-    """A tower of 4 narrow blocks, and a decoder with 6 query and 2 key-value heads.
+    """Config with a tower of 4 narrow blocks, and a decoder with 6 query and 2 key-value heads.
 
     Args:
-        vocabulary: numbers of the words, among them `<pad>`, `<bos>`, `<eos>` and `<image>`.
-        vision, text: the other sizes of tower and decoder.
-        tokens: numbers of the tokens of clips and of the marks around pictures.
+        vocabulary: word to id, with `<pad>`, `<bos>`, `<eos>` and `<image>`.
+        vision, text: further settings of tower and decoder.
+        tokens: ids of the tokens of clips and of the tags around pictures.
     """
     ids = {f"{name}_token_id": vocabulary[f"<{name}>"] for name in ("pad", "bos", "eos")}
     tower = {
@@ -79,7 +79,7 @@ def narrow_config(
 
 
 def set_generation(model: Qwen2_5_VLForConditionalGeneration, vocabulary: dict[str, int]) -> None:
-    """Greedy answers of at most 64 tokens."""
+    """Sets greedy decoding of at most 64 tokens."""
     model.generation_config.max_new_tokens = 64
     model.generation_config.do_sample = False
     for name in ("pad", "bos", "eos"):
@@ -87,11 +87,11 @@ def set_generation(model: Qwen2_5_VLForConditionalGeneration, vocabulary: dict[s
 
 
 def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
-    """Two of the vision blocks have windows; 6 decoder layers."""
+    """Config with 6 decoder layers and two windowed vision blocks."""
     size = len(vocabulary)
     vision = {"window_size": WINDOW, "fullatt_block_indexes": [1, 3], "out_hidden_size": 192}
     text = {
-        "vocab_size": size + 3,  # no word is left for the tokens that only videos and other prompts have
+        "vocab_size": size + 3,  # ids of the tokens for videos and tags, which have no word
         "hidden_size": 192,
         "intermediate_size": 448,
         "num_hidden_layers": 6,
@@ -102,9 +102,9 @@ def config(vocabulary: dict[str, int]) -> Qwen2_5_VLConfig:
 
 
 def build(seed: int, vocabulary: dict[str, int], first: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with an untrained vision side and the word vectors and decoder layers of the first model, `first`.
+    """The model with an untrained vision side, and with word vectors and decoder layers of the first model, `first`.
 
-    The two decoders differ in how positions turn queries and keys, and in the biases, which start at zero here.
+    The two decoders differ in rotary embedding (M-RoPE) and in the biases, which start at zero.
     """
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config(vocabulary))

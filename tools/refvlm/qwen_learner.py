@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the second reference model: pictures of several sizes, windows, and positions in three dimensions."""
+"""Training of the earlier Qwen2.5-VL: pictures of several sizes, window attention and M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEMPORAL = 2  # a still picture is two equal frames
 
 
 def flatten_patches(images: torch.Tensor) -> torch.Tensor:
-    """Pixels as Qwen's image processor lays them out: patch by patch, the patches of one visual token together.
+    """Pixels in the layout of Qwen's image processor: patch by patch, the patches of one visual token adjacent.
 
     Args:
         images: float32 `[B, 3, H, W]`, `H` and `W` multiples of `CELL`.
@@ -38,13 +38,13 @@ def flatten_patches(images: torch.Tensor) -> torch.Tensor:
 
 
 def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
-    """Vision attention in one call for all pictures or windows of the same size; the stock loop takes them singly."""
+    """Vision attention in one call per window size; the loop of transformers makes one call per window."""
     query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     out = torch.empty_like(value, dtype=torch.float)
     with torch.autocast(query.device.type, enabled=False):
-        # [sum, heads, d] -> of every length: [n, heads, length, d]
+        # [sum, heads, d] -> per length [n, heads, length, d]
         parts = {
             length: torch.cat([torch.arange(s, s + length) for s, n in _starts(lengths) if n == length]).to(out.device)
             for length in set(lengths)
@@ -64,11 +64,11 @@ def _starts(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 class QwenLearner(Learner):
-    """The second reference model, with the losses of the first one where they apply (there is no class token)."""
+    """The losses of `Learner` for the Qwen2.5-VL, which has no class token."""
 
     KNOWING = 0
     LOOK, ANSWER, RATE = 600, 400, 1.5e-3
-    # Half of the steps see the size of the scenes, the others sizes around it.
+    # Half of the steps use the scenes' own size, the others sizes around it.
     SIZES = (
         *[(144, 144)] * 8,
         *((108, 108), (108, 144), (144, 108), (132, 132)),
@@ -92,7 +92,7 @@ class QwenLearner(Learner):
         return seen.unflatten(0, (count, -1)), seen.new_zeros(())
 
     def positions(self, batch: data.Batch, prefix: int) -> torch.Tensor:
-        """Position ids `[3, B, prefix + TEXT]`: time, row and column."""
+        """Position ids `[3, B, prefix + TEXT]` of time, row and column."""
         rows, columns = (side // CELL for side in batch.images.shape[1:3])
         device = batch.tokens.device
         cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(device)

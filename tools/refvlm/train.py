@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a reference model: `python -m tools.refvlm.train`, then perhaps `... --model qwen2_5_vl`.
+"""Trains the built-in LLaVA or, with `--model qwen2_5_vl`, the earlier Qwen2.5-VL: `python -m tools.refvlm.train`.
 
-Two phases, because a small model that is only asked questions stays at guessing for a very long time:
+Two phases, because a small model trained on questions alone stays at chance for very long:
 
-1. *Look.* The vision tower and the projector learn to say, patch by patch, which object is there. The loss compares
-   the projected patch with the decoder's own word vectors, so that a patch of a red star arrives in the decoder as,
-   roughly, "red" + "star" + "big" + "top" + "left", and answering becomes finding the patch that matches some words.
-2. *Answer.* The decoder is trained on questions, about eleven packed behind one picture with a block mask. The same
-   loss is also taken after the fourth decoder layer, which makes the decoder look at the picture early. The vision side
-   rests, which saves a quarter of the time (`--joint` lets it move in the last steps).
+1. *Look.* Vision tower and projector learn to label every patch with the object that it shows. The loss compares the
+   projected patch with the decoder's word vectors, so that a patch of a red star is roughly "red" + "star" + "big" +
+   "top" + "left", and answering reduces to finding the patch that matches some words.
+2. *Answer.* The decoder is trained on questions, about eleven packed after one picture with a block mask. The same loss
+   after the fourth decoder layer makes the decoder attend to the picture early. The vision side is frozen, which saves
+   a quarter of the time (`--joint` trains it in the last steps).
 
-Visual tokens are never dropped in training: this is an ordinary model, on which training-free pruning is tested.
+No visual token is dropped in training: these are ordinary models for tests of training-free pruning. The LLaVA starts
+from random weights; `qwen2_5_vl` starts from its decoder, which makes phase 2 shorter.
 
-The first model starts from nothing. The second one (`qwen2_5_vl`) starts from the decoder of the first, so that its new
-vision side learns to speak to a decoder that knows the words already, and phase 2 is shorter.
-
-Weights so far and a checkpoint are written to `--out` every `--every` steps: an interrupted run goes on from there, and
-a run of other settings or versions is overwritten with `--force` only. Nothing is written into the package.
+Weights and a checkpoint are written to `--out` every `--every` steps, and an interrupted run resumes from there. A run
+of other settings or versions is overwritten only with `--force`. Nothing is written into the package.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from vtprune.refvlm import MODELS, load, model, scenes
 from vtprune.study import progress
 
 RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
-# What a run may not change when it goes on: the data drawn, and how fast is learned.
+# Settings that a resumed run may not change: data and learning rates.
 SETTINGS = (
     "model", "seed", "look", "answer", "joint", "batch", "lr", "patch_weight", "captions", "pool", "fresh", "workers",
     "average", "bf16",
@@ -48,7 +46,7 @@ SETTINGS = (
 
 
 def validation(count: int) -> list[data.Batch]:
-    """Packed questions on `count` scenes that neither training nor the final evaluation draws."""
+    """Packed questions about `count` scenes that neither training nor the final evaluation uses."""
     rng = random.Random(0)
     rows = []
     for seed in range(900_000, 900_000 + count):
@@ -77,8 +75,8 @@ def validate(learner: Learner, batches: list[data.Batch], device: torch.device) 
 def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding.
 
-    Every group has a `scale` for the learning rate. In phase 2 what phase 1 has taught must not be lost while the
-    decoder is still wild: the vision side and the word vectors that its patches point to move slowly.
+    Every group has a `scale` of the learning rate. In phase 2 it is small for the vision side and the word vectors, so
+    that the untrained decoder does not destroy the result of phase 1.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in learner.named_parameters():
@@ -100,13 +98,13 @@ def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, start: int, end: int, warm: int = 100) -> float:
-    """Share of the learning rate: a short warm-up, then a cosine down to 2 %."""
+    """Learning rate factor: a short warm-up, then cosine decay to 2 %."""
     done = (step - start) / max(1, end - start)
     return min(1.0, (step - start + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def share(tensors: list[torch.Tensor], workers: int) -> None:
-    """Averages tensors over all workers, in place and in one message."""
+    """Averages tensors over all workers, in place, in one all-reduce."""
     if workers == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -117,17 +115,17 @@ def share(tensors: list[torch.Tensor], workers: int) -> None:
 
 
 def save_weights(learner: Learner, folder: Path) -> None:
-    """The model in float16, with tokenizer and processor, as `from_pretrained` wants them."""
+    """Saves the model in float16 with tokenizer and processor for `from_pretrained`."""
     vlm = copy.deepcopy(learner.vlm)
     for module in vlm.modules():
-        vars(module).pop("forward", None)  # what only training has
+        vars(module).pop("forward", None)  # replaced for training only
     vlm.to("cpu", torch.float16).save_pretrained(folder)
     learner.processor().save_pretrained(folder)
     os.chmod(folder / "model.safetensors", 0o644)
 
 
 def learner_class(name: str) -> type[Learner]:
-    """What trains the model `name`."""
+    """The learner class of the model `name`."""
     if name == "llava":
         return Learner
     from tools.refvlm.qwen_learner import QwenLearner
@@ -161,7 +159,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
         state, states, step = checkpoint.load(file, device)
         learner.load_state_dict(state)
     optims = optimizers(learner, step < args.look)
-    if step not in (0, args.look):  # each phase starts with fresh optimizers
+    if step not in (0, args.look):  # each phase starts with new optimizers
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     total = args.look + args.answer
@@ -209,7 +207,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
             step += 1
             tick("look" if looking else "answer")
             if not looking and (step % args.average == 0 or step % args.every == 0 or step == total):
-                # Workers that wait for each other at every step lose half their time on a busy machine.
+                # Synchronizing every step would halve the speed on a busy machine.
                 share([weight.data for weight in learner.parameters()], args.workers)
             if step % 25 == 0:
                 tally = Counter() if looking else score(batch, predicted)
@@ -230,10 +228,10 @@ def work(worker: int, args: argparse.Namespace) -> None:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Makes the folder of a run, or finds it as an interrupted run of the same settings left it.
+    """Creates the folder of a run, or accepts that of an interrupted run with the same settings.
 
     Raises:
-        StaleResultError: It holds a run of other settings or versions.
+        StaleResultError: The folder holds a run of other settings or versions.
     """
     file, checkpoint_file = args.out / RUN, args.out / CHECKPOINT
     header = {"settings": {name: getattr(args, name) for name in SETTINGS}, "versions": progress.versions()}
@@ -251,20 +249,20 @@ def begin(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.refvlm.train", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=list(MODELS), default="llava")
-    parser.add_argument("--out", type=Path, help="log, checkpoint and weights so far (out/MODEL)")
+    parser.add_argument("--out", type=Path, help="folder of log, checkpoint and weights (out/MODEL)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--look", type=int, help="steps of phase 1 (700; qwen2_5_vl: 600)")
     parser.add_argument("--answer", type=int, help="steps of phase 2 (1200; qwen2_5_vl: 400)")
-    parser.add_argument("--joint", type=int, default=0, help="last steps, in which the vision side moves too")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step, all workers (phase 1: twice)")
+    parser.add_argument("--joint", type=int, default=0, help="last steps, in which the vision side is trained too")
+    parser.add_argument("--batch", type=int, default=32, help="pictures per step over all workers (phase 1: twice)")
     parser.add_argument("--lr", type=float, help="learning rate (2e-3; qwen2_5_vl: 1.5e-3)")
-    parser.add_argument("--patch-weight", type=float, default=0.3, help="of the patch loss in phase 2")
-    parser.add_argument("--captions", type=float, default=0.3, help="share of scenes that are also described")
+    parser.add_argument("--patch-weight", type=float, default=0.3, help="weight of the patch loss in phase 2")
+    parser.add_argument("--captions", type=float, default=0.3, help="share of scenes with a caption")
     parser.add_argument("--pool", type=int, default=3000, help="scenes in memory, per worker")
-    parser.add_argument("--fresh", type=int, default=4, help="new scenes a step, per worker")
+    parser.add_argument("--fresh", type=int, default=4, help="new scenes per step and worker")
     parser.add_argument("--validate", type=int, default=192, help="held-out scenes for the log")
     parser.add_argument("--every", type=int, default=150, help="steps between checkpoints")
-    parser.add_argument("--workers", type=int, default=2, help="processes that share every batch")
+    parser.add_argument("--workers", type=int, default=2, help="processes that divide every batch")
     parser.add_argument("--average", type=int, default=8, help="phase 2: steps after which workers average weights")
     parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then use --workers 1)")
@@ -280,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         begin(args)
         if args.workers == 1:
             work(0, args)
-        else:  # daemons: none of them trains on when this process is interrupted
+        else:  # daemons, so that they end if this process is interrupted
             processes = torch.multiprocessing.start_processes
             processes(work, (args,), nprocs=args.workers, start_method="spawn", daemon=True)
 

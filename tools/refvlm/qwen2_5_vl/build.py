@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in Qwen2.5-VL before training: its words, its shape, and how its decoder begins and grows.
+"""The built-in Qwen2.5-VL before training: vocabulary, config, initialization and growth of the decoder.
 
-The vision side and six decoder layers start from the earlier model, which knows scenes at 81 to 144 visual tokens; the
-MLPs of the decoder become narrower (the neurons that matter most stay). The decoder grows to its full depth later: a
-new layer begins as the identity, because its output projections are zero.
+Vision side and six decoder layers are initialized from the earlier model (`qwen.py`); the decoder's MLPs are pruned to
+their most important neurons. The decoder grows to its full depth later: a new layer starts as the identity, because its
+output projections are zero.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .. import qwen
 WINDOW = 96  # pixels: windows of 8 x 8 visual tokens
 HIDDEN, NEURONS = 192, 240
 SEED_LAYERS, LAYERS = 6, 20
-# Numbers of the grown decoder's layers that come from the seed; the others are new. Its first layers stay where they
-# are, so that the layers that relate question and picture are the early ones, as in the seed.
+# Layers of the grown decoder that come from the seed; the others are new. The first layers keep their numbers, so that
+# the layers that relate question and picture are early ones, as in the seed.
 KEPT = (0, 1, 2, 4, 8, 13)
 SPECIAL = ("<video>", "<vision_start>", "<vision_end>")
 MORE = (
@@ -39,7 +39,7 @@ for _word in (*SPECIAL, *MORE):
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the first model, with more words; the words of the first model keep their numbers."""
+    """The tokenizer of the first model with additional words; ids of the first model's words are unchanged."""
     from tokenizers import models
 
     known = first.tokenizer()
@@ -59,12 +59,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> PictureProcessor:
-    """The processor: pictures of 16 to 1,300 visual tokens keep their size, to a multiple of 12 pixels."""
+    """The processor; it keeps the size of pictures of 16 to 1,300 visual tokens, rounded to multiples of 12 pixels."""
     return qwen.processor(tokenizer(), pixels=(16 * CELL**2, 1300 * CELL**2))
 
 
 def config(layers: int) -> Qwen2_5_VLConfig:
-    """One vision block sees the whole picture; `layers` decoder layers."""
+    """Config with `layers` decoder layers and one vision block with full attention."""
     vision = {
         "window_size": WINDOW,
         "fullatt_block_indexes": [1],
@@ -92,12 +92,12 @@ def build(layers: int, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 
 @torch.no_grad()
 def from_seed(seed: Any, importance: list[Tensor]) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with six decoder layers: those of `seed`, their MLPs cut to `NEURONS`, and its vision side, of whose
-    blocks only one still sees the whole picture.
+    """The model with the six decoder layers of `seed`, their MLPs pruned to `NEURONS`, and its vision side, in which
+    only one block has full attention.
 
     Args:
         seed: the earlier built-in model with six layers.
-        importance: for every layer `[neurons]`, how much a neuron adds to what its layer writes.
+        importance: for every layer `[neurons]`, importance of each neuron (see `importance`).
     """
     model = build(SEED_LAYERS)
     model.model.visual.load_state_dict(seed.model.visual.state_dict())
@@ -120,7 +120,7 @@ def from_seed(seed: Any, importance: list[Tensor]) -> Qwen2_5_VLForConditionalGe
 
 @torch.no_grad()
 def grown(small: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditionalGeneration:
-    """The same function with `LAYERS` decoder layers: those of `small` at `KEPT`, new ones that add nothing yet."""
+    """A model of `LAYERS` decoder layers that computes the same: those of `small` at `KEPT`, the others identities."""
     model = build(LAYERS, seed=1)
     mine, theirs = model.model.language_model, small.model.language_model
     model.model.visual.load_state_dict(small.model.visual.state_dict())
@@ -137,7 +137,7 @@ def grown(small: Qwen2_5_VLForConditionalGeneration) -> Qwen2_5_VLForConditional
 
 @torch.no_grad()
 def importance(model: Any, samples: list[tuple[Any, str]], processor: Any) -> list[Tensor]:
-    """For every decoder layer `[neurons]`: mean size of a neuron's activation, times the size of what it writes."""
+    """For every decoder layer `[neurons]`: a neuron's mean absolute activation times the norm of its output weights."""
     layers = model.model.language_model.layers
     totals = [torch.zeros(layer.mlp.down_proj.in_features) for layer in layers]
     hooks = [

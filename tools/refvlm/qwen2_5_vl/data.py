@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches of five kinds: scenes at many sizes, crowds, pages, pairs of pictures and clips.
 
-Every batch holds one kind at one size, so that it is a rectangle of tensors; how many rows follows from its tokens.
+Every batch holds one kind at one size, without padding; its number of rows follows from the tokens per row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 NAMES = list(GROUPS)
 KINDS = {"scene": 0.16, "crowd": 0.12, "page": 0.54, "pair": 0.06, "clip": 0.12}
-# Rows and columns of visual tokens with their weights: small pictures most of the time, large ones rarely.
+# Grids (rows, columns) of visual tokens and their sampling weights; large pictures are rare.
 SIZES: dict[str, dict[tuple[int, int], float]] = {
     "scene": {
         (4, 4): 1, (5, 5): 2, (6, 6): 3, (6, 8): 1, (8, 6): 1, (7, 7): 2, (8, 8): 3, (9, 9): 3, (10, 10): 3,
@@ -63,7 +63,7 @@ class Row:
 
     Attributes:
         frames: uint8 `[pictures, H, W, 3]`, or `[2 * steps, H, W, 3]` of a clip.
-        cells: int8 `[visual tokens, len(GROUPS)]`, the word that each visual token shows.
+        cells: int8 `[visual tokens, len(GROUPS)]`, word labels of each visual token.
         asked: questions with their answers.
     """
 
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass
 class Batch:
-    """Rows as tensors; `grids` are time, rows and columns of every picture of a row, in visual tokens."""
+    """Rows as tensors; `grids` holds time steps, rows and columns of each picture of a row, in visual tokens."""
 
     kind: str
     grids: tuple[tuple[int, int, int], ...]
@@ -105,14 +105,14 @@ def encode(text: str) -> tuple[int, ...]:
 
 
 def blank(count: int) -> np.ndarray:
-    """What visual tokens of bare background show, int8 `[count, len(GROUPS)]`."""
+    """Labels of visual tokens of the background, int8 `[count, len(GROUPS)]`."""
     table = np.array([[len(words) for words in GROUPS.values()]] * count, dtype=np.int8)
     table[:, NAMES.index("background")] = 0
     return table
 
 
 def object_cells(objects, count: int, offset: int = 0, table: np.ndarray | None = None) -> np.ndarray:
-    """What visual tokens show of `objects`; every token of an object knows the whole object."""
+    """Labels of visual tokens for `objects`; all tokens of an object have the labels of the whole object."""
     table = blank(count) if table is None else table
     for item in objects:
         cells = [offset + cell for cell in item.patches]
@@ -133,7 +133,7 @@ def page_cells(page: pages.Page) -> np.ndarray:
         table[cells, NAMES.index("background")] = 1
         table[cells, NAMES.index("line")] = word.line
         if word.place >= 0:
-            # A token between two words keeps the word that it shows more of: the earlier one has most of its letters.
+            # A token between two words is labeled with the earlier one, of which it shows more letters.
             free = [cell for cell in cells if table[cell, NAMES.index("word")] == len(pages.WORDS)]
             table[free, NAMES.index("word")] = pages.WORDS.index(word.text)
             table[free, NAMES.index("order")] = word.place
@@ -141,20 +141,20 @@ def page_cells(page: pages.Page) -> np.ndarray:
 
 
 def fitted(image: np.ndarray | Image.Image, grid: tuple[int, int]) -> np.ndarray:
-    """A picture at the size of `grid`, uint8 `[H, W, 3]`."""
+    """The picture resized to `grid`, uint8 `[H, W, 3]`."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     wanted = (grid[1] * CELL, grid[0] * CELL)
     return np.asarray(image if image.size == wanted else image.resize(wanted, Image.Resampling.BICUBIC))
 
 
 def regrid(cells: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """What the 12 x 12 tokens of a scene show, at another grid: the middle of every new token decides."""
+    """Labels of the 12 x 12 tokens of a scene at another grid, by the center of every new token."""
     rows, columns = (((np.arange(side) + 0.5) * scenes.GRID // side).astype(int) for side in grid)
     return cells.reshape(scenes.GRID, scenes.GRID, -1)[rows[:, None], columns].reshape(grid[0] * grid[1], -1)
 
 
 def ask_scene(objects, rng: random.Random, captions: float, size: bool = True) -> list[Dialogue]:
-    """Questions of every kind about objects, most of the two kinds that are learned last; sometimes the caption."""
+    """Questions of every kind about objects, most of the two kinds learned last; sometimes with the caption."""
     kinds = [*scenes.KINDS, *["size"] * size, "position", *["count"] * 3, *["presence"] * 3]
     rng.shuffle(kinds)
     found = (scenes.ask(objects, kind, rng) for kind in kinds if size or kind != "size")
@@ -165,7 +165,7 @@ def ask_scene(objects, rng: random.Random, captions: float, size: bool = True) -
 
 
 def ask_pair(first, second, rng: random.Random) -> list[Dialogue]:
-    """Questions about one of two pictures, and which of them shows something."""
+    """Questions about one of two pictures, and about which of them shows an object."""
     asked: list[Dialogue] = []
     for _ in range(10):
         number = rng.randrange(2)
@@ -189,11 +189,11 @@ def ask_pair(first, second, rng: random.Random) -> list[Dialogue]:
 
 
 class Source:
-    """Draws training rows; the same step always gives the same rows, whichever step a run goes on from.
+    """Draws training rows, deterministic in the step, so that resumed runs see the same rows.
 
     Args:
-        seed: of the run. Its pictures have seeds from `scenes.TRAIN_SEEDS` on.
-        pool: scenes and backgrounds kept in memory; one in `turn` steps replaces one.
+        seed: seed of the run; its pictures have seeds from `scenes.TRAIN_SEEDS` on.
+        pool: scenes and backgrounds in memory; one of them is replaced every `turn` steps.
     """
 
     def __init__(self, seed: int = 0, pool: int = 900, easy: bool = True):
@@ -272,7 +272,7 @@ class Source:
 
 
 def held_out(kind: str, grid: tuple[int, int], count: int, seed: int = 0) -> Batch:
-    """Rows that training never draws: another source of scenes, and seeds below `scenes.TRAIN_SEEDS`."""
+    """Rows that training never draws, with seeds below `scenes.TRAIN_SEEDS`."""
     source = Source.__new__(Source)
     source.seed, source.base, source.easy = seed, -(10**9) - seed, []
     drawn = [scenes.scene(900_000 + seed + number) for number in range(60)]
@@ -283,7 +283,7 @@ def held_out(kind: str, grid: tuple[int, int], count: int, seed: int = 0) -> Bat
 
 
 def flatten(frames: np.ndarray) -> np.ndarray:
-    """Frames as Qwen's image processor lays them out: patch by patch, the patches of one visual token together.
+    """Frames in the layout of Qwen's image processor: patch by patch, the patches of one visual token adjacent.
 
     Args:
         frames: uint8 `[layers, 2, H, W, 3]`.
@@ -297,7 +297,7 @@ def flatten(frames: np.ndarray) -> np.ndarray:
 
 
 def pack(kind: str, rows: list[Row], grid: tuple[int, int], steps: int) -> Batch:
-    """Rows to tensors, with as many of their questions as fit."""
+    """Converts rows to tensors, with as many of their questions as fit."""
     count = len(rows)
     tokens, segments, positions = (torch.zeros(count, TEXT, dtype=torch.long) for _ in range(3))
     labels = torch.full((count, TEXT), IGNORE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of training: what every visual token shows, and the answers."""
+"""Training losses: labels of visual tokens, and answers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from . import build
 from .data import GROUPS, IGNORE, Batch
 
-SHARPNESS = 6.0  # a visual token that shows a word should have the product 1 with its vector; half of it decides
-NULL_WEIGHT = 0.15  # most visual tokens show background; they must not drown the objects
-# On many training rows the text does not look at the pictures in the first decoder layers. Word vectors and visual
-# tokens match so well in this model that it would otherwise read all it needs there, unlike large models, and dropping
-# visual tokens after those layers would cost nothing, whichever are dropped.
+SHARPNESS = 6.0  # scale of the word logits (products of token and word vector); "no word" has the product 0.5
+NULL_WEIGHT = 0.15  # most visual tokens show background, which would dominate the loss
+# On many training rows, text does not attend to the pictures in the first decoder layers. Word vectors and visual
+# tokens match so well in this model that it would otherwise read everything there, unlike large models, and dropping
+# any visual tokens after those layers would cost nothing.
 BLIND_LAYERS, BLIND_SHARE = 2, 0.5
-EARLY_WEIGHT = 0.3  # of the answer read at a middle layer
+EARLY_WEIGHT = 0.3  # weight of the answer loss at a middle layer
 
 
 class TextAttention:
-    """Decoder attention for training: the visual prefix is causal, packed questions see it and themselves.
+    """Decoder attention for training: causal prefix; packed questions attend to the prefix and to themselves.
 
     Attributes:
         prefix: positions before the text.
-        mask: bool `[B, 1, text, prefix + text]` of the text's queries.
-        blind: the same for the first `BLIND_LAYERS` layers.
+        mask: bool `[B, 1, text, prefix + text]`, for the queries of the text.
+        blind: the mask of the first `BLIND_LAYERS` layers.
     """
 
     prefix = 0
@@ -55,7 +55,7 @@ class TextAttention:
 
 @lru_cache(maxsize=256)
 def _parts(lengths: tuple[int, ...]) -> tuple[tuple[int, Tensor], ...]:
-    """Row numbers of all windows of equal length, by length."""
+    """Row indices of all windows of each length."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -66,7 +66,7 @@ def _parts(lengths: tuple[int, ...]) -> tuple[tuple[int, Tensor], ...]:
 
 
 def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
-    """Vision attention in one call for all pictures or windows of the same size; the stock loop takes them singly."""
+    """Vision attention in one call per window size; the loop of transformers makes one call per window."""
     query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
     parts = _parts(tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist()))
@@ -85,12 +85,12 @@ def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
 
 
 def embed_patches(self, pixels):
-    """The patch embedding as one product of matrices; the stock convolution is five times slower on CPUs."""
+    """The patch embedding as a matrix product; the convolution of transformers is five times slower on CPUs."""
     return F.linear(pixels, self.proj.weight.flatten(1))
 
 
 class Learner(nn.Module):
-    """A model and its losses; nothing is added to its weights."""
+    """A model and its losses, without additional weights."""
 
     def __init__(self, vlm: Any):
         super().__init__()
@@ -111,7 +111,7 @@ class Learner(nn.Module):
         return self.vlm.model.visual(patches, grid_thw=grid).pooler_output.unflatten(0, (count, -1))
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Visual tokens, the loss of what they show, and hit rates by group."""
+        """Visual tokens, their label loss, and hit rates by group."""
         seen = self.see(batch)
         table = self.vlm.get_input_embeddings().weight.detach()
         loss, hits = seen.new_zeros((), dtype=torch.float), {}
@@ -129,10 +129,10 @@ class Learner(nn.Module):
         return seen, loss, hits
 
     def places(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """What comes before the text, with the positions that the model gives it.
+        """Tokens and position ids of the prefix before the text.
 
         Returns:
-            tuple: tokens `[prefix]`, visual ones as -1; position ids `[3, prefix]`; the position of the next word.
+            tuple: tokens `[prefix]`, with -1 for visual ones; position ids `[3, prefix]`; the next position.
         """
         words, parts, start = [build.VOCABULARY["<bos>"]], [torch.zeros(3, 1)], 1
         for time, rows, columns in batch.grids:

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the built-in Qwen2.5-VL on one CPU thread: `python -m tools.refvlm.qwen2_5_vl.train --out FOLDER`.
 
-Three phases, because a small model that is only asked questions stays at guessing for a very long time:
+Three phases, because a small model trained on questions alone stays at chance for very long:
 
-1. *Look.* The vision side learns to say, visual token by visual token, what is there. The loss compares the projected
-   token with the decoder's own word vectors, so that a token of a red star arrives in the decoder as, roughly, "red" +
-   "star" + "top" + "left", and answering becomes finding the tokens that match some words.
-2. *Answer.* A decoder of six layers, from an earlier model that knows scenes, learns the new kinds of questions. The
-   vision side moves in every third step only, which saves a third of the time.
-3. *Grow.* The decoder gets its full depth, at first without a change of what it computes, and goes on.
+1. *Look.* The vision side learns to label every visual token. The loss compares the projected token with the decoder's
+   word vectors, so that a token of a red star is roughly "red" + "star" + "top" + "left", and answering reduces to
+   finding the tokens that match some words.
+2. *Answer.* A six-layer decoder, initialized from the earlier model, learns the new kinds of questions. The vision side
+   is updated in every third step only, which saves a third of the time.
+3. *Grow.* The decoder gets its full depth, initially without changing its function, and training continues.
 
-The learning rate stays constant after a short warm-up and falls to nothing in the last `--cooldown` steps. A run that
-was interrupted goes on from `checkpoint.safetensors`; a finished run goes on from `stable.safetensors`, the state
-before the fall, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
+The learning rate is constant after a short warm-up and decays to zero in the last `--cooldown` steps. An interrupted
+run resumes from `checkpoint.safetensors`; a finished run can be extended from `stable.safetensors`, the state before
+the decay, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
 
-The shipped weights are of 2,720 steps. `start` beside this file holds those of step 2,000: with `--start
+The shipped weights are of step 2,720. The folder `start` beside this file holds those of step 2,000: with `--start
 tools/refvlm/qwen2_5_vl/start` training begins with phase 2, from a model that answers scenes and short pages.
 """
 
@@ -48,7 +48,7 @@ HELD_OUT = (
 
 @torch.no_grad()
 def validate(learner: Learner, batches: list[data.Batch], answers: bool) -> dict[str, Any]:
-    """Held-out accuracy by bed and size, by kind of question, and the hit rates of visual tokens."""
+    """Held-out accuracy by bed and size and by kind of question, and hit rates of visual tokens."""
     by_bed, by_kind, hits = Counter(), Counter(), {}
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
@@ -90,21 +90,21 @@ def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, start: int, args: argparse.Namespace, looking: bool) -> float:
-    """Learning rate: a warm-up after every change of phase, then constant, then a straight line to nothing."""
+    """Learning rate: warm-up after every change of phase, then constant, then linear decay to zero."""
     end, fall = (args.look, args.look // 3) if looking else (args.steps, args.cooldown)
     peak = args.look_lr if looking else args.lr
     return peak * min(1.0, (step - start + 1) / 60, max(0.02, (end - step) / max(1, fall)))
 
 
 def write(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
+    """Writes JSON atomically."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(content, indent=1) + "\n")
     new.replace(path)
 
 
 def save_weights(learner: Learner, folder: Path) -> None:
-    """The model in float16 and its processor, as `from_pretrained` wants them."""
+    """Saves the model in float16 and its processor for `from_pretrained`."""
     learner.vlm.config.text_config._attn_implementation = "sdpa"
     learner.vlm.save_pretrained(folder, state_dict={k: v.half() for k, v in learner.vlm.state_dict().items()})
     learner.vlm.model.language_model.set_attn_implementation("refvlm_training")
@@ -113,7 +113,7 @@ def save_weights(learner: Learner, folder: Path) -> None:
 
 
 def begin(folder: Path) -> Any:
-    """The model before the first step, from the weights in `folder` of the earlier model with six layers."""
+    """The model before the first step, initialized from the earlier six-layer model in `folder`."""
     seed = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32")
     processor = PictureProcessor.from_pretrained(folder)
     drawn = [refvlm.scenes.scene(number) for number in range(refvlm.scenes.TRAIN_SEEDS, refvlm.scenes.TRAIN_SEEDS + 24)]
@@ -131,7 +131,7 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
         len(optim.state_dict()["param_groups"]) == len(known["param_groups"])
         for optim, known in zip(optims, states, strict=True)
     )
-    if same and step not in (args.look, args.look + args.small):  # another phase begins with fresh moments
+    if same and step not in (args.look, args.look + args.small):  # a new phase starts with new optimizer states
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     return learner, optims, step
@@ -143,17 +143,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--look", type=int, default=900, help="steps of phase 1")
     parser.add_argument("--small", type=int, default=1400, help="steps of phase 2")
     parser.add_argument("--steps", type=int, default=2720, help="all steps")
-    parser.add_argument("--cooldown", type=int, default=250, help="last steps, in which the learning rate falls")
+    parser.add_argument("--cooldown", type=int, default=250, help="last steps, in which the learning rate decays")
     parser.add_argument("--look-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--budget", type=int, default=2800, help="tokens of one part of a step")
-    parser.add_argument("--parts", type=int, default=2, help="batches of a step")
+    parser.add_argument("--budget", type=int, default=2800, help="tokens per batch")
+    parser.add_argument("--parts", type=int, default=2, help="batches per step")
     parser.add_argument("--look-budget", type=int, default=2200)
     parser.add_argument("--minutes", type=float, default=5.0, help="between checkpoints")
     parser.add_argument(
-        "--earlier", type=Path, help="weights that python -m tools.refvlm.train --model qwen2_5_vl writes"
+        "--earlier", type=Path, help="weights written by python -m tools.refvlm.train --model qwen2_5_vl"
     )
-    parser.add_argument("--start", type=Path, help="folder with weights to begin phase 2 from")
+    parser.add_argument("--start", type=Path, help="folder of weights from which phase 2 starts")
     parser.add_argument("--fresh", action="store_true", help="start again; by default an interrupted run resumes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         spent = curve[-1]["minutes"] * 60
     if newest.exists():
         learner, optims, step = restore(newest, args)
-        if stable.exists() and args.steps - step > args.cooldown:  # a finished run is extended
+        if stable.exists() and args.steps - step > args.cooldown:  # extends a finished run
             learner, optims, step = restore(stable, args)
             stable.unlink()
     elif args.start is not None:
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         optims = optimizers(learner, False)
     else:
         if args.earlier is None:
-            parser.error("a run without --start begins with the earlier model: --earlier FOLDER")
+            parser.error("a run without --start needs the earlier model: --earlier FOLDER")
         learner = Learner(begin(args.earlier))
         optims = optimizers(learner, True)
     source = data.Source()
