@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -351,8 +351,8 @@ def probe_both(
     if read is None or len(read.query) != 2 or len(read.key) != 2 or len(read.value) != 1:
         _alone.add(layer)
         return None
-    before, after = (replace(read, query=read.query[i : i + 1], key=read.key[i : i + 1]) for i in (0, 1))
-    return before, after
+    queries, keys, rest = read.query.split(1), read.key.split(1), (read.value, read.scaling, read.softcap)
+    return QKV(queries[0], keys[0], *rest), QKV(queries[1], keys[1], *rest)
 
 
 @contextmanager
@@ -397,4 +397,4 @@ def _no_rotation(rotation: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
         )
     cos, sin = rotation
     # Scaled rotary embeddings (YaRN) carry a factor in cos and sin, which is kept.
-    return torch.sqrt(cos.float() ** 2 + sin.float() ** 2).to(cos.dtype), torch.zeros_like(sin)
+    return (cos.float().square().add_(sin.float().square()).sqrt_()).to(cos.dtype), torch.zeros_like(sin)

@@ -104,5 +104,5 @@ def self_cosine(length: Tensor, eps: float = 1e-6) -> Tensor:
 def unit_rows(rows: Tensor, eps: float = 1e-6) -> Tensor:
     """Normalizes rows along the last dimension, in float32; rows that are zero or not finite become zero."""
     rows = rows.float()
-    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(eps)
+    unit = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(eps)
     return torch.nan_to_num(unit, nan=0.0, posinf=0.0, neginf=0.0)

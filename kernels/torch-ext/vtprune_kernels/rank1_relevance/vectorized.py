@@ -36,10 +36,11 @@ def rank1_relevance(
             result.append(torch.full((len(scored),), -torch.inf, device=keys.device))
             continue
         places = _range(scored)
-        length = torch.log(values[start:stop][places].float().norm(dim=-1) + 1e-12).T  # [G, m]
+        length = torch.linalg.vector_norm(values[start:stop][places].float(), dim=-1)
+        length = torch.log(length + 1e-12).T[:, None]  # [G, 1, m]
         k = keys[start:stop].permute(1, 2, 0).float()  # [G, dh, n]
         step = max(1, _BLOCK // (groups * per_group * (stop - start)))
-        total: Tensor | None = None  # [G, m]
+        total: Tensor | None = None  # [m]
         for row in range(first, last, step):
             rows = slice(row, min(row + step, last))
             q = queries[rows].float().mul(scaling).unflatten(1, (groups, per_group)).transpose(0, 1)  # [G, r, H/G, dh]
@@ -48,26 +49,24 @@ def rank1_relevance(
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             hidden = torch.arange(stop - start, device=keys.device) > query_order[rows, None]  # [r, n]
             logits.unflatten(1, (-1, per_group)).masked_fill_(hidden[:, None], -torch.inf)
-            attention = logits[..., places]  # [G, r H/G, m]
             if normalize == "visible":  # the query's own key, if no other
-                attention = attention - torch.logsumexp(logits, -1, keepdim=True)
+                attention = torch.log_softmax(logits, -1)[..., places]  # [G, r H/G, m]
             else:
+                attention = logits[..., places]
                 normalizer = torch.logsumexp(attention, -1, keepdim=True)
                 # A row that attends to none of the keys it is normalized over contributes nothing.
                 attention = attention - normalizer.masked_fill_(normalizer == -torch.inf, 0)
+            magnitude = attention + length
             if reduce == "max":
-                found = attention.amax(1)
+                found = magnitude.amax((0, 1))
                 total = found if total is None else torch.maximum(total, found)
             else:
-                found = torch.logsumexp(attention.mul_(power) if power > 1 else attention, 1)
+                found = torch.logsumexp(magnitude.mul_(power) if power > 1 else magnitude, (0, 1))
                 total = found if total is None else torch.logaddexp(total, found)
         assert total is not None
-        if reduce == "max":
-            result.append((total + length).amax(0))
-        else:
-            count = (last - first) * queries.shape[1]
-            mean = torch.logsumexp(total + (power * length if power > 1 else length), 0) - math.log(count)
-            result.append(mean / power if power > 1 else mean)
+        if reduce != "max":
+            total = (total - math.log((last - first) * queries.shape[1])) / power
+        result.append(total)
     return result[0] if alone else torch.cat([queries.new_zeros(0, dtype=torch.float32), *result])
 
 
