@@ -17,7 +17,7 @@ for _path in (ROOT, ROOT / "kernels" / "torch-ext"):  # works from a checkout th
 from mkdocs.exceptions import PluginError  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
-from scripts.docs import pages  # noqa: E402
+from scripts.docs import pages, results  # noqa: E402
 
 # URL of the shim that the theme's offline plug-in loads for search from disk, and its local replacement.
 _SHIM, _OWN_SHIM = "https://unpkg.com/iframe-worker/shim", "offline-search.js"
@@ -44,7 +44,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     place = page.file.src_uri
-    return markdown if place in _MADE else pages.own(f"docs/{place}")
+    return results.linked(markdown if place in _MADE else pages.own(f"docs/{place}"))
 
 
 def on_post_build(config: Any) -> None:

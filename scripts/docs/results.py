@@ -8,8 +8,9 @@ import re
 from scripts.docs.tables import ROOT
 
 SOURCE = "docs/results.md"
-ROWS = 5  # rows of a section's first table in the summary
-_CHART = re.compile(r"!\[([^\]]*)\]\(([^)\s]+\.svg)\)")
+ROWS = 5  # of a section's first table that the summary shows
+_CHART = re.compile(r"(?<!\[)!\[([^\]]*)\]\((?!\S*badges/)([^)\s]+\.svg)\)")
+_PICTURE = re.compile(r"(?<!\[)!\[([^\]]*)\]\(([^)\s]+\.png)\)")
 
 
 def sections() -> tuple[str, dict[str, str]]:
@@ -25,7 +26,7 @@ def place(title: str) -> str:
 
 def page(title: str) -> str:
     """Markdown of a section's page."""
-    return _linked(f"# {title}\n\n{sections()[1][title]}\n")
+    return linked(f"# {title}\n\n{sections()[1][title]}\n")
 
 
 def summary() -> str:
@@ -38,7 +39,7 @@ def summary() -> str:
         if chart:
             out.append(chart[0])
         out += [*_first_table(body), f"[All numbers: {title}](/{place(title)})"]
-    return _linked("\n\n".join(out) + "\n")
+    return linked("\n\n".join(out) + "\n")
 
 
 def _first_table(body: str) -> list[str]:
@@ -54,6 +55,7 @@ def _first_table(body: str) -> list[str]:
     return [*before, *shown, *([f"and {more} more rows."] if more > 0 else [])]
 
 
-def _linked(text: str) -> str:
-    """Makes every chart a link to its file."""
-    return _CHART.sub(r"[![\1](\2)](\2){.chart}", text)
+def linked(text: str) -> str:
+    """A click on a chart or another picture, but not on a badge, opens it alone."""
+    text = _CHART.sub(r"[![\1](\2)](\2){.chart}", text)
+    return _PICTURE.sub(r"[![\1](\2)](\2)", text)

@@ -51,6 +51,39 @@ def test_code_blocks_and_pages_fit_1280_pixels(browser):
     assert not wide
 
 
+# What sticks out to the right of the screen and cannot be scrolled into it, and charts that do not open large.
+PHONE = """
+const inside = e => {
+  for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
+    if (getComputedStyle(p).overflowX !== 'visible' && p.getBoundingClientRect().right <= innerWidth + 1) return true;
+  return false;
+};
+const shown = [...document.querySelectorAll('.md-content *')].filter(e => e.getClientRects().length);
+const wide = shown.filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !inside(e));
+const charts = [...document.querySelectorAll('.md-content img')].filter(e => e.naturalWidth > innerWidth + 1);
+return [
+  document.documentElement.scrollWidth > innerWidth ? ['page'] : [],
+  wide.map(e => e.tagName + ': ' + e.textContent.slice(0, 60)),
+  charts.filter(e => !e.closest('a')).map(e => e.src),
+].flat();
+"""
+
+
+def test_pages_fit_a_phone_of_390_pixels(browser):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        wide = {}
+        for page in PAGES:
+            browser.get(page.as_uri())
+            assert browser.execute_script("return innerWidth") == 390
+            if found := browser.execute_script(PHONE):
+                wide[page.name] = found
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert not wide
+
+
 @pytest.mark.parametrize(
     ("typed", "page"),
     [("--mean-ratio", "choosing.html"), ("install", "quickstart.html"), ("how to install", "quickstart.html")],

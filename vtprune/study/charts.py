@@ -20,7 +20,8 @@ from ..errors import VTPruneError
 # Distinguishable colors, then markers: enough combinations for every registered method.
 _COLORS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
 _MARKERS = "osD^vP"
-_DRAWING = 1  # version of the drawing code: raise it when charts are to be drawn again
+_APART = 1.15  # least ratio of two labeled places on a logarithmic axis
+_DRAWING = 2  # version of the drawing code: raise it when charts are to be drawn again
 _STYLE = {
     "svg.hashsalt": "vtprune",
     "svg.fonttype": "none",  # keep text as text, which makes smaller files
@@ -113,8 +114,11 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
 def _draw(axes: Any, chart: Chart) -> None:
     if chart.log_x:
         axes.set_xscale("log")
-        ticks = sorted({x for series in chart.series for x in series.x})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ticks: list[float] = []
+        for x in sorted({x for series in chart.series for x in series.x}, reverse=True):
+            if not ticks or x < ticks[-1] / _APART:  # so that labels do not lie over each other
+                ticks.append(x)
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axes.set_xticks([], minor=True)
     if chart.log_y:
         axes.set_yscale("log")
