@@ -8,7 +8,7 @@ import re
 from scripts.docs.tables import ROOT
 
 SOURCE = "docs/results.md"
-ROWS = 5  # of a section's first table that the summary shows
+ROWS = 5  # rows of a section's first table in the summary
 _CHART = re.compile(r"(?<!\[)!\[([^\]]*)\]\((?!\S*badges/)([^)\s]+\.svg)\)")
 _PICTURE = re.compile(r"(?<!\[)!\[([^\]]*)\]\(([^)\s]+\.png)\)")
 
@@ -56,6 +56,6 @@ def _first_table(body: str) -> list[str]:
 
 
 def linked(text: str) -> str:
-    """A click on a chart or another picture, but not on a badge, opens it alone."""
+    """Makes every chart and every other picture but badges a link to its file."""
     text = _CHART.sub(r"[![\1](\2)](\2){.chart}", text)
     return _PICTURE.sub(r"[![\1](\2)](\2)", text)
