@@ -4,16 +4,16 @@
     python -m benchmarks.accuracy                       # all methods, 1,000 questions, two processes
     python -m benchmarks.accuracy --questions 64 --methods iwp random --out /tmp/a.json
 
-Questions are about held-out scenes; answers are generated greedily in padded batches and must be equal word for word.
-Every row is saved at once, and an interrupted benchmark resumes where it stopped. A result of other weights or
-versions is not overwritten without `--force`.
-`oracle` keeps the patches that hold the answer first and fills up with evenly spaced ones: the bound that every method
-is measured against. `answer_patches` is the share of answer patches that survive the last cut.
-`resize` is the unpruned model on smaller pictures; at a ratio, the methods keep as many tokens as these have after the
-processor's rounding (a model with a fixed grid cannot resize, and its methods keep the ratio). `answers` has a 1 for
-every question that was answered rightly, and `cost` is the share of the unpruned operations up to the first token,
-vision tower included: `benchmarks.report` sets every row beside `resize` at equal tokens and at no more operations, and
-says how many of the questions that resizing gets wrong (group A of VTC-Bench) it gets right.
+Questions are about held-out scenes; answers are generated greedily in padded batches and scored by exact match. Rows
+are saved one by one, and an interrupted benchmark resumes. A result of other weights or versions is overwritten only
+with `--force`.
+`oracle` keeps the patches that contain the answer, then evenly spaced ones, as a reference for all methods.
+`answer_patches` is the share of answer patches that survive the last cut.
+`resize` is the unpruned model on smaller pictures; methods keep as many tokens as these have after the processor's
+rounding (or the ratio, for a model with a fixed grid). `answers` has a 1 for every right answer, and `cost` is the
+share of the unpruned operations up to the first token, vision tower included. `benchmarks.report` compares every row
+with `resize` at equal tokens and at no more operations, and counts the right answers among the questions that resizing
+loses (group A of VTC-Bench).
 `python -m benchmarks.report` turns the result into the README's tables.
 """
 
@@ -51,11 +51,11 @@ MEAN_RATIOS = (0.7, 0.6, 0.4)
 
 @dataclass
 class Oracle(Method):
-    """Keeps the patches that are known to hold the answer, then evenly spaced ones.
+    """Keeps the known answer patches, then evenly spaced ones.
 
     Attributes:
         layer: The cut is before this decoder layer.
-        patches: For each sample of the batch the numbers of its answer patches; set before every call.
+        patches: Indices of the answer patches of each sample; set before every call.
     """
 
     layer: int = 0
@@ -91,16 +91,16 @@ def prepared(
 def run(
     name: str | None, budget: dict[str, float], questions: int, batch: int, embedded: str = "llava"
 ) -> dict[str, Any]:
-    """Measures one row: the model's answers with a method at a budget, or unpruned.
+    """Measures one row: a method at a budget, or the unpruned model.
 
     Args:
         name: Registered name, "oracle", "resize", or None for the unpruned model.
         budget: `ratio` or `mean_ratio`.
-        questions, batch: What is asked, and how many at a time.
-        embedded: Which of the reference models is asked.
+        questions, batch: Number of questions, and batch size.
+        embedded: Name of the built-in model.
 
     Returns:
-        dict: The row; with `refused` and the reason if the method cannot meet the budget.
+        dict: The row; `refused` is the reason if the method cannot meet the budget.
     """
     model, processor, batches = prepared(questions, batch, embedded)
     row: dict[str, Any] = {} if name is None else {"method": name, **budget}
@@ -142,7 +142,7 @@ def run(
 
 
 def _right(right: list[bool]) -> dict[str, Any]:
-    """Right answers as rows carry them."""
+    """The accuracy fields of a row."""
     answers = "".join(str(int(one)) for one in right)
     return {"right": sum(right), "total": len(right), "answers": answers} | wilson_of(sum(right), len(right))
 
@@ -157,7 +157,7 @@ def _smaller(ratio: float, sample: evaluate.Sample, model: Any, processor: Any) 
 
 
 def _resized(ratio: float, batches: list[Any], model: Any, processor: Any) -> dict[str, Any]:
-    """The row of smaller pictures, asked one by one."""
+    """The row of smaller pictures, at batch size one."""
     right, kept, cost = [], [], []
     with vtprune.patch(model, ratio=1.0, method="uniform") as counting:
         for number, sample in enumerate(sample for samples, _ in batches for sample in samples):
@@ -178,13 +178,13 @@ def _resized(ratio: float, batches: list[Any], model: Any, processor: Any) -> di
 
 
 def _operations(patch: vtprune.Patch) -> float:
-    """Up to the first token of the last prefill, vision tower included."""
+    """Operations up to the first token of the last prefill, vision tower included."""
     assert patch.last is not None and patch.last.tower is not None
     return patch.last.tower.first_token[1]
 
 
 def wilson_of(right: int, total: int) -> dict[str, list[float]]:
-    """The 95 % interval of a share, as rows carry it."""
+    """The 95 % interval field of a row."""
     return {"interval": [round(bound, 4) for bound in evaluate.wilson(right, total)]}
 
 
@@ -196,7 +196,7 @@ def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iter
 
 
 def header(questions: int, embedded: str = "llava") -> dict[str, Any]:
-    """Conditions under which results are comparable."""
+    """Conditions that must be equal for results to be comparable."""
     weights = refvlm.MODELS[embedded] / "model.safetensors"
     return {
         "model": embedded,
@@ -222,11 +222,11 @@ def measure(
     Args:
         jobs: Method (None for unpruned) and budget of every row.
         questions, batch: As for `run`.
-        processes: How many jobs run at a time, each on one core.
-        out: Where rows are written as they come.
+        processes: Number of concurrent jobs, each on one core.
+        out: File to which rows are written one by one.
         log: Called with a line of text after every row.
-        force: Overwrite what `out` holds, also rows of other weights or versions.
-        embedded: Which of the reference models is asked.
+        force: Overwrite `out`, even with rows of other weights or versions.
+        embedded: Name of the built-in model.
 
     Returns:
         dict: Content of the file.
@@ -288,7 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or (OUT if args.model == "llava" else OUT.with_stem(f"accuracy-{args.model}"))
     budgets = [{"ratio": r} for r in args.ratios] + [{"mean_ratio": r} for r in args.mean_ratios]
-    shares = sorted({*args.ratios, *MORE}, reverse=True) if args.model != "llava" else []  # whose grid is fixed
+    shares = sorted({*args.ratios, *MORE}, reverse=True) if args.model != "llava" else []  # which has a fixed grid
     resized = [(NAME, {"ratio": ratio}) for ratio in shares]
     jobs = [(None, {}), *resized, *itertools.product(args.methods, budgets)]
     with progress.script(args.out):

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Automatic ratios: which pictures keep how much, and what it gains: writes `benchmarks/results/auto_ratio.json`.
+"""Automatic ratios by kind of picture, and their effect on accuracy: writes `benchmarks/results/auto_ratio.json`.
 
     python -m benchmarks.auto_ratio
 
-* `kinds`: what pages of print, drawn scenes and flat pictures keep on average, after the rule was calibrated on all of
-  them to one mean: by features (`vtprune tune --auto`, `vtprune.Auto`), and by pixels as in vLLM (`PixelAuto.fit`).
-* `accuracy`: right answers about held-out scenes with the ratio of each picture by features, calibrated on other
-  scenes, and with one ratio for all, which is the mean that the automatic one came to on the pictures asked about.
-  The difference has an interval over pictures.
+** `kinds`: mean ratio of text pages, drawn scenes and uniform pictures after calibration on all of them to one mean, by
+  features (`vtprune tune --auto`, `vtprune.Auto`) and by pixels as in vLLM (`PixelAuto.fit`).
+* `accuracy`: right answers about held-out scenes with a ratio per picture (by features, calibrated on other scenes) and
+  with one ratio for all, equal to the automatic mean on the same pictures; the difference has an interval over
+  pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OUT = Path(__file__).resolve().parent / "results" / "auto_ratio.json"
 KINDS_MEAN, MEANS = 0.2, (0.1, 0.05)
 METHODS = ("resprune", "divprune")
 LEAST, MOST = 0.02, 0.5
-SIDE = 144  # pixels, a picture of the built-in models
+SIDE = 144  # side of a picture in pixels
 
 
 def flat(seed: int) -> Image.Image:
@@ -54,7 +54,7 @@ def pictures(count: int) -> dict[str, list[Image.Image]]:
 
 
 def calibrated(model: Any, processor: Any, images: Sequence[Image.Image], mean: float) -> tuple[Any, list[float]]:
-    """The `Auto` with this mean share, and the share of every picture."""
+    """The `Auto` with this mean ratio, and the ratio of every picture."""
     prompts = [
         processor(images=image, text=refvlm.prompt("how many objects are there?"), return_tensors="pt")
         for image in images
@@ -63,7 +63,7 @@ def calibrated(model: Any, processor: Any, images: Sequence[Image.Image], mean: 
 
 
 def of_kinds(model: Any, processor: Any, count: int) -> list[dict[str, Any]]:
-    """Mean share of every kind, by features and by pixels."""
+    """Mean ratio of every kind of picture, by features and by pixels."""
     found = pictures(count)
     images = [image for kind in found.values() for image in kind]
     auto, by_features = calibrated(model, processor, images, KINDS_MEAN)
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What automatic ratios keep and gain.")
     parser.add_argument("--models", nargs="+", choices=list(refvlm.MODELS), default=list(refvlm.MODELS))
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--pictures", type=int, default=40, help="of every kind, and for calibration")
+    parser.add_argument("--pictures", type=int, default=40, help="pictures of every kind, and for calibration")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How CDPruner without CLIP should weigh the text: writes `benchmarks/results/cdpruner_relevance.json`.
+"""Sign and weight of CDPruner's text relevance without CLIP: writes `benchmarks/results/cdpruner_relevance.json`.
 
     python -m benchmarks.cdpruner_relevance
 
-Right answers of both built-in models with the sign and the weight of relevance changed, on held-out scenes.
+Right answers of both built-in models on held-out scenes, with sign and weight of the relevance varied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RATIOS = (0.25, 0.1, 0.05)
 
 @dataclass
 class Negated(CDPruner):
-    """The sign that belongs to CLIP's space, on the decoder's embeddings."""
+    """Relevance with the sign for CLIP embeddings, applied to the decoder's embeddings."""
 
     def cosine(self, tokens: Tokens) -> Tensor:
         return -super().cosine(tokens)

@@ -4,15 +4,15 @@
     python -m benchmarks.certify                                  # both built-in models, 200 pictures each
     python -m benchmarks.certify --pictures 40 --models llava --out /tmp/c.json
 
-One question about each of a number of held-out scenes is answered unpruned and at every candidate ratio, in batches of
-32, in which a prompt is answered as alone; which answers change is all that a certificate depends on. Then certificates
-are made again and again on random parts of these pictures, and judged on what they did not see, in two ways:
+One question per held-out scene is answered unpruned and at every candidate ratio, in batches of 32; a certificate
+depends only on which answers change. Certificates are then made repeatedly on random subsets of the pictures and
+evaluated on others, in two ways:
 
-* `population`: as many pictures are drawn with replacement, as the test assumes. All pictures are then the population,
-  and a certificate is broken where the share of changed answers among them is above the risk. The share of broken
-  certificates must not exceed `1 - confidence` by more than two standard errors of that many draws.
-* `halves`: certificates are made on a random half and judged on the other, whose share is itself uncertain: broken
-  where it is above the risk by more than two standard errors of a half of this size.
+** `population`: pictures are drawn with replacement, as the test assumes, from all pictures as the population. A
+  certificate is broken if the share of changed answers in the population is above the risk. The share of broken
+  certificates must not exceed `1 - confidence` by more than two standard errors.
+* `halves`: certificates are made on a random half and evaluated on the other: broken if its share of changed answers is
+  above the risk by more than two standard errors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPLITS = 200
 
 
 def changed(name: str, method: str, pictures: int) -> np.ndarray:
-    """`[candidates, pictures]` bool: whether the greedy answer differs from the unpruned model's."""
+    """Whether the greedy answer differs from the unpruned model's, `[candidates, pictures]` bool."""
     model, processor = refvlm.load(name=name)
     samples = list(evaluate.held_out_scenes(pictures))
     reference = evaluate.answer(model, processor, samples)
@@ -56,20 +56,20 @@ def changed(name: str, method: str, pictures: int) -> np.ndarray:
 
 
 def certified(losses: np.ndarray, risk: float, confidence: float) -> int | None:
-    """Number of the last candidate that losses `[candidates, n]` certify; None for none."""
+    """Index of the last candidate that losses `[candidates, n]` certify, or None."""
     n = losses.shape[1]
     passed = rejected([exact_p_value(int(row.sum()), n, risk) for row in losses], 1 - confidence)
     return passed - 1 if passed else None
 
 
 def judge(losses: np.ndarray, risk: float, confidence: float, splits: int = SPLITS, seed: int = 0) -> dict[str, Any]:
-    """How often certificates made on random parts of the pictures are broken.
+    """Share of broken certificates over random subsets of the pictures.
 
     Args:
         losses: `[candidates, pictures]` bool.
-        risk, confidence: What is certified.
-        splits: How many certificates are made in each way.
-        seed: Of the generator that draws the parts.
+        risk, confidence: Parameters of the certificates.
+        splits: Number of certificates per evaluation.
+        seed: Seed of the random subsets.
     """
     draw, n = np.random.default_rng(seed), losses.shape[1]
     level, truth = 1 - confidence, losses.mean(1)
@@ -96,7 +96,7 @@ def judge(losses: np.ndarray, risk: float, confidence: float, splits: int = SPLI
 
 
 def measure(models: list[str], methods: list[str], pictures: int, out: Path | None, force: bool) -> dict[str, Any]:
-    """Collects answers once for every model and method that is missing in `out`."""
+    """Measures every model and method that is missing in `out`."""
     torch.set_num_threads(1)
     data: dict[str, Any] = {
         "pictures": pictures,
@@ -124,7 +124,7 @@ def measure(models: list[str], methods: list[str], pictures: int, out: Path | No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Whether certified ratios keep their promise.")
+    parser = argparse.ArgumentParser(description="Validity of certified ratios.")
     parser.add_argument("--models", nargs="+", choices=list(refvlm.MODELS), default=list(refvlm.MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--pictures", type=int, default=200)

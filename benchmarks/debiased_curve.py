@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the curve of `Debiased` can undo of FastV's position bias: writes `benchmarks/results/debiased_curve.json`.
+"""Effect of `Debiased` on FastV's position bias: writes `benchmarks/results/debiased_curve.json`.
 
     make real
     .venv-real/bin/python -m benchmarks.debiased_curve
 
-The photographs of `benchmarks.position_bias`, upright and turned, on the same model of real parts. FastV's scores are
-ranked as they are, with the curve that was released (fitted to another model), and with curves fitted to the other half
-of the photographs; "divided by the mean of each place" is the most that any curve over places could do.
+Photographs and model are those of `benchmarks.position_bias`. FastV's scores are ranked unchanged, with the released
+curve (fitted to another model), and with curves fitted to the other half of the photographs; "divided by the mean of
+each place" is the upper bound for any curve over positions.
 
-* `last_quarter`: share of the kept tokens in the last quarter of the rows, 0.25 for an even choice;
-* `curve`: how many times as much a curve expects of the last place as of the first;
-* `between`: share of the variance of the scores' logarithm that is between rows;
-* `heaviest`: share of all scores that the tenth of the tokens with the largest scores has.
+** `last_quarter`: share of the kept tokens in the last quarter of the rows, 0.25 without bias;
+* `curve`: ratio of the curve's values at the last and the first position;
+* `between`: share of the variance of log scores that is between rows;
+* `heaviest`: share of the total score in the tenth of the tokens with the largest scores.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ OUT = Path(__file__).resolve().parent / "results" / "debiased_curve.json"
 
 
 def scores() -> list[Tensor]:
-    """FastV's scores `[N]` of every photograph, upright and then turned."""
+    """FastV's scores `[N]` of every photograph, upright and turned."""
     batches = [photo_vlm.inputs([image, image.rotate(180)], GRID, QUESTION) for _, image in photographs()]
     return collect(FastV(), None, model(), batches)[0]
 
 
 def last_quarter(score: Tensor) -> float:
-    """Share of the tokens kept that lie in the last quarter of the rows."""
+    """Share of the kept tokens in the last quarter of the rows."""
     kept = score.topk(round(RATIO * len(score))).indices
     return float((kept >= len(score) * 3 // 4).float().mean())
 
 
 def row(found: Sequence[float], curves: Sequence[Curve]) -> dict[str, Any]:
-    """One way of ranking: mean over pictures, and the ratio of the ends of its curves."""
+    """Row of one ranking: mean over pictures, and the ratio of the ends of its curves."""
     ends = [float(curve(torch.zeros(1)) / curve(torch.ones(1))) for curve in curves]
     mean = mean_row(found)
     return {
@@ -60,7 +60,7 @@ def row(found: Sequence[float], curves: Sequence[Curve]) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-    """All rows, and what there is to explain."""
+    """All rows, and statistics of the uncorrected scores."""
     found = scores()
     place = torch.linspace(0, 1, GRID * GRID)
     halves = (found[: len(found) // 2], found[len(found) // 2 :])

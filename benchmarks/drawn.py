@@ -3,9 +3,9 @@
 
     python -m benchmarks.drawn [--questions 40] [--beds "pages 20 x 20"] [--force]
 
-The built-in Qwen2.5-VL is asked one question at a time. Every method keeps as many visual tokens as the smaller picture
-of the row `resize` has after the processor's rounding. `lost` counts the questions that the model answers rightly from
-the whole picture and wrongly from the smaller one, and `rescued` those of them that the method answers rightly.
+The built-in Qwen2.5-VL answers one question at a time. Every method keeps as many visual tokens as the smaller picture
+of the row `resize` has after the processor's rounding. `lost` counts the questions answered rightly from the full
+picture and wrongly from the smaller one, and `rescued` those of them that the method answers rightly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def answered(model: Any, processor: Any, inputs: dict[str, Any], sample: beds.Sa
 
 @torch.no_grad()
 def ask(model: Any, processor: Any, sample: beds.Sample) -> dict[str, Any]:
-    """Whether each row answers a question rightly, and how many tokens and operations (unpruned = 1) it takes."""
+    """For each row, whether its answer is right, its visual tokens and its operations (unpruned = 1)."""
 
     def made(picture: Any) -> Any:
         return processor(**sample._replace(pictures=[picture]).inputs(), return_tensors="pt")
@@ -84,7 +84,7 @@ def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drawn", description=__doc__.split("\n")[0])
-    parser.add_argument("--questions", type=int, default=40, help="of each bed (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=40, help="questions of each bed (default: %(default)s)")
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=beds.names(), metavar="BED")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")

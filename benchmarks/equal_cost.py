@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a method beats the default clearly at equal mean cost on a test bed of `benchmarks/results`.
+"""Compares every method with the default at equal mean cost, over all test beds in `benchmarks/results`.
 
-    python -m benchmarks.equal_cost        # a line a comparison; exit code 1 where a method is clearly better
+    python -m benchmarks.equal_cost        # one line per comparison; exit code 1 if a method is clearly better
 
 Test beds are the texts of `benchmarks.needle` on a real decoder and the scenes of `benchmarks.accuracy` on the built-in
-models. Rows compare where the share of visual tokens, averaged over the inputs of the decoder layers, differs by at
-most 3 % of itself. A method is clearly better where the 95 % interval of its lead lies above 0: paired by question,
-or of two shares (Newcombe) where only counts are known. Of comparisons of equally good methods, one in 40
-comes out so by chance.
+models. Rows are compared if their shares of visual tokens, averaged over the inputs of the decoder layers, differ by
+at most 3 % (relative). A method is clearly better if the 95 % interval of its lead lies above 0: paired by question, or
+for two proportions (Newcombe) if only counts are known. For equally good methods this happens in one of 40 comparisons.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method beside the default.
+    """Comparison of a method with the default.
 
     Attributes:
-        bed, cost, method: What was compared, at which mean share of visual tokens.
-        share, default: Shares of right answers; of the same texts where outcomes are paired.
+        bed, cost, method: Test bed, mean share of visual tokens, and method.
+        share, default: Shares of right answers, on the same texts if outcomes are paired.
         total: Number of questions.
         low, high: The 95 % interval of the method's lead.
     """
@@ -49,10 +48,10 @@ class Comparison:
 
 
 def lead(row: dict[str, Any], default: dict[str, Any]) -> tuple[float, float, int, float, float]:
-    """Shares of both, number of questions, and the interval of the difference."""
-    answers = [one.get("outcomes", one.get("answers")) for one in (row, default)]  # of the needle test, of accuracy
+    """Both shares of right answers, number of questions, and the interval of the difference."""
+    answers = [one.get("outcomes", one.get("answers")) for one in (row, default)]  # keys of needle and accuracy rows
     if None not in answers:
-        pairs = list(zip(*(map(int, given) for given in answers), strict=False))  # as far as both go
+        pairs = list(zip(*(map(int, given) for given in answers), strict=False))  # up to the shorter one
         mine, theirs = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
         return mine, theirs, len(pairs), *bootstrap([a - b for a, b in pairs])
     mine, theirs = (one["right"] / one["total"] for one in (row, default))
@@ -62,7 +61,7 @@ def lead(row: dict[str, Any], default: dict[str, Any]) -> tuple[float, float, in
 
 
 def beds(results: Path = RESULTS) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Name and rows of every test bed; rows have `method`, `cost` and what was right."""
+    """Name and rows of every test bed; rows have `method`, `cost` and right answers."""
     needle = results / "needle.json"
     data = json.loads(needle.read_text(encoding="utf-8")) if needle.exists() else {}
     for places in sorted((name for name in data if name.isdigit()), key=int):
@@ -77,10 +76,10 @@ def beds(results: Path = RESULTS) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def comparisons(results: Path = RESULTS) -> list[Comparison]:
-    """Every method beside the default at every cost that the default was measured at."""
+    """Comparisons of every method at every cost at which the default was measured."""
     found = []
     for bed, rows in beds(results):
-        defaults = {round(row["cost"], 3): row for row in rows if row["method"] == NAME}  # one for each cost
+        defaults = {round(row["cost"], 3): row for row in rows if row["method"] == NAME}  # one per cost
         for cost, default in sorted(defaults.items(), reverse=True):
             others = {
                 row["method"]: row
@@ -92,7 +91,7 @@ def comparisons(results: Path = RESULTS) -> list[Comparison]:
 
 
 def better(found: list[Comparison]) -> list[Comparison]:
-    """Those in which the method is clearly better than the default."""
+    """The comparisons in which the method is clearly better than the default."""
     return [one for one in found if one.low > 0]
 
 

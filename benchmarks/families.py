@@ -2,13 +2,13 @@
 """Which laws hold on which family of models: writes `benchmarks/results/families.json`.
 
     python -m benchmarks.families            # runs tests/laws, all families and methods
-    python -m benchmarks.families -n 2       # other arguments go to pytest
-    python -m benchmarks.families -k llava   # some of the tests; the result says so
+    python -m benchmarks.families -n 2       # other arguments are passed to pytest
+    python -m benchmarks.families -k llava   # a selection of tests, recorded in the result
 
-Law after law is written as its tests end: an interrupted run resumes with the next one, a finished one starts again.
-Results of another version or choice of tests are overwritten with `--force` only. A law holds on a family if at least
-one of its tests ran there and none failed. Tests in which a method refuses a model are skipped, and counted as such.
-`python -m benchmarks.report` turns the result into the README's table.
+Results are written after every law: an interrupted run resumes, a finished one starts again. Results of another version
+or selection of tests are overwritten only with `--force`. A law holds on a family if at least one of its tests ran
+there and none failed. Tests in which a method refuses a model count as skipped. `python -m benchmarks.report` turns the
+result into the README's table.
 """
 
 from __future__ import annotations
@@ -40,11 +40,10 @@ def collect(cases: Iterable[tuple[str, str, str]], families: Iterable[str]) -> l
     Args:
         cases: `(module, test, outcome)`: a module such as `tests.laws.test_1_identity`, a test such as
             `test_identity[llava-iwp]`, and `passed`, `failed` or `skipped`.
-        families: Names that the first parameter of a test may have.
+        families: Possible values of the first parameter of a test.
 
     Returns:
-        list: For each family that was tested `model_type`, `laws` (name to whether it held) and `tests` (outcome to
-        count).
+        list: For each tested family `model_type`, `laws` (name to whether it held) and `tests` (outcome to count).
     """
     known = sorted(families, key=len, reverse=True)  # "llava_next" before "llava"
     rows: dict[str, dict[str, Any]] = {}
@@ -85,7 +84,7 @@ def together(parts: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def tested(law: str, arguments: list[str]) -> list[tuple[str, str, str]]:
-    """Runs the tests of one law in a process of their own; what pytest says is shown if one fails.
+    """Runs the tests of one law in a separate process; shows pytest's output if one fails.
 
     Raises:
         SystemExit: pytest could not run them.
@@ -98,7 +97,7 @@ def tested(law: str, arguments: list[str]) -> list[tuple[str, str, str]]:
         )
         lines = done.stdout.strip().splitlines()
         print("\n".join(lines if done.returncode else lines[-1:]), flush=True)
-        if done.returncode not in (0, 1, 5):  # passed, failed, none chosen
+        if done.returncode not in (0, 1, 5):  # passed, failed, none selected
             raise SystemExit(f"pytest ended with exit code {done.returncode} on {law}")
         return read_junit(report)
 
@@ -106,7 +105,7 @@ def tested(law: str, arguments: list[str]) -> list[tuple[str, str, str]]:
 def run(
     families: Iterable[str], arguments: list[str], chosen: str | None, out: Path, force: bool = False
 ) -> dict[str, Any]:
-    """Runs all laws, or what an interrupted run left of them.
+    """Runs all laws, or the rest of an interrupted run.
 
     Raises:
         StaleResultError: `out` holds results of another version, machine or choice of tests.
@@ -131,7 +130,7 @@ def run(
 
 
 def header(chosen: str | None) -> dict[str, Any]:
-    """Conditions under which results are comparable."""
+    """Conditions that must be equal for results to be comparable."""
     machine = f"{os.cpu_count()} {platform.machine()} cores, float32"
     return {"tests": chosen or "all", "versions": progress.versions(), "machine": machine}
 
@@ -139,8 +138,8 @@ def header(chosen: str | None) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Which laws hold on which family of models.")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--junit", type=Path, help="read this report of a run of the tests instead of running them")
-    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's choice of tests")
+    parser.add_argument("--junit", type=Path, help="read this JUnit report instead of running the tests")
+    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's selection of tests")
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args, rest = parser.parse_known_args()
     sys.path.insert(0, str(ROOT / "tests"))

@@ -4,9 +4,9 @@
     python -m benchmarks.first_token --part "scenes 216" --out benchmarks/results/first_token-scenes.json
     python -m benchmarks.first_token --part "pages 240" --out benchmarks/results/first_token-pages.json
 
-The built-in Qwen2.5-VL unpruned, on smaller pictures, with methods in the decoder, with cuts in the vision tower, and
-with both, on the prompts of `benchmarks.tower_quality`, which says what the numbers are. docs/choosing.md opens with
-the chart, whose time is that of the processor, from the model's inputs to the logits, selection included.
+The built-in Qwen2.5-VL unpruned, on smaller pictures, with decoder methods, with cuts in the vision tower, and with
+both. Prompts and metrics are those of `benchmarks.tower_quality`. The chart in docs/choosing.md shows processor time
+from the model's inputs to the logits, selection included.
 """
 
 from __future__ import annotations

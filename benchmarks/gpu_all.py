@@ -3,12 +3,11 @@
 
     python benchmarks/gpu_all.py --out DIR
 
-Runs the kernel tests on the GPU, the times of the kernels, the end-to-end latency of a model of 7 billion random
-parameters (`benchmarks.latency`, with its targets), what tower cuts save, where a cut waits for the GPU,
-and the tests marked `gpu`. Logs and results go to DIR, a summary to `DIR/gpu_all.json`. The exit status is 1 if a step
-failed or a target was missed. A step that cannot run on a machine (without pytest, for example) fails with its reason.
-An interrupted run goes on with the step that it was at. Nothing stops at older results: DIR is for this run alone, and
-what other versions left there is overwritten.
+Runs the kernel tests and the kernel benchmark, end-to-end latency of a model with 7 billion random parameters
+(`benchmarks.latency`, with its targets), time saved by tower cuts, device synchronizations of a cut, and the tests
+marked `gpu`. Logs and results go to DIR, a summary to `DIR/gpu_all.json`. The exit status is 1 if a step failed or a
+target was missed. A step that cannot run (without pytest, for example) fails with its reason. An interrupted run
+resumes; results of other versions in DIR are overwritten.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Run as a file, too: then `kernels.py` beside it would hide the Hugging Face package of that name.
+# If run as a script, `benchmarks/kernels.py` would shadow the Hugging Face package `kernels`.
 sys.path = [str(ROOT), *(entry for entry in sys.path if Path(entry).resolve() != ROOT / "benchmarks")]
 
 from vtprune.study import progress  # noqa: E402
@@ -62,7 +61,7 @@ def run(name: str, command: list[str], out: Path, limit: float) -> dict[str, Any
 
 
 def go(out: Path, header: dict[str, Any], commands: dict[str, list[str]], limit: float) -> dict[str, Any]:
-    """Runs all steps, or what an interrupted run of the same header left; returns the summary, written after each."""
+    """Runs all steps, or the rest of an interrupted run with the same header; writes and returns the summary."""
     out.mkdir(parents=True, exist_ok=True)
     path, end = out / "gpu_all.json", time.perf_counter() + limit
     try:
@@ -82,7 +81,7 @@ def go(out: Path, header: dict[str, Any], commands: dict[str, list[str]], limit:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Every check and benchmark that needs a GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on repeating each kernel")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds of repetition per kernel")
     parser.add_argument("--limit", type=float, default=540, help="seconds for all steps together")
     args = parser.parse_args()
     import torch
@@ -94,7 +93,7 @@ def main() -> int:
     path, header = out / "gpu_all.json", {"device": torch.cuda.get_device_name(), "versions": progress.versions()}
     with progress.script(path):
         summary = go(out, header, dict(steps(out, args.seconds)), args.limit)
-    # pytest exits with 5 where it finds no test: fine for marked tests alone.
+    # pytest exits with 5 if it selects no test, which is fine for marked tests.
     good = all(step["exit"] == 0 or (step["step"] == "gpu_tests" and step["exit"] == 5) for step in summary["steps"])
     return 0 if good else 1
 

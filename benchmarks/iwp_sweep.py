@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweep of IWP's layer and duplication weight on development scenes of the built-in model, for its defaults.
+"""Sweep of IWP's layer and duplication weight on development scenes of the built-in model, to set its defaults.
 
     python -m benchmarks.iwp_sweep            # writes benchmarks/results/iwp_sweep.json
 
-Development scenes are not those that accuracy is reported on. Every row is the mean over ratios 0.1 and 0.05. Rows are
-written as they come; an interrupted sweep resumes where it stopped, and one of other weights or versions is not
-overwritten without `--force`.
+Development scenes differ from those of the reported accuracies. Every row is the mean over ratios 0.1 and 0.05. Rows
+are written one by one; an interrupted sweep resumes, and one of other weights or versions is overwritten only with
+`--force`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vtprune.refvlm import evaluate, scenes
 from vtprune.study import progress
 
 OUT = Path(__file__).resolve().parent / "results" / "iwp_sweep.json"
-FIRST_SEED = scenes.TRAIN_SEEDS + 9_000_000  # the training range goes on without end; this part was not drawn
+FIRST_SEED = scenes.TRAIN_SEEDS + 9_000_000  # beyond the seeds used in training
 RATIOS = (0.1, 0.05)
 
 
@@ -52,7 +52,7 @@ def prepared(questions: int, batch: int = 32) -> tuple[Any, Any, list[tuple[list
 
 @torch.no_grad()
 def right(options: dict[str, Any] | None, ratio: float, questions: int) -> int:
-    """Right answers with IWP and `options`, or of the unpruned model."""
+    """Number of right answers with IWP and `options`, or of the unpruned model."""
     model, processor, batches = prepared(questions)
     patch = vtprune.patch(model, ratio=ratio, method=vtprune.methods.IWP(**options)) if options is not None else None
     count = 0

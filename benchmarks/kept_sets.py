@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right answers and kept tokens of a built-in model under one method, and how far two runs keep the same tokens."""
+"""Right answers and kept tokens of a built-in model under one method, and the overlap of two kept sets."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def answer(
 
 
 def overlap(reference: list[set[int]], kept: list[set[int]]) -> float:
-    """Mean share of the reference's tokens that are kept as well, rounded to four decimals."""
+    """Mean share of the reference's tokens that are also in `kept`, rounded to four decimals."""
     shares = [len(mine & theirs) / len(mine) for mine, theirs in zip(reference, kept, strict=True)]
     return round(sum(shares) / len(shares), 4)

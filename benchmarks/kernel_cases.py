@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmarks.kernels` measures: every operation at the sizes of real models, and the plain published formulation.
+"""Cases of `benchmarks.kernels`: every operation at sizes of real models, with the plain published formulation.
 
-The plain formulations are what the methods' papers describe: all similarities first, as one float32 matrix, then a
-loop; attention as a full map. The specifications (`naive.py`) are slower still: they are written to be read.
+The plain formulations follow the papers: all similarities as one float32 matrix, then a loop; attention as a full map.
+The specifications (`naive.py`) are slower still, because they are written for clarity.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Case:
 
     Attributes:
         operation: Name in `vtprune_kernels`.
-        size, data: What it runs on, in words.
-        arguments: Inputs of the operation; `naive` takes the same.
+        size, data: Description of the inputs.
+        arguments: Inputs of the operation and of `naive`.
         plain: The published formulation on the same inputs.
-        flops: Multiplications and additions that the definition needs, without all pairs. Lazy evaluation needs fewer.
+        flops: Multiply-adds of the definition, without all pairs; lazy evaluation needs fewer.
         bytes: Inputs read once and results written once.
     """
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def features(rows: int, *shape: int, data: str, seed: int) -> Tensor:
-    """`[rows, *shape]`: `"clustered"` around 60 centers with alike neighbors, as images are, or plain `"noise"`."""
+    """Features `[rows, *shape]`: `"clustered"` around 60 centers with similar neighbors, like images, or `"noise"`."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(rows, *shape, generator=generator)
     if data == "noise":
@@ -129,7 +129,7 @@ def plain_residual(rows: Tensor, count: int) -> Tensor:
 
 
 def plain_map(queries: Tensor, keys: Tensor, scaling: float, order: Tensor | None = None) -> Tensor:
-    """`[H, R, N]` softmax attention, keys repeated for grouped heads."""
+    """Softmax attention `[H, R, N]` with keys repeated for grouped heads."""
     keys = keys.repeat_interleave(queries.shape[0] // keys.shape[0], 0)
     logits = queries.float() @ keys.float().mT * scaling
     if order is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a greedy selection against its own rule: every pick must be the best one, given the picks before it.
+"""Checks a greedy selection by its rule: every pick must be the best row, given the previous picks.
 
-Two correct programs can differ where two rows are equal up to rounding, and then diverge. So a selection that differs
-from the specification is checked by its rule: `shortfall` is the distance of its worst pick from the best row at that
-time, in values computed as the specification does.
+Two correct programs may pick different rows if values are equal up to rounding, and diverge afterwards. A selection
+that differs from the specification is therefore checked by its rule: `shortfall` is the largest difference between the
+value of the best row and that of the pick, with values computed as in the specification.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vtprune_kernels.progressive_mmr.naive import gains, similarity
 
 
 def farthest_point(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
-    """Yields values `[n]` of all rows and the pick among them, one pick after another."""
+    """Yields the values `[n]` of all rows and the picked row, for each pick."""
     unit = unit_rows(features)
     if weights is None:
         value = torch.cat([_isolation(unit, rows) for rows in torch.arange(len(unit), device=unit.device).split(1024)])
@@ -43,7 +43,7 @@ def _isolation(unit: Tensor, rows: Tensor) -> Tensor:
 
 
 def dpp(order: Tensor, features: Tensor, relevance: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Likewise, for as long as the rows chosen leave something unexplained."""
+    """As `farthest_point`, while the picked rows leave residual variance."""
     unit, rel = unit_rows(features), torch.nan_to_num(relevance.float(), 0, 0, 0)
     variance = finite(self_cosine(features.float().norm(dim=1)) * rel.square())
     left, factors = variance.clone(), torch.zeros(len(order), len(unit), device=unit.device)
@@ -68,7 +68,7 @@ def mmr(
     pool: int = 4,
     objective: str = "linear",
 ) -> Iterator[tuple[Tensor, int]]:
-    """Likewise, among the candidates of each round; a pick that is no candidate is worth what the last candidate is."""
+    """As `farthest_point`, among the candidates of each round; a pick outside them has the last candidate's value."""
     picks, done = order.tolist(), 0
     closest = torch.zeros(len(relevance), device=relevance.device)
     free = torch.ones_like(closest, dtype=torch.bool)
@@ -77,7 +77,7 @@ def mmr(
         start = gains(relevance.float(), closest, duplication, objective).masked_fill(~free, -torch.inf)
         last = start.topk(min(pool * count, int(free.sum()))).values[-1]
         for pick in picks[done : done + count]:
-            yield (start - last).clamp_max(0), pick  # was it a candidate?
+            yield (start - last).clamp_max(0), pick  # 0 if the pick was a candidate
             value = gains(relevance.float(), closest, duplication, objective)
             yield (
                 value.masked_fill((start < last) & (torch.arange(len(value), device=value.device) != pick), -1e30),
@@ -89,7 +89,7 @@ def mmr(
 
 
 def coverage(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
-    """Likewise, from the cosines of all pairs."""
+    """As `farthest_point`, from the cosines of all pairs."""
     unit = unit_rows(features)
     cosines = steps(symmetric(unit @ unit.T, self_cosine(features.float().norm(dim=1))))
     weight = None if weights is None else usable(weights)
@@ -100,7 +100,7 @@ def coverage(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterato
 
 
 def residual(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
-    """Likewise, as shares of the largest energy, for as long as the rows chosen leave something unexplained."""
+    """As `dpp`, with values relative to the largest energy."""
     rows = features.double()
     energy = rows.square().sum(1)
     weight = torch.ones_like(energy) if weights is None else usable(weights).double()

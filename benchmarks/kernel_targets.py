@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Targets of the kernels on one H200, and their measurement on the current GPU.
 
-    python -m benchmarks.kernels --device cuda     # measures these, too, and fails where one is missed
+    python -m benchmarks.kernels --device cuda     # includes these, and fails if one is missed
 
 Sizes: 160 of 2,880 tokens, eight KV heads of 128, 4,096-wide features, bfloat16; and a video, 1,024 of 32,768. A
-decision is timed twice: as it is called, which a host that is slow to launch can hold up, and replayed from a CUDA
-graph, which the device alone decides. The aim is held against the replay; that the decision can be captured at all
-shows that nothing in it waits for the device.
+selection is timed as called, which includes the host's launch overhead, and replayed from a CUDA graph, which measures
+the device only. The target applies to the replay; capture succeeds only if nothing synchronizes with the device.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Decision:
 def decisions(
     device: torch.device, dtype: torch.dtype, rows: int, keep: int, aims: dict[str, float], plain: bool, scale: int = 1
 ) -> Iterator[Decision]:
-    """The decisions at one size; `scale` divides widths and heads, for tests of the benchmark itself."""
+    """The selections at one size; `scale` divides widths and heads, for tests of the benchmark itself."""
     size, width = SIZE // scale, WIDTH // scale
     offsets, budgets = (torch.tensor(x, device=device) for x in ([0, rows], [keep]))
     hints = {"max_budget": keep, "max_length": rows}
@@ -101,7 +100,7 @@ def decisions(
 
 
 def replayed(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Captures a decision in a CUDA graph; returns what replays it and the tensor that then holds the result."""
+    """Captures a selection in a CUDA graph; returns its replay function and output tensor."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -118,7 +117,7 @@ def measure(
     device: torch.device,
     budget: float,
 ) -> dict[str, Any]:
-    """Checks and times one decision, by the clock and the scales of `benchmarks.kernels`."""
+    """Checks and times one selection with the functions of `benchmarks.kernels`."""
     row: dict[str, Any] = {"what": decision.what, "aim_seconds": decision.seconds, "met": False}
     row["shortfall"] = decision.check(decision.run()[0])
     if not row["shortfall"] <= 1e-4:
@@ -140,7 +139,7 @@ def measure(
 
 
 def all_decisions(device: torch.device) -> Iterator[Decision]:
-    """Every decision that has an aim, of an image and of a video."""
+    """Every selection with a target, for an image and a video."""
     image = {"iwp": 0.5e-3, "farthest": 1e-3, "dpp": 1.5e-3}
     video = dict.fromkeys(image, 20e-3)
     for rows, keep, aims in ((2880, 160, image), (32768, 1024, video)):

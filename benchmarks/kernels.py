@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the kernels, and writes `benchmarks/results/kernels-<device>.json`.
 
-    python -m benchmarks.kernels                    # the GPU where there is one, else the CPU
+    python -m benchmarks.kernels                    # on the GPU if present, else on the CPU
     python -m benchmarks.kernels --device cpu --threads 1
 
-For every operation: its time, the time of its specification and of the plain published formulation on the same inputs,
-the extra memory of both, and how far from the machine's limit it is. The limit is the larger of bytes over the
-bandwidth of a large copy and operations over the rate of a large matrix product, both measured in the same run. It
-counts what the definition needs, so that lazy evaluation can be above 100 %. An operation whose result is not the
-specification's, nor a perfect choice by its own rule up to rounding, gets no times. On a GPU, the decisions with an aim
-(`benchmarks.kernel_targets`) are measured as well, and the exit status is 1 where one is missed. No time here comes
-from another machine: every case is written at once, an interrupted benchmark resumes where it stopped, and times of
-another device or version are overwritten with `--force` only.
+For every operation: time of the kernel, of its specification and of the plain published formulation on the same inputs,
+extra memory, and share of the machine's limit. The limit is the larger of bytes over the bandwidth of a large copy and
+operations over the rate of a large matrix product, both measured in the same run. It counts the work of the definition,
+so lazy evaluation can exceed 100 %. An operation whose result differs from the specification, and is not optimal by its
+own rule up to rounding, is not timed. On a GPU, selections with a target (`benchmarks.kernel_targets`) are measured
+too, and the exit status is 1 if one is missed. Cases are written one by one, an interrupted benchmark resumes, and
+times of another device or version are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Memory(TorchDispatchMode):
-    """Counts the bytes of tensors alive that were made while it is on; what an operator uses inside is not seen."""
+    """Counts the bytes of live tensors created under it, without temporary memory inside operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def seconds(device: torch.device, budget: float, *runs: Callable[[], Any], least: int = 3) -> list[list[float]]:
-    """Times of repeated, alternating calls, so that load affects all of them; on a GPU with a cold cache."""
+    """Times of repeated, interleaved calls, so that load affects all equally; on a GPU with a cold cache."""
     times: list[list[float]] = [[] for _ in runs]
     wipe = torch.empty(64 * 2**20, dtype=torch.int32, device=device) if device.type == "cuda" else None
     for run in runs:
@@ -107,7 +106,7 @@ def seconds(device: torch.device, budget: float, *runs: Callable[[], Any], least
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> dict[str, float]:
-    """Bytes per second of a large copy, operations per second of a large product in `dtype` (never in TF32)."""
+    """Bytes per second of a large copy, and operations per second of a large matrix product in `dtype` (no TF32)."""
     source = torch.randn((2**28 if device.type == "cuda" else 2**25), device=device)
     target = torch.empty_like(source)
     copy = min(seconds(device, budget, lambda: target.copy_(source))[0])
@@ -118,7 +117,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, budget: float) -> dict[st
 
 
 def agrees(case: Case, dtype: torch.dtype) -> str:
-    """`"exact"` or the largest difference from the specification; raises `AssertionError` where it is too large."""
+    """`"exact"` or the largest difference from the specification; raises `AssertionError` if it is too large."""
     found, expected = case.run(), case.naive()
     worst = 0.0
     for mine, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
@@ -169,7 +168,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, budget: float)
 
 
 def against_limit(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """Adds how long the machine needs at least, and what share of the time that is."""
+    """Adds the machine's minimum time, and its share of the measured time."""
     if row["agrees"] is None:
         return row
     limit = max(row["bytes"] / limits["bytes_per_second"], row["flops"] / limits["flops_per_second"])
@@ -188,7 +187,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def header(device: torch.device, budget: float, sizes: dict[str, int]) -> dict[str, Any]:
-    """Conditions under which times are comparable."""
+    """Conditions that must be equal for times to be comparable."""
     triton = sys.modules.get("triton")
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
@@ -213,7 +212,7 @@ def benchmark(
     force: bool = False,
     **sizes: int,
 ) -> dict[str, Any]:
-    """Measures all cases in all dtypes that are missing in `out`, which is written after each.
+    """Measures all cases in all dtypes that are missing in `out`; writes it after each.
 
     Raises:
         StaleResultError: `out` holds times of another device, version or size.
@@ -225,7 +224,7 @@ def benchmark(
     data |= {"load": old.get("load", 0.0), "ceilings": old.get("ceilings", {})}
     data["rows"] = [
         row for row in old.get("rows", []) if row["agrees"] is not None
-    ]  # results that differed are measured again
+    ]  # remeasures cases with wrong results
     done = {_key(row) for row in data["rows"]}
     each = sum(1 for _ in cases(torch.device("cpu"), torch.float32, rows=8, keep=2, scale=16))
     with progress.bar("cases", each * len(dtypes), len(done)) as step:
@@ -236,7 +235,7 @@ def benchmark(
                     progress.save(out, data)
                     step(case.operation)
     if device.type == "cuda":
-        data["targets"] = [row for row in old.get("targets", []) if row["met"]]  # missed targets are measured again
+        data["targets"] = [row for row in old.get("targets", []) if row["met"]]  # remeasures missed targets
         for decision in kernel_targets.all_decisions(device):
             if decision.what not in {row["what"] for row in data["targets"]}:
                 data["targets"].append(kernel_targets.measure(decision, seconds, extra_memory, device, budget))
@@ -251,10 +250,10 @@ def benchmark(
 
 
 def add(data: dict[str, Any], case: Case, device: torch.device, dtype: torch.dtype, budget: float) -> None:
-    """Measures a case, and holds every row of its dtype against the highest ceilings seen so far."""
+    """Measures a case, and updates the share of the limit of all rows of its dtype with the highest ceilings so far."""
     name = about(case, dtype)["dtype"]
     limits = data["ceilings"].setdefault(name, {})
-    # Again before every case: on a machine that others use, only the best of many is a limit.
+    # Measured before every case: on a shared machine only the best of many measurements is a limit.
     for what, value in ceilings(device, dtype, budget / 4).items():
         limits[what] = max(limits.get(what, 0.0), value)
     data["rows"].append(measure(case, device, dtype, budget))
@@ -270,8 +269,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times the kernels.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on repeating each call")
-    parser.add_argument("--rows", type=int, default=2880, help="tokens chosen from (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of repetition per call")
+    parser.add_argument("--rows", type=int, default=2880, help="tokens to select from (default: %(default)s)")
     parser.add_argument("--keep", type=int, default=160, help="tokens kept (default: %(default)s)")
     parser.add_argument("--scale", type=int, default=1, help="divides widths and heads, to try the command")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")

@@ -4,10 +4,10 @@
     python -m benchmarks.kinds                                  # 490 questions, about 70 of each kind
     python -m benchmarks.kinds --questions 70 --methods random --out /tmp/kinds.json
 
-Counting needs every object, reading a digit needs fine detail, a color needs one patch: one accuracy over all
-questions hides what pruning costs. Questions are about held-out scenes, answers are right only word for word. Every
-finished run is written at once, an interrupted benchmark resumes where it stopped, and results of other weights or
-versions are overwritten with `--force` only.
+Counting needs every object, reading a digit needs fine detail, a color needs one patch, so one accuracy over all
+questions hides the cost of pruning. Questions are about held-out scenes, answers are scored by exact match. Runs are
+written one by one, an interrupted benchmark resumes, and results of other weights or versions are overwritten only with
+`--force`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RATIOS = (0.5, 0.25, 0.1)
 
 
 def run(model: Any, processor: Any, samples: list[evaluate.Sample], method: str | None, ratio: float) -> dict[str, Any]:
-    """One row: right answers by kind of question, with a method at a ratio, or (None) without pruning."""
+    """One row: right answers by kind of question with a method at a ratio, or unpruned (None)."""
     if method is None:
         return {"kinds": evaluate.tally(samples, evaluate.answer(model, processor, samples))}
     with vtprune.patch(model, ratio=ratio, method=method):

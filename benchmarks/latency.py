@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory with and without pruning, beside the possible gain: the same as `vtprune bench`.
+"""Speed and memory with and without pruning, relative to the possible gain, as in `vtprune bench`.
 
-    python -m benchmarks.latency                    # the CPU run whose result is committed
+    python -m benchmarks.latency                    # the CPU run of the committed result
     python -m benchmarks.latency --device cuda --out DIR    # the GPU run of benchmarks.gpu_all
     python -m benchmarks.latency --model qwen2.5-vl-7b --methods iwp divprune --json FILE     # any run of vtprune bench
 
-Without a model, the run that is made for the machine is taken, and its targets are checked, on a CPU in CPU time: the
-exit status is 1 where one is missed.
+Without `--model`, the predefined run of the device is measured and its targets are checked (on a CPU in CPU time); the
+exit status is 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vtprune.cli import bench
 from vtprune.study import progress
 
 ROOT = Path(__file__).resolve().parent.parent
-# The runs that are made for a kind of machine.
+# Predefined runs by device.
 CPU: dict[str, Any] = {
     "model": "small",
     "device": "cpu",
@@ -31,12 +31,11 @@ CPU: dict[str, Any] = {
     "rounds": 3,
     "new_tokens": 2,
     "methods": ["iwp:layer=0", "iwp", *peers.BOTH],
-    # One thread, so that CPU time and time by the clock are the same where nothing else runs, and CPU time is right
-    # where something does.
+    # One thread: CPU time then equals wall time on an idle machine, and stays valid on a busy one.
     "threads": 1,
     "clock": "cpu",
 }
-# 160 tokens of about 2,880, the published 5.6 %. Two new tokens: the answer and the end, as in the yes/no benchmarks.
+# 160 of about 2,880 tokens, the published 5.6 %. Two new tokens (answer and end), as in yes/no benchmarks.
 CUDA: dict[str, Any] = {
     "model": "llava-next-7b",
     "device": "cuda",
@@ -54,7 +53,7 @@ def targets(data: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Targets and measurements.
 
     Args:
-        data: Result with its `rows`, on a CPU with its `rows_in_cpu_time`.
+        data: Result with `rows`, and on a CPU `rows_in_cpu_time`.
         device: "cpu" or "cuda".
 
     Returns:

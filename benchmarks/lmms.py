@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lmms-eval itself on the built-in model, pruned by several methods: writes `benchmarks/results/lmms_eval.json`.
+"""lmms-eval on the built-in model with several pruning methods: writes `benchmarks/results/lmms_eval.json`.
 
-    make eval                                             # sets up its environment, then runs this and the test
+    make eval                                             # creates its environment, then runs this and the test
     python -m benchmarks.lmms --limit 100 --methods iwp random --out /tmp/lmms.json
 
-Every row is one run of the command `lmms-eval --model vtprune` on the local tasks in `benchmarks/lmms_tasks/`, its
-numbers read from the results and samples that lmms-eval wrote. Some rows are run again by `accelerate launch` with two
-CPU processes, which must give the same answers and the same kept tokens.
+Every row is one run of `lmms-eval --model vtprune` on the local tasks in `benchmarks/lmms_tasks/`, with numbers from
+the results and samples that lmms-eval wrote. Some rows are repeated by `accelerate launch` with two CPU processes,
+which must give the same answers and kept tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OUT = Path(__file__).resolve().parent / "results" / "lmms_eval.json"
 README = Path(__file__).resolve().parent / "README.md"
 TASKS = ("vtprune_scenes", "vtprune_easy_vqa", "vtprune_scenes_without_picture")
 METHODS = ("random", "divprune", "fastv", "iwp")
-TWICE = ("none", "iwp")  # run with two processes as well
+TWICE = ("none", "iwp")  # also run with two processes
 RATIO = 0.1
 
 
@@ -59,14 +59,14 @@ class Job:
 
 
 def refvlm_name() -> str:
-    """How the built-in model is named to the plug-in."""
+    """The plug-in's name of the built-in model."""
     from vtprune.refvlm.loading import EMBEDDED
 
     return EMBEDDED
 
 
 def command(job: Job, tasks: Iterable[str], limit: int, batch: int, folder: str) -> list[str]:
-    """The command line of a run whose results go to `folder`."""
+    """Command line of a run with results in `folder`."""
     launcher = [sys.executable, "-m"]
     if job.processes > 1:
         launcher += ["accelerate.commands.launch", "--cpu", "--num_machines=1", f"--num_processes={job.processes}"]
@@ -77,13 +77,13 @@ def command(job: Job, tasks: Iterable[str], limit: int, batch: int, folder: str)
 
 
 def run(job: Job, tasks: Sequence[str] = TASKS, limit: int = 150, batch: int = 32) -> dict[str, Any]:
-    """Runs lmms-eval and reads what it wrote.
+    """Runs lmms-eval and reads its results.
 
     Returns:
-        dict: Method, `model_args`, processes, and for every task what `task_row` says.
+        dict: Method, `model_args`, processes, and `task_row` of every task.
 
     Raises:
-        LmmsEvalError: It failed; the end of what it printed is in the message.
+        LmmsEvalError: lmms-eval failed; the message ends with its last output.
     """
     env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,15 +109,15 @@ def task_row(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) ->
     """One task of one run.
 
     Args:
-        result: What lmms-eval's results file says of the task.
-        samples: Its samples file.
+        result: The task's entry in lmms-eval's results file.
+        samples: Content of its samples file.
 
     Returns:
-        dict: lmms-eval's own `accuracy`, `right` of `total` with the 95 % interval; of a pruned run visual tokens
-        before and after and the mean ratio, as means over samples; and `answers`: a hash of all answers and counts.
+        dict: lmms-eval's `accuracy`, `right` of `total` with the 95 % interval; for a pruned run visual tokens before
+        and after and the mean ratio, as means over samples; `answers` is a hash of all answers and counts.
 
     Raises:
-        LmmsEvalError: lmms-eval's number is not that of its samples.
+        LmmsEvalError: lmms-eval's accuracy differs from that of its samples.
     """
     right, total = sum(sample["right"] for sample in samples), len(samples)
     if abs(result["right,none"] - right / total) > 1e-9:
@@ -144,7 +144,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def differences(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Where a run in several processes differs from the run in one: empty if nowhere."""
+    """Differences between runs in several processes and in one."""
     alone = {row["method"]: row["tasks"] for row in rows if row["processes"] == 1}
     return [
         f"{row['method']}, {task}: {mine} in {row['processes']} processes, {alone[row['method']][task]} in one"
@@ -177,13 +177,13 @@ def table(data: Mapping[str, Any]) -> str:
 
 
 def with_table(text: str, data: Mapping[str, Any]) -> str:
-    """A page with the table between its marks brought up to date."""
+    """The page with the table between its markers updated."""
     start, end = "<!-- begin:lmms -->\n", "<!-- end:lmms -->"
     return text[: text.index(start) + len(start)] + table(data) + "\n" + text[text.index(end) :]
 
 
 def header(limit: int, batch: int) -> dict[str, Any]:
-    """Conditions under which results are comparable."""
+    """Conditions that must be equal for results to be comparable."""
     return {
         "questions": f"the first {limit} of every task",
         "batch": batch,
@@ -216,7 +216,7 @@ def measure(methods: Sequence[str], limit: int, batch: int, out: Path, force: bo
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lmms", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--methods", nargs="*", default=METHODS, help="besides the unpruned model")
-    parser.add_argument("--limit", type=int, default=150, help="questions of every task")
+    parser.add_argument("--limit", type=int, default=150, help="questions per task")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")

@@ -5,16 +5,15 @@
     .venv-real/bin/python -m benchmarks.needle                       # 256 places, then 1,024
     .venv-real/bin/python -m benchmarks.needle --places 256 --methods iwp random
 
-A text in 256 or 1,024 visual places has one fact in it, at all depths, and the question is about the fact: see
-`benchmarks.real`. Every method is given the same mean cost, the share of visual tokens averaged over the inputs of the
-30 decoder layers. Two controls say whether the test measures what it should: the fact's tokens are always kept and
-others are chosen evenly (nearly all answers stay right), and only the fact's tokens are dropped (none does).
+A text at 256 or 1,024 visual positions contains one fact, at varying depth, and the question asks for it (see
+`benchmarks.real`). Every method gets the same mean cost, the share of visual tokens averaged over the inputs of the 30
+decoder layers. Two controls validate the test: the fact's tokens are always kept with evenly spaced others (nearly all
+answers stay right), and only the fact's tokens are dropped (none does).
 
-It is text, not patches: a word cannot be guessed from its neighbors as a patch can, and no model was trained to find
-things in its visual places. A cut before the decoder, or in its first layers, where nothing has been read yet, is
-judged harshly. In 1,024 places the 40 filler sentences come again, in the same words, which favors methods that drop
-duplicates. Trials are done eight at a time for all methods in turn, so that an interrupted run has as many trials
-of every row, and goes on from there.
+The tokens are text, not patches: a word cannot be inferred from its neighbors as a patch can, and the model was not
+trained on text at visual positions. This penalizes cuts before the decoder or in its first layers. At 1,024 positions
+the 40 filler sentences repeat, which favors methods that drop duplicates. Trials run in blocks of eight over all
+methods, so that an interrupted run has equally many trials of every row, and resumes.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ KEPT, DROPPED = "fact always kept", "only the fact dropped"
 
 @dataclass
 class FactControl(Method):
-    """A control that is given the position of the fact.
+    """A control method that knows the position of the fact.
 
     Attributes:
         layer: The cut is before this decoder layer.
-        keep: Whether the fact's tokens are the first to stay, or the first to go.
-        facts: For each sample of the batch the places of its fact; set before every call.
+        keep: Whether the fact's tokens are kept or dropped first.
+        facts: Positions of each sample's fact; set before every call.
     """
 
     layer: int = 0
@@ -74,13 +73,13 @@ class FactControl(Method):
 
 @lru_cache(maxsize=1)
 def model() -> Any:
-    """The decoder in bfloat16, as it would be served."""
+    """The decoder in bfloat16."""
     return text_vlm.load(torch.bfloat16)
 
 
 @lru_cache(maxsize=4)
 def trials(places: int, count: int, start: int, stop: int) -> tuple[list[needles.Needle], dict[str, torch.Tensor]]:
-    """Trials `start` to `stop` of `count`, and what the model takes."""
+    """Trials `start` to `stop` of `count`, and their model inputs."""
     chosen = [needles.needle(number, count, places) for number in range(start, stop)]
     words, after = [one.words for one in chosen], [one.question for one in chosen]
     return chosen, text_vlm.inputs("<|im_start|>Text:", words, after)
@@ -88,7 +87,7 @@ def trials(places: int, count: int, start: int, stop: int) -> tuple[list[needles
 
 @torch.no_grad()
 def answers(chosen: list[needles.Needle], inputs: dict[str, torch.Tensor]) -> list[bool]:
-    """Whether every greedy answer begins with the right one."""
+    """Whether each greedy answer starts with the right one."""
     tokenizer = parts.tokenizer()
     longest = max(len(tokenizer(f" {one.answer}")["input_ids"]) for one in chosen)
     given = model().generate(**inputs, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
@@ -97,11 +96,11 @@ def answers(chosen: list[needles.Needle], inputs: dict[str, torch.Tensor]) -> li
 
 
 def run(name: str, budget: dict[str, float], places: int, count: int, start: int, stop: int) -> dict[str, Any]:
-    """Outcomes of one row in trials `start` to `stop`, as "0" and "1", or the reason why the method refuses."""
+    """Outcomes of one row in trials `start` to `stop` as "0" and "1", or the reason of a refusal."""
     chosen, inputs = trials(places, count, start, stop)
     if name == "unpruned":
         return {"outcomes": "".join(map(str, map(int, answers(chosen, inputs))))}
-    if name == DROPPED:  # facts differ in length, so every trial has a budget of its own
+    if name == DROPPED:  # facts differ in length, so budgets differ per trial
         found = ""
         for number, one in enumerate(chosen, start=start):
             control = FactControl(keep=False, facts=[one.fact])
@@ -127,7 +126,7 @@ def run(name: str, budget: dict[str, float], places: int, count: int, start: int
 
 
 def summary(row: dict[str, Any], count: int) -> dict[str, Any]:
-    """Adds a summary to a row: right answers, an interval, and right answers by depth of the fact."""
+    """Adds right answers, their interval, and right answers by depth of the fact to a row."""
     outcomes = row["outcomes"]
     right, total = outcomes.count("1"), len(outcomes)
     depths = [needles.wanted_depth(number, count) for number in range(total)]
@@ -142,7 +141,7 @@ def summary(row: dict[str, Any], count: int) -> dict[str, Any]:
 def measure(
     places: tuple[int, ...], methods: list[str], costs: list[float], count: int, until: int, out: Path, force: bool
 ) -> None:
-    """Runs what `out` does not hold yet of trials 0 to `until` of `count`."""
+    """Runs the trials from 0 to `until` of `count` that are missing in `out`."""
     header = {
         "decoder": "SmolLM2-135M-Instruct Q4_1, dequantized, bfloat16",
         "decoder_sha256": parts.SHA256[parts.GGUF],
@@ -198,7 +197,7 @@ def _wanted(data: dict[str, Any], size: int, name: str, budget: dict[str, float]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__.split("\n")[0])
-    parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual places of the text")
+    parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual positions of the text")
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -207,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--costs", type=float, nargs="+", default=list(MEAN_RATIOS), help="mean ratios")
     parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--until", type=int, help="trials to do of them now (default: all)")
+    parser.add_argument("--until", type=int, help="number of trials after which to stop (default: all)")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)

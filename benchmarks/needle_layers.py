@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What selection rules see of a needle, layer by layer: writes `benchmarks/results/needle_layers.json`.
+"""Share of a needle's tokens that selection rules keep, by layer: writes `benchmarks/results/needle_layers.json`.
 
     make real
     .venv-real/bin/python -m benchmarks.needle_layers
 
-The texts of `benchmarks.needle` on the same real decoder. A cut before each of some layers keeps a tenth of the visual
-tokens; for each rule, the share of the fact's tokens that it would keep, 0.1 by chance: `last_row`, attention of the
-last prompt token (FastV reads it in the layer before its cut); `instruction_rows`, attention of all text after the
-visual places; `rows_times_values`, the same times the length of the values (IWP without its term for duplicates);
-`residual`, residual energy of the states (ResPrune). Beside it, where the attention of the last token goes: `sink`, the
-prompt's first token; `text`, the other text; `last_quarter`, the share that the last quarter of the visual places gets
-of what all of them get. `relevance` and `closest_similarity` are the medians that IWP logs.
+Texts and decoder are those of `benchmarks.needle`. At several layers, each rule keeps a tenth of the visual tokens; the
+result is the share of the fact's tokens among them (0.1 by chance): `last_row`, attention of the last prompt token
+(FastV reads it in the layer before its cut); `instruction_rows`, attention of all text after the visual tokens;
+`rows_times_values`, the same times the norm of the values (IWP without duplication); `residual`, residual energy of the
+states (ResPrune). The attention of the last token is split into `sink`, the prompt's first token; `text`, the other
+text; and `last_quarter`, the share of the last quarter among all visual tokens. `relevance` and `closest_similarity`
+are the medians that IWP logs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ PLACES, RATIO = 256, 0.1
 
 @dataclass
 class Probe(Method):
-    """Evaluates rules at one layer; its own choice is the first tokens.
+    """Evaluates rules at one layer, and keeps the first tokens itself.
 
     Attributes:
         layer: The cut is before this decoder layer.
-        facts: For each sample of the batch the places of its fact; set before every call.
-        found: Filled with a row of numbers for each sample.
+        facts: Positions of each sample's fact; set before every call.
+        found: Output, one row of numbers per sample.
     """
 
     layer: int = 0
@@ -78,7 +78,7 @@ class Probe(Method):
 
 
 def _attention(tokens: Tokens, queries: Any) -> Tensor:
-    """`[C]` attention that every token of the prompts receives, mean over heads and query rows."""
+    """Attention `[C]` received by every token of the prompts, mean over heads and query rows."""
     read = tokens.attention_inputs(queries=queries)
     places = (read.query_offsets, read.key_offsets, read.query_order, read.scaling, read.softcap)
     return attention_rows(read.queries, read.keys, *places)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain selection loops of published methods, written from their formulas, in `vtprune bench`.
+"""Plain selection loops of published methods, implemented from their formulas, for comparison in `vtprune bench`.
 
     python -m benchmarks.peers --model llava-1.5-7b
 
-runs `vtprune bench` with the given options and three further methods, `plain-divprune`, `plain-cdpruner` and
-`plain-visionzip`, in the same engine and the same run. None is the authors' released code.
+runs `vtprune bench` with the given options and three additional methods in the same engine and run: `plain-divprune`,
+`plain-cdpruner` and `plain-visionzip`. None is the authors' released code.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vtprune.vision.tower import Vision, crops_seen
 
 
 def divprune(features: Tensor, count: int) -> Tensor:
-    """Max-min diversity, arXiv 2503.02175, section 3, with the whole distance matrix and a step for every token.
+    """Max-min diversity, arXiv 2503.02175, section 3, with the full distance matrix and one step per token.
 
     Args:
         features: `[N, D]` projected features.
         count: Tokens to pick, at most `N`.
 
     Returns:
-        Tensor: `[count]` rows in the order of choice.
+        Tensor: `[count]` rows in selection order.
     """
     unit = normalize(features.float(), dim=-1)
     distance = 1 - unit @ unit.T  # [N, N]
@@ -49,7 +49,7 @@ def divprune(features: Tensor, count: int) -> Tensor:
 
 
 def cdpruner(features: Tensor, relevance: Tensor, count: int) -> Tensor:
-    """Greedy MAP of the conditional determinantal point process, arXiv 2506.10967, with the whole kernel matrix.
+    """Greedy MAP of the conditional DPP, arXiv 2506.10967, with the full kernel matrix.
 
     Args:
         features: `[N, D]` projected features.
@@ -57,7 +57,7 @@ def cdpruner(features: Tensor, relevance: Tensor, count: int) -> Tensor:
         count: Tokens to pick, at most `N`.
 
     Returns:
-        Tensor: `[count]` rows in the order of choice.
+        Tensor: `[count]` rows in selection order.
     """
     unit = normalize(features.float(), dim=-1)
     kernel = relevance[:, None] * (unit @ unit.T) * relevance[None, :]  # [N, N]
@@ -78,13 +78,13 @@ def visionzip(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -
     """Dominant and contextual tokens of one crop, arXiv 2412.04467, section 3.2.
 
     Args:
-        attention: `[N]` attention that the class token pays to each patch.
+        attention: `[N]` attention of the class token to each patch.
         keys: `[N, d]` keys, mean over heads.
-        dominant, contextual: How many of each.
+        dominant, contextual: Number of tokens of each type.
 
     Returns:
-        tuple: `[dominant]` rows, `[contextual]` rows of the targets, and `[N - dominant, contextual]` one-hot: which
-        target each of the other patches, in raster order, belongs to.
+        tuple: `[dominant]` rows, `[contextual]` target rows, and `[N - dominant, contextual]` one-hot assignment of the
+        other patches, in raster order, to targets.
     """
     best = attention.topk(dominant).indices
     rest = torch.ones(len(attention), dtype=torch.bool, device=attention.device)
@@ -123,7 +123,7 @@ class PlainCDPruner(CDPruner):
 
 @dataclass
 class PlainVisionZip(VisionZip):
-    """VisionZip with the plain selection, crop by crop; tokens are merged by a one-hot product, as released."""
+    """VisionZip with the plain selection, crop by crop; merging is a one-hot product, as in the released code."""
 
     def choose(self, tokens: Tokens) -> Choice:
         vision = Vision(tokens, self.name)
@@ -161,7 +161,7 @@ PLAIN: dict[str, type[Method]] = {
     "cdpruner": PlainCDPruner,
     "visionzip": PlainVisionZip,
 }
-BOTH = [text for name in PLAIN for text in (name, f"plain-{name}")]  # vtprune's own method and the loop
+BOTH = [text for name in PLAIN for text in (name, f"plain-{name}")]  # vtprune's method and the plain loop
 
 
 def register_all() -> None:

@@ -4,14 +4,14 @@
     make real
     .venv-real/bin/python -m benchmarks.position_bias
 
-Every photograph of scikit-image is seen by the model of `benchmarks.real.photo_vlm`, upright and upside down (turned by
-180 degrees). A method that goes by content keeps the same patches of both, at opposite places; one that goes by
-position keeps the same places. For each method:
+The model of `benchmarks.real.photo_vlm` gets every photograph of scikit-image upright and rotated by 180 degrees. A
+method that selects by content keeps the same patches of both; one that selects by position keeps the same positions.
+For each method:
 
-* `content`: share of the patches kept of the turned picture that were kept of the upright one, too;
-* `place`: share of the places kept of the turned picture that were kept of the upright one, too;
-* `row_upright`, `row_turned`: mean row of what was kept, 0 at the top and 1 at the bottom; 0.5 for an even choice;
-* `bias`: the mean of the two rows less 0.5. What content contributes has opposite signs in the two and falls out.
+* `content`: share of the patches kept in the rotated picture that are also kept in the upright one;
+* `place`: share of the positions kept in the rotated picture that are also kept in the upright one;
+* `row_upright`, `row_turned`: mean row of the kept tokens, 0 at the top and 1 at the bottom; 0.5 without bias;
+* `bias`: the mean of the two rows minus 0.5, in which the contribution of the content cancels.
 
 By chance both shares are the ratio. Intervals are bootstrapped over the photographs.
 """
@@ -40,20 +40,20 @@ QUESTION = "What is in the picture?"
 
 @lru_cache(maxsize=1)
 def photographs() -> list[tuple[str, Image.Image]]:
-    """Name and middle square of every photograph."""
+    """Name and center crop of every photograph."""
     return [(one.name, photo_vlm.square(one.image, GRID)) for one in parts.photographs()]
 
 
 @lru_cache(maxsize=1)
 def model() -> Any:
-    """The model of real parts, its projector fitted on all photographs, upright and turned alike."""
+    """The model of real parts with its projector fitted on all photographs, upright and rotated."""
     images = [image for _, image in photographs()]
     return photo_vlm.load([*images, *(image.rotate(180) for image in images)], GRID)
 
 
 @torch.no_grad()
 def kept(method: str, image: Image.Image, ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which visual tokens a method keeps of a photograph, and of it turned: two bool `[GRID * GRID]`."""
+    """Masks of the kept visual tokens of a photograph and of its rotation, bool `[GRID * GRID]` each."""
     inputs = photo_vlm.inputs([image, image.rotate(180)], GRID, QUESTION)
     with vtprune.patch(model(), ratio=ratio, method=method) as patch:
         model()(**inputs, use_cache=False, logits_to_keep=1)
@@ -63,7 +63,7 @@ def kept(method: str, image: Image.Image, ratio: float) -> tuple[np.ndarray, np.
 
 
 def compared(upright: np.ndarray, turned: np.ndarray) -> dict[str, float]:
-    """Overlap of two selections, see the module docstring."""
+    """Overlap of two selections; see the module docstring."""
     rows = np.arange(GRID * GRID) // GRID / (GRID - 1)
     top, bottom = rows[upright].mean(), rows[turned].mean()
     return {
@@ -76,7 +76,7 @@ def compared(upright: np.ndarray, turned: np.ndarray) -> dict[str, float]:
 
 
 def run(method: str, ratio: float) -> dict[str, Any]:
-    """The row of a method: means over photographs with their intervals, or why it refuses."""
+    """The row of a method: means over photographs with intervals, or the reason of its refusal."""
     try:
         found = [compared(*kept(method, image, ratio)) for _, image in photographs()]
     except (vtprune.MethodError, vtprune.BudgetError) as error:

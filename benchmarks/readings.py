@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two readings of VisPruner and DART side by side: writes `benchmarks/results/readings.json`.
+"""Two interpretations of VisPruner and DART compared: writes `benchmarks/results/readings.json`.
 
     python -m benchmarks.readings
 
-Ours are checked against what the authors' code keeps on the same input (`tests/golden_checks`). AngelSlim's rules are
-written here from its source (Tencent/AngelSlim, `compressor/token_compressor/algorithm`, read at 17d3d92) and differ in
-places that the tables below name. Right answers of both built-in models, and the share of the set that ours keeps.
+The library's methods are tested against the authors' code (`tests/golden_checks`). AngelSlim's rules are implemented
+here from its source (Tencent/AngelSlim, `compressor/token_compressor/algorithm`, at 17d3d92); the docstrings below
+name the differences. Measures right answers of both built-in models, and the share of the library's kept set.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RATIOS = (0.25, 0.1)
 
 
 def thin_out(features: Tensor, rows: Tensor, count: int, step: int = 8) -> Tensor:
-    """AngelSlim's removal of doubles: the list stays in raster order, and at most half of it goes in a round.
+    """AngelSlim's removal of duplicates, which keeps raster order and drops at most half of the rows per round.
 
     Args:
         features: `[n, F]`.
         rows: `[R]` rows, ascending.
-        count: How many are to be left.
+        count: Number of remaining rows.
         step: Rows deleted per round.
     """
     unit = normalize(features.float(), dim=-1)
@@ -56,7 +56,7 @@ def thin_out(features: Tensor, rows: Tensor, count: int, step: int = 8) -> Tenso
 
 @dataclass
 class OtherVisPruner(VisPruner):
-    """AngelSlim's VisPruner: projected features, the rest in raster order, and a share that is rounded."""
+    """AngelSlim's VisPruner: projected features, diverse rows in raster order, and a rounded share."""
 
     def choose(self, tokens: Tokens) -> Choice:
         vision = Vision(tokens, self.name)
@@ -75,7 +75,7 @@ class OtherVisPruner(VisPruner):
 class OtherDART(DART):
     """AngelSlim's DART: rotated keys, text pivots of the whole prompt, states entering layer K-1 behind its own norm.
 
-    Every pivot takes the same share, rounded up, until the budget is met: the last pivots may get nothing.
+    Every pivot selects the same share, rounded up, until the budget is met, so the last pivots may select nothing.
     """
 
     def taps(self, anatomy: Any) -> tuple[Tap, ...]:
@@ -114,7 +114,7 @@ VARIANTS: dict[str, dict[str, Method]] = {
 
 
 def measure(name: str, questions: int) -> list[dict[str, Any]]:
-    """A row for every reading and ratio."""
+    """A row per interpretation and ratio."""
     model, processor = refvlm.load(name=name)
     samples = list(evaluate.held_out_scenes(questions))
     rows = []

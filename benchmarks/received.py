@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sample of query rows does to the attention that patches receive: writes `benchmarks/results/received.json`.
+"""Effect of sampling query rows on received attention: writes `benchmarks/results/received.json`.
 
     python -m benchmarks.received
 
-The built-in Qwen2.5-VL has no class token; its pictures have 576 patches, which is below the size that is sampled by
-default, so the sample is asked for. For every number of rows: right answers on held-out scenes, and the share of the
-kept set that all rows would keep. How far off a mean over rows is depends on their number, not on that of the patches.
+The built-in Qwen2.5-VL has no class token; its pictures have 576 patches, fewer than are sampled by default, so
+sampling is requested. For every number of rows: right answers on held-out scenes, and overlap of the kept set with that
+of all rows. The error of a mean over rows depends on their number, not on the number of patches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METHODS, QUERIES, RATIO = ("visionzip", "vispruner"), ("all", 512, 256, 128, 64)
 
 
 def measure(method: str, questions: int) -> list[dict[str, Any]]:
-    """A row for every number of query rows."""
+    """A row per number of query rows."""
     model, processor = refvlm.load(name="qwen2_5_vl")
     samples = list(evaluate.held_out_scenes(questions))
     rows: list[dict[str, Any]] = []

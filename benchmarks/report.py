@@ -4,9 +4,9 @@
     python -m benchmarks.report            # rewrites the pages
     python -m benchmarks.report --check    # exit code 1 if a page or chart is out of date, with its name
 
-Each kind of result file in `benchmarks/results/` has a renderer in `SECTIONS`; a file without one is an error. The same
-results give the same pages. Charts need matplotlib to be drawn, but not to be checked: each says in its metadata which
-data it shows.
+Each kind of result file in `benchmarks/results/` has a renderer in `SECTIONS`; a file without one is an error. Pages
+are deterministic. Drawing charts needs matplotlib, checking them does not: their metadata contains a digest of the
+data.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Section:
     """Rendering of a kind of result file.
 
     Attributes:
-        files: Pattern of its names.
+        files: Pattern of file names.
         title: Heading.
-        render: What the file holds to Markdown.
-        command: What measures it again.
-        chart: What the file holds to a chart, or None.
+        render: Renders the content as Markdown.
+        command: Command that repeats the measurement.
+        chart: Makes a chart of the content, or None.
     """
 
     files: str
@@ -162,7 +162,7 @@ def section_of(name: str) -> Section:
     """The section of a result file.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No section matches.
     """
     found = next((section for section in SECTIONS if fnmatch(name, section.files)), None)
     if found is None:
@@ -174,10 +174,10 @@ def section_of(name: str) -> Section:
 
 
 def load(results: Path) -> list[tuple[str, Section, Any]]:
-    """`(stem, section, content)` of every result file, in the order of the page.
+    """`(stem, section, content)` of every result file, in page order.
 
     Raises:
-        ValueError: A file has no renderer, is no JSON, or is of an interrupted run; the message names it.
+        ValueError: A file has no renderer, is not JSON, or is of an interrupted run; the message names it.
     """
     found = []
     for path in sorted(results.glob("*.json")):
@@ -196,7 +196,7 @@ def page(loaded: list[tuple[str, Section, Any]]) -> str:
     """docs/results.md.
 
     Raises:
-        ValueError: A file does not hold what its renderer expects; the message names it.
+        ValueError: A file lacks data that its renderer expects; the message names it.
     """
     parts, last = [HEAD], None
     for stem, section, data in loaded:
@@ -215,12 +215,12 @@ def page(loaded: list[tuple[str, Section, Any]]) -> str:
 
 
 def drawings(loaded: list[tuple[str, Section, Any]]) -> dict[str, Chart]:
-    """Name of a file in docs/ to what it shows."""
+    """File name in docs/ to chart."""
     return {f"results-{stem}.svg": section.chart(data) for stem, section, data in loaded if section.chart}
 
 
 def stale(root: Path) -> list[str]:
-    """Pages and charts that are not what the results give, as paths from `root`."""
+    """Outdated pages and charts, as paths relative to `root`."""
     loaded = load(root / "benchmarks" / "results")
     found = [name for name, text in _texts(root, loaded).items() if _read(root / name) != text]
     wanted = drawings(loaded)
@@ -232,7 +232,7 @@ def stale(root: Path) -> list[str]:
 
 
 def write(root: Path) -> list[str]:
-    """Writes stale pages and charts, removes charts without results, and returns the paths."""
+    """Writes outdated pages and charts, removes charts without results, and returns the paths."""
     loaded = load(root / "benchmarks" / "results")
     old, texts, wanted = stale(root), _texts(root, loaded), drawings(loaded)
     for name in old:
@@ -255,7 +255,7 @@ def _read(path: Path) -> str:
 
 
 def _shown(svg: str) -> str | None:
-    """Digest of the data that a chart says it shows."""
+    """Digest of the data in a chart's metadata."""
     found = re.search(r"sha256 ([0-9a-f]{64})", svg)
     return found[1] if found else None
 

@@ -12,7 +12,7 @@ __all__ = ["accuracy", "fidelity", "first_token"]
 
 
 def accuracy(data: dict[str, Any]) -> Chart:
-    """Right answers against the mean cost, a line per method."""
+    """Right answers against mean cost, one line per method."""
     whole = data["unpruned"]["visual_tokens"]
     rows = [row | {"cost": row["mean_tokens"] / whole} for row in data["rows"] if "refused" not in row]
     series = []
@@ -33,7 +33,7 @@ def accuracy(data: dict[str, Any]) -> Chart:
 
 
 def first_token(data: dict[str, Any]) -> Chart:
-    """Divergence against the time to the first token: resizing, methods in the decoder, in the tower, and in both."""
+    """KL divergence against time to the first token: resizing, decoder methods, tower methods, and both."""
     (name, part), *_ = data["parts"].items()
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in part["rows"]:

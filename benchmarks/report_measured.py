@@ -31,7 +31,7 @@ def kinds(data: Data) -> str:
 
 
 def latency(data: Data) -> str:
-    """A table per setting, and below it what does not pay and what was refused."""
+    """A table per setting, followed by slowdowns and refusals."""
     rows, cpu = (data["rows_in_cpu_time"], True) if "rows_in_cpu_time" in data else (data["rows"], False)
     clock = "CPU time of the process, which other programs do not lengthen" if cpu else "by the clock"
     parts = [
@@ -98,7 +98,7 @@ def _mebibytes(number: float | None) -> str:
 
 
 def lmms_eval(data: Data) -> str:
-    """Right answers by task; runs in several processes beside those in one."""
+    """Right answers by task, for runs in one and in several processes."""
     tasks = list(data["rows"][0]["tasks"])
 
     def shown(cell: Data) -> str:
@@ -131,7 +131,7 @@ def lmms_eval(data: Data) -> str:
 
 
 def soak(data: Data) -> str:
-    """A row per part: whether it passed, and what it went through."""
+    """A row per part: whether it passed, and its counts."""
     rows = []
     for name, part in data["parts"].items():
         rest = {key: value for key, value in part.items() if key not in ("passed", "seconds", "cpu_seconds")}
@@ -143,7 +143,7 @@ def soak(data: Data) -> str:
 
 
 def _brief(value: Any) -> str:
-    """A value in a few words: of what is nested, how much there is and the range of its numbers."""
+    """A short text for a value; nested values as size and range of numbers."""
     if isinstance(value, (dict, list)):
         inner = list(_numbers(value))
         few = isinstance(value, list) and len(value) <= 8 and len(inner) == len(value)
@@ -164,7 +164,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def towers(data: Data) -> str:
-    """Time to the first token with cuts in tower, decoder and both; and towers beside their limits."""
+    """Time to the first token with cuts in tower, decoder and both, and tower times relative to their limits."""
     shares = [
         (
             name,
@@ -195,7 +195,7 @@ def towers(data: Data) -> str:
 
 
 def tower_quality(data: Data) -> str:
-    """Tower methods beside resizing at no more operations."""
+    """Tower methods compared with resizing at no more operations."""
     parts = [
         f"Built-in model {data['model']}. `cost`: operations to the first token, tower included, as a share of the "
         "unpruned ones. `resize`: the largest smaller picture that costs no more. KL in nats of the next token; "
@@ -237,7 +237,7 @@ def tower_quality(data: Data) -> str:
 
 
 def vllm_videos(data: Data) -> str:
-    """Clips in vLLM, by the plug-in and by vLLM itself."""
+    """Clips in vLLM, pruned by the plug-in and by vLLM itself."""
     parts = [
         f"Clips of {data['visual_tokens']} visual tokens, of which {data['share']:.0%} stay; {data['clips']} clips a "
         "model, each answered by all engines in turn. `KL`: of the next token to the unpruned engine's (95 % "

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of README.md, between `<!-- begin:NAME -->` and `<!-- end:NAME -->`.
 
-`methods` comes from the registry, the others from results. Where there is no measurement yet, the block says so. What
-the result files hold:
+`methods` comes from the registry, the others from results; blocks without results state that. Content of the result
+files:
 
 * `accuracy.json`: `questions` (text), `unpruned` and `rows`, each with `right` and `total`; rows also with `method`,
   `ratio` or `mean_ratio` (asked for), `refused` where the method cannot meet it, else `kept` (visual tokens after the
   last cut, mean over questions) and `mean_tokens` (mean over decoder layer inputs and questions); `unpruned` with
   `visual_tokens`;
-* `families.json`: `rows` with `model_type`, `laws` (name of a law to whether it held; one that does not apply is left
-  out) and `tests` (`passed`, `failed`, `skipped` to counts).
+* `families.json`: `rows` with `model_type`, `laws` (name to whether it held, without inapplicable ones) and `tests`
+  (`passed`, `failed`, `skipped` to counts).
 
 Both carry `versions`, a mapping from package to version, and `machine`.
 """
@@ -49,7 +49,7 @@ def render(text: str, results: Path = RESULTS) -> str:
 
 
 def methods(results: Path) -> str:
-    """The registered methods by kind and place of their cuts, each with a link to its paper."""
+    """The registered methods by type and location of their cuts, with links to papers."""
     from scripts.docs import methods as pages
     from vtprune import methods as registry
 
@@ -69,7 +69,7 @@ def methods(results: Path) -> str:
 
 
 def accuracy(results: Path) -> str:
-    """Methods down, mean costs across, with the tokens that were left after the last cut."""
+    """Methods in rows, mean costs in columns, with the tokens left after the last cut."""
     data = _read(results / "accuracy.json")
     if data is None:
         return MISSING
@@ -85,22 +85,22 @@ def accuracy(results: Path) -> str:
 
 
 def grid(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
-    """Methods down, asked ratios across, best first by the smallest one."""
+    """Methods in rows, requested ratios in columns, sorted by the smallest ratio."""
     ratios = sorted({row["ratio"] for row in rows if "ratio" in row}, reverse=True)
     by = {(row["method"], row["ratio"]): row for row in rows if "ratio" in row}
     return _table(by, [f"ratio {ratio:g}" for ratio in ratios], ratios, cell)
 
 
 def cost_grid(data: dict[str, Any], cell: Callable[[dict[str, Any]], str], most: int | None = None) -> str:
-    """Methods down, mean costs across, best first by the smallest one; the `most` best, or all.
+    """Methods in rows, mean costs in columns, sorted by the smallest cost; the `most` best, or all.
 
-    A row stands in the column of a cost that it differs from by at most 3 % of it; in that of the `mean_ratio` that was
-    asked for in any case. Cells stay empty where nothing was measured at that cost.
+    A result is in the column of its requested `mean_ratio`, or of a cost within 3 % of its own. Cells without a
+    measurement are empty.
     """
     rows = data["rows"]
     costs = sorted({row[name] for row in rows for name in ("ratio", "mean_ratio") if name in row}, reverse=True)
     by: dict[tuple[str, float], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: "mean_ratio" in row):  # those that asked for a cost come last and win
+    for row in sorted(rows, key=lambda row: "mean_ratio" in row):  # requested costs come last and win
         if "mean_ratio" in row:
             by[row["method"], row["mean_ratio"]] = row
         elif "refused" not in row:
@@ -113,7 +113,7 @@ def _table(
     by: dict[tuple[str, float], dict[str, Any]], heading: list[str], columns: list[float],
     cell: Callable[[dict[str, Any]], str], most: int | None = None,
 ) -> str:  # fmt: skip
-    """A table of rows by method and column, best first by the last column, then by the one before it."""
+    """A table by method and column, sorted by the last column, then by the one before it."""
 
     def order(name: str) -> tuple[Any, ...]:
         mine = [by.get((name, column), {}) for column in reversed(columns)]
@@ -134,7 +134,7 @@ def families(results: Path) -> str:
 
 
 def families_table(data: dict[str, Any]) -> str:
-    """Families grouped by the laws that held on them, so that dozens of families stay a table of a few rows."""
+    """Families grouped by the laws that held on them, as a table of few rows."""
     laws = list(dict.fromkeys(law for row in data["rows"] for law in row["laws"]))
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in sorted(data["rows"], key=lambda row: row["model_type"]):
@@ -151,7 +151,7 @@ def families_table(data: dict[str, Any]) -> str:
 
 
 def gains(results: Path) -> str:
-    """What a tenth of the tokens gains: on a real decoder by processor time, on the built-in model with its answers."""
+    """Gains with a tenth of the tokens: processor time of a real decoder, time and answers of the built-in model."""
     speed, fidelity = _read(results / "real-speed.json"), _read(results / "fidelity.json")
     whole = _read(results / "towers-cpu.json")
     if speed is None or fidelity is None or whole is None:
@@ -180,7 +180,7 @@ def gains(results: Path) -> str:
 
 
 def _whole_requests(whole: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of one request with the tower in it, of a method that cuts before the decoder."""
+    """Rows of whole requests, vision tower included, for a method that cuts before the decoder."""
     names = {"decoder 0.1": "decoder cut", "tower 0.35, decoder 0.1": "decoder and tower cut"}
     text, rows = whole["text_tokens"], []
     for variant, name in names.items():

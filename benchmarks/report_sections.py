@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A section of docs/results.md for each kind of result file: what was measured, a table, and how to measure it again.
+"""Renderers of docs/results.md, one per kind of result file.
 
-A renderer takes what the file holds and returns Markdown without a heading.
+A renderer takes the content of a file and returns Markdown without a heading.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def refvlm(data: Data) -> str:
 
 
 def drawn(data: Data) -> str:
-    """Right answers on drawn pages and crowds, beside smaller pictures."""
+    """Right answers on drawn pages and crowds, compared with smaller pictures."""
     parts = [
         f"Built-in model {data['model']}, {data['questions']}. Methods keep as many tokens as the smaller picture of "
         "the row `resize`. `cost`: operations to the first token, tower included, unpruned = 1. `rescued`: of the "
@@ -82,7 +82,7 @@ def accuracy(data: Data) -> str:
 
 
 def _accuracy_beside_resizing(data: Data) -> str:
-    """Right answers beside those on smaller pictures of as many tokens, and of no more operations."""
+    """Right answers compared with smaller pictures at equal tokens and at no more operations."""
     ran = [row for row in data["rows"] if "ratio" in row and "answers" in row]
     resized = {row["ratio"]: row for row in ran if row["method"] == NAME}
     if not resized:
@@ -113,7 +113,7 @@ def _accuracy_beside_resizing(data: Data) -> str:
 
 
 def fidelity(data: Data) -> str:
-    """What pruning changes, without labels: a table per ratio."""
+    """Fidelity to the unpruned model, without labels: one table per ratio."""
     clock = "CPU time of the process" if data["clock"] == "cpu" else "time"
     asked = data["questions"] if isinstance(data["questions"], str) else f"{len(data['questions'])} questions each"
     parts = [
@@ -203,7 +203,7 @@ def iwp_sweep(data: Data) -> str:
 
 
 def kernels(data: Data) -> str:
-    """Times of the kernels beside the plain loops."""
+    """Times of the kernels and of the plain loops."""
     rows = [
         (
             f"`{row['operation']}`",
@@ -229,7 +229,7 @@ def kernels(data: Data) -> str:
 
 
 def _targets(targets: list[Data]) -> str:
-    """Decisions that have an aim, beside it."""
+    """Selections and their targets."""
     rows = [
         (
             target["what"],
@@ -275,7 +275,7 @@ def _bullets(lines: Any) -> str:
 
 
 def small_pools(data: Data) -> str:
-    """Median time of one matrix of all pairs over that of the lazy way, for small pools."""
+    """Median time with a matrix of all pairs relative to lazy evaluation, for small pools."""
     rows = [
         (
             f"`{row['operation']}`",
@@ -293,7 +293,7 @@ def small_pools(data: Data) -> str:
 
 
 def overhead(data: Data) -> str:
-    """Operations, reads and allocations of a prefill and of a decoding step, over those of the unpruned model."""
+    """Operations, calls and allocations of a prefill and a decoding step relative to the unpruned model."""
     plain = {row["setting"]: row for row in data["rows"] if row["variant"] == "unpruned"}
 
     def share(row: Data, part: str, count: str) -> str:
@@ -335,7 +335,7 @@ def overhead(data: Data) -> str:
 
 
 def certify(data: Data) -> str:
-    """How often certificates made on random parts of the pictures are broken on what they did not see."""
+    """Share of broken certificates, made on random subsets of the pictures and evaluated on others."""
 
     def broken(part: Data) -> str:
         return f"{part['broken']:.1%} (allowed {part['allowed']:.1%})"
@@ -363,7 +363,7 @@ def certify(data: Data) -> str:
 
 
 def auto_ratio(data: Data) -> str:
-    """What automatic ratios keep of each kind of picture, and what they gain."""
+    """Automatic ratios by kind of picture, and their effect on right answers."""
     kinds = [
         (model, row["rule"], *(f"{100 * row[name]:.1f} %" for name in ("mean", "pages", "scenes", "flat")))
         for model, found in data["models"].items()
@@ -398,7 +398,7 @@ def auto_ratio(data: Data) -> str:
 
 
 def cdpruner_relevance(data: Data) -> str:
-    """Right answers of the built-in models for every way in which CDPruner may weigh the text."""
+    """Right answers of the built-in models by sign and weight of CDPruner's text relevance."""
     ratios = sorted({row["ratio"] for row in data["rows"]}, reverse=True)
     found: dict[tuple[str, str], dict[float, Data]] = {}
     for row in data["rows"]:
@@ -416,7 +416,7 @@ def cdpruner_relevance(data: Data) -> str:
 
 
 def received(data: Data) -> str:
-    """Right answers and kept sets when attention received is taken over a sample of query rows."""
+    """Right answers and kept sets with received attention over sampled query rows."""
     rows = [
         (row["method"], str(row["queries"]), f"{row['right']} of {row['total']}", f"{row['same']:.0%}")
         for row in data["rows"]
@@ -429,7 +429,7 @@ def received(data: Data) -> str:
 
 
 def readings(data: Data) -> str:
-    """Ours beside AngelSlim's rules."""
+    """The library's rules and AngelSlim's."""
     rows = [
         (
             row["model"],
@@ -446,8 +446,8 @@ def readings(data: Data) -> str:
 
 
 def video(data: Data) -> str:
-    """How far the next token moves when clips are pruned."""
-    sizes = {row["kept"] for row in data["rows"] if row["rule"] == "uniform"}  # fewer and smaller frames have more
+    """Divergence of the next token when clips are pruned."""
+    sizes = {row["kept"] for row in data["rows"] if row["rule"] == "uniform"}  # those of methods only
     rows = [
         (row["part"], f"`{row['rule']}`", f"{row['kept']:,}", f"{row['kl']:.3f}{span(row['kl_interval'], '.3f')}")
         for row in data["rows"]

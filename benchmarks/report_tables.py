@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers and tables as Markdown, for every page that is rendered from results."""
+"""Formatting of numbers and tables as Markdown, for all pages rendered from results."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-# The row of `benchmarks.accuracy` whose cut is given: other methods beat it, so it is no upper bound.
+# Label of the `oracle` row of `benchmarks.accuracy`; not an upper bound, because other methods beat it.
 ANSWER_PATCHES = "answer patches (input cut)"
 
 
 def method_label(name: str) -> str:
-    """A method as tables show it."""
+    """Label of a method in tables."""
     return ANSWER_PATCHES if name == "oracle" else f"`{name}`"
 
 
 def percent(row: dict[str, Any]) -> str:
-    """`right` of `total`."""
+    """`right` of `total` in percent."""
     return f"{100 * row['right'] / row['total']:.1f} %"
 
 
 def span(interval: Sequence[float] | None, form: str = ".1f", scale: float = 1.0) -> str:
-    """An interval as ` (low-high)`, or nothing where there is none."""
+    """An interval as ` (low-high)`, or an empty string."""
     if interval is None:
         return ""
     low, high = (f"{scale * bound:{form}}" for bound in interval)
@@ -62,7 +62,7 @@ def _weights() -> dict[str, str]:
 
 
 def earlier_weights(data: dict[str, Any]) -> list[str]:
-    """The built-in models that results were measured on with other weights than those in the package."""
+    """Built-in models whose weights in the package differ from those of the results."""
     now, found = _weights(), data.get("weights_sha256")
     if isinstance(found, str):
         name = str(data.get("model", "model")).removeprefix("embedded-").replace("embedded", "llava")
@@ -71,7 +71,7 @@ def earlier_weights(data: dict[str, Any]) -> list[str]:
 
 
 def seconds(number: float | None) -> str:
-    """A time in the unit that suits it."""
+    """A time with a suitable unit."""
     if number is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):

@@ -4,10 +4,10 @@
     python -m benchmarks.serving                                           # a random model for CPUs, divprune at 0.25
     python -m benchmarks.serving --model llava-hf/llava-1.5-7b-hf --methods divprune uniform --ratios 0.25 0.1 --alone
 
-Requests with a picture each are sent by 1, 8 and 32 clients at a time to `vllm serve`, unpruned and pruned in turn,
-round after round: requests per second, time to the first token and for each further one, KV cache. Then the engine
-itself is asked where the time goes. Every finished run is written at once, an interrupted benchmark goes on where it
-stopped, and results of other versions or settings are overwritten with `--force` only.
+1, 8 and 32 concurrent clients send requests with one picture each to `vllm serve`, unpruned and pruned servers
+alternating in rounds: requests per second, time to the first token and per further token, KV cache. Then the time per
+part is measured inside the engine. Runs are written one by one, an interrupted benchmark resumes, and results of other
+versions or settings are overwritten only with `--force`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ UNPRUNED = "unpruned"
 
 @dataclass
 class Plan:
-    """What is measured.
+    """Settings of the benchmark.
 
     Attributes:
         model: A folder, a name on the hub, or `random`.
-        ways: Name of each way of serving, and what stands under `"vtprune"` for it.
-        concurrencies: Clients at a time.
-        rounds: How often all is repeated.
-        per_client: Requests of a run for each client.
-        least: Requests of a run at least.
+        ways: Name of each variant, and its `"vtprune"` settings.
+        concurrencies: Numbers of concurrent clients.
+        rounds: Number of repetitions.
+        per_client: Requests per client and run.
+        least: Minimum number of requests per run.
         tokens: Length of the answers.
         size: Width and height of pictures.
         serve: Further arguments of `vllm serve`.
-        alone: Never two servers at a time: for accelerators, where each takes the memory.
+        alone: Run one server at a time, for accelerators whose memory each server claims.
     """
 
     model: str = BUILT_IN
@@ -64,7 +64,7 @@ class Plan:
     alone: bool = False
 
     def header(self) -> dict[str, Any]:
-        """Conditions under which results are comparable."""
+        """Conditions that must be equal for results to be comparable."""
         return {
             "model": self.model,
             "about": serving_model.about() if self.model == BUILT_IN else {},
@@ -80,7 +80,7 @@ class Plan:
         }
 
     def runs(self) -> Iterator[tuple[int, str, int]]:
-        """Round, way and concurrency of every run, in their order: ways take turns as often as servers allow."""
+        """Round, variant and concurrency of every run, in order; variants alternate as often as servers allow."""
         for number in range(self.rounds):
             if self.alone:
                 yield from ((number, way, clients) for way in self.ways for clients in self.concurrencies)
@@ -88,14 +88,14 @@ class Plan:
                 yield from ((number, way, clients) for clients in self.concurrencies for way in self.ways)
 
     def urls(self, number: int, clients: int) -> list[str]:
-        """The pictures of a run: no other run of a server has the same."""
+        """The pictures of a run, distinct from those of all other runs of a server."""
         start = 10_000 * (1 + number) + 100 * clients
         count = max(self.least, self.per_client * clients)
         return [serving_load.picture(start + i, self.size) for i in range(count)]
 
 
 def ways(methods: Sequence[str], ratios: Sequence[float]) -> dict[str, dict[str, Any] | None]:
-    """Unpruned, and every method at every ratio."""
+    """The unpruned variant, and every method at every ratio."""
     found: dict[str, dict[str, Any] | None] = {UNPRUNED: None}
     for method in methods:
         found.update((f"{method} {ratio:g}", {"method": method, "ratio": ratio}) for ratio in ratios)
@@ -103,7 +103,7 @@ def ways(methods: Sequence[str], ratios: Sequence[float]) -> dict[str, dict[str,
 
 
 class Pool:
-    """Servers by way: started when they are asked for, warm when they are given."""
+    """Servers by variant, started and warmed up on first use."""
 
     def __init__(self, plan: Plan, model: str, stack: ExitStack) -> None:
         self.plan, self.model, self.stack = plan, model, stack
@@ -114,7 +114,7 @@ class Pool:
             if self.plan.alone:
                 self.close()
             names = [way] if self.plan.alone else list(self.plan.ways)
-            for name in names:  # which start side by side
+            for name in names:  # started concurrently
                 server = Server(self.model, self.plan.ways[name], options=self.plan.serve)
                 self.running[name] = self.stack.enter_context(closing(server)).start()
             warm = [serving_load.picture(seed, self.plan.size) for seed in range(3)]
@@ -173,7 +173,7 @@ def _parts(plan: Plan, model: str, way: str) -> dict[str, Any]:
 
 
 def _options(serve: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `vllm serve` as those of `LLM`."""
+    """Arguments of `vllm serve` as arguments of `LLM`."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -203,13 +203,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.25])
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--per-client", type=int, default=1, help="requests of a run for each client, 6 in all at least"
-    )
+    parser.add_argument("--per-client", type=int, default=1, help="requests per client and run (at least 6 in total)")
     parser.add_argument("--tokens", type=int, default=8, help="length of the answers")
-    parser.add_argument("--size", default="x".join(map(str, serving_model.SIZE)), help="of pictures, WIDTHxHEIGHT")
-    parser.add_argument("--serve", default="", help="further arguments of vllm serve, as one text")
-    parser.add_argument("--alone", action="store_true", help="never two servers at a time")
+    parser.add_argument("--size", default="x".join(map(str, serving_model.SIZE)), help="size of pictures, WIDTHxHEIGHT")
+    parser.add_argument("--serve", default="", help="further arguments of vllm serve, as one string")
+    parser.add_argument("--alone", action="store_true", help="run one server at a time")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ QUESTION = " ".join(f"word{number}" for number in range(32))
 
 @dataclass(frozen=True)
 class Seen:
-    """Times of one answer at the client, in seconds from its request."""
+    """Times of one answer at the client, in seconds since its request."""
 
     first: float
     last: float
@@ -31,7 +31,7 @@ class Seen:
 
 
 def picture(seed: int, size: tuple[int, int]) -> str:
-    """A photograph-like picture of width and height as the `data:` URL of a JPEG."""
+    """A photograph-like picture of `size` (width, height) as the `data:` URL of a JPEG."""
     rough = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(rough).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -43,14 +43,13 @@ def run(server: Server, urls: Sequence[str], concurrency: int, tokens: int) -> d
 
     Args:
         server: A running server.
-        urls: One picture for each request.
-        concurrency: Clients, each of which asks again as soon as it has its answer.
+        urls: One picture per request.
+        concurrency: Number of clients; each sends its next request after the answer.
         tokens: Length of the answers.
 
     Returns:
-        dict: `requests`, `seconds` in all, `requests_per_second`, `first` and `token` (median and 95th percentile of
-        the seconds to the first token and for each further one), `prompt_tokens` of a request (mean),
-        `peak_kv_tokens`.
+        dict: `requests`, total `seconds`, `requests_per_second`, `first` and `token` (median and 95th percentile of the
+        seconds to the first token and per further token), mean `prompt_tokens`, `peak_kv_tokens`.
     """
     seen, peak, wall = asyncio.run(_run(server, urls, concurrency, tokens))
     return {
@@ -95,7 +94,7 @@ async def _run(server: Server, urls: Sequence[str], concurrency: int, tokens: in
 
 
 def _kv_tokens(server: Server) -> float:
-    """Tokens that the KV blocks in use have room for."""
+    """Capacity of the KV blocks in use, in tokens."""
     found = server.metrics()
     return round(found["vllm:kv_cache_usage_perc"] * found["num_gpu_blocks"]) * found["block_size"]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A random Idefics3 for `benchmarks.serving`, small enough for a CPU: times do not depend on what a model has learned.
+"""A random Idefics3 for `benchmarks.serving`, small enough for a CPU; times do not depend on weights.
 
-Its proportions are those of large models: 832 visual tokens of a picture of 13 tiles, nearly all operations in the
-decoder (the vision tower of LLaVA-1.5-7B, too, does 4 in a hundred of them).
+Its proportions are those of large models: 832 visual tokens from 13 tiles, and nearly all operations in the decoder (in
+LLaVA-1.5-7B, too, the vision tower has 4 % of them).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 WORDS = 2000
 TILE, ROWS, COLUMNS = 64, 3, 4
-SIZE = (TILE * COLUMNS, TILE * ROWS)  # width and height of a picture of 3 x 4 tiles, to which a thumbnail comes
+SIZE = (TILE * COLUMNS, TILE * ROWS)  # width and height of 3 x 4 tiles, without the thumbnail
 TEXT = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -40,14 +40,14 @@ _TEMPLATE = (
 
 
 def config() -> Any:
-    """Its transformers config, without the ids of tokens."""
+    """The transformers config, without token ids."""
     from transformers import Idefics3Config
 
     return Idefics3Config(vision_config=dict(VISION), text_config=dict(TEXT), scale_factor=1)
 
 
 def build(folder: Path) -> Path:
-    """Saves the model, with a tokenizer, an image processor and a chat template, as `vllm serve` wants them."""
+    """Saves the model with tokenizer, image processor and chat template for `vllm serve`."""
     import torch
     from transformers import Idefics3ForConditionalGeneration, Idefics3ImageProcessor, Idefics3Processor
 
@@ -70,7 +70,7 @@ def build(folder: Path) -> Path:
 
 
 def about() -> dict[str, Any]:
-    """Conditions under which results with this model are comparable."""
+    """Conditions that must be equal for results with this model to be comparable."""
     return {"text": TEXT, "vision": VISION}
 
 

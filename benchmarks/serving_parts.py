@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a served request goes, for `benchmarks.serving`: in the engine itself, in a process of its own.
+"""Time per part of a served request, measured inside the engine in a separate process, for `benchmarks.serving`.
 
-Preparing images and encoding them are timed by vLLM (`enable_mm_processor_stats`); the model's parts by a `Clock` that
-vLLM mixes into its worker (`worker_extension_cls`), for which the model runs eagerly.
+vLLM times the preparation and encoding of images (`enable_mm_processor_stats`); a `Clock` that vLLM adds to its worker
+(`worker_extension_cls`) times the model's parts, for which the model runs eagerly.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 
 class Clock:
-    """Methods of a vLLM worker that time its model, called by `collective_rpc`."""
+    """Worker methods that time the model, called by `collective_rpc`."""
 
     def clock_start(self: Any) -> None:
-        """Begins to add up."""
+        """Starts the measurement."""
         model = self.get_model()
         self.clock_sums = {"encoder": 0.0, "embed": 0.0, "decoder": 0.0}
         if getattr(self, "clock_ticks", False):
@@ -32,7 +32,7 @@ class Clock:
     def clock_read(self: Any) -> dict[str, float]:
         """Seconds so far: vision tower and projector, selection, decoder."""
         sums = self.clock_sums
-        encoder = sums["encoder"] or sums["embed"]  # an unpruned model has no pruner in front
+        encoder = sums["encoder"] or sums["embed"]  # an unpruned model has no pruner
         return {"encoder": encoder, "selection": sums["embed"] - encoder, "decoder": sums["decoder"]}
 
     def _clock(self: Any, function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -52,15 +52,15 @@ class Clock:
 
 
 def measure(model: str, config: Any, urls: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Answers every picture with one token, one at a time and then all at once; seconds by part, per request.
+    """Answers every picture with one token, one by one and then concurrently; returns seconds per part and request.
 
     Args:
         model: A folder, or a name on the hub.
-        config: What stands under `"vtprune"`, or None.
-        urls: Pictures, two lots of which the second is asked at once.
+        config: The `"vtprune"` settings, or None.
+        urls: Pictures; the second half is requested concurrently.
         options: Further arguments of `LLM`.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the progress bar is on the same terminal
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # keeps the progress bar readable
     from vllm import LLM, SamplingParams
     from vllm.benchmarks.mm_processor import collect_mm_processor_stats
 
@@ -94,7 +94,7 @@ def measure(model: str, config: Any, urls: list[str], options: dict[str, Any]) -
 
     half = (len(urls) + 1) // 2
     try:
-        ask(urls[:1])  # what is made once
+        ask(urls[:1])  # warms up
         return {"alone": timed([[url] for url in urls[1:half]]), "together": timed([urls[half:]])}
     finally:
-        llm.llm_engine.engine_core.shutdown()  # or its process keeps this one from ending
+        llm.llm_engine.engine_core.shutdown()  # otherwise its process keeps this one alive

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of `benchmarks.serving` as tables: medians over rounds, beside the unpruned server's at the same load."""
+"""Results of `benchmarks.serving` as tables: medians over rounds, relative to the unpruned server at the same load."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARTS = ("asked", "variant", "preparing images", "vision", "selection", "decoder
 
 
 def load_rows(data: Data) -> list[tuple[str, ...]]:
-    """A row for each number of clients and variant: values, and in brackets their share of the unpruned ones."""
+    """A row per number of clients and variant: values, and in brackets their ratio to the unpruned ones."""
     found = []
     for clients in sorted({row["concurrency"] for row in data["rows"]}):
         mine = [row for row in data["rows"] if row["concurrency"] == clients]
@@ -45,7 +45,7 @@ def load_rows(data: Data) -> list[tuple[str, ...]]:
 
 
 def medians(rows: Sequence[Data]) -> dict[str, float]:
-    """Medians over rounds, by name; empty without rows."""
+    """Medians over rounds by name; empty without rows."""
     if not rows:
         return {}
     names = ("prompt_tokens", "requests_per_second", "peak_kv_tokens")
@@ -62,7 +62,7 @@ def _beside(own: dict[str, float], base: dict[str, float], name: str, form: str 
 
 
 def part_rows(data: Data) -> list[tuple[str, ...]]:
-    """Where the time of a request goes, one at a time and several at once."""
+    """Time per part of a request, one at a time and concurrently."""
     found = []
     for asked, name in (("alone", "one at a time"), ("together", "8 at once")):
         for way, parts in data["parts"].items():
@@ -74,9 +74,10 @@ def part_rows(data: Data) -> list[tuple[str, ...]]:
 
 
 def gains(data: Data) -> list[tuple[str, float, float]]:
-    """For each pruned way: requests per second at the highest load, over unpruned; and what its parts let expect.
+    """Name, measured and expected gain of each pruned variant.
 
-    Expected is the time that the engine needs for a request when several come at once, unpruned over pruned.
+    Measured: requests per second at the highest load relative to unpruned. Expected: the engine's time per concurrent
+    request, unpruned over pruned.
     """
     clients = max(row["concurrency"] for row in data["rows"])
     rates = {

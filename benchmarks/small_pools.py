@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where all pairs at once beat lazy evaluation on a CPU: writes `benchmarks/results/small_pools.json`.
+"""Time of selection with all pairs and with lazy evaluation on a CPU: writes `benchmarks/results/small_pools.json`.
 
     python -m benchmarks.small_pools
 
-The three greedy choices of the kernels have two paths with equal results. For groups of several sizes, widths and
-budgets both are timed in turn, in CPU time of one thread, on clustered and on unstructured rows.
-`vtprune_kernels/_small.py` says which path runs; a test holds its rule against the result.
+The three greedy selections of the kernels have two paths with equal results. Both are timed alternately, in CPU time of
+one thread, for several sizes, widths and budgets, on clustered and random rows. `vtprune_kernels/_small.py` selects the
+path; a test compares its rule with the result.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from vtprune_kernels.weighted_farthest_point import vectorized as farthest_lazy
 OUT = Path(__file__).resolve().parent / "results" / "small_pools.json"
 ROWS, SHARES, DATA = (144, 256, 576, 1024), (0.05, 0.1, 0.25), ("clustered", "noise")
 RULES: tuple = (0.5, 16, 0.25, 4, "linear")  # IWP's
-HEADS = ((2, 32), (4, 128))  # KV heads and their width
+HEADS = ((2, 32), (4, 128))  # KV heads and head size
 WIDTHS = (192, 1024, 3584)
 Choice = Callable[[], Tensor]
 
 
 def cases(rows: int, picks: int, data: str) -> Iterator[tuple[str, int, bool, Choice, Choice]]:
-    """Yields name, multiplications of a pair, whether the small path is taken, and both paths, lazy and all pairs."""
+    """Yields name, multiplications per pair, whether the all-pairs path is used, and both paths (lazy, all pairs)."""
     relevance = torch.rand(rows, generator=torch.Generator().manual_seed(1)) + 0.1
     for groups, size in HEADS:
         keys, values = (features(rows, groups, size, data=data, seed=seed) * 0.5 for seed in (2, 3))
@@ -77,7 +77,7 @@ def cases(rows: int, picks: int, data: str) -> Iterator[tuple[str, int, bool, Ch
 
 
 def seconds(paths: tuple[Choice, Choice], rounds: int) -> list[float]:
-    """Median CPU seconds of both, in turn."""
+    """Median CPU seconds of both paths, timed alternately."""
     taken: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for path, times in zip(paths, taken, strict=True):
@@ -89,7 +89,7 @@ def seconds(paths: tuple[Choice, Choice], rounds: int) -> list[float]:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for every case."""
+    """A row per case."""
     rows = []
     for count, share, data in itertools.product(ROWS, SHARES, DATA):
         picks = round(share * count)
@@ -104,7 +104,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     from vtprune.study import progress
 
-    parser = argparse.ArgumentParser(description="Both paths of the greedy choices on groups of several sizes.")
+    parser = argparse.ArgumentParser(description="Both paths of the greedy selections on groups of several sizes.")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def of_taken(row: dict[str, Any]) -> float:
-    """Seconds of the path that the rule takes."""
+    """Seconds of the path that the rule selects."""
     return float(row["pairs" if row["small"] else "lazy"])
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cuts inside a real vision tower change of photographs: writes `benchmarks/results/tower_photographs.json`.
+"""Feature error of cuts inside a real vision tower: writes `benchmarks/results/tower_photographs.json`.
 
     make real
     .venv-real/bin/python -m benchmarks.tower_photographs
 
-The model of `benchmarks.real.photo_vlm` sees every photograph of scikit-image, its tower (a DINOv2 of 12 blocks) cut
-and uncut. `cosine` is the mean similarity of the features of all patches, dropped ones as the method rebuilds them, to
-the uncut tower's; `worst` the mean over the tenth of the patches that changed most. Intervals are bootstrapped over the
+The model of `benchmarks.real.photo_vlm` encodes every photograph of scikit-image with its tower (a DINOv2 of 12 blocks)
+cut and uncut. `cosine` is the mean similarity of all patch features (dropped ones as rebuilt by the method) to those of
+the uncut tower, `worst` the mean over the tenth of the patches that changed most. Intervals are bootstrapped over the
 photographs.
 """
 
@@ -39,7 +39,7 @@ def features(model: Any, pixels: Tensor) -> Tensor:
 
 
 def compared(model: Any, pixels: Tensor, method: towers.TowerMethod) -> dict[str, float]:
-    """Similarity of the cut tower's features to the uncut one's, see the module docstring."""
+    """Similarity of the cut tower's features to the uncut one's; see the module docstring."""
     whole = features(model, pixels)
     with vtprune.patch(model, tower=method):
         cosine = (features(model, pixels) * whole).sum(-1).sort().values

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cuts inside the vision tower cost in quality, beside resizing: writes `benchmarks/results/tower_quality.json`.
+"""Quality of cuts inside the vision tower, compared with resizing: writes `benchmarks/results/tower_quality.json`.
 
     python -m benchmarks.tower_quality [--prompts 16]
     python -m benchmarks.tower_quality --prompts 48 --methods Change Similar --keeps 0.5 0.35 --out FILE
 
-The built-in Qwen2.5-VL is asked about held-out scenes at several resolutions and about drawn pages of text. Every tower
-method runs at several shares, alone and with the decoder's default method at a tenth of the tokens. Rows say how often
-the next token is that of the unpruned model, the divergence from it, how many first answer tokens are right, and the
-operations to the first token, vision tower and text included, as a share of the unpruned ones (of the model that was
-asked, whose tower is small beside its decoder). `resize` shows smaller pictures instead; each row is set against the
-largest picture whose operations are not above the row's. `rescued`: of the questions that the unpruned model answers
-rightly and that picture loses, the share that the row answers rightly. `kl_above_change` compares each method with
-`Change` (IPCV), on the same prompts.
+Prompts are questions to the built-in Qwen2.5-VL about held-out scenes at several resolutions and about drawn pages of
+text. Every tower method runs at several shares, alone and with the decoder's default method at a tenth of the tokens.
+Rows hold agreement of the next token with the unpruned model, KL divergence from it, right first answer tokens, and
+operations to the first token (vision tower and text included) relative to the unpruned ones (the tower of this model is
+small relative to its decoder). `resize` uses smaller pictures; each row is compared with the largest picture that needs
+no more operations. `rescued`: of the questions that the unpruned model answers rightly but not from that picture, the
+share that the row answers rightly. `kl_above_change` compares each method with `Change` (IPCV) on the same prompts.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ METHODS: dict[str, Callable[[float], towers.TowerMethod]] = {
     "Uniform": lambda keep: towers.Uniform(keep=keep),
 }
 DECODERS = (1.0, 0.1)
-SMALLER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the visual tokens that resized pictures may have
+SMALLER = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # shares of the visual tokens of resized pictures
 
 
 def prompts(part: str, count: int) -> list[tuple[Image.Image, str, str]]:
@@ -88,7 +87,7 @@ def asked(model: Any, inputs: Any, options: dict[str, Any]) -> dict[str, Any]:
 def one_part(
     model: Any, processor: Any, part: str, count: int, everything: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """All rows of a part."""
+    """All rows of one part."""
     rows: dict[str, list[dict[str, Any]]] = {}
     top = processor.image_processor.size["longest_edge"]
     processor.image_processor.size["longest_edge"] = int(part.split()[1]) ** 2
@@ -123,7 +122,7 @@ def one_part(
 
 
 def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means of a row, and what resizing at no more operations gives on the same prompts."""
+    """Means of a row, and those of resizing at no more operations on the same prompts."""
     mine = rows[name]
     cost = statistics.mean(row["cost"] for row in mine)
     found = {
@@ -160,7 +159,7 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_quality", description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=16, help="of each part (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of each part (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keeps", nargs="+", type=float, default=KEEPS)

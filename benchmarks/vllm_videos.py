@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clips in vLLM, by the plug-in's methods and by vLLM's own: writes `benchmarks/results/vllm-videos.json`.
+"""Clips in vLLM, pruned by the plug-in and by vLLM itself: writes `benchmarks/results/vllm-videos.json`.
 
     python -m benchmarks.vllm_videos              # in the environment of `make test-vllm`
     python -m benchmarks.vllm_videos --clips 2 --out /tmp/videos.json
 
-Both models need torchvision, or `tests/vllm_tests/torchvision_ops` in PYTHONPATH: the built-in Qwen2.5-VL, which knows
-answers, and a random Qwen3-VL, for which alone vLLM has VidCom2. All engines of a model live in one process
-and answer the same clips in turn, each at the same number of tokens. Written down are the tokens of the prompt, how far
-the next token moves from the unpruned engine's (KL), equal and right answers, and CPU time of a request, from frames
-to the last token, as a ratio to the unpruned engine's for that clip.
+Both models need torchvision, or `tests/vllm_tests/torchvision_ops` in PYTHONPATH: the built-in Qwen2.5-VL, and a random
+Qwen3-VL, the only class for which vLLM has VidCom2. All engines of a model run in one process and alternate on the same
+clips, at the same number of tokens. Recorded are prompt tokens, KL of the next token to the unpruned engine's, equal
+and right answers, and CPU time of a request (from frames to the last token) relative to the unpruned engine.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from vtprune.refvlm import clips, qwen
 from vtprune.study import intervals, progress
 
 OUT = Path(__file__).resolve().parent / "results" / "vllm-videos.json"
-SHARE, GRID, STEPS = 0.3, (8, 8), 5  # 96 of 320 tokens; EVS keeps the first 64 at least
-LENGTH = 1024  # tokens of prompt and answer at most
-WARM = 2  # clips before those that count
-PUBLISHED = {  # which vLLM's class for Qwen3-VL writes into prompts of its own
+SHARE, GRID, STEPS = 0.3, (8, 8), 5  # 96 of 320 tokens; EVS always keeps the first 64
+LENGTH = 1024  # limit of prompt and answer tokens
+WARM = 2  # warm-up clips
+PUBLISHED = {  # tokens that vLLM's class for Qwen3-VL writes into prompts
     "image": "<|image_pad|>",
     "video": "<|video_pad|>",
     "vision_start": "<|vision_start|>",
@@ -44,7 +43,7 @@ PUBLISHED = {  # which vLLM's class for Qwen3-VL writes into prompts of its own
 }
 ANSWER = 4  # tokens generated for each clip
 OWN = ("evs", "vidcom2", "vcast", "resprune")
-MODELS = {"Qwen2.5-VL, built in": ("evs",), "Qwen3-VL, random weights": ("evs", "vidcom2")}  # and vLLM's own methods
+MODELS = {"Qwen2.5-VL, built in": ("evs",), "Qwen3-VL, random weights": ("evs", "vidcom2")}  # with vLLM's own methods
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
@@ -61,12 +60,12 @@ def engines(model: str) -> dict[str, dict[str, Any]]:
 
 
 def marks(model: str) -> dict[str, str]:
-    """The words of a model that stand for what is seen, or around it."""
+    """The placeholder and tag tokens of a model."""
     return PUBLISHED if model.startswith("Qwen3") else {name: f"<{name}>" for name in PUBLISHED}
 
 
 def save(folder: Path, model: str) -> None:
-    """Writes a model for vLLM: weights, tokenizer, and a stock processor with a video half."""
+    """Writes a model for vLLM: weights, tokenizer, and a transformers processor with video support."""
     import torch
     import transformers
 
@@ -74,7 +73,7 @@ def save(folder: Path, model: str) -> None:
     special = {f"{name}_token": word for name, word in marks(model).items()}
     words = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, extra_special_tokens=special)
     config = transformers.Qwen2_5_VLConfig.from_pretrained(source, local_files_only=True)
-    config.text_config.max_position_embeddings = LENGTH  # positions are computed: they have no weights
+    config.text_config.max_position_embeddings = LENGTH  # positions have no weights
     kind = "Qwen3VL" if model.startswith("Qwen3") else "Qwen2_5_VL"
     if kind == "Qwen2_5_VL":
         shutil.copy(source / "model.safetensors", folder)
@@ -83,7 +82,7 @@ def save(folder: Path, model: str) -> None:
         torch.manual_seed(0)
         random = transformers.Qwen3VLForConditionalGeneration(_qwen3(words)).float().eval()
         with torch.no_grad():
-            for parameter in random.parameters():  # as the initializer draws them, all clips would get the same answer
+            for parameter in random.parameters():  # larger weights, so that different clips get different answers
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.1)
         random.save_pretrained(folder)
@@ -118,25 +117,25 @@ def start(folder: Path, options: dict[str, Any]) -> Any:
     from vllm import LLM
 
     common = {"dtype": "float32", "enforce_eager": True, "max_model_len": LENGTH, "max_num_seqs": 1, "seed": 0}
-    common |= {"block_size": 32, "num_gpu_blocks_override": 2 * LENGTH // 32}  # all engines share the memory
+    common |= {"block_size": 32, "num_gpu_blocks_override": 2 * LENGTH // 32}  # all engines share memory
     common |= {"enable_prefix_caching": False, "disable_log_stats": True, "max_logprobs": -1, "skip_mm_profiling": True}
     llm = LLM(model=str(folder), limit_mm_per_prompt={"image": 0, "video": 1}, **common, **options)
-    if "video_pruning_rate" in options:  # vLLM's runner for GPUs looks for it, that for CPUs does not
+    if "video_pruning_rate" in options:  # read by vLLM's GPU runner, but not by its CPU runner
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         runner.is_multimodal_pruning_enabled = True
     return llm
 
 
 def answer(llm: Any, model: str, clip: clips.Clip) -> dict[str, Any]:
-    """What an engine says of a clip, and what it costs."""
+    """An engine's answer to a clip, and its CPU time."""
     from vllm import SamplingParams
 
     frames = np.stack([np.asarray(frame) for frame in clip.frames])
     facts = {"fps": 2.0, "duration": len(frames) / 2, "total_num_frames": len(frames), "video_backend": "opencv"}
     facts |= {"frames_indices": list(range(len(frames))), "do_sample_frames": False}
     word = marks(model)
-    # A Qwen3-VL writes marks around each frame. With more around the clip vLLM's own pruning takes the first for that
-    # of a frame, and ends with an error where little text stands before it (vLLM 0.32, transformers 5.19).
+    # Qwen3-VL writes tags around each frame. With further tags around the clip, vLLM's own pruning mistakes the first
+    # for that of a frame, and fails if little text precedes it (vLLM 0.32, transformers 5.19).
     seen = word["video"] if word is PUBLISHED else "{vision_start}{video}{vision_end}".format(**word)
     text = f"{seen} {clip.questions[0].text} answer:"
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, logprobs=-1)
@@ -172,7 +171,7 @@ def summary(name: str, found: list[dict[str, Any]], whole: list[dict[str, Any]],
 
 
 def measure(model: str, count: int) -> dict[str, Any]:
-    """All engines of a model over the same clips."""
+    """Measures all engines of a model on the same clips."""
     asked = [clips.clip(number, GRID, STEPS) for number in range(count + WARM)]
     with tempfile.TemporaryDirectory() as place:
         save(Path(place), model)

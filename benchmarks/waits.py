@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a pruned prefill makes the host wait for the GPU, by line of code.
+"""Device synchronizations of a pruned prefill by line of code: writes `DIR/waits.json`.
 
     python -m benchmarks.waits --out DIR
 
-A wait drains the queue of launches that hides the host's own time, so there should be few of them. PyTorch reports each
-one; those of the unpruned prefill are the model's own. Writes `DIR/waits.json`. Without a GPU there is nothing to see.
+A synchronization drains the launch queue, which hides the host's overhead, so there should be few. PyTorch reports each
+one; those of the unpruned prefill are the model's own. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METHODS = ("iwp", "divprune", "fastv", "cdpruner", "zoo_prune", "random")
 
 
 def count(run: Callable[[], Any]) -> dict[str, int]:
-    """Waits of a call by `file:line`, those outside this project under the file alone."""
+    """Synchronizations of a call by `file:line`; those outside this project by file."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -46,7 +46,7 @@ def place(file: str, line: int) -> str:
 
 
 def measure(methods: tuple[str, ...], device: str) -> list[dict[str, Any]]:
-    """One prefill of the built-in model, unpruned and with each method, after one that warms up."""
+    """One prefill of the built-in model unpruned and with each method, each after a warm-up."""
     model, processor = loading.model_and_processor(loading.EMBEDDED, device, "bfloat16")
     scene = refvlm.scenes.scene(0)
     inputs = loading.prompt(processor, scene.image, scene.questions[0].text).to(model.device)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZOO-Prune's three estimators on the shapes of real projectors: agreement and time, in `results/zoo_sensitivity.json`.
+"""Accuracy and time of ZOO-Prune's estimators on real projector shapes: writes `results/zoo_sensitivity.json`.
 
     python -m benchmarks.zoo_sensitivity
 
-Random weights of the shapes of LLaVA-1.5-7B and InternVL-1B, and of a patch merger (four patches a token, each through
-a root-mean-square norm) at a quarter of the width of Qwen2.5-VL's; 144 tokens of different lengths, float32, 64
-directions, side by side in one run. The reference is the derivative over 256 directions with the slopes in float64.
-Every projector is written at once, an interrupted benchmark resumes where it stopped, and results of another version
-are overwritten with `--force` only.
+Random weights in the shapes of LLaVA-1.5-7B and InternVL-1B, and of a patch merger (four patches per token, each with
+RMS norm) at a quarter of the width of Qwen2.5-VL's; 144 tokens of different norms, float32, 64 directions, interleaved
+in one run. The reference is the derivative over 256 directions with activation slopes in float64. Projectors are
+written one by one, an interrupted benchmark resumes, and results of another version are overwritten only with
+`--force`.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ SHAPES = {
     "internvl-1b": (144, 4096, 896, 896),
     "patch-merger": (144, 4 * 320, 1280, 512),
 }
-PATCHES = {"patch-merger": 4}  # of a token, normed one by one
+PATCHES = {"patch-merger": 4}  # patches per token, normalized individually
 DIRECTIONS = 64
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's."""
+    """Spearman's rank correlation."""
     ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def seconds(function: Callable[[], Any], runs: int) -> float:
-    """Median of `runs`; the caller has run the function once before."""
+    """Median time of `runs` calls in seconds; the caller warms up."""
     times = []
     for _ in range(runs):
         started = time.perf_counter()
@@ -96,7 +96,7 @@ def measure(name: str, runs: int) -> dict[str, Any]:
         ),
     }
     many = unit_directions(torch.randn(256, d_in, generator=generator, dtype=torch.float64))
-    # Once the slopes of the activation are known, the derivative along u is W2 (g * (W1 u)), u as it leaves the norm.
+    # With known activation slopes g, the derivative along u (after the norm) is W2 (g * (W1 u)).
     exactly = norm.double(), first.double()
     slopes = slope_along(act, first(front(x.double())), torch.ones(tokens, width, dtype=torch.float64))
     reference = torch.zeros(tokens, dtype=torch.float64)
@@ -118,7 +118,7 @@ def measure(name: str, runs: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def run(names: list[str], runs: int, out: Path, force: bool = False) -> dict[str, Any]:
-    """Measures the projectors that `out` does not hold yet; it is written after each.
+    """Measures the projectors that are missing in `out`; writes it after each.
 
     Raises:
         StaleResultError: `out` holds results of another version, machine or number of runs.
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--projectors", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="measure anew, and overwrite existing results")
+    parser.add_argument("--force", action="store_true", help="start again, and overwrite existing results")
     args = parser.parse_args()
     with progress.script(args.out):
         run(args.projectors, args.runs, args.out, args.force)

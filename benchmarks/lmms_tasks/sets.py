@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local question sets for lmms-eval: the easy-VQA test split and held-out scenes of the built-in model.
 
-Documents name their picture; pictures are read or drawn when a request is made. Nothing is downloaded.
+Documents reference their picture, which is read or drawn per request. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from PIL import Image
 
 from vtprune.refvlm import easy_vqa, evaluate, scenes
 
-SCENES = 1000  # as many as the accuracy of the built-in model is told for
+SCENES = 1000  # as many as in the reported accuracy of the built-in model
 
 
 class _Local:
-    """A task whose documents come from Python rather than from the hub; goes before lmms-eval's class of tasks."""
+    """Mixin for tasks with documents from Python instead of the hub; precedes lmms-eval's task class."""
 
     dataset: DatasetDict
 
@@ -57,9 +57,9 @@ class Scenes(_Local, ConfigurableMessagesTask):
 
 
 class SceneChoices(_Local, ConfigurableTask):
-    """The same questions with all answers to questions of their kind: the most probable one is chosen, none is written.
+    """The same questions as multiple choice: the most probable answer of the question's kind is selected.
 
-    lmms-eval scores answers with `--force_simple` only.
+    Requires lmms-eval's `--force_simple`.
     """
 
     def rows(self) -> Iterable[dict[str, Any]]:
@@ -84,7 +84,7 @@ def no_picture(doc: dict[str, Any]) -> list[Image.Image]:
 
 
 def right(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 for the answer word for word, as in `vtprune.refvlm.evaluate`."""
+    """1 for an exact match, as in `vtprune.refvlm.evaluate`."""
     return {"right": float(results[0].strip() == doc["answer"])}
 
 
