@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared parts of the Triton kernels: blocks of a ragged batch, and keys for selection in any execution order."""
+"""Shared parts of the Triton kernels: blocks of a ragged batch, and sortable keys for deterministic selection."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The interpreter's matrix product treats the bits of bfloat16 as integers, so inputs are widened there.
+# The interpreter's `tl.dot` treats the bits of bfloat16 as integers, so inputs are converted to float32 there.
 WIDEN = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-NOTHING = -(1 << 63) + 1  # below every key of `rank_key`; kernels write the number
+NOTHING = -(1 << 63) + 1  # smaller than every key of `rank_key`; a literal in the kernels
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -20,12 +20,12 @@ def power_of_two(number: int, least: int = 16) -> int:
 
 
 def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
-    """Splits the groups into blocks of `size` rows, without reading their lengths from the device.
+    """Splits the groups into blocks of at most `size` rows without a device synchronization.
 
     Returns:
-        tuple[Tensor, Tensor]: `[P]` group of each block (the number of groups for surplus ones), `[P]` its first row.
+        tuple[Tensor, Tensor]: Group `[P]` of each block (the number of groups if surplus), and its first row `[P]`.
     """
-    if len(offsets) == 2:  # a single group, in few launches
+    if len(offsets) == 2:  # a single group needs fewer launches
         first = offsets[0] + torch.arange(0, total, size, device=offsets.device)
         return torch.zeros_like(first), first
     count = -(-offsets.diff() // size)
@@ -38,21 +38,21 @@ def blocks(offsets: Tensor, total: int, size: int) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def ordered(value):
-    """int32 with the same order as the float32 values."""
+    """Maps float32 to int32 with the same order."""
     bits = value.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
 def rank_key(value, row):
-    """int64 that orders by value (NaN is the lowest), then by falling row number."""
+    """int64 key that orders by value (NaN lowest), then by descending row, so that ties go to the smaller row."""
     lowest: tl.constexpr = -3.4028234663852886e38
     value = tl.where(value == value, tl.minimum(tl.maximum(value, lowest), -lowest), lowest)
-    value = tl.where(value == 0, 0.0, value)  # minus zero equals zero
+    value = tl.where(value == 0, 0.0, value)  # maps -0.0 to 0.0
     return (ordered(value).to(tl.int64) << 32) | (0x7FFFFFFF - row).to(tl.int64)
 
 
 @triton.jit
 def key_row(key):
-    """The row that a key of `rank_key` belongs to."""
+    """The row of a key of `rank_key`."""
     return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of one row with a block of rows, and lengths of rows, on a GPU."""
+"""Products of one row with a block of rows, and norms of rows, on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._triton import power_of_two
 
-ROWS = 16  # rows of a block
+ROWS = 16  # rows per block
 
 
 def column_block(width: int) -> int:
@@ -18,48 +18,48 @@ def column_block(width: int) -> int:
 
 
 @triton.jit
-def products(features, row_stride, column_stride, rows, inside, one, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Products of `rows` with the row `one`."""
-    at, one = rows.to(tl.int64) * row_stride, one.to(tl.int64) * row_stride
-    total = tl.zeros(rows.shape, tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        other = tl.load(features + one + column * column_stride, mask=column < WIDTH, other=0.0).to(tl.float32)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        mine = tl.load(features + at[:, None] + column[None, :] * column_stride, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(mine * other[None, :], 1)
-    return total
+def products(x_ptr, stride_xm, stride_xd, rows, row_mask, pivot, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Products of `rows` with the row `pivot`."""
+    row_offs, pivot = rows.to(tl.int64) * stride_xm, pivot.to(tl.int64) * stride_xm
+    acc = tl.zeros(rows.shape, tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        pivot_x = tl.load(x_ptr + pivot + offs_d * stride_xd, mask=offs_d < D, other=0.0).to(tl.float32)
+        mask = row_mask[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.sum(x * pivot_x[None, :], 1)
+    return acc
 
 
 @triton.jit
 def _lengths(
-    features, row_stride, column_stride, result, total, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    x_ptr, stride_xm, stride_xd, out_ptr, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < total
-    at = rows.to(tl.int64) * row_stride
-    squares = tl.zeros([ROWS], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        mine = tl.load(features + at[:, None] + column[None, :] * column_stride, mask=mask, other=0.0).to(tl.float32)
-        squares += tl.sum(mine * mine, 1)
-    tl.store(result + rows, tl.sqrt(squares), mask=inside)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < n_rows
+    row_offs = rows.to(tl.int64) * stride_xm
+    sum_sq = tl.zeros([BLOCK_M], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask = row_mask[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0).to(tl.float32)
+        sum_sq += tl.sum(x * x, 1)
+    tl.store(out_ptr + rows, tl.sqrt(sum_sq), mask=row_mask)
 
 
 def lengths(features: Tensor) -> Tensor:
-    """Lengths `[M]` float32 of the rows `[M, D]`; not finite for rows that are not."""
+    """L2 norms `[M]` float32 of the rows `[M, D]`; not finite for rows that are not."""
     result = torch.empty(len(features), device=features.device)
     if len(features):
         _lengths[(-(-len(features) // ROWS),)](
-            features, *features.stride(), result, len(features), WIDTH=features.shape[1],
-            BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+            features, *features.stride(), result, len(features), D=features.shape[1],
+            BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
         )  # fmt: skip
     return result
 
 
 def factors(length: Tensor, eps: float = 1e-6) -> Tensor:
-    """Inverse lengths, zero for rows that are not finite."""
+    """Inverse norms; zero for rows that are not finite."""
     return torch.where(torch.isfinite(length), 1 / length.clamp_min(eps), 0.0)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the most promising rows with all others, computed ahead of the picks of a long group on a GPU.
+"""Products of a window of likely picks with all rows, computed ahead of the picks of a long group on a GPU.
 
-A sequential rule over a group that is too long for a matrix of all pairs would read all features at every pick. Since
-values never rise, the next picks are mostly among the rows with the largest values now: the products of this window
-with all rows are computed together, on the matrix cores, in one pass over the features. A pick outside the window reads
-the features itself and requests a new window. The host does not read these requests: unneeded launches return at once.
+A greedy selection from a group that is too long for a matrix of all pairs would read all features at every pick. Since
+values never rise, most next picks are among the rows with the largest current values: the products of this window with
+all rows are computed together, on tensor cores, in one pass over the features. A pick outside the window reads the
+features and requests a new window. The host does not read these requests; unneeded launches return immediately.
 """
 
 from __future__ import annotations
@@ -17,116 +17,119 @@ from torch import Tensor
 from ._triton import WIDEN, ordered
 
 WINDOW_BYTES = 32_000_000
-EVERY = 8  # picks between two checks whether a new window is needed
+EVERY = 8  # picks between checks for requests of a new window
 _SCAN, _LINES, _TILE = 4096, 64, 128
 
 
 @triton.jit(do_not_specialize=["step", "side"])
 def _select(
-    values, offsets, limit, missed, fresh, taken, rows, slots, step, side, SCAN: tl.constexpr
+    values_ptr, offsets_ptr, budget_ptr, missed_ptr, renewed_ptr, taken_ptr, rows_ptr, slots_ptr, step, side,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fills a group's window with about the `side` largest values, if a pick was outside the last window."""
     group = tl.program_id(0)
-    wanted = (tl.load(missed + group) != 0) & (step < tl.load(limit + group))
-    tl.store(fresh + group, wanted.to(tl.int32))
-    if not wanted:
+    renew = (tl.load(missed_ptr + group) != 0) & (step < tl.load(budget_ptr + group))
+    tl.store(renewed_ptr + group, renew.to(tl.int32))
+    if not renew:
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    least, most = tl.full([], -0x7FFFFFFF, tl.int64), tl.full([], 0x7F800000, tl.int64)
-    found = tl.full([], 0x7FFFFFFF, tl.int32)
-    while (least < most) & (found != side):
-        middle = least + (most - least + 1) // 2
-        count = tl.full([], 0, tl.int32)
-        for first in range(start, stop, SCAN):
-            place = first + tl.arange(0, SCAN)
-            value = tl.load(values + place, mask=place < stop, other=-float("inf"))
-            count += tl.sum((ordered(value) >= middle).to(tl.int32), 0)
-        enough = count >= side
-        least = tl.where(enough, middle, least)
-        found = tl.where(enough, count, found)
-        most = tl.where(enough, most, middle - 1)
-    number = tl.full([], 0, tl.int32)
-    for first in range(start, stop, SCAN):
-        place = first + tl.arange(0, SCAN)
-        value = tl.load(values + place, mask=place < stop, other=-float("inf"))
-        inside = (ordered(value) >= least) & (value > -float("inf"))
-        slot = number + tl.cumsum(inside.to(tl.int32), 0) - 1
-        inside = inside & (slot < side)
-        tl.store(rows + group * side + slot, place, mask=inside)
-        tl.store(slots + place, tl.where(inside, slot, -1), mask=place < stop)
-        number += tl.sum(inside.to(tl.int32), 0)
-    for first in range(number, side, SCAN):
-        slot = first + tl.arange(0, SCAN)
-        tl.store(rows + group * side + slot, tl.zeros([SCAN], tl.int64) - 1, mask=slot < side)
-    tl.debug_barrier()  # every thread has read `missed` by now
-    tl.store(missed + group, 0)
-    tl.store(taken + group, step - 1)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    lo, hi = tl.full([], -0x7FFFFFFF, tl.int64), tl.full([], 0x7F800000, tl.int64)
+    n_found = tl.full([], 0x7FFFFFFF, tl.int32)
+    while (lo < hi) & (n_found != side):
+        mid = lo + (hi - lo + 1) // 2
+        n_reaching = tl.full([], 0, tl.int32)
+        for start_n in range(start, stop, BLOCK_N):
+            rows = start_n + tl.arange(0, BLOCK_N)
+            value = tl.load(values_ptr + rows, mask=rows < stop, other=-float("inf"))
+            n_reaching += tl.sum((ordered(value) >= mid).to(tl.int32), 0)
+        enough = n_reaching >= side
+        lo = tl.where(enough, mid, lo)
+        n_found = tl.where(enough, n_reaching, n_found)
+        hi = tl.where(enough, hi, mid - 1)
+    n_filled = tl.full([], 0, tl.int32)
+    for start_n in range(start, stop, BLOCK_N):
+        rows = start_n + tl.arange(0, BLOCK_N)
+        value = tl.load(values_ptr + rows, mask=rows < stop, other=-float("inf"))
+        mask = (ordered(value) >= lo) & (value > -float("inf"))
+        slots = n_filled + tl.cumsum(mask.to(tl.int32), 0) - 1
+        mask = mask & (slots < side)
+        tl.store(rows_ptr + group * side + slots, rows, mask=mask)
+        tl.store(slots_ptr + rows, tl.where(mask, slots, -1), mask=rows < stop)
+        n_filled += tl.sum(mask.to(tl.int32), 0)
+    for start_n in range(n_filled, side, BLOCK_N):
+        slots = start_n + tl.arange(0, BLOCK_N)
+        tl.store(rows_ptr + group * side + slots, tl.zeros([BLOCK_N], tl.int64) - 1, mask=slots < side)
+    tl.debug_barrier()  # all threads have read `missed_ptr`
+    tl.store(missed_ptr + group, 0)
+    tl.store(taken_ptr + group, step - 1)
 
 
-@triton.jit(do_not_specialize=["side", "total"])
+@triton.jit(do_not_specialize=["side", "n_rows"])
 def _products(
-    features, row_stride, column_stride, factor, cholesky, offsets, fresh, taken, rows, lines, side, max_length, total,
-    EXPLAINED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LINES: tl.constexpr, TILE: tl.constexpr,
-    STEPS: tl.constexpr,
+    x_ptr, stride_xm, stride_xd, factor_ptr, chol_ptr, offsets_ptr, renewed_ptr, taken_ptr, rows_ptr, out_ptr, side,
+    max_length, n_rows,
+    HAS_CHOLESKY: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the scaled products of a window's rows with all rows of the group.
+    """Computes one tile of the scaled products of a window's rows with all rows of the group.
 
-    With `EXPLAINED`, the contribution of the first `taken` rows of a Cholesky factor `[K, M]` is subtracted.
+    `HAS_CHOLESKY` subtracts the products of the first `taken` rows of a Cholesky factor `[K, M]`.
     """
     group = tl.program_id(2)
-    if tl.load(fresh + group) == 0:
+    if tl.load(renewed_ptr + group) == 0:
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    place, slot = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * LINES + tl.arange(0, LINES)
-    if start + tl.program_id(0) * TILE >= stop:
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if start + tl.program_id(0) * BLOCK_N >= stop:
         return
-    mine = tl.load(rows + group * side + slot, mask=slot < side, other=-1)
-    inside, known, theirs = mine >= 0, start + place < stop, start + place
-    at, there = mine.to(tl.int64) * row_stride, theirs.to(tl.int64) * row_stride
-    result = tl.zeros([LINES, TILE], tl.float32)
-    for part in range(0, WIDTH, BLOCK):
-        column = part + tl.arange(0, BLOCK)
-        valid = column < WIDTH
-        mask = inside[:, None] & valid[None, :]
-        a = tl.load(features + at[:, None] + column[None, :] * column_stride, mask=mask, other=0.0)
-        mask = known[None, :] & valid[:, None]
-        b = tl.load(features + there[None, :] + column[:, None] * column_stride, mask=mask, other=0.0)
+    rows = tl.load(rows_ptr + group * side + offs_m, mask=offs_m < side, other=-1)
+    row_mask, col_mask, cols = rows >= 0, start + offs_n < stop, start + offs_n
+    row_offs, col_offs = rows.to(tl.int64) * stride_xm, cols.to(tl.int64) * stride_xm
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        d_mask = offs_d < D
+        mask = row_mask[:, None] & d_mask[None, :]
+        a = tl.load(x_ptr + row_offs[:, None] + offs_d[None, :] * stride_xd, mask=mask, other=0.0)
+        mask = col_mask[None, :] & d_mask[:, None]
+        b = tl.load(x_ptr + col_offs[None, :] + offs_d[:, None] * stride_xd, mask=mask, other=0.0)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        result = tl.dot(a, b, result, input_precision="ieee")
-    scale = tl.load(factor + mine, mask=inside, other=0.0)[:, None]
-    scale = scale * tl.load(factor + theirs, mask=known, other=0.0)[None, :]
-    result = tl.where(scale == 0, 0.0, result * scale)
-    if EXPLAINED:
-        count = tl.load(taken + group)
-        for first in range(0, count, STEPS):
-            step = first + tl.arange(0, STEPS)
-            line, earlier = step.to(tl.int64) * total, step < count
-            mask = inside[:, None] & earlier[None, :]
-            a = tl.load(cholesky + line[None, :] + mine[:, None], mask=mask, other=0.0)
-            mask = known[None, :] & earlier[:, None]
-            b = tl.load(cholesky + line[:, None] + theirs[None, :], mask=mask, other=0.0)
-            result -= tl.dot(a, b, input_precision="ieee")
-    lines += group.to(tl.int64) * side * max_length
-    at = slot.to(tl.int64)[:, None] * max_length + place[None, :]
-    tl.store(lines + at, result, mask=inside[:, None] & known[None, :])
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0)[:, None]
+    scale = scale * tl.load(factor_ptr + cols, mask=col_mask, other=0.0)[None, :]
+    acc = tl.where(scale == 0, 0.0, acc * scale)
+    if HAS_CHOLESKY:
+        n_steps = tl.load(taken_ptr + group)
+        for start_k in range(0, n_steps, BLOCK_K):
+            offs_k = start_k + tl.arange(0, BLOCK_K)
+            chol_offs, k_mask = offs_k.to(tl.int64) * n_rows, offs_k < n_steps
+            mask = row_mask[:, None] & k_mask[None, :]
+            a = tl.load(chol_ptr + chol_offs[None, :] + rows[:, None], mask=mask, other=0.0)
+            mask = col_mask[None, :] & k_mask[:, None]
+            b = tl.load(chol_ptr + chol_offs[:, None] + cols[None, :], mask=mask, other=0.0)
+            acc -= tl.dot(a, b, input_precision="ieee")
+    out_ptr += group.to(tl.int64) * side * max_length
+    row_offs = offs_m.to(tl.int64)[:, None] * max_length + offs_n[None, :]
+    tl.store(out_ptr + row_offs, acc, mask=row_mask[:, None] & col_mask[None, :])
 
 
 class Window:
-    """The most promising rows of every group, and their products with all rows.
+    """The rows with the largest values of every group, and their products with all rows.
 
     Args:
         features: `[M, D]`.
-        factor: `[M]` float32 factors on the rows.
+        factor: `[M]` float32 scale of each row.
         offsets, limit: `[S + 1]` offsets, and `[S]` number of rows to select.
         max_length: Length of the longest group, or more.
 
     Attributes:
         slots: `[M]` int32 slot of each row in its group's window, -1 outside.
-        missed: `[S]` int32, set by the picking kernel to a non-zero value after a pick outside the window.
-        taken: `[S]` int32 number of rows of the Cholesky factor that are subtracted from the products.
+        missed: `[S]` int32, set to 1 by the selection kernel after a pick outside the window.
+        taken: `[S]` int32 number of rows of the Cholesky factor whose products are subtracted.
         lines: `[S, side, max_length]` float32 products.
-        side: Number of rows in a window; with 0 there is none, and every pick is outside.
+        side: Number of rows in a window; 0 disables it, and every pick is outside.
     """
 
     def __init__(self, features: Tensor, factor: Tensor, offsets: Tensor, limit: Tensor, max_length: int) -> None:
@@ -139,24 +142,24 @@ class Window:
         self.lines = torch.empty(groups, self.side, max_length, device=device)
 
     def renew(self, values: Tensor, step: int, cholesky: Tensor | None = None) -> None:
-        """Makes new windows before pick `step`, for groups that need one.
+        """Makes new windows before pick `step` for groups that requested one.
 
         Args:
             values: `[M]` float32 value of each row; minus infinity for selected rows.
-            step: Number of the pick.
-            cholesky: `[K, M]` float32 rows of a Cholesky factor, of which the first `step - 1` are subtracted.
+            step: Index of the pick.
+            cholesky: `[K, M]` float32 rows of a Cholesky factor, the first `step - 1` of which are subtracted.
         """
         if step % EVERY or self.side == 0:
             return
         groups = len(self.limit)
         _select[(groups,)](
             values, self.offsets, self.limit, self.missed, self.fresh, self.taken, self.rows, self.slots, step,
-            self.side, SCAN=_SCAN, num_warps=16,
+            self.side, BLOCK_N=_SCAN, num_warps=16,
         )  # fmt: skip
         half = self.features.element_size() == 2
         _products[(triton.cdiv(self.max_length, _TILE), triton.cdiv(self.side, _LINES), groups)](
             self.features, *self.features.stride(), self.factor, self.factor if cholesky is None else cholesky,
             self.offsets, self.fresh, self.taken, self.rows, self.lines, self.side, self.max_length, len(self.features),
-            EXPLAINED=cholesky is not None, WIDTH=self.features.shape[1], BLOCK=64 if half else 32, LINES=_LINES,
-            TILE=_TILE, STEPS=16, num_warps=8,
+            HAS_CHOLESKY=cholesky is not None, D=self.features.shape[1], BLOCK_D=64 if half else 32, BLOCK_M=_LINES,
+            BLOCK_N=_TILE, BLOCK_K=16, num_warps=8,
         )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a few query rows on a GPU: one pass for the normalizers, one for the result."""
+"""Attention of a few query rows on a GPU: one pass for the log-sum-exp, one for the result."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathering of kept columns of several tensors on a GPU, in one launch."""
+"""Gathers the kept columns of several tensors on a GPU in one launch."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @triton.jit
 def _gather(
-    sources, results, index, kept, index_batch, index_column, batches, columns, outers, inners, sizes, lengths,
+    source_ptrs, out_ptrs, index_ptr, n_kept, stride_ib, stride_ik, strides_batch, strides_column, strides_outer,
+    strides_inner, sizes, inner_sizes,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies one kept column of every tensor; its inner dimensions are flattened to two, `[outer, inner]`."""
-    place = tl.program_id(0)
-    batch, slot = place // kept, place % kept
-    column = tl.load(index + batch.to(tl.int64) * index_batch + slot.to(tl.int64) * index_column)
-    for number in tl.static_range(len(sources)):
-        size, length = sizes[number], lengths[number]
-        start = sources[number] + batch.to(tl.int64) * batches[number] + column * columns[number]
-        for first in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            inside = at < size
-            where = (at // length).to(tl.int64) * outers[number] + (at % length).to(tl.int64) * inners[number]
-            value = tl.load(start + where, mask=inside & (column >= 0), other=0)
-            tl.store(results[number] + place.to(tl.int64) * size + at, value, mask=inside)
+    """Copies one kept column of every tensor; inner dimensions are flattened to `[outer, inner]`."""
+    pid = tl.program_id(0)
+    batch, slot = pid // n_kept, pid % n_kept
+    column = tl.load(index_ptr + batch.to(tl.int64) * stride_ib + slot.to(tl.int64) * stride_ik)
+    for i in tl.static_range(len(source_ptrs)):
+        size, inner = sizes[i], inner_sizes[i]
+        source_ptr = source_ptrs[i] + batch.to(tl.int64) * strides_batch[i] + column * strides_column[i]
+        for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < size
+            src_offs = (offs // inner).to(tl.int64) * strides_outer[i] + (offs % inner).to(tl.int64) * strides_inner[i]
+            value = tl.load(source_ptr + src_offs, mask=mask & (column >= 0), other=0)
+            tl.store(out_ptrs[i] + pid.to(tl.int64) * size + offs, value, mask=mask)
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
-    """Views a tensor as integers of the same size, because Triton has no bool and complex dtypes."""
+    """Views a tensor as integers of the same size, because Triton has no bool or complex dtypes."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.view(_INTEGERS[tensor.element_size()])

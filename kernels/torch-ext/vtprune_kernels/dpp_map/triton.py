@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy MAP of a conditional DPP on a GPU.
 
-If the kernel matrix of a group fits into the allowed memory, it is computed first. Then one program per group makes
-`_STEPS` picks from it, reading few rows of the Cholesky factor for each, and a launch over the whole matrix subtracts
-the products of these rows before the next picks. Longer groups take one launch per pick, which adds one row to the
-factor: gains are read from one buffer and written to another, so that no block reads another's new value; the next pick
-is a maximum of integers, which is the same in every order of execution.
+If the kernel matrix of a group fits into the memory limit, it is computed first. Then one program per group makes
+`_STEPS` picks from it, each reading few rows of the Cholesky factor, and a launch over the matrix subtracts their
+products before the next picks. Longer groups take one launch per pick, which adds one row to the factor: gains are
+read from one buffer and written to another, so that no block reads another's new value; the next pick is a maximum of
+integers, which does not depend on the execution order.
 """
 
 from __future__ import annotations
@@ -22,115 +22,118 @@ from .._triton_rows import ROWS, column_block, decode, factors, lengths, product
 from .._triton_window import Window
 from .naive import EXHAUSTED
 
-_STEPS, _TILE = 32, 64  # picks between two updates of the matrix, and the size of the updated tiles
+_STEPS, _TILE = 32, 64  # picks between two updates of the matrix, and tile size of an update
 
 
 @triton.jit
-def _gain_key(gain, own, place, exhausted):
-    """Key of `rank_key` for a gain; explained rows come after all others, by their own variance."""
-    low = (own.to(tl.int32, bitcast=True).to(tl.int64) - 0x80000000) << 32
-    key = tl.where(gain > exhausted * own, rank_key(gain, place), low | (0x7FFFFFFF - place).to(tl.int64))
+def _gain_key(gain, variance, row, tolerance):
+    """Key of `rank_key` for a gain; rows without residual variance rank last, by their own variance."""
+    exhausted_key = (variance.to(tl.int32, bitcast=True).to(tl.int64) - 0x80000000) << 32
+    key = tl.where(gain > tolerance * variance, rank_key(gain, row), exhausted_key | (0x7FFFFFFF - row).to(tl.int64))
     return tl.where(gain > -float("inf"), key, -0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
-def _explained(row, cholesky, line, one, place, inside, count, UNROLL: tl.constexpr):
-    """Subtracts from `row` what the first `count` rows of the factor, with row stride `line`, explain of it."""
-    for begin in range(0, count, UNROLL):
-        for ahead in tl.static_range(UNROLL):  # so that several rows are loaded at a time
-            there = cholesky + (tl.zeros([], tl.int64) + begin + ahead) * line
-            known = begin + ahead < count
-            row -= tl.load(there + one, mask=known, other=0.0) * tl.load(there + place, mask=inside & known, other=0.0)
+def _explained(row, chol_ptr, stride_c, pivot, cols, mask, n_steps, UNROLL: tl.constexpr):
+    """Subtracts the contribution of the first `n_steps` rows of the factor (row stride `stride_c`) from `row`."""
+    for start in range(0, n_steps, UNROLL):
+        for i in tl.static_range(UNROLL):  # loads several rows at a time
+            ptr = chol_ptr + (tl.zeros([], tl.int64) + start + i) * stride_c
+            k_mask = start + i < n_steps
+            row -= tl.load(ptr + pivot, mask=k_mask, other=0.0) * tl.load(ptr + cols, mask=mask & k_mask, other=0.0)
     return row
 
 
-@triton.jit(do_not_specialize=["max_budget", "first", "begin"])
+@triton.jit(do_not_specialize=["max_budget", "first_group", "first_step"])
 def _choose(
-    matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, exhausted, rank,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    matrix_ptr, variance_ptr, gain_ptr, chol_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget, first_group,
+    first_step, side, tolerance, max_rank,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Makes picks `begin` to `begin + STEPS` of one group, from the matrix that earlier picks leave unexplained."""
-    group = first + tl.program_id(0)
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    place = tl.arange(0, BLOCK)
-    inside, line = place < stop - start, place < side
-    matrix += tl.program_id(0).to(tl.int64) * side * side
-    cholesky += tl.program_id(0) * STEPS * side
-    own = tl.load(variance + start + place, mask=inside, other=0.0)
-    gain = tl.load(left + start + place, mask=inside, other=-float("inf"))
-    for step in range(begin, tl.minimum(begin + STEPS, tl.load(limit + group))):
-        # As many rows as there are dimensions explain all others; what seems left of them is rounding.
-        best = tl.max(_gain_key(gain, own, place, tl.where(step < rank, exhausted, float("inf"))), 0)
-        one = key_row(best)
-        tl.store(order + group * max_budget + step, start + one)
-        row = tl.load(matrix + one * side + place, mask=line, other=0.0)
-        row = _explained(row, cholesky, side, one, place, line, step - begin, 4)
-        # A negative key belongs to a row that the selected ones explain, whose row of the factor is zero.
-        value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        row = tl.where(best < 0, 0.0, row / tl.sqrt(value))
-        tl.store(cholesky + (step - begin) * side + place, row, mask=line)
-        gain = tl.where(place == one, -float("inf"), gain - row * row)
-        tl.debug_barrier()  # the next picks read values that other threads have written
-    tl.store(left + start + place, gain, mask=inside)
+    """Makes picks `first_step` to `first_step + STEPS` of one group from its residual kernel matrix."""
+    group = first_group + tl.program_id(0)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    cols = tl.arange(0, BLOCK_N)
+    mask, line_mask = cols < stop - start, cols < side
+    matrix_ptr += tl.program_id(0).to(tl.int64) * side * side
+    chol_ptr += tl.program_id(0) * STEPS * side
+    variance = tl.load(variance_ptr + start + cols, mask=mask, other=0.0)
+    gain = tl.load(gain_ptr + start + cols, mask=mask, other=-float("inf"))
+    for step in range(first_step, tl.minimum(first_step + STEPS, tl.load(budget_ptr + group))):
+        # After `max_rank` picks all residuals are zero up to rounding, and rows rank by variance.
+        best_key = tl.max(_gain_key(gain, variance, cols, tl.where(step < max_rank, tolerance, float("inf"))), 0)
+        pivot = key_row(best_key)
+        tl.store(order_ptr + group * max_budget + step, start + pivot)
+        row = tl.load(matrix_ptr + pivot * side + cols, mask=line_mask, other=0.0)
+        row = _explained(row, chol_ptr, side, pivot, cols, line_mask, step - first_step, 4)
+        # A negative key belongs to a row without residual variance, whose row of the factor is zero.
+        pivot_gain = (best_key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        row = tl.where(best_key < 0, 0.0, row / tl.sqrt(pivot_gain))
+        tl.store(chol_ptr + (step - first_step) * side + cols, row, mask=line_mask)
+        gain = tl.where(cols == pivot, -float("inf"), gain - row * row)
+        tl.debug_barrier()  # the next picks read values written by other threads
+    tl.store(gain_ptr + start + cols, gain, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "begin"])
+@triton.jit(do_not_specialize=["first_group", "first_step"])
 def _take_out(
-    matrix, cholesky, offsets, limit, first, begin, side, STEPS: tl.constexpr, TILE: tl.constexpr
+    matrix_ptr, chol_ptr, offsets_ptr, budget_ptr, first_group, first_step, side,
+    STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Subtracts the products of `STEPS` rows of the factor from a tile of the matrix."""
-    group = first + tl.program_id(2)
-    if begin + STEPS >= tl.load(limit + group):
+    group = first_group + tl.program_id(2)
+    if first_step + STEPS >= tl.load(budget_ptr + group):
         return
-    length = tl.load(offsets + group + 1) - tl.load(offsets + group)
-    mine, theirs = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    inside, known, step = mine < length, theirs < length, tl.arange(0, STEPS)
-    cholesky += tl.program_id(2) * STEPS * side
-    a = tl.load(cholesky + step[None, :] * side + mine[:, None], mask=inside[:, None], other=0.0)
-    b = tl.load(cholesky + step[:, None] * side + theirs[None, :], mask=known[None, :], other=0.0)
-    matrix += tl.program_id(2).to(tl.int64) * side * side
-    at, both = matrix + mine[:, None] * side + theirs[None, :], inside[:, None] & known[None, :]
-    tl.store(at, tl.load(at, mask=both, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=both)
+    length = tl.load(offsets_ptr + group + 1) - tl.load(offsets_ptr + group)
+    rows, cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, col_mask, steps = rows < length, cols < length, tl.arange(0, STEPS)
+    chol_ptr += tl.program_id(2) * STEPS * side
+    a = tl.load(chol_ptr + steps[None, :] * side + rows[:, None], mask=row_mask[:, None], other=0.0)
+    b = tl.load(chol_ptr + steps[:, None] * side + cols[None, :], mask=col_mask[None, :], other=0.0)
+    matrix_ptr += tl.program_id(2).to(tl.int64) * side * side
+    ptrs, mask = matrix_ptr + rows[:, None] * side + cols[None, :], row_mask[:, None] & col_mask[None, :]
+    tl.store(ptrs, tl.load(ptrs, mask=mask, other=0.0) - tl.dot(a, b, input_precision="ieee"), mask=mask)
 
 
 @triton.jit(do_not_specialize=["side", "max_budget", "step"])
 def _pick(
-    features, row_stride, column_stride, factor, variance, left, left_new, cholesky, total, owner, first, offsets,
-    limit, best, slots, missed, taken, lines, side, max_length, max_budget, step, groups, exhausted,
-    START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_xm, stride_xd, factor_ptr, variance_ptr, gain_ptr, new_gain_ptr, chol_ptr, n_rows, block_group_ptr,
+    block_start_ptr, offsets_ptr, budget_ptr, best_ptr, slots_ptr, missed_ptr, taken_ptr, products_ptr, side,
+    max_length, max_budget, step, n_groups, tolerance,
+    IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Computes row `step - 1` of the factor, and the key of pick `step`."""
-    group = tl.load(owner + tl.program_id(0))
-    if group >= groups:
+    group = tl.load(block_group_ptr + tl.program_id(0))
+    if group >= n_groups:
         return
-    if step >= tl.load(limit + group):
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
-    inside = rows < stop
-    own = tl.load(variance + rows, mask=inside, other=0.0)
-    gain = tl.load(left + rows, mask=inside, other=-float("inf"))
-    if not START:
-        key = tl.load(best + group * max_budget + step - 1)
-        one = start + key_row(key)
-        slot = tl.load(slots + one)
-        begin = tl.zeros([], tl.int32)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    row_mask = rows < stop
+    variance = tl.load(variance_ptr + rows, mask=row_mask, other=0.0)
+    gain = tl.load(gain_ptr + rows, mask=row_mask, other=-float("inf"))
+    if not IS_FIRST:
+        key = tl.load(best_ptr + group * max_budget + step - 1)
+        pivot = start + key_row(key)
+        slot = tl.load(slots_ptr + pivot)
+        first_step = tl.zeros([], tl.int32)
         if slot >= 0:
-            line = lines + (group.to(tl.int64) * side + slot) * max_length
-            row = tl.load(line + rows - start, mask=inside, other=0.0)
-            begin += tl.load(taken + group)
+            line_ptr = products_ptr + (group.to(tl.int64) * side + slot) * max_length
+            row = tl.load(line_ptr + rows - start, mask=row_mask, other=0.0)
+            first_step += tl.load(taken_ptr + group)
         else:
-            tl.store(missed + group, 1)
-            scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
-            row = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
+            tl.store(missed_ptr + group, 1)
+            scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0) * tl.load(factor_ptr + pivot)
+            row = products(x_ptr, stride_xm, stride_xd, rows, row_mask, pivot, D, BLOCK_D)
             row = tl.where(scale == 0, 0.0, row * scale)
-        known = cholesky + begin.to(tl.int64) * total
-        row = _explained(row, known, total, one, rows, inside, step - 1 - begin, 8)
-        row = tl.where(key < 0, 0.0, row / tl.sqrt(tl.load(left + one)))
-        tl.store(cholesky + (tl.zeros([], tl.int64) + step - 1) * total + rows, row, mask=inside)
-        gain = tl.where(rows == one, -float("inf"), gain - row * row)
-        tl.store(left_new + rows, gain, mask=inside)
-    tl.atomic_max(best + group * max_budget + step, tl.max(_gain_key(gain, own, rows - start, exhausted), 0))
+        chol_start_ptr = chol_ptr + first_step.to(tl.int64) * n_rows
+        row = _explained(row, chol_start_ptr, n_rows, pivot, rows, row_mask, step - 1 - first_step, 8)
+        row = tl.where(key < 0, 0.0, row / tl.sqrt(tl.load(gain_ptr + pivot)))
+        tl.store(chol_ptr + (tl.zeros([], tl.int64) + step - 1) * n_rows + rows, row, mask=row_mask)
+        gain = tl.where(rows == pivot, -float("inf"), gain - row * row)
+        tl.store(new_gain_ptr + rows, gain, mask=row_mask)
+    tl.atomic_max(best_ptr + group * max_budget + step, tl.max(_gain_key(gain, variance, rows - start, tolerance), 0))
 
 
 def dpp_map(
@@ -173,11 +176,11 @@ def _whole(
         for begin in range(0, max_budget, _STEPS):
             _choose[(count,)](
                 matrix, variance, left, cholesky, offsets, limit, order, max_budget, first, begin, side, EXHAUSTED,
-                features.shape[1], STEPS=_STEPS, BLOCK=power_of_two(side), num_warps=8,
+                features.shape[1], STEPS=_STEPS, BLOCK_N=power_of_two(side), num_warps=8,
             )  # fmt: skip
             if begin + _STEPS < max_budget:
                 _take_out[(tiles, tiles, count)](
-                    matrix, cholesky, offsets, limit, first, begin, side, STEPS=_STEPS, TILE=_TILE
+                    matrix, cholesky, offsets, limit, first, begin, side, STEPS=_STEPS, BLOCK_N=_TILE
                 )
     return order
 
@@ -197,8 +200,8 @@ def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
             features, *features.stride(), window.factor, variance, left, left_new, cholesky, total, owner, first,
             offsets, limit, best, window.slots, window.missed, window.taken, window.lines, window.side,
             window.max_length, max_budget, step, groups,
-            EXHAUSTED if step < features.shape[1] else float("inf"), START=step == 0, WIDTH=features.shape[1],
-            BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+            EXHAUSTED if step < features.shape[1] else float("inf"), IS_FIRST=step == 0, D=features.shape[1],
+            BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
         )  # fmt: skip
         if step:
             left, left_new = left_new, left

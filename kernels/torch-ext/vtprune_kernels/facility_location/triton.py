@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy facility location on a GPU.
 
-If the cosines of all pairs of a group fit into the allowed memory, they are computed first, and every pick is one
-launch over the whole matrix: blocks of rows add the last pick to the coverage and recompute their gains. For longer
-groups the gains are updated instead: a pick raises the coverage of some columns only, and three launches compute the
-products of the pick, list these columns, and subtract the loss in these columns from each gain. Cosines are integer
-numbers of steps, so that sums are exact and no pick depends on the order in which blocks finish. The number of columns
-is never read by the host.
+If the cosine matrix of a group fits into the memory limit, it is computed first, and every pick is one launch over the
+matrix: blocks of rows add the last pick to the coverage and recompute their gains. For longer groups the gains are
+updated: a pick raises the coverage of some columns only, and three launches compute the products of the pick, list
+these columns, and update each gain over them. Cosines are quantized to integer steps, so that sums are exact and picks
+do not depend on the execution order of blocks. The host never reads the number of columns.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _TILE, _SCAN = 64, 4096
 
 
 @triton.jit
-def _gain(cosine, cover, known):
-    """Float64 sums over the `known` columns of what the cosines `[R, C]` exceed the coverage `[C]` by, in steps."""
-    more = tl.where(known[None, :], cosine - cover[None, :], 0.0)
-    return tl.sum(tl.where(more > 1, more, 0.0), 1).to(tl.float64)
+def _gain(cosine, coverage, col_mask):
+    """Gains `[R]` float64: sums over valid columns of the excess of cosines `[R, C]` over coverage `[C]`, in steps."""
+    excess = tl.where(col_mask[None, :], cosine - coverage[None, :], 0.0)
+    return tl.sum(tl.where(excess > 1, excess, 0.0), 1).to(tl.float64)
 
 
 @triton.jit
@@ -40,152 +39,159 @@ def _steps(cosine, grid):
 
 
 @triton.jit
-def _offer(gain, grid, weights, rows, inside, place, chosen, best, last, WEIGHTED: tl.constexpr, ADD: tl.constexpr):
-    """Raises the best key to that of the free rows; row `last` was selected just before."""
+def _offer(
+    gain, grid, weights_ptr, rows, row_mask, local_rows, chosen_ptr, key_ptr, last_row,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Raises the key at `key_ptr` to the largest key of the free rows; `last_row` is the previous pick."""
     value = gain / grid
     if WEIGHTED:
-        weight = tl.load(weights + rows, mask=inside, other=0.0).to(tl.float64)
+        weight = tl.load(weights_ptr + rows, mask=row_mask, other=0.0).to(tl.float64)
         value = value + weight if ADD else value * weight
     value = value.to(tl.float32)
-    mine = inside & (rows == last)
-    tl.store(chosen + rows, tl.full(rows.shape, 1, tl.int8), mask=mine)
-    free = inside & (tl.load(chosen + rows, mask=inside, other=1) == 0) & (rows != last)
-    tl.atomic_max(best, tl.max(tl.where(free, rank_key(value, place), -0x7FFFFFFFFFFFFFFF), 0))
+    is_last = row_mask & (rows == last_row)
+    tl.store(chosen_ptr + rows, tl.full(rows.shape, 1, tl.int8), mask=is_last)
+    free = row_mask & (tl.load(chosen_ptr + rows, mask=row_mask, other=1) == 0) & (rows != last_row)
+    tl.atomic_max(key_ptr, tl.max(tl.where(free, rank_key(value, local_rows), -0x7FFFFFFFFFFFFFFF), 0))
 
 
-@triton.jit(do_not_specialize=["first", "max_budget", "step"])
+@triton.jit(do_not_specialize=["first_group", "max_budget", "step"])
 def _pick(
-    matrix, own, weights, covered, covered_new, chosen, offsets, limit, best, side, max_budget, first, step, grid,
-    WEIGHTED: tl.constexpr, ADD: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    matrix_ptr, self_ptr, weights_ptr, cov_ptr, new_cov_ptr, chosen_ptr, offsets_ptr, budget_ptr, best_ptr, side,
+    max_budget, first_group, step, grid,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds pick `step - 1` to the coverage, and offers the gains of a block of rows for pick `step`."""
-    group = first + tl.program_id(1)
-    if step >= tl.load(limit + group):
+    """Adds pick `step - 1` to the coverage, and computes the gains of a block of rows for pick `step`."""
+    group = first_group + tl.program_id(1)
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
     length = stop - start
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) * ROWS >= length:
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(0) * BLOCK_M >= length:
         return
-    inside = place < length
-    matrix += tl.program_id(1).to(tl.int64) * side * side
-    one = tl.full([], -1, tl.int32)
-    if not START:
-        one = key_row(tl.load(best + group * max_budget + step - 1))
-    self = tl.load(own + start + place, mask=inside, other=0.0) * grid
-    gain = tl.zeros([ROWS], tl.float64)
-    for begin in range(0, length, TILE):
-        column = begin + tl.arange(0, TILE)
-        known = column < length
-        cover = tl.load(covered + start + column, mask=known, other=0.0)
-        if not START:
-            line = _steps(tl.load(matrix + one * side + column, mask=known, other=0.0), grid)
-            line = tl.where(column == one, tl.load(own + start + one) * grid, line)
-            cover = tl.maximum(cover, line)
-            tl.store(covered_new + start + column, cover, mask=known & (tl.program_id(0) == 0))
-        at = matrix + place[:, None] * side + column[None, :]
-        cosine = _steps(tl.load(at, mask=inside[:, None] & known[None, :], other=0.0), grid)
-        cosine = tl.where(place[:, None] == column[None, :], self[:, None], cosine)
-        gain += _gain(cosine, cover, known)
-    key = best + group * max_budget + step
-    _offer(gain, grid, weights, start + place, inside, place, chosen, key, start + one, WEIGHTED, ADD)
+    row_mask = rows < length
+    matrix_ptr += tl.program_id(1).to(tl.int64) * side * side
+    pivot = tl.full([], -1, tl.int32)
+    if not IS_FIRST:
+        pivot = key_row(tl.load(best_ptr + group * max_budget + step - 1))
+    self_cosine = tl.load(self_ptr + start + rows, mask=row_mask, other=0.0) * grid
+    gain = tl.zeros([BLOCK_M], tl.float64)
+    for start_n in range(0, length, BLOCK_N):
+        cols = start_n + tl.arange(0, BLOCK_N)
+        col_mask = cols < length
+        coverage = tl.load(cov_ptr + start + cols, mask=col_mask, other=0.0)
+        if not IS_FIRST:
+            pivot_cosine = _steps(tl.load(matrix_ptr + pivot * side + cols, mask=col_mask, other=0.0), grid)
+            pivot_cosine = tl.where(cols == pivot, tl.load(self_ptr + start + pivot) * grid, pivot_cosine)
+            coverage = tl.maximum(coverage, pivot_cosine)
+            tl.store(new_cov_ptr + start + cols, coverage, mask=col_mask & (tl.program_id(0) == 0))
+        ptrs = matrix_ptr + rows[:, None] * side + cols[None, :]
+        cosine = _steps(tl.load(ptrs, mask=row_mask[:, None] & col_mask[None, :], other=0.0), grid)
+        cosine = tl.where(rows[:, None] == cols[None, :], self_cosine[:, None], cosine)
+        gain += _gain(cosine, coverage, col_mask)
+    key_ptr = best_ptr + group * max_budget + step
+    _offer(gain, grid, weights_ptr, start + rows, row_mask, rows, chosen_ptr, key_ptr, start + pivot, WEIGHTED, ADD)
 
 
 @triton.jit(do_not_specialize=["max_budget", "step"])
 def _cover(
-    features, row_stride, column_stride, factor, own, covered, covered_new, owner, first, offsets, limit, best,
-    max_budget, step, groups, grid, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_xm, stride_xd, factor_ptr, self_ptr, cov_ptr, new_cov_ptr, block_group_ptr, block_start_ptr,
+    offsets_ptr, budget_ptr, best_ptr, max_budget, step, n_groups, grid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds pick `step - 1` to the coverage of a block of rows."""
-    group = tl.load(owner + tl.program_id(0))
-    if group >= groups:
+    group = tl.load(block_group_ptr + tl.program_id(0))
+    if group >= n_groups:
         return
-    if step >= tl.load(limit + group):
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
-    inside = rows < stop
-    one = start + key_row(tl.load(best + group * max_budget + step - 1))
-    scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
-    total = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
-    cosine = tl.where(scale == 0, 0.0, total * scale)
-    cosine = _steps(tl.where(rows == one, tl.load(own + one), cosine), grid)
-    tl.store(covered_new + rows, tl.maximum(tl.load(covered + rows, mask=inside, other=0.0), cosine), mask=inside)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    row_mask = rows < stop
+    pivot = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+    scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0) * tl.load(factor_ptr + pivot)
+    dot = products(x_ptr, stride_xm, stride_xd, rows, row_mask, pivot, D, BLOCK_D)
+    cosine = tl.where(scale == 0, 0.0, dot * scale)
+    cosine = _steps(tl.where(rows == pivot, tl.load(self_ptr + pivot), cosine), grid)
+    tl.store(new_cov_ptr + rows, tl.maximum(tl.load(cov_ptr + rows, mask=row_mask, other=0.0), cosine), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["step"])
-def _raised(covered, covered_new, columns, count, offsets, limit, step, SCAN: tl.constexpr):
+def _raised(cov_ptr, new_cov_ptr, columns_ptr, count_ptr, offsets_ptr, budget_ptr, step, BLOCK_N: tl.constexpr):
     """Lists the rows of a group whose coverage has increased."""
     group = tl.program_id(0)
-    if step >= tl.load(limit + group):
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    number = tl.full([], 0, tl.int32)
-    for first in range(start, stop, SCAN):
-        place = first + tl.arange(0, SCAN)
-        inside = place < stop
-        more = tl.load(covered_new + place, mask=inside, other=0.0) > tl.load(covered + place, mask=inside, other=0.0)
-        tl.store(columns + start + number + tl.cumsum(more.to(tl.int32), 0) - 1, place, mask=more)
-        number += tl.sum(more.to(tl.int32), 0)
-    tl.store(count + group, number)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    n_found = tl.full([], 0, tl.int32)
+    for start_n in range(start, stop, BLOCK_N):
+        cols = start_n + tl.arange(0, BLOCK_N)
+        mask = cols < stop
+        raised = tl.load(new_cov_ptr + cols, mask=mask, other=0.0) > tl.load(cov_ptr + cols, mask=mask, other=0.0)
+        tl.store(columns_ptr + start + n_found + tl.cumsum(raised.to(tl.int32), 0) - 1, cols, mask=raised)
+        n_found += tl.sum(raised.to(tl.int32), 0)
+    tl.store(count_ptr + group, n_found)
 
 
 @triton.jit(do_not_specialize=["max_budget", "step"])
 def _change(
-    features, row_stride, column_stride, factor, own, weights, covered, covered_new, columns, count, gains, chosen,
-    owner, first, offsets, limit, best, max_budget, step, groups, grid, WEIGHTED: tl.constexpr, ADD: tl.constexpr,
-    START: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, stride_xm, stride_xd, factor_ptr, self_ptr, weights_ptr, cov_ptr, new_cov_ptr, columns_ptr, count_ptr,
+    gains_ptr, chosen_ptr, block_group_ptr, block_start_ptr, offsets_ptr, budget_ptr, best_ptr, max_budget, step,
+    n_groups, grid,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Updates the gains of a tile of rows for the listed columns, and offers them for pick `step`.
+    """Updates the gains of a block of rows over the listed columns, for pick `step`.
 
-    With `START` the columns are all rows of the group, and the gains are those of the first pick.
+    With `IS_FIRST` the columns are all rows of the group, and the gains are those of the first pick.
     """
-    group = tl.load(owner + tl.program_id(0))
-    if group >= groups:
+    group = tl.load(block_group_ptr + tl.program_id(0))
+    if group >= n_groups:
         return
-    if step >= tl.load(limit + group):
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    mine = tl.load(first + tl.program_id(0)) + tl.arange(0, TILE)
-    inside, at = mine < stop, mine.to(tl.int64) * row_stride
-    scale = tl.load(factor + mine, mask=inside, other=0.0)
-    self = tl.load(own + mine, mask=inside, other=0.0)
-    last = tl.full([], -1, tl.int64)
-    total = tl.zeros([TILE], tl.float64)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_N)
+    row_mask, row_offs = rows < stop, rows.to(tl.int64) * stride_xm
+    scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0)
+    self_cosine = tl.load(self_ptr + rows, mask=row_mask, other=0.0)
+    pivot = tl.full([], -1, tl.int64)
+    gain = tl.zeros([BLOCK_N], tl.float64)
     length = stop - start
-    if not START:
-        last = start + key_row(tl.load(best + group * max_budget + step - 1))
-        total = tl.load(gains + mine, mask=inside, other=0.0)
-        length = tl.load(count + group).to(tl.int64)
-    for begin in range(0, length, TILE):
-        place = begin + tl.arange(0, TILE)
-        known = place < length
-        theirs = start + place
-        if not START:
-            theirs = tl.load(columns + start + place, mask=known, other=0)
-        there = theirs.to(tl.int64) * row_stride
-        cosine = tl.zeros([TILE, TILE], tl.float32)
-        for part in range(0, WIDTH, BLOCK):
-            column = part + tl.arange(0, BLOCK)
-            valid = column < WIDTH
-            where = at[:, None] + column[None, :] * column_stride
-            a = tl.load(features + where, mask=inside[:, None] & valid[None, :], other=0.0)
-            where = there[None, :] + column[:, None] * column_stride
-            b = tl.load(features + where, mask=known[None, :] & valid[:, None], other=0.0)
+    if not IS_FIRST:
+        pivot = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+        gain = tl.load(gains_ptr + rows, mask=row_mask, other=0.0)
+        length = tl.load(count_ptr + group).to(tl.int64)
+    for start_n in range(0, length, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        col_mask = offs_n < length
+        cols = start + offs_n
+        if not IS_FIRST:
+            cols = tl.load(columns_ptr + start + offs_n, mask=col_mask, other=0)
+        col_offs = cols.to(tl.int64) * stride_xm
+        cosine = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+        for start_d in range(0, D, BLOCK_D):
+            offs_d = start_d + tl.arange(0, BLOCK_D)
+            d_mask = offs_d < D
+            offs = row_offs[:, None] + offs_d[None, :] * stride_xd
+            a = tl.load(x_ptr + offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+            offs = col_offs[None, :] + offs_d[:, None] * stride_xd
+            b = tl.load(x_ptr + offs, mask=col_mask[None, :] & d_mask[:, None], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             cosine = tl.dot(a, b, cosine, input_precision="ieee")
-        both = scale[:, None] * tl.load(factor + theirs, mask=known, other=0.0)[None, :]
-        cosine = tl.where(both == 0, 0.0, cosine * both)
-        cosine = _steps(tl.where(mine[:, None] == theirs[None, :], self[:, None], cosine), grid)
-        new = tl.zeros([TILE], tl.float32)
-        if not START:
-            new = tl.load(covered_new + theirs, mask=known, other=0.0)
-            total -= _gain(cosine, tl.load(covered + theirs, mask=known, other=0.0), known)
-        total += _gain(cosine, new, known)
-    tl.store(gains + mine, total, mask=inside)
-    key = best + group * max_budget + step
-    _offer(total, grid, weights, mine, inside, mine - start, chosen, key, last, WEIGHTED, ADD)
+        pair_scale = scale[:, None] * tl.load(factor_ptr + cols, mask=col_mask, other=0.0)[None, :]
+        cosine = tl.where(pair_scale == 0, 0.0, cosine * pair_scale)
+        cosine = _steps(tl.where(rows[:, None] == cols[None, :], self_cosine[:, None], cosine), grid)
+        new_coverage = tl.zeros([BLOCK_N], tl.float32)
+        if not IS_FIRST:
+            new_coverage = tl.load(new_cov_ptr + cols, mask=col_mask, other=0.0)
+            gain -= _gain(cosine, tl.load(cov_ptr + cols, mask=col_mask, other=0.0), col_mask)
+        gain += _gain(cosine, new_coverage, col_mask)
+    tl.store(gains_ptr + rows, gain, mask=row_mask)
+    key_ptr = best_ptr + group * max_budget + step
+    _offer(gain, grid, weights_ptr, rows, row_mask, rows - start, chosen_ptr, key_ptr, pivot, WEIGHTED, ADD)
 
 
 def facility_location(
@@ -230,8 +236,9 @@ def _whole(
         for step in range(max_budget):
             _pick[(triton.cdiv(max_length, ROWS), count)](
                 matrix, own, own if weights is None else weights, covered, covered_new, chosen, offsets, limit, best,
-                side, max_budget, first, step, GRID, WEIGHTED=weights is not None, ADD=add, START=step == 0, ROWS=ROWS,
-                TILE=min(256, power_of_two(max_length)),
+                side, max_budget, first, step, GRID, WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0,
+                BLOCK_M=ROWS,
+                BLOCK_N=min(256, power_of_two(max_length)),
             )  # fmt: skip
             if step:
                 covered, covered_new = covered_new, covered
@@ -253,14 +260,14 @@ def _stream(
         if step:
             _cover[(len(few[0]),)](
                 features, *features.stride(), factor, own, covered, covered_new, *few, offsets, limit, best, max_budget,
-                step, groups, GRID, WIDTH=features.shape[1], BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+                step, groups, GRID, D=features.shape[1], BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
             )  # fmt: skip
-            _raised[(groups,)](covered, covered_new, columns, count, offsets, limit, step, SCAN=_SCAN, num_warps=16)
+            _raised[(groups,)](covered, covered_new, columns, count, offsets, limit, step, BLOCK_N=_SCAN, num_warps=16)
         _change[(len(tiles[0]),)](
             features, *features.stride(), factor, own, own if weights is None else weights, covered, covered_new,
             columns, count, gains, chosen, *tiles, offsets, limit, best, max_budget, step, groups, GRID,
-            WEIGHTED=weights is not None, ADD=add, START=step == 0, WIDTH=features.shape[1],
-            BLOCK=64 if features.element_size() == 2 else 32, TILE=_TILE,
+            WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0, D=features.shape[1],
+            BLOCK_D=64 if features.element_size() == 2 else 32, BLOCK_N=_TILE,
         )  # fmt: skip
         if step:
             covered, covered_new = covered_new, covered

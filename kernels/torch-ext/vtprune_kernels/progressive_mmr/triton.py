@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progressive chunked maximal marginal relevance on a GPU.
 
-If the similarities of all pairs of a group fit into the allowed memory, they are computed first, and one program per
-group runs all rounds; longer groups are handled by `triton_rounds`. A selected row gets infinite similarity.
+If the similarity matrix of a group fits into the memory limit, it is computed first, and one program per group runs all
+rounds; `triton_rounds` handles longer groups. Selected rows have infinite similarity.
 """
 
 from __future__ import annotations
@@ -20,60 +20,61 @@ from .triton_similarity import Updates
 
 
 @triton.jit
-def _largest(key, wanted):
-    """Marks the `wanted` largest of distinct int64 keys of `rank_key`."""
+def _largest(key, count):
+    """Mask of the `count` largest of distinct int64 keys of `rank_key`."""
     high = (key >> 32).to(tl.int32)
-    least, most = tl.min(high, 0), tl.max(high, 0)
-    found = tl.full([], 0x7FFFFFFF, tl.int32)
-    # Bisection for the largest value that at least `wanted` keys reach.
-    while (least < most) & (found != wanted):
-        middle = (least.to(tl.int64) + (most.to(tl.int64) - least.to(tl.int64) + 1) // 2).to(tl.int32)
-        count = tl.sum((high >= middle).to(tl.int32), 0)
-        enough = count >= wanted
-        least = tl.where(enough, middle, least)
-        found = tl.where(enough, count, found)
-        most = tl.where(enough, most, middle - 1)
-    result = high >= least
-    over = tl.sum(result.to(tl.int32), 0) - wanted
-    if over > 0:  # of equal values, the last rows are removed
-        equal = high == least
-        result = result & (~equal | (tl.cumsum(equal.to(tl.int32), 0) <= tl.sum(equal.to(tl.int32), 0) - over))
-    return result
+    lo, hi = tl.min(high, 0), tl.max(high, 0)
+    n_found = tl.full([], 0x7FFFFFFF, tl.int32)
+    # Bisection for the largest value that at least `count` keys reach.
+    while (lo < hi) & (n_found != count):
+        mid = (lo.to(tl.int64) + (hi.to(tl.int64) - lo.to(tl.int64) + 1) // 2).to(tl.int32)
+        n_reaching = tl.sum((high >= mid).to(tl.int32), 0)
+        enough = n_reaching >= count
+        lo = tl.where(enough, mid, lo)
+        n_found = tl.where(enough, n_reaching, n_found)
+        hi = tl.where(enough, hi, mid - 1)
+    mask = high >= lo
+    excess = tl.sum(mask.to(tl.int32), 0) - count
+    if excess > 0:  # of equal values, remove the last rows
+        equal = high == lo
+        mask = mask & (~equal | (tl.cumsum(equal.to(tl.int32), 0) <= tl.sum(equal.to(tl.int32), 0) - excess))
+    return mask
 
 
-@triton.jit(do_not_specialize=["max_budget", "first"])
+@triton.jit(do_not_specialize=["max_budget", "first_group"])
 def _choose(
-    matrix, relevance, relevance_stride, near, offsets, limit, order, max_budget, first, side, duplication,
-    CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK: tl.constexpr,
+    matrix_ptr, relevance_ptr, stride_r, max_sim_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget, first_group, side,
+    duplication,
+    CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Runs all rounds of one group."""
-    group, place = first + tl.program_id(0), tl.arange(0, BLOCK)
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    inside = place < stop - start
-    matrix += tl.program_id(0).to(tl.int64) * side * side
-    nothing = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
-    score = tl.load(relevance + (start + place) * relevance_stride, mask=inside, other=0.0).to(tl.float32)
-    closest = tl.load(near + start + place, mask=inside, other=float("inf"))
-    free = tl.sum((closest < float("inf")).to(tl.int32), 0)
-    budget = tl.load(limit + group).to(tl.int32)
+    group, cols = first_group + tl.program_id(0), tl.arange(0, BLOCK_N)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    mask = cols < stop - start
+    matrix_ptr += tl.program_id(0).to(tl.int64) * side * side
+    no_key = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
+    score = tl.load(relevance_ptr + (start + cols) * stride_r, mask=mask, other=0.0).to(tl.float32)
+    max_sim = tl.load(max_sim_ptr + start + cols, mask=mask, other=float("inf"))
+    n_free = tl.sum((max_sim < float("inf")).to(tl.int32), 0)
+    budget = tl.load(budget_ptr + group).to(tl.int32)
     done = tl.full([], 0, tl.int32)
     while done < budget:
         share = (GROWTH * done.to(tl.float64)).to(tl.int32)
         count = tl.minimum(tl.minimum(budget - done, CHUNK), tl.maximum(1, share))
-        key = tl.where(closest < float("inf"), rank_key(gain(score, closest, duplication, LOG), place), nothing)
-        among = inside
+        key = tl.where(max_sim < float("inf"), rank_key(gain(score, max_sim, duplication, LOG), cols), no_key)
+        candidates = mask
         if POOL > 1:  # noqa: SIM102 - a compile-time condition, the inner one is not
             if count > 1:
-                among = _largest(key, tl.minimum(POOL * count, free - done))
+                candidates = _largest(key, tl.minimum(POOL * count, n_free - done))
         for step in range(count):
-            # With POOL 1, the best by this round's values are taken, regardless of their mutual similarity.
+            # With POOL 1, the best rows by this round's values are selected, regardless of their mutual similarity.
             if POOL > 1:  # noqa: SIM102
                 if step > 0:
-                    key = rank_key(gain(score, closest, duplication, LOG), place)
-            one = key_row(tl.max(tl.where(among & (closest < float("inf")), key, nothing), 0))
-            tl.store(order + group * max_budget + done + step, start + one)
-            similar = tl.load(matrix + one * side + place, mask=place < side, other=0.0)
-            closest = tl.where((place == one) | ~inside, float("inf"), tl.maximum(closest, similar))
+                    key = rank_key(gain(score, max_sim, duplication, LOG), cols)
+            pivot = key_row(tl.max(tl.where(candidates & (max_sim < float("inf")), key, no_key), 0))
+            tl.store(order_ptr + group * max_budget + done + step, start + pivot)
+            similarity = tl.load(matrix_ptr + pivot * side + cols, mask=cols < side, other=0.0)
+            max_sim = tl.where((cols == pivot) | ~mask, float("inf"), tl.maximum(max_sim, similarity))
         done += count
 
 
@@ -117,6 +118,6 @@ def progressive_mmr(
         updates.matrix(offsets, first, matrix[:count])
         _choose[(count,)](
             matrix, relevance, relevance.stride(0), rounds.near, offsets, limit, rounds.order, max_budget, first, side,
-            duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK=power_of_two(side), num_warps=8,
+            duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK_N=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return rounds.order

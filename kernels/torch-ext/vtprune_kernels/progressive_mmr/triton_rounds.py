@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progressive chunked MMR on a GPU for groups that are too long for a matrix of all pairs: a few launches per round.
+"""Progressive chunked MMR on a GPU for groups too long for a matrix of all pairs, in a few launches per round.
 
-A round ranks all rows, compares the candidates with each other, selects from them, and updates the largest similarities
-of all rows, in blocks, with the rows selected in the round. A selected row gets infinite similarity.
+A round ranks all rows, computes the similarities of the candidates, selects from them, and updates the largest
+similarity of every row to the selected ones, in blocks. Selected rows have infinite similarity.
 """
 
 from __future__ import annotations
@@ -15,96 +15,100 @@ from torch import Tensor
 from .._triton import NOTHING, key_row, power_of_two, rank_key
 from .triton_similarity import Updates, tile
 
-_PICKS = 16  # selected rows that a block is compared with at a time
+_PICKS = 16  # selected rows per tile of similarities
 
 
 @triton.jit
-def gain(relevance, near, duplication, LOG: tl.constexpr):
+def gain(relevance, max_sim, duplication, LOG: tl.constexpr):
     """Value of a row, given its largest similarity to the selected ones."""
-    near = tl.where(near < float("inf"), near, 0.0)
+    max_sim = tl.where(max_sim < float("inf"), max_sim, 0.0)
     if LOG:
-        return relevance + 0.5 * tl.log(1 - duplication * near * near + 1e-6)
-    return relevance - duplication * near
+        return relevance + 0.5 * tl.log(1 - duplication * max_sim * max_sim + 1e-6)
+    return relevance - duplication * max_sim
 
 
 @triton.jit(do_not_specialize=["max_budget", "done", "count", "max_length"])
 def _update(
-    keys, values, shift, halves, inverses, scaling, key_row_stride, key_head, key_column, value_row, value_head,
-    value_column, near, relevance, relevance_stride, ranks, offsets, limit, order, max_budget, done, count, max_length,
-    duplication, PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, ROWS: tl.constexpr,
-    PICKS: tl.constexpr, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PART: tl.constexpr,
+    k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn, stride_vh,
+    stride_vd, max_sim_ptr, relevance_ptr, stride_r, ranks_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget, done,
+    count, max_length, duplication,
+    PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Updates the largest similarities of a block of rows with the last round's rows, and with `RANK` their rank keys.
+    """Updates the largest similarities of a block of rows with the last round's picks, and with `RANK` their rank keys.
 
-    With `PRESELECTED`, the block is compared with the rows that are marked in `order` instead.
+    With `PRESELECTED`, the picks are the rows marked in `order_ptr` instead.
     """
-    group, place = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    if start + tl.program_id(0) * ROWS >= stop:
+    group, offs_m = tl.program_id(1), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    if start + tl.program_id(0) * BLOCK_M >= stop:
         return
-    rows = start + place
-    inside = rows < stop
-    closest = tl.load(near + rows, mask=inside, other=0.0)
-    number = (
-        (stop - start).to(tl.int32) if PRESELECTED else tl.minimum(count, tl.load(limit + group) - done).to(tl.int32)
+    rows = start + offs_m
+    row_mask = rows < stop
+    max_sim = tl.load(max_sim_ptr + rows, mask=row_mask, other=0.0)
+    n_picks = (
+        (stop - start).to(tl.int32)
+        if PRESELECTED
+        else tl.minimum(count, tl.load(budget_ptr + group) - done).to(tl.int32)
     )
-    for begin in range(0, number, PICKS):
-        slot = begin + tl.arange(0, PICKS)
-        known = slot < number
+    for start_n in range(0, n_picks, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        pick_mask = offs_n < n_picks
         if PRESELECTED:
-            picks = start + slot
-            known = tl.load(order + picks, mask=known, other=0) != 0
+            picks = start + offs_n
+            pick_mask = tl.load(order_ptr + picks, mask=pick_mask, other=0) != 0
         else:
-            picks = tl.load(order + group * max_budget + done + slot, mask=known, other=0)
-        if tl.max(known.to(tl.int32), 0) > 0:
-            similar = tile(
-                keys, values, shift, halves, inverses, scaling, key_row_stride, key_head, key_column, value_row,
-                value_head, value_column, rows, inside, picks, known, SHIFT, KV_HEADS, DK, DV, PART,
+            picks = tl.load(order_ptr + group * max_budget + done + offs_n, mask=pick_mask, other=0)
+        if tl.max(pick_mask.to(tl.int32), 0) > 0:
+            similarity = tile(
+                k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd,
+                stride_vn,
+                stride_vh, stride_vd, rows, row_mask, picks, pick_mask, HAS_SHIFT, KV_HEADS, DK, DV, BLOCK_D,
             )  # fmt: skip
-            similar = tl.where((rows[:, None] == picks[None, :]) & known[None, :], float("inf"), similar)
-            closest = tl.maximum(closest, tl.max(tl.where(known[None, :], similar, 0.0), 1))
-    tl.store(near + rows, closest, mask=inside)
+            similarity = tl.where((rows[:, None] == picks[None, :]) & pick_mask[None, :], float("inf"), similarity)
+            max_sim = tl.maximum(max_sim, tl.max(tl.where(pick_mask[None, :], similarity, 0.0), 1))
+    tl.store(max_sim_ptr + rows, max_sim, mask=row_mask)
     if RANK:
-        score = tl.load(relevance + rows * relevance_stride, mask=inside, other=0.0).to(tl.float32)
-        key = rank_key(gain(score, closest, duplication, LOG), place)
-        key = tl.where(closest < float("inf"), key, -0x7FFFFFFFFFFFFFFF)
-        tl.store(ranks + group.to(tl.int64) * max_length + place, key, mask=inside)
+        score = tl.load(relevance_ptr + rows * stride_r, mask=row_mask, other=0.0).to(tl.float32)
+        key = rank_key(gain(score, max_sim, duplication, LOG), offs_m)
+        key = tl.where(max_sim < float("inf"), key, -0x7FFFFFFFFFFFFFFF)
+        tl.store(ranks_ptr + group.to(tl.int64) * max_length + offs_m, key, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["max_budget", "done", "count", "side"])
 def _pick(
-    relevance, relevance_stride, near, best, similarity, offsets, limit, order, max_budget, done, count, side,
-    duplication, LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK: tl.constexpr,
+    relevance_ptr, stride_r, max_sim_ptr, best_ptr, similarity_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget,
+    done, count, side, duplication,
+    LOG: tl.constexpr, GREEDY: tl.constexpr, PER_PICK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Selects the rows of one group's round from its candidates, whose keys are sorted, best first."""
-    group, slot = tl.program_id(0), tl.arange(0, BLOCK)
-    start = tl.load(offsets + group)
-    number = tl.minimum(count, tl.load(limit + group) - done)
-    key = tl.load(best + group * side + slot, mask=slot < side, other=-0x7FFFFFFFFFFFFFFF)
-    valid = (slot < PER_PICK * number) & (key != -0x7FFFFFFFFFFFFFFF)
+    """Selects the rows of one group's round from its candidates, whose keys are sorted in descending order."""
+    group, slots = tl.program_id(0), tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + group)
+    n_picks = tl.minimum(count, tl.load(budget_ptr + group) - done)
+    key = tl.load(best_ptr + group * side + slots, mask=slots < side, other=-0x7FFFFFFFFFFFFFFF)
+    valid = (slots < PER_PICK * n_picks) & (key != -0x7FFFFFFFFFFFFFFF)
     rows = start + key_row(key)
-    result = order + group * max_budget + done
+    out_ptr = order_ptr + group * max_budget + done
     if GREEDY:
-        closest = tl.load(near + rows, mask=valid, other=0.0)
-        score = tl.load(relevance + rows * relevance_stride, mask=valid, other=0.0).to(tl.float32)
-        similarity += group.to(tl.int64) * side * side
-        for step in range(number):
-            value = rank_key(gain(score, closest, duplication, LOG), rows - start)
-            one = start + key_row(tl.max(tl.where(valid, value, -0x7FFFFFFFFFFFFFFF), 0))
-            tl.store(result + step, one)
-            here = tl.max(tl.where(valid & (rows == one), slot, 0), 0)
-            valid = valid & (slot != here)
-            closest = tl.maximum(closest, tl.load(similarity + here * side + slot, mask=valid, other=0.0))
+        max_sim = tl.load(max_sim_ptr + rows, mask=valid, other=0.0)
+        score = tl.load(relevance_ptr + rows * stride_r, mask=valid, other=0.0).to(tl.float32)
+        similarity_ptr += group.to(tl.int64) * side * side
+        for step in range(n_picks):
+            value = rank_key(gain(score, max_sim, duplication, LOG), rows - start)
+            pivot = start + key_row(tl.max(tl.where(valid, value, -0x7FFFFFFFFFFFFFFF), 0))
+            tl.store(out_ptr + step, pivot)
+            pivot_slot = tl.max(tl.where(valid & (rows == pivot), slots, 0), 0)
+            valid = valid & (slots != pivot_slot)
+            max_sim = tl.maximum(max_sim, tl.load(similarity_ptr + pivot_slot * side + slots, mask=valid, other=0.0))
     else:
-        tl.store(result + slot, rows, mask=slot < number)
+        tl.store(out_ptr + slots, rows, mask=slots < n_picks)
 
 
 class Rounds:
     """State of the selection in all groups.
 
     Args:
-        updates: Rank-one updates of the rows, by which they are compared.
+        updates: Rank-one updates of the rows, which define the similarity.
         relevance: `[M]`.
         offsets, limit: `[S + 1]` offsets, and `[S]` number of rows to select from each group.
         max_budget: Largest number of rows to select from a group.
@@ -133,7 +137,7 @@ class Rounds:
         self.order = torch.full((len(limit), max_budget), -1, dtype=torch.int64, device=relevance.device)
 
     def add_preselected(self, preselected: Tensor) -> None:
-        """Counts the rows that are marked in `preselected` `[M]` uint8 as selected."""
+        """Treats the rows marked in `preselected` `[M]` uint8 as selected."""
         self._update(0, 0, preselected, None)
 
     def _update(self, done: int, count: int, preselected: Tensor | None, ranks: Tensor | None) -> None:
@@ -142,8 +146,8 @@ class Rounds:
             *self.updates.tensors, self.near, self.relevance, self.relevance.stride(0),
             self.order if ranks is None else ranks, self.offsets, self.limit,
             self.order if preselected is None else preselected, self.order.shape[1], done, count, self.max_length,
-            self.duplication, PRESELECTED=preselected is not None, RANK=ranks is not None, LOG=self.log, ROWS=rows,
-            PICKS=_PICKS, num_warps=8, num_stages=1, **self.updates.sizes,
+            self.duplication, PRESELECTED=preselected is not None, RANK=ranks is not None, LOG=self.log, BLOCK_M=rows,
+            BLOCK_N=_PICKS, num_warps=8, num_stages=1, **self.updates.sizes,
         )  # fmt: skip
 
     def choose(self, chunk: int, growth: float, pool: int) -> Tensor:
@@ -164,7 +168,7 @@ class Rounds:
             _pick[(groups,)](
                 self.relevance, self.relevance.stride(0), self.near, best, similarity, self.offsets, self.limit,
                 self.order, max_budget, done, count, side, self.duplication, LOG=self.log, GREEDY=greedy,
-                PER_PICK=per_pick, BLOCK=power_of_two(side),
+                PER_PICK=per_pick, BLOCK_N=power_of_two(side),
             )  # fmt: skip
             if done + count < max_budget:
                 self._update(done, count, None, ranks)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Similarities of rank-one updates on a GPU, in tiles on the matrix cores.
+"""Similarities of rank-one updates on a GPU, in tiles on the tensor cores.
 
-`|k_i - k_j|^2` is computed from lengths and a product. Products of half-precision keys are exact in float32; float32
-keys are first shifted by their mean, which changes no distance but avoids cancellation due to a shared bias.
+`|k_i - k_j|^2` is computed from norms and a product. Products of half-precision keys are exact in float32; float32
+keys are first centered, which changes no distance but avoids cancellation due to a shared bias.
 """
 
 from __future__ import annotations
@@ -17,119 +17,126 @@ from .._triton import WIDEN, power_of_two
 
 @triton.jit
 def _measure(
-    keys, values, shift, halves, inverses, total, scaling, key_row, key_head, key_column, value_row, value_head,
-    value_column, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
-    ROWS: tl.constexpr,
+    k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, n_rows, scaling, stride_kn, stride_kh, stride_kd, stride_vn,
+    stride_vh, stride_vd,
+    HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Computes `scaling |k|^2 / 2` and `1 / |v|` of a block of rows; the latter is 0 for values that are not finite."""
+    """Computes `scaling |k|^2 / 2` and `1 / |v|` of a block of rows; the latter is 0 where |v| is not finite."""
     kv_head = tl.program_id(1)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside, at = rows < total, rows.to(tl.int64)
-    square = tl.zeros([ROWS], tl.float32)
-    for part in range(0, DK, PART):
-        k = part + tl.arange(0, PART)
-        mask = inside[:, None] & (k < DK)[None, :]
-        place = keys + (at * key_row + kv_head * key_head)[:, None] + k[None, :] * key_column
-        key = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        if SHIFT:
-            key = tl.where(mask, key - tl.load(shift + kv_head * DK + k, mask=k < DK, other=0.0)[None, :], 0.0)
-        square += tl.sum(key * key, 1)
-    tl.store(halves + at * KV_HEADS + kv_head, square * (0.5 * scaling), mask=inside)
-    square = tl.zeros([ROWS], tl.float32)
-    for part in range(0, DV, PART):
-        v = part + tl.arange(0, PART)
-        place = values + (at * value_row + kv_head * value_head)[:, None] + v[None, :] * value_column
-        value = tl.load(place, mask=inside[:, None] & (v < DV)[None, :], other=0.0).to(tl.float32)
-        square += tl.sum(value * value, 1)
-    length = tl.sqrt(square)
-    finite = length < float("inf")
-    tl.store(inverses + at * KV_HEADS + kv_head, tl.where(finite, 1 / tl.maximum(length, 1e-6), 0.0), mask=inside)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask, offs_m = rows < n_rows, rows.to(tl.int64)
+    sum_sq = tl.zeros([BLOCK_M], tl.float32)
+    for start_d in range(0, DK, BLOCK_D):
+        offs_k = start_d + tl.arange(0, BLOCK_D)
+        mask = row_mask[:, None] & (offs_k < DK)[None, :]
+        ptrs = k_ptr + (offs_m * stride_kn + kv_head * stride_kh)[:, None] + offs_k[None, :] * stride_kd
+        k = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            k = tl.where(
+                mask, k - tl.load(shift_ptr + kv_head * DK + offs_k, mask=offs_k < DK, other=0.0)[None, :], 0.0
+            )
+        sum_sq += tl.sum(k * k, 1)
+    tl.store(half_sq_ptr + offs_m * KV_HEADS + kv_head, sum_sq * (0.5 * scaling), mask=row_mask)
+    sum_sq = tl.zeros([BLOCK_M], tl.float32)
+    for start_d in range(0, DV, BLOCK_D):
+        offs_v = start_d + tl.arange(0, BLOCK_D)
+        ptrs = v_ptr + (offs_m * stride_vn + kv_head * stride_vh)[:, None] + offs_v[None, :] * stride_vd
+        v = tl.load(ptrs, mask=row_mask[:, None] & (offs_v < DV)[None, :], other=0.0).to(tl.float32)
+        sum_sq += tl.sum(v * v, 1)
+    norm = tl.sqrt(sum_sq)
+    finite = norm < float("inf")
+    tl.store(
+        inv_norm_ptr + offs_m * KV_HEADS + kv_head, tl.where(finite, 1 / tl.maximum(norm, 1e-6), 0.0), mask=row_mask
+    )
 
 
 @triton.jit
 def tile(
-    keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
-    value_column, mine, inside, theirs, known, SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr,
-    DV: tl.constexpr, PART: tl.constexpr,
+    k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn, stride_vh,
+    stride_vd, rows, row_mask, cols, col_mask,
+    HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Similarity `[A, B]` of the rows `mine` `[A]` and `theirs` `[B]`, averaged over the KV heads."""
-    mine, theirs = mine.to(tl.int64), theirs.to(tl.int64)
-    total = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
+    """Similarity `[A, B]` of the rows `rows` `[A]` and `cols` `[B]`, averaged over the KV heads."""
+    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    acc = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
     for kv_head in range(KV_HEADS):
-        at, there = mine * key_row + kv_head * key_head, theirs * key_row + kv_head * key_head
-        product = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
-        for part in range(0, DK, PART):
-            k = part + tl.arange(0, PART)
-            mask, their_mask = inside[:, None] & (k < DK)[None, :], known[None, :] & (k < DK)[:, None]
-            a = tl.load(keys + at[:, None] + k[None, :] * key_column, mask=mask, other=0.0)
-            b = tl.load(keys + there[None, :] + k[:, None] * key_column, mask=their_mask, other=0.0)
-            if SHIFT:
-                bias = tl.load(shift + kv_head * DK + k, mask=k < DK, other=0.0)
-                a, b = tl.where(mask, a - bias[None, :], 0.0), tl.where(their_mask, b - bias[:, None], 0.0)
+        row_offs, col_offs = rows * stride_kn + kv_head * stride_kh, cols * stride_kn + kv_head * stride_kh
+        dot = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+        for start_d in range(0, DK, BLOCK_D):
+            offs_k = start_d + tl.arange(0, BLOCK_D)
+            a_mask, b_mask = row_mask[:, None] & (offs_k < DK)[None, :], col_mask[None, :] & (offs_k < DK)[:, None]
+            a = tl.load(k_ptr + row_offs[:, None] + offs_k[None, :] * stride_kd, mask=a_mask, other=0.0)
+            b = tl.load(k_ptr + col_offs[None, :] + offs_k[:, None] * stride_kd, mask=b_mask, other=0.0)
+            if HAS_SHIFT:
+                bias = tl.load(shift_ptr + kv_head * DK + offs_k, mask=offs_k < DK, other=0.0)
+                a, b = tl.where(a_mask, a - bias[None, :], 0.0), tl.where(b_mask, b - bias[:, None], 0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            product = tl.dot(a, b, product, input_precision="ieee")
-        exponent = scaling * product
-        exponent -= tl.load(halves + mine * KV_HEADS + kv_head, mask=inside, other=0.0)[:, None]
-        exponent -= tl.load(halves + theirs * KV_HEADS + kv_head, mask=known, other=0.0)[None, :]
-        at, there = mine * value_row + kv_head * value_head, theirs * value_row + kv_head * value_head
-        product = tl.zeros([mine.shape[0], theirs.shape[0]], tl.float32)
-        for part in range(0, DV, PART):
-            v = part + tl.arange(0, PART)
-            mask, their_mask = inside[:, None] & (v < DV)[None, :], known[None, :] & (v < DV)[:, None]
-            a = tl.load(values + at[:, None] + v[None, :] * value_column, mask=mask, other=0.0)
-            b = tl.load(values + there[None, :] + v[:, None] * value_column, mask=their_mask, other=0.0)
+            dot = tl.dot(a, b, dot, input_precision="ieee")
+        exponent = scaling * dot
+        exponent -= tl.load(half_sq_ptr + rows * KV_HEADS + kv_head, mask=row_mask, other=0.0)[:, None]
+        exponent -= tl.load(half_sq_ptr + cols * KV_HEADS + kv_head, mask=col_mask, other=0.0)[None, :]
+        row_offs, col_offs = rows * stride_vn + kv_head * stride_vh, cols * stride_vn + kv_head * stride_vh
+        dot = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+        for start_d in range(0, DV, BLOCK_D):
+            offs_v = start_d + tl.arange(0, BLOCK_D)
+            a_mask, b_mask = row_mask[:, None] & (offs_v < DV)[None, :], col_mask[None, :] & (offs_v < DV)[:, None]
+            a = tl.load(v_ptr + row_offs[:, None] + offs_v[None, :] * stride_vd, mask=a_mask, other=0.0)
+            b = tl.load(v_ptr + col_offs[None, :] + offs_v[:, None] * stride_vd, mask=b_mask, other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            product = tl.dot(a, b, product, input_precision="ieee")
-        scale = tl.load(inverses + mine * KV_HEADS + kv_head, mask=inside, other=0.0)[:, None]
-        scale = scale * tl.load(inverses + theirs * KV_HEADS + kv_head, mask=known, other=0.0)[None, :]
-        total += tl.exp(tl.minimum(exponent, 0.0)) * tl.where(scale == 0, 0.0, product * scale)
-    return total / KV_HEADS
+            dot = tl.dot(a, b, dot, input_precision="ieee")
+        scale = tl.load(inv_norm_ptr + rows * KV_HEADS + kv_head, mask=row_mask, other=0.0)[:, None]
+        scale = scale * tl.load(inv_norm_ptr + cols * KV_HEADS + kv_head, mask=col_mask, other=0.0)[None, :]
+        acc += tl.exp(tl.minimum(exponent, 0.0)) * tl.where(scale == 0, 0.0, dot * scale)
+    return acc / KV_HEADS
 
 
-@triton.jit(do_not_specialize=["first", "side"])
+@triton.jit(do_not_specialize=["first_group", "side"])
 def _matrix(
-    keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
-    value_column, rows, offsets, first, side, result, CHOSEN: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr,
-    KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PART: tl.constexpr,
+    k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn, stride_vh,
+    stride_vd, rows_ptr, offsets_ptr, first_group, side, out_ptr,
+    HAS_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the similarities of a group's rows, or with `CHOSEN` of those in `rows`, and its mirror image."""
-    upper, lower, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start, stop = tl.load(offsets + first + slot), tl.load(offsets + first + slot + 1)
-    if (lower < upper) | ((start + lower * TILE >= stop) & (not CHOSEN)):
+    """Computes a tile of the similarities of a group's rows, or with `HAS_ROWS` of `rows_ptr`, and its transpose."""
+    pid_m, pid_n, slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, stop = tl.load(offsets_ptr + first_group + slot), tl.load(offsets_ptr + first_group + slot + 1)
+    if (pid_n < pid_m) | ((start + pid_n * BLOCK_N >= stop) & (not HAS_ROWS)):
         return
-    at, there = upper * TILE + tl.arange(0, TILE), lower * TILE + tl.arange(0, TILE)
-    if CHOSEN:
-        mine = tl.load(rows + slot * side + at, mask=at < side, other=-1)
-        theirs = tl.load(rows + slot * side + there, mask=there < side, other=-1)
-        inside, known = mine >= 0, theirs >= 0
+    offs_m, offs_n = pid_m * BLOCK_N + tl.arange(0, BLOCK_N), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_ROWS:
+        rows = tl.load(rows_ptr + slot * side + offs_m, mask=offs_m < side, other=-1)
+        cols = tl.load(rows_ptr + slot * side + offs_n, mask=offs_n < side, other=-1)
+        row_mask, col_mask = rows >= 0, cols >= 0
     else:
-        mine, theirs = start + at, start + there
-        inside, known = mine < stop, theirs < stop
-    total = tile(
-        keys, values, shift, halves, inverses, scaling, key_row, key_head, key_column, value_row, value_head,
-        value_column, mine, inside, theirs, known, SHIFT, KV_HEADS, DK, DV, PART,
+        rows, cols = start + offs_m, start + offs_n
+        row_mask, col_mask = rows < stop, cols < stop
+    similarity = tile(
+        k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn,
+        stride_vh,
+        stride_vd, rows, row_mask, cols, col_mask, HAS_SHIFT, KV_HEADS, DK, DV, BLOCK_D,
     )  # fmt: skip
-    result += slot.to(tl.int64) * side * side
-    tl.store(result + at[:, None] * side + there[None, :], total, mask=inside[:, None] & known[None, :])
-    if upper < lower:
-        mask = known[:, None] & inside[None, :]
-        tl.store(result + there[:, None] * side + at[None, :], tl.trans(total), mask=mask)
+    out_ptr += slot.to(tl.int64) * side * side
+    tl.store(out_ptr + offs_m[:, None] * side + offs_n[None, :], similarity, mask=row_mask[:, None] & col_mask[None, :])
+    if pid_m < pid_n:
+        mask = col_mask[:, None] & row_mask[None, :]
+        tl.store(out_ptr + offs_n[:, None] * side + offs_m[None, :], tl.trans(similarity), mask=mask)
 
 
 class Updates:
-    """Rank-one updates of all rows, in the form that the kernels take, with lengths computed once.
+    """Kernel arguments of the rank-one updates of all rows, with norms computed once.
 
     Args:
         keys: `[M, G, dk]`.
         values: `[M, G, dv]`.
-        scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
+        scaling: Factor of the attention logits, by default `dk ** -0.5`.
 
     Attributes:
-        tensors: The first arguments of the function `tile`.
-        sizes: Its compile-time arguments.
-        tile: Number of rows of a tile, which fits into the registers of 256 threads.
+        tensors: First arguments of the kernel function `tile`.
+        sizes: Its `constexpr` arguments.
+        tile: Rows per tile, limited by the registers of 256 threads.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, scaling: float | None) -> None:
@@ -138,11 +145,13 @@ class Updates:
         exact = keys.element_size() > 2
         part = min(64 if exact else 128, power_of_two(max(dk, dv)))
         halves, inverses = torch.empty(2, total, kv_heads, device=keys.device).unbind()
-        self.sizes = {"SHIFT": exact, "KV_HEADS": kv_heads, "DK": dk, "DV": dv, "PART": part}
+        self.sizes = {"HAS_SHIFT": exact, "KV_HEADS": kv_heads, "DK": dk, "DV": dv, "BLOCK_D": part}
         shift = keys.mean(0) if exact else halves
         self.tensors = (keys, values, shift, halves, inverses, scaling, *keys.stride(), *values.stride())
         self.tile = 32 if exact else 64
-        _measure[(triton.cdiv(total, 16), kv_heads)](*self.tensors[:5], total, *self.tensors[5:], ROWS=16, **self.sizes)
+        _measure[(triton.cdiv(total, 16), kv_heads)](
+            *self.tensors[:5], total, *self.tensors[5:], BLOCK_M=16, **self.sizes
+        )
 
     def matrix(self, offsets: Tensor, first: int, result: Tensor, rows: Tensor | None = None) -> None:
         """Writes the similarities of all pairs of rows in the same group.
@@ -156,6 +165,6 @@ class Updates:
         groups, side, _ = result.shape
         tiles = triton.cdiv(side, self.tile)
         _matrix[(tiles, tiles, groups)](
-            *self.tensors, offsets if rows is None else rows, offsets, first, side, result, CHOSEN=rows is not None,
-            TILE=self.tile, num_warps=8, num_stages=1, **self.sizes,
+            *self.tensors, offsets if rows is None else rows, offsets, first, side, result, HAS_ROWS=rows is not None,
+            BLOCK_N=self.tile, num_warps=8, num_stages=1, **self.sizes,
         )  # fmt: skip

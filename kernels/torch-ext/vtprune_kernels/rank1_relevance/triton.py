@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-magnitude of the rank-one updates on a GPU: one pass for the normalizers, one over the visual keys."""
+"""Log-magnitude of rank-one updates on a GPU: one pass for the log-sum-exp, one over the visual keys."""
 
 from __future__ import annotations
 

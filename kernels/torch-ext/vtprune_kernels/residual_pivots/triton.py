@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual selection on a GPU: greedy MAP of a determinantal point process with lengths as relevance."""
+"""Residual selection on a GPU: greedy DPP MAP with the norms of the rows as relevance."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change of tokens by a module, on a GPU: both inputs are read once."""
+"""Change of tokens by a module on a GPU, in one pass over input and output."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .._triton import power_of_two
 
 @triton.jit
 def _variation(
-    before, after, ratio, direction, rows, before_row, before_column, after_row, after_column,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, y_ptr, ratio_ptr, direction_ptr, n_rows, stride_xm, stride_xd, stride_ym, stride_yd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    at = row.to(tl.int64)
-    first = tl.zeros([ROWS], tl.float32)
-    second = tl.zeros([ROWS], tl.float32)
-    product = tl.zeros([ROWS], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = inside[:, None] & (column < WIDTH)[None, :]
-        a = tl.load(before + at[:, None] * before_row + column[None, :] * before_column, mask=mask, other=0.0)
-        b = tl.load(after + at[:, None] * after_row + column[None, :] * after_column, mask=mask, other=0.0)
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        first += tl.sum(a * a, 1)
-        second += tl.sum(b * b, 1)
-        product += tl.sum(a * b, 1)
-    first, second = tl.sqrt(first), tl.sqrt(second)
-    tl.store(ratio + row, second / first, mask=inside)
-    cosine = product / (tl.maximum(first, 1e-8) * tl.maximum(second, 1e-8))
-    tl.store(direction + row, 1 - cosine, mask=inside)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < n_rows
+    offs_m = rows.to(tl.int64)
+    x_norm = tl.zeros([BLOCK_M], tl.float32)
+    y_norm = tl.zeros([BLOCK_M], tl.float32)
+    dot = tl.zeros([BLOCK_M], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask = row_mask[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_d[None, :] * stride_xd, mask=mask, other=0.0)
+        y = tl.load(y_ptr + offs_m[:, None] * stride_ym + offs_d[None, :] * stride_yd, mask=mask, other=0.0)
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        x_norm += tl.sum(x * x, 1)
+        y_norm += tl.sum(y * y, 1)
+        dot += tl.sum(x * y, 1)
+    x_norm, y_norm = tl.sqrt(x_norm), tl.sqrt(y_norm)
+    tl.store(ratio_ptr + rows, y_norm / x_norm, mask=row_mask)
+    cosine = dot / (tl.maximum(x_norm, 1e-8) * tl.maximum(y_norm, 1e-8))
+    tl.store(direction_ptr + rows, 1 - cosine, mask=row_mask)
 
 
 def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +45,6 @@ def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
     if len(before):
         _variation[(-(-len(before) // 4),)](
             before, after, ratio, direction, len(before), *before.stride(), *after.stride(),
-            WIDTH=width, BLOCK=min(1024, power_of_two(width)), ROWS=4,
+            D=width, BLOCK_D=min(1024, power_of_two(width)), BLOCK_M=4,
         )  # fmt: skip
     return ratio.view(shape), direction.view(shape)

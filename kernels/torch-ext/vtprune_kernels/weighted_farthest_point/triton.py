@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Farthest-point selection on a GPU.
 
-If the cosines of all pairs of a group fit into the allowed memory, they are computed first, and one program per group
-makes all picks. Longer groups take one launch per pick: each block of rows updates its distances with the last pick,
-mostly from products that were computed ahead, and raises the key of the next pick to its best one: a maximum of
-integers, which is the same in every order of execution.
+If the cosine matrix of a group fits into the memory limit, it is computed first, and one program per group makes all
+picks. Longer groups take one launch per pick: each block of rows updates its distances with the last pick, mostly from
+precomputed products (`_triton_window`), and the next pick is an atomic maximum of integer keys, which does not depend
+on the execution order.
 """
 
 from __future__ import annotations
@@ -21,69 +21,70 @@ from .._triton_rows import ROWS, column_block, decode, factors, lengths, product
 from .._triton_window import Window
 
 
-@triton.jit(do_not_specialize=["first", "max_budget"])
+@triton.jit(do_not_specialize=["first_group", "max_budget"])
 def _choose(
-    matrix, weights, weight_stride, offsets, limit, order, max_budget, first, side,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    matrix_ptr, weights_ptr, stride_w, offsets_ptr, budget_ptr, order_ptr, max_budget, first_group, side,
+    WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Makes all picks of one group; without `WEIGHTED`, `weights` are values for the first pick only."""
-    group = first + tl.program_id(0)
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    place = tl.arange(0, BLOCK)
-    inside = place < stop - start
-    matrix += tl.program_id(0).to(tl.int64) * side * side
-    weight = tl.load(weights + (start + place) * weight_stride, mask=inside, other=0.0).to(tl.float32)
-    near = tl.full([BLOCK], float("inf"), tl.float32)
+    """Makes all picks of one group; without `WEIGHTED`, `weights_ptr` holds values for the first pick only."""
+    group = first_group + tl.program_id(0)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    cols = tl.arange(0, BLOCK_N)
+    mask = cols < stop - start
+    matrix_ptr += tl.program_id(0).to(tl.int64) * side * side
+    weight = tl.load(weights_ptr + (start + cols) * stride_w, mask=mask, other=0.0).to(tl.float32)
+    distance = tl.full([BLOCK_N], float("inf"), tl.float32)
     value = weight
-    for step in range(tl.load(limit + group)):
-        key = tl.where(inside & (near > -float("inf")), rank_key(value, place), -0x7FFFFFFFFFFFFFFF)
-        one = key_row(tl.max(key, 0))
-        tl.store(order + group * max_budget + step, start + one)
-        near = tl.minimum(near, 1 - tl.load(matrix + one * side + place, mask=place < side, other=0.0))
-        near = tl.where(place == one, -float("inf"), near)
-        value = near
+    for step in range(tl.load(budget_ptr + group)):
+        key = tl.where(mask & (distance > -float("inf")), rank_key(value, cols), -0x7FFFFFFFFFFFFFFF)
+        pivot = key_row(tl.max(key, 0))
+        tl.store(order_ptr + group * max_budget + step, start + pivot)
+        distance = tl.minimum(distance, 1 - tl.load(matrix_ptr + pivot * side + cols, mask=cols < side, other=0.0))
+        distance = tl.where(cols == pivot, -float("inf"), distance)
+        value = distance
         if WEIGHTED:
-            value = weight * tl.where(near > -float("inf"), near, 0.0)
+            value = weight * tl.where(distance > -float("inf"), distance, 0.0)
 
 
 @triton.jit(do_not_specialize=["side", "max_budget", "step"])
 def _pick(
-    features, row_stride, column_stride, factor, weights, weight_stride, nearest, values, owner, first, offsets, limit,
-    best, slots, missed, lines, side, max_length, max_budget, step, groups, WEIGHTED: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, stride_xm, stride_xd, factor_ptr, weights_ptr, stride_w, distance_ptr, values_ptr, block_group_ptr,
+    block_start_ptr, offsets_ptr, budget_ptr, best_ptr, slots_ptr, missed_ptr, products_ptr, side, max_length,
+    max_budget, step, n_groups,
+    WEIGHTED: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Updates distances with pick `step - 1`, and the key of pick `step`; with `START` the first, by `weights` only."""
-    group = tl.load(owner + tl.program_id(0))
-    if group >= groups:
+    """Updates distances with pick `step - 1`, and the key of pick `step`; `IS_FIRST` uses the weights only."""
+    group = tl.load(block_group_ptr + tl.program_id(0))
+    if group >= n_groups:
         return
-    if step >= tl.load(limit + group):
+    if step >= tl.load(budget_ptr + group):
         return
-    start, stop = tl.load(offsets + group), tl.load(offsets + group + 1)
-    rows = tl.load(first + tl.program_id(0)) + tl.arange(0, ROWS)
-    inside = rows < stop
-    value = tl.full([ROWS], 1.0, tl.float32)
-    if WEIGHTED or START:
-        value = tl.load(weights + rows * weight_stride, mask=inside, other=0.0).to(tl.float32)
-    free = inside
-    if not START:
-        one = start + key_row(tl.load(best + group * max_budget + step - 1))
-        slot = tl.load(slots + one)
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    row_mask = rows < stop
+    value = tl.full([BLOCK_M], 1.0, tl.float32)
+    if WEIGHTED or IS_FIRST:
+        value = tl.load(weights_ptr + rows * stride_w, mask=row_mask, other=0.0).to(tl.float32)
+    free = row_mask
+    if not IS_FIRST:
+        pivot = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+        slot = tl.load(slots_ptr + pivot)
         if slot >= 0:
-            line = lines + (group.to(tl.int64) * side + slot) * max_length
-            cosine = tl.load(line + rows - start, mask=inside, other=0.0)
+            line_ptr = products_ptr + (group.to(tl.int64) * side + slot) * max_length
+            cosine = tl.load(line_ptr + rows - start, mask=row_mask, other=0.0)
         else:
-            tl.store(missed + group, 1)
-            scale = tl.load(factor + rows, mask=inside, other=0.0) * tl.load(factor + one)
-            total = products(features, row_stride, column_stride, rows, inside, one, WIDTH, BLOCK)
-            cosine = tl.where(scale == 0, 0.0, total * scale)
-        near = tl.minimum(tl.load(nearest + rows, mask=inside, other=0.0), 1 - cosine)
-        near = tl.where(rows == one, -float("inf"), near)
-        tl.store(nearest + rows, near, mask=inside)
-        free = inside & (near > -float("inf"))
-        value = value * tl.where(free, near, 0.0)
-        tl.store(values + rows, tl.where(free, value, -float("inf")), mask=inside)
+            tl.store(missed_ptr + group, 1)
+            scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0) * tl.load(factor_ptr + pivot)
+            dot = products(x_ptr, stride_xm, stride_xd, rows, row_mask, pivot, D, BLOCK_D)
+            cosine = tl.where(scale == 0, 0.0, dot * scale)
+        distance = tl.minimum(tl.load(distance_ptr + rows, mask=row_mask, other=0.0), 1 - cosine)
+        distance = tl.where(rows == pivot, -float("inf"), distance)
+        tl.store(distance_ptr + rows, distance, mask=row_mask)
+        free = row_mask & (distance > -float("inf"))
+        value = value * tl.where(free, distance, 0.0)
+        tl.store(values_ptr + rows, tl.where(free, value, -float("inf")), mask=row_mask)
     key = tl.where(free, rank_key(value, rows - start), -0x7FFFFFFFFFFFFFFF)
-    tl.atomic_max(best + group * max_budget + step, tl.max(key, 0))
+    tl.atomic_max(best_ptr + group * max_budget + step, tl.max(key, 0))
 
 
 def weighted_farthest_point(
@@ -118,7 +119,7 @@ def weighted_farthest_point(
         pairs(features, factor, offsets, max_length, first, count, matrix, nearest)
         _choose[(count,)](
             matrix, value, value.stride(0), offsets, limit, order, max_budget, first, side,
-            WEIGHTED=weights is not None, BLOCK=power_of_two(side), num_warps=8,
+            WEIGHTED=weights is not None, BLOCK_N=power_of_two(side), num_warps=8,
         )  # fmt: skip
     return order
 
@@ -137,7 +138,7 @@ def _stream(window: Window, value: Tensor, weighted: bool, max_budget: int) -> T
         _pick[(len(owner),)](
             features, *features.stride(), window.factor, value, value.stride(0), nearest, values, owner, first,
             offsets, limit, best, window.slots, window.missed, window.lines, window.side, window.max_length, max_budget,
-            step, groups, WEIGHTED=weighted, START=step == 0, WIDTH=features.shape[1],
-            BLOCK=column_block(features.shape[1]), ROWS=ROWS,
+            step, groups, WEIGHTED=weighted, IS_FIRST=step == 0, D=features.shape[1],
+            BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
         )  # fmt: skip
     return decode(best, offsets, limit)
