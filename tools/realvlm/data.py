@@ -15,7 +15,7 @@ from benchmarks.real import drawn, parts, photo_vlm
 from tools.refvlm.qwen2_5_vl.data import GROUPS, object_cells, page_cells
 from vtprune.refvlm import pages, scenes
 
-TEXT = 120  # text positions per picture: about ten questions
+TEXT = 160  # text positions per picture: about thirteen questions
 IGNORE = -100
 KINDS = {"scene": 0.7, "crowd": 0.12, "page": 0.18}
 # Patches in each direction with their weights: small pictures most of the time. Letters need 16 patches and more.
@@ -116,10 +116,10 @@ def ask(picture: drawn.Picture, rng: random.Random, captions: float) -> list[Dia
     return asked
 
 
-def batch(seed: int, step: int, budget: int, captions: float) -> Batch:
-    """Pictures of one kind and size, about `budget` tokens; the same seed and step always give the same batch."""
+def batch(seed: int, step: int, budget: int, captions: float, scenes_only: bool = False) -> Batch:
+    """Pictures of one kind and size, about `budget` tokens; the same arguments always give the same batch."""
     rng = random.Random(f"real {seed} {step}")
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    kind = "scene" if scenes_only else rng.choices(list(KINDS), list(KINDS.values()))[0]
     grid = rng.choices(list(GRIDS[kind]), list(GRIDS[kind].values()))[0]
     seeds = [
         scenes.TRAIN_SEEDS * (1 + seed) + rng.randrange(10**8) for _ in range(round(budget / (grid**2 + TEXT)) or 1)

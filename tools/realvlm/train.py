@@ -5,9 +5,9 @@
     .venv-real/bin/python -m tools.realvlm.train --out out/realvlm --steps 4000
 
 The projector is trained first, alone: every patch becomes the vectors of the words that describe it, so that the
-decoder, which knows the words already, reads the picture as words. Then projector and LoRA learn from
-descriptions and questions, about ten behind each picture. Pictures are drawn anew in every step. Tower and decoder stay
-as they are.
+decoder, which knows the words already, reads the picture as words. Then projector and LoRA learn from descriptions and
+questions, about thirteen behind each picture: scenes first, then all kinds of pictures, drawn anew in every step. Tower
+and decoder stay as they are.
 
 The learning rate is constant until the last fifth of `--steps`. A run goes on from its last checkpoint, also with more
 steps than before; the curve in `curve.json` is on held-out photographs. `weights.safetensors` is what
@@ -52,7 +52,7 @@ def optimizer(learner: Learner, lr: float) -> torch.optim.Optimizer:
 def train_step(learner: Learner, optim: torch.optim.Optimizer, step: int, args: argparse.Namespace) -> float:
     """One step, which follows from its number and the state; returns the loss."""
     captions = 0.5 if step < args.captions else 0.15
-    loss, _ = learner(data.batch(args.seed, step, args.budget, captions))
+    loss, _ = learner(data.batch(args.seed, step, args.budget, captions, step < args.scenes))
     optim.zero_grad()
     learner.backward(loss)
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -112,9 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/realvlm"), help="checkpoint, curve and weights so far")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=8e-4, help="of LoRA; the projector's is a third of it")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of LoRA; the projector's is a third of it")
     parser.add_argument("--budget", type=int, default=640, help="tokens a step")
     parser.add_argument("--captions", type=int, default=200, help="first steps, in which most scenes are described")
+    parser.add_argument("--scenes", type=int, default=1000, help="first steps, in which there are only scenes")
     parser.add_argument("--look", type=float, default=1.5, help="thousands of pictures that the projector sees first")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
