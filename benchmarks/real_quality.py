@@ -103,7 +103,7 @@ def measure(names: list[str], methods: list[str], count: int, pruned: int, out: 
     found = data.setdefault("beds", {})
     cut = [{"method": name, "mean_ratio": share} for share in MEAN_RATIOS for name in methods]
     jobs: list[tuple[str, int, dict[str, Any]]] = [
-        (bed, start, {}) for bed in names for start in range(0, count, BATCH)
+        (bed, start, {}) for start in range(0, count, BATCH) for bed in names
     ]
     jobs += [
         (bed, at, row) for bed in names if bed in PRUNED for at in range(0, min(count, pruned), BATCH) for row in cut
