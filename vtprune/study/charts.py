@@ -115,9 +115,9 @@ def _draw(axes: Any, chart: Chart) -> None:
     if chart.log_x:
         axes.set_xscale("log")
         ticks: list[float] = []
-        for x in sorted({x for series in chart.series for x in series.x}, reverse=True):
-            if not ticks or x < ticks[-1] / _APART:  # so that labels do not lie over each other
-                ticks.append(x)
+        for tick in sorted({x for series in chart.series for x in series.x}, reverse=True):
+            if not ticks or tick < ticks[-1] / _APART:  # so that labels do not lie over each other
+                ticks.append(tick)
         axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axes.set_xticks([], minor=True)
     if chart.log_y:
