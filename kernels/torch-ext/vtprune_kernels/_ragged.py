@@ -85,13 +85,18 @@ def empty_order(budgets: Tensor, device: torch.device, max_budget: int | None = 
     return torch.full((len(budgets), output_columns(budgets, max_budget)), -1, dtype=torch.int64, device=device)
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether reading a value of `x` does not wait for a device."""
+    return x.device.type == "cpu"
+
+
 def finite(scores: Tensor) -> Tensor:
     """Scores as finite float32, above the minus infinity of selected rows: NaN and -inf become the lowest number.
 
     On the host, scores that are finite already are returned as they are: a sum is faster than a replacement.
     """
     scores = scores.float()
-    if scores.device.type == "cpu" and math.isfinite(scores.sum()):
+    if on_host(scores) and math.isfinite(scores.sum()):
         return scores
     return torch.nan_to_num(scores, nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
 
