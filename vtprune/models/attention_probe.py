@@ -346,6 +346,8 @@ def probe_both(
     stacked = [torch.cat(both, -3) for both in zip(_no_rotation(rotation, layer), rotation, strict=True)]
     try:
         read = probe(layer, args, {**kwargs, "position_embeddings": tuple(stacked)}, True, projections)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # it joins rotated parts with others, which have a batch of one
         read = None
     if read is None or len(read.query) != 2 or len(read.key) != 2 or len(read.value) != 1:
