@@ -49,7 +49,7 @@ __all__ = [
 _MODULES = {
     "Anatomy": ".models.anatomy",
     "Auto": ".core.energy",
-    "Certificate": ".core.certificate",
+    "Certificate": ".study.certify",  # above the methods, which a certificate names
     "Patch": ".engine.patching",
     "Pruning": ".report.pruning",
     "certify": ".study.certify",

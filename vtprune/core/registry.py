@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,10 +53,6 @@ def get(name: str) -> type[Method]:
     Raises:
         MethodError: Nothing is registered under it; the message names close matches.
     """
-    if name not in names():
-        importlib.import_module(
-            "..methods", __package__
-        )  # registers the shipped ones; a certificate may be read before
     if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
     near = difflib.get_close_matches(str(name).lower().replace("-", "_"), _METHODS, n=3, cutoff=0.5)
