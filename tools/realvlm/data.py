@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from benchmarks.real import drawn, parts, photo_vlm
+from tools.packing import Dialogue, pack_questions
 from tools.refvlm.qwen2_5_vl.data import GROUPS, object_cells, page_cells
 from vtprune.refvlm import pages, scenes
 
 TEXT = 160  # text positions per picture: about thirteen questions
-IGNORE = -100
 KINDS = {"scene": 0.7, "crowd": 0.12, "page": 0.18}
 # Patches in each direction with their weights: small pictures most of the time. Letters need 16 patches and more.
 GRIDS: dict[str, dict[int, float]] = {
@@ -32,7 +31,6 @@ SHOWN: dict[str, tuple[str, ...]] = {
     **{group: words for group, words in GROUPS.items() if group not in ("center", "word", "order")},
     "letter": LETTERS,
 }
-Dialogue = tuple[str, str, str]  # kind, question, answer
 
 
 @dataclass
@@ -137,24 +135,7 @@ def held_out(kind: str, grid: int, count: int) -> Batch:
 
 def pack(rows: list[tuple[drawn.Picture, list[Dialogue]]]) -> Batch:
     """Pictures of one size, and as many of their questions as fit, to tensors."""
-    tokens, segments, positions = (torch.zeros(len(rows), TEXT, dtype=torch.long) for _ in range(3))
-    labels = torch.full((len(rows), TEXT), IGNORE)
     end = parts.tokenizer().eos_token_id
-    kept: list[list[Dialogue]] = []
-    for row, (_, asked) in enumerate(rows):
-        used, fitted = 0, []
-        for dialogue in asked:
-            question, answer = encode(f" {dialogue[1]} answer:"), encode(f" {dialogue[2]}")
-            words = (*question, *answer)
-            if used + len(words) > TEXT:
-                continue
-            fitted.append(dialogue)
-            span = slice(used, used + len(words))
-            tokens[row, span] = torch.tensor(words)
-            segments[row, span] = len(fitted)
-            positions[row, span] = torch.arange(len(words))
-            labels[row, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
-            used += len(words)
-        kept.append(fitted)
+    packed = pack_questions([asked for _, asked in rows], lambda text: encode(f" {text}"), end, TEXT)
     pixels = photo_vlm.pixels([picture.image for picture, _ in rows])
-    return Batch(pixels, tokens, labels, segments, positions, kept)
+    return Batch(pixels, *packed)

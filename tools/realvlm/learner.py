@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.real import drawn, parts, photo_vlm, picture_vlm
+from tools.packing import IGNORE
 
 from . import data
 
@@ -95,9 +96,9 @@ class Learner(nn.Module):
             position_ids=torch.cat((before, prefix + batch.positions), dim=1),
             use_cache=False,
         ).last_hidden_state
-        asked = batch.labels != data.IGNORE
+        asked = batch.labels != IGNORE
         logits = (states[:, prefix:][asked] @ self.words.T).float()
-        predicted = torch.full_like(batch.labels, data.IGNORE)
+        predicted = torch.full_like(batch.labels, IGNORE)
         predicted[asked] = logits.argmax(-1)
         return F.cross_entropy(logits, batch.labels[asked]), predicted
 

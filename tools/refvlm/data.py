@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tools.packing import IGNORE, Dialogue, pack_questions
 from vtprune.refvlm import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, model, scenes
 
 TEXT = 144  # text columns per picture: about eleven questions
@@ -25,10 +26,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "center": ("center",),
     "background": ("background",),
 }
-IGNORE = -100
 PRESENT = (*scenes.COLORS, *scenes.SHAPES, *scenes.DIGITS)  # labels of the class token
 
-Dialogue = tuple[str, str, str]  # kind, question, answer
 SQUARE = (IMAGE_SIZE, IMAGE_SIZE)
 Sizes = tuple[tuple[int, int], ...]  # height and width in pixels
 
@@ -244,39 +243,17 @@ def pack(
         rows: one picture each: uint8 `[144, 144, 3]`, objects, questions.
         size: height and width of the pictures of the batch, multiples of 12.
     """
-    count = len(rows)
-    tokens, segments, positions = (torch.zeros(count, TEXT, dtype=torch.long) for _ in range(3))
-    labels = torch.full((count, TEXT), IGNORE)
-    present = torch.zeros(count, len(PRESENT))
-    end = model.VOCABULARY["<eos>"]
-    kept: list[list[Dialogue]] = []
-    for row, (_, objects, asked) in enumerate(rows):
-        used, fitted = 0, []
-        for dialogue in asked:
-            question, answer = encode(f"{dialogue[1]} answer:"), encode(dialogue[2])
-            words = (*question, *answer)
-            if used + len(words) > TEXT:
-                continue
-            fitted.append(dialogue)
-            span = slice(used, used + len(words))
-            tokens[row, span] = torch.tensor(words)
-            segments[row, span] = len(fitted)
-            positions[row, span] = torch.arange(len(words))
-            labels[row, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
-            used += len(words)
-        kept.append(fitted)
+    present = torch.zeros(len(rows), len(PRESENT))
+    for row, (_, objects, _) in enumerate(rows):
         for item in objects:
             for word in (item.color, item.shape, item.digit):
                 if word:
                     present[row, PRESENT.index(word)] = 1
+    packed = pack_questions([asked for _, _, asked in rows], encode, model.VOCABULARY["<eos>"], TEXT)
     pictures, shown = zip(*(resized(row[0], patch_words(row[1]), size) for row in rows), strict=True)
     return Batch(
         images=torch.from_numpy(np.stack(pictures)),
         patches=torch.from_numpy(np.stack(shown)).long(),
         present=present,
-        tokens=tokens,
-        labels=labels,
-        segments=segments,
-        positions=positions,
-        asked=kept,
+        **packed._asdict(),
     )

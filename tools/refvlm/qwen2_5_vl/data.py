@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tools.packing import IGNORE, Dialogue, pack_questions
 from tools.refvlm.data import describe, small
 from vtprune.refvlm import clips, crowds, easy_vqa, pages, scenes
 
 from .build import CELL, VOCABULARY, tokenizer
 
 TEXT = 112  # text positions per row: eight to ten questions
-IGNORE = -100
 GROUPS: dict[str, tuple[str, ...]] = {
     "color": tuple(scenes.COLORS),
     "shape": scenes.SHAPES,
@@ -54,7 +54,6 @@ SIZES: dict[str, dict[tuple[int, int], float]] = {
     "pair": {(6, 6): 2, (8, 8): 3, (9, 9): 2, (12, 12): 3, (16, 16): 0.7},
     "clip": {(5, 5): 2, (6, 6): 3, (6, 8): 1, (8, 6): 1, (7, 7): 2, (8, 8): 2, (9, 9): 1},
 }  # fmt: skip
-Dialogue = tuple[str, str, str]  # kind, question, answer
 
 
 @dataclass
@@ -298,34 +297,15 @@ def flatten(frames: np.ndarray) -> np.ndarray:
 
 def pack(kind: str, rows: list[Row], grid: tuple[int, int], steps: int) -> Batch:
     """Converts rows to tensors, with as many of their questions as fit."""
-    count = len(rows)
-    tokens, segments, positions = (torch.zeros(count, TEXT, dtype=torch.long) for _ in range(3))
-    labels = torch.full((count, TEXT), IGNORE)
-    end = VOCABULARY["<eos>"]
-    kept: list[list[Dialogue]] = []
-    for number, row in enumerate(rows):
-        used, taken = 0, []
-        for dialogue in row.asked:
-            question, answer = encode(f"{dialogue[1]} answer:"), encode(dialogue[2])
-            words = (*question, *answer)
-            if used + len(words) > TEXT:
-                continue
-            taken.append(dialogue)
-            span = slice(used, used + len(words))
-            tokens[number, span] = torch.tensor(words)
-            segments[number, span] = len(taken)
-            positions[number, span] = torch.arange(len(words))
-            labels[number, used + len(question) - 1 : used + len(words)] = torch.tensor((*answer, end))
-            used += len(words)
-        kept.append(taken)
+    packed = pack_questions([row.asked for row in rows], encode, VOCABULARY["<eos>"], TEXT)
     frames = np.stack([row.frames for row in rows])
     if kind == "clip":
         grids = ((steps, *grid),)
-        frames = frames.reshape(count * steps, 2, *frames.shape[2:])
+        frames = frames.reshape(len(rows) * steps, 2, *frames.shape[2:])
     else:
         grids = ((1, *grid),) * frames.shape[1]
         frames = np.repeat(frames.reshape(-1, 1, *frames.shape[2:]), 2, axis=1)
     return Batch(
         kind, grids, torch.from_numpy(flatten(frames)), torch.from_numpy(np.stack([row.cells for row in rows])).long(),
-        tokens, labels, segments, positions, kept,
+        *packed,
     )  # fmt: skip
