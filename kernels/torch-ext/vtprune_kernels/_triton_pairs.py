@@ -18,6 +18,26 @@ from ._triton import WIDEN
 MATRIX_BYTES = 60_000_000  # within the 64 MB that an operation may allocate
 
 
+@triton.jit
+def tile_of_products(
+    x_ptr, row_offs, row_mask, col_offs, col_mask, stride_xd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Products `[BLOCK_N, BLOCK_N]`, float32, of the rows of `x_ptr` at the offsets `row_offs` and `col_offs`."""
+    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        d_mask = offs_d < D
+        offs = row_offs[:, None] + offs_d[None, :] * stride_xd
+        a = tl.load(x_ptr + offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+        offs = col_offs[None, :] + offs_d[:, None] * stride_xd
+        b = tl.load(x_ptr + offs, mask=col_mask[None, :] & d_mask[:, None], other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["first_group"])
 def _pairs(
     x_ptr, stride_xm, stride_xd, factor_ptr, matrix_ptr, nearest_ptr, offsets_ptr, first_group, side,
@@ -36,17 +56,7 @@ def _pairs(
     rows, cols = pid_m * BLOCK_N + tl.arange(0, BLOCK_N), pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = start + rows < stop, start + cols < stop
     row_offs, col_offs = (start + rows).to(tl.int64) * stride_xm, (start + cols).to(tl.int64) * stride_xm
-    acc = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        d_mask = offs_d < D
-        offs = row_offs[:, None] + offs_d[None, :] * stride_xd
-        a = tl.load(x_ptr + offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
-        offs = col_offs[None, :] + offs_d[:, None] * stride_xd
-        b = tl.load(x_ptr + offs, mask=col_mask[None, :] & d_mask[:, None], other=0.0)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    acc = tile_of_products(x_ptr, row_offs, row_mask, col_offs, col_mask, stride_xd, D, BLOCK_D, BLOCK_N)
     scale = tl.load(factor_ptr + start + rows, mask=row_mask, other=0.0)[:, None]
     scale = scale * tl.load(factor_ptr + start + cols, mask=col_mask, other=0.0)[None, :]
     acc = tl.where(scale == 0, 0.0, acc * scale)

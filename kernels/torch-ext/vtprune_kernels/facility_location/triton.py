@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._ragged import on, plan, self_cosine
-from .._triton import NOTHING, WIDEN, blocks, key_row, power_of_two, rank_key
-from .._triton_pairs import groups_at_once, pairs, side_of
+from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
+from .._triton_pairs import groups_at_once, pairs, side_of, tile_of_products
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
 from .naive import GRID, usable
 
@@ -170,17 +170,7 @@ def _change(
         if not IS_FIRST:
             cols = tl.load(columns_ptr + start + offs_n, mask=col_mask, other=0)
         col_offs = cols.to(tl.int64) * stride_xm
-        cosine = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-        for start_d in range(0, D, BLOCK_D):
-            offs_d = start_d + tl.arange(0, BLOCK_D)
-            d_mask = offs_d < D
-            offs = row_offs[:, None] + offs_d[None, :] * stride_xd
-            a = tl.load(x_ptr + offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
-            offs = col_offs[None, :] + offs_d[:, None] * stride_xd
-            b = tl.load(x_ptr + offs, mask=col_mask[None, :] & d_mask[:, None], other=0.0)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            cosine = tl.dot(a, b, cosine, input_precision="ieee")
+        cosine = tile_of_products(x_ptr, row_offs, row_mask, col_offs, col_mask, stride_xd, D, BLOCK_D, BLOCK_N)
         pair_scale = scale[:, None] * tl.load(factor_ptr + cols, mask=col_mask, other=0.0)[None, :]
         cosine = tl.where(pair_scale == 0, 0.0, cosine * pair_scale)
         cosine = _steps(tl.where(rows[:, None] == cols[None, :], self_cosine[:, None], cosine), grid)
