@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,24 @@ def test_saving_copying_and_pickling(family: str, tmp_path: Path) -> None:
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(**batch).logits, logits)
     assert torch.equal(copy.deepcopy(model)(**batch).logits, logits)
+
+
+def test_parts_whose_methods_are_replaced_are_not_copied(family: str) -> None:
+    """A copy would run the original's weights."""
+    model = model_of(family)
+
+    def replaced() -> list[torch.nn.Module]:
+        return [m for layer in vtprune.inspect(model).layers for m in layer.modules() if "forward" in vars(m)]
+
+    before = replaced()
+    with vtprune.patch(model, ratio=0.5, method="fastv"):
+        parts = replaced()
+        assert len(parts) > len(before)
+        for part, copying in itertools.product(parts, (copy.deepcopy, pickle.dumps)):
+            with pytest.raises(vtprune.VTPruneError, match=r"patch\.remove\(\)"):
+                copying(part)
+    assert replaced() == before
+    copy.deepcopy(parts)
 
 
 def test_peft(family: str, method: str) -> None:

@@ -217,7 +217,9 @@ class Columns:
             if key is not None:
                 self._gathered[key] = known
         _, masks_, ready = known
-        return {**ready, **{name: self._mask(number, value) for name, value in masks_.items()}} if masks_ else ready
+        return (
+            {**ready, **{name: self._mask(number, value) for name, value in masks_.items()}} if masks_ else dict(ready)
+        )
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if self._is_mask(name, value):

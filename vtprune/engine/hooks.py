@@ -30,11 +30,20 @@ def called_by_compiled_code() -> bool:
     return getattr(_calls, "compiled", False)
 
 
-class Hook:
-    """A forward hook with a reference to its patch.
+class Uncopied:
+    """Part of a patch in a module, which can be saved, but not copied or pickled."""
 
-    A model with such hooks can be saved, but not copied or pickled.
-    """
+    def __deepcopy__(self, memo: dict) -> Any:
+        raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")
+
+    def __reduce__(self) -> Any:
+        raise VTPruneError(
+            "a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is"
+        )
+
+
+class Hook(Uncopied):
+    """A forward hook with a reference to its patch."""
 
     def __init__(self, owner: Any, function: Callable) -> None:
         self.owner = owner
@@ -57,27 +66,24 @@ class Hook:
         finally:
             _calls.compiled = False
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        raise VTPruneError("a patched model cannot be copied: call patch.remove() first, and patch the copy as well")
-
-    def __reduce__(self) -> Any:
-        raise VTPruneError(
-            "a patched model cannot be pickled: call patch.remove() first; save_pretrained works as it is"
-        )
-
 
 class Override:
-    """Replaces a method of a module instance until `remove` is called."""
+    """Replaces a method of a module instance until `remove` is called.
+
+    A copy of the module would call the method of the original, so it cannot be copied or pickled.
+    """
 
     def __init__(self, module: nn.Module, name: str, function: Callable) -> None:
-        self.module, self.name = module, name
+        self.module, self.name, self.guard = module, name, f"_vtprune_{name}"
         self.before, self.function = vars(module).get(name), function
+        setattr(module, self.guard, Uncopied())  # comes first, so that its error is the one that is raised
         setattr(module, name, function)
 
     def remove(self) -> None:
         if vars(self.module).get(self.name) is not self.function:
             return  # somebody has wrapped it since
         delattr(self.module, self.name)
+        delattr(self.module, self.guard)
         if self.before is not None:
             setattr(self.module, self.name, self.before)
 
