@@ -41,7 +41,8 @@ class EarlyChoice:
     def fits(self, layout: Layout) -> bool:
         """Whether the first block's arguments give the same pictures, with the same order of patches."""
         mine, others = self.layout.grids, layout.grids
-        return (layout.batch, layout.length) == (1, self.layout.length) and all(
+        same_shape = (layout.batch, layout.length, len(others)) == (1, self.layout.length, len(mine))
+        return same_shape and all(
             a is not None and b is not None and a.merge == b.merge and torch.equal(a.place, b.place)
             for a, b in zip(mine, others, strict=True)
         )
@@ -111,4 +112,7 @@ def patches_of(
 
 
 def _no_rows() -> Tensor:
-    raise MethodError("a tower method with needs_states = False may not read states or attention")
+    raise MethodError(
+        "this tower method sets needs_states = False, but it reads attention, which does not exist before the patch "
+        "embedding; remove needs_states = False, or select by pixels and grids only"
+    )
