@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a decoder layer: one run for both rotations, and projections that are computed once for all readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import vtprune
+from families import FAMILIES, Image
+from vtprune.models import attention_probe
+from vtprune.models.attention_probe import Projections, probe, probe_both, shareable
+
+PROMPT = [[4, Image(0), 6]]
+
+
+@pytest.fixture(autouse=True)
+def reading():
+    attention_probe.install()
+    yield
+    attention_probe.uninstall()
+
+
+def layer_call(name, number=1):
+    """A layer of a model, and the arguments that the decoder calls it with."""
+    model, calls = FAMILIES[name].build(), []
+    layer = vtprune.inspect(model).layers[number]
+    handle = layer.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
+    with torch.no_grad():
+        model(**FAMILIES[name].batch(PROMPT), use_cache=False)
+    handle.remove()
+    return layer, *calls[0]
+
+
+def counted(layer, share=True):
+    """Counts the runs of a layer's linear maps; with `share`, makes them shareable, as a patch does."""
+    runs = Counter()
+
+    def count(name, run):
+        def forward(x):
+            runs[name] += 1
+            return run(x)
+
+        return forward
+
+    for name, linear in layer.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.forward = count(name, linear.forward)
+            if share:
+                linear.forward = shareable(linear)
+    return runs
+
+
+def assert_equal(found, expected):
+    for name in ("query", "key", "value"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0)
+    assert (found.scaling, found.softcap) == (expected.scaling, expected.softcap)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_run_reads_before_and_after_rotation(name):
+    call = layer_call(name)
+    before, after = probe_both(*call)
+    assert_equal(before, probe(*call, rope=False))
+    assert_equal(after, probe(*call, rope=True))
+    assert not torch.equal(before.key, after.key)
+
+
+class Joined(nn.Module):
+    """A layer that joins rotated parts of the head with others, so two rotations at once do not fit."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner, self.runs = layer, 0
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        self.runs += 1
+        torch.cat([position_embeddings[0], torch.ones(1, hidden_states.shape[1], 2)], -1)
+        return self.inner(hidden_states, position_embeddings=position_embeddings, **kwargs)
+
+
+def test_a_layer_that_takes_no_two_rotations_is_tried_once():
+    layer, args, kwargs = layer_call("llava")
+    layer = Joined(layer)
+    assert probe_both(layer, args, kwargs) is None
+    assert probe_both(layer, args, kwargs) is None
+    assert layer.runs == 1
+
+
+def test_running_out_of_memory_is_no_reason_to_try_otherwise():
+    layer, args, kwargs = layer_call("llava")
+
+    class Full(nn.Module):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        probe_both(Full(), args, kwargs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_second_reader_runs_no_projection(name):
+    layer, args, kwargs = layer_call(name)
+    expected = [probe(layer, args, kwargs, rope) for rope in (False, True)]
+    runs, projections = counted(layer), Projections()
+    for rope, qkv in zip((False, True), expected, strict=True):
+        assert_equal(probe(layer, args, kwargs, rope, projections), qkv)
+    assert set(runs.values()) == {1}
+    probe(layer, args, kwargs, True)  # without projections to share, they run again
+    assert set(runs.values()) == {2}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_cut_runs_the_projections_of_its_layer_once(name, layer):
+    """The probe projects the whole prompt; the layer, which runs next on the kept tokens, is handed their rows."""
+    family = FAMILIES[name]
+    model, inputs = family.build(), family.batch(PROMPT)
+    runs = counted(vtprune.inspect(model).layers[layer], share=False)
+    with torch.no_grad():
+        model(**inputs)
+        plain = dict(runs)
+        runs.clear()
+        with vtprune.patch(model, ratio=0.25, method=vtprune.methods.IWP(layer=layer)):
+            model(**inputs)
+    assert runs == plain
+
+
+def test_a_layer_with_other_states_projects_for_itself():
+    """What was recorded of one run of a layer is not taken for that of a run on other states."""
+    layer, args, kwargs = layer_call("llava")
+    runs, projections = counted(layer), Projections()
+    probe(layer, args, kwargs, True, projections)
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    projections.give(torch.Size([1, hidden.shape[1] + 1]), lambda rows: rows)
+    assert attention_probe.state.share is None
+    projections.give(hidden.shape[:2], lambda rows: rows[:, :3])
+    assert attention_probe.state.share is not None
+    attention_probe.leave()
+    assert attention_probe.state.share is None
+    assert set(runs.values()) == {1}
+
+
+def test_projections_are_kept_apart_by_thread():
+    import threading
+
+    layer, args, kwargs = layer_call("llava")
+    runs = counted(layer)
+    attention_probe.state.share = lambda linear, run, x: pytest.fail("taken by another thread")
+    try:
+        found = []
+        thread = threading.Thread(target=lambda: found.append(layer(*args, **kwargs)))
+        thread.start()
+        thread.join()
+    finally:
+        attention_probe.leave()
+    assert found and set(runs.values()) == {1}
