@@ -170,6 +170,7 @@ def towers(data: Data) -> str:
             name,
             f"{row['gain']:.2f}",
             f"{100 * row['tower_seconds'] / row['seconds']:.0f} %",
+            f"{100 * row['embedding_seconds'] / row['seconds']:.0f} %",
             f"{row['first_token'] / row['first_token_after']:.2f}" if "first_token" in row else "",
             f"{row['bound']:.1f}" if "bound" in row else "",
         )
@@ -184,11 +185,18 @@ def towers(data: Data) -> str:
         f"{data['device']}, rounds: {data['rounds']}. `bound`: the most that pruning the decoder alone can still give. "
         f"{versions(data)}"
     )
-    heading = ("tokens kept", "gain in time to first token", "tower's share", "gain by operations", "bound")
+    heading = (
+        "tokens kept",
+        "gain in time to first token",
+        "tower's share",
+        "patch embedding's",
+        "gain by operations",
+        "bound",
+    )
     after = (
         "Above its limit, in a tower of full depth: the cut tower's time over that of the same tower whose later "
         "blocks are handed only the kept patches, with arguments made before (`Similar` and `Pixels`, which copy: the "
-        "merger gets only those, too; `Pixels`: and the patch embedding)."
+        f"merger gets only those, too; `Pixels`: and the patch embedding); rounds: {data['tower_rounds']}."
     )
     tables = table(heading, shares), table(("tower method", "cut before block", "above its limit"), limits)
     return "\n\n".join((text, tables[0], after, tables[1]))

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 import vtprune
 from vtprune import towers
 from vtprune.bench import layouts, shapes
+from vtprune.engine.hooks import Override
 from vtprune.models import attention_probe
 from vtprune.study import progress
+from vtprune.towers import products
 from vtprune.towers.structure import find_parts
 
 OUT = Path(__file__).resolve().parent / "results" / "towers-cpu.json"
@@ -55,9 +57,25 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     return clock(device) - start
 
 
+@contextlib.contextmanager
+def clocked(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """Records when calls of a module start, negative, and end; their sum is the time inside."""
+    spans: list[float] = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, a: spans.append(-clock(device)), prepend=True),
+        module.register_forward_hook(lambda m, a, o: spans.append(clock(device))),
+    ]
+    try:
+        yield spans
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Times to the first token, the vision tower's share, and the operations of the report."""
+    """Times to the first token, those of the vision tower and of its patch embedding, and the report's operations."""
     tower = vtprune.inspect(model).vision_tower
+    parts = {"tower_seconds": tower, "embedding_seconds": tower.patch_embed}
     decoder = {"ratio": RATIO, "method": METHOD}
     variants: dict[str, dict[str, Any]] = {
         "unpruned": {},
@@ -66,31 +84,25 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
         f"tower {KEEP}, decoder {RATIO}": {"tower": KEEP, **decoder},
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    in_tower: dict[str, list[float]] = {name: [] for name in variants}
+    within: dict[str, dict[str, list[float]]] = {name: {part: [] for part in parts} for name in variants}
     counted: dict[str, Any] = {}
-    spans: list[float] = []
     for _ in range(rounds):
         for name, options in variants.items():
             patch = vtprune.patch(model, **options) if options else None
-            handles = [
-                tower.register_forward_pre_hook(lambda m, a: spans.append(-clock(device)), prepend=True),
-                tower.register_forward_hook(lambda m, a, o: spans.append(clock(device))),
-            ]
-            spans.clear()
-            seconds[name].append(timed(lambda: model(**inputs, logits_to_keep=1), device))
-            in_tower[name].append(sum(spans))
-            for handle in handles:
-                handle.remove()
+            with contextlib.ExitStack() as stack:
+                spans = {part: stack.enter_context(clocked(module, device)) for part, module in parts.items()}
+                seconds[name].append(timed(lambda: model(**inputs, logits_to_keep=1), device))
+            for part, span in spans.items():
+                within[name][part].append(sum(span))
             if patch is not None:
                 last = patch.last
                 counted[name] = {"visual_tokens": last.tokens, **last.tower.to_dict()}
                 patch.remove()
     rows = {}
     for name in variants:
-        whole, part = statistics.median(seconds[name]), statistics.median(in_tower[name])
         rows[name] = {
-            "seconds": whole,
-            "tower_seconds": part,
+            "seconds": statistics.median(seconds[name]),
+            **{part: statistics.median(values) for part, values in within[name].items()},
             "rounds": seconds[name],
             "gain": statistics.median(a / b for a, b in zip(seconds["unpruned"], seconds[name], strict=True)),
             **counted.get(name, {}),
@@ -100,6 +112,8 @@ def first_token(model: nn.Module, inputs: dict[str, Tensor], rounds: int, device
 
 class Limit:
     """The uncut tower whose blocks get precomputed arguments, recorded in a cut run.
+
+    Its patch embedding is a matrix product, as that of a cut tower.
 
     Args:
         tower, blocks: The tower and its blocks.
@@ -137,6 +151,8 @@ class Limit:
             full, part = self.states.new_zeros(rows, width), getattr(self.tower, name)
             handles.append(part.register_forward_pre_hook(lambda m, a: (a[0][:ran], *a[1:])))
             handles.append(part.register_forward_hook(lambda m, a, o, full=full: full))
+        convs = list(products.products([self.tower.patch_embed], lambda: True))
+        handles += [Override(conv, products.NAME, product) for conv, product in convs]
         try:
             yield
         finally:
@@ -189,7 +205,8 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen2.5-vl-7b-shallow", help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="visual tokens (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", default=["Uniform", "Change", "Similar", "Attention", "Pixels"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of whole requests (default: %(default)s)")
+    parser.add_argument("--tower-rounds", type=int, default=1, help="of towers of full depth (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=OUT)
@@ -214,6 +231,7 @@ def main() -> None:
             "device": args.device if device.type == "cpu" else torch.cuda.get_device_name(device),
             "dtype": args.dtype,
             "rounds": args.rounds,
+            "tower_rounds": args.tower_rounds,
             "clock": "processor time of one thread" if device.type == "cpu" else "wall time",
             "method": METHOD,
             "versions": progress.versions(),
@@ -221,7 +239,7 @@ def main() -> None:
         }
         del model
         whole = whole_tower(args.shape)
-        result["towers"] = limits(whole.build(device, dtype), inputs, args.rounds, device, args.methods)
+        result["towers"] = limits(whole.build(device, dtype), inputs, args.tower_rounds, device, args.methods)
     progress.save(args.out, result)
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from families import FAMILIES, Image
 from torch import nn
 
 import vtprune
-from families import FAMILIES, Image
 from vtprune.models import attention_probe
 from vtprune.models.attention_probe import Projections, probe, probe_both, shareable
 

@@ -31,6 +31,7 @@ from ..models.transformers_names import (
 from ..models.visual_tokens import VisualTokens
 from ..report.pruning import Pruning
 from ..report.record import PruningRecord
+from ..towers import products
 from ..towers.cut import TowerCut
 from ..vision.tower import warn_once
 from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
@@ -172,6 +173,7 @@ class Session:
         taps = list(self.spec.taps)
         if self.tower is not None:
             handles += self.tower.attach(lambda function: Hook(owner, function))
+            handles += [Override(conv, products.NAME, product) for conv, product in self.tower.products()]
             taps.append(self.tower.tap())
         for tap in taps:
             after(tap.module, self._tap_hook(tap))

@@ -8,7 +8,7 @@ full sequences are captured.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
 from ..report.tower import TowerRun
 from ..vision import block_calls
+from . import products
 from .copies import row_by_row
 from .method import TowerMethod
 from .run import RunningTower
@@ -93,6 +94,16 @@ class TowerCut:
             handles.append(module.register_forward_pre_hook(wrap(self._before_rows), with_kwargs=True))
             handles.append(module.register_forward_hook(wrap(self._after_rows), prepend=True, with_kwargs=True))
         return handles
+
+    def products(self) -> Iterator[tuple[nn.Module, Callable]]:
+        """Convolutions of the patch embedding, and what replaces their method `products.NAME`."""
+        return products.products(row_by_row(self.parts) if self.method is not None else (), self._drops)
+
+    def _drops(self) -> bool:
+        """Whether the tower's call in progress is sure to drop patches, so that its numbers change anyway."""
+        keep = None if self.method is None else self.method.keep
+        share = isinstance(keep, float) and keep < 1
+        return bool(self._thread.given) and (share or self._thread.shortened)
 
     def around(self) -> list[tuple[nn.Module, Callable, Callable]]:
         """The modules that are cut, each with what is called before and after it, as hooks with `kwargs` are."""
