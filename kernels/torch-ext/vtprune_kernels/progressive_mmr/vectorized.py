@@ -38,16 +38,17 @@ class _Group:
         """Selects `count` of the candidates, given in ascending order, exactly and greedily."""
         if count == 1:
             return candidates[self.bounds[candidates].argmax()][None]
-        among = self.similarity(candidates, candidates)
-        relevance, closest = self.relevance[candidates], self.closest[candidates]
-        taken = torch.zeros_like(closest)
-        picked = []
+        # A value is the smallest of those given a single selected row each, as in `gram.choose`.
+        value = self.bounds[candidates]
+        given_row = gains(
+            self.relevance[candidates], self.similarity(candidates, candidates), self.duplication, self.objective
+        )
+        given_row.fill_diagonal_(-torch.inf)
+        picked: list[int] = []
         for _ in range(count):
-            value = gains(relevance, closest, self.duplication, self.objective) + taken
-            picked.append(value.argmax())
-            taken[picked[-1]] = -torch.inf
-            closest = torch.maximum(closest, among[picked[-1]])
-        return candidates[torch.stack(picked)]
+            picked.append(int(value.argmax()))
+            torch.minimum(value, given_row[picked[-1]], out=value)
+        return candidates[picked]
 
     def take(self, rows: Tensor) -> None:
         self.chosen = torch.cat([self.chosen, rows])
