@@ -115,12 +115,12 @@ def markdown(data: Data) -> str:
         "Where the time of a request goes, in the engine itself: preparing images by vLLM's own clock, vision tower "
         "and projector, selection, decoder (the whole prompt and one token), and the total."
     )
-    said = [
+    lines = [
         f"* `{way}` at the highest load: {measured:.2f} times the requests per second; vision, selection and decoder "
         f"of 8 requests at once predict {expected:.2f}, without the time that the server itself needs per request."
         for way, measured, expected in gains(data)
     ]
-    return "\n\n".join((text, table(LOAD, load_rows(data)), parts, table(PARTS, part_rows(data)), "\n".join(said)))
+    return "\n\n".join((text, table(LOAD, load_rows(data)), parts, table(PARTS, part_rows(data)), "\n".join(lines)))
 
 
 def show(data: Data) -> None:

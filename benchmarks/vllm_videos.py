@@ -142,11 +142,11 @@ def answer(llm: Any, model: str, clip: clips.Clip) -> dict[str, Any]:
     begin = time.process_time()
     out = llm.generate([{"prompt": text, "multi_modal_data": {"video": [(frames, facts)]}}], sampling, use_tqdm=False)
     spent = time.process_time() - begin
-    said = out[0].outputs[0]
+    answer = out[0].outputs[0]
     return {
         "tokens": len(out[0].prompt_token_ids),
-        "said": said.text.split("<eos>")[0].strip(),
-        "logprobs": {token: entry.logprob for token, entry in said.logprobs[0].items()},
+        "said": answer.text.split("<eos>")[0].strip(),
+        "logprobs": {token: entry.logprob for token, entry in answer.logprobs[0].items()},
         "seconds": spent,
     }
 

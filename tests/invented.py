@@ -56,8 +56,8 @@ class Notion(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.number)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
-        said, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=query.shape[-1] ** -0.5)
-        thought = thought + self.answer(said.reshape(batch, length, width))
+        attended, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=query.shape[-1] ** -0.5)
+        thought = thought + self.answer(attended.reshape(batch, length, width))
         return thought + self.bend(thought)
 
 

@@ -29,8 +29,8 @@ def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: A
     old = data | {"versions": data["versions"] | {"vtprune": "0.0.1"}}
     out.write_text(json.dumps(old))
     assert main(command) == 2
-    said = capfd.readouterr().err
-    assert f'versions.vtprune is "0.0.1" there and "{vtprune.__version__}" here' in said and "--force" in said
+    message = capfd.readouterr().err
+    assert f'versions.vtprune is "0.0.1" there and "{vtprune.__version__}" here' in message and "--force" in message
     assert json.loads(out.read_text()) == old
     assert main([*command, "--force"]) == 0
     assert json.loads(out.read_text())["versions"] == data["versions"]

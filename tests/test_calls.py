@@ -407,10 +407,10 @@ def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixt
 
     warn_once.cache_clear()
     model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
-    for method, said in (("divprune", 0), ("pooling", 0), (LAYOUTS["merging"], 1)):
+    for method, warnings in (("divprune", 0), ("pooling", 0), (LAYOUTS["merging"], 1)):
         with pruned(model, method, ratio=0.3):
             model(**batch).logits.sum().backward()
-        assert sum("merges tokens" in record.message for record in caplog.records) == said
+        assert sum("merges tokens" in record.message for record in caplog.records) == warnings
     with pruned(model, LAYOUTS["merging"], ratio=0.3), torch.no_grad():
         warn_once.cache_clear()
         caplog.clear()

@@ -56,7 +56,7 @@ def test_help_of_every_command_starts_with_an_example_and_says_what_it_does(caps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["demo", "--kep", "5"], "did you mean --keep? (see vtprune demo --help)"),
         (["rnu"], "did you mean run?"),
@@ -66,9 +66,9 @@ def test_help_of_every_command_starts_with_an_example_and_says_what_it_does(caps
         ([], "expected one of demo, run"),
     ],
 )
-def test_what_is_misspelled_gets_a_suggestion(capsys, arguments, said):
+def test_what_is_misspelled_gets_a_suggestion(capsys, arguments, message):
     assert _run(*arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_debug_stands_anywhere():
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_line(command):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (MemoryError(), 1, "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "not enough memory"),
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line(command):
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, error, code, said):
+def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, error, code, message):
     from vtprune.cli import describe
 
     def broken() -> None:
@@ -167,14 +167,14 @@ def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, erro
     monkeypatch.setattr(describe, "list_methods", broken)
     assert _run("methods") == code
     err = capsys.readouterr().err
-    assert said in err and len(err.splitlines()) == bool(said)
+    assert message in err and len(err.splitlines()) == bool(message)
     with pytest.raises(SystemExit):
         _run("--help")
     assert f"  {code:<3}  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("redirect", "code", "said"),
+    ("redirect", "code", "message"),
     [
         ("methods >&-", 1, "standard output is closed"),
         ("methods >&- 2>&-", 1, ""),
@@ -192,13 +192,13 @@ def test_every_error_is_one_line_and_a_documented_code(capsys, monkeypatch, erro
         ("run --model embedded --image a.png --question x --dtype float8_e4m3fn", 2, "unknown dtype"),
     ],
 )
-def test_streams_and_paths_of_every_kind_end_in_one_line(tmp_path, redirect, code, said):
+def test_streams_and_paths_of_every_kind_end_in_one_line(tmp_path, redirect, code, message):
     os.mkfifo(tmp_path / "pipe")
     refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
     command = ["bash", "-c", f"exec {sys.executable} -m vtprune {redirect}"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
-    assert run.returncode == code and said in run.stderr and "error" not in run.stdout
-    assert len(run.stderr.splitlines()) == bool(said)
+    assert run.returncode == code and message in run.stderr and "error" not in run.stdout
+    assert len(run.stderr.splitlines()) == bool(message)
 
 
 def test_words_that_the_terminal_cannot_show_are_escaped(capsys):
@@ -264,10 +264,10 @@ def test_large_and_thin_pictures_are_drawn_small(tmp_path, size):
 
 
 def test_a_question_longer_than_the_model_is_refused(capsys, tmp_path):
-    for question, said in (("word " * 5000, "the prompt has"), ("x" * 200_000, "at most 100,000")):
+    for question, message in (("word " * 5000, "the prompt has"), ("x" * 200_000, "at most 100,000")):
         assert _run("demo", "--question", question, "--output", tmp_path / "a.png") == 2
         err = capsys.readouterr().err
-        assert said in err and len(err) < 500
+        assert message in err and len(err) < 500
 
 
 STRATEGY = {"method": "vflowopt", "threshold": 1.0, "alpha": 0.0, "grid": 3.0, "first": 0.5}
@@ -400,7 +400,7 @@ def test_a_model_that_fails_unpruned_is_an_input_error(capsys, tmp_path, folder)
     shutil.copytree(folder, copy)
     good = (copy / "config.json").read_text()
     rest = ["--image", picture, "--question", "x?", "--output", tmp_path / "b.png"]
-    for change, said in (
+    for change, message in (
         ({"image_token_id": 5, "image_token_index": 5}, "fails without pruning"),
         ({"text_config": {**json.loads(good)["text_config"], "intermediate_size": 8}}, "other shapes"),
         ({"vision_config": {**json.loads(good)["vision_config"], "image_size": 10**6}}, "image_size=1,000,000"),
@@ -408,7 +408,7 @@ def test_a_model_that_fails_unpruned_is_an_input_error(capsys, tmp_path, folder)
         (copy / "config.json").write_text(json.dumps(json.loads(good) | change))
         assert _run("run", "--model", copy, *rest) == 2
         err = capsys.readouterr().err
-        assert said in err and len(err.splitlines()) == 1
+        assert message in err and len(err.splitlines()) == 1
     (copy / "config.json").write_text(json.dumps(json.loads(good) | {"text_config": {"vocab_size": -1}}))
     assert _run("inspect", "--model", copy) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 

@@ -69,7 +69,7 @@ def test_operations_come_from_the_repository_and_choose_the_same(repository):
 
 
 @pytest.mark.parametrize(
-    ("code", "place", "said"),
+    ("code", "place", "message"),
     [
         ("import vtprune", "nowhere", "is no folder; expected one, or OWNER/NAME@VERSION"),
         ("import vtprune", "owner/name@1", "no network for owner/name 1 ['owner/name']"),
@@ -77,6 +77,6 @@ def test_operations_come_from_the_repository_and_choose_the_same(repository):
         ("import vtprune_kernels, vtprune", None, "was imported before vtprune"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(repository, code, place, said):
+def test_what_cannot_be_loaded_is_said(repository, code, place, message):
     run = _run(code, repository, place or str(repository))
-    assert run.returncode == 1 and said in run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and message in run.stderr.splitlines()[-1]

@@ -285,9 +285,9 @@ def test_long_work(
     run, file = Runs(command, tmp_path, monkeypatch), tmp_path / command.file
 
     assert run(stop=2) == (130, 2)
-    said = capfd.readouterr().err
-    assert "━" in said and f"1/{STEPS}" in said, said
-    assert "interrupted: finished results are in" in said and "run the same command" in said
+    message = capfd.readouterr().err
+    assert "━" in message and f"1/{STEPS}" in message, message
+    assert "interrupted: finished results are in" in message and "run the same command" in message
     assert found(command, tmp_path) == 1
 
     assert run() == (0, STEPS - 1)  # finished steps are not repeated
@@ -338,9 +338,9 @@ def test_a_signal_loses_nothing(
     while not (tmp_path / file).exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
-    assert "interrupted: finished results are in" in said and "Traceback" not in said, said
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, message
+    assert "interrupted: finished results are in" in message and "Traceback" not in message, message
     kept = done(json.loads((tmp_path / file).read_text(encoding="utf-8")))
-    assert kept >= 1 and f"{kept}/" in said, said
+    assert kept >= 1 and f"{kept}/" in message, message
     assert [path.name for path in tmp_path.iterdir()] == [file]  # no temporary file is left

@@ -32,9 +32,9 @@ def test_another_header_is_named_and_left_alone(tmp_path: Path) -> None:
     before = path.read_text()
     with pytest.raises(progress.StaleResultError) as raised:
         progress.load(path, HEADER)
-    said = str(raised.value)
-    assert 'versions.vtprune is "0" there and "1" here' in said and "torch" not in said
-    assert "ratios is null there and [0.1, 0.5] here" in said and "--force" in said
+    message = str(raised.value)
+    assert 'versions.vtprune is "0" there and "1" here' in message and "torch" not in message
+    assert "ratios is null there and [0.1, 0.5] here" in message and "--force" in message
     assert path.read_text() == before
     for text in ("[1]", "{", ""):
         path.write_text(text)

@@ -44,8 +44,8 @@ def test_visual_places_are_read_as_words(model):
     ids = inputs["input_ids"].clone()
     ids[ids == model.config.image_token_id] = torch.tensor(one.words)
     seen = model(**inputs).logits[0, -1]
-    said = model.lm_head(model.model.language_model(input_ids=ids).last_hidden_state)[0, -1]
-    torch.testing.assert_close(seen, said, rtol=1e-4, atol=1e-4)
+    logits = model.lm_head(model.model.language_model(input_ids=ids).last_hidden_state)[0, -1]
+    torch.testing.assert_close(seen, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_facts_visit_all_depths():

@@ -56,8 +56,8 @@ def test_pages_say_what_they_answer():
                 number = int(question.text.split()[3])
                 assert question.answer == " ".join(word.text for word in page.lines[number - 1])
             if question.kind == "page presence":
-                said = {word.text for word in page.words}
-                assert question.answer == ("yes" if question.text.split()[-1][:-1] in said else "no")
+                words = {word.text for word in page.words}
+                assert question.answer == ("yes" if question.text.split()[-1][:-1] in words else "no")
         for word in page.words:  # every patch of a word contains ink
             ink = page.drawn.reshape(16, 12, 14, 12).any((1, 3)).ravel()
             assert ink[list(word.patches)].all()

@@ -53,8 +53,8 @@ def test_what_is_stale_is_named_and_mended(copy: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(report, "ROOT", copy)
     everything = ["README.md", "docs/results-accuracy.svg", "docs/results.md"]
     assert report.main(["--check"]) == 1
-    said = capsys.readouterr().out
-    assert all(f"{name} is out of date" in said for name in everything)
+    output = capsys.readouterr().out
+    assert all(f"{name} is out of date" in output for name in everything)
     assert report.write(copy) == everything and report.stale(copy) == [] and report.main(["--check"]) == 0
     assert len(drawn) == 1 and report.write(copy) == []
     result = copy / "benchmarks" / "results" / "accuracy.json"

@@ -189,9 +189,9 @@ def test_why_without_recording_knows_no_duplicate_and_keeps_no_states(embedded):
 
 def test_the_report_is_text_and_the_log_is_json(embedded):
     _, last = _run(embedded)
-    said = json.loads(json.dumps(last.to_dict(), allow_nan=False))
-    assert (said["visual_tokens"], said["kept_tokens"]) == (144, 14) == last.tokens
-    assert said["kv_bytes_after"] < said["kv_bytes"] and said["stages"] == [[said["stages"][0][0], [14]]]
+    record = json.loads(json.dumps(last.to_dict(), allow_nan=False))
+    assert (record["visual_tokens"], record["kept_tokens"]) == (144, 14) == last.tokens
+    assert record["kv_bytes_after"] < record["kv_bytes"] and record["stages"] == [[record["stages"][0][0], [14]]]
     assert "144 -> 14" in last.report() == str(last)
 
 

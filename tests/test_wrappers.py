@@ -117,10 +117,10 @@ def _rank(rank: int, store: str, out: str) -> None:
     with vtprune.patch(sharded, ratio=0.3, method="iwp"):
         try:
             sharded(**batch)
-            said = ""
+            message = ""
         except vtprune.MethodError as error:
-            said = str(error)
-    torch.save((loss.item(), kept, said), f"{out}/{rank}")
+            message = str(error)
+    torch.save((loss.item(), kept, message), f"{out}/{rank}")
     distributed.barrier()
     distributed.destroy_process_group()
 
@@ -133,9 +133,9 @@ def test_fsdp_on_two_processes(tmp_path: Path) -> None:
         labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, -100)
         with torch.no_grad(), vtprune.patch(model, ratio=0.3) as patch:
             want, kept = model(**batch, labels=labels).loss.item(), patch.last.kept[0].tolist()
-        loss, got, said = torch.load(tmp_path / str(rank))
+        loss, got, message = torch.load(tmp_path / str(rank))
         assert got == kept and loss == pytest.approx(want, rel=1e-5)
-        assert "sharded over 2 processes" in said
+        assert "sharded over 2 processes" in message
 
 
 def test_the_default_method_reads_nothing_inside_a_layer() -> None:

@@ -178,8 +178,8 @@ def notebook(text: str) -> str:
                 png = "".join(data["image/png"]).replace("\n", "")
                 parts.append(f'<img alt="output of the cell above" src="data:image/png;base64,{png}">')
             else:
-                said = "".join(out.get("text", data.get("text/plain", "")))
-                parts.append(f"```text\n{said.rstrip()}\n```")
+                printed = "".join(out.get("text", data.get("text/plain", "")))
+                parts.append(f"```text\n{printed.rstrip()}\n```")
     return "\n\n".join(parts) + f"\n\nThe file is `{NOTEBOOK}` in the repository.\n"
 
 

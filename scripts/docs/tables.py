@@ -95,10 +95,10 @@ def laws(results: Path = RESULTS) -> str:
     lines = []
     for path in sorted((ROOT / "tests" / "laws").glob("test_*.py"), key=lambda path: int(path.stem.split("_")[1])):
         number, name = path.stem.split("_", 2)[1:]
-        said = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+        summary = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
         held = [row["laws"][_law(name)] for row in data["rows"] if _law(name) in row["laws"]]
         verdict = f"{sum(held)} of {len(held)}" if held else "not in the last run"
-        lines.append((number, re.sub(r"^Law \d+: ", "", said), f"`{path.relative_to(ROOT)}`", verdict))
+        lines.append((number, re.sub(r"^Law \d+: ", "", summary), f"`{path.relative_to(ROOT)}`", verdict))
     about = f" {_versions(data)}" if data["rows"] else ""
     return table(("law", "what is tested", "file", "families on which it held"), lines) + f"\n\n{about.strip()}"
 
@@ -257,7 +257,7 @@ def clips_time(results: Path = RESULTS) -> str:
             low, high = line["difference"]
             cells += [f"{line['instead_kept']}", f"{line['instead_kl']:.2f}", f"{low:+.2f} to {high:+.2f}"]
         ran = [line["difference"] for line in lines if "difference" in line]
-        said = (
+        intro = (
             f"{kind.capitalize()}, {len(ran)} comparisons: the method is clearly nearer in "
             f"{sum(high < 0 for _, high in ran)}, what is shown instead in {sum(low > 0 for low, _ in ran)}."
         )
@@ -266,7 +266,7 @@ def clips_time(results: Path = RESULTS) -> str:
         ]
         head = ("rule", "tokens a step", "time", "KL", *ways)
         out.append(
-            f"{said}\n\n{table(head, [(f'`{rule}`', str(kept), *cells) for (rule, kept), cells in rows.items()])}"
+            f"{intro}\n\n{table(head, [(f'`{rule}`', str(kept), *cells) for (rule, kept), cells in rows.items()])}"
         )
     return "\n\n".join(out)
 

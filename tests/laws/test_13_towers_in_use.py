@@ -71,6 +71,6 @@ def test_pipeline() -> None:
         with vtprune.patch(model, ratio=0.25, tower=method) as patch, torch.no_grad():
             out = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
             kept = patch.last.tower.kept[0]
-            said = made(images=scene.image, text=text, return_full_text=False, generate_kwargs=settings)
+            generated = made(images=scene.image, text=text, return_full_text=False, generate_kwargs=settings)
             assert torch.equal(patch.last.tower.kept[0], kept) and len(kept) < patch.last.tower.patches[0]
-        assert said[0]["generated_text"].strip() == processor.decode(out, skip_special_tokens=True).strip()
+        assert generated[0]["generated_text"].strip() == processor.decode(out, skip_special_tokens=True).strip()

@@ -109,10 +109,10 @@ def fullgraph(folder: Path) -> str:
     model, inputs = build(), prompt()
     with patched(model), torch.no_grad():
         compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
-        said = refused(lambda: compiled(**inputs), torch._dynamo.exc.Unsupported)
+        message = refused(lambda: compiled(**inputs), torch._dynamo.exc.Unsupported)
     reason = "which tokens stay depends on values"
-    assert reason in said, said
-    return said[said.index(reason) :].split(")")[0]
+    assert reason in message, message
+    return message[message.index(reason) :].split(")")[0]
 
 
 @row("`torch.export`")

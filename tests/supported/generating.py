@@ -113,6 +113,6 @@ def pipeline(folder: Path) -> None:
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         columns = kept(patch)
         settings = {"max_new_tokens": 4, "do_sample": False}
-        said = made(images=scene.image, text=text, return_full_text=False, generate_kwargs=settings)
+        generated = made(images=scene.image, text=text, return_full_text=False, generate_kwargs=settings)
         assert kept(patch) == columns
-    assert said[0]["generated_text"].strip() == processor.decode(out, skip_special_tokens=True).strip()
+    assert generated[0]["generated_text"].strip() == processor.decode(out, skip_special_tokens=True).strip()

@@ -59,12 +59,12 @@ def copying(folder: Path) -> str:
     model, inputs = build(), prompt()
     with patched(model) as patch:
         want, columns = greedy(model, inputs), kept(patch)
-        said = refused(lambda: copy.deepcopy(model))
+        message = refused(lambda: copy.deepcopy(model))
         assert greedy(model, inputs) == want
     twin = copy.deepcopy(model)
     with patched(twin) as patch:
         assert greedy(twin, inputs) == want and kept(patch) == columns
-    return said
+    return message
 
 
 @row("`pickle` and `torch.save` of a patched model")
@@ -72,10 +72,10 @@ def pickling(folder: Path) -> str:
     """Refused; after `remove` both work."""
     model = build()
     with patched(model):
-        said = refused(lambda: pickle.dumps(model))
-        assert refused(lambda: torch.save(model, folder / "model.pt")) == said
+        message = refused(lambda: pickle.dumps(model))
+        assert refused(lambda: torch.save(model, folder / "model.pt")) == message
     pickle.dumps(model)
-    return said
+    return message
 
 
 @row("`device_map` over two devices", "accelerate")
@@ -184,7 +184,7 @@ def adapters(folder: Path) -> None:
     import peft
 
     config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
-    inputs, said = prompt(), []
+    inputs, answers = prompt(), []
     for first in ("patch", "adapter"):
         model = build()
         torch.manual_seed(5)
@@ -193,5 +193,5 @@ def adapters(folder: Path) -> None:
         with patched(model) as patch:
             if first == "patch":
                 model = peft.get_peft_model(model, config)
-            said.append((greedy(model.eval(), inputs), kept(patch)))
-    assert said[0] == said[1]
+            answers.append((greedy(model.eval(), inputs), kept(patch)))
+    assert answers[0] == answers[1]

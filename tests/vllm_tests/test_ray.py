@@ -64,12 +64,12 @@ def test_no_picture_is_lost_or_answered_twice_when_an_engine_dies(tmp_path: Path
             for process in [*psutil.Process(job.pid).children(recursive=True), job] if job.poll() is None else []:
                 process.kill()
         log.seek(0)
-        said = log.read()
+        message = log.read()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert 0 < killed < PICTURES and side_by_side == 2, said[-3000:]
+    assert 0 < killed < PICTURES and side_by_side == 2, message[-3000:]
     good = Counter(row["picture"] for row in rows if not row["error"])
-    assert good == Counter(f"{number:03}.png" for number in range(PICTURES)), said[-3000:]
+    assert good == Counter(f"{number:03}.png" for number in range(PICTURES)), message[-3000:]
     assert [row["picture"] for row in rows if row["error"]] == ["broken.png"]
-    assert rc == 1 and f"{PICTURES} of {PICTURES + 1} pictures answered, each once" in said
+    assert rc == 1 and f"{PICTURES} of {PICTURES + 1} pictures answered, each once" in message
     # 3 x 2 tiles of 16 tokens and a thumbnail, of which a quarter stays.
     assert all(row["prompt_tokens"] < 200 for row in rows if not row["error"])

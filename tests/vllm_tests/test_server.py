@@ -89,7 +89,7 @@ def refusal(server: Server, url: str) -> tuple[int, str]:
     return error.value.status_code, error.value.message
 
 
-def said(answer: Any) -> tuple[int, str]:
+def reply(answer: Any) -> tuple[int, str]:
     return answer.usage.prompt_tokens, answer.choices[0].message.content
 
 
@@ -115,12 +115,12 @@ def test_usage_is_lower_by_the_dropped_tokens(name, model, server, unpruned):
 
 
 def test_text_alone_is_answered_as_ever(server, unpruned):
-    assert said(ask(server)) == said(unpruned["none"])
+    assert reply(ask(server)) == reply(unpruned["none"])
 
 
 def test_pictures_are_looked_at(server):
     """Other pictures of equal size change the answer; the same ones, from the caches, repeat it."""
-    answers = [said(ask(server, *images([(64, 64)], seed))) for seed in (10, 11, 12, 10)]
+    answers = [reply(ask(server, *images([(64, 64)], seed))) for seed in (10, 11, 12, 10)]
     assert len({length for length, _ in answers}) == 1
     assert len({text for _, text in answers}) == 3 and answers[0] == answers[3]
 
@@ -134,9 +134,9 @@ def test_sixteen_at_once_say_what_they_say_alone(server):
             calls = [asking.chat.completions.create(**request(server, urls)) for urls in asked]
             return await asyncio.gather(*calls)
 
-    crowd = [said(answer) for answer in asyncio.run(together())]
+    crowd = [reply(answer) for answer in asyncio.run(together())]
     # A cache salt keeps the single requests from reusing blocks of the batch; the cache is too large for evictions.
-    alone = [said(ask_once(server, urls)) for urls in asked]
+    alone = [reply(ask_once(server, urls)) for urls in asked]
     assert crowd == alone and len(set(crowd)) == 16
 
 
@@ -152,7 +152,7 @@ def test_streams_end_with_the_same_usage(server):
         parts = list(asking.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
         whole = asking.chat.completions.create(**body)
     text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
-    assert (parts[-1].usage.prompt_tokens, text) == said(whole)
+    assert (parts[-1].usage.prompt_tokens, text) == reply(whole)
 
 
 @pytest.mark.parametrize("name", pictures.odd())
@@ -162,11 +162,11 @@ def test_odd_pictures_are_answered(name, server):
 
 @pytest.mark.parametrize("name", pictures.broken())
 def test_broken_pictures_are_refused_and_the_server_goes_on(name, server, unpruned):
-    before = said(ask(server, *images([(64, 64)])))
+    before = reply(ask(server, *images([(64, 64)])))
     status, message = refusal(server, pictures.broken()[name])
     assert (status, message) == unpruned[name]
     assert 400 <= status < 500 or OWN_ERRORS.get(name, "-") in message, message
-    assert server.ready() and said(ask(server, *images([(64, 64)]))) == before
+    assert server.ready() and reply(ask(server, *images([(64, 64)]))) == before
 
 
 def test_broken_ones_among_sixteen_harm_only_themselves(server):
@@ -179,7 +179,7 @@ def test_broken_ones_among_sixteen_harm_only_themselves(server):
 
     answers = asyncio.run(together())
     assert [isinstance(answer, openai.BadRequestError) for answer in answers] == [bool(i % 3) for i in range(16)]
-    assert len({said(answer) for answer in answers[::3]}) == 1
+    assert len({reply(answer) for answer in answers[::3]}) == 1
 
 
 def test_too_many_pictures_are_refused(server):
@@ -203,11 +203,11 @@ def test_requests_that_clients_leave_are_forgotten(server):
 def test_two_replicas_answer_as_one(model: Path, server: Server) -> None:
     """With data parallelism, eight concurrent requests on two engines are answered as on one."""
     urls = [images([(64, 64)], seed=i)[0] for i in range(8)]
-    wanted = [said(ask(server, url)) for url in urls]
+    wanted = [reply(ask(server, url)) for url in urls]
     options = (*OPTIONS, "--data-parallel-size", "2")
     environment = {**SMALL, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     with Server(model, CONFIG, options=options, environment=environment) as two, ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda url: said(ask(two, url)), urls)) == wanted
+        assert list(pool.map(lambda url: reply(ask(two, url)), urls)) == wanted
         text = openai.DefaultHttpxClient(trust_env=False).get(f"{two.url}/metrics").text
     work = re.findall(r'^vllm:prompt_tokens_total\{engine="(\d)".*\} (\S+)$', text, re.M)
     assert [engine for engine, tokens in work if float(tokens) > 0] == ["0", "1"], work
@@ -225,7 +225,7 @@ def test_a_count_holds_for_every_picture_and_ctrl_c_stops_the_server(model, unpr
     """`keep` applies to every picture, and Ctrl-C between two requests stops the server."""
     with Server(model, KEEP, options=OPTIONS, environment=SMALL) as server:
         for name in ("one", "four"):
-            before, after = unpruned[name].usage.prompt_tokens, said(ask(server, *images(REQUESTS[name])))[0]
+            before, after = unpruned[name].usage.prompt_tokens, reply(ask(server, *images(REQUESTS[name])))[0]
             assert before - after == dropped(model, REQUESTS[name], KEEP)
         assert server.stop(signal.SIGINT) == 0, server.tail()
         assert server.left() == []

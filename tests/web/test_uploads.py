@@ -89,8 +89,8 @@ def _file(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", UPLOADS)
 def test_every_upload_gets_a_message_and_the_next_visitor_an_answer(client, tmp_path, name):
-    said, result = _ask(client, _file(tmp_path, name))
-    assert UPLOADS[name][1] in said
+    output, result = _ask(client, _file(tmp_path, name))
+    assert UPLOADS[name][1] in output
     assert ("<svg" in result) == (name in NOTED)
     _, preview, shown = client.predict(_file(tmp_path, name), api_name="/uploaded")
     assert UPLOADS[name][1] in shown and bool(preview) == (name in NOTED)
@@ -107,8 +107,8 @@ def test_every_upload_gets_a_message_and_the_next_visitor_an_answer(client, tmp_
     ],
 )
 def test_questions_that_cannot_be_asked_get_a_message(client, change, message):
-    said, result = _ask(client, **{"choice": "scene 7", **change})
-    assert message in said and not result
+    output, result = _ask(client, **{"choice": "scene 7", **change})
+    assert message in output and not result
 
 
 AUTO = "auto: as many as each picture needs, with that share as the mean over the pictures"
@@ -135,8 +135,8 @@ def test_the_count_is_that_of_a_certificate_or_of_the_picture(client):
 
 
 def test_what_visitors_write_is_shown_as_text(client):
-    said, result = _ask(client, choice="scene 7", question="<script>alert(1)</script>")
-    assert "<script" not in said + result
+    output, result = _ask(client, choice="scene 7", question="<script>alert(1)</script>")
+    assert "<script" not in output + result
 
 
 def test_a_method_that_is_not_offered_is_refused(client):
@@ -185,9 +185,9 @@ def test_twenty_visitors_at_once_are_all_served(server):
     def visit(number: int) -> str:
         mine = Client(server.url, verbose=False)
         method = ("iwp", "uniform", "divprune", "fastv")[number % 4]
-        said, result = _ask(mine, choice=("scene 7", "scene 12")[number % 2], methods=[method])
+        output, result = _ask(mine, choice=("scene 7", "scene 12")[number % 2], methods=[method])
         assert f'data-method="{method}"' in result and 'class="error"' not in result
-        return said
+        return output
 
     with ThreadPoolExecutor(20) as visitors:
         assert list(visitors.map(visit, range(20))) == ["Done."] * 20

@@ -198,7 +198,7 @@ class DecoderCall(CallState):
         visual, columns, spec = self.visual, self.columns, self.spec
         assert visual is not None
         past, length, slots = columns.past, columns.length, columns.slot_counts
-        layout, seconds, said = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
+        layout, seconds, inputs = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
         kept = [(selection.scores, selection.kept, selection.states) for selection in self.selections]
         cut_layers, budget = self.stages, self.options.budget
         runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
@@ -222,7 +222,7 @@ class DecoderCall(CallState):
                 places=visual,
                 scores=[scores for scores, _, _ in kept],
                 kept_flat=[tokens for _, tokens, _ in kept],
-                source=Source.of(said, spec.anatomy),
+                source=Source.of(inputs, spec.anatomy),
                 states=[states for _, _, states in kept],
                 evicted=evicted,
                 work=spec.work,

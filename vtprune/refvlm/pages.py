@@ -128,12 +128,12 @@ def ask(on: Page, kind: str, rng: random.Random) -> Question | None:
     lines = on.lines
     number = rng.randrange(len(lines))
     mark = next(word for word in on.words if word.line == number + 1 and word.place == -1)
-    said = lines[number]
+    line = lines[number]
     if kind == "line":
-        text = " ".join(word.text for word in said)
-        return Question(f"what does line {number + 1} say?", text, kind, cells(said, (mark,)))
+        text = " ".join(word.text for word in line)
+        return Question(f"what does line {number + 1} say?", text, kind, cells(line, (mark,)))
     if kind == "word":
-        word = rng.choice(said)
+        word = rng.choice(line)
         text = f"what is the {ORDER[word.place]} word of line {number + 1}?"
         return Question(text, word.text, kind, cells((word,), (mark,)))
     if kind == "lines":

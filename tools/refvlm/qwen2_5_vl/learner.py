@@ -49,8 +49,8 @@ class TextAttention:
             seen = F.scaled_dot_product_attention(
                 query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scaling
             )
-            said = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=mask, scale=scaling)
-        return torch.cat((seen, said), dim=2).transpose(1, 2), None
+            attended = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=mask, scale=scaling)
+        return torch.cat((seen, attended), dim=2).transpose(1, 2), None
 
 
 @lru_cache(maxsize=256)
