@@ -17,11 +17,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,6 @@ from torch import Tensor, nn
 import vtprune
 from vtprune import towers
 from vtprune.bench import layouts, shapes
-from vtprune.engine.hooks import Override
 from vtprune.models import attention_probe
 from vtprune.study import progress
 from vtprune.towers import products
@@ -151,13 +152,12 @@ class Limit:
             full, part = self.states.new_zeros(rows, width), getattr(self.tower, name)
             handles.append(part.register_forward_pre_hook(lambda m, a: (a[0][:ran], *a[1:])))
             handles.append(part.register_forward_hook(lambda m, a, o, full=full: full))
-        convs = list(products.products([self.tower.patch_embed], lambda: True))
-        handles += [Override(conv, products.NAME, product) for conv, product in convs]
-        try:
-            yield
-        finally:
+        with contextlib.ExitStack() as stack:
             for handle in handles:
-                handle.remove()
+                stack.callback(handle.remove)
+            for conv, product in products.products([self.tower.patch_embed], lambda: True):
+                stack.enter_context(mock.patch.object(conv, products.NAME, product))
+            yield
 
 
 def limits(
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["Uniform", "Change", "Similar", "Attention", "Pixels"])
     parser.add_argument("--rounds", type=int, default=3, help="of whole requests (default: %(default)s)")
     parser.add_argument("--tower-rounds", type=int, default=1, help="of towers of full depth (default: %(default)s)")
+    parser.add_argument("--part", default="all", choices=("all", "requests", "towers"), help="default: %(default)s")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--out", type=Path, default=OUT)
@@ -214,32 +215,37 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.set_num_threads(1)
     shape = shapes.get(args.shape)
+    result: dict[str, Any] = {
+        "shape": shape.name,
+        "about": shape.about,
+        "text_tokens": TEXT,
+        "device": args.device if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "tower_rounds": args.tower_rounds,
+        "clock": "processor time of one thread" if device.type == "cpu" else "wall time",
+        "method": METHOD,
+        "versions": progress.versions(),
+    }
     with torch.no_grad():
         model = shape.build(device, dtype)
-        first_token(model, layouts.prompt(model, shape.layout, 1, min(args.tokens, WARM), TEXT), 1, device)
         inputs = layouts.prompt(model, shape.layout, 1, args.tokens, TEXT)
-        answers = first_token(model, inputs, args.rounds, device)
-        for name, row in answers.items():
-            tower_share = 100 * row["tower_seconds"] / row["seconds"]
-            print(f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {tower_share:.0f} %", flush=True)
-        result = {
-            "shape": shape.name,
-            "about": shape.about,
+        result |= {
             "patches": len(inputs["pixel_values"]),
             "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
-            "text_tokens": TEXT,
-            "device": args.device if device.type == "cpu" else torch.cuda.get_device_name(device),
-            "dtype": args.dtype,
-            "rounds": args.rounds,
-            "tower_rounds": args.tower_rounds,
-            "clock": "processor time of one thread" if device.type == "cpu" else "wall time",
-            "method": METHOD,
-            "versions": progress.versions(),
-            "first_token": answers,
         }
+        if args.part != "towers":
+            first_token(model, layouts.prompt(model, shape.layout, 1, min(args.tokens, WARM), TEXT), 1, device)
+            result["first_token"] = first_token(model, inputs, args.rounds, device)
+            for name, row in result["first_token"].items():
+                tower_share = 100 * row["tower_seconds"] / row["seconds"]
+                print(f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {tower_share:.0f} %", flush=True)
         del model
-        whole = whole_tower(args.shape)
-        result["towers"] = limits(whole.build(device, dtype), inputs, args.tower_rounds, device, args.methods)
+        if args.part != "requests":
+            whole = whole_tower(args.shape).build(device, dtype)
+            result["towers"] = limits(whole, inputs, args.tower_rounds, device, args.methods)
+    if args.part != "all":  # the other part stays as it is in the file
+        result = json.loads(args.out.read_text(encoding="utf-8")) | result
     progress.save(args.out, result)
 
 
