@@ -30,7 +30,7 @@ def products(modules: Iterable[nn.Module], wanted: Callable[[], bool]) -> Iterat
     for conv in (inner for module in modules for inner in module.modules()):
         if not isinstance(conv, (nn.Conv2d, nn.Conv3d)) or conv.groups != 1 or conv.padding_mode != "zeros":
             continue
-        if set(conv.padding) <= {0, *"valid"} and set(conv.dilation) == {1}:
+        if conv.padding in ("valid", (0,) * len(conv.kernel_size)) and set(conv.dilation) == {1}:
             yield conv, _product(getattr(conv, NAME), wanted)
 
 
