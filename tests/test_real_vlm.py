@@ -18,6 +18,7 @@ pytest.importorskip("onnx", reason="onnx is not installed: make real")
 
 from benchmarks import real_quality
 from benchmarks.real import drawn, picture_vlm
+from tools import packing
 from tools.realvlm import data, learner, train
 from vtprune.refvlm import scenes
 
@@ -90,10 +91,10 @@ def test_what_is_trained_is_what_is_shipped(untrained, tmp_path):
     picture = drawn.picture("scene", 7, 12)
     batch = data.pack([(picture, [(q.kind, q.text, q.answer) for q in picture.questions])])
     kind, question, answer = batch.asked[0][-1]
-    batch.labels[batch.segments != len(batch.asked[0])] = data.IGNORE
+    batch.labels[batch.segments != len(batch.asked[0])] = packing.IGNORE
     text = f"{picture_vlm.prompt(question)} {answer}{parts.tokenizer().eos_token}"
     inputs = prepare(images=picture.image, text=text, return_tensors="pt")
-    wanted = batch.labels[batch.labels != data.IGNORE]
+    wanted = batch.labels[batch.labels != packing.IGNORE]
     assert inputs["input_ids"][0, -len(wanted) :].tolist() == wanted.tolist(), kind
     shipped = F.cross_entropy(loaded(**inputs).logits[0, -1 - len(wanted) : -1], wanted)
     assert float(untrained(batch)[0]) == pytest.approx(float(shipped), rel=0.02)
@@ -145,3 +146,11 @@ def test_it_answers_with_every_method(model, method):
         assert len(str(error)) > 20
         return
     assert last.tokens == (GRID**2, GRID**2 // 4) and len(given)
+
+
+def test_all_sizes_come_up_equally_often_from_a_step_on():
+    def sides(any_size):
+        return [data.batch(0, step, 64, 0.0, True, any_size).pixels.shape[-1] // 14 for step in range(60)]
+
+    few, many = (sum(side >= 24 for side in sides(any_size)) for any_size in (False, True))
+    assert few < 12 and 12 <= many <= 28, (few, many)

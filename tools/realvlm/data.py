@@ -114,11 +114,16 @@ def ask(picture: drawn.Picture, rng: random.Random, captions: float) -> list[Dia
     return asked
 
 
-def batch(seed: int, step: int, budget: int, captions: float, scenes_only: bool = False) -> Batch:
-    """Pictures of one kind and size, about `budget` tokens; the same arguments always give the same batch."""
+def batch(
+    seed: int, step: int, budget: int, captions: float, scenes_only: bool = False, any_size: bool = False
+) -> Batch:
+    """Pictures of one kind and size, about `budget` tokens; the same arguments always give the same batch.
+
+    With `any_size`, all sizes of a kind are equally frequent.
+    """
     rng = random.Random(f"real {seed} {step}")
     kind = "scene" if scenes_only else rng.choices(list(KINDS), list(KINDS.values()))[0]
-    grid = rng.choices(list(GRIDS[kind]), list(GRIDS[kind].values()))[0]
+    grid = rng.choices(list(GRIDS[kind]), None if any_size else list(GRIDS[kind].values()))[0]
     seeds = [
         scenes.TRAIN_SEEDS * (1 + seed) + rng.randrange(10**8) for _ in range(round(budget / (grid**2 + TEXT)) or 1)
     ]

@@ -52,7 +52,7 @@ def optimizer(learner: Learner, lr: float) -> torch.optim.Optimizer:
 def train_step(learner: Learner, optim: torch.optim.Optimizer, step: int, args: argparse.Namespace) -> float:
     """One step, which follows from its number and the state; returns the loss."""
     captions = 0.5 if step < args.captions else 0.15
-    loss, _ = learner(data.batch(args.seed, step, args.budget, captions, step < args.scenes))
+    loss, _ = learner(data.batch(args.seed, step, args.budget, captions, step < args.scenes, step >= args.any_size))
     optim.zero_grad()
     learner.backward(loss)
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=int, default=640, help="tokens a step")
     parser.add_argument("--captions", type=int, default=200, help="first steps, in which most scenes are described")
     parser.add_argument("--scenes", type=int, default=1000, help="first steps, in which there are only scenes")
+    parser.add_argument("--any-size", type=int, default=10**9, help="from this step on, all sizes are equally frequent")
     parser.add_argument("--look", type=float, default=1.5, help="thousands of pictures that the projector sees first")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=1)
