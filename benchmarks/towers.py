@@ -8,7 +8,8 @@ Whole requests are measured on Qwen2.5-VL-7B in full width with a quarter of its
 tower alone, compared with its limit, has all blocks. Weights and pixels are random. The picture has 78 x 138 patches
 (1080 x 1920 pixels after the processor's rounding), 2,691 visual tokens, and the prompt 40 text tokens. Variants
 alternate in rounds; on a CPU the time is processor time of one thread, which excludes other work on the machine. The
-limit of a cut is the same tower with its later blocks run on the kept rows only, with precomputed arguments.
+limit of a cut is the same tower with its later blocks run on the kept rows only, with precomputed arguments. An
+interrupted run goes on with the part that the file lacks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +155,7 @@ class Limit:
         with contextlib.ExitStack() as stack:
             for handle in handles:
                 stack.callback(handle.remove)
-            for conv, product in products.products([self.tower.patch_embed], lambda: True):
+            for conv, product in products.find_products([self.tower.patch_embed], lambda: True):
                 stack.enter_context(mock.patch.object(conv, products.NAME, product))
             yield
 
@@ -207,15 +207,24 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["Uniform", "Change", "Similar", "Attention", "Pixels"])
     parser.add_argument("--rounds", type=int, default=3, help="of whole requests (default: %(default)s)")
     parser.add_argument("--tower-rounds", type=int, default=1, help="of towers of full depth (default: %(default)s)")
-    parser.add_argument("--part", default="all", choices=("all", "requests", "towers"), help="default: %(default)s")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on a CPU by default, else bfloat16"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     torch.set_num_threads(1)
+    with progress.script(args.out), torch.no_grad():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measures what `args.out` does not hold yet: whole requests, then the tower alone."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     shape = shapes.get(args.shape)
-    result: dict[str, Any] = {
+    header = {
         "shape": shape.name,
         "about": shape.about,
         "text_tokens": TEXT,
@@ -227,26 +236,26 @@ def main() -> None:
         "method": METHOD,
         "versions": progress.versions(),
     }
-    with torch.no_grad():
+    result: dict[str, Any] = header | progress.load(args.out, header, args.force)
+    if "first_token" not in result:
         model = shape.build(device, dtype)
+        first_token(model, layouts.prompt(model, shape.layout, 1, min(args.tokens, WARM), TEXT), 1, device)
         inputs = layouts.prompt(model, shape.layout, 1, args.tokens, TEXT)
         result |= {
             "patches": len(inputs["pixel_values"]),
             "visual_tokens": int((inputs["input_ids"] == model.config.image_token_id).sum()),
+            "first_token": first_token(model, inputs, args.rounds, device),
         }
-        if args.part != "towers":
-            first_token(model, layouts.prompt(model, shape.layout, 1, min(args.tokens, WARM), TEXT), 1, device)
-            result["first_token"] = first_token(model, inputs, args.rounds, device)
-            for name, row in result["first_token"].items():
-                tower_share = 100 * row["tower_seconds"] / row["seconds"]
-                print(f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {tower_share:.0f} %", flush=True)
         del model
-        if args.part != "requests":
-            whole = whole_tower(args.shape).build(device, dtype)
-            result["towers"] = limits(whole, inputs, args.tower_rounds, device, args.methods)
-    if args.part != "all":  # the other part stays as it is in the file
-        result = json.loads(args.out.read_text(encoding="utf-8")) | result
-    progress.save(args.out, result)
+        progress.save(args.out, result)
+    for name, row in result["first_token"].items():
+        tower_share = 100 * row["tower_seconds"] / row["seconds"]
+        print(f"{name:<28} {row['gain']:5.2f}x of unpruned, tower {tower_share:.0f} %", flush=True)
+    if "towers" not in result:
+        whole = whole_tower(args.shape).build(device, dtype)
+        inputs = layouts.prompt(whole, shape.layout, 1, args.tokens, TEXT)
+        result["towers"] = limits(whole, inputs, args.tower_rounds, device, args.methods)
+        progress.save(args.out, result)
 
 
 if __name__ == "__main__":

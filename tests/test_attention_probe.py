@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import pytest
@@ -145,8 +146,6 @@ def test_a_layer_with_other_states_projects_for_itself():
 
 
 def test_projections_are_kept_apart_by_thread():
-    import threading
-
     layer, args, kwargs = layer_call("llava")
     runs = counted(layer)
     attention_probe.state.share = lambda linear, run, x: pytest.fail("taken by another thread")

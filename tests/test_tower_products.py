@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
 from vtprune import towers
-from vtprune.towers.products import NAME, products
+from vtprune.towers.products import NAME, find_products
 
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = [[4, Image(1), 6]]
@@ -65,7 +65,7 @@ def test_equals_the_convolution(sides, bias, dtype):
     make = {2: nn.Conv2d, 3: nn.Conv3d}[len(sides)]
     conv = make(3, 7, sides, stride=sides, bias=bias).to(dtype)
     x = torch.randn(11, 3, *sides).to(dtype)
-    ((found, product),) = products([nn.Sequential(conv)], lambda: True)
+    ((found, product),) = find_products([nn.Sequential(conv)], lambda: True)
     assert found is conv
     y = product(x, conv.weight, conv.bias)
     want = conv(x)
@@ -78,7 +78,7 @@ def test_equals_the_convolution(sides, bias, dtype):
 
 def test_pictures_larger_than_the_kernel_are_convolved():
     conv = nn.Conv2d(3, 7, 4, stride=4)
-    ((_, product),) = products([conv], lambda: True)
+    ((_, product),) = find_products([conv], lambda: True)
     x = torch.randn(2, 3, 8, 4)
     assert torch.equal(product(x, conv.weight, conv.bias), conv(x))
 
@@ -87,7 +87,7 @@ def test_padded_dilated_and_grouped_convolutions_are_left_alone():
     others = [{"padding": 1}, {"padding": "same", "stride": 1}, {"dilation": 2}, {"groups": 3}]
     others.append({"padding": 1, "padding_mode": "reflect"})
     convs = [nn.Conv2d(3, 6, 2, **{"stride": 2, **options}) for options in others]
-    assert not list(products(convs, lambda: True))
+    assert not list(find_products(convs, lambda: True))
 
 
 def test_hooks_and_wrapped_weights_are_respected():

@@ -97,7 +97,7 @@ class TowerCut:
 
     def products(self) -> Iterator[tuple[nn.Module, Callable]]:
         """Convolutions of the patch embedding, and what replaces their method `products.NAME`."""
-        return products.products(row_by_row(self.parts) if self.method is not None else (), self._drops)
+        return products.find_products(row_by_row(self.parts) if self.method is not None else (), self._drops)
 
     def _drops(self) -> bool:
         """Whether the tower's call in progress is sure to drop patches, so that its numbers change anyway."""

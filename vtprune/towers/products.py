@@ -17,7 +17,7 @@ from torch.nn import functional as F
 NAME = "_conv_forward"  # called by the forward of torch's convolutions with input, weight and bias
 
 
-def products(modules: Iterable[nn.Module], wanted: Callable[[], bool]) -> Iterator[tuple[nn.Module, Callable]]:
+def find_products(modules: Iterable[nn.Module], wanted: Callable[[], bool]) -> Iterator[tuple[nn.Module, Callable]]:
     """Convolutions without padding, and functions that take the place of their method `NAME`.
 
     Args:
