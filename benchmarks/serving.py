@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
         model: A folder, a name on the hub, or `random`.
-        ways: Name of each variant, and its `"vtprune"` settings.
+        variants: Name of each variant, and its `"vtprune"` settings.
         concurrencies: Numbers of concurrent clients.
         rounds: Number of repetitions.
         per_client: Requests per client and run.
@@ -53,7 +53,7 @@ class Plan:
     """
 
     model: str = BUILT_IN
-    ways: dict[str, dict[str, Any] | None] = field(default_factory=lambda: ways(["divprune"], [0.25]))
+    variants: dict[str, dict[str, Any] | None] = field(default_factory=lambda: variants(["divprune"], [0.25]))
     concurrencies: Sequence[int] = (1, 8, 32)
     rounds: int = 2
     per_client: int = 1
@@ -83,9 +83,9 @@ class Plan:
         """Round, variant and concurrency of every run, in order; variants alternate as often as servers allow."""
         for number in range(self.rounds):
             if self.alone:
-                yield from ((number, way, clients) for way in self.ways for clients in self.concurrencies)
+                yield from ((number, variant, clients) for variant in self.variants for clients in self.concurrencies)
             else:
-                yield from ((number, way, clients) for clients in self.concurrencies for way in self.ways)
+                yield from ((number, variant, clients) for clients in self.concurrencies for variant in self.variants)
 
     def urls(self, number: int, clients: int) -> list[str]:
         """The pictures of a run, distinct from those of all other runs of a server."""
@@ -94,7 +94,7 @@ class Plan:
         return [serving_load.picture(start + i, self.size) for i in range(count)]
 
 
-def ways(methods: Sequence[str], ratios: Sequence[float]) -> dict[str, dict[str, Any] | None]:
+def variants(methods: Sequence[str], ratios: Sequence[float]) -> dict[str, dict[str, Any] | None]:
     """The unpruned variant, and every method at every ratio."""
     found: dict[str, dict[str, Any] | None] = {UNPRUNED: None}
     for method in methods:
@@ -109,18 +109,18 @@ class Pool:
         self.plan, self.model, self.stack = plan, model, stack
         self.running: dict[str, Server] = {}
 
-    def __getitem__(self, way: str) -> Server:
-        if way not in self.running:
+    def __getitem__(self, variant: str) -> Server:
+        if variant not in self.running:
             if self.plan.alone:
                 self.close()
-            names = [way] if self.plan.alone else list(self.plan.ways)
+            names = [variant] if self.plan.alone else list(self.plan.variants)
             for name in names:  # started concurrently
-                server = Server(self.model, self.plan.ways[name], options=self.plan.serve)
+                server = Server(self.model, self.plan.variants[name], options=self.plan.serve)
                 self.running[name] = self.stack.enter_context(closing(server)).start()
             warm = [serving_load.picture(seed, self.plan.size) for seed in range(3)]
             for name in names:
                 serving_load.run(self.running[name].wait(), warm, 3, self.plan.tokens)
-        return self.running[way]
+        return self.running[variant]
 
     def close(self) -> None:
         """Stops all."""
@@ -134,9 +134,11 @@ def measure(plan: Plan, out: Path | None, force: bool = False) -> dict[str, Any]
     data = plan.header()
     old = progress.load(out, data, force)
     data.update(rows=old.get("rows", []), parts=old.get("parts", {}), load=old.get("load"))
-    done = {(row["round"], row["way"], row["concurrency"]) for row in data["rows"]}
+    done = {(row["round"], row["variant"], row["concurrency"]) for row in data["rows"]}
     runs = list(plan.runs())
-    jobs: list[Any] = [run for run in runs if run not in done] + [way for way in plan.ways if way not in data["parts"]]
+    jobs: list[Any] = [run for run in runs if run not in done] + [
+        variant for variant in plan.variants if variant not in data["parts"]
+    ]
 
     def save() -> None:
         data["load"] = max(data["load"] or 0.0, progress.load_average() or 0.0)
@@ -152,11 +154,11 @@ def measure(plan: Plan, out: Path | None, force: bool = False) -> dict[str, Any]
             if isinstance(job, str):
                 pool.close()
                 return _parts(plan, model, job)
-            number, way, clients = job
-            result = serving_load.run(pool[way], plan.urls(number, clients), clients, plan.tokens)
-            return {"round": number, "way": way, "concurrency": clients, **result}
+            number, variant, clients = job
+            result = serving_load.run(pool[variant], plan.urls(number, clients), clients, plan.tokens)
+            return {"round": number, "variant": variant, "concurrency": clients, **result}
 
-        for job, result in progress.work(jobs, one, "serving", done=len(runs) + len(plan.ways) - len(jobs)):
+        for job, result in progress.work(jobs, one, "serving", done=len(runs) + len(plan.variants) - len(jobs)):
             if isinstance(job, str):
                 data["parts"][job] = result
             else:
@@ -165,11 +167,11 @@ def measure(plan: Plan, out: Path | None, force: bool = False) -> dict[str, Any]
     return data
 
 
-def _parts(plan: Plan, model: str, way: str) -> dict[str, Any]:
+def _parts(plan: Plan, model: str, variant: str) -> dict[str, Any]:
     urls = [serving_load.picture(seed, plan.size) for seed in range(17)]
     options = _options(plan.serve)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-        return alone.submit(serving_parts.measure, model, plan.ways[way], urls, options).result()
+        return alone.submit(serving_parts.measure, model, plan.variants[variant], urls, options).result()
 
 
 def _options(serve: Sequence[str]) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         serve += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1280", "--kv-cache-memory-bytes", "1G"]
     width, height = map(int, args.size.split("x"))
     plan = Plan(
-        args.model, ways(args.methods, args.ratios), args.concurrency, args.rounds, args.per_client,
+        args.model, variants(args.methods, args.ratios), args.concurrency, args.rounds, args.per_client,
         tokens=args.tokens, size=(width, height), serve=serve, alone=args.alone,
     )  # fmt: skip
     out = args.out or RESULTS / f"serving-{'cpu' if _device() == 'cpu' else 'cuda'}.json"

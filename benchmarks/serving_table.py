@@ -29,9 +29,9 @@ def load_rows(data: Data) -> list[tuple[str, ...]]:
     found = []
     for clients in sorted({row["concurrency"] for row in data["rows"]}):
         mine = [row for row in data["rows"] if row["concurrency"] == clients]
-        base = medians([row for row in mine if row["way"] == UNPRUNED])
-        for way in dict.fromkeys(row["way"] for row in mine):
-            own = medians([row for row in mine if row["way"] == way])
+        base = medians([row for row in mine if row["variant"] == UNPRUNED])
+        for variant in dict.fromkeys(row["variant"] for row in mine):
+            own = medians([row for row in mine if row["variant"] == variant])
             cells = (
                 _beside(own, base, "prompt_tokens", ",.0f"),
                 _beside(own, base, "requests_per_second", ".2f"),
@@ -40,7 +40,7 @@ def load_rows(data: Data) -> list[tuple[str, ...]]:
                 _beside(own, base, "token"),
                 _beside(own, base, "peak_kv_tokens", ",.0f"),
             )
-            found.append((str(clients), way, *cells))
+            found.append((str(clients), variant, *cells))
     return found
 
 
@@ -65,11 +65,11 @@ def part_rows(data: Data) -> list[tuple[str, ...]]:
     """Time per part of a request, one at a time and concurrently."""
     found = []
     for asked, name in (("alone", "one at a time"), ("together", "8 at once")):
-        for way, parts in data["parts"].items():
+        for variant, parts in data["parts"].items():
             own = parts[asked]
             cells = (seconds(own[part]) for part in ("preparing", "encoder", "selection", "decoder", "all"))
-            share = "" if way == UNPRUNED else f"{100 * own['selection'] / own['all']:.1f} %"
-            found.append((name, way, *cells, share))
+            share = "" if variant == UNPRUNED else f"{100 * own['selection'] / own['all']:.1f} %"
+            found.append((name, variant, *cells, share))
     return found
 
 
@@ -81,18 +81,18 @@ def gains(data: Data) -> list[tuple[str, float, float]]:
     """
     clients = max(row["concurrency"] for row in data["rows"])
     rates = {
-        way: medians([row for row in data["rows"] if (row["concurrency"], row["way"]) == (clients, way)])
-        for way in dict.fromkeys(row["way"] for row in data["rows"])
+        variant: medians([row for row in data["rows"] if (row["concurrency"], row["variant"]) == (clients, variant)])
+        for variant in dict.fromkeys(row["variant"] for row in data["rows"])
     }
-    parts = {way: sum(own["together"][part] for part in _ENGINE) for way, own in data["parts"].items()}
+    parts = {variant: sum(own["together"][part] for part in _ENGINE) for variant, own in data["parts"].items()}
     return [
         (
-            way,
-            rates[way]["requests_per_second"] / rates[UNPRUNED]["requests_per_second"],
-            parts[UNPRUNED] / parts[way],
+            variant,
+            rates[variant]["requests_per_second"] / rates[UNPRUNED]["requests_per_second"],
+            parts[UNPRUNED] / parts[variant],
         )
-        for way in rates
-        if way != UNPRUNED and way in parts and UNPRUNED in parts and rates[way] and rates.get(UNPRUNED)
+        for variant in rates
+        if variant != UNPRUNED and variant in parts and UNPRUNED in parts and rates[variant] and rates.get(UNPRUNED)
     ]
 
 
@@ -116,9 +116,9 @@ def markdown(data: Data) -> str:
         "and projector, selection, decoder (the whole prompt and one token), and the total."
     )
     lines = [
-        f"* `{way}` at the highest load: {measured:.2f} times the requests per second; vision, selection and decoder "
-        f"of 8 requests at once predict {expected:.2f}, without the time that the server itself needs per request."
-        for way, measured, expected in gains(data)
+        f"* `{variant}` at the highest load: {measured:.2f} times the requests per second; vision, selection and "
+        f"decoder of 8 requests at once predict {expected:.2f}, without the server's own time per request."
+        for variant, measured, expected in gains(data)
     ]
     return "\n\n".join((text, table(LOAD, load_rows(data)), parts, table(PARTS, part_rows(data)), "\n".join(lines)))
 
@@ -139,5 +139,5 @@ def show(data: Data) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    for way, measured, expected in gains(data):
-        console.print(f"{way}: {measured:.2f} times the requests per second; its parts let expect {expected:.2f}")
+    for variant, measured, expected in gains(data):
+        console.print(f"{variant}: {measured:.2f} times the requests per second; its parts let expect {expected:.2f}")

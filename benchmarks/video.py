@@ -211,10 +211,10 @@ def equal_time(rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> list[dic
     out = []
     for variant in ((method, kept) for method in METHODS for kept in KEPT if (method, kept) in found):
         kl = [kl for _, kl in found[variant]]
-        for way in INSTEAD:
-            line = {"rule": variant[0], "kept": variant[1], "instead": way}
+        for substitute in INSTEAD:
+            line = {"rule": variant[0], "kept": variant[1], "instead": substitute}
             line |= {"time": times[variant], "kl": statistics.mean(kl)}
-            best = rival(times[variant], {other: spent for other, spent in times.items() if other[0] == way})
+            best = rival(times[variant], {other: spent for other, spent in times.items() if other[0] == substitute})
             if best is not None:
                 other = [kl for _, kl in found[best]]
                 difference = [a - b for a, b in zip(kl, other, strict=True)]

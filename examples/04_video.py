@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     frames, question = clip(args.scene, args.pan, args.frames)
 
-    for way, name in (("frames as pictures", "llava"), ("video input", "qwen2_5_vl")):
+    for kind, name in (("frames as pictures", "llava"), ("video input", "qwen2_5_vl")):
         model, processor = refvlm.load(name=name)
         if name == "llava":
             inputs = as_pictures(processor, frames, question.text)
@@ -75,7 +75,7 @@ def main() -> None:
         before, after = patch.last.tokens
         places = patch.last.places.image if name == "llava" else patch.last.places.frame
         kept = torch.bincount(places[patch.last.kept_flat[-1]], minlength=int(places.max()) + 1).tolist()
-        print(f"{way}: {question.text} unpruned: {whole}, pruned: {pruned}, right: {question.answer}")
+        print(f"{kind}: {question.text} unpruned: {whole}, pruned: {pruned}, right: {question.answer}")
         print(f"  {before} -> {after} visual tokens, per {'frame' if name == 'llava' else 'two frames'} {kept}")
 
 

@@ -272,6 +272,6 @@ def test_the_committed_benchmark_broke_no_promise() -> None:
     for row in data["rows"]:
         for found in row["certificates"]:
             assert found["splits"] == benchmark.SPLITS
-            for way in ("population", "halves"):
+            for kind in ("population", "halves"):
                 noise = 2 * math.sqrt(found["confidence"] * (1 - found["confidence"]) / benchmark.SPLITS)
-                assert found[way]["broken"] <= 1 - found["confidence"] + noise
+                assert found[kind]["broken"] <= 1 - found["confidence"] + noise

@@ -179,14 +179,14 @@ def test_two_pictures_with_a_word_between_them_are_two() -> None:
     assert places.grid_row.tolist() == [r for r in range(5) for _ in range(5)] * 2
 
 
-@pytest.mark.parametrize("way", ["argument", "config"])
-def test_a_class_token_that_is_kept_has_no_place(way: str) -> None:
+@pytest.mark.parametrize("given_as", ["argument", "config"])
+def test_a_class_token_that_is_kept_has_no_place(given_as: str) -> None:
     """`vision_feature_select_strategy="full"`: the class token has no grid position; the others are a grid."""
     family = FAMILIES["llava"]
     model, batch = family.build(), family.batch([[3, Image(0), 5]])
     ids = torch.cat([batch["input_ids"][:, :4], torch.full((1, 26), IMAGE), batch["input_ids"][:, -5:]], 1)
     asked = {"vision_feature_select_strategy": "full"}
-    if way == "config":
+    if given_as == "config":
         model.config.vision_feature_select_strategy = asked.pop("vision_feature_select_strategy")
     with vtprune.patch(model, ratio=0.3, method="uniform") as patch:
         model(input_ids=ids, pixel_values=batch["pixel_values"], **asked)

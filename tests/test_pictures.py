@@ -165,13 +165,13 @@ def under(view: Any, box: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
-    family, way, sizes = CASES[case]
+    family, processing, sizes = CASES[case]
     model, originals = _model(family), [picture(size, seed) for seed, size in enumerate(sizes)]
-    data = encoder_inputs(way, pixels(way, originals))
+    data = encoder_inputs(processing, pixels(processing, originals))
     before = features(model, data)
-    full = pixels(way, originals)
+    full = pixels(processing, originals)
     with vtprune.patch(model, ratio=0.5, method="uniform") as patch, torch.no_grad():
-        model(**prompt(family, way, full, len(before)), **data)
+        model(**prompt(family, processing, full, len(before)), **data)
         views = patch.last.show(originals).views
         feature = patch.last.places.feature.numpy()
     assert [v.picture.size for v in views] == sorted((v.picture.size for v in views), key=sizes.index)
@@ -185,7 +185,7 @@ def test_the_token_said_to_lie_on_a_spot_is_the_one_that_the_spot_changes(case):
             box = finest.boxes[cell]
             other = list(originals)
             other[number] = spoiled(originals[number], box)
-            change = changed(before, features(model, encoder_inputs(way, pixels(way, other))))[feature]
+            change = changed(before, features(model, encoder_inputs(processing, pixels(processing, other))))[feature]
             assert change[finest.tokens].max() > 1e-3
             for view in mine:
                 expected = under(view, box)

@@ -63,8 +63,8 @@ def plan(monkeypatch) -> serving.Plan:
         FakeServer.events.append(("run", clients))
         return _row(1.0, 1.0, 900) if server.config is None else _row(0.25, 3.0, 300)
 
-    def parts(plan: serving.Plan, model: str, way: str) -> dict[str, Any]:
-        selection = 0.0 if way == "unpruned" else 0.1
+    def parts(plan: serving.Plan, model: str, variant: str) -> dict[str, Any]:
+        selection = 0.0 if variant == "unpruned" else 0.1
         own = {"preparing": 0.1, "encoder": 0.2, "selection": selection, "decoder": 0.8 - 5 * selection, "all": 1.2}
         return {"alone": own, "together": own}
 
@@ -76,7 +76,7 @@ def plan(monkeypatch) -> serving.Plan:
 
 def test_ways_take_turns_and_servers_start_once(plan):
     data = serving.measure(plan, None)
-    assert [(row["round"], row["way"], row["concurrency"]) for row in data["rows"]][:4] == [
+    assert [(row["round"], row["variant"], row["concurrency"]) for row in data["rows"]][:4] == [
         (0, "unpruned", 1), (0, "divprune 0.25", 1), (0, "unpruned", 8), (0, "divprune 0.25", 8),
     ]  # fmt: skip
     pruned = {"method": "divprune", "ratio": 0.25}

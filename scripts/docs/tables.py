@@ -262,7 +262,7 @@ def clips_time(results: Path = RESULTS) -> str:
             f"{sum(high < 0 for _, high in ran)}, what is shown instead in {sum(low > 0 for low, _ in ran)}."
         )
         ways = [
-            f"{way}: {name}" for way in ("fewer frames", "smaller") for name in ("tokens a step", "KL", "difference")
+            f"{clip}: {name}" for clip in ("fewer frames", "smaller") for name in ("tokens a step", "KL", "difference")
         ]
         head = ("rule", "tokens a step", "time", "KL", *ways)
         out.append(

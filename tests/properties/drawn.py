@@ -158,7 +158,9 @@ def methods_with_options(draw: Any, family: str, name: str) -> Method:
         options["layer"] = draw(st.none() | st.integers(1, LAYERS - 1) if inside else st.integers(0, LAYERS - 1))
     if "layers" in fields and "depth" in fields and draw(st.booleans()):
         count = len(fields["layers"].default)  # type: ignore[arg-type]
-        cuts = draw(st.lists(st.integers(0, LAYERS - 1), min_size=count, max_size=count, unique=True))
+        layer = get_args(get_type_hints(cls, include_extras=True)["layers"])[0]
+        lowest = layer.__metadata__[0].low  # of the declared range
+        cuts = draw(st.lists(st.integers(lowest, LAYERS - 1), min_size=count, max_size=count, unique=True))
         options |= {"layers": tuple(sorted(cuts)), "depth": None}
     if "host" in fields:
         options["host"] = draw(methods_with_options(family, draw(st.sampled_from(_hosts(family, name)))))

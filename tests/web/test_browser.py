@@ -60,14 +60,14 @@ def _slide(driver, value):
     box.send_keys(value, Keys.TAB)
 
 
-def _ask(driver, *ways, kept, models=(QWEN,)):
+def _ask(driver, *methods, kept, models=(QWEN,)):
     """Presses the button and waits for these methods' rows and these numbers of kept patches; returns the rows.
 
     Releasing the slider also sends a request, so several answers may arrive.
     """
     from selenium.webdriver.support.ui import WebDriverWait
 
-    expected = [[model, way] for model in models for way in ("all tokens", *ways)]
+    expected = [[model, method] for model in models for method in ("all tokens", *methods)]
     driver.execute_script("document.querySelectorAll('#result .vt').forEach(e => e.remove())")
     driver.execute_script("arguments[0].click()", _wait(driver, "#ask"))
 
