@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_PIN = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+(\[[^\]]*\])?)\s*==\s*[^\s;]+")
+_PIN = re.compile(r"^(?P<name>[A-Za-z0-9_.-]+(\[[^\]]*\])?)\s*==\s*[^\s;,]+,?")
 
 
 def unpin(text: str) -> str:
-    """Requirement lines without versions, but with comments, includes and markers."""
+    """Requirement lines without pins, but with bounds, comments, includes and markers."""
     return "".join(_PIN.sub(r"\g<name>", line) for line in text.splitlines(keepends=True))
 
 

@@ -51,12 +51,13 @@ def test_a_tag_of_another_version_is_refused(tmp_path):
     assert run.returncode == 1 and "the tag is v9.9.9" in run.stdout
 
 
-def test_pins_are_taken_out_and_markers_stay():
+def test_pins_are_taken_out_and_bounds_and_markers_stay():
     unpin = _load("unpin").unpin
     text = (
-        '# a==1 comment\n-c torch.txt\nnumpy==2.4.6\nfastapi[standard]==0.1\ntriton==3.7.1; sys_platform == "linux"\n'
+        "# a==1 comment\n-c torch.txt\nnumpy==2.4.6\nfilelock==3.29.0,<4.3\nfastapi[standard]==0.1\n"
+        'triton==3.7.1; sys_platform == "linux"\n'
     )
-    wanted = '# a==1 comment\n-c torch.txt\nnumpy\nfastapi[standard]\ntriton; sys_platform == "linux"\n'
+    wanted = '# a==1 comment\n-c torch.txt\nnumpy\nfilelock<4.3\nfastapi[standard]\ntriton; sys_platform == "linux"\n'
     assert unpin(text) == wanted
     for path in (ROOT / "requirements").glob("*.txt"):
         lines = [line for line in unpin(path.read_text()).splitlines() if not line.startswith("#")]
