@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, Image
 from support import CLIP, MIXED, ONE, model_of, pruned
 
 import vtprune
@@ -49,6 +49,15 @@ def test_the_three_budgets_mean_the_same(method: str) -> None:
         assert [(layer, kept[0].tolist()) for layer, kept in got.stages] == [
             (layer, kept[0].tolist()) for layer, kept in want.stages
         ]
+
+
+def test_fewer_tokens_than_pictures_where_the_last_token_is_one_of_them(method: str) -> None:
+    """`generate` reads the output of the last token, so it stays, within the budget."""
+    model, batch = model_of("llava"), FAMILIES["llava"].batch([[Image(0), 2, Image(1), 2, Image(0)]])
+    for keep in (1, 2, 4):
+        with pruned(model, method, keep=keep) as (patch, _):
+            model(**batch)
+        assert len(patch.last.kept[0]) == keep and patch.last.kept[0][-1] == patch.last.visual[0][-1]
 
 
 def test_video(family: str, method: str) -> None:

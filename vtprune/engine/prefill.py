@@ -72,10 +72,13 @@ class DecoderCall(CallState):
         read = readers.read_columns(arguments, self.columns.real) & visual.mask
         required = read[visual.sample, visual.position] if bool(read.any()) else None
         groups, plans = self._groups(visual), []
-        for (use, members), last in zip(groups, self._last_counts(visual, [g for _, g in groups]), strict=True):
+        # Required tokens count in the budget, and exceed it if necessary.
+        least = None if required is None else [g.count(required.nonzero()[:, 0]) for _, g in groups]
+        lasts = self._last_counts(visual, [g for _, g in groups], least)
+        for number, ((use, members), last) in enumerate(zip(groups, lasts, strict=True)):
             plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
-            if required is not None:  # required tokens count in the budget, and exceed it if necessary
-                needed = members.count(required.nonzero()[:, 0])
+            if least is not None:
+                needed = least[number]
                 readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
                 plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
             if plan[-1] != members.sizes:
@@ -92,11 +95,16 @@ class DecoderCall(CallState):
         uses = [(use, use.members(visual.kind)) for use in self.spec.uses]
         return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
 
-    def _last_counts(self, visual: VisualTokens, groups: list[BudgetGroups]) -> list[list[int] | None]:
-        """Final count of each method's groups, for budgets that are not the same share of every group; else None."""
+    def _last_counts(
+        self, visual: VisualTokens, groups: list[BudgetGroups], least: list[list[int]] | None
+    ) -> list[list[int] | None]:
+        """Final count of each method's groups, for budgets that are not the same share of every group; else None.
+
+        `least` are the tokens of each group that have to stay.
+        """
         auto = self.options.budget.auto
         if auto is None:
-            return _split_keep(self.options.budget, groups)
+            return _split_keep(self.options.budget, groups, least)
         pictures = BudgetGroups.of(visual, "image", torch.arange(len(visual)))
         offsets = torch.tensor([0, *pictures.sizes]).cumsum(0)
         counts = torch.tensor(auto.counts(self._features(visual), offsets))
@@ -357,7 +365,9 @@ def _positions(visual: VisualTokens, past: int, tokens: Tensor) -> list[Tensor]:
     return list((visual.position[tokens] + past).split(found.tolist()))
 
 
-def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list[int] | None]:
+def _split_keep(
+    budget: budgets.Budget, groups: list[BudgetGroups], least: list[list[int]] | None
+) -> list[list[int] | None]:
     """Final counts of each method's groups for `keep`, which is split over all groups of a sample; None for a ratio."""
     if budget.keep is None:
         return [None] * len(groups)
@@ -368,7 +378,8 @@ def _split_keep(budget: budgets.Budget, groups: list[BudgetGroups]) -> list[list
         for row, numbers in members.by_sample.items():
             by_sample.setdefault(row, []).extend(number + start for number in numbers)
         start += len(members.sizes)
-    counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()]))
+    floors = None if least is None else [number for numbers in least for number in numbers]
+    counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()], floors))
     return [[next(counts) for _ in members.sizes] for members in groups]
 
 
