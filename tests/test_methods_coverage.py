@@ -55,8 +55,10 @@ def test_length_counts_for_resprune_unless_rows_are_unit() -> None:
     assert methods.ResPrune().choose(tokens).keep.nonzero().item() == 17
     tokens.hidden[3] *= 1e4
     assert methods.ResPrune().choose(tokens).keep.nonzero().item() == 3
+    assert methods.ResPrune(unit=True).choose(tokens).keep.nonzero().item() == 0, "the first of equal lengths"
+    tokens.budgets[:] = 12
     chosen = methods.ResPrune(unit=True).choose(tokens).keep
-    tokens.hidden[3] /= 1e4
+    tokens.hidden *= torch.linspace(0.1, 7, 25)[:, None]
     assert torch.equal(methods.ResPrune(unit=True).choose(tokens).keep, chosen)
 
 

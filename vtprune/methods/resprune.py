@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtprune_kernels import residual_pivots
+from vtprune_kernels import dpp_map, residual_pivots
 
 from ..core.method import Choice, Method, Stage
 from ..core.options import Count
@@ -58,9 +58,11 @@ class ResPrune(Method):
         features = tokens.placed_hidden
         if self.center:
             features = centered(features, tokens.group, len(tokens.offsets) - 1)
-        if self.unit:
-            features = torch.nn.functional.normalize(features.float(), dim=-1)
-        order = residual_pivots(features, None, tokens.offsets, tokens.budgets, tokens.max_budget, tokens.max_length)
+        groups = tokens.offsets, tokens.budgets, tokens.max_budget, tokens.max_length
+        if self.unit:  # lengths that are equal exactly: those of normalized rows differ by rounding
+            order = dpp_map(features, torch.ones(len(features), device=features.device), *groups)
+        else:
+            order = residual_pivots(features, None, *groups)
         return Choice(from_order(order, len(tokens)))
 
 
