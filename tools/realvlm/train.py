@@ -11,7 +11,7 @@ and decoder stay as they are.
 
 The learning rate is constant until the last fifth of `--steps`. A run goes on from its last checkpoint, also with more
 steps than before; the curve in `curve.json` is on held-out photographs. `weights.safetensors` is what
-`benchmarks/real/weights` takes; those there are from `--steps 1800 --scenes 900`.
+`benchmarks/real/weights` takes; those there are from `--steps 3600 --scenes 900 --any-size 1800`.
 """
 
 from __future__ import annotations
