@@ -237,14 +237,16 @@ def test_offloaded_weights(family: str) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("budget", [{"ratio": 0.3}, {"keep": 8}], ids=str)
+@pytest.mark.parametrize("method", ["uniform", "vcast"])
 @torch.no_grad()
-def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture, method: str, budget: dict) -> None:
     """`labels=input_ids` keeps every visual token for the loss, and warns once; labels of -100 do neither."""
     from vtprune.vision.attention import warn_once
 
     warn_once.cache_clear()
     model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
-    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+    with pruned(model, method, **budget) as (patch, _):
         model(**batch, labels=labels_of(batch))
         assert not caplog.records and len(patch.last.kept[0]) == 8
         for _ in range(2):

@@ -154,10 +154,10 @@ def counts(stages: Sequence[Stage], ratio: float, total: int, last: int | None =
     return [*out, final]
 
 
-def split_keep(keep: int, sizes: Sequence[int], least: Sequence[int] | None = None) -> list[int]:
+def split_keep(keep: int, sizes: Sequence[int], least: Sequence[int] = ()) -> list[int]:
     """Splits a sample's `keep` over its images in proportion to their sizes, by largest remainder.
 
-    No image gets fewer than its `least`; the images furthest above their proportion give up as many.
+    Images that would get fewer than their `least` get tokens of those that are furthest above their proportion.
     """
     total = sum(sizes)
     keep = min(keep, total)
@@ -166,19 +166,15 @@ def split_keep(keep: int, sizes: Sequence[int], least: Sequence[int] | None = No
     by_remainder = sorted(range(len(sizes)), key=lambda i: (out[i] - quota[i], i))
     for i in by_remainder[: keep - sum(out)]:
         out[i] += 1
-    if least is None:
-        return out
-    out = [max(pair) for pair in zip(out, least, strict=True)]
-    for _ in range(sum(out) - keep):
-        above = [i for i, number in enumerate(out) if number > least[i]]
-        if not above:
-            break
-        out[max(above, key=lambda i: out[i] - quota[i])] -= 1
+    for i, floor in enumerate(least):
+        while out[i] < floor and (above := [j for j in range(len(out)) if out[j] > least[j]]):
+            out[max(above, key=lambda j: out[j] - quota[j])] -= 1
+            out[i] += 1
     return out
 
 
 def split_over_groups(
-    keep: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]], least: Sequence[int] | None = None
+    keep: int, groups: Sequence[int], by_sample: Sequence[Sequence[int]], least: Sequence[int] = ()
 ) -> list[int]:
     """Number of tokens that each group keeps when each sample keeps `keep`.
 
@@ -186,11 +182,11 @@ def split_over_groups(
         keep: Tokens of a sample.
         groups: Visual tokens in each group.
         by_sample: For each sample, the numbers of its groups.
-        least: Tokens that each group keeps at least.
+        least: Tokens that each group needs, which it gets from groups of its sample that need fewer.
     """
     out = [0] * len(groups)
     for members in by_sample:
-        floors = None if least is None else [least[g] for g in members]
+        floors = [least[g] for g in members] if least else ()
         for group, number in zip(members, split_keep(keep, [groups[g] for g in members], floors), strict=True):
             out[group] = number
     return out

@@ -378,7 +378,7 @@ def _split_keep(
         for row, numbers in members.by_sample.items():
             by_sample.setdefault(row, []).extend(number + start for number in numbers)
         start += len(members.sizes)
-    floors = None if least is None else [number for numbers in least for number in numbers]
+    floors = [number for numbers in least or () for number in numbers]
     counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()], floors))
     return [[next(counts) for _ in members.sizes] for members in groups]
 
