@@ -70,7 +70,11 @@ def request(row: dict[str, Any], folder: str, text: str, tokens: int) -> dict[st
 
 def rows(args: argparse.Namespace, todo: list[str]) -> Iterator[dict[str, Any]]:
     """Answers as they come, in any order: `picture`, `answer`, `prompt_tokens` and `error`."""
-    import ray
+    try:
+        import ray
+        from ray import serve  # noqa: F401  (an engine of vLLM inside Ray reports its statistics through it)
+    except ImportError as error:
+        raise SystemExit(f'Ray Data and Ray Serve are needed ({error}): pip install "ray[data,serve]"') from error
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     engine = {"max_model_len": args.max_model_len, "enforce_eager": args.cpu}

@@ -150,6 +150,16 @@ def test_batch_server_refuses_what_is_no_picture():
         server.server_close()
 
 
+def test_the_batch_job_names_the_packages_that_it_lacks(run, tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["--model", "x", "--images", str(tmp_path), "--question", "?", "--out", str(tmp_path / "answers")]
+    with pytest.raises(SystemExit, match=r"pip install \"ray\[data,serve\]\""):
+        run("ray_batch.py", *arguments)
+
+
 def test_tune_on_own_images(run, tmp_path):
     from vtprune import refvlm
 
