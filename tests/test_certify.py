@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -232,6 +233,19 @@ def test_a_method_that_no_file_holds_has_to_be_passed(prompts, monkeypatch) -> N
 def test_what_cannot_be_certified_is_refused(prompts, options, words) -> None:
     with pytest.raises(CertificateError, match=words):
         vtprune.certify(model_of("llava"), prompts, **options)
+
+
+def test_a_configuration_is_the_same_in_versions_that_write_token_numbers_elsewhere(prompts, monkeypatch) -> None:
+    certificate = made(prompts, monkeypatch, {0.5: 6})
+    config = copy.deepcopy(model_of("llava").config)
+    config.eos_token_id, config.text_config.pad_token_id = 7, 8
+    certificate.check_config(config)
+    config.text_config.num_attention_heads *= 2
+    with pytest.raises(vtprune.CertificateError, match=r"another configuration \(hash \w+, found \w+\); certify"):
+        certificate.check_config(config)
+    certificate.about["versions"] = {"transformers": "5.0.0"}
+    with pytest.raises(vtprune.CertificateError, match=r"or transformers 5\S+ describes it otherwise than 5.0.0 did"):
+        certificate.check_config(config)
 
 
 def test_a_patched_model_and_a_broken_file_are_refused(prompts, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,9 +110,12 @@ class Certificate:
         """Raises `CertificateError` unless the configuration is that of the certificate's model."""
         found = config_hash(config)
         if found != self.config_hash:
+            here = importlib.metadata.version("transformers")
+            there = self.about.get("versions", {}).get("transformers", here)
+            versions = "" if there == here else f", or transformers {here} describes it otherwise than {there} did"
             raise CertificateError(
                 f"the certificate is for a {self.model} of another configuration (hash {self.config_hash}, found "
-                f"{found}); certify this model"
+                f"{found}){versions}; certify this model"
             )
 
     def check_files(self, folder: str | Path) -> None:

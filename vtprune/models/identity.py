@@ -14,15 +14,21 @@ _SAMPLED = 1024  # values of each parameter
 
 
 def config_hash(config: object) -> str:
-    """Hash of a transformers config, without names and versions that differ between machines."""
+    """Hash of a transformers config, without what differs between machines and versions of transformers."""
     data = config.to_dict() if hasattr(config, "to_dict") else dict(vars(config))
     return hashlib.sha256(json.dumps(_stable(data), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+# Versions of transformers differ in which parts of a config have token numbers; weights do not depend on them.
+_VOLATILE = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
 def _stable(data: object) -> object:
-    volatile = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
     if isinstance(data, dict):
-        return {str(k): _stable(v) for k, v in data.items() if k not in volatile and not str(k).startswith("_")}
+        return {str(k): _stable(v) for k, v in data.items() if k not in _VOLATILE and not str(k).startswith("_")}
     return [_stable(v) for v in data] if isinstance(data, (list, tuple)) else data
 
 
