@@ -246,6 +246,9 @@ def test_a_configuration_is_the_same_in_versions_that_write_token_numbers_elsewh
     certificate.about["versions"] = {"transformers": "5.0.0"}
     with pytest.raises(vtprune.CertificateError, match=r"or transformers 5\S+ describes it otherwise than 5.0.0 did"):
         certificate.check_config(config)
+    certificate.about["versions"] = "of a damaged file"
+    with pytest.raises(vtprune.CertificateError, match="another configuration"):
+        certificate.check_config(config)
 
 
 def test_a_patched_model_and_a_broken_file_are_refused(prompts, tmp_path: Path) -> None:

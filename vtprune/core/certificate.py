@@ -111,7 +111,8 @@ class Certificate:
         found = config_hash(config)
         if found != self.config_hash:
             here = importlib.metadata.version("transformers")
-            there = self.about.get("versions", {}).get("transformers", here)
+            made_with = self.about.get("versions")
+            there = str(made_with.get("transformers", here))[:20] if isinstance(made_with, Mapping) else here
             versions = "" if there == here else f", or transformers {here} describes it otherwise than {there} did"
             raise CertificateError(
                 f"the certificate is for a {self.model} of another configuration (hash {self.config_hash}, found "
