@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,45 @@ def check_interrupted(family: str, method: str) -> int:
             assert answer(patch, batch) == want, f"{family}, {method}: after {name}"
     assert traces(own) == clean and generated(own, batch) == plain
     return count
+
+
+def check_every_call(family: str, method: str, inside: str, stride: int = 1, **options: Any) -> int:
+    """Interrupts generations at every `stride`-th call and return of a function in files whose name contains `inside`.
+
+    These are places where Python handles a signal. Unlike `check_signals`, nothing is left to chance. `options` are
+    those of `vtprune.patch`.
+
+    Returns:
+        int: Number of interrupted generations.
+    """
+    own, batch = model(family), batches(family)[0]
+
+    def interrupted(at: int) -> bool:
+        left = at
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            nonlocal left
+            if inside in frame.f_code.co_filename and event in ("call", "return", "c_return"):
+                left -= 1
+                if left == 0:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        sys.setprofile(profile)
+        try:
+            generated(own, batch)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    with vtprune.patch(own, method=method, ratio=0.3, **options) as patch:
+        want, at = answer(patch, batch), 1
+        while interrupted(at):
+            assert answer(patch, batch) == want, f"{family}, {method}: after event {at} in {inside}"
+            at += stride
+    return at // stride
 
 
 def check_signals(family: str, method: str, times: int, seed: int = 0) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from interrupted import check_interrupted
+from interrupted import check_every_call, check_interrupted
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,8 @@ from interrupted import check_interrupted
 )
 def test_interrupted(family: str, method: str) -> None:
     assert check_interrupted(family, method) == 12
+
+
+@pytest.mark.parametrize("method", ["iwp", "dart"])
+def test_an_interruption_at_any_place_of_the_attention_probe(method: str) -> None:
+    assert check_every_call("llava", method, "attention_probe.py") > 50

@@ -15,7 +15,7 @@ from families import FAMILIES
 from hypothesis import Phase, given
 from hypothesis import seed as seeded
 from hypothesis.stateful import run_state_machine_as_test
-from interrupted import check_interrupted, check_signals
+from interrupted import check_every_call, check_interrupted, check_signals
 from lifecycle import Lifecycle
 from standing import accepted
 
@@ -64,14 +64,20 @@ def threads(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def interruptions(args: argparse.Namespace) -> dict[str, Any]:
-    """Generations interrupted by exceptions at every place and by signals at random moments."""
-    count = signals = pairs = 0
+    """Generations interrupted by exceptions at every place, at calls and returns, and by signals at random moments."""
+    count = calls = signals = pairs = 0
     for number, family in enumerate(FAMILIES):
         for name in accepted(family)[number % 4 :: 4]:
             count += check_interrupted(family, name)
+            calls += check_every_call(family, name, "vtprune", stride=101)
             signals += check_signals(family, name, times=10, seed=args.seed)
             pairs += 1
-    return {"pairs_of_family_and_method": pairs, "interrupted": count, "interrupted_by_a_signal": signals}
+    return {
+        "pairs_of_family_and_method": pairs,
+        "interrupted": count,
+        "interrupted_at_a_call": calls,
+        "interrupted_by_a_signal": signals,
+    }
 
 
 def lifecycle(args: argparse.Namespace) -> dict[str, Any]:

@@ -367,8 +367,8 @@ class Session:
             kinds = merged.kinds_from_mask(given, (states.shape[0], states.shape[1]), placeholders)
         elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
             unsupported.refuse_tracing(inputs)
-            with attention_probe.hooks_disabled():
-                foreign = self.features.find_foreign(embeds, self.spec.anatomy.embeddings)
+            find = functools.partial(self.features.find_foreign, embeds, self.spec.anatomy.embeddings)
+            foreign = attention_probe.without_hooks(find)
             foreign[:, : _virtual_tokens(self.model)] = False
             mask = inputs.get("attention_mask", (thread.outer or {}).get("attention_mask"))
             if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= foreign.shape[1]:

@@ -16,13 +16,15 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
 from .transformers_names import attention_functions
+
+T = TypeVar("T")
 
 
 class _Thread(threading.local):
@@ -185,13 +187,15 @@ def is_probing() -> bool:
     return state.on
 
 
-@contextmanager
-def hooks_disabled() -> Iterator[None]:
-    """Context in which vtprune's hooks do nothing in this thread."""
+def without_hooks(run: Callable[[], T]) -> T:
+    """Returns `run()`, during which vtprune's hooks do nothing in this thread.
+
+    Not a context manager, whose `__exit__` an interruption right before it would skip.
+    """
     before = is_probing()
-    state.on = True
     try:
-        yield
+        state.on = True
+        return run()
     finally:
         state.on = before
 
@@ -308,9 +312,10 @@ def probe(
     if not rope and kwargs.get("position_embeddings", ()) is not None:  # None: this layer does not rotate
         kwargs["position_embeddings"] = _no_rotation(kwargs.get("position_embeddings"), layer)
     with _gathered(layer) as bare:
-        state.on, outer = True, state.share
-        state.share = None if projections is None else projections.shared()
-        try:
+        outer = state.share
+        try:  # an interruption anywhere below has to end the probe
+            state.on = True
+            state.share = None if projections is None else projections.shared()
             _uncompiled(bare)(*args, **kwargs)
         except _StopProbe as stop:
             return stop.inputs
