@@ -17,6 +17,7 @@ from tower_reference import Shown, blocks_of, copies, follows_neighbors, hiding,
 
 import vtprune
 from vtprune import methods, towers
+from vtprune.towers.run import RunningTower
 from vtprune.vision import attention as vision_attention
 
 KEEP = 0.4
@@ -367,6 +368,25 @@ def test_every_decoder_method_follows(family: str, method: str) -> None:
     ):
         want = model(**batch).logits
     assert torch.equal(alone.last.kept[0], kept[0])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_decoder_methods_see_what_the_merger_was_spared(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merger that is handed one of several equal merge groups changes nothing for methods that read its input."""
+    model, batch = model_of(family), FAMILIES[family].batch(ONE)
+    answers = []
+    for spared in (True, False):
+        if not spared:
+            monkeypatch.setattr(RunningTower, "before_merger", lambda *_: None)
+        try:
+            with vtprune.patch(model, ratio=0.4, method=method, tower=made("Similar", 0.5)) as patch:
+                answers.append((model(**batch).logits, patch.last.kept))
+        except vtprune.MethodError as error:
+            pytest.skip(f"refused: {error}")
+    (got, kept), (want, wanted) = answers
+    assert all(map(torch.equal, kept, wanted))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

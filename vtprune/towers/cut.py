@@ -42,6 +42,7 @@ class _Thread(threading.local):
         self.block: nn.Module | None = None  # the block in progress
         self.early: RunningTower | None = None  # the call whose patches were selected before the first block
         self.shortened = False  # whether the merger or patch embedding in progress was handed only rows that ran
+        self.whole: tuple[nn.Module, tuple, dict] | None = None  # the module last handed fewer rows; all its rows
         self.finished: list[TowerRun] = []
         self.first: Tensor | None = None  # states entering block 0, if it was cut
         self.cut = False  # whether the call in progress was cut
@@ -116,8 +117,10 @@ class TowerCut:
         return Tap(RUNS, self.parts.tower, lambda args, kwargs, output: self._take())
 
     def uncut(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The uncut arguments of a block, for taps."""
-        running = self._thread.running
+        """The uncut arguments of a block, merger or patch embedding, for taps."""
+        running, whole = self._thread.running, self._thread.whole
+        if whole is not None and whole[0] is module:
+            return whole[1:]
         called = None if running is None or self._thread.block is not module else running.uncut()
         return (args, kwargs) if called is None else called
 
@@ -125,7 +128,8 @@ class TowerCut:
         thread = self._thread
         if thread.stopping:
             return
-        thread.running, thread.early, thread.first, thread.given, thread.finished = None, None, None, {}, []
+        thread.running, thread.early, thread.first, thread.whole = None, None, None, None
+        thread.given, thread.finished = {}, []
         if self._active():
             thread.given = block_calls.named(module, args, kwargs)
 
@@ -135,6 +139,7 @@ class TowerCut:
             return None
         cut, thread.cut = thread.cut, False
         first, thread.first, thread.running, thread.early, thread.given = thread.first, None, None, None, {}
+        thread.whole = None
         if output is not None and not cut and self.method is not None and self._active():
             raise UnsupportedModelError(
                 f"the vision tower {type(module).__name__} cannot be cut: it returned without calling its "
@@ -145,7 +150,7 @@ class TowerCut:
     def _before_rows(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before a merger or patch embedding: hands it only the rows that ran, or will run."""
         thread, rows = self._thread, None
-        thread.shortened = False
+        thread.shortened, thread.whole = False, None
         if thread.stopping or not args or not isinstance(args[0], Tensor):
             return None
         if thread.running is not None:
@@ -153,8 +158,10 @@ class TowerCut:
         elif any(args[0] is value for value in thread.given.values()):
             thread.early = self._begin()
             rows = thread.early.before_embedding(module, args[0])
-        thread.shortened = rows is not None
-        return None if rows is None else ((rows, *args[1:]), kwargs)
+        if rows is None:
+            return None
+        thread.shortened, thread.whole = True, (module, args, kwargs)
+        return (rows, *args[1:]), kwargs
 
     def _after_rows(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         thread = self._thread
@@ -172,7 +179,7 @@ class TowerCut:
             if number == 0:
                 if thread.stopping:
                     states = block_calls.states_of(args, kwargs)
-                    raise _Stop(states if states is not None else torch.empty(0))
+                    raise _Stop(states if states is not None else torch.empty(0, dtype=torch.float32))
                 early, thread.early = thread.early, None
                 thread.running = None if not self._active() else self._begin() if early is None else early
             if thread.running is None:
