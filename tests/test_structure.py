@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -142,3 +143,23 @@ def test_faults_of_the_laws_name_code_that_exists() -> None:
     spec.loader.exec_module(script)
     stale = [f.what for f in script.FAULTS if f.old not in (ROOT / "vtprune" / f.file).read_text()]
     assert not stale
+
+
+def _without_dtype(path: Path) -> list[str]:
+    """Calls that create a tensor in torch's default dtype; `torch.full` with a whole number does not."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg in ("dtype", None) for keyword in node.keywords):
+            continue
+        name = ast.unparse(node.func)
+        whole = name == "torch.full" and not re.search(r"inf|nan|NEVER|\.\d| / ", ast.unparse(node.args[1]))
+        if re.fullmatch(r"torch\.(zeros|ones|empty|rand|randn|linspace|eye|full)", name) and not whole:
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+def test_new_tensors_name_their_dtype() -> None:
+    """A process may have another default dtype; `tests/laws/test_12_torch_settings.py` runs what a CPU can run."""
+    files = [*(ROOT / "vtprune").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    assert len(files) > 200
+    assert sum(map(_without_dtype, files), []) == []

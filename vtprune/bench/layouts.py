@@ -151,10 +151,12 @@ class AnyRes(Layout):
     def _tokens(self, model: Any, size: tuple[int, int]) -> int:
         """Number of tokens of a picture after the model's own packing."""
         config, vision = model.config, model.config.vision_config
-        empty = torch.zeros(self._tiles(model, size), (vision.image_size // vision.patch_size) ** 2, 1)
+        empty = torch.zeros(
+            self._tiles(model, size), (vision.image_size // vision.patch_size) ** 2, 1, dtype=torch.float32
+        )
         select = {"vision_feature_select_strategy": "default"} if config.model_type == "llava_next" else {}
         _, lengths = model.model.pack_image_features(
-            [empty], torch.tensor([size]), image_newline=torch.zeros(1), **select
+            [empty], torch.tensor([size]), image_newline=torch.zeros(1, dtype=torch.float32), **select
         )
         return int(lengths[0])
 
@@ -194,4 +196,4 @@ def prompt(model: Any, layout: Layout, batch: int, tokens: int, text: int, seed:
 
 
 def _noise(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)

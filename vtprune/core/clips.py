@@ -221,7 +221,7 @@ class ClipMethod(Method):
     def choose(self, tokens: Tokens) -> Choice:
         device, count = tokens.hidden.device, len(tokens)
         keep = torch.zeros(count, dtype=torch.bool, device=device)
-        scores = torch.full((count,), torch.nan, device=device)
+        scores = torch.full((count,), torch.nan, device=device, dtype=torch.float32)
         hidden, attention = tokens.hidden, self.attention(tokens)
         for part in clips_of(tokens):
             rows = part.rows.to(device)

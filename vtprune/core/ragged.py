@@ -137,8 +137,8 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
     draws, ends = [], offsets.tolist()
     for start, end in zip(ends, ends[1:], strict=False):
         generator = torch.Generator().manual_seed(seed)
-        draws.append(torch.rand(end - start, generator=generator))
-    scores = draws[0] if len(draws) == 1 else torch.cat([torch.zeros(0), *draws])
+        draws.append(torch.rand(end - start, generator=generator, dtype=torch.float32))
+    scores = draws[0] if len(draws) == 1 else torch.cat([torch.zeros(0, dtype=torch.float32), *draws])
     return scores.to(offsets.device)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _len_torch_function_stack as _function_modes
 from torch._C._dynamo import eval_frame as _eval_frame
 
 from ..errors import VTPruneError
@@ -51,13 +52,19 @@ class Hook(Uncopied):
         self.uncompiled = torch.compiler.disable(self._run_for_compiled_code, reason=_GRAPH_BREAK)
 
     def __call__(self, *args: Any) -> Any:
-        # Run once a layer and step, so `is_compiled` and `_run` are written out.
+        # Run once a layer and step, so `is_compiled` and the usual case of `_run` are written out.
         if torch.compiler.is_dynamo_compiling() or _eval_frame.get_eval_frame_callback():
             return self.uncompiled(*args)
-        return None if _thread.on else self.function(*args)
+        if _thread.on:
+            return None
+        return self._run(*args) if _function_modes() else self.function(*args)
 
     def _run(self, *args: Any) -> Any:
-        return None if _thread.on else self.function(*args)
+        if _thread.on:
+            return None
+        # With `torch.set_default_device("cuda")`, numbers that are needed on the host would be made on the device.
+        with torch.device("cpu"):
+            return self.function(*args)
 
     def _run_for_compiled_code(self, *args: Any) -> Any:
         _calls.compiled = True

@@ -104,7 +104,7 @@ def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tens
     unit = normalize(x, dim=-1)
     nearest = (unit[members] @ unit[centers].T).argmax(1)
     means, sizes = group_means(x[members], nearest, len(centers))
-    weight = (1 / (sizes + 1)).clamp_min(least)[:, None]
+    weight = (1 / (sizes.float() + 1)).clamp_min(least)[:, None]
     weight = torch.where(sizes[:, None] > 0, weight, 1.0)
     return weight * x[centers] + (1 - weight) * means
 

@@ -90,7 +90,7 @@ def tree_links(x: Tensor, frames: Sequence[Tensor], threshold: float, most: int)
 
 def tree_means(x: Tensor, links: Tensor, clip: Clip) -> Tensor:
     """`[n, D]` mean of every token `[n, D]` and all its descendants in the tree."""
-    total, members = x.clone(), torch.ones(len(x), 1, device=x.device)
+    total, members = x.clone(), torch.ones(len(x), 1, device=x.device, dtype=torch.float32)
     for rows in reversed(torch.arange(len(x), device=x.device).split(clip.sizes)):
         rows = rows[links[rows] >= 0]
         if len(rows):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def next_similarity(x: Tensor, clip: Clip) -> Tensor:
     """`[T - 1, Q]` cosine of each place between a frame and the next, on the CPU; -2 where either frame lacks it."""
     after = clip.at_same_place([*range(1, clip.frames), -1])
-    similarity = torch.full((clip.frames, clip.table.shape[1]), -2.0)
+    similarity = torch.full((clip.frames, clip.table.shape[1]), -2.0, dtype=torch.float32)
     similarity[clip.frame, clip.place] = similarity_to(x, after, missing=-2.0).cpu()
     return similarity[:-1]
 
@@ -97,7 +97,10 @@ def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = N
     """
     runs = static_runs(similarity, threshold)
     found = windows(runs)
-    marks = [runs[last] >= last - first if last > first else torch.zeros(runs.shape[1]) > 0 for first, last in found]
+    marks = [
+        runs[last] >= last - first if last > first else torch.zeros(runs.shape[1], dtype=torch.bool)
+        for first, last in found
+    ]
     saved = sum(int(m.sum()) * (last - first) for m, (first, last) in zip(marks, found, strict=True))
     if most is not None and saved > most:
         candidates = [
@@ -140,8 +143,8 @@ def merge(x: Tensor, count: int, neighbors: int, beta: float, plain: bool) -> tu
     others = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, centers, False).nonzero()[:, 0]
     nearest = distances[others][:, centers].argmin(1)
     means, sizes = group_means(x[others], nearest, count)
-    sizes = sizes[:, None]
-    weight = 1 / (sizes + 1) if plain else torch.where(sizes > 0, beta, 1.0)
+    sizes = sizes.float()[:, None]
+    weight = 1 / (sizes + 1) if plain else torch.where(sizes > 0, sizes.new_tensor(beta), 1.0)
     return centers, weight * x[centers] + (1 - weight) * means
 
 

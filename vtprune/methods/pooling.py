@@ -49,9 +49,9 @@ def cells(row: Tensor, col: Tensor, count: int) -> Tensor:
 def centers(row: Tensor, col: Tensor, cell: Tensor) -> Tensor:
     """`[cells]` index of the token nearest to the middle of each cell; ties go to the smaller index."""
     sizes = torch.bincount(cell)
-    away = torch.zeros(len(cell))
+    away = torch.zeros(len(cell), dtype=torch.float32)
     for axis in (row.float(), col.float()):
-        middle = torch.zeros(len(sizes)).index_add_(0, cell, axis) / sizes
+        middle = torch.zeros(len(sizes), dtype=torch.float32).index_add_(0, cell, axis) / sizes
         away += (axis - middle[cell]).square()
     order = torch.sort(cell, stable=True).indices
     offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
@@ -77,7 +77,7 @@ class Pooling(Method):
     def choose(self, tokens: Tokens) -> Choice:
         row, col = tokens.grid_row.cpu(), tokens.grid_col.cpu()
         col = torch.where(row < 0, tokens.index.cpu(), col)
-        weights = torch.zeros(len(tokens))
+        weights = torch.zeros(len(tokens), dtype=torch.float32)
         for rows, _, _ in by_crop(tokens).each():
             weights[rows.cpu()] = len(rows)
         keep = torch.zeros(len(tokens), dtype=torch.bool)

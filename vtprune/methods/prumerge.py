@@ -58,7 +58,7 @@ def merge(features: Tensor, attention: Tensor, kept: Tensor, near: Tensor, avera
 
 def outlier_ratio(attention: Tensor) -> float:
     """Share of the values of `[N]` above the third quartile by more than 1.5 interquartile ranges."""
-    first, third = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device))
+    first, third = torch.quantile(attention, attention.new_tensor([0.25, 0.75]))
     return int((attention > third + 1.5 * (third - first)).sum()) / len(attention)
 
 

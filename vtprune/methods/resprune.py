@@ -60,7 +60,7 @@ class ResPrune(Method):
             features = centered(features, tokens.group, len(tokens.offsets) - 1)
         groups = tokens.offsets, tokens.budgets, tokens.max_budget, tokens.max_length
         if self.unit:  # lengths that are equal exactly: those of normalized rows differ by rounding
-            order = dpp_map(features, torch.ones(len(features), device=features.device), *groups)
+            order = dpp_map(features, torch.ones(len(features), device=features.device, dtype=torch.float32), *groups)
         else:
             order = residual_pivots(features, None, *groups)
         return Choice(from_order(order, len(tokens)))

@@ -183,7 +183,7 @@ class TransPrune(ScoreMethod):
         records, prompt = tokens.recorded.get("transprune.change", []), tokens.prompt
         seen = tokens.memory.get("transprune.seen", 0)
         tokens.memory["transprune.seen"] = len(records)
-        total = torch.zeros(len(tokens), device=tokens.hidden.device)
+        total = torch.zeros(len(tokens), device=tokens.hidden.device, dtype=torch.float32)
         for record in records[seen:]:
             changes = over_prompt(record, tokens)  # [C, 2]
             assert prompt is not None

@@ -54,7 +54,7 @@ def merge(features: Tensor, targets: Tensor, assignment: Tensor, average: bool =
         average: Use the mean of target and others.
     """
     features = features.float()
-    others = torch.ones(len(features), device=features.device)
+    others = torch.ones(len(features), device=features.device, dtype=torch.float32)
     others[targets] = 0
     total = features.new_zeros(len(targets), features.shape[1])
     total.index_add_(0, assignment, features * others[:, None])

@@ -348,7 +348,9 @@ def _from_packed_layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> 
         return None
     vision, sizes = anatomy.config.vision_config, torch.as_tensor(inputs["image_sizes"]).cpu()
     side = vision.image_size // vision.patch_size
-    return pack_planes(anatomy, [_coordinates(n, side) for n in tiles], sizes, newline=torch.full((3,), -1.0))
+    return pack_planes(
+        anatomy, [_coordinates(n, side) for n in tiles], sizes, newline=torch.full((3,), -1.0, dtype=torch.float32)
+    )
 
 
 def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:

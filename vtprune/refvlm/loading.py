@@ -316,7 +316,7 @@ def device_of(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"cannot use the device {name!r}: {one_line(error)}") from error
     return device

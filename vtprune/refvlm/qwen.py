@@ -94,5 +94,5 @@ class PictureProcessor(ProcessorMixin):
         return {
             "pixel_values_videos": torch.cat(pixels),
             "video_grid_thw": torch.tensor(grids),
-            "second_per_grid_ts": torch.ones(len(grids)),
+            "second_per_grid_ts": torch.ones(len(grids), dtype=torch.float32),
         }

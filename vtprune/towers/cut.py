@@ -239,7 +239,9 @@ class TowerCut:
             states = []
             for shift in (0.5, 1.5):
                 pattern = {
-                    name: (torch.arange(v[0].numel(), device=v.device).reshape(v[0].shape).sin() * shift).to(v.dtype)
+                    name: (torch.arange(v[0].numel(), device=v.device).float().sin() * shift)
+                    .reshape(v[0].shape)
+                    .to(v.dtype)
                     for name, v in pixels.items()
                 }
                 changed = {name: value.expand_as(pixels[name]) for name, value in pattern.items()}

@@ -153,7 +153,7 @@ class Attention:
         )  # [1, H, V, dh]
         offsets = nn.functional.pad(self.valid.sum(1).cumsum(0), (1, 0))
         chosen = None if rows is None else rows[self.valid][None]
-        out = torch.zeros(self.valid.shape, device=self.query.device)
+        out = torch.zeros(self.valid.shape, device=self.query.device, dtype=torch.float32)
         out[self.valid] = received_attention(query, key, self.scaling, chosen, offsets)[0]
         return out
 

@@ -38,7 +38,7 @@ class Arrangement:
         if not self.blends:
             numbers = torch.arange(n, device=device).float()
             return self.apply(numbers[:, None, None].expand(n, rows, 1))[:, 0].round().long()
-        return self.apply(torch.eye(n, device=device)[:, None].expand(n, rows, n)).argmax(1)
+        return self.apply(torch.eye(n, device=device, dtype=torch.float32)[:, None].expand(n, rows, n)).argmax(1)
 
 
 def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
@@ -85,7 +85,7 @@ def _pack(tokens: Tokens, tiles: list[int], x: Tensor) -> Tensor:
 
 def _fingerprints(x: Tensor) -> Tensor:
     """Hashes `[N]` int64 of the bits of rows, from 64 evenly spaced features of each."""
-    picked = torch.linspace(0, x.shape[1] - 1, min(64, x.shape[1])).long().to(x.device)
+    picked = torch.linspace(0, x.shape[1] - 1, min(64, x.shape[1]), dtype=torch.float32).long().to(x.device)
     bits = x[:, picked].contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
     factors = torch.randint(-(2**62), 2**62, (len(picked),), generator=torch.Generator().manual_seed(0))
     return (bits * (2 * factors + 1).to(x.device)).sum(1)  # modulo 2^64

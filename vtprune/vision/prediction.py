@@ -69,7 +69,7 @@ def predict(cells: Tensor, tolerance: float, distance: Distance, anchored: bool)
     across = _distance(cells[:, 1:], cells[:, :-1], distance)  # [rows, cols - 1] to the left
     down = _distance(cells[1:], cells[:-1], distance)  # [rows - 1, cols] to above
     number = torch.arange(rows * cols, device=cells.device).reshape(rows, cols)
-    source, off = number.clone(), torch.full((rows, cols), torch.inf, device=cells.device)
+    source, off = number.clone(), torch.full((rows, cols), torch.inf, device=cells.device, dtype=torch.float32)
     source[:, 1:], off[:, 1:] = number[:, :-1], across
     source[1:, 0], off[1:, 0] = number[:-1, 0], down[:, 0]
     above_left_is_left = down[:, :-1] <= tolerance  # C is similar to A
@@ -96,7 +96,7 @@ def _predict_anchored(cells: Tensor, tolerance: float, kind: Distance) -> tuple[
     flat = cells.flatten(0, 1)
     source = torch.arange(rows * cols, device=cells.device)
     stands = source.clone()  # the representative of each cell
-    off = torch.full((rows * cols,), torch.inf, device=cells.device)
+    off = torch.full((rows * cols,), torch.inf, device=cells.device, dtype=torch.float32)
     for diagonal in range(1, rows + cols - 1):
         row = torch.arange(max(0, diagonal - cols + 1), min(diagonal, rows - 1) + 1, device=cells.device)
         here = row * cols + diagonal - row

@@ -216,7 +216,7 @@ def normalizers(rows: Rows, chosen: Tensor | None = None) -> Tensor:
     tile = rows.tile
     pairs = rows.query_offsets * (heads // groups)
     owner, first = blocks(pairs, count * (heads // groups), int(tile["BLOCK_M"]))
-    result = torch.full((count, heads), NEVER, device=rows.keys.device)
+    result = torch.full((count, heads), NEVER, device=rows.keys.device, dtype=torch.float32)
     _normalize[(len(owner), groups)](
         rows.queries, rows.keys, rows.order, owner, first, rows.query_offsets, rows.key_offsets,
         rows.order if chosen is None else chosen, result, len(rows.key_offsets) - 1, heads, rows.scaling, rows.softcap,
@@ -239,7 +239,7 @@ def reduce_columns(
     tile, groups = rows.tile, rows.keys.shape[1]
     values = rows.keys if values is None else values
     owner, first = blocks(column_offsets, len(columns), int(tile["BLOCK_N"]))
-    result = torch.zeros(groups, len(columns), device=rows.keys.device)
+    result = torch.zeros(groups, len(columns), device=rows.keys.device, dtype=torch.float32)
     _reduce[(len(owner), groups)](
         rows.queries, rows.keys, values, rows.order, owner, first, rows.query_offsets, rows.key_offsets,
         column_offsets, columns, normalizer, normalizer if weights is None else weights, result,
@@ -254,7 +254,7 @@ def write_rows(rows: Rows, normalizer: Tensor, max_length: int) -> Tensor:
     """Attention `[H, R, max_length]`, zero beyond a sample's keys."""
     (count, heads, _), groups, tile = rows.queries.shape, rows.keys.shape[1], rows.tile
     owner, first = blocks(rows.query_offsets * (heads // groups), count * (heads // groups), int(tile["BLOCK_M"]))
-    result = torch.zeros(heads, count, max_length, device=rows.keys.device)
+    result = torch.zeros(heads, count, max_length, device=rows.keys.device, dtype=torch.float32)
     _write[(len(owner), groups, -(-max_length // int(tile["BLOCK_N"])))](
         rows.queries, rows.keys, rows.order, owner, first, rows.query_offsets, rows.key_offsets, normalizer, result,
         len(rows.key_offsets) - 1, heads, count, max_length, rows.scaling, rows.softcap, *rows.strides, **tile,

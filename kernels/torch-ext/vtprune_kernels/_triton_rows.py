@@ -49,7 +49,7 @@ def _lengths(
 
 def lengths(features: Tensor) -> Tensor:
     """L2 norms `[M]` float32 of the rows `[M, D]`; not finite for rows that are not."""
-    result = torch.empty(len(features), device=features.device)
+    result = torch.empty(len(features), device=features.device, dtype=torch.float32)
     if len(features):
         _lengths[(-(-len(features) // ROWS),)](
             features, *features.stride(), result, len(features), D=features.shape[1],

@@ -139,7 +139,7 @@ class Window:
         self.slots = torch.full((len(features),), -1, dtype=torch.int32, device=device)
         self.missed, self.fresh, self.taken = torch.ones(3, groups, dtype=torch.int32, device=device).unbind()
         self.rows = torch.full((groups, self.side), -1, dtype=torch.int64, device=device)
-        self.lines = torch.empty(groups, self.side, max_length, device=device)
+        self.lines = torch.empty(groups, self.side, max_length, device=device, dtype=torch.float32)
 
     def renew(self, values: Tensor, step: int, cholesky: Tensor | None = None) -> None:
         """Makes new windows before pick `step` for groups that requested one.

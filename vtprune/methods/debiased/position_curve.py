@@ -60,7 +60,7 @@ class Curve:
             raise MethodError(
                 f"a curve of form {self.form!r} with {len(self.coefficients)} coefficients; expected {expected}"
             )
-        weights = self(torch.linspace(0, 1, _LAST + 1))
+        weights = self(torch.linspace(0, 1, _LAST + 1, dtype=torch.float32, device="cpu"))
         if not bool(((weights > 0) & weights.isfinite()).all()):
             raise MethodError(
                 f"the weights of {self.form!r} with coefficients {self.coefficients} are not all positive and finite; "

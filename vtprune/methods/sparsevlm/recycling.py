@@ -111,7 +111,9 @@ def recycle(
         members = max(recycled(end - start - kept)[0], clusters)
         rows = start + rest[start:end].argsort()[:members]  # by descending score
         group, centers = density_peaks(hidden[rows], clusters)
-        total = torch.zeros(clusters, hidden.shape[1], device=hidden.device).index_add_(0, group, hidden[rows].float())
+        total = torch.zeros(clusters, hidden.shape[1], device=hidden.device, dtype=torch.float32).index_add_(
+            0, group, hidden[rows].float()
+        )
         out[rows[centers]] = (total / torch.bincount(group, minlength=clusters)[:, None]).to(hidden.dtype)
         keep[rows[centers]] = True
     return keep, out

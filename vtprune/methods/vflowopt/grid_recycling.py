@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def grid_cells(row: Tensor, col: Tensor, crop: Tensor, a: float) -> Tensor:
     """`[M]` recycling cell of each token, by crop, `floor(row / a)`, `floor(col / a)`; -1 outside the grid."""
-    keys = torch.stack([crop, torch.floor(row / a).long(), torch.floor(col / a).long()])
+    keys = torch.stack([crop, *(torch.floor(place.float() / a).long() for place in (row, col))])
     cell = torch.unique(torch.where(row >= 0, keys, -1), dim=1, return_inverse=True)[1]
     return torch.where(row >= 0, cell, -1)
 

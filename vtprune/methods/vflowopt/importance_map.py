@@ -47,8 +47,8 @@ def patch_entropy(pixels: Tensor, patch: int) -> Tensor:
     levels = (pixels.float() * 255).trunc().long() % 256
     gray = (levels.float() * 0.3333).sum(1).round().long().clamp(0, 255)  # [n, H, W]
     cells = gray.unfold(1, patch, patch).unfold(2, patch, patch).flatten(3).flatten(1, 2)  # [n, P, patch * patch]
-    share = torch.zeros(*cells.shape[:2], 256, device=pixels.device)
-    share.scatter_add_(2, cells, torch.full(cells.shape, 1 / cells.shape[2], device=pixels.device))
+    share = torch.zeros(*cells.shape[:2], 256, device=pixels.device, dtype=torch.float32)
+    share.scatter_add_(2, cells, torch.full(cells.shape, 1 / cells.shape[2], device=pixels.device, dtype=torch.float32))
     return -(share * torch.log2(share + 1e-10)).sum(2)
 
 

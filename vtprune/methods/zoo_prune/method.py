@@ -129,7 +129,9 @@ class ZOOPrune(Method):
         patches, rows = x.shape[1], y.shape[1]
         k = patches // rows
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws for every device
-        u = unit_directions(torch.randn(self.directions, k * x.shape[2], generator=generator)).to(x)
+        u = unit_directions(torch.randn(self.directions, k * x.shape[2], generator=generator, dtype=torch.float32)).to(
+            x
+        )
         shifts = [over_patches(v.reshape(k, -1), patches, rows, packed) for v in u]
 
         def project(z: Tensor) -> Tensor:

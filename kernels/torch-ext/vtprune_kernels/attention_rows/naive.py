@@ -26,10 +26,10 @@ def attention_rows(
     heads_per_group = heads // keys.shape[1]
     if max_length is None:
         max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
-    rows = torch.zeros(heads, len(queries), max_length, device=keys.device)
-    mean = torch.zeros(len(keys), device=keys.device)
+    rows = torch.zeros(heads, len(queries), max_length, device=keys.device, dtype=torch.float32)
+    mean = torch.zeros(len(keys), device=keys.device, dtype=torch.float32)
     for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
-        weight = torch.ones(last - first) if weights is None else weights[first:last].float()
+        weight = torch.ones(last - first, dtype=torch.float32) if weights is None else weights[first:last].float()
         for row in range(first, last):
             for head in range(heads):
                 logits = scaling * (keys[start:stop, head // heads_per_group].float() @ queries[row, head].float())

@@ -29,12 +29,16 @@ def attention_rows(
         if max_length is None:
             max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
         if count == 0 or max_length == 0:
-            return torch.zeros((heads, count, max_length) if reduce == "none" else (count, max_length), device=device)
+            return torch.zeros(
+                (heads, count, max_length) if reduce == "none" else (count, max_length),
+                device=device,
+                dtype=torch.float32,
+            )
         result = write_rows(rows, normalizers(rows), max_length)
         return result if reduce == "none" else result.mean(0)
     if count == 0 or len(keys) == 0:
-        return torch.zeros(len(keys), device=device)
-    weight = torch.ones(count, device=device) if weights is None else on(weights, device).float()
+        return torch.zeros(len(keys), device=device, dtype=torch.float32)
+    weight = torch.ones(count, device=device, dtype=torch.float32) if weights is None else on(weights, device).float()
     totals = torch.cat([weight.new_zeros(1), weight.double().cumsum(0)])[rows.query_offsets].diff()
     lengths = rows.query_offsets.diff()
     sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=count)

@@ -30,7 +30,7 @@ def attention_rows(
     shape = {"mean": (len(keys),), "heads": (len(queries), max_length), "none": (heads, len(queries), max_length)}[
         reduce
     ]
-    result = torch.zeros(shape, device=keys.device)
+    result = torch.zeros(shape, device=keys.device, dtype=torch.float32)
     for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         length = stop - start
         if first == last or length == 0:

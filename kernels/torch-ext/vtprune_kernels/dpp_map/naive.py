@@ -22,7 +22,7 @@ def dpp_map(
         variance = finite(self_cosine(features[start:stop].float().norm(dim=1)) * rel.square())
         left = variance.clone()
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
-        factors = torch.zeros(budget, stop - start, device=features.device)
+        factors = torch.zeros(budget, stop - start, device=features.device, dtype=torch.float32)
         chosen: list[int] = []
         while len(chosen) < budget:
             gain = torch.where(left > EXHAUSTED * variance, left, 0).masked_fill(~free, -torch.inf)

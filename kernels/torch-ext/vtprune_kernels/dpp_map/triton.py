@@ -168,8 +168,8 @@ def _whole(
         triton.cdiv(max_length, _TILE),
     )
     order = torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
-    matrix = torch.empty(together, side, side, device=device)
-    cholesky, left = torch.empty(together, _STEPS, side, device=device), variance.clone()
+    matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
+    cholesky, left = torch.empty(together, _STEPS, side, device=device, dtype=torch.float32), variance.clone()
     for first in range(0, groups, together):
         count = min(together, groups - first)
         pairs(features, factor, offsets, max_length, first, count, matrix, None)
@@ -191,7 +191,7 @@ def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
     total, groups, device = len(features), len(limit), features.device
     best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)
     left, left_new = variance.clone(), variance.clone()
-    cholesky = torch.zeros(max_budget, total, device=device)
+    cholesky = torch.zeros(max_budget, total, device=device, dtype=torch.float32)
     owner, first = blocks(offsets, total, ROWS)
     for step in range(max_budget):
         if step:

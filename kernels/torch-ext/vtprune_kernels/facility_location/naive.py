@@ -58,7 +58,7 @@ def facility_location(
         unit, own = unit_rows(features[start:stop]), self_cosine(features[start:stop].float().norm(dim=1))
         cosines = steps(symmetric(unit @ unit.T, own))  # [n, n]
         weight = None if weights is None else usable(weights[start:stop])
-        covered = torch.zeros(stop - start, device=features.device)
+        covered = torch.zeros(stop - start, device=features.device, dtype=torch.float32)
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
         for step in range(budget):
             value = values(gains(cosines, covered), weight, combine).masked_fill(~free, -torch.inf)

@@ -217,8 +217,8 @@ def _whole(
     """Selects from matrices of all pairs."""
     groups, max_budget, side, device = *best.shape, side_of(max_length), features.device
     together = groups_at_once(max_length, groups)
-    matrix = torch.empty(together, side, side, device=device)
-    covered, covered_new = torch.zeros(2, len(features), device=device).unbind()
+    matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
+    covered, covered_new = torch.zeros(2, len(features), device=device, dtype=torch.float32).unbind()
     chosen = torch.zeros(len(features), dtype=torch.int8, device=device)
     for first in range(0, groups, together):
         count = min(together, groups - first)
@@ -240,7 +240,7 @@ def _stream(
 ) -> None:  # fmt: skip
     """Selects from groups that are too long for a matrix of all pairs."""
     (groups, max_budget), total, device = best.shape, len(features), features.device
-    covered, covered_new = torch.zeros(2, total, device=device).unbind()
+    covered, covered_new = torch.zeros(2, total, device=device, dtype=torch.float32).unbind()
     columns = torch.empty(total, dtype=torch.int64, device=device)
     count = torch.zeros(groups, dtype=torch.int32, device=device)
     gains = torch.empty(total, dtype=torch.float64, device=device)

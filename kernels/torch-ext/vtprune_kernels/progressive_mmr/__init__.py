@@ -83,7 +83,7 @@ def closest_other(keys: Tensor, values: Tensor, offsets: Tensor, scaling: float 
     Returns:
         Tensor: `[M]` float32, minus infinity in groups of one row.
     """
-    closest = torch.full((len(keys),), -torch.inf, device=keys.device)
+    closest = torch.full((len(keys),), -torch.inf, device=keys.device, dtype=torch.float32)
     for start, stop in spans(offsets):
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
         everything = torch.arange(stop - start, device=keys.device)

@@ -49,7 +49,7 @@ def progressive_mmr(
     for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         score, k, v = relevance[start:stop].float(), keys[start:stop], values[start:stop]
         free = torch.ones(stop - start, dtype=torch.bool, device=relevance.device)
-        closest = torch.zeros(stop - start, device=relevance.device)
+        closest = torch.zeros(stop - start, device=relevance.device, dtype=torch.float32)
         for row in [] if preselected is None else preselected[start:stop].nonzero().flatten().tolist():
             closest = torch.maximum(closest, similarity(k, v, row, scaling))
             free[row] = False

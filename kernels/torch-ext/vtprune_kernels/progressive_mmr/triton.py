@@ -112,7 +112,7 @@ def progressive_mmr(
     if not together:
         return rounds.choose(chunk, growth, pool)
     side = side_of(max_length)
-    matrix = torch.empty(together, side, side, device=device)
+    matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
     for first in range(0, groups, together):
         count = min(together, groups - first)
         updates.matrix(offsets, first, matrix[:count])

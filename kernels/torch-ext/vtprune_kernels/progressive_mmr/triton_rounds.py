@@ -133,7 +133,7 @@ class Rounds:
     ) -> None:
         self.updates, self.relevance, self.offsets, self.limit = updates, relevance, offsets, limit
         self.max_length, self.duplication, self.log = max_length, duplication, log
-        self.near = torch.zeros(len(relevance), device=relevance.device)
+        self.near = torch.zeros(len(relevance), device=relevance.device, dtype=torch.float32)
         self.order = torch.full((len(limit), max_budget), -1, dtype=torch.int64, device=relevance.device)
 
     def add_preselected(self, preselected: Tensor) -> None:
@@ -163,7 +163,7 @@ class Rounds:
             similarity = self.near
             if greedy := per_pick > 1:
                 rows = self.offsets[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
-                similarity = torch.empty(groups, side, side, device=self.near.device)
+                similarity = torch.empty(groups, side, side, device=self.near.device, dtype=torch.float32)
                 self.updates.matrix(self.offsets, 0, similarity, torch.where(best == NOTHING, -1, rows))
             _pick[(groups,)](
                 self.relevance, self.relevance.stride(0), self.near, best, similarity, self.offsets, self.limit,

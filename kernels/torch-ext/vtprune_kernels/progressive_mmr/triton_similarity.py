@@ -144,7 +144,7 @@ class Updates:
         scaling = dk**-0.5 if scaling is None else scaling
         exact = keys.element_size() > 2
         part = min(64 if exact else 128, power_of_two(max(dk, dv)))
-        halves, inverses = torch.empty(2, total, kv_heads, device=keys.device).unbind()
+        halves, inverses = torch.empty(2, total, kv_heads, device=keys.device, dtype=torch.float32).unbind()
         self.sizes = {"HAS_SHIFT": exact, "KV_HEADS": kv_heads, "DK": dk, "DV": dv, "BLOCK_D": part}
         shift = keys.mean(0) if exact else halves
         self.tensors = (keys, values, shift, halves, inverses, scaling, *keys.stride(), *values.stride())

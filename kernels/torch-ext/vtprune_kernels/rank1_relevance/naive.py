@@ -26,7 +26,7 @@ def rank1_relevance(
 ) -> Tensor:
     """See `vtprune_kernels.rank1_relevance`."""
     heads_per_group = queries.shape[1] // keys.shape[1]
-    result = torch.full((len(visual),), -torch.inf, device=keys.device)
+    result = torch.full((len(visual),), -torch.inf, device=keys.device, dtype=torch.float32)
     samples = zip(spans(query_offsets), spans(key_offsets), strict=True)
     for (first_row, last_row), (start, stop) in samples:
         of_sample = (visual >= start) & (visual < stop)

@@ -25,7 +25,7 @@ def rank1_relevance(
 ) -> Tensor:
     """See `vtprune_kernels.rank1_relevance`; `visual` must be ascending."""
     if len(queries) == 0 or len(visual) == 0:
-        return torch.full((len(visual),), NEVER, device=keys.device)
+        return torch.full((len(visual),), NEVER, device=keys.device, dtype=torch.float32)
     rows = rows_of(queries, keys, query_offsets, key_offsets, query_order, scaling, softcap)
     visual = on(visual, keys.device)
     chosen = None

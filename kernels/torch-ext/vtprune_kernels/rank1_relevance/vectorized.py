@@ -33,7 +33,7 @@ def rank1_relevance(
     for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         scored = visual if alone else visual[(visual >= start) & (visual < stop)] - start
         if first == last or len(scored) == 0:
-            result.append(torch.full((len(scored),), -torch.inf, device=keys.device))
+            result.append(torch.full((len(scored),), -torch.inf, device=keys.device, dtype=torch.float32))
             continue
         places = _range(scored)
         length = torch.linalg.vector_norm(values[start:stop][places].float(), dim=-1)

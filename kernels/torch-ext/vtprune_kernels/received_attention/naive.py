@@ -17,7 +17,7 @@ def received_attention(
     heads_per_group = heads // keys.shape[1]
     asking = torch.ones(batch, length, dtype=torch.bool) if rows is None else rows.expand(batch, length)
     offsets = torch.tensor([0, length]) if offsets is None else offsets
-    result = torch.zeros(batch, length, device=keys.device)
+    result = torch.zeros(batch, length, device=keys.device, dtype=torch.float32)
     for sample in range(batch):
         for start, stop in spans(offsets):
             chosen = asking[sample, start:stop]

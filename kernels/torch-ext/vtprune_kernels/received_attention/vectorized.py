@@ -18,7 +18,7 @@ def received_attention(
     batch, heads, length, _ = queries.shape
     groups = keys.shape[1]
     asking = None if rows is None else rows.expand(batch, length)
-    result = torch.zeros(batch, length, device=keys.device)
+    result = torch.zeros(batch, length, device=keys.device, dtype=torch.float32)
     for start, stop in [(0, length)] if offsets is None else spans(offsets):
         step = max(1, _BLOCK // (heads * max(1, stop - start)))
         for sample in range(batch):

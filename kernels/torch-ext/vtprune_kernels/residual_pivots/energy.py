@@ -24,7 +24,7 @@ def residual_energy(features: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         Tensor: `[S, K]` float32, falling along a row, 0 for groups without energy; padding repeats the last value.
     """
-    left = torch.zeros(order.shape, device=features.device)
+    left = torch.zeros(order.shape, device=features.device, dtype=torch.float32)
     for number, (start, stop) in enumerate(spans(offsets)):
         rows = features[start:stop].float()
         rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)

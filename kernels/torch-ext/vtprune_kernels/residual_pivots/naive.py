@@ -24,7 +24,7 @@ def residual_pivots(
     for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         rows = features[start:stop].double()
         rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
-        weight = torch.ones(stop - start) if weights is None else usable(weights[start:stop])
+        weight = torch.ones(stop - start, dtype=torch.float32) if weights is None else usable(weights[start:stop])
         weight, energy = weight.to(rows), rows.square().sum(1)
         residual = rows.clone()
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)

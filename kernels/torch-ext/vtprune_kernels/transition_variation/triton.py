@@ -41,7 +41,7 @@ def transition_variation(x_in: Tensor, x_out: Tensor) -> tuple[Tensor, Tensor]:
     """See `vtprune_kernels.transition_variation`."""
     shape, width = x_in.shape[:-1], x_in.shape[-1]
     before, after = x_in.reshape(-1, width), x_out.reshape(-1, width)
-    ratio, direction = torch.empty(2, len(before), device=x_in.device).unbind()
+    ratio, direction = torch.empty(2, len(before), device=x_in.device, dtype=torch.float32).unbind()
     if len(before):
         _variation[(-(-len(before) // 4),)](
             before, after, ratio, direction, len(before), *before.stride(), *after.stride(),

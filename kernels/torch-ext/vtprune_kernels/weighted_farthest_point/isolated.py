@@ -28,7 +28,7 @@ class _Race:
     def __init__(self, screen: Cosine) -> None:
         self.screen = self.among = screen
         self.everything = self.racing = torch.arange(len(screen), device=screen.rows.device)
-        self.nearest = torch.full((len(screen),), torch.inf, device=screen.rows.device)
+        self.nearest = torch.full((len(screen),), torch.inf, device=screen.rows.device, dtype=torch.float32)
         self.partner = (self.everything + 1) % len(screen)  # any other row gives a bound
         self.to_beat = -torch.inf
 
@@ -105,7 +105,7 @@ def most_isolated(cosine: Cosine) -> Tensor:
     """
     length, device = len(cosine), cosine.rows.device
     everything = torch.arange(length, device=device)
-    nearest = torch.full((length,), torch.inf, device=device)
+    nearest = torch.full((length,), torch.inf, device=device, dtype=torch.float32)
     exact = torch.zeros(length, dtype=torch.int64, device=device)
 
     def probe(rows: Tensor) -> None:

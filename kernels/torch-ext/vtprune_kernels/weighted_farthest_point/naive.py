@@ -20,7 +20,7 @@ def weighted_farthest_point(
         unit = unit_rows(features[start:stop])
         distance = 1 - unit @ unit.T  # [n, n]
         if weights is None:
-            weight = torch.ones(stop - start, device=features.device)
+            weight = torch.ones(stop - start, device=features.device, dtype=torch.float32)
             nearest_other = distance + torch.diag(torch.full_like(weight, torch.inf))
             value = finite(nearest_other.amin(1))
             first = int(value.argmax())

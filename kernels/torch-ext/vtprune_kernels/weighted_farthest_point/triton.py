@@ -105,7 +105,7 @@ def weighted_farthest_point(
     # Without weights, the first pick is the row whose nearest other row is farthest away.
     nearest, value = None, weights
     if value is None:
-        nearest = value = torch.full((len(features),), torch.inf, device=device)
+        nearest = value = torch.full((len(features),), torch.inf, device=device, dtype=torch.float32)
     together = groups_at_once(max_length, groups)
     if not together:
         if nearest is not None:
@@ -113,7 +113,7 @@ def weighted_farthest_point(
         window = Window(features, factor, offsets, limit, max_length)
         return _stream(window, value, weights is not None, max_budget)
     side = side_of(max_length)
-    matrix = torch.empty(together, side, side, device=device)
+    matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
     for first in range(0, groups, together):
         count = min(together, groups - first)
         pairs(features, factor, offsets, max_length, first, count, matrix, nearest)
@@ -129,7 +129,7 @@ def _stream(window: Window, value: Tensor, weighted: bool, max_budget: int) -> T
     features, offsets, limit = window.features, window.offsets, window.limit
     total, groups, device = len(features), len(limit), features.device
     best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)
-    nearest = torch.full((total,), torch.inf, device=device)
+    nearest = torch.full((total,), torch.inf, device=device, dtype=torch.float32)
     values = torch.empty_like(nearest)
     owner, first = blocks(offsets, total, ROWS)
     for step in range(max_budget):

@@ -46,7 +46,7 @@ class _Group:
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int) -> None:
         self.cosine, self.weight = cosine, weight
         self.everything = torch.arange(len(cosine), device=cosine.rows.device)
-        self.nearest = torch.full((len(cosine),), torch.inf, device=cosine.rows.device)
+        self.nearest = torch.full((len(cosine),), torch.inf, device=cosine.rows.device, dtype=torch.float32)
         self.bounds = self.nearest.clone()
         self.seen = torch.zeros_like(self.everything)
         self.chosen = self.everything.new_zeros(budget)
