@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import vtprune
-from vtprune import methods
+from vtprune import methods, towers
 from vtprune.core.clips import TwoCuts
 from vtprune.core.ragged import top_k
 from vtprune.methods import Choice, Method, ScoreMethod, Stage, Tokens
@@ -74,7 +74,7 @@ class Drawn(Method):
 
 @dataclass(frozen=True)
 class Case:
-    """One example: a model, a prompt, a method and a budget."""
+    """One example: a model, a prompt, a method, a budget, and on every third example a cut tower."""
 
     family: str
     prompts: tuple[tuple[Part, ...], ...]
@@ -82,6 +82,7 @@ class Case:
     method: Method
     budget: tuple[str, Any]
     seed: int
+    tower: towers.TowerMethod | None
 
     @property
     def make(self) -> Family:
@@ -194,6 +195,13 @@ def budgets(draw: Any, method: Method) -> tuple[str, Any]:
 
 
 @st.composite
+def tower_methods(draw: Any) -> towers.TowerMethod:
+    """A tower method with a share or number of merge groups, before any block."""
+    cls = draw(st.sampled_from([towers.Similar, towers.Pixels, towers.Change, towers.Attention, towers.Uniform]))
+    return cls(keep=draw(st.floats(0.1, 0.9) | st.integers(1, 30)))
+
+
+@st.composite
 def cases(draw: Any, family: str) -> Case:
     name = draw(st.sampled_from([*accepted(family), "drawn schedule"]))
     method = draw(schedules()) if name == "drawn schedule" else draw(methods_with_options(family, name))
@@ -204,4 +212,5 @@ def cases(draw: Any, family: str) -> Case:
         method,
         draw(budgets(method)),
         draw(st.integers(0, 3)),
+        draw(st.none() | st.none() | tower_methods()),
     )
