@@ -55,14 +55,14 @@ class Hook(Uncopied):
         # Run once a layer and step, so `is_compiled` and the usual case of `_run` are written out.
         if torch.compiler.is_dynamo_compiling() or _eval_frame.get_eval_frame_callback():
             return self.uncompiled(*args)
-        if _thread.on:
-            return None
-        return self._run(*args) if _function_modes() else self.function(*args)
+        return None if _thread.on else self._run(*args) if _function_modes() else self.function(*args)
 
     def _run(self, *args: Any) -> Any:
         if _thread.on:
             return None
-        # With `torch.set_default_device("cuda")`, numbers that are needed on the host would be made on the device.
+        if not _function_modes():
+            return self.function(*args)
+        # Such a mode is `torch.set_default_device("cuda")`: numbers for the host would be made on the device.
         with torch.device("cpu"):
             return self.function(*args)
 
