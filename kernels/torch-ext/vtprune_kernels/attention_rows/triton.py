@@ -39,9 +39,9 @@ def attention_rows(
     if count == 0 or len(keys) == 0:
         return torch.zeros(len(keys), device=device, dtype=torch.float32)
     weight = torch.ones(count, device=device, dtype=torch.float32) if weights is None else on(weights, device).float()
-    totals = torch.cat([weight.new_zeros(1), weight.double().cumsum(0)])[rows.query_offsets].diff()
     lengths = rows.query_offsets.diff()
     sample = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=count)
+    totals = torch.zeros(len(lengths), device=device, dtype=torch.float64).index_add_(0, sample, weight.double())
     weight = torch.nan_to_num(weight / totals[sample] / heads, nan=0.0, posinf=0.0, neginf=0.0).float()
     everything = torch.arange(len(keys), device=device)
     return reduce_columns(rows, normalizers(rows), everything, rows.key_offsets, "attention", weights=weight).sum(0)

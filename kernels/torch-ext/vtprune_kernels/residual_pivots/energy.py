@@ -35,8 +35,13 @@ def residual_energy(features: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
         basis, triangle = torch.linalg.qr(chosen.T)  # [D, min(D, K)]
         # The basis vector of a row that earlier ones explain is arbitrary, and not counted.
         new = triangle.diagonal().square() > EXHAUSTED * chosen[: basis.shape[1]].square().sum(1)
-        explained = ((rows @ basis).square().sum(0) * new).cumsum(0)
+        explained = _prefix_sums((rows @ basis).square().sum(0) * new)
         left[number, : len(explained)] = 1 - explained / total.clamp_min(torch.finfo(torch.float32).tiny)
         left[number, len(explained) :] = left[number, len(explained) - 1 : len(explained)]
         left[number] *= total > 0
     return left.clamp(0, 1)
+
+
+def _prefix_sums(x: Tensor) -> Tensor:
+    """`x.cumsum(0)`; on the host with `torch.use_deterministic_algorithms`, which refuses it on a GPU."""
+    return x.cpu().cumsum(0).to(x.device) if torch.are_deterministic_algorithms_enabled() else x.cumsum(0)
