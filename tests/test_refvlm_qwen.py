@@ -10,7 +10,8 @@ from PIL import Image
 
 import vtprune
 from tools.refvlm import data, qwen_learner
-from tools.refvlm.qwen2_5_vl import build
+from tools.refvlm.qwen2_5_vl import build, train
+from tools.refvlm.qwen2_5_vl import data as batches
 from vtprune import refvlm
 from vtprune.refvlm import beds, clip_inputs, evaluate, loading
 
@@ -145,3 +146,25 @@ def test_clips_get_the_marks_of_a_processor_that_has_them(loaded):
     assert words[2 + count :] == ["<vision_end>", "what", "?", "answer", ":"]
     plain = clip_inputs.inputs(loaded[0], loaded[1], frames, " what? answer:")
     assert torch.equal(made["pixel_values_videos"], plain["pixel_values_videos"])
+
+
+def test_short_pages_grow_and_ask_where_words_are():
+    source = batches.Source(pool=2, easy=False)
+    for stage in range(len(batches.SHORT)):
+        batch = source.short_pages(7, 2800, stage)
+        rows = batch.grids[0][1]
+        assert batch.kind == "page" and (rows, batch.grids[0][2]) in batches.SHORT[stage]
+        numbers = batch.cells[..., batches.NAMES.index("line")]
+        lines = int(numbers[numbers < 10].max())  # 10: shows no line
+        assert 2 <= lines <= rows - 1
+        kinds = [kind for row in batch.asked for kind, _, _ in row]
+        assert sum(kind in ("which line", "page presence") for kind in kinds) > len(kinds) / 3
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (80, 48)])
+def test_orthogonalized_is_what_muon_computes_in_bfloat16(shape):
+    grad, options = torch.randn(shape), ((3.4445, -4.775, 2.0315), 5, 1e-7)
+    want = torch.optim._muon._zeropower_via_newtonschulz(grad, *options)
+    got = train.orthogonalized(grad, *options)
+    torch.testing.assert_close(got, want.float(), atol=0.02, rtol=0.0)
+    assert got.square().sum() > 20

@@ -54,6 +54,9 @@ SIZES: dict[str, dict[tuple[int, int], float]] = {
     "pair": {(6, 6): 2, (8, 8): 3, (9, 9): 2, (12, 12): 3, (16, 16): 0.7},
     "clip": {(5, 5): 2, (6, 6): 3, (6, 8): 1, (8, 6): 1, (7, 7): 2, (8, 8): 2, (9, 9): 1},
 }  # fmt: skip
+MORE = {"line": 3, "word": 2, "which line": 1, "page presence": 1}  # questions about a page, beyond one of each kind
+# A page has fewer lines than its grid has rows. The pages of phase 4 grow from two lines to seven.
+SHORT = (((3, 8), (3, 10)), ((3, 8), (4, 8), (4, 10)), ((4, 8), (5, 10), (6, 10)), ((5, 10), (6, 10), (8, 8), (8, 10)))
 
 
 @dataclass
@@ -218,7 +221,10 @@ class Source:
     def _scene(self, rng: random.Random):
         return rng.choice(self.scenes)
 
-    def row(self, kind: str, grid: tuple[int, int], steps: int, rng: random.Random, captions: float) -> Row:
+    def row(
+        self, kind: str, grid: tuple[int, int], steps: int, rng: random.Random, captions: float, find: bool = False
+    ) -> Row:
+        """One row; with `find`, questions about a page mostly ask where a word is, or whether it is there."""
         count = grid[0] * grid[1]
         seed = self.base + rng.randrange(10**8)
         if kind == "scene" and self.easy and rng.random() < 0.12 and grid[0] >= 5:
@@ -236,10 +242,11 @@ class Source:
             return Row(image[None], object_cells(drawn.objects, count), ask_scene(drawn.objects, rng, 0.0, size=False))
         if kind == "page":
             page = pages.page(seed, grid)
-            kinds = [*pages.KINDS, "line", "line", "line", "word", "word", "which line", "page presence"]
+            more = {"line": 1, "word": 2, "which line": 3, "page presence": 6} if find else MORE
+            kinds = [*pages.KINDS, *(kind for kind, times in more.items() for _ in range(times))]
             rng.shuffle(kinds)
-            found = (pages.ask(page, kind, rng) for kind in kinds)
-            asked = list(dict.fromkeys((q.kind, q.text, q.answer) for q in found if q is not None))
+            questions = (pages.ask(page, kind, rng) for kind in kinds)
+            asked = list(dict.fromkeys((q.kind, q.text, q.answer) for q in questions if q is not None))
             return Row(np.asarray(page.image)[None], page_cells(page), asked)
         if kind == "pair":
             pair = [self._scene(rng) for _ in range(2)]
@@ -258,7 +265,7 @@ class Source:
     def _background(self, rng: random.Random, grid: tuple[int, int]) -> Image.Image:
         return rng.choice(self.backgrounds).resize((grid[1] * CELL, grid[0] * CELL), Image.Resampling.BILINEAR)
 
-    def batch(self, step: int, part: int, budget: int, captions: float, text: bool = True) -> Batch:
+    def batch(self, step: int, part: int, budget: int, captions: float, text: bool = True, find: bool = False) -> Batch:
         """Rows of one kind and size with about `budget` tokens, deterministic in `step` and `part`."""
         rng = random.Random(f"{self.seed} {step} {part}")
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
@@ -266,8 +273,15 @@ class Source:
         steps = rng.choice((3, 4, 4, 5))
         layers = steps if kind == "clip" else 2 if kind == "pair" else 1
         tokens = grid[0] * grid[1] * layers + TEXT * text
-        rows = [self.row(kind, grid, steps, rng, captions) for _ in range(max(1, round(budget / tokens)))]
+        rows = [self.row(kind, grid, steps, rng, captions, find) for _ in range(max(1, round(budget / tokens)))]
         return pack(kind, rows, grid, steps)
+
+    def short_pages(self, step: int, budget: int, stage: int) -> Batch:
+        """Pages of one size of `SHORT[stage]`, with questions that have to find a word."""
+        rng = random.Random(f"{self.seed} {step} short")
+        grid = rng.choice(SHORT[stage])
+        count = round(budget / (grid[0] * grid[1] + TEXT))
+        return pack("page", [self.row("page", grid, 1, rng, 0.0, True) for _ in range(count)], grid, 1)
 
 
 def held_out(kind: str, grid: tuple[int, int], count: int, seed: int = 0) -> Batch:

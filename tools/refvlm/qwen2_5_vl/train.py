@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the built-in Qwen2.5-VL on one CPU thread: `python -m tools.refvlm.qwen2_5_vl.train --out FOLDER`.
 
-Three phases, because a small model trained on questions alone stays at chance for very long:
+Four phases, because a small model trained on questions alone stays at chance for very long:
 
 1. *Look.* The vision side learns to label every visual token. The loss compares the projected token with the decoder's
    word vectors, so that a token of a red star is roughly "red" + "star" + "top" + "left", and answering reduces to
@@ -9,13 +9,16 @@ Three phases, because a small model trained on questions alone stays at chance f
 2. *Answer.* A six-layer decoder, initialized from the earlier model, learns the new kinds of questions. The vision side
    is updated in every third step only, which saves a third of the time.
 3. *Grow.* The decoder gets its full depth, initially without changing its function, and training continues.
+4. *Find.* "Which line says X?" and "does the page say X?" stay at chance on pages of many lines, and are learned within
+   hundreds of batches of pages of two lines. For 420 steps one batch of each step is short pages, which grow and begin
+   again; the other batch, half as large, is of every kind, so that nothing is forgotten.
 
 The learning rate is constant after a short warm-up and decays to zero in the last `--cooldown` steps. An interrupted
 run resumes from `checkpoint.safetensors`; a finished run can be extended from `stable.safetensors`, the state before
 the decay, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
 
-The shipped weights are of step 2,720. The folder `start` beside this file holds those of step 2,000: with `--start
-tools/refvlm/qwen2_5_vl/start` training begins with phase 2, from a model that answers scenes and short pages.
+The shipped weights are of step 2,720. The folder `start` beside this file holds those of step 3,290 and the curve from
+2,720 on: `--start tools/refvlm/qwen2_5_vl/start --at 3290 --steps N` goes on from there.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vtprune import refvlm
@@ -39,19 +42,20 @@ from .. import checkpoint
 from . import build, data
 from .learner import BLIND_SHARE, Learner, score
 
+FIND, GROWS = 420, 75  # steps of phase 4 with short pages, and after how many of them the pages grow
 HELD_OUT = (
     ("scene", (6, 6), 24), ("scene", (12, 12), 24), ("scene", (24, 24), 6), ("scene", (36, 36), 2),
     ("crowd", (16, 16), 16), ("crowd", (36, 36), 4), ("page", (12, 12), 24), ("page", (20, 20), 8),
-    ("page", (36, 36), 4), ("pair", (8, 8), 24), ("clip", (6, 6), 24), ("clip", (9, 9), 8),
+    ("page", (36, 36), 4), ("page", (4, 10), 24), ("pair", (8, 8), 24), ("clip", (6, 6), 24), ("clip", (9, 9), 8),
 )  # fmt: skip
 
 
 @torch.no_grad()
-def validate(learner: Learner, batches: list[data.Batch], answers: bool) -> dict[str, Any]:
+def validate(learner: Learner, batches: list[data.Batch], answers: bool, half: bool) -> dict[str, Any]:
     """Held-out accuracy by bed and size and by kind of question, and hit rates of visual tokens."""
     by_bed, by_kind, hits = Counter(), Counter(), {}
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             seen, _, found = learner.look(batch)
             tally = score(batch, learner.answer(batch, seen)[1]) if answers else Counter()
         bed = f"{batch.kind} {batch.grids[0][1]}x{batch.grids[0][2]}"
@@ -72,6 +76,18 @@ def validate(learner: Learner, batches: list[data.Batch], answers: bool) -> dict
     return {"beds": rates(by_bed), "kinds": rates(by_kind), "visual tokens": means}
 
 
+def orthogonalized(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The Newton-Schulz iteration of `torch.optim.Muon` in float32; torch's runs in bfloat16."""
+    a, b, c = coefficients
+    wide = grad.shape[0] <= grad.shape[1]
+    out = grad if wide else grad.T
+    out = out / out.norm().clamp_min(eps)
+    for _ in range(steps):
+        square = out @ out.T
+        out = a * out + (b * square + c * square @ square) @ out
+    return out if wide else out.T
+
+
 def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -87,6 +103,11 @@ def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
         torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+def edges(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Steps at which phases 2, 3 and 4 begin."""
+    return args.look, args.look + args.small, args.find
 
 
 def rate(step: int, start: int, args: argparse.Namespace, looking: bool) -> float:
@@ -131,7 +152,7 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
         len(optim.state_dict()["param_groups"]) == len(known["param_groups"])
         for optim, known in zip(optims, states, strict=True)
     )
-    if same and step not in (args.look, args.look + args.small):  # a new phase starts with new optimizer states
+    if same and step not in edges(args):  # a new phase starts with new optimizer states
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     return learner, optims, step
@@ -142,8 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
     parser.add_argument("--look", type=int, default=900, help="steps of phase 1")
     parser.add_argument("--small", type=int, default=1400, help="steps of phase 2")
-    parser.add_argument("--steps", type=int, default=2720, help="all steps")
-    parser.add_argument("--cooldown", type=int, default=250, help="last steps, in which the learning rate decays")
+    parser.add_argument("--steps", type=int, default=3290, help="all steps")
+    parser.add_argument("--find", type=int, default=2720, help="step at which phase 4 begins")
+    parser.add_argument("--cooldown", type=int, default=140, help="last steps, in which the learning rate decays")
     parser.add_argument("--look-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--budget", type=int, default=2800, help="tokens per batch")
@@ -153,10 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--earlier", type=Path, help="weights written by python -m tools.refvlm.train --model qwen2_5_vl"
     )
-    parser.add_argument("--start", type=Path, help="folder of weights from which phase 2 starts")
+    parser.add_argument("--start", type=Path, help="folder of weights to start from")
+    parser.add_argument("--at", type=int, help="step of these weights; by default phase 2 begins, or 4 at full depth")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16: five times faster where a CPU lacks it")
     parser.add_argument("--fresh", action="store_true", help="start again; by default an interrupted run resumes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.float32:
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalized  # it has no parameter for the dtype
     args.out.mkdir(parents=True, exist_ok=True)
     newest, stable, curve_file = (
         args.out / name for name in ("checkpoint.safetensors", "stable.safetensors", "curve.json")
@@ -174,10 +200,9 @@ def main(argv: list[str] | None = None) -> None:
             learner, optims, step = restore(stable, args)
             stable.unlink()
     elif args.start is not None:
-        learner, step = (
-            Learner(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32")),
-            args.look,
-        )
+        learner = Learner(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32"))
+        deep = len(learner.vlm.model.language_model.layers) == build.LAYERS
+        step = args.at if args.at is not None else args.find if deep else args.look
         optims = optimizers(learner, False)
     else:
         if args.earlier is None:
@@ -186,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         optims = optimizers(learner, True)
     source = data.Source()
     held_out = [data.held_out(*what) for what in HELD_OUT]
-    phase_start = step if step in (args.look, args.look + args.small) else max(0, step - 60)
+    phase_start = step if step in edges(args) or not newest.exists() else max(0, step - 60)
     losses: list[float] = []
     rights: Counter = Counter()
     began = last = time.time()
@@ -203,8 +228,12 @@ def main(argv: list[str] | None = None) -> None:
         moving = looking or step % 3 == 0
         for part in range(args.parts):
             budget = args.look_budget if looking else args.budget
-            batch = source.batch(step, part, budget, 0.25, text=not looking)
-            with torch.autocast("cpu", torch.bfloat16):
+            if part == 0 and 0 <= step - args.find < FIND:
+                batch = source.short_pages(step, budget, (step - args.find) // GROWS % len(data.SHORT))
+            else:
+                size = budget // 2 if 0 <= step - args.find < FIND else budget
+                batch = source.batch(step, part, size, 0.25, text=not looking, find=step >= args.find)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
                 if moving:
                     seen, loss, _ = learner.look(batch)
                 else:
@@ -233,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         at_edge = step in (args.look, args.steps, args.steps - args.cooldown)
         if at_edge or time.time() - last > 60 * args.minutes:
             minutes = round((spent + time.time() - began) / 60, 1)
-            curve.append({"step": step, "minutes": minutes, **validate(learner, held_out, True)})
+            curve.append({"step": step, "minutes": minutes, **validate(learner, held_out, True, not args.float32)})
             write(curve_file, curve)
             print(
                 f"{minutes:6.1f} min  step {step} held out {curve[-1]['beds'] or curve[-1]['visual tokens']}",
