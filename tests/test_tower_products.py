@@ -72,8 +72,10 @@ def test_equals_the_convolution(sides, bias, dtype):
     assert y.shape == want.shape and y.dtype == dtype
     torch.testing.assert_close(y, want, rtol=0, atol=16 * torch.finfo(dtype).eps)
     (grad,) = torch.autograd.grad(y.float().square().sum(), conv.weight)
-    (expected,) = torch.autograd.grad(conv(x).float().square().sum(), conv.weight)
-    torch.testing.assert_close(grad, expected, rtol=0.02, atol=0.02)
+    # In float32: how precisely half-precision convolutions sum gradients depends on the processor.
+    conv = conv.float()
+    (expected,) = torch.autograd.grad(conv(x.float()).square().sum(), conv.weight)
+    torch.testing.assert_close(grad.float(), expected, rtol=0.02, atol=32 * torch.finfo(dtype).eps)
 
 
 def test_pictures_larger_than_the_kernel_are_convolved():
