@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import vtprune
+import vtprune_kernels
 from vtprune import methods, towers
+
+FOLDERS = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in (vtprune, vtprune_kernels))
 
 
 class _Elsewhere(TorchFunctionMode):
@@ -26,10 +31,9 @@ class _Elsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _device_constructors() and kwargs.get("device") is None:
-            file = sys._getframe(1).f_code.co_filename
-            if "/vtprune/" in file or "/vtprune_kernels/" in file:
-                kwargs["device"] = "meta"
+        here = sys._getframe(1).f_code.co_filename.startswith(FOLDERS)
+        if here and func in _device_constructors() and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 

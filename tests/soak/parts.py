@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import linear
@@ -19,8 +21,10 @@ from interrupted import check_every_call, check_interrupted, check_signals
 from lifecycle import Lifecycle
 from standing import accepted
 
+import vtprune
 from tests.soak import fuzz, growth
 
+PACKAGE = f"{Path(vtprune.__file__).parent}{os.sep}"
 SIZES = (8192, 16384, 32768)
 MOST_PER_DOUBLING = 2.5  # linear is 2, quadratic 4
 
@@ -69,7 +73,7 @@ def interruptions(args: argparse.Namespace) -> dict[str, Any]:
     for number, family in enumerate(FAMILIES):
         for name in accepted(family)[number % 4 :: 4]:
             count += check_interrupted(family, name)
-            calls += check_every_call(family, name, "vtprune", stride=101)
+            calls += check_every_call(family, name, PACKAGE, stride=101)
             signals += check_signals(family, name, times=10, seed=args.seed)
             pairs += 1
     return {

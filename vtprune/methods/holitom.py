@@ -144,7 +144,7 @@ def merge(x: Tensor, count: int, neighbors: int, beta: float, plain: bool) -> tu
     nearest = distances[others][:, centers].argmin(1)
     means, sizes = group_means(x[others], nearest, count)
     sizes = sizes.float()[:, None]
-    weight = 1 / (sizes + 1) if plain else torch.where(sizes > 0, sizes.new_tensor(beta), 1.0)
+    weight = 1 / (sizes + 1) if plain else torch.where(sizes > 0, beta, torch.ones_like(sizes))
     return centers, weight * x[centers] + (1 - weight) * means
 
 

@@ -105,11 +105,6 @@ def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
     ]
 
 
-def edges(args: argparse.Namespace) -> tuple[int, int, int]:
-    """Steps at which phases 2, 3 and 4 begin."""
-    return args.look, args.look + args.small, args.find
-
-
 def rate(step: int, start: int, args: argparse.Namespace, looking: bool) -> float:
     """Learning rate: warm-up after every change of phase, then constant, then linear decay to zero."""
     end, fall = (args.look, args.look // 3) if looking else (args.steps, args.cooldown)
@@ -152,7 +147,7 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
         len(optim.state_dict()["param_groups"]) == len(known["param_groups"])
         for optim, known in zip(optims, states, strict=True)
     )
-    if same and step not in edges(args):  # a new phase starts with new optimizer states
+    if same and step not in (args.look, args.look + args.small):  # a new phase starts with new optimizer states
         for optim, known in zip(optims, states, strict=True):
             optim.load_state_dict(known)
     return learner, optims, step
@@ -211,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         optims = optimizers(learner, True)
     source = data.Source()
     held_out = [data.held_out(*what) for what in HELD_OUT]
-    phase_start = step if step in edges(args) or not newest.exists() else max(0, step - 60)
+    phase_start = step if step in (args.look, args.look + args.small) or not newest.exists() else max(0, step - 60)
     losses: list[float] = []
     rights: Counter = Counter()
     began = last = time.time()
