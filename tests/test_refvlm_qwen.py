@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vtprune
-from tools.refvlm import data, qwen_learner
+from tools.refvlm import average, data, qwen_learner
 from tools.refvlm.qwen2_5_vl import build, train
 from tools.refvlm.qwen2_5_vl import data as batches
 from vtprune import refvlm
@@ -168,3 +169,19 @@ def test_orthogonalized_is_what_muon_computes_in_bfloat16(shape):
     got = train.orthogonalized(grad, *options)
     torch.testing.assert_close(got, want.float(), atol=0.02, rtol=0.0)
     assert got.square().sum() > 20
+
+
+def test_weights_are_averaged_by_their_shares(tmp_path):
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.full((2, 3), value).half()}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(name)
+    average.main([str(tmp_path / "out"), f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"])
+    mean = load_file(tmp_path / "out" / "model.safetensors")["x"]
+    assert mean.dtype == torch.float16 and (mean == 2.5).all()
+    assert (tmp_path / "out" / "config.json").read_text() == "b"
+    with pytest.raises(ValueError, match=r"found shares \[0.5, 0.75\]; expected numbers that sum to 1"):
+        average.average([tmp_path / "a", tmp_path / "b"], [0.5, 0.75], tmp_path / "out")
+    save_file({"y": torch.zeros(2, 3).half()}, tmp_path / "b" / "model.safetensors")
+    with pytest.raises(ValueError, match="holds other tensors"):
+        average.average([tmp_path / "a", tmp_path / "b"], [0.5, 0.5], tmp_path / "out")

@@ -17,8 +17,9 @@ The learning rate is constant after a short warm-up and decays to zero in the la
 run resumes from `checkpoint.safetensors`; a finished run can be extended from `stable.safetensors`, the state before
 the decay, with a larger `--steps`. `curve.json` holds the held-out accuracy of every kind over time.
 
-The shipped weights are of step 2,720. The folder `start` beside this file holds those of step 3,290 and the curve from
-2,720 on: `--start tools/refvlm/qwen2_5_vl/start --at 3290 --steps N` goes on from there.
+The shipped weights are a tenth of those of step 2,720 and nine tenths of those of step 3,440 (`tools.refvlm.average`).
+`--start vtprune/refvlm/weights_qwen2_5_vl --at 3440 --steps N` goes on from them. `curve.json` beside this file is that
+of steps 2,720 to 3,440.
 """
 
 from __future__ import annotations
@@ -158,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
     parser.add_argument("--look", type=int, default=900, help="steps of phase 1")
     parser.add_argument("--small", type=int, default=1400, help="steps of phase 2")
-    parser.add_argument("--steps", type=int, default=3290, help="all steps")
+    parser.add_argument("--steps", type=int, default=3440, help="all steps")
     parser.add_argument("--find", type=int, default=2720, help="step at which phase 4 begins")
-    parser.add_argument("--cooldown", type=int, default=140, help="last steps, in which the learning rate decays")
+    parser.add_argument("--cooldown", type=int, default=290, help="last steps, in which the learning rate decays")
     parser.add_argument("--look-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--budget", type=int, default=2800, help="tokens per batch")
