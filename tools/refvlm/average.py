@@ -2,8 +2,7 @@
 """Averages weights of one training run: `python -m tools.refvlm.average OUT FOLDER:SHARE FOLDER:SHARE ...`.
 
 The mean of weights of one run is often better than each of them (model soups, https://arxiv.org/abs/2203.05482): a
-small share of the weights before a phase regains what the phase made worse, and keeps most of
-what it taught.
+small share of the weights before a phase regains what the phase made worse, and keeps most of what it taught.
 """
 
 from __future__ import annotations
