@@ -12,7 +12,6 @@ data.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report_charts, report_measured, report_readme, report_real, report_sections, serving_table
-from vtprune import refvlm
 from vtprune.study import charts
 from vtprune.study.charts import Chart
 
@@ -206,7 +204,7 @@ def page(loaded: list[tuple[str, Section, Any]]) -> str:
             parts.append(f"## {section.title}")
             last = section
         source = f"benchmarks/results/{stem}.json"
-        parts.append(f"From `{source}`, written by `{section.command}`.{earlier(data)}")
+        parts.append(f"From `{source}`, written by `{section.command}`.")
         if section.chart is not None:
             parts.append(f"![{section.title}](results-{stem}.svg)")
         try:
@@ -214,19 +212,6 @@ def page(loaded: list[tuple[str, Section, Any]]) -> str:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{source} does not hold what benchmarks/report.py expects: {error!r}") from error
     return "\n\n".join(parts) + "\n"
-
-
-def earlier(data: Any) -> str:
-    """A sentence for results of other weights of a built-in model than the present ones, or nothing."""
-    found = data.get("weights_sha256", {})
-    measured = set(found.values() if isinstance(found, dict) else [found])
-    present = {
-        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in refvlm.MODELS.values()
-    }
-    old = sorted(measured - present)
-    if not old:
-        return ""
-    return f" **Of earlier weights of a built-in model** (SHA-256 {', '.join(name[:8] for name in old)}…)."
 
 
 def drawings(loaded: list[tuple[str, Section, Any]]) -> dict[str, Chart]:

@@ -45,13 +45,18 @@ def average(folders: Sequence[Path], shares: Sequence[float], out: Path) -> None
     save_file({name: value.half() for name, value in mean.items()}, out / WEIGHTS, metadata={"format": "pt"})
 
 
+def part(text: str) -> tuple[Path, float]:
+    """Reads FOLDER:SHARE."""
+    folder, _, share = text.rpartition(":")
+    return Path(folder), float(share)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("parts", nargs="+", metavar="FOLDER:SHARE")
+    parser.add_argument("parts", type=part, nargs="+", metavar="FOLDER:SHARE")
     args = parser.parse_args(argv)
-    folders, shares = zip(*(part.rsplit(":", 1) for part in args.parts), strict=True)
-    average([Path(folder) for folder in folders], [float(share) for share in shares], args.out)
+    average([folder for folder, _ in args.parts], [share for _, share in args.parts], args.out)
 
 
 if __name__ == "__main__":
