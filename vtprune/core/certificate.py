@@ -104,7 +104,10 @@ class Certificate:
     def check_method(self, method: Method) -> None:
         """Raises `CertificateError` unless the method and its options are those of the certificate."""
         if repr(method) != self.method_repr:
-            raise CertificateError(f"the certificate is for the method {self.method_repr}; found {method!r}")
+            raise CertificateError(
+                f"the certificate is for the method {self.method_repr}; found {method!r}; certify "
+                "this method, or pass the other one"
+            )
 
     def check_config(self, config: object) -> None:
         """Raises `CertificateError` unless the configuration is that of the certificate's model."""
@@ -134,7 +137,9 @@ class Certificate:
     def check_model(self, model: nn.Module) -> None:
         """Raises `CertificateError` unless the model, its weights and its dtype are those of the certificate."""
         if type(model).__name__ != self.model:
-            raise CertificateError(f"the certificate is for a {self.model}; found a {type(model).__name__}")
+            raise CertificateError(
+                f"the certificate is for a {self.model}; found a {type(model).__name__}; certify this model"
+            )
         self.check_config(model.config)
         found = weights_hash(model)
         if found != self.weights_hash:

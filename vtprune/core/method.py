@@ -30,7 +30,7 @@ class Stage:
 
     Attributes:
         layer: The cut happens before this decoder layer runs (0-based); 0 is before the decoder.
-        share: Published share of the original visual tokens that is left after the cut, in (0, 1]. The shares of a
+        share: Published share of the original visual tokens that is left after the cut, in (0, 1). The shares of a
             schedule are rescaled to the user's budget, see `budget.stretch`.
     """
 
@@ -85,6 +85,9 @@ class Method:
         needs_frames: The method compares the frames of clips and refuses still pictures.
         question_aware: With its default options, what the method keeps depends on the prompt's text.
         differentiable: In training, `choose` runs with gradients, so that merged states pass them on.
+
+    A field `positions`, "original" (as without it) or "compact", says whether kept tokens keep their positions or are
+    numbered through.
     """
 
     name: ClassVar[str] = ""

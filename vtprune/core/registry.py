@@ -26,10 +26,10 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 
     def add(cls: type[Method]) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise MethodError(f"{cls!r} is not a subclass of vtprune.methods.Method")
+            raise MethodError(f"{cls!r} is not a subclass of vtprune.methods.Method; derive it from one of them")
         taken = _METHODS.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise MethodError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+            raise MethodError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")
         cls.name = name
         _METHODS[name] = cls
         return cls

@@ -50,6 +50,15 @@ class Columns:
         index, valid: The current packed layout (see `gather`), `[B, K]` on the CPU.
         is_cut: Whether this call has dropped positions.
         layouts: The packed layout of every layer that ran.
+        shift, shifts: Shift of position ids by the latest cut and by every layer, for methods that renumber.
+        ragged: Whether samples keep different numbers of positions, so that layers see padding.
+        inputs: States at all positions that some layers would have got, where gradients of them may be requested.
+
+    Args:
+        form: Makes the form of attention mask that the decoder takes, when a mask is needed.
+        renumber: Whether kept tokens are numbered through, instead of keeping their positions.
+        mixing: Whether layers mix neighboring columns (convolutions, linear attention), so that padding stays in place.
+        uncut: Index and validity of the layout before any cut, where prompts of the same layout share them.
     """
 
     def __init__(

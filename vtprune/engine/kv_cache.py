@@ -44,7 +44,7 @@ class CacheState:
         shifts: For each layer, the shift of position ids, for methods that renumber.
         held: `[B, V, 2]` position and frame number of the visual tokens in the cache, -1 for none; with `window=` only.
 
-    With `may_hide=False`, no slot is hidden, which is then not read from `base`.
+    `may_hide=False` states that `base` has no -1, and saves the search for one.
     """
 
     def __init__(

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .. import methods as registered_methods  # noqa: F401  # registers the methods that come with the package
 from .. import towers
 from ..core import default_method
 from ..core.budget import Budget, check_window, solve_mean

@@ -42,7 +42,7 @@ class DecoderCall(CallState):
 
     required_layer_inputs: set[int] = field(default_factory=set)
     cut_hidden: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
-    give: Callable[[], None] | None = None  # hands the layer that runs next what was computed to read it
+    give: Callable[[], None] | None = None  # passes projections computed for the selection on to the next layer
     trains: bool = False  # whether gradients are wanted of what the present cut receives
 
     def __post_init__(self) -> None:
@@ -198,7 +198,9 @@ class DecoderCall(CallState):
         return self.columns.restore(output)
 
     def recorder(self, evicted: list[Tensor]) -> Callable[[], PruningRecord]:
-        """What tells what was kept in this call, and what it cost; it holds no states, caches or pixels.
+        """Returns a function that makes the record of this call when `patch.last` is read.
+
+        The function keeps no cache and no pixels, and hidden states only inside `explain.recording()`.
 
         Args:
             evicted: Columns that left the cache after the call.
@@ -450,7 +452,7 @@ def begin(
     states = kwargs.get("inputs_embeds")
     states = states if states is not None else kwargs.get("input_ids", args[0] if args else None)
     if states is None:
-        raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds")
+        raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds; pass one of them")
     batch, length = states.shape[:2]
     if visual is not None and visual.mask.shape != (batch, length):
         raise UnsupportedModelError(

@@ -42,8 +42,8 @@ from .kv_cache import Caches
 from .spec import PruneSpec
 
 
-class Account:
-    """What a prefill did, put together when somebody asks."""
+class LazyPruning:
+    """The `Pruning` of a prefill, built on first access."""
 
     def __init__(self, make: Callable[[], PruningRecord]) -> None:
         self._make = make
@@ -59,7 +59,7 @@ class ThreadState(threading.local):
 
     def __init__(self) -> None:
         self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
-        self.finished: Account | None = None  # the last prefill of that call
+        self.finished: LazyPruning | None = None  # the last prefill of that call
         self.balanced: torch.Tensor | None = None  # its mask in the load-balancing loss of experts
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
         self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
@@ -72,7 +72,7 @@ class ThreadState(threading.local):
         self.call: prefill.DecoderCall | None = None  # the decoder's call in progress
         self.records: dict[str, list] = {}  # records of taps in the call in progress
         self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
-        self.last: Account | None = None
+        self.last: LazyPruning | None = None
         self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continue_cacheless`
 
 
@@ -94,7 +94,7 @@ class Session:
         self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
-        self._last: Account | None = None
+        self._last: LazyPruning | None = None
         self._layouts = visual_tokens.LayoutMemo()
         configs = (getattr(model, "config", None), spec.anatomy.decoder.config)
         self._routes = any(hasattr(config, "output_router_logits") for config in configs)
@@ -412,7 +412,7 @@ class Session:
         if call.visual is not None:
             thread = self.thread
             evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
-            thread.last = self._last = thread.finished = account = Account(call.recorder(evicted))
+            thread.last = self._last = thread.finished = account = LazyPruning(call.recorder(evicted))
             if thread.balanced is not None and thread.balanced.shape[1] >= call.columns.past + call.columns.length:
                 kept = account.pruning.mask.to(thread.balanced.device)
                 thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)

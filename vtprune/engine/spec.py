@@ -125,7 +125,9 @@ class PruneSpec:
         return cls(uses, budget, anatomy, renumbers.pop(), window, tower)
 
     def with_method(self, method: Method, budget: Budget) -> PruneSpec:
-        """The same with another method, for one request: what the model's hooks record is that of the patch's method.
+        """Returns this specification with another method, for one request.
+
+        Hooks stay those of the patch's method, so the other one must not need any that are missing.
 
         Raises:
             MethodError: The method needs hooks of its own, or position ids that the patch does not give; or the

@@ -167,7 +167,8 @@ class CDPruner(Method):
         if not bool(torch.isfinite(cosine).all()):
             bad = ", ".join(map(str, tokens.sample[~torch.isfinite(cosine)].unique().tolist()))
             raise MethodError(
-                f"the text embeddings of sample {bad} contain NaN or Inf, so relevance cannot be computed"
+                f"the text embeddings of sample {bad} contain NaN or Inf, so relevance cannot be computed; check "
+                "the prompt's embeddings, or pass relevance='none'"
             )
         group = tokens.group if self.scale_over == "sample" else torch.zeros_like(tokens.group)
         # Only in CLIP space are patches anti-correlated with text.

@@ -69,7 +69,7 @@ class Pixels(PixelRule, ScoreMethod):
         if any(len(record) != len(calls) for record in records):
             raise MethodError(
                 f"{self.name} recorded {len(records[0])} calls of the vision tower and {len(calls)} of the projector; "
-                "expected one each"
+                "expected one each; use another method, such as divprune"
             )
         rows = []
         for given, block, (_, projected, _) in zip(*records, calls, strict=True):

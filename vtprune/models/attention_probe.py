@@ -79,10 +79,10 @@ def _stop(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: A
 
 
 class Projections:
-    """What the linear maps of a layer gave out before it attended, for other runs on the same states.
+    """Outputs of a layer's linear maps, recorded in one run of the layer and replayed in others on the same states.
 
-    A rotation comes behind the projections, so a run with another one has the same. Only maps that `shareable` has
-    prepared are shared; others run again.
+    So no projection is computed twice. Position embeddings are applied after the projections, so the runs may differ
+    in them. Only maps that `shareable` has prepared are shared; others run again.
 
     Attributes:
         outputs: Every map and its output, in order.
@@ -98,7 +98,7 @@ class Projections:
         return output
 
     def shared(self) -> Callable:
-        """What takes the place of a map's run: the first run of the layer records, later ones replay."""
+        """Replacement for a linear map's forward: records in the layer's first run, replays in later ones."""
         return self.replay() if self.outputs else self.record
 
     def replay(self, pick: Callable[[Tensor], Tensor] | None = None) -> Callable:
@@ -137,7 +137,7 @@ def shareable(linear: nn.Module) -> Callable:
 
 
 class Watch:
-    """A layer that runs anyway: its projections, and what it hands to its attention function.
+    """Records a layer that runs anyway: its projections, and what it passes to its attention function.
 
     Attributes:
         calls: Of the attention function; layers that attend in segments make several.
@@ -155,7 +155,7 @@ class Watch:
             state.share = self.projections.record
 
     def around(self, function: Callable) -> Callable:
-        """An attention function that tells what it is given."""
+        """`function`, with its queries, keys and values recorded in `calls`."""
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             self.calls.append(_given(query.detach(), key.detach(), value.detach(), kwargs))
@@ -178,7 +178,7 @@ class Watch:
 
 
 def leave() -> None:
-    """The layer that was watched or given projections has run, or failed."""
+    """Stops watching and sharing in this thread; call it when the layer has returned or raised."""
     state.watch = state.share = None
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small trained vision-language model that ships with the package: a stock LLaVA of a few million parameters.
+"""Two small trained models that ship with the package, of a few million parameters: a stock LLaVA and a Qwen2.5-VL.
 
     model, processor = vtprune.refvlm.load()
     picture = vtprune.refvlm.scenes.scene(7).image
     inputs = processor(images=picture, text=vtprune.refvlm.prompt("how many stars are there?"), return_tensors="pt")
     processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
 
-It sees and answers questions about the scenes of `vtprune.refvlm.scenes` and about easy-VQA, nothing else. Pruning
-methods can be tried on it in seconds, offline, on a CPU.
+The LLaVA answers questions about the scenes of `vtprune.refvlm.scenes` and about easy-VQA; the Qwen2.5-VL,
+`load(name="qwen2_5_vl")`, also about crowds, pages, pairs of pictures and clips. Pruning methods can be tried on
+them in seconds, offline, on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +74,13 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
         name: "llava" (144 visual tokens, one row of positions) or "qwen2_5_vl" (dynamic resolution, M-RoPE).
 
     Raises:
-        ValueError: if there is no model of this name.
+        InputError: There is no model of this name.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     if name not in MODELS:
-        raise ValueError(f"no built-in model {name!r}; expected one of {', '.join(MODELS)}")
+        raise InputError(f"no built-in model {name!r}; expected one of {', '.join(MODELS)}")
     folder = MODELS[name]
     model = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True

@@ -16,7 +16,7 @@ from functools import cached_property
 from PIL import Image
 
 from .crowds import CELL, CrowdObject, backdrop, covered, draw
-from .scene_objects import COLORS, HORIZONTAL, SHAPES, VERTICAL
+from .scene_objects import COLORS, SHAPES
 from .scenes import Question
 
 EVENTS = ("move", "change", "follow")
@@ -139,6 +139,3 @@ def ask(on: Clip) -> list[Question]:
         Question(f"where does the {name} start?", origin, "starts", ends[1] + ends[0]),
         Question("what moves?", name, "moves", ends[0] + ends[1]),
     ]
-
-
-QUADRANTS = tuple(f"{vertical} {horizontal}" for vertical in VERTICAL for horizontal in HORIZONTAL)

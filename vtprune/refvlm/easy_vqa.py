@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..errors import InputError
+
 
 class Sample(NamedTuple):
     """One question of the set."""
@@ -39,7 +41,7 @@ def _package():
 def samples(split: str) -> list[Sample]:
     """All questions of `split` ("train": 38,575 on 4,000 images; "test": 9,673 on 1,000)."""
     if split not in ("train", "test"):
-        raise ValueError(f"easy-VQA has the splits 'train' and 'test', not {split!r}")
+        raise InputError(f"easy-VQA has the splits 'train' and 'test', not {split!r}; name one of them")
     package = _package()
     texts, answers, images = package.get_train_questions() if split == "train" else package.get_test_questions()
     return [Sample(*row) for row in zip(images, texts, answers, strict=True)]

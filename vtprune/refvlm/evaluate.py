@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from ..errors import InputError
 from ..study import progress
 from ..study.intervals import wilson
 from . import MODELS, beds, easy_vqa, load, prompt, scenes
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
 def held_out_scenes(n_scenes: int, questions_per_scene: int = 1) -> Iterator[Sample]:
     """Questions on small scenes that training never draws, about the same number of each kind (not all have all)."""
     if n_scenes > scenes.TRAIN_SEEDS:
-        raise ValueError(f"found n_scenes={n_scenes:,}; expected at most the {scenes.TRAIN_SEEDS:,} held-out scenes")
+        raise InputError(f"found n_scenes={n_scenes:,}; expected at most the {scenes.TRAIN_SEEDS:,} held-out scenes")
     for drawn, question in beds.evenly(map(scenes.scene, range(n_scenes)), questions_per_scene):
         yield Sample(drawn.small, question.text, question.answer, question.kind, question.patches)
 

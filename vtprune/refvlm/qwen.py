@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from ..errors import InputError
+
 PATCH_SIZE = 6
 MERGE_SIZE = 2
 CELL = PATCH_SIZE * MERGE_SIZE  # pixels of one visual token in each direction
@@ -73,7 +75,9 @@ class PictureProcessor(ProcessorMixin):
         """The prompts with every `token` as often as its picture or clip has visual tokens, between the marks."""
         wanted = sum(prompt.count(token) for prompt in prompts)
         if wanted != len(counts):
-            raise ValueError(f"{wanted} {token} in the text, but {len(counts)} {kind}")
+            raise InputError(
+                f"found {wanted} {token} in the text and {len(counts)} {kind}; expected one {token} for each"
+            )
         left = iter(counts)
         start, end = self.marks
         parts = [prompt.split(token) for prompt in prompts]
@@ -84,7 +88,7 @@ class PictureProcessor(ProcessorMixin):
         pixels, grids = [], []
         for clip in clips:
             if len(clip) < 2 or len(clip) % 2:
-                raise ValueError(f"a clip has {len(clip)} frames; expected an even number of them, at least 2")
+                raise InputError(f"a clip has {len(clip)} frames; expected an even number of them, at least 2")
             frames = self.image_processor(images=list(clip), return_tensors="pt")
             _, rows, columns = frames["image_grid_thw"][0].tolist()
             # A picture is two equal frames there: [frames, patches, color, 2, pixels] -> a frame and the one after it.

@@ -107,7 +107,7 @@ class TowerCut:
         return bool(self._thread.given) and (share or self._thread.shortened)
 
     def around(self) -> list[tuple[nn.Module, Callable, Callable]]:
-        """The modules that are cut, each with what is called before and after it, as hooks with `kwargs` are."""
+        """Tower and blocks, each with the functions to call before and after its forward, as hooks with `kwargs`."""
         last = len(self.parts.blocks) - 1
         blocks = [(block, *self._hooks_of(number, number == last)) for number, block in enumerate(self.parts.blocks)]
         return [(self.parts.tower, self._before_tower, self._after_tower), *blocks]

@@ -163,7 +163,11 @@ class TowerMethod:
 
     @classmethod
     def reads_states(cls) -> bool:
-        """Whether `choose` may read states; a subclass that defines it anew says so anew by `needs_states = False`."""
+        """Whether `choose` may read states.
+
+        `needs_states = False` counts only in the class that also defines `choose`: a subclass that overrides `choose`
+        sets it again.
+        """
         owner = next(base for base in cls.__mro__ if "choose" in vars(base))
         return vars(owner).get("needs_states", True)
 

@@ -70,7 +70,10 @@ def layer_number(anatomy: Anatomy, which: int | Literal["feature", "last"]) -> i
     else:
         number = total - 1 if which == "last" else which + total if which < 0 else which
     if not 0 <= number < total:
-        raise MethodError(f"vision layer {which!r} does not exist: the vision tower has {total} layers")
+        raise MethodError(
+            f"vision layer {which!r} does not exist: the vision tower has {total} layers; expected "
+            f"{-total} to {total - 1}"
+        )
     whole = getattr(anatomy.vision_tower, "fullatt_block_indexes", None)
     if whole and number not in whole:
         number = max((i for i in whole if i < number), default=min(whole))

@@ -285,7 +285,7 @@ class VTPrune(Huggingface):
         return str(answer(self.task_dict[task][split][doc_id]))
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("vtprune answers one message a request; this task wants several rounds")
+        raise NotImplementedError("vtprune answers one message a request; this task wants several rounds; leave it out")
 
     def clean(self) -> None:
         """Takes the patch off and lets the model go, so that a judge finds room."""

@@ -26,7 +26,7 @@ _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
 
 
 def install() -> None:
-    """Wraps them, once."""
+    """Wraps the functions named in the module's docstring; a second call does nothing."""
     from vllm.config import VllmConfig
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.multimodal.registry import MultiModalRegistry
@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
-    """Lets `after(result, *args, **kwargs)` see and change what a method returns; again is nothing."""
+    """Replaces a method by one that returns `after(result, *args, **kwargs)`; a wrapped one is left alone."""
     original = getattr(cls, name)
     if hasattr(original, _MARK):
         return
@@ -56,7 +56,7 @@ def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
 
 
 def _end_in_one_line() -> None:
-    """A refusal that ends a program is its one line on standard error; other errors keep their tracebacks."""
+    """Makes an uncaught `ServingError` print its message only; other errors keep their tracebacks."""
     original = sys.excepthook
     if hasattr(original, _MARK):
         return

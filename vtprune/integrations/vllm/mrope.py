@@ -136,7 +136,9 @@ class Positions:
             column, end, *inside = read_digits(given[:, -_CHANNELS:].cpu()).T
             fits = starts[starts + column[0] >= at]  # its first placeholder: the next one that has room before it
             if not len(fits):
-                raise ServingError("vtprune: features of an image that is not in the prompt; this should not happen")
+                raise ServingError(
+                    "vtprune: features of an image that is not in the prompt; report it with the model's name"
+                )
             start = int(fits[0])
             before = int(positions[:, start - 1].max()) + 1 if start else 0
             positions[:, start + column] = torch.stack(inside).to(positions) + before

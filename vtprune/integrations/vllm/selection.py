@@ -28,14 +28,14 @@ def prune(
     grids: Sequence[Sequence[int]] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Chooses and gathers.
+    """Selects the tokens of every image or clip that stay, and returns their features.
 
     Args:
         features: For each image or clip `[N, C]`: in the first `width` channels what the decoder receives, in others
             what goes along (deeper features).
         runs: For each its lengths of runs of placeholders, together N.
         counts: For each how many of each run stay.
-        method: Chooses.
+        method: Selects the tokens.
         width: Of the decoder.
         grids: For each frames, rows and columns of its tokens, where they are known.
         extra: Further fields of `Tokens`: records of taps, the parts of the model, a reader of keys and values.

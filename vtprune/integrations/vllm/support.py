@@ -31,9 +31,13 @@ def check_config(config: Any, settings: Settings) -> None:
     if not model.is_multimodal_model:
         raise ServingError(f"{name} takes no images: there is nothing to prune; leave 'vtprune' out")
     if model.is_encoder_decoder:
-        raise ServingError(f"{name} is an encoder-decoder: its visual tokens never enter the decoder's prompt")
+        raise ServingError(
+            f"{name} is an encoder-decoder: its visual tokens never enter the decoder's prompt; leave 'vtprune' out"
+        )
     if config.speculative_config is not None and model.uses_mrope:
-        raise ServingError(f"{name}: M-RoPE positions of pruned images and speculative decoding are not tried together")
+        raise ServingError(
+            f"{name}: M-RoPE positions of pruned images and speculative decoding are not tried together; leave one out"
+        )
     if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
         raise ServingError(
             f"{name}: vLLM counts the vision encoder's tokens by the prompt's for enable_tower_connector_lora, which "
@@ -71,13 +75,18 @@ def _check_certificate(name: str, certificate: Certificate, model: Any) -> None:
         raise ServingError(f"{name}: {error}") from None
     certified, served = certificate.about.get("dtype"), str(model.dtype).removeprefix("torch.")
     if certified not in (None, served):
-        raise ServingError(f"{name}: the certificate is for {certified}, and the model is served in {served}")
+        raise ServingError(
+            f"{name}: the certificate is for {certified}, and the model is served in {served}; serve it in "
+            f"{certified}, or certify again"
+        )
 
 
 def _check_tower(name: str, config: Any) -> None:
     """Refuses set-ups in which a vision tower cannot be cut."""
     if config.compilation_config.compile_mm_encoder:
-        raise ServingError(f"{name}: tower cuts the vision encoder, which compile_mm_encoder compiles whole")
+        raise ServingError(
+            f"{name}: tower cuts the vision encoder, which compile_mm_encoder compiles whole; leave one out"
+        )
     if config.parallel_config.tensor_parallel_size > 1:
         raise ServingError(f"{name}: tower was not tried with a vision encoder on several ranks; leave tower out")
 
