@@ -230,6 +230,58 @@ def test_pictures_of_others_are_not_overwritten(capsys, tmp_path):
     assert _run("demo", "--small", "--output", path, "--repeats", 1, "--force") == 0 and path.read_bytes() != before
 
 
+def test_no_command_overwrites_a_file_without_force(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notes = tmp_path / "notes.svg"
+    notes.write_text("<svg>mine</svg>")
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    short = ["--limit", "1", "--methods", "uniform", "--ratios", "0.5", "--repeats", "1"]
+    for command in (
+        ["methods", "--json", notes],
+        ["inspect", "--json", notes],
+        ["doctor", "--json", notes],
+        ["compare", "--image", "a.png", "--question", "x", "--json", notes],
+        ["demo", "--small", "--json", notes],
+        ["certify", "--images", "a.png", "--question", "x", "--out", notes],
+        ["tune", "--image", "a.png", "--question", "x", "--out", notes],
+        ["bench", "--model", "tiny", "--plot", notes],
+        ["fidelity", *short, "--json", "notes.json"],  # its chart would be notes.svg
+    ):
+        assert _run(*command) == 2, command
+        assert "notes.svg exists; use --force" in capsys.readouterr().err, command
+        assert notes.read_text() == "<svg>mine</svg>"
+    assert _run("methods", "--json", notes, "--force") == 0 and "iwp" in notes.read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fidelity --limit 1 --json out.svg",
+        "demo --small --output out.png --json ./out.png",
+        "bench --model tiny --json out.svg --plot out.svg",
+        "certify --images a.png --question x --out out.json --json out.json",
+        "tune --image a.png --question x --out out.json --json out.json",
+    ],
+)
+def test_two_results_in_one_file_are_refused(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    assert _run(*command.split()) == 2
+    assert "two results would be written to" in capsys.readouterr().err
+
+
+def test_tune_refuses_options_that_its_kind_does_not_use(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    for options, unused in (
+        ("--auto --question x --trials 3 --seed 0", "--auto does not use --trials and --seed"),
+        ("--pixels --question x", "--pixels does not use --question"),
+        ("--question x --min 0.1", "the search of a strategy does not use --min"),
+    ):
+        assert _run("tune", "--image", "a.png", *options.split()) == 2
+        assert unused in capsys.readouterr().err
+
+
 def test_devices_are_neither_read_nor_replaced(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "zero.json").symlink_to("/dev/zero")

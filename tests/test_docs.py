@@ -249,6 +249,19 @@ def test_what_was_not_measured_is_said(tmp_path):
     assert tables.of_method("a", tmp_path) == tables.MISSING
 
 
+def test_the_reference_has_every_public_name():
+    described = set(re.findall(r"^::: vtprune\.(\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.M))
+    wanted = {name for name in vtprune.__all__ if name not in ("methods", "towers")}
+    wanted |= {f"towers.{name}" for name in vtprune.towers.__all__}
+    # Every registered method has a page of its own.
+    wanted |= {f"methods.{name}" for name in vtprune.methods.__all__ if name not in _method_classes()}
+    assert not wanted - described
+
+
+def _method_classes() -> set[str]:
+    return {type(vtprune.methods.get(name)()).__name__ for name in vtprune.methods.names()}
+
+
 def test_includes_and_links():
     text = "<!-- include: CONTRIBUTING.md#Add a kernel -->"
     assert pages.complete(text, "docs/extend/kernel.md") == pages.section("CONTRIBUTING.md", "Add a kernel")

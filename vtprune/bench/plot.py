@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..core.files import write_bytes
-from ..errors import InputError, VTPruneError
+from ..errors import VTPruneError
+from ..study import charts
 from . import summary
 
 _PARTS = (
@@ -21,19 +21,6 @@ _PARTS = (
 )
 
 
-def check(path: str | Path) -> None:
-    """Checks before a benchmark that `save` will be able to write a chart.
-
-    Raises:
-        InputError: The file has no ending of an image file.
-        VTPruneError: matplotlib is not installed.
-    """
-    if Path(path).suffix not in (".svg", ".png", ".pdf"):
-        raise InputError(f"cannot write a plot to {path}; expected a file name that ends in .svg, .png or .pdf")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise VTPruneError("a plot needs matplotlib, which is not installed: pip install matplotlib, or omit --plot")
-
-
 def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
     """Draws a bar of parts for every variant in every setting, and the limits as dashed lines.
 
@@ -42,7 +29,7 @@ def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
         path: File to write; its ending (.svg, .png, .pdf) selects the format. The same data gives the same file.
         cpu: Use CPU time of the process instead of wall-clock time.
     """
-    check(path)
+    charts.check(path)
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "vtprune", "svg.fonttype": "none", "font.size": 9}):

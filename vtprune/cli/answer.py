@@ -14,7 +14,7 @@ from ..core import default_method, files, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, add_model, count, patches, quiet, ratio, share, short, words
-from .output import Output, add_json, check_file, plural
+from .output import Output, add_json, plural
 from .parser import description
 
 if TYPE_CHECKING:
@@ -87,7 +87,6 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
     )
     parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help="timed runs (default: %(default)s)")
     parser.add_argument("--output", default=output, metavar="FILE", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="overwrite a file that vtprune did not write")
     parser.add_argument("--report", action="store_true", help="print the full report of the pruned prefill as well")
     add_json(parser, "both answers and their costs")
 
@@ -131,7 +130,7 @@ def _side_by_side(args: argparse.Namespace, image: Image.Image | None, truth: st
 
     output = Output(args)
     method = methods.get(args.method) if args.method else None
-    _check_output(args.output, args.force)
+    _claim_picture(output, args.output)
     budget = _budget(args)
     image = image or images.picture(args.image)
     loading.is_local(args.model)
@@ -157,17 +156,14 @@ def _side_by_side(args: argparse.Namespace, image: Image.Image | None, truth: st
     output.write(about | {"all_tokens": dataclasses.asdict(before), "pruned": dataclasses.asdict(after)})
 
 
-def _check_output(path: str, force: bool) -> None:
-    """Raises if a picture cannot be written to a file, or would overwrite a file that vtprune did not write."""
+def _claim_picture(output: Output, path: str) -> None:
+    """Checks that a picture can be written to a file, which may replace one that vtprune wrote."""
     from PIL import Image
 
-    check_file(path)
-    place = Path(path).expanduser()
-    kind = Image.registered_extensions().get(place.suffix.lower())
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise InputError(f"cannot write {path} as a picture; expected a file name that ends in .png or .jpg")
-    if place.exists() and not force and not _is_ours(place):
-        raise InputError(f"{path} exists and was not written by vtprune; expected another --output, or --force")
+    output.claim(path, _is_ours)
 
 
 def _is_ours(path: Path) -> bool:

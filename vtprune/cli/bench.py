@@ -13,7 +13,7 @@ from ..core import default_method, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, count, quiet, share, words
-from .output import Output, add_json, check_file
+from .output import Output, add_json
 from .parser import description
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json(parser, "results after every round, from which the same command resumes,")
     parser.add_argument("--plot", metavar="FILE", help="a chart, .svg, .png or .pdf")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     parser.set_defaults(command=run)
 
 
@@ -109,8 +108,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..bench.variants import variants
     from ..study import progress
 
-    output = Output(args)
+    output = Output(args, resumes=True)
     _check(args)
+    if args.plot:
+        output.claim_chart(args.plot)
     chosen = variants(args.methods, _budgets(args))
     model, make_prompt, name = _model(args)
     bench = measure.Bench(model, make_prompt, chosen, args.new_tokens)
@@ -136,17 +137,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     import torch
 
-    from ..bench import plot
-
     if _is_shape(args.model) and (args.image or args.question):
         raise InputError(f"{args.model} is an architecture without a processor; leave --image and --question out")
     if args.clip and not (_is_shape(args.model) or args.image):
         raise InputError("--clip needs --image FOLDER, the frames of a clip, with a model that has a processor")
     if args.image and args.visual_tokens:
         raise InputError("--image determines the number of visual tokens; leave --visual-tokens out")
-    if args.plot:
-        check_file(args.plot)
-        plot.check(args.plot)
     if args.threads and args.threads > MAX_THREADS:  # more end the process when their stacks are made
         raise InputError(f"--threads {args.threads:,}: at most {MAX_THREADS:,}")
     if args.threads:

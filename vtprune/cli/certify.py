@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ..core import default_method
-from ..errors import InputError
 from .arguments import add_device, add_model, chosen_methods, count, probability, quiet, share, words
 from .fidelity import prompt_pairs, prompts
-from .output import Output, add_json, check_file
+from .output import Output, add_json
 from .parser import description
 
 
@@ -59,7 +57,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", default="certificate.json", metavar="FILE", help="default: %(default)s")
     add_device(parser)
     add_json(parser, "the certificate")
-    parser.add_argument("--force", action="store_true", help="overwrite a file that exists")
     parser.set_defaults(command=_certify)
 
 
@@ -72,10 +69,7 @@ def _certify(args: argparse.Namespace) -> None:
     output = Output(args)
     (method,) = chosen_methods([args.method]).values()
     pairs = prompt_pairs(args)
-    check_file(args.out)
-    path = Path(args.out).expanduser()
-    if path.exists() and not args.force:
-        raise InputError(f"{args.out} exists; use --force to overwrite it")
+    path = output.claim(args.out)
     candidates: tuple[float | Auto, ...] = tuple(sorted(set(args.ratios or CANDIDATES), reverse=True))
     if args.energies:
         candidates = tuple(Auto(energy) for energy in sorted(set(args.energies), reverse=True))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import InputError
 from .parser import description
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
@@ -29,8 +28,6 @@ def add(commands: Any) -> None:
 
 
 def _completion(args: argparse.Namespace) -> None:
-    try:
-        import shtab
-    except ImportError as error:
-        raise InputError("completion scripts need shtab, which is not installed: pip install shtab") from error
+    import shtab
+
     print(shtab.complete(args.program, shell=args.shell))

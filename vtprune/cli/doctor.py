@@ -14,7 +14,7 @@ from .arguments import add_device, add_model, quiet
 from .output import Output, add_json, width, wrap
 from .parser import description
 
-NEEDED = ("torch", "transformers", "safetensors", "numpy", "pillow", "rich", "jsonschema")
+NEEDED = ("torch", "transformers", "safetensors", "numpy", "pillow", "rich", "jsonschema", "shtab")
 # Package -> purpose.
 OPTIONAL = {
     "triton": "kernels on a GPU",

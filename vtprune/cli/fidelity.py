@@ -18,12 +18,11 @@ from ..core import files, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED_MODELS
 from .arguments import add_device, add_model, chosen_methods, count, quiet, share, words
-from .output import Output, add_json, check_file
+from .output import Output, add_json
 from .parser import description
 
 if TYPE_CHECKING:
     from ..methods import Method
-    from ..study.charts import Chart
     from ..study.fidelity import Prompt, Variant
 
 # Questions that suit any picture. The built-in model has a small vocabulary and gets its own question.
@@ -88,19 +87,18 @@ def add(commands: Any) -> None:
     add_json(parser, "the results", default="vtprune-fidelity.json")
     parser.add_argument("--plot", metavar="FILE", help=".svg, .png or .pdf (default: the JSON file's name, .svg)")
     add_device(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     parser.set_defaults(command=_fidelity)
 
 
 def _fidelity(args: argparse.Namespace) -> None:
     """Runs the command; checks all arguments before loading the model."""
     from ..refvlm import loading
-    from ..study import fidelity_view, progress
+    from ..study import charts, fidelity_view, progress
 
-    output = Output(args)
+    output = Output(args, resumes=True)
     methods = chosen_methods(args.methods)
     pairs = prompt_pairs(args)
-    plot = _plot_file(args)
+    plot = _plot_file(args, output)
     loading.is_local(args.model)
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
@@ -122,7 +120,7 @@ def _fidelity(args: argparse.Namespace) -> None:
     else:
         output.say(f"table written to {args.json}")
     if plot is not None:
-        _save(plot, [fidelity_view.chart(data)])
+        charts.save([fidelity_view.chart(data)], plot)
         output.say(f"plot written to {plot}")
 
 
@@ -304,24 +302,12 @@ def _header(
     return header | {"versions": progress.versions(), "machine": f"{machine}, {dtype}"}
 
 
-def _plot_file(args: argparse.Namespace) -> Path | None:
-    """File of the plot; None if matplotlib is missing and no plot was requested."""
+def _plot_file(args: argparse.Namespace, output: Output) -> Path | None:
+    """File of the plot; None if none was requested and matplotlib is missing, or the JSON goes to standard output."""
     from ..study import charts
 
-    if args.json == "-" and not args.plot:
-        return None
-    path = Path(args.plot or Path(args.json).with_suffix(".svg")).expanduser()
-    if path.suffix.lower() not in (".svg", ".png", ".pdf"):
-        raise InputError(f"cannot write {path} as a plot; expected a file name that ends in .svg, .png or .pdf")
-    check_file(str(path))
-    if charts.available():
-        return path
     if args.plot:
-        raise InputError(f"cannot draw {path} without matplotlib: pip install matplotlib, or leave --plot out")
-    return None
-
-
-def _save(path: Path, shown: list[Chart]) -> None:
-    from ..study import charts
-
-    charts.save(shown, path)
+        return output.claim_chart(args.plot)
+    if output.file is None or not charts.available():
+        return None
+    return output.claim_chart(output.file.with_suffix(".svg"))

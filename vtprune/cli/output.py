@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +23,73 @@ WIDE = 220  # columns if the output is not a terminal, so that nothing is cut of
 
 
 def add_json(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
-    """Adds `--json [FILE]`; without a file, or with `-`, for standard output."""
+    """Adds `--json [FILE]`, without a file or with `-` for standard output, and `--force`."""
     shown = f"; default: {default}" if default else ""
     text = f"write {what} as JSON; FILE - or none is standard output, and the rest goes to standard error{shown}"
     parser.add_argument("--json", nargs="?", const="-", default=default, metavar="FILE", help=text)
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 
 class Output:
     """Output of a command.
 
     Args:
-        args: Arguments of the command; `json` is the JSON file, `-` for standard output, None for no JSON.
+        args: Arguments of the command; `json` is the JSON file, `-` for standard output, None for no JSON; `force`
+            allows it to overwrite files.
+        resumes: The command goes on from its JSON file, and checks by itself whether it may.
+
+    Raises:
+        InputError: The JSON file cannot be written, see `claim`.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.json: str | None = getattr(args, "json", None)
+    def __init__(self, args: argparse.Namespace, resumes: bool = False) -> None:
+        self.json: str | None = args.json
         self.to_stdout = self.json == "-"
-        if self.json and not self.to_stdout:
-            check_file(self.json)
+        self._force: bool = args.force
+        self._claimed: set[Path] = set()
+        if self.json is not None and not self.to_stdout:
+            self.claim(self.json, lambda path: resumes)
 
     @property
     def file(self) -> Path | None:
         """The JSON file; None without one, or for standard output."""
-        return Path(self.json).expanduser() if self.json and not self.to_stdout else None
+        return Path(self.json).expanduser() if self.json is not None and not self.to_stdout else None
+
+    def claim(self, path: str | Path, may_replace: Callable[[Path], bool] = lambda path: False) -> Path:
+        """Checks before any long work that a file can be written, and returns its path.
+
+        Args:
+            path: File that the command is going to write.
+            may_replace: Whether an existing file may be replaced without `--force`.
+
+        Raises:
+            InputError: Its folder does not exist, it is a folder, it exists, or the command writes it twice.
+        """
+        if str(path) in ("-", ""):
+            raise InputError(f"found {str(path)!r} as a file to write; expected a name (only --json takes -)")
+        place = Path(path).expanduser()
+        if not place.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: its folder does not exist")
+        if place.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
+        if place.resolve() in self._claimed:
+            raise InputError(f"two results would be written to {path}; expected a file for each")
+        self._claimed.add(place.resolve())
+        if place.is_file() and not self._force and not may_replace(place):
+            raise InputError(f"{path} exists; use --force to overwrite it, or name another file")
+        return place
+
+    def claim_chart(self, path: str | Path) -> Path:
+        """Same as `claim` for a chart, which replaces another chart.
+
+        Raises:
+            InputError: The ending of the name is not that of a chart.
+            VTPruneError: matplotlib is not installed.
+        """
+        from ..study import charts
+
+        charts.check(path)
+        return self.claim(path, lambda found: b"matplotlib" in found.read_bytes().lower())
 
     def console(self) -> Console:
         """Console for text: standard output, or standard error if the JSON goes to standard output."""
@@ -97,17 +141,6 @@ class Output:
             return
         files.write_text(self.json, text)
         self.say(f"JSON written to {self.json}")
-
-
-def check_file(path: str) -> None:
-    """Raises if a file cannot be written, before any long work."""
-    if path == "-":
-        raise InputError("- is standard output, which only --json accepts; expected a file name")
-    place = Path(path).expanduser().absolute()
-    if not place.parent.is_dir():
-        raise InputError(f"cannot write {path}: its folder does not exist")
-    if place.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import files, images
 from ..errors import InputError
+from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, add_model, chosen_methods, count, quiet, share, short, words
-from .output import Output, add_json, check_file, plural
+from .output import Output, add_json, plural
 from .parser import description
 
 if TYPE_CHECKING:
     from ..study.compare import Row
     from ..study.tune import Search
+
+TRIALS = 30  # of the search of a strategy
+LEAST, MOST = 0.02, 0.5  # bounds of automatic ratios
 
 
 def add(commands: Any) -> None:
@@ -56,8 +60,8 @@ def add(commands: Any) -> None:
         "tune",
         help="search a strategy of vflowopt, or calibrate automatic ratios, on your own pictures",
         description=description(
-            "Searches parameters of vflowopt that keep the last hidden state closest to the unpruned one. Needs the "
-            "packages optuna and scipy."
+            "Searches parameters of vflowopt that keep the last hidden state closest to the unpruned one (needs the "
+            "packages optuna and scipy), or, with --auto or --pixels, calibrates automatic ratios."
         ),
         examples=(
             "tune --images FOLDER --question 'what is this?' --mean-ratio 0.25 --out strategy.json",
@@ -77,16 +81,17 @@ def add(commands: Any) -> None:
         action="store_true",
         help="calibrate automatic ratios for vLLM, which are read from pixels alone: no question, no model",
     )
-    bounds = "with --auto or --pixels (default: %(default)s)"
-    tune.add_argument("--min", type=share, default=0.02, metavar="SHARE", help=bounds)
-    tune.add_argument("--max", type=share, default=0.5, metavar="SHARE", help=bounds)
-    tune.add_argument("--trials", type=count, default=30, metavar="N", help="default: %(default)s")
-    tune.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    tune.add_argument("--min", type=share, metavar="SHARE", help=f"with --auto or --pixels (default: {LEAST})")
+    tune.add_argument("--max", type=share, metavar="SHARE", help=f"with --auto or --pixels (default: {MOST})")
+    tune.add_argument("--trials", type=count, metavar="N", help=f"of the search (default: {TRIALS})")
+    tune.add_argument("--seed", type=int, metavar="N", help="of the search (default: 0)")
     tune.add_argument(
-        "--out", default="strategy.json", metavar="FILE", help="file to write after every trial (default: %(default)s)"
+        "--out",
+        default="strategy.json",
+        metavar="FILE",
+        help="file to write; the search writes it after every trial (default: %(default)s)",
     )
     tune.add_argument("--resume", action="store_true", help="resume the search in the file")
-    tune.add_argument("--force", action="store_true", help="overwrite the file")
     add_json(tune, "the best strategy and its agreement")
     tune.set_defaults(command=_tune)
 
@@ -191,11 +196,13 @@ def _tune(args: argparse.Namespace) -> None:
     from ..study.tune import Search, tune
 
     output = Output(args)
-    check_file(args.out)
+    _refuse_unused(args)
+    path = output.claim(args.out, lambda found: args.resume)
     if args.pixels:
-        return _calibrate_pixels(args, output)
+        return _calibrate_pixels(args, output, path)
     if args.auto:
-        return _calibrate(args, output)
+        return _calibrate(args, output, path)
+    args.trials, args.seed = args.trials or TRIALS, args.seed or 0
     model, batches, _ = _batches(args)
 
     def log(search: Search, step: Callable[[str], None]) -> None:
@@ -203,7 +210,6 @@ def _tune(args: argparse.Namespace) -> None:
         output.say(f"trial {len(search.trials)} of {args.trials}: {last:.6f}, best {best:.6f}")
         step("")
 
-    path = Path(args.out).expanduser()
     done = len(Search.load(path).trials) if args.resume else 0
     with progress.interruptible(path), progress.bar("trials", max(args.trials, done), done) as step:
         search = tune(
@@ -227,19 +233,23 @@ def _tune(args: argparse.Namespace) -> None:
     )
 
 
-def _new_file(args: argparse.Namespace) -> Path:
-    path = Path(args.out).expanduser()
-    if path.exists() and not args.force:
-        raise InputError(f"{args.out} exists; use --force to overwrite it")
-    return path
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Refuses options that the kind of calibration does not use."""
+    search, bounds = ("trials", "seed", "resume"), ("min", "max")
+    kind = "--pixels" if args.pixels else "--auto" if args.auto else "the search of a strategy"
+    unused = (*search, "question") if args.pixels else search if args.auto else bounds
+    given = [name for name in unused if getattr(args, name) is not None and getattr(args, name) is not False]
+    if args.pixels and args.model != EMBEDDED:
+        given.append("model")
+    if given:
+        raise InputError(f"{kind} does not use --{' and --'.join(given)}; leave it out")
 
 
-def _calibrate_pixels(args: argparse.Namespace, output: Output) -> None:
+def _calibrate_pixels(args: argparse.Namespace, output: Output, path: Path) -> None:
     from ..core.pixel_auto import PixelAuto
 
-    path = _new_file(args)
     pictures = images.pictures(args.image)
-    auto = PixelAuto(args.mean_ratio, args.min, args.max).fit(pictures)
+    auto = PixelAuto(args.mean_ratio, args.min or LEAST, args.max or MOST).fit(pictures)
     kept = [auto.ratio(picture) for picture in pictures]
     config = {"ratio": {name: round(number, 6) for name, number in dataclasses.asdict(auto).items()}}
     files.write_text(path, json.dumps({"vtprune": config}) + "\n")
@@ -251,12 +261,11 @@ def _calibrate_pixels(args: argparse.Namespace, output: Output) -> None:
     output.write(config | {"kept": kept})
 
 
-def _calibrate(args: argparse.Namespace, output: Output) -> None:
+def _calibrate(args: argparse.Namespace, output: Output, path: Path) -> None:
     from ..study.auto import calibrate
 
-    path = _new_file(args)
     model, batches, _ = _batches(args)
-    auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
+    auto, kept = calibrate(model, batches, args.mean_ratio, args.min or LEAST, args.max or MOST)
     mean = sum(kept) / len(kept)
     auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)
     output.say(

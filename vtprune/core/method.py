@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a pruning method: where it cuts, what it reads, and how it selects tokens.
 
-A method never sees a model. It gets `Tokens`, the visual tokens of the whole batch laid out flat, and returns a
+A method knows no model class. It gets `Tokens`, the visual tokens of the whole batch laid out flat, and returns a
 `Choice`. Padding, budgets, compaction, positions and the cache are handled by the engine.
 """
 

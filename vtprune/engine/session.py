@@ -412,9 +412,9 @@ class Session:
         if call.visual is not None:
             thread = self.thread
             evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
-            thread.last = self._last = thread.finished = account = LazyPruning(call.recorder(evicted))
+            thread.last = self._last = thread.finished = made = LazyPruning(call.recorder(evicted))
             if thread.balanced is not None and thread.balanced.shape[1] >= call.columns.past + call.columns.length:
-                kept = account.pruning.mask.to(thread.balanced.device)
+                kept = made.pruning.mask.to(thread.balanced.device)
                 thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All names of transformers that vtprune depends on, and lookups by kind for names that have changed before.
+"""Names of transformers that may change, and lookups by kind for those that have changed before.
 
 If transformers renames one of them, only this module has to change. `missing` lists the names that the installed
-version lacks.
+version lacks. Modules that handle one kind of model name what only that kind has, such as the tiles of LLaVA-NeXT.
 """
 
 from __future__ import annotations

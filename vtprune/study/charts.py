@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_bytes
-from ..errors import VTPruneError
+from ..errors import InputError, VTPruneError
 
 # Distinguishable colors, then markers: enough combinations for every registered method.
 _COLORS = ("#1b6ca8", "#d1495b", "#2a9d4e", "#e08e0b", "#7b4fa3", "#00838f", "#8d6e63", "#555555")
@@ -82,6 +82,19 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def check(path: str | Path) -> None:
+    """Checks before long work that a chart can be drawn.
+
+    Raises:
+        InputError: The ending of the file's name is not that of a chart.
+        VTPruneError: matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() not in (".svg", ".png", ".pdf"):
+        raise InputError(f"cannot draw a chart in {path}; expected a file name that ends in .svg, .png or .pdf")
+    if not available():
+        raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib, or draw none")
+
+
 def save(charts: Sequence[Chart], path: str | Path) -> None:
     """Draws charts of the same series below each other, with one legend.
 
@@ -91,10 +104,9 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
 
     Raises:
         VTPruneError: matplotlib is not installed.
-        InputError, OSError, ValueError: The file cannot be written, or its format is unknown.
+        InputError, OSError: The file cannot be written, or its format is unknown.
     """
-    if not available():
-        raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib")
+    check(path)
     # Imported by name, because type checkers run without matplotlib, which is optional.
     matplotlib: Any = importlib.import_module("matplotlib")
     figures: Any = importlib.import_module("matplotlib.figure")

@@ -287,7 +287,7 @@ def _optuna() -> Any:
         importlib.import_module("scipy")  # the sampler imports it lazily
     except ImportError as error:
         raise VTPruneError(
-            "the search needs optuna and scipy, which are not installed: pip install 'vtprune[tune]'"
+            "the search needs optuna and scipy, which are not installed: pip install optuna scipy"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

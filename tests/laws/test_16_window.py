@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Law 17: with a bounded cache (`window=`), outputs equal those of a model in which the evicted frames are masked."""
+"""Law 16: with a bounded cache (`window=`), outputs equal those of a model in which the evicted frames are masked."""
 
 from __future__ import annotations
 
