@@ -90,6 +90,23 @@ def test_a_kind_is_pruned_as_in_a_prompt_of_its_own(kind: str, pictures: str, cl
             assert [k.tolist() for k in patch.last.kept] == want
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_prunes_its_kind_alike_wherever_the_other_stands(name: str) -> None:
+    """In both orders, in a batch and alone, and whatever other samples show."""
+    model, make = model_of("qwen2_5_vl"), FAMILIES["qwen2_5_vl"]
+    prompts = [[3, Image(0), 2, Video(2), 5], [4, Video(2), 2, Image(0), 3], [2, Image(1), 3]]
+    uses = [{"image": "uniform", "video": name}]
+    uses += [{"image": name, "video": "uniform"}] if name in methods.for_pictures() else []
+    for use in uses:
+        with vtprune.patch(model, ratio=RATIO, method=use) as patch:
+            alone = []
+            for prompt in prompts:
+                model(**make.batch([prompt], "right"))
+                alone += [k.tolist() for k in patch.last.kept]
+            model(**make.batch(prompts, "right"))
+            assert [k.tolist() for k in patch.last.kept] == alone
+
+
 @every_kind
 def test_a_count_is_shared_over_both_kinds(kind: str) -> None:
     model, batch = model_of(kind), FAMILIES[kind].batch(BOTH)

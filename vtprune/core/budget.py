@@ -44,11 +44,14 @@ class Budget:
         elif name == "keep":
             if not fits(value, int) or value < 1:
                 raise BudgetError(f"keep is {shorten(value)}; expected a whole number of visual tokens, 1 or more")
+            object.__setattr__(self, name, int(value))
         elif not fits(value, float) or not 0 < float(value) <= 1:
             raise BudgetError(
                 f"{name} is {shorten(value)}; expected the share of visual tokens to keep, above 0 and up to 1 "
                 "(0.1 keeps 10 %)"
             )
+        else:
+            object.__setattr__(self, name, float(value))
 
     @property
     def auto(self) -> Auto | None:
@@ -58,7 +61,7 @@ class Budget:
     @property
     def share(self) -> float | None:
         """`ratio` if it is a number, else None."""
-        return self.ratio if isinstance(self.ratio, (int, float)) else None
+        return self.ratio if isinstance(self.ratio, float) else None
 
     @property
     def may_drop(self) -> bool:
@@ -89,7 +92,7 @@ def check_schedule(stages: Sequence[Stage], num_layers: int, name: str) -> None:
             f"{name} cuts before layer {layers[-1]}, but the decoder has {num_layers} layers (0 to {num_layers - 1})"
         )
     shares = [stage.share for stage in stages]
-    if any(not 0 < share < 1 for share in shares) or shares != sorted(shares, reverse=True):
+    if any(not fits(share, float) or not 0 < share < 1 for share in shares) or shares != sorted(shares, reverse=True):
         raise MethodError(f"{name} has shares {shares}; expected falling shares between 0 and 1")
 
 

@@ -199,7 +199,9 @@ def _schema(cls: type[Certificate]) -> dict[str, Any]:
 
 def _options(method: Method) -> dict[str, Any] | None:
     """Options of a method as JSON values; None if one cannot be stored, or changes when it is read back."""
-    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}  # type: ignore[arg-type]
+    if not dataclasses.is_dataclass(method):
+        return None
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     try:
         back = json.loads(json.dumps(options))
         return back if repr(get(method.name)(**back)) == repr(method) else None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
@@ -114,7 +115,35 @@ class Method:
 
     def choose(self, tokens: Tokens) -> Choice:
         """Selects the tokens that stay: exactly `tokens.budgets[s]` of each group."""
-        raise NotImplementedError
+        raise MethodError(
+            f"{type(self).__name__} defines no choose; derive it from ScoreMethod and define score, or define choose"
+        )
+
+
+def name_of(method: Method) -> str:
+    """The name that a method's class is registered under, or the class's own."""
+    return vars(type(method)).get("name") or type(method).__name__
+
+
+def check_choice(choice: Choice, tokens: Tokens, name: str) -> None:
+    """Raises `MethodError` unless what `choose` returned has the types and shapes of a `Choice` for `tokens`."""
+    count = len(tokens)
+    if not isinstance(choice, Choice):
+        raise MethodError(f"{name}.choose returned a {type(choice).__name__}; expected a vtprune.methods.Choice")
+    for field, shape in (("keep", (count,)), ("scores", (count,)), ("hidden", tuple(tokens.hidden.shape))):
+        value = getattr(choice, field)
+        if value is None and field != "keep":
+            continue
+        if not isinstance(value, Tensor) or value.is_meta or value.shape != shape:
+            found = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
+            raise MethodError(f"{name}.choose returned {found} as `{field}`; expected a tensor of shape {shape}")
+    if choice.keep.dtype != torch.bool:
+        raise MethodError(
+            f"{name}.choose returned {choice.keep.dtype} as `keep`; expected torch.bool, True for tokens that stay (of "
+            "row numbers: torch.zeros(len(tokens), dtype=torch.bool).index_fill_(0, rows, True))"
+        )
 
 
 class ScoreMethod(Method):
@@ -122,7 +151,7 @@ class ScoreMethod(Method):
 
     def score(self, tokens: Tokens) -> Tensor:
         """Scores `[M]` of the tokens; larger ones stay."""
-        raise NotImplementedError
+        raise MethodError(f"{type(self).__name__} defines neither score nor choose; a method needs one of them")
 
     def select(self, tokens: Tokens, scores: Tensor) -> Choice:
         """Turns scores, which a wrapper may have changed, into a choice."""
@@ -130,9 +159,16 @@ class ScoreMethod(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         scores = self.score(tokens)
-        if scores.shape != (len(tokens),):
-            raise MethodError(
-                f"{type(self).__name__}.score returned shape {tuple(scores.shape)}; expected ({len(tokens)},), "
-                "one number per visual token"
-            )
+        check_scores(scores, (len(tokens),), f"{type(self).__name__}.score")
         return self.select(tokens, scores)
+
+
+def check_scores(scores: Tensor, shape: tuple[int, ...], source: str) -> None:
+    """Raises `MethodError` unless scores are one real number per row."""
+    if not isinstance(scores, Tensor) or scores.is_meta or scores.is_complex():
+        found = f"{scores.dtype} on {scores.device}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise MethodError(f"{source} returned {found}; expected a tensor of real numbers")
+    if scores.shape != shape:
+        raise MethodError(
+            f"{source} returned shape {tuple(scores.shape)}; expected {shape}, one number per visual token"
+        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -70,10 +71,12 @@ def check_options(method: Any) -> None:
 
     Numbers must be finite; booleans are not numbers. Type hints that only a type checker can resolve are not checked.
     """
-    for name, hint in _hints(type(method)).items():
-        if name in vars(method) and not fits(vars(method)[name], hint):
+    hints = _hints(type(method))
+    for option in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        hint, value = hints.get(option.name, Any), getattr(method, option.name, dataclasses.MISSING)
+        if value is not dataclasses.MISSING and not fits(value, hint):
             expected = " or ".join(_words(hint))
-            raise MethodError(f"{type(method).__name__}.{name} is {shorten(vars(method)[name])}; expected {expected}")
+            raise MethodError(f"{type(method).__name__}.{option.name} is {shorten(value)}; expected {expected}")
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -99,7 +102,11 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool) and _finite(value)
     if origin is tuple and len(parts) == 2 and parts[1] is ...:
         return isinstance(value, (tuple, list)) and all(fits(item, parts[0]) for item in value)
-    return isinstance(value, hint) if isinstance(hint, type) and hint is not Any else True
+    kind = (tuple, list) if origin is tuple else origin or hint  # lists come from JSON
+    try:
+        return isinstance(value, kind)
+    except TypeError:  # no class, or a protocol that cannot be asked
+        return True
 
 
 def _finite(value: Real) -> bool:
@@ -118,7 +125,7 @@ def _words(hint: Any) -> list[str]:
         return [repr(part) for part in parts]
     if origin in (Union, UnionType):
         return [word for part in parts for word in _words(part)]
-    if origin is tuple:
+    if origin is tuple and len(parts) == 2 and parts[1] is ...:
         return [f"a tuple, each item {_words(parts[0])[0]}"]
     names = {float: "a finite number", int: "a whole number", bool: "True or False", type(None): "None"}
     return [names.get(hint) or f"an instance of {getattr(hint, '__name__', hint)}"]

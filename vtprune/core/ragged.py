@@ -84,12 +84,21 @@ def _ties(scores: Tensor, groups: Tensor | None, tolerance: float = TIE) -> tupl
         order = order[torch.sort(groups[order], stable=True).indices]
         values = scores[order]
     before, after = values[:-1], values[1:]
-    differ = before - after > tolerance * before.abs()
+    if values.is_floating_point():  # an infinite score ties with its like only
+        differ = before - after > tolerance * before.abs().clamp_max(torch.finfo(values.dtype).max)
+    else:
+        differ = before > after
     if groups is not None:
         group = groups[order]
         differ |= group[:-1] != group[1:]
     tie = torch.zeros_like(order)
     torch.cumsum(differ, 0, out=tie[1:])
+    if values.is_floating_point() and tolerance:
+        # Many scores close together must not all tie with one another: a tie is no wider than the tolerance.
+        first = values[torch.searchsorted(tie, tie)]
+        width = tolerance * first.abs().clamp(torch.finfo(values.dtype).tiny, torch.finfo(values.dtype).max)
+        part = ((first - values) / width).nan_to_num(0.0).floor()
+        torch.cumsum(differ | (part[1:] != part[:-1]), 0, out=tie[1:])
     return order, tie
 
 
@@ -136,7 +145,7 @@ def seeded_scores(offsets: Tensor, seed: int) -> Tensor:
     """
     draws, ends = [], offsets.tolist()
     for start, end in zip(ends, ends[1:], strict=False):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         draws.append(torch.rand(end - start, generator=generator, dtype=torch.float32))
     scores = draws[0] if len(draws) == 1 else torch.cat([torch.zeros(0, dtype=torch.float32), *draws])
     return scores.to(offsets.device)

@@ -21,8 +21,10 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
         name: The published name in snake_case.
 
     Raises:
-        MethodError: Another class is registered under the name, or the class is not a `Method`.
+        MethodError: The name is no name, another class is registered under it, or the class is not a `Method`.
     """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise MethodError(f'register was given {shorten(name)}; expected a name, as in @register("my_method")')
 
     def add(cls: type[Method]) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):

@@ -90,7 +90,7 @@ class Tokens:
             `grid_row` and `grid_col` count in the grid of the image or crop (`crop`), -1 for tokens without a place
             (newlines, separators).
         crop: `[M]` 0 for a thumbnail or an undivided image, 1.. for the tile grid of any-resolution layouts.
-        index: `[M]` index among the original visual tokens of the sample.
+        index: `[M]` index among the sample's original visual tokens, without those that another method prunes.
         feature: `[M]` row of the encoder's output (all images, then all videos) that each token comes from; it indexes
             the records of taps on the vision side. Beams of one sample share rows.
         position: `[M]` prompt position in the current call.

@@ -44,17 +44,29 @@ class Patch:
         self.model = model
         self.spec = spec
         self._session = Session(model, spec)
-        # After everything that can raise, so that an error leaves the old patch in place; and before attaching, because
-        # two patches that replace the same method must be removed in reverse order.
-        if replaces is not None:
-            replaces.remove()
+        self._handles: list[Any] = []
         self._certificates: list[Certificate] = []  # checked to be for this model
         self._depth = 0  # of nested `with` blocks
-        self._attach()
+        self._attach(replaces)
 
-    def _attach(self) -> None:
+    def _attach(self, replaces: Patch | None = None) -> None:
+        """Registers the hooks in place of those of another patch, which an error leaves in place.
+
+        The other one's go first, because two patches that replace the same method must be removed in reverse order.
+        """
+        if replaces is not None:
+            replaces.remove()
         attention_probe.install()
-        self._handles = self._session.attach(self)
+        try:
+            self._session.attach(self, self._handles)
+        except BaseException:
+            if self._handles:
+                self.remove()
+            else:
+                attention_probe.uninstall()
+            if replaces is not None:
+                replaces._attach()
+            raise
 
     @property
     def anatomy(self) -> Anatomy:

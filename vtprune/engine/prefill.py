@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
+from ..core.method import Choice, check_choice, name_of
+from ..core.tokens import Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
 from ..models.attended import attended
@@ -44,6 +46,7 @@ class DecoderCall(CallState):
     cut_hidden: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
     give: Callable[[], None] | None = None  # passes projections computed for the selection on to the next layer
     trains: bool = False  # whether gradients are wanted of what the present cut receives
+    selects: bool = False  # whether a method is selecting tokens
 
     def __post_init__(self) -> None:
         if self.visual is not None:
@@ -295,24 +298,19 @@ class DecoderCall(CallState):
         flat = live if members is None else live[members]
         if call.groups.count(flat) == counts:
             return Selection(live)
-        checks = DeferredChecks()
+        checks, name = DeferredChecks(), name_of(method)
         # A layer whose hooks run again, in checkpointing, gets its merged states as constants.
         differentiable = self.trains and method.differentiable and not checkpointing.runs_hooks_again(snapshot.layer)
-        try:
-            with torch.set_grad_enabled(differentiable):
-                tokens = token_view.tokens(self, call, number, flat, snapshot, checks)
-                choice = method.choose(tokens)
-        except Exception:
-            checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
-            raise
+        with torch.set_grad_enabled(differentiable):
+            tokens, choice = self._ask(call, number, flat, snapshot, checks)
         given = [] if choice.scores is None else [choice.scores.detach().to(torch.float32, copy=True)]
         keep, *scores = checks.raise_if_failed(choice.keep, *given)
         kept = flat[keep] if keep.shape == flat.shape else None
         got = None if kept is None else call.groups.count(kept)
         if kept is None or got != counts:
             raise MethodError(
-                f"{type(method).__name__} kept {keep.tolist() if got is None else got} tokens of its groups "
-                f"before layer {number}; the budget is {counts}"
+                f"{name} kept {keep.tolist() if got is None else got} tokens of its groups before layer {number}; the "
+                f"budget is {counts}"
             )
         merged, chosen = None, keep
         if self.required is not None:
@@ -326,7 +324,7 @@ class DecoderCall(CallState):
             merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
             if self.trains and not differentiable:
                 warn_once(
-                    f"{method.name or type(method).__name__} merges tokens, and merged states are constants "
+                    f"{name} merges tokens, and merged states are constants "
                     f"{'under gradient checkpointing' if method.differentiable else 'in training'}: no gradient "
                     "reaches the vision tower through them; to train it, choose a method that merges nothing, such as "
                     "'iwp' or 'divprune'"
@@ -338,6 +336,33 @@ class DecoderCall(CallState):
         stays[members] = keep
         among = [_scatter_to_all(members, values) for values in (*scores[:1], states) if values is not None]
         return Selection(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
+
+    def _ask(
+        self, call: MethodCall, number: int, flat: Tensor, snapshot: Snapshot, checks: DeferredChecks
+    ) -> tuple[Tokens, Choice]:
+        """What a method sees before layer `number`, and its choice.
+
+        Raises:
+            MethodError: It returned something else than a choice, or changed tensors that are not its own.
+        """
+        lent, name = token_view.Lent(), name_of(call.use.method)
+        try:
+            tokens = token_view.tokens(self, call, number, flat, snapshot, checks, lent)
+            self.selects = True
+            choice = call.use.method.choose(tokens)
+        except Exception:
+            checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
+            raise
+        finally:
+            self.selects = False
+        changed = lent.changed()
+        if changed is not None:
+            assert self.visual is not None
+            self.visual.derived.clear()  # so that later calls of the layout get what they should
+            raise MethodError(f"{name} changed {changed} in place; expected it to change copies (.clone()) only")
+        check_choice(choice, tokens, name)
+        _check_finite(choice, checks, name)
+        return tokens, choice
 
     def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
         """`keep` `[M]` with the required tokens, each instead of the lowest selected token of its group."""
@@ -365,6 +390,26 @@ def _positions(visual: VisualTokens, past: int, tokens: Tensor) -> list[Tensor]:
     """Positions in the conversation of the given visual tokens `[m]`, for every sample."""
     found = torch.bincount(visual.sample[tokens], minlength=len(visual.counts))
     return list((visual.position[tokens] + past).split(found.tolist()))
+
+
+def _check_finite(choice: Choice, checks: DeferredChecks, name: str) -> None:
+    """Adds the checks that a choice has no NaN among its scores, and no NaN or Inf among the states of kept tokens."""
+    scores, hidden = choice.scores, choice.hidden
+
+    def refuse_scores() -> None:
+        assert scores is not None
+        if bool(scores.isnan().any()):
+            raise MethodError(f"{name} scored tokens NaN; expected numbers (infinite ones keep or drop a token)")
+
+    def refuse_states() -> None:
+        assert hidden is not None
+        if not bool(torch.isfinite(hidden[choice.keep.to(hidden.device)]).all()):
+            raise MethodError(f"{name} merged tokens to states with NaN or Inf; expected finite ones")
+
+    if scores is not None:
+        checks.add(scores, refuse_scores)
+    if hidden is not None:
+        checks.add(hidden, refuse_states)
 
 
 def _split_keep(

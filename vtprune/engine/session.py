@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.budget import Budget
 from ..core.method import Tap
-from ..errors import NothingPrunedError, UnsupportedModelError
+from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
 from ..models.arguments import parameters
 from ..models.encoder_outputs import Encoded
@@ -124,17 +124,14 @@ class Session:
                 raise
             return None
 
-    def attach(self, owner: Any) -> list[Any]:
+    def attach(self, owner: Any, handles: list[Any]) -> None:
         """Registers the hooks on the model.
 
         Args:
             owner: The object that `hooks.owner_of` returns for the model from now on.
-
-        Returns:
-            list: Handles with `remove`, in the order of registration.
+            handles: Gets handles with `remove`, one by one, in the order of registration.
         """
         parts = self.spec.anatomy
-        handles: list[Any] = []
         add = handles.append
         for kind in parts.placeholders:
             name = encoder_method(kind)
@@ -184,7 +181,6 @@ class Session:
         read = (module for number, module in enumerate(parts.layers) if number in self.spec.read_layers)
         for linear in {m: None for module in (*read, *watched) for m in module.modules() if isinstance(m, nn.Linear)}:
             add(Override(linear, "forward", attention_probe.shareable(linear)))
-        return handles
 
     def _generating(self, run: Callable) -> Callable:
         """A model's `RUN_PROMPT` during which the thread knows that the prompt is that of `generate`."""
@@ -239,7 +235,22 @@ class Session:
         if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
             self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
 
+    def _refuse_call_while_selecting(self, module: nn.Module) -> None:
+        """Refuses that a method calls the model whose call waits for the method's selection."""
+        if self._selects:
+            raise MethodError(
+                f"{self.spec.method_names} called {type(module).__name__} while it selects tokens of a call of the "
+                "same model; read layers by tokens.attention_inputs, or call another copy of the model"
+            )
+
+    @property
+    def _selects(self) -> bool:
+        """Whether a method is selecting tokens in this thread."""
+        call = self.thread.call
+        return call is not None and call.selects
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._refuse_call_while_selecting(module)
         thread = self.thread
         thread.outer, thread.finished, thread.records = kwargs, None, {}
         routes = self._routes or "output_router_logits" in kwargs
@@ -257,6 +268,8 @@ class Session:
         return args, {**kwargs, "attention_mask": thread.balanced}
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self._selects:  # a refused call inside
+            return None
         thread = self.thread
         finished, thread.outer, thread.finished, thread.balanced = thread.finished, None, None, None
         if finished is None or output is None:
@@ -264,6 +277,7 @@ class Session:
         return outputs.zero_dropped(output, lambda: finished.pruning.mask)
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._refuse_call_while_selecting(module)
         thread = self.thread
         self.end_call()
         thread.fresh = set()
@@ -278,6 +292,8 @@ class Session:
             )
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._selects:  # a refused call inside
+            return
         thread = self.thread
         self.end_call()
         thread.inputs, thread.records = None, {}
@@ -289,6 +305,7 @@ class Session:
             )
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self._refuse_call_while_selecting(module)
         thread = self.thread
         visual, encoded = None, {}
         if thread.inputs is not None and not requests.current(self).paused:
@@ -429,6 +446,8 @@ class Session:
             call = self.thread.call
             if call is None:
                 return checkpointing.replay(number, module, args, kwargs)
+            if call.selects:  # the method runs a layer
+                return None
             return call.before_layer(number, module, args, kwargs)
 
         return before_layer

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..core.budget import Budget, check_schedule, mean_share, solve_mean, stretch
-from ..core.method import Method, Stage, Tap
+from ..core.method import Group, Method, Stage, Tap, name_of
+from ..core.options import fits, shorten
 from ..errors import MethodError, VTPruneError
 from ..models import anatomy as _anatomy
 from ..models.anatomy import Anatomy
@@ -19,6 +22,8 @@ from ..report.cost import DecoderShape
 from ..report.tower import Work, weights_per_token
 from ..towers import TowerMethod
 from .columns import AttentionForm
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,21 @@ class MethodUse:
         cls, method: Method, anatomy: Anatomy, budget: Budget, kinds: frozenset[int] | None = None, prefix: str = ""
     ) -> MethodUse:
         """Checks that a method and a budget fit a model; raises the same errors as `PruneSpec.of`."""
-        layers = anatomy.num_layers
-        schedule = tuple(method.schedule(layers))
-        check_schedule(schedule, layers, type(method).__name__)
+        layers, name = anatomy.num_layers, type(method).__name__
+        if method.group not in get_args(Group):
+            raise MethodError(f"{name}.group is {method.group!r}; expected {' or '.join(map(repr, get_args(Group)))}")
+        schedule = _listed(method.schedule(layers), Stage, f"{name}.schedule")
+        check_schedule(schedule, layers, name)
+        for layer in _listed(method.required_layer_inputs(layers), int, f"{name}.required_layer_inputs"):
+            if not 0 <= layer < layers:
+                raise MethodError(f"{name} reads layer {layer}; expected a layer from 0 to {layers - 1}")
         if budget.mean_ratio is not None:
             solve_mean(schedule, budget.mean_ratio, layers)  # raises if it cannot be met
-        taps = tuple(replace(tap, name=prefix + tap.name) for tap in method.taps(anatomy))
-        return cls(method, schedule, taps, kinds, prefix)
+        taps = _listed(method.taps(anatomy), Tap, f"{name}.taps")
+        for tap in taps:
+            if not isinstance(tap.module, nn.Module) or not callable(tap.record):
+                raise MethodError(f"{name}.taps returned {tap!r}; expected a module of the model and a function")
+        return cls(method, schedule, tuple(replace(tap, name=prefix + tap.name) for tap in taps), kinds, prefix)
 
     @cached_property
     def tap_names(self) -> frozenset[str]:
@@ -136,10 +149,10 @@ class PruneSpec:
         """
         if len(self.uses) > 1:
             raise MethodError("using(method=...) replaces one method; this patch has another one for clips beside it")
-        if repr(method) == repr(self.method):
-            return self
         use = MethodUse.of(method, self.anatomy, budget)
-        name = method.name or type(method).__name__
+        if _are_equal(method, self.method) and use.schedule == self.schedule:
+            return self
+        name = name_of(method)
         if use.taps:
             raise MethodError(
                 f"{name} reads what passes inside the model, with hooks that only vtprune.patch(model, method=...) "
@@ -171,7 +184,7 @@ class PruneSpec:
     @property
     def method_names(self) -> str:
         """The methods' names, for reports."""
-        return ", ".join(use.method.name or type(use.method).__name__ for use in self.uses)
+        return ", ".join(name_of(use.method) for use in self.uses)
 
     @cached_property
     def column_taps(self) -> frozenset[str]:
@@ -234,6 +247,22 @@ class PruneSpec:
     def shape(self) -> DecoderShape:
         """Sizes of the decoder from which its costs are computed."""
         return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
+
+
+def _listed(values: Iterable[Kind], kind: type[Kind], source: str) -> tuple[Kind, ...]:
+    """What a method's function returned, as a tuple; raises `MethodError` unless all are of a type."""
+    found = tuple(values) if isinstance(values, Iterable) else None
+    if found is None or not all(fits(value, kind) for value in found):
+        raise MethodError(f"{source} returned {shorten(values)}; expected a list of {kind.__name__}")
+    return found
+
+
+def _are_equal(one: Method, other: Method) -> bool:
+    """Whether two methods are of the same class and have equal options."""
+    try:
+        return one is other or (type(one) is type(other) and bool(one == other))
+    except (RuntimeError, TypeError, ValueError):  # options such as tensors, which `==` does not reduce to one answer
+        return False
 
 
 def _renumbers(method: Method, anatomy: Anatomy, window: int | None) -> bool:

@@ -42,6 +42,7 @@ def tokens(
     flat: Tensor,
     snapshot: Snapshot,
     checks: DeferredChecks,
+    lent: Lent,
 ) -> Tokens:
     """Lays out the live visual tokens before layer `number`.
 
@@ -52,6 +53,7 @@ def tokens(
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         snapshot: The layer's input.
         checks: Gets the checks that states, and queries and keys that the method reads, are finite.
+        lent: Gets the tensors that the method sees and other calls or the model use, too.
     """
     visual, spec = call.visual, call.spec
     assert visual is not None
@@ -62,7 +64,9 @@ def tokens(
 
     def lay_out() -> tuple[Tensor, dict[str, Any]]:
         places = {name: getattr(visual, name) for name in _PLACES}
-        fields: dict[str, Any] = {n: to_device(x if whole else x[flat], device) for n, x in places.items()}
+        if len(spec.uses) > 1:
+            places["index"] = _own_index(visual, method_call)
+        fields: dict[str, Any] = {n: to_device(x.clone() if whole else x[flat], device) for n, x in places.items()}
         sizes = groups.sizes if whole else groups.count(flat)
         fields |= {
             "offsets": _offsets(sizes, device),
@@ -76,6 +80,8 @@ def tokens(
 
     key = ("tokens", device, method_call.use.method.group, tuple(counts[number]), _text_key(call))
     places, fields = visual.cached(key, lay_out) if whole else lay_out()
+    for name, value in (*fields.items(), *((f"prompt.{name}", x) for name, x in vars(fields["prompt"]).items())):
+        lent.add(f"tokens.{name}", value)
     states = snapshot.hidden.flatten(0, 1).index_select(0, places)  # [M, D]
 
     def refuse() -> None:
@@ -89,14 +95,18 @@ def tokens(
     checks.add(states, refuse)
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
+        if queries not in ("text", "last"):
+            raise MethodError(f"attention_inputs was given queries={queries!r}; expected 'text' or 'last'")
         if which != number and which not in call.snapshots:
             raise MethodError(
                 f"the input of layer {which} was not kept; return the layer from `required_layer_inputs` of "
                 f"{type(method_call.use.method).__name__}"
             )
-        return attention_inputs(
-            call, method_call, which, call.snapshots.get(which, snapshot), flat, rope, queries, checks
-        )
+        snapshot_ = call.snapshots.get(which, snapshot)
+        inputs = attention_inputs(call, method_call, which, snapshot_, flat, rope, queries, checks)
+        for name in ("queries", "keys", "values"):
+            lent.add(f"the layer's {name}", getattr(inputs, name))
+        return inputs
 
     def record(name: str, value: Any) -> Any:
         return (
@@ -119,6 +129,30 @@ def tokens(
         reader=read,
         **fields,
     )
+
+
+class Lent:
+    """Tensors that a method reads and must not change, with their versions when it got them."""
+
+    def __init__(self) -> None:
+        self._versions: list[tuple[str, Tensor, int]] = []
+
+    def add(self, name: str, value: Any) -> None:
+        """Adds a tensor, unless its changes are not counted, as in inference mode."""
+        if isinstance(value, Tensor) and not value.is_inference():
+            self._versions.append((name, value, value._version))
+
+    def changed(self) -> str | None:
+        """Name of a tensor that was changed in place, or None."""
+        return next((name for name, value, version in self._versions if value._version != version), None)
+
+
+def _own_index(visual: VisualTokens, method_call: MethodCall) -> Tensor:
+    """Index `[M]` of each visual token among those of its sample that the method prunes."""
+    own = method_call.members
+    before = own.cumsum(0) - own.long()
+    first = torch.searchsorted(visual.sample, visual.sample)  # first token of the sample
+    return before - before[first]
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Random(TowerMethod):
 
     def score(self, patches: Patches) -> Tensor:
         draws = [
-            torch.rand(count, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
+            torch.rand(count, generator=torch.Generator().manual_seed(int(self.seed)), dtype=torch.float32)
             for count in patches.unit_offsets.diff().tolist()
         ]
         return torch.cat(draws).to(patches.states.device)

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.options import Count, check_options, shorten
+from ..core.method import check_scores
+from ..core.options import Count, check_options, fits, shorten
 from ..core.ragged import group_ids, top_k
 from ..errors import BudgetError, MethodError
 from ..vision.pictures import Grid
@@ -99,6 +100,10 @@ class Patches:
             scores: `[N]` of patches or `[U]` of units.
         """
         assert self.budgets is not None
+        count = len(self) if isinstance(scores, Tensor) and len(scores) == len(self) else int(self.unit_offsets[-1])
+        check_scores(scores, (count,), "score")
+        if bool(scores.isnan().any()):
+            raise MethodError("score returned NaN; expected numbers (infinite ones keep or drop a patch)")
         scores = scores.float() if len(scores) == int(self.unit_offsets[-1]) else self.per_unit(scores)
         offsets = self.unit_offsets.to(scores.device)
         return top_k(scores, offsets, self.budgets.to(scores.device))[self.unit]
@@ -129,11 +134,14 @@ class TowerMethod:
 
     def __post_init__(self) -> None:
         check_options(self)
-        keep = self.keep
-        if keep is None and not self.needs_budget:
+        if self.keep is None and not self.needs_budget:
             return
-        share = isinstance(keep, float) and 0 < keep <= 1
-        if isinstance(keep, bool) or not (share or (isinstance(keep, int) and keep >= 1)):
+        if fits(self.keep, int):
+            self.keep = int(self.keep)  # type: ignore[arg-type]
+        elif fits(self.keep, float):
+            self.keep = float(self.keep)  # type: ignore[arg-type]
+        keep = self.keep
+        if not (fits(keep, int) and keep >= 1 or isinstance(keep, float) and 0 < keep <= 1):  # type: ignore[operator]
             raise BudgetError(
                 f"{type(self).__name__}: keep is {shorten(keep)}; expected a share of the patches in (0, 1] such as "
                 "0.35, or a number of merge groups per picture that is at least 1"
