@@ -43,7 +43,8 @@ def test_answers_on_a_cpu_are_not_copied_from_a_device(monkeypatch):
 def test_the_first_broken_flag_speaks_and_is_heard_once():
     checks = DeferredChecks()
     for number in range(3):
-        checks.add(torch.tensor([1.0, torch.inf if number else 2.0]), refusal(f"flag {number}"))
+        x = torch.tensor([1.0, torch.inf if number else 2.0])
+        checks.add(x, refusal(f"flag {number}") if number else lambda: None)  # each function looks at its own tensor
     with pytest.raises(vtprune.MethodError, match="flag 1"):
         checks.raise_if_failed(torch.ones(3))
     assert [x.tolist() for x in checks.raise_if_failed(torch.ones(2, 1))] == [[[1.0], [1.0]]]

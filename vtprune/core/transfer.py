@@ -28,16 +28,17 @@ class DeferredChecks:
     """Device-side checks that tensors are finite, read back together with the selection.
 
     Attributes:
-        sums: Sums of the tensors; NaN and Inf pass through them, in a single operation.
-        on_failure: For each of them, the function that raises its error. Finite values may have an infinite sum: then
-            it does not raise.
+        sums: The sum of all tensors on each device; NaN and Inf pass through it, and the host reads one number.
+        on_failure: For each tensor, the function that raises its error. Finite values may have an infinite sum, and so
+            may other tensors: then it does not raise.
     """
 
-    sums: list[Tensor] = field(default_factory=list)
+    sums: dict[torch.device, Tensor] = field(default_factory=dict)
     on_failure: list[Callable[[], None]] = field(default_factory=list)
 
     def add(self, x: Tensor, on_failure: Callable[[], None]) -> None:
-        self.sums.append((x.detach() if x.requires_grad else x).sum(dtype=torch.float32))
+        total = (x.detach() if x.requires_grad else x).sum(dtype=torch.float32)
+        self.sums[x.device] = self.sums[x.device] + total if x.device in self.sums else total
         self.on_failure.append(on_failure)
 
     def raise_if_failed(self, *results: Tensor) -> list[Tensor]:
@@ -49,18 +50,18 @@ class DeferredChecks:
         Returns:
             list[Tensor]: `results` on the CPU, in their dtypes; those that were there already are not copied.
         """
-        tensors = [*self.sums, *results]
+        sums, on_failure = list(self.sums.values()), self.on_failure
+        self.sums, self.on_failure = {}, []
+        tensors = [*sums, *results]
         if all(tensor.device.type == "cpu" for tensor in tensors):
-            read = [*self.sums, *(tensor.detach() for tensor in results)]
+            read = [*sums, *(tensor.detach() for tensor in results)]
         elif len({tensor.device for tensor in tensors}) == 1:
             parts = torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors]).cpu()
             sizes = [x.numel() for x in tensors]
             read = [part.to(x.dtype).reshape(x.shape) for part, x in zip(parts.split(sizes), tensors, strict=True)]
         else:
             read = [tensor.detach().cpu() for tensor in tensors]
-        count, on_failure = len(self.sums), self.on_failure
-        self.sums, self.on_failure = [], []
-        for total, fail in zip(read[:count], on_failure, strict=True):
-            if not math.isfinite(total):
+        if not all(math.isfinite(total) for total in read[: len(sums)]):
+            for fail in on_failure:
                 fail()
-        return read[count:]
+        return read[len(sums) :]

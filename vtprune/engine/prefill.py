@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
-from ..core.method import Choice, check_choice, name_of
+from ..core.method import Choice, Method, ScoreMethod, check_choice, name_of
 from ..core.tokens import Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
@@ -361,7 +361,7 @@ class DecoderCall(CallState):
             self.visual.derived.clear()  # so that later calls of the layout get what they should
             raise MethodError(f"{name} changed {changed} in place; expected it to change copies (.clone()) only")
         check_choice(choice, tokens, name)
-        _check_finite(choice, checks, name)
+        _check_finite(call.use.method, choice, checks)
         return tokens, choice
 
     def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
@@ -392,9 +392,12 @@ def _positions(visual: VisualTokens, past: int, tokens: Tensor) -> list[Tensor]:
     return list((visual.position[tokens] + past).split(found.tolist()))
 
 
-def _check_finite(choice: Choice, checks: DeferredChecks, name: str) -> None:
-    """Adds the checks that a choice has no NaN among its scores, and no NaN or Inf among the states of kept tokens."""
-    scores, hidden = choice.scores, choice.hidden
+def _check_finite(method: Method, choice: Choice, checks: DeferredChecks) -> None:
+    """Adds the checks that no token was ranked by NaN, and that the states of kept tokens are finite.
+
+    Methods that do not rank by their scores report NaN for tokens without one.
+    """
+    name, scores, hidden = name_of(method), choice.scores, choice.hidden
 
     def refuse_scores() -> None:
         assert scores is not None
@@ -406,7 +409,7 @@ def _check_finite(choice: Choice, checks: DeferredChecks, name: str) -> None:
         if not bool(torch.isfinite(hidden[choice.keep.to(hidden.device)]).all()):
             raise MethodError(f"{name} merged tokens to states with NaN or Inf; expected finite ones")
 
-    if scores is not None:
+    if scores is not None and isinstance(method, ScoreMethod):
         checks.add(scores, refuse_scores)
     if hidden is not None:
         checks.add(hidden, refuse_states)
