@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from .layouts import AnyRes, Fixed, Grid, Layout, MergedTiles, Tiles
 
 if TYPE_CHECKING:
@@ -56,9 +56,12 @@ class Shape:
         accelerators = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(devices=accelerators, device_type=device.type), torch.device(device):
             torch.manual_seed(seed)
-            model = AutoModelForImageTextToText.from_config(
-                copy.deepcopy(self.config()), dtype=dtype, attn_implementation=attention
-            )
+            try:
+                model = AutoModelForImageTextToText.from_config(
+                    copy.deepcopy(self.config()), dtype=dtype, attn_implementation=attention
+                )
+            except (ValueError, ImportError) as error:
+                raise InputError(f"cannot build the model with attention {attention!r}: {one_line(error)}") from error
         model.generation_config.eos_token_id = None
         return model.to(device).eval()
 

@@ -140,7 +140,8 @@ def _verdict(row: Mapping[str, Any], rounds: list[dict], variant: str, limit: st
     saved = 1e3 * _median(rounds, lambda runs: runs["unpruned"]["prefill"] - runs[limit]["prefill"])
     selection = 1e3 * row["decision"]["median"]
     if row["gain"] is None:
-        return f"nothing to gain: even without selection the prefill would be only {saved:.1f} ms shorter"
+        shorter = f"only {saved:.1f} ms shorter" if saved > 0 else "no shorter"
+        return f"nothing to gain: even without selection the prefill would be {shorter}"
     if row["speedup"] <= 1:
         return f"does not pay: selection takes {selection:.1f} ms, and the limit saves {saved:.1f} ms"
     if row["speedup_end_to_end"] <= 1:

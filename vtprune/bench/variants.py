@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,10 +50,12 @@ def method_of(text: str) -> Method:
     """
     name, _, options = text.partition(":")
     values: dict[str, Any] = {}
-    for part in filter(None, options.split(",")):
+    for part in filter(None, re.split(r",(?![^(\[{]*[)\]}])", options)):  # not at commas inside brackets
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"cannot parse {part!r} in {text!r}; expected NAME:option=value,option=value")
+        if key.strip() in values:
+            raise InputError(f"{key.strip()} is given twice in {text!r}; expected each option once")
         try:
             values[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

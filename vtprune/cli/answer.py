@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import default_method, files, images
-from ..errors import InputError
+from ..errors import InputError, VTPruneError, one_line
 from ..refvlm.loading import EMBEDDED
-from .arguments import add_device, add_model, count, patches, quiet, ratio, share, short, words
+from .arguments import add_device, add_model, chosen_methods, count, patches, quiet, ratio, share, short, words
 from .output import Output, add_json, plural
 from .parser import description
 
@@ -83,8 +83,9 @@ def _pruning(parser: argparse.ArgumentParser, *, max_new_tokens: int, repeats: i
     )
     parser.add_argument("--method", help=f"see vtprune methods (default: {default_method.NAME}, or the certificate's)")
     parser.add_argument(
-        "--max-new-tokens", type=count, default=max_new_tokens, metavar="N", help="default: %(default)s"
+        "--max-new-tokens", type=count, metavar="N", help=f"default: {max_new_tokens}, or the certificate's"
     )
+    parser.set_defaults(answer_length=max_new_tokens)
     parser.add_argument("--repeats", type=count, default=repeats, metavar="N", help="timed runs (default: %(default)s)")
     parser.add_argument("--output", default=output, metavar="FILE", help="the picture to write (default: %(default)s)")
     parser.add_argument("--report", action="store_true", help="print the full report of the pruned prefill as well")
@@ -100,7 +101,7 @@ def _demo(args: argparse.Namespace) -> None:
     truth = None if args.image or args.question else asked.answer
     args.question = args.question or asked.text
     args.model = EMBEDDED if args.small else DEMO_MODEL
-    args.tower = args.tower or (None if args.small else DEMO_TOWER)
+    args.tower = args.tower or (None if args.small or args.certificate else DEMO_TOWER)
     _side_by_side(args, drawn.image if args.image is None else None, truth)
 
 
@@ -123,21 +124,21 @@ def _budget(args: argparse.Namespace) -> dict[str, Any]:
 
 def _side_by_side(args: argparse.Namespace, image: Image.Image | None, truth: str | None) -> None:
     """Runs both variants; checks all arguments before loading the model."""
-    from .. import methods
     from ..engine.patching import patch
     from ..refvlm import loading
     from ..study import timing
 
     output = Output(args)
-    method = methods.get(args.method) if args.method else None
+    method = next(iter(chosen_methods([args.method]).values())) if args.method else None
     _claim_picture(output, args.output)
     budget = _budget(args)
+    args.max_new_tokens = _answer_length(args, budget.get("ratio"))
     image = image or images.picture(args.image)
     loading.is_local(args.model)
     quiet()
     model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
     inputs = loading.inputs(model, processor, image, args.question, args.max_new_tokens)
-    with patch(model, **budget, method=method and method(), tower=args.tower) as patched:
+    with patch(model, **budget, method=method, tower=args.tower) as patched:
         before, after = timing.measure_side_by_side(
             model, processor, inputs, patched, max_new_tokens=args.max_new_tokens, repeats=args.repeats
         )
@@ -149,19 +150,34 @@ def _side_by_side(args: argparse.Namespace, image: Image.Image | None, truth: st
         output.say(note)
     if args.report:
         output.say(last.report())
-    _write_picture(args.output, image, last, (before.answer, after.answer))
-    output.say(f"picture written to {args.output}; dropped tokens are dark")
     about = {"model": args.model, "question": args.question, "method": args.method}
     about |= {"budget": str(last.budget), "tower": args.tower}
     output.write(about | {"all_tokens": dataclasses.asdict(before), "pruned": dataclasses.asdict(after)})
+    try:
+        _write_picture(args.output, image, last, (before.answer, after.answer))
+    except VTPruneError as error:  # of a picture that the processor changed beyond recognition
+        output.say(f"no picture was written: {one_line(error)}")
+    else:
+        output.say(f"picture written to {args.output}; dropped tokens are dark")
+
+
+def _answer_length(args: argparse.Namespace, ratio: Any) -> int:
+    """Most tokens of the answers, which a certificate limits."""
+    from ..core.certificate import Certificate
+
+    most = ratio.about.get("max_new_tokens") if isinstance(ratio, Certificate) else None
+    if most is None:
+        return args.max_new_tokens or args.answer_length
+    if args.max_new_tokens and args.max_new_tokens > most:
+        raise InputError(
+            f"the certificate is for answers of at most {most} tokens; found --max-new-tokens {args.max_new_tokens}"
+        )
+    return args.max_new_tokens or most
 
 
 def _claim_picture(output: Output, path: str) -> None:
     """Checks that a picture can be written to a file, which may replace one that vtprune wrote."""
-    from PIL import Image
-
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"cannot write {path} as a picture; expected a file name that ends in .png or .jpg")
     output.claim(path, _is_ours)
 

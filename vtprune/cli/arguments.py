@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +31,13 @@ def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
     from ..methods.vflowopt.method import VFlowOpt
 
     chosen: dict[str, Method] = {}
-    for name in names or methods.for_pictures():
-        if name.endswith(".json"):
-            chosen[Path(name).name] = VFlowOpt.load(Path(name).expanduser())
+    names = names or methods.for_pictures()
+    files = {name for name in names if name.endswith(".json")}
+    short = Counter(Path(name).name for name in files)
+    for name in names:
+        if name in files:
+            label = Path(name).name if short[Path(name).name] == 1 else name
+            chosen[label] = VFlowOpt.load(Path(name).expanduser())
         else:
             chosen[name] = method_of(name)
     return chosen
@@ -98,6 +103,10 @@ def words(text: str) -> str:
         raise argparse.ArgumentTypeError("the text is empty; expected a question")
     if len(text) > MAX_QUESTION:
         raise argparse.ArgumentTypeError(f"the text has {len(text):,} characters; expected at most {MAX_QUESTION:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not valid UTF-8; expected a question in it") from None
     return text
 
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import default_method, images
+from ..core import default_method, files, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, count, quiet, share, words
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ON_ACCELERATOR = ((1, 8, 32), (576, 2880, 8192))
 ON_CPU = ((1,), (576, 2880))
 MAX_THREADS = 1_024
+TEXT_TOKENS = 64
 
 
 def add(commands: Any) -> None:
@@ -78,13 +80,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a clip in place of pictures: the frames in the folder --image; noise of 16 frames for an architecture",
     )
     parser.add_argument("--question", type=words, metavar="TEXT", help="the question about it")
-    parser.add_argument("--text-tokens", type=count, default=64, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--text-tokens", type=count, metavar="N", help=f"of architectures with random weights (default: {TEXT_TOKENS})"
+    )
     parser.add_argument("--new-tokens", type=count, default=8, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="runs of each (default: %(default)s)")
     add_device(parser)
-    parser.add_argument(
-        "--attention", default="sdpa", help="attention of architectures with random weights (default: %(default)s)"
-    )
+    parser.add_argument("--attention", help="attention of architectures with random weights (default: sdpa)")
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: PyTorch's)")
     parser.add_argument(
         "--clock",
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     from ..bench import measure, plot, summary, table
     from ..bench.variants import variants
+    from ..models import identity
     from ..study import progress
 
     output = Output(args, resumes=True)
@@ -117,8 +120,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bench = measure.Bench(model, make_prompt, chosen, args.new_tokens)
     settings = _settings(args, next(model.parameters()).device.type)
     own = make_prompt is not None and args.image
-    header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens)
+    header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens or TEXT_TOKENS)
     header |= {"clip": True} if args.clip else {}
+    if not _is_shape(args.model):
+        header |= {"weights_hash": identity.weights_hash(model), "inputs_sha256": _digest(args)}
     out = output.file
     with progress.interruptible(out):
         data = measure.run(bench, settings, args.rounds, header, out, args.force)
@@ -134,11 +139,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
+def _digest(args: argparse.Namespace) -> str:
+    """Hash of the question, and of the pictures where they are given."""
+    found = hashlib.sha256(str(args.question).encode())
+    for name in images.picture_files(args.image) if args.image else ():
+        found.update(files.read_bytes(name, images.MAX_BYTES))
+    return found.hexdigest()
+
+
 def _check(args: argparse.Namespace) -> None:
     import torch
 
     if _is_shape(args.model) and (args.image or args.question):
         raise InputError(f"{args.model} is an architecture without a processor; leave --image and --question out")
+    if not _is_shape(args.model) and (args.attention or args.text_tokens):
+        raise InputError(f"{args.model} has its own attention and prompts; leave --attention and --text-tokens out")
     if args.clip and not (_is_shape(args.model) or args.image):
         raise InputError("--clip needs --image FOLDER, the frames of a clip, with a model that has a processor")
     if args.image and args.visual_tokens:
@@ -201,5 +216,6 @@ def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
             raise InputError(f"{args.model} takes the frames of a clip as pictures; leave --clip out")
         layout = layouts.GridClip()
     quiet()
-    model = shape.build(device, kind, args.attention)
-    return model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, args.text_tokens), args.model
+    model = shape.build(device, kind, args.attention or "sdpa")
+    text = args.text_tokens or TEXT_TOKENS
+    return model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, text), args.model

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core import default_method
 from .arguments import add_device, add_model, chosen_methods, count, probability, quiet, share, words
-from .fidelity import prompt_pairs, prompts
+from .fidelity import content_of, prompt_pairs, prompts
 from .output import Output, add_json
 from .parser import description
 
@@ -83,7 +83,7 @@ def _certify(args: argparse.Namespace) -> None:
         risk=args.risk,
         confidence=args.confidence,
         candidates=candidates,
-        pictures=[name for name, _, _ in pairs],
+        pictures=[content_of(picture) for _, picture, _ in pairs],  # copies of a picture are no further evidence
         max_new_tokens=args.max_new_tokens,
         log=output.say,
     )

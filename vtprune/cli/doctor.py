@@ -8,7 +8,7 @@ import os
 import platform
 from typing import Any
 
-from ..errors import VTPruneError, one_line
+from ..errors import InputError, VTPruneError, one_line
 from ..refvlm.loading import EMBEDDED_MODELS
 from .arguments import add_device, add_model, quiet
 from .output import Output, add_json, width, wrap
@@ -56,6 +56,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
     output = Output(args)
     loading.is_local(args.model)
+    if not args.time and (args.device, args.dtype) != ("auto", "auto"):
+        raise InputError("--device and --dtype are for timing a prompt; add --time, or leave them out")
     quiet()
     found: dict[str, Any] = {"installed": installed(), "machine": machine(), "kernels": kernels()}
     found["model"] = examine(args.model)

@@ -180,7 +180,7 @@ def _check_records(records: Sequence[str], variants: Sequence[Variant], path: Pa
 
 
 def _ratios(args: argparse.Namespace) -> list[float]:
-    return sorted(set(args.ratios), reverse=True)
+    return sorted({f"{ratio:g}": ratio for ratio in args.ratios}.values(), reverse=True)  # as rows name them
 
 
 def prompt_pairs(args: argparse.Namespace) -> list[tuple[str, Any, str]]:
@@ -236,7 +236,7 @@ def _lines(path: str) -> list[str]:
         text = files.decode(files.read_stdin(files.MAX_SETTINGS)) if path == "-" else files.read_text(path)
     except files.FileError as error:
         raise InputError(f"cannot read {name} as questions: {error}") from error
-    found = [line.strip() for line in text.splitlines() if line.strip()]
+    found = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if not found:
         raise InputError(f"{name} has no question; expected one per line")
     return found
@@ -258,6 +258,15 @@ def prompts(pairs: Sequence[tuple[str, Any, str]], model: Any, processor: Any) -
         yield Prompt(made(image), name, shrinking(model, processor, image, made))
 
 
+def content_of(picture: Any) -> bytes:
+    """Digest of a picture or of its file, or the digests of a clip's frames one after another."""
+    found = b""
+    for one in picture if isinstance(picture, list) else [picture]:
+        content = files.read_bytes(one, images.MAX_BYTES) if isinstance(one, str) else one.tobytes()
+        found += hashlib.sha256(content).digest()
+    return found
+
+
 def _header(
     args: argparse.Namespace, model: Any, pairs: Sequence[tuple[str, Any, str]], methods: Mapping[str, Method]
 ) -> dict[str, Any]:
@@ -265,16 +274,15 @@ def _header(
     import torch
 
     from .. import refvlm
+    from ..models import identity
     from ..study import progress
 
     own = args.images is None and args.model in EMBEDDED_MODELS and not (args.question or args.questions)
     # Pictures, questions and options are compared by their digest when a run is resumed.
     digest = hashlib.sha256(repr(methods).encode())
     for name, picture, question in pairs:
-        digest.update(f"{name} {question}".encode())
-        for one in picture if isinstance(picture, list) else [picture]:
-            content = files.read_bytes(one, images.MAX_BYTES) if isinstance(one, str) else one.tobytes()
-            digest.update(hashlib.sha256(content).digest())
+        digest.update(f"{name} {question}".encode(errors="surrogateescape"))  # names of files may be any bytes
+        digest.update(content_of(picture))
     device, threads = model.device, torch.get_num_threads()
     machine = f"{os.cpu_count()} {platform.machine()} cores, {threads} thread{'s' if threads > 1 else ''}"
     if device.type == "cuda":
@@ -298,6 +306,8 @@ def _header(
     if args.model in EMBEDDED_MODELS:
         weights = (refvlm.MODELS[EMBEDDED_MODELS[args.model]] / "model.safetensors").read_bytes()
         header["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    else:
+        header |= {"config_hash": identity.config_hash(model.config), "weights_hash": identity.weights_hash(model)}
     dtype = str(model.dtype).removeprefix("torch.")
     return header | {"versions": progress.versions(), "machine": f"{machine}, {dtype}"}
 

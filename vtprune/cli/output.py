@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,6 +76,11 @@ class Output:
         if place.resolve() in self._claimed:
             raise InputError(f"two results would be written to {path}; expected a file for each")
         self._claimed.add(place.resolve())
+        if place.is_file() or not place.exists():
+            try:  # asking for permissions would miss file systems that are mounted read-only
+                tempfile.TemporaryFile(dir=place.parent).close()
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror} in its folder") from error
         if place.is_file() and not self._force and not may_replace(place):
             raise InputError(f"{path} exists; use --force to overwrite it, or name another file")
         return place
@@ -96,7 +102,10 @@ class Output:
         from rich.console import Console
 
         stream = sys.stderr if self.to_stdout else sys.stdout
-        width = None if stream.isatty() or os.environ.get("COLUMNS") else WIDE
+        # Without a terminal and without COLUMNS nothing is cut off; rich would take a COLUMNS of 0 as no width at all.
+        given = os.environ.get("COLUMNS", "")
+        is_set = given.isdigit() and int(given) > 0
+        width = shutil.get_terminal_size().columns if stream.isatty() or is_set else WIDE
         return Console(stderr=self.to_stdout, width=width)
 
     def say(self, text: str) -> None:

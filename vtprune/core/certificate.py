@@ -99,7 +99,7 @@ class Certificate:
                 f"the certificate is for {self.method_repr}, whose options cannot be stored as JSON; pass the method "
                 "itself"
             )
-        return make(self.method, {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()})
+        return make(self.method, _as_options(self.options))
 
     def check_method(self, method: Method) -> None:
         """Raises `CertificateError` unless the method and its options are those of the certificate."""
@@ -197,6 +197,11 @@ def _schema(cls: type[Certificate]) -> dict[str, Any]:
     return {"type": "object", "required": needed, "properties": properties, "additionalProperties": False}
 
 
+def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as methods take them, from JSON values: lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def _options(method: Method) -> dict[str, Any] | None:
     """Options of a method as JSON values; None if one cannot be stored, or changes when it is read back."""
     if not dataclasses.is_dataclass(method):
@@ -204,6 +209,6 @@ def _options(method: Method) -> dict[str, Any] | None:
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     try:
         back = json.loads(json.dumps(options))
-        return back if repr(get(method.name)(**back)) == repr(method) else None
+        return back if repr(get(method.name)(**_as_options(back))) == repr(method) else None
     except (TypeError, ValueError):
         return None

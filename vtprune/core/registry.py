@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
     Raises:
         MethodError: The name is no name, another class is registered under it, or the class is not a `Method`.
     """
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise MethodError(f'register was given {shorten(name)}; expected a name, as in @register("my_method")')
 
     def add(cls: type[Method]) -> type[Method]:

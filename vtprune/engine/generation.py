@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..models.transformers_names import cache_of
+from .kv_cache import length
 
 
 class DelayedCandidates:
@@ -74,9 +76,10 @@ def refuse_chunks(prefill: Callable, applies: Callable[[Tensor], bool], see: Cal
     @functools.wraps(prefill)
     def whole(*args: Any, **kwargs: Any) -> Any:
         named = dict(zip(("input_ids", "generation_config", "model_kwargs"), args, strict=False)) | kwargs
-        see(named.get("model_kwargs", {}).get("past_key_values"))
+        cache = cache_of(named.get("model_kwargs", {}))
+        see(cache)
         ids, size = named.get("input_ids"), getattr(named.get("generation_config"), "prefill_chunk_size", None)
-        if size is not None and isinstance(ids, Tensor) and ids.shape[1] > size and applies(ids):
+        if size is not None and isinstance(ids, Tensor) and ids.shape[1] > size and applies(ids[:, length(cache) :]):
             raise UnsupportedModelError(
                 f"prefill_chunk_size={size} splits a prompt of {ids.shape[1]} tokens, and each chunk would be pruned "
                 "by itself; pass prefill_chunk_size=None (a pruned prefill needs less memory), or run it inside "

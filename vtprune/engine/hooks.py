@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -87,12 +89,33 @@ class Override:
         setattr(module, name, function)
 
     def remove(self) -> None:
+        vars(self.module).pop(self.guard, None)
+        own = getattr(type(self.module), self.name).__get__(self.module) if self.before is None else self.before
+        if vars(self.module).get(f"_old_{self.name}") is self.function:  # accelerate has wrapped it since
+            setattr(self.module, f"_old_{self.name}", own)
         if vars(self.module).get(self.name) is not self.function:
-            return  # somebody has wrapped it since
+            return  # somebody has wrapped it since, and calls the function, which passes straight through from now on
         delattr(self.module, self.name)
-        delattr(self.module, self.guard)
         if self.before is not None:
             setattr(self.module, self.name, self.before)
+
+
+def is_running(module: nn.Module, thread: int | None = None) -> bool | None:
+    """Whether the forward of a module's class is in progress in a thread; None if that cannot be seen.
+
+    Args:
+        module: The module.
+        thread: Number of the thread, by default the calling one.
+    """
+    if is_compiled() or called_by_compiled_code() or "forward" in vars(module):
+        return None
+    code = inspect.unwrap(type(module).forward).__code__
+    frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def owner_of(model: nn.Module) -> Any:

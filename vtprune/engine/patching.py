@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ..core.budget import Budget, check_window, solve_mean
 from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method, Stage
+from ..core.options import shorten
 from ..core.registry import resolve
 from ..errors import CertificateError, MethodError, VTPruneError
 from ..methods import names as _names  # noqa: F401  registers the methods that come with the package
@@ -57,13 +59,13 @@ class Patch:
         if replaces is not None:
             replaces.remove()
         attention_probe.install()
+        # Also where the model is dropped without `remove`.
+        self._uninstall = weakref.finalize(self, attention_probe.uninstall)
+        self._uninstall.atexit = False
         try:
             self._session.attach(self, self._handles)
         except BaseException:
-            if self._handles:
-                self.remove()
-            else:
-                attention_probe.uninstall()
+            self.remove()
             if replaces is not None:
                 replaces._attach()
             raise
@@ -161,6 +163,7 @@ class Patch:
         """Refuses a certificate of another model or method; the weights of one that has passed are not read again."""
         if len(self.spec.uses) > 1:
             raise CertificateError("the certificate is for one method, but this patch has another one for clips")
+        _refuse_uncertified(self.spec.tower, self.spec.window)
         certificate.check_method(method)
         if certificate not in self._certificates:
             certificate.check_model(self.model)
@@ -190,14 +193,19 @@ class Patch:
             yield self
 
     def remove(self) -> None:
-        """Removes the patch from the model. Calling it again does nothing."""
-        if not self._handles:
-            return
+        """Removes the patch from the model, after calls in progress in other threads. Calling it again does nothing.
+
+        Raises:
+            VTPruneError: It is called inside a call of the model.
+        """
+        if self._handles:
+            self._session.wait()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._session.is_attached = False
         self._session.end_call()
-        attention_probe.uninstall()
+        self._uninstall()
 
     @property
     def removed(self) -> bool:
@@ -242,7 +250,8 @@ def patch(
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
     Args:
-        model: Any transformers vision-language model whose visual tokens are part of the decoder's prompt.
+        model: Any transformers vision-language model whose visual tokens are part of the decoder's prompt. The
+            outermost object that is called: `labels` and `logits_to_keep` of a wrapper around it would not be seen.
         ratio: Share of the visual tokens to keep, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
             `vtprune.Auto` chooses one for each picture: as many tokens as explain a given share of its energy. A
             `vtprune.Certificate` gives the ratio that was certified for this model and its method.
@@ -282,10 +291,21 @@ def patch(
     if certificate is not None:
         if for_clips is not None:
             raise CertificateError("the certificate is for one method, but another one was given for clips")
+        _refuse_uncertified(tower, window)
         certificate.check_method(chosen)
         certificate.check_model(model)
     spec = PruneSpec.of(model, chosen, budget, for_clips, window, cut)
     return Patch(model, spec, replaces)
+
+
+def _refuse_uncertified(tower: object, window: object) -> None:
+    """Refuses what a certificate was not measured with."""
+    for name, value in (("tower", tower), ("window", window)):
+        if value is not None:
+            raise CertificateError(
+                f"the certificate says nothing about {name}={shorten(value)}, which was not set while it was made; "
+                f"leave {name} out, or give the ratio as a number"
+            )
 
 
 def _methods(

@@ -468,7 +468,6 @@ def begin(
     options: CallOptions,
     caches: kv_cache.Caches,
     inputs: dict[str, Any] | None,
-    args: tuple,
     kwargs: dict,
     visual: VisualTokens | None,
 ) -> DecoderCall | None:
@@ -479,7 +478,7 @@ def begin(
         options: Settings of the call.
         caches: The caches that the patch knows.
         inputs: Keyword arguments of the composite's call around it, None if the decoder was called directly.
-        args, kwargs: Arguments of the decoder.
+        kwargs: Arguments of the decoder, by name.
         visual: The visual tokens to prune, or None.
 
     Returns:
@@ -498,7 +497,7 @@ def begin(
                 "this call a budget of its own inside patch.using(...)"
             )
     states = kwargs.get("inputs_embeds")
-    states = states if states is not None else kwargs.get("input_ids", args[0] if args else None)
+    states = states if states is not None else kwargs.get("input_ids")
     if states is None:
         raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds; pass one of them")
     batch, length = states.shape[:2]

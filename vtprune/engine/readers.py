@@ -40,10 +40,9 @@ def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
     elif labels is not None:
         read[:, :-1] |= labels[:, 1:] != _IGNORED
     wanted = arguments.get("logits_to_keep")
-    if isinstance(wanted, Tensor) and wanted.dim() == 1:
-        read[:, wanted.cpu()] = True
-    elif isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 0:
-        read[:, -wanted:] = True
+    if wanted is not None and not (isinstance(wanted, int) and wanted == 0):  # as transformers indexes the states by it
+        index = slice(-wanted, None) if isinstance(wanted, int) else wanted
+        read[:, index.cpu() if isinstance(index, Tensor) else index] = True
     return read & real
 
 
@@ -51,9 +50,11 @@ def positions_asked(arguments: dict[str, Any]) -> int | None:
     """What the read positions depend on besides the padding: how many last ones are asked for, 0 for the very last;
     None if labels or a list of positions tell them."""
     wanted = arguments.get("logits_to_keep")
-    if isinstance(wanted, Tensor) or any(arguments.get(name) is not None for name in ("labels", "shift_labels")):
+    if any(arguments.get(name) is not None for name in ("labels", "shift_labels")):
         return None
-    return wanted if isinstance(wanted, int) and not isinstance(wanted, bool) else 0
+    if wanted is None:
+        return 0
+    return int(wanted) if isinstance(wanted, int) and wanted >= 0 else None
 
 
 def warn_of_labels(arguments: dict[str, Any], read: int, planned: int) -> None:

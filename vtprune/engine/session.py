@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import nn
 
 from ..core.budget import Budget
 from ..core.method import Tap
-from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
 from ..models.arguments import parameters
 from ..models.encoder_outputs import Encoded
@@ -35,11 +37,14 @@ from ..towers import products
 from ..towers.cut import TowerCut
 from ..vision.tower import warn_once
 from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
-from .call import CallOptions
+from .call import CallOptions, Selection
 from .deepstack import intercept_deepstack
-from .hooks import Hook, Override, is_compiled
+from .hooks import Hook, Override, is_compiled, is_running
 from .kv_cache import Caches
 from .spec import PruneSpec
+
+_LONGEST_CALL = 30  # seconds that the removal of a patch waits for calls in other threads
+_CACHELESS = 4  # generations without a cache that are known at a time
 
 
 class LazyPruning:
@@ -52,6 +57,30 @@ class LazyPruning:
     def pruning(self) -> Pruning:
         """The record with its report."""
         return Pruning(**vars(self._make()))
+
+
+@dataclass
+class Cacheless:
+    """A generation without a cache.
+
+    Attributes:
+        ids: `[B, T]` prompt of its first step.
+        sources: Pixels or features of its pictures.
+        selections: What was selected in its first step.
+        length: Tokens of its last step.
+    """
+
+    ids: torch.Tensor
+    sources: list[weakref.ref]
+    selections: list[Selection]
+    length: int
+
+    def continues(self, ids: torch.Tensor, sources: list[weakref.ref]) -> bool:
+        """Whether a prompt is the next step: one more token, beams in any order, and the same feature tensors."""
+        if len(ids) != len(self.ids) or ids.shape[1] != self.length + 1 or len(sources) != len(self.sources):
+            return False
+        same = all(a() is b() for a, b in zip(sources, self.sources, strict=True))
+        return same and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
 
 
 class ThreadState(threading.local):
@@ -73,7 +102,8 @@ class ThreadState(threading.local):
         self.records: dict[str, list] = {}  # records of taps in the call in progress
         self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
         self.last: LazyPruning | None = None
-        self.cacheless: tuple | None = None  # the last prefill without a cache, see `_continue_cacheless`
+        self.cacheless: list[Cacheless] = []  # the last generations without a cache, the newest last
+        self.composite_ran = False  # whether the composite ran inside the outermost model's call in progress
 
 
 class Session:
@@ -94,6 +124,9 @@ class Session:
         self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
+        self._running: set[int] = set()  # threads with a call of the composite in progress
+        self._attached_layers: tuple[nn.Module, ...] = ()  # those with hooks
+        self.is_attached = False
         self._last: LazyPruning | None = None
         self._layouts = visual_tokens.LayoutMemo()
         configs = (getattr(model, "config", None), spec.anatomy.decoder.config)
@@ -132,6 +165,7 @@ class Session:
             handles: Gets handles with `remove`, one by one, in the order of registration.
         """
         parts = self.spec.anatomy
+        self._attached_layers, self.is_attached = tuple(parts.layers), True
         add = handles.append
         for kind in parts.placeholders:
             name = encoder_method(kind)
@@ -198,8 +232,10 @@ class Session:
     def _encoder(self, kind: str, encode: Callable) -> Callable:
         def watch(*args: Any, **kwargs: Any) -> Any:
             thread = self.thread
-            if thread.encoding is not None:  # some encoders of clips call that of pictures
+            # Some encoders of clips call that of pictures; and a method that somebody has wrapped survives the patch.
+            if thread.encoding is not None or not self.is_attached:
                 return encode(*args, **kwargs)
+            self._forget_dead_calls()
             records: dict[str, list] = {}
             thread.encoding = records
             try:
@@ -232,6 +268,7 @@ class Session:
             self._after_projector(module, args, kwargs, output)
 
     def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._forget_dead_calls()
         if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
             self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
 
@@ -252,12 +289,15 @@ class Session:
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._refuse_call_while_selecting(module)
         thread = self.thread
-        thread.outer, thread.finished, thread.records = kwargs, None, {}
+        self._forget_dead_calls()
+        self._refuse_nested(module, thread.outer)
+        kwargs = _by_name(module, args, kwargs)
+        thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
         routes = self._routes or "output_router_logits" in kwargs
         if not (routes and self.drops and _requests_output("output_router_logits", kwargs, module)):
             return None
         # The load-balancing loss of experts is computed over this mask, from which dropped tokens are removed later.
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("input_ids")
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             thread.balanced = mask.clone()
@@ -265,13 +305,17 @@ class Session:
             thread.balanced = torch.ones_like(ids)
         else:
             return None
-        return args, {**kwargs, "attention_mask": thread.balanced}
+        return (), {**kwargs, "attention_mask": thread.balanced}
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._selects:  # a refused call inside
             return None
         thread = self.thread
-        finished, thread.outer, thread.finished, thread.balanced = thread.finished, None, None, None
+        finished, outer = thread.finished, thread.outer or {}
+        thread.outer, thread.finished, thread.balanced = None, None, None
+        pixels = [name for name, value in outer.items() if name.startswith("pixel") and value is not None]
+        if pixels and not thread.composite_ran and output is not None and self.drops:
+            self._refuse_replaced("composite")
         if finished is None or output is None:
             return None
         return outputs.zero_dropped(output, lambda: finished.pruning.mask)
@@ -279,13 +323,16 @@ class Session:
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._refuse_call_while_selecting(module)
         thread = self.thread
+        self._forget_dead_calls()
+        self._refuse_nested(module, thread.inputs)
         self.end_call()
         thread.fresh = set()
         thread.records = thread.records if thread.outer is not None else {}
-        thread.tower_ran, thread.found_visual = False, None
-        self.caches.state_of(cache_of(kwargs))  # before the model asks for its length
+        thread.tower_ran, thread.found_visual, thread.composite_ran = False, None, True
+        self._running.add(threading.get_ident())
         known = parameters(module.forward)
         thread.inputs = known.bind(args, kwargs)
+        self.caches.state_of(cache_of(thread.inputs))  # before the model asks for its length
         if self.drops:
             unsupported.refuse_ignored_features(
                 module, {name: value for name, value in thread.inputs.items() if name not in known.named}
@@ -297,6 +344,9 @@ class Session:
         thread = self.thread
         self.end_call()
         thread.inputs, thread.records = None, {}
+        self._running.discard(threading.get_ident())
+        if thread.tower_ran and thread.found_visual is None and output is not None and self.drops:
+            self._refuse_replaced("decoder")
         tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
         if tower_in_decoder and self.drops:
             raise NothingPrunedError(
@@ -306,9 +356,12 @@ class Session:
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._refuse_call_while_selecting(module)
+        self._forget_dead_calls()
         thread = self.thread
+        kwargs = _by_name(module, args, kwargs)
         visual, encoded = None, {}
-        if thread.inputs is not None and not requests.current(self).paused:
+        looks = self.drops or not unsupported.is_transformed()
+        if thread.inputs is not None and not requests.current(self).paused and looks:
             known = parameters(self.spec.anatomy.composite.forward).named
             # Arguments that the model has no name for are not pixels, whatever they are called.
             named = {n: value for n, value in thread.inputs.items() if n in known or n == ENCODER_OUTPUTS}
@@ -335,14 +388,15 @@ class Session:
         spec = request.spec or self.spec
         options = CallOptions(self.budget, request.question_end, outer, own_budget, thread.generates)
         self.end_call()
-        thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, args, kwargs, visual)
+        thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, kwargs, visual)
         if call is None:
             return None
         visual = call.visual
         if visual is not None:
             if call.cuts:
-                given = {**kwargs, **outer} if thread.inputs is None else outer
-                unsupported.refuse_packed_rows(given, call.columns.real, call.columns.past)
+                self._refuse_replaced_layers()
+                named = {**kwargs, **outer} if thread.inputs is None else outer
+                unsupported.refuse_packed_rows(named, call.columns.real, call.columns.past)
             if not call.cuts and options.budget.keep is None and self.drops:
                 visual_tokens.refuse_single_placeholders(visual, encoded, str(options.budget))
             for source in encoded.values():
@@ -366,7 +420,38 @@ class Session:
         if found is None:
             return None
         call.deepstack, kwargs = found
-        return args, kwargs
+        return (), kwargs
+
+    def _refuse_replaced(self, part: str) -> None:
+        """Raises the error of a part that was replaced after the model was patched."""
+        raise NothingPrunedError(
+            f"the {part} that was patched did not run, so nothing was pruned: it is no longer part of the model; patch "
+            "the model again"
+        )
+
+    def _refuse_replaced_layers(self) -> None:
+        """Refuses a decoder with layers that replaced others after the model was patched."""
+        if any(now is not then for now, then in zip(self.spec.anatomy.layers, self._attached_layers, strict=False)):
+            raise UnsupportedModelError(
+                "a layer of the decoder was replaced after the model was patched; patch the model again"
+            )
+
+    def _refuse_nested(self, module: nn.Module, running: dict[str, Any] | None) -> None:
+        """Refuses that a hook of the caller calls the model while a call of it is in progress in this thread."""
+        if running is not None and self.drops and is_running(module):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was called while a call of it is in progress, by a hook or a module of it; "
+                "its pruned tokens would be lost: call a copy of the model, or unpatch it first"
+            )
+
+    def _forget_dead_calls(self) -> None:
+        """Forgets calls that an interrupt ended: torch runs no hooks after a KeyboardInterrupt."""
+        thread, parts = self.thread, self.spec.anatomy
+        if thread.outer is not None and parts.model is not parts.composite and is_running(parts.model) is False:
+            thread.outer, thread.finished, thread.balanced, thread.records = None, None, None, {}
+        if thread.inputs is not None and is_running(parts.composite) is False:
+            self.end_call()
+            thread.inputs, thread.records = None, {}
 
     def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
         """Visual tokens of a call whose features the caller merged into `inputs_embeds`.
@@ -435,6 +520,23 @@ class Session:
                 thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
 
+    def wait(self) -> None:
+        """Waits until calls in progress in other threads have ended, which need the hooks to their end.
+
+        Raises:
+            VTPruneError: A call of this thread is in progress, or one of another does not end.
+        """
+        composite, here, start = self.spec.anatomy.composite, threading.get_ident(), time.monotonic()
+        if here in self._running and is_running(composite):
+            raise VTPruneError("the patch cannot be removed inside a call of the model; remove it after the call")
+        while any(is_running(composite, thread) for thread in self._running - {here}):
+            if time.monotonic() - start > _LONGEST_CALL:
+                raise VTPruneError(
+                    f"the patch cannot be removed: a call of the model in another thread has not ended for "
+                    f"{_LONGEST_CALL} seconds"
+                )
+            time.sleep(0.001)
+
     def end_call(self) -> None:
         """Forgets the decoder's call of this thread, also one that an error or an interrupt left unfinished."""
         call, self.thread.call = self.thread.call, None
@@ -484,12 +586,8 @@ class Session:
         return record
 
     def _continue_cacheless(self, call: prefill.DecoderCall, kwargs: dict) -> None:
-        """Lets a generation without a cache, in which every step is a prefill, keep the tokens of its first prefill.
-
-        A prompt continues the previous one if it has one more token and the same feature tensors.
-        """
+        """Lets a generation without a cache, in which every step is a prefill, keep the tokens of its first prefill."""
         thread = self.thread
-        previous, thread.cacheless = thread.cacheless, None
         ids = call.inputs.get("input_ids")
         if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.cuts:
             return
@@ -497,15 +595,20 @@ class Session:
         given = [inputs[n] for n in sorted(inputs) if n.startswith("pixel")]
         given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
         sources = [weakref.ref(source) for source in given if source is not None]
-        if previous is not None:
-            old_ids, old_sources, selections = previous
-            same = len(sources) == len(old_sources) and all(
-                a() is b() for a, b in zip(sources, old_sources, strict=True)
-            )
-            if same and sources and ids.shape[1] == old_ids.shape[1] + 1 and torch.equal(ids[:, :-1], old_ids):
-                call.memo = selections
+        if not sources:
+            return
+        for number, run in enumerate(thread.cacheless):
+            if run.continues(ids, sources):
+                call.memo, run.length = run.selections, ids.shape[1]
+                thread.cacheless.append(thread.cacheless.pop(number))
+                return
         # The call appends to `selections` while it runs.
-        thread.cacheless = (ids, sources, call.selections)
+        thread.cacheless = [*thread.cacheless[1 - _CACHELESS :], Cacheless(ids, sources, call.selections, ids.shape[1])]
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, also those that were given by position."""
+    return parameters(module.forward).bind(args, kwargs) if args else kwargs
 
 
 def _virtual_tokens(model: nn.Module) -> int:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes of a model's configuration and weights, by which results are tied to the model they were measured on."""
+"""Hashes of a model's configuration, weights and inputs, by which results are tied to what they were measured on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -47,6 +48,19 @@ def files_hash(folder: str | Path) -> str | None:
                 file.seek(start)
                 found.update(file.read(64))
     return found.hexdigest()[:16] if files else None
+
+
+def inputs_hash(batches: Iterable[Mapping[str, object]]) -> str:
+    """Hash of the arguments of a model's calls: names, shapes, dtypes and all values."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                found.update(f"{name} {value!r}".encode())
+    return found.hexdigest()[:16]
 
 
 @torch.no_grad()

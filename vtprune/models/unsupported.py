@@ -98,6 +98,11 @@ def refuse_second_decoder(model: nn.Module, composite: nn.Module) -> None:
             )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` (grad, vmap, ...) runs, whose tensors have no values that can be read."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def refuse_tracing(inputs: dict[str, Any]) -> None:
     """Raises if a call is traced or exported, so that the selection cannot depend on values."""
     tensors = [x for x in (inputs.get("input_ids"), inputs.get("inputs_embeds")) if isinstance(x, Tensor)]
@@ -106,6 +111,8 @@ def refuse_tracing(inputs: dict[str, Any]) -> None:
         if torch.compiler.is_exporting()
         else "traced (torch.jit.trace)"
         if torch.jit.is_tracing()
+        else "run inside a transform (torch.func)"
+        if is_transformed()
         else "run on tensors without values (meta or fake)"
         if any(x.is_meta or type(x).__name__ == "FakeTensor" for x in tensors)
         else None

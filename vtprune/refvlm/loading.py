@@ -150,6 +150,8 @@ def is_local(name: str) -> bool:
     folder = Path(name).expanduser()
     if not folder.exists() and not _HUB_NAME.fullmatch(name):
         raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+    if not name:
+        raise InputError("the name of the model is empty; expected a local model folder, or a name on the hub")
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"{name} holds no config.json; expected a folder that save_pretrained has written")
     return folder.exists()
@@ -316,7 +318,7 @@ def device_of(name: str) -> torch.device:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device, dtype=torch.float32)
+        torch.empty(0, device=device, dtype=torch.float32).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"cannot use the device {name!r}: {one_line(error)}") from error
     return device

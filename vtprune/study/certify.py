@@ -19,6 +19,7 @@ from ..errors import CertificateError, NothingPrunedError, VTPruneError
 from ..models.identity import files_hash
 from . import progress
 from .intervals import group_means
+from .metrics import refuse_nan
 from .risk import exact_p_value, p_value, pictures_needed, rejected
 
 # Every candidate is tested at the full level, so a finer sequence costs time but no statistical power.
@@ -130,10 +131,12 @@ def _check(risk: float, confidence: float, candidates: Sequence[float | Auto]) -
 @torch.no_grad()
 def answer(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> list[int]:
     """Token ids of the greedy answer to a prompt, a batch of one."""
-    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    if len(out) != 1:
-        raise CertificateError(f"a prompt has {len(out)} samples; expected batches of one")
-    return out[0, inputs["input_ids"].shape[1] :].tolist()
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    out = model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
+    if len(out.sequences) != 1:
+        raise CertificateError(f"a prompt has {len(out.sequences)} samples; expected batches of one")
+    refuse_nan(torch.cat(out.logits))
+    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def _losses(

@@ -146,7 +146,8 @@ def _draw(axes: Any, chart: Chart) -> None:
         _line(axes, series, number, chart.log_y)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
-    axes.set_title(chart.title, loc="left")
+    title = chart.title.encode(errors="replace").decode()  # names of files may hold bytes that are no text
+    axes.set_title(title, loc="left")
     axes.grid(alpha=0.25, linewidth=0.5)
 
 

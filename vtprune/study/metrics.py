@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import VTPruneError
 from ..models import anatomy, attention_probe
 
 
@@ -34,13 +35,24 @@ def next_token_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
     Returns:
         Tensor: `[B, V]` float32.
+
+    Raises:
+        VTPruneError: There is NaN among them.
     """
     positions = last_positions(inputs)
     length = inputs["input_ids"].shape[1]
     one = bool((positions == length - 1).all()) and "logits_to_keep" in inspect.signature(model.forward).parameters
     logits = model(**inputs, **({"logits_to_keep": 1} if one else {})).logits
     where = torch.full_like(positions, -1) if one else positions
-    return logits[torch.arange(len(positions)), where.to(logits.device)].float()
+    logits = logits[torch.arange(len(positions)), where.to(logits.device)].float()
+    refuse_nan(logits)
+    return logits
+
+
+def refuse_nan(logits: Tensor) -> None:
+    """Raises `VTPruneError` if there is NaN among logits, of which nothing can be said."""
+    if bool(logits.isnan().any()):
+        raise VTPruneError("the model's logits are NaN; check its weights, or load it in float32 (--dtype float32)")
 
 
 @torch.no_grad()

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..core.files import MAX_RESULTS, FileError, read_json
+from ..core.options import fits
 from ..engine.patching import find_patch, inspect, patch
 from ..errors import MethodError, VTPruneError
 from ..methods import resolve
 from ..methods.vflowopt.method import VFlowOpt
+from ..models import identity
 from . import metrics, progress
 
 _PRESETS = (0.5, 0.25, 0.1)
@@ -33,12 +35,15 @@ _TRIAL = {
     "second": _SHARE,
     "value": {"type": "number", "minimum": -1e9, "maximum": 1e9},
 }
+_MOST = 2**32 - 1  # seeds that the generators take
 # Schema of the search in a strategy file.
 _SEARCH: dict[str, Any] = {
     "mean_ratio": _SHARE,
     "num_layers": {"type": "integer", "minimum": 1, "maximum": 10_000},
     "samples": {"type": "integer", "minimum": 1, "maximum": 10**9},
-    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**63},
+    "seed": {"type": "integer", "minimum": 0, "maximum": _MOST},
+    "inputs": {"type": "string"},
+    "weights": {"type": "string"},
     "trials": {
         "type": "array",
         "minItems": 1,
@@ -59,6 +64,7 @@ class Search:
         num_layers: Layers of the decoder.
         samples: Number of prompts that a trial was evaluated on.
         seed: Seed of the generators.
+        inputs, weights: Hashes of the prompts and of the model's weights, see `models.identity`.
         trials: For every trial its parameters and, as `value`, the sum over prompts of the cosine between the last
             hidden states with and without pruning.
     """
@@ -67,6 +73,8 @@ class Search:
     num_layers: int
     samples: int
     seed: int
+    inputs: str
+    weights: str
     trials: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -195,13 +203,16 @@ def tune(
         raise VTPruneError(
             f"found mean_ratio={mean_ratio} and trials={trials}; expected a share below 1 and at least 1 trial"
         )
+    if not fits(seed, int) or not 0 <= seed <= _MOST - trials:
+        raise VTPruneError(f"found seed={seed}; expected a whole number from 0 to {_MOST - trials}")
     if find_patch(model) is not None:
         raise VTPruneError("the model is patched; remove the patch before searching a strategy")
     if path is not None and Path(path).exists() and not resume and not force:
         raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
     batches = list(batches)
     reference = [metrics.last_states(model, batch) for batch in batches]
-    search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed)
+    hashes = identity.inputs_hash(batches), identity.weights_hash(model)
+    search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed, *hashes)
     if search.samples == 0:
         raise VTPruneError("there are no prompts; expected at least one batch")
     if resume:
@@ -264,7 +275,7 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
         raise VTPruneError("resume=True needs a path; pass the file of the search to resume")
     old = Search.load(path)
     progress.load(path, {"about": {"versions": progress.versions()}})  # raises for another version
-    for name in ("mean_ratio", "num_layers", "samples", "seed"):
+    for name in ("mean_ratio", "num_layers", "samples", "seed", "inputs", "weights"):
         if getattr(old, name) != getattr(fresh, name):
             raise VTPruneError(
                 f"{path} has a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "

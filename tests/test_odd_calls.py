@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that a stranger's program makes: arguments by position, interrupts, replaced parts, other threads."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE, Image
+from reference import Drops, masked
+
+import vtprune
+from vtprune.engine import hooks
+
+ONE = [[3, Image(0), 5]]
+BATCH = FAMILIES["llava"].batch(ONE)
+IDS, PIXELS, MASK = (BATCH[name] for name in ("input_ids", "pixel_values", "attention_mask"))
+LABELS = IDS.masked_fill(IDS == IMAGE, -100)
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.fixture
+def llava() -> Any:
+    return FAMILIES["llava"].build()
+
+
+def kept(patch: vtprune.Patch) -> list[list[int]]:
+    assert patch.last is not None
+    return [columns.tolist() for columns in patch.last.kept]
+
+
+def by_position(model: Any, **given: Any) -> Any:
+    """Calls LLaVA with all arguments by position, up to `logits_to_keep`."""
+    names = ("position_ids", "past_key_values", "inputs_embeds", "vision_feature_layer", "strategy")
+    return model(IDS, PIXELS, MASK, *(None for _ in names), given.get("labels"), given.get("logits_to_keep", 0))
+
+
+def test_arguments_by_position_are_those_by_name(llava: Any) -> None:
+    columns = (IDS[0] == IMAGE).nonzero()[:2, 0]
+    with vtprune.patch(llava, ratio=0.1), torch.no_grad():
+        for given in ({"labels": LABELS}, {"logits_to_keep": columns}):
+            named, placed = llava(**BATCH, **given), by_position(llava, **given)
+            assert torch.equal(named.logits, placed.logits) and (named.logits != 0).any(-1).all() == (
+                "labels" not in given
+            )
+            assert named.loss is None or torch.equal(named.loss, placed.loss)
+        cache = llava(**BATCH, use_cache=True).past_key_values
+        token = torch.tensor([[20]])
+        want = llava.model.language_model(token, past_key_values=copy.deepcopy(cache)).last_hidden_state
+        assert torch.equal(llava.model.language_model(token, None, None, cache).last_hidden_state, want)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [torch.tensor([5, 8, 9]), [5, 8, 9], slice(5, 10), torch.tensor(12), slice(-20, None), -10, 8],
+    ids=str,
+)
+def test_whatever_logits_are_asked_for_are_those_of_the_masked_model(llava: Any, wanted: Any) -> None:
+    with torch.no_grad():
+        with vtprune.patch(llava, ratio=0.1) as patch:
+            got = llava(**BATCH, logits_to_keep=wanted).logits
+            drops = Drops.of(patch.last)
+        with masked(vtprune.inspect(llava).layers, [drops], MASK):
+            want = llava(**BATCH, logits_to_keep=wanted).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fastv", "cdpruner", "pyramiddrop"])
+def test_generation_without_a_cache_keeps_its_first_selection(llava: Any, method: str) -> None:
+    """With beams in any order, and with another prompt between two steps."""
+    other = FAMILIES["llava"].batch([[2, Image(1), 7]], seed=3)
+
+    def between(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        llava(**other)
+        return scores
+
+    with vtprune.patch(llava, ratio=0.2, method=method):
+        for options in ({"num_beams": 2, "num_return_sequences": 2}, {"logits_processor": [between]}):
+            want = llava.generate(**BATCH, **GREEDY, **{k: v for k, v in options.items() if k != "logits_processor"})
+            got = llava.generate(**BATCH, **GREEDY, **options, use_cache=False)
+            assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("where", ["lm_head", "model.language_model.layers.1"])
+def test_an_interrupt_leaves_nothing_of_its_call(llava: Any, where: str) -> None:
+    """torch calls no hook after a KeyboardInterrupt; what is called next may be any part of the model."""
+    decoder, words = llava.model.language_model, torch.arange(1, 35)[None]
+    embeds = llava.get_input_embeddings()
+    features = llava.model.get_image_features(PIXELS, return_dict=True).pooler_output[0].detach()
+    want = decoder(input_ids=words).last_hidden_state
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vtprune.patch(llava, ratio=0.1, method="uniform") as patch:
+        base = llava.model(**BATCH).last_hidden_state
+        chosen = kept(patch)
+        handle = llava.get_submodule(where).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llava(**BATCH, labels=IDS)
+        handle.remove()
+        assert torch.equal(decoder(input_ids=words).last_hidden_state, want)
+        assert torch.equal(decoder(input_ids=words[:, :7]).last_hidden_state, decoder(input_ids=words[:, :7])[0])
+        assert torch.equal(llava.model(**BATCH).last_hidden_state, base) and kept(patch) == chosen
+        llava.model.get_image_features(PIXELS, return_dict=True)
+        merged = embeds(IDS).masked_scatter((IDS == IMAGE)[..., None], features)
+        decoder(inputs_embeds=merged)
+        assert len(kept(patch)[0]) == 2
+
+
+def test_parts_that_were_replaced_are_noticed(llava: Any) -> None:
+    def build() -> Any:
+        return FAMILIES["llava"].build()
+
+    for part, error, message in (
+        ("model", vtprune.NothingPrunedError, "the composite that was patched did not run"),
+        ("model.language_model", vtprune.NothingPrunedError, "the decoder that was patched did not run"),
+        ("model.language_model.layers.2", vtprune.UnsupportedModelError, "a layer of the decoder was replaced"),
+    ):
+        model = build()
+        with vtprune.patch(model, ratio=0.1):
+            owner, _, name = part.rpartition(".")
+            setattr(model.get_submodule(owner), name, build().get_submodule(part))
+            with pytest.raises(error, match=message):
+                model(**BATCH)
+            model(input_ids=torch.tensor([[1, 20, 21]]))  # text passes
+
+
+def test_a_later_turn_of_text_may_come_in_chunks(llava: Any) -> None:
+    with vtprune.patch(llava, ratio=0.3, method="uniform"):
+        ends = []
+        for size in (None, 3):
+            first = llava.generate(**BATCH, **GREEDY, return_dict_in_generate=True)
+            ids = torch.cat([first.sequences, torch.tensor([[20, 21, 22, 23, 24, 25]])], 1)
+            options = GREEDY | {"past_key_values": first.past_key_values, "prefill_chunk_size": size}
+            ends.append(llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, -5:].tolist())
+        assert ends[0] == ends[1]
+        with pytest.raises(vtprune.UnsupportedModelError, match="prefill_chunk_size=3"):
+            llava.generate(**BATCH, **GREEDY, prefill_chunk_size=3)
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_wrapped_methods_leave_nothing_behind(llava: Any, patched_first: bool) -> None:
+    hooks_of = pytest.importorskip("accelerate.hooks")
+
+    def offload() -> None:
+        hooks_of.add_hook_to_module(llava, hooks_of.ModelHook(), append=True)
+        for module in llava.modules():
+            hooks_of.add_hook_to_module(module, hooks_of.ModelHook())
+
+    before = [set(vars(module)) for module in llava.modules()]
+    if not patched_first:
+        offload()
+    patch = vtprune.patch(llava, ratio=0.3)
+    if patched_first:
+        offload()
+        patch.remove()
+        hooks_of.remove_hook_from_module(llava, recurse=True)
+    else:
+        hooks_of.remove_hook_from_module(llava, recurse=True)
+        patch.remove()
+    left = [set(vars(module)) - old for module, old in zip(llava.modules(), before, strict=True)]
+    assert not set().union(*left) - {"forward"}  # which accelerate itself leaves
+    assert all(getattr(module.forward, "__func__", None) is type(module).forward for module in llava.modules())
+    copy.deepcopy(llava)
+    assert llava(**BATCH).logits.shape[1] == IDS.shape[1]
+
+
+def test_transforms_of_torch_func_are_refused_or_exact(llava: Any) -> None:
+    weights = dict(llava.named_parameters())
+
+    def loss(some: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(llava, weights | some, (), dict(BATCH)).logits.square().sum()
+
+    one = {"lm_head.weight": weights["lm_head.weight"].detach()}
+    want = torch.func.grad(loss)(one)
+    with vtprune.patch(llava, ratio=1.0):
+        assert torch.equal(torch.func.grad(loss)(one)["lm_head.weight"], want["lm_head.weight"])
+    with vtprune.patch(llava, ratio=0.3), pytest.raises(vtprune.UnsupportedModelError, match="torch.func"):
+        torch.func.grad(loss)(one)
+
+
+def test_a_hook_that_calls_the_model_is_refused(llava: Any) -> None:
+    def again(*_: Any) -> None:
+        handle.remove()
+        llava(input_ids=torch.tensor([[1, 20, 21]]))
+
+    with vtprune.patch(llava, ratio=0.3):
+        handle = llava.model.language_model.layers[2].register_forward_hook(again)
+        with pytest.raises(vtprune.UnsupportedModelError, match="while a call of it is in progress"):
+            llava(**BATCH)
+        llava(**BATCH)
+
+
+def test_a_patch_is_removed_after_calls_of_other_threads(llava: Any) -> None:
+    with vtprune.patch(llava, ratio=0.1, method="uniform") as patch:
+        want = llava(**BATCH).logits
+        inside, outcome = threading.Event(), []
+
+        def slow(*_: Any) -> None:
+            inside.set()
+            threading.Event().wait(0.3)
+
+        handle = llava.model.language_model.layers[1].register_forward_hook(slow)
+        thread = threading.Thread(target=lambda: outcome.append(llava(**BATCH).logits.detach()))
+        thread.start()
+        inside.wait()
+        patch.remove()
+        assert patch.removed
+        thread.join()
+        handle.remove()
+    assert torch.equal(outcome[0], want)
+    with vtprune.patch(llava, ratio=0.1) as patch:
+        handle = llava.model.language_model.layers[1].register_forward_hook(lambda *_: patch.remove())
+        with pytest.raises(vtprune.VTPruneError, match="inside a call of the model"):
+            llava(**BATCH)
+        handle.remove()
+
+
+def test_a_model_dropped_with_its_patch_leaves_the_registry_as_it_was() -> None:
+    from vtprune.models import attention_probe
+
+    gc.collect()
+    users = attention_probe._users
+    model = FAMILIES["llava"].build()
+    vtprune.patch(model, ratio=0.3)
+    assert attention_probe._users == users + 1
+    del model
+    gc.collect()
+    assert attention_probe._users == users
+
+
+def test_a_running_forward_is_seen(llava: Any) -> None:
+    seen: list[bool | None] = []
+    handle = llava.model.language_model.register_forward_hook(lambda *_: seen.append(hooks.is_running(llava.model)))
+    llava(**BATCH)
+    handle.remove()
+    assert seen == [True] and hooks.is_running(llava.model) is False
