@@ -242,7 +242,7 @@ def test_offloaded_weights(family: str) -> None:
 @torch.no_grad()
 def test_labels_of_placeholders_are_named(caplog: pytest.LogCaptureFixture, method: str, budget: dict) -> None:
     """`labels=input_ids` keeps every visual token for the loss, and warns once; labels of -100 do neither."""
-    from vtprune.vision.attention import warn_once
+    from vtprune.core.log import warn_once
 
     warn_once.cache_clear()
     model, batch = model_of("llava"), FAMILIES["llava"].batch(ONE)
@@ -405,7 +405,7 @@ def test_gradients_pass_through_merged_states(method: str) -> None:
 
 
 def test_merged_states_without_gradients_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    from vtprune.vision.attention import warn_once
+    from vtprune.core.log import warn_once
 
     warn_once.cache_clear()
     model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)

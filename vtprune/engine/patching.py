@@ -327,6 +327,12 @@ def find_patch(model: nn.Module) -> Patch | None:
     return owner_of(_anatomy.unwrap(model))
 
 
+def refuse_patched(model: nn.Module, doing: str) -> None:
+    """Raises `VTPruneError` if a model is patched, which `doing` needs unpruned."""
+    if find_patch(model) is not None:
+        raise VTPruneError(f"the model is patched; remove the patch before {doing}")
+
+
 def unpatch(model: nn.Module) -> None:
     """Removes the patch of a model, if it has one."""
     found = find_patch(model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
+from ..core.log import warn_once
 from ..core.method import Choice, Method, ScoreMethod, check_choice, name_of
 from ..core.tokens import Tokens
 from ..core.transfer import DeferredChecks, to_device
@@ -30,7 +31,6 @@ from ..report import explain
 from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
-from ..vision.attention import warn_once
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, MethodCall, Selection, Snapshot
 from .columns import Columns

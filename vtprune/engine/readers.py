@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.log import warn_once
 from ..errors import VTPruneError
-from ..vision.attention import warn_once
 
 _IGNORED = -100  # label that transformers' losses ignore
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..core.budget import Budget
+from ..core.log import warn_once
 from ..core.method import Tap
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
@@ -35,7 +36,6 @@ from ..report.pruning import Pruning
 from ..report.record import PruningRecord
 from ..towers import products
 from ..towers.cut import TowerCut
-from ..vision.tower import warn_once
 from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
 from .call import CallOptions, Selection
 from .deepstack import intercept_deepstack

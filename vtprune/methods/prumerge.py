@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.log import warn_once
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Count, Range
 from ..core.ragged import settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.crops import by_crop
-from ..vision.tower import Attention, Vision, layer_tap, projector_tap, warn_once
+from ..vision.tower import Attention, Vision, layer_tap, projector_tap
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.energy import Auto, bounds, energy_left
 from ..core.method import Choice, Method, Stage
 from ..core.tokens import Tokens
-from ..engine.patching import find_patch, patch
+from ..engine.patching import patch, refuse_patched
 from ..errors import BudgetError, VTPruneError
 
 STEPS = 20  # bisection steps
@@ -89,8 +89,7 @@ def calibrate(
     Auto(min=least, max=most)  # raises where the bounds are wrong
     if not least <= ratio <= most:
         raise BudgetError(f"the mean ratio is {ratio:g}; expected a number from {least:g} to {most:g}, or other bounds")
-    if find_patch(model) is not None:
-        raise VTPruneError("the model is patched; remove the patch before calibrating an energy")
+    refuse_patched(model, "calibrating an energy")
     curves = Curves(most)
     with patch(model, ratio=0.5, method=curves), torch.no_grad():
         for batch in batches:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.method import Choice, Method, ScoreMethod, Stage, Tap
 from ..core.ragged import top_k
 from ..core.tokens import Tokens
-from ..engine.patching import find_patch, patch
+from ..engine.patching import patch, refuse_patched
 from ..errors import MethodError
 from ..methods.debiased.curve_fitting import Fit
 from ..methods.debiased.method import Debiased
@@ -84,8 +84,7 @@ def collect(
     Raises:
         MethodError: The model is patched, or no prompt has a visual token.
     """
-    if find_patch(model) is not None:
-        raise MethodError("the model is patched; remove the patch before collecting scores")
+    refuse_patched(model, "collecting scores")
     collector = Collector(host, rule)
     with patch(model, ratio=0.5, method=collector), torch.no_grad():
         pairs = zip(batches, repeat(None)) if sizes is None else zip(batches, sizes, strict=True)

@@ -14,8 +14,8 @@ from ..core.certificate import Certificate
 from ..core.energy import Auto
 from ..core.method import Method
 from ..core.registry import resolve
-from ..engine.patching import find_patch, patch
-from ..errors import CertificateError, NothingPrunedError, VTPruneError
+from ..engine.patching import patch, refuse_patched
+from ..errors import CertificateError, NothingPrunedError
 from ..models.identity import files_hash
 from . import progress
 from .intervals import group_means
@@ -66,8 +66,7 @@ def certify(
         VTPruneError: The model is patched.
     """
     _check(risk, confidence, candidates)
-    if find_patch(model) is not None:
-        raise VTPruneError("the model is patched; remove the patch before certifying a ratio")
+    refuse_patched(model, "certifying a ratio")
     pruner, prompts = resolve(method), list(prompts)
     names: Sequence[Hashable] = range(len(prompts)) if pictures is None else pictures
     if not prompts or len(names) != len(prompts):

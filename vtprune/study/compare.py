@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.patching import Patch, find_patch, inspect, patch
+from ..engine.patching import Patch, inspect, patch, refuse_patched
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method, names, resolve
 from ..report.tower import TowerPruning
@@ -99,8 +99,7 @@ def compare(
     given = names() if methods is None else methods
     asked = dict(given) if isinstance(given, Mapping) else dict(zip(given, given, strict=True))
     chosen = {label: resolve(method) for label, method in ({name: name for name in BASELINES} | asked).items()}
-    if find_patch(model) is not None:
-        raise VTPruneError("the model is patched; remove the patch before comparing methods")
+    refuse_patched(model, "comparing methods")
     inspect(model)  # raises for models that no method supports
     patch(model, mean_ratio=mean_ratio, method="uniform").remove()
     batches = list(batches)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.patching import find_patch, patch
+from ..engine.patching import patch, refuse_patched
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method
 from . import metrics, stopwatch
@@ -181,8 +181,7 @@ def measure_prompt(
     Raises:
         VTPruneError: The model is patched, or the prompt has no visual token.
     """
-    if find_patch(model) is not None:
-        raise VTPruneError("the model is patched; remove the patch before measuring")
+    refuse_patched(model, "measuring")
     settings = _Settings(max_new_tokens, repeats, clock)
     reference = _reference(model, prompt.inputs, settings)
     records: dict[str, dict[str, Any]] = {"unpruned": {"seconds": reference.seconds}}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..core.budget import Budget
 from ..core.files import MAX_RESULTS, FileError, read_json
 from ..core.options import fits
-from ..engine.patching import find_patch, inspect, patch
+from ..engine.patching import inspect, patch, refuse_patched
 from ..errors import MethodError, VTPruneError
 from ..methods import resolve
 from ..methods.vflowopt.method import VFlowOpt
@@ -205,8 +205,7 @@ def tune(
         )
     if not fits(seed, int) or not 0 <= seed <= _MOST - trials:
         raise VTPruneError(f"found seed={seed}; expected a whole number from 0 to {_MOST - trials}")
-    if find_patch(model) is not None:
-        raise VTPruneError("the model is patched; remove the patch before searching a strategy")
+    refuse_patched(model, "searching a strategy")
     if path is not None and Path(path).exists() and not resume and not force:
         raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
     batches = list(batches)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,13 +26,6 @@ LAYER = "vision.layer"
 Queries = Positive | Literal["auto", "all"]
 LARGE, SAMPLE = 2048, 512  # patches from which on "auto" samples, and rows that it takes
 _CLASS_TOKENS = {"class_embedding", "cls_token", "class_token"}
-_log = logging.getLogger("vtprune")
-
-
-@functools.lru_cache(maxsize=256)
-def warn_once(message: str) -> None:
-    """Logs a warning the first time it is called with a message."""
-    _log.warning(message)
 
 
 def vision_layers(anatomy: Anatomy) -> nn.ModuleList:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.log import warn_once
 from ..core.method import Tap
 from ..core.tokens import Tokens
 from ..errors import MethodError
 from ..models.any_resolution import tiles_per_image
-from .attention import LAYER, Attention, Queries, has_class_token, layer_tap, read_attention, warn_once
+from .attention import LAYER, Attention, Queries, has_class_token, layer_tap, read_attention
 from .crops import arrangements, match_rows
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ __all__ = [
     "patches_of_rows",
     "pixel_crops",
     "projector_tap",
-    "warn_once",
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune_kernels import weighted_farthest_point
 
+from ...core.log import warn_once
 from ...core.method import Choice, Method, Stage, Tap
 from ...core.options import AboveZero, Positive, Seed
 from ...core.ragged import from_order, group_ids
@@ -19,7 +20,7 @@ from ...core.registry import register
 from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.crops import by_crop
-from ...vision.tower import Vision, over_patches, patches_of_rows, projector_tap, warn_once
+from ...vision.tower import Vision, over_patches, patches_of_rows, projector_tap
 from .sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
 
 if TYPE_CHECKING:
