@@ -199,7 +199,7 @@ class CDPruner(Method):
                 return inputs[0], output
         raise MethodError(
             f"{self.name} reads the instruction from the embedding layer, which was not called for this prompt; pass "
-            "input_ids instead of inputs_embeds"
+            "input_ids instead of inputs_embeds, and patch the model again if an adapter has replaced the layer"
         )
 
     def _clip_patches(self, tokens: Tokens) -> Tensor:
