@@ -134,6 +134,6 @@ def refuse_foreign(count: int) -> None:
     raise NothingPrunedError(
         f"inputs_embeds hold {count} embeddings that are no token's, probably merged features, and it is not known "
         "which positions are visual, so nothing would be pruned; pass input_ids with pixels or mm_encoder_outputs, "
-        "name the visual positions (with patch.visual(mask): ..., [B, T] bools or the prompt's token ids), run the call "
-        "inside patch.paused(), or, if an adapter was added after patching, patch the model that has it"
+        "name the visual positions (with patch.visual(mask): ..., [B, T] bools or the prompt's token ids), run the "
+        "call inside patch.paused(), or, if an adapter was added after patching, patch the model that has it"
     )

@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,14 +35,14 @@ from ..report.record import PruningRecord
 from ..towers import products
 from ..towers.cut import TowerCut
 from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
-from .call import CallOptions, Selection
+from .cacheless import Generations
+from .call import CallOptions
 from .deepstack import intercept_deepstack
 from .hooks import Hook, Override, is_compiled, is_running
 from .kv_cache import Caches
 from .spec import PruneSpec
 
 _LONGEST_CALL = 30  # seconds that the removal of a patch waits for calls in other threads
-_CACHELESS = 4  # generations without a cache that are known at a time
 
 
 class LazyPruning:
@@ -57,30 +55,6 @@ class LazyPruning:
     def pruning(self) -> Pruning:
         """The record with its report."""
         return Pruning(**vars(self._make()))
-
-
-@dataclass
-class Cacheless:
-    """A generation without a cache.
-
-    Attributes:
-        ids: `[B, T]` prompt of its first step.
-        sources: Pixels or features of its pictures.
-        selections: What was selected in its first step.
-        length: Tokens of its last step.
-    """
-
-    ids: torch.Tensor
-    sources: list[weakref.ref]
-    selections: list[Selection]
-    length: int
-
-    def continues(self, ids: torch.Tensor, sources: list[weakref.ref]) -> bool:
-        """Whether a prompt is the next step: one more token, beams in any order, and the same feature tensors."""
-        if len(ids) != len(self.ids) or ids.shape[1] != self.length + 1 or len(sources) != len(self.sources):
-            return False
-        same = all(a() is b() for a, b in zip(sources, self.sources, strict=True))
-        return same and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
 
 
 class ThreadState(threading.local):
@@ -102,7 +76,7 @@ class ThreadState(threading.local):
         self.records: dict[str, list] = {}  # records of taps in the call in progress
         self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
         self.last: LazyPruning | None = None
-        self.cacheless: list[Cacheless] = []  # the last generations without a cache, the newest last
+        self.cacheless = Generations()
         self.composite_ran = False  # whether the composite ran inside the outermost model's call in progress
 
 
@@ -405,7 +379,8 @@ class Session:
                 call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
                 for name, records in source.records.items():
                     thread.records.setdefault(name, []).extend(records)
-            self._continue_cacheless(call, kwargs)
+            if call.columns.cache is None and call.cuts and kwargs.get("use_cache") is False:
+                call.memo = thread.cacheless.follow(call, thread.inputs or {})
         call.recorded = thread.records
         call.differentiable = torch.is_grad_enabled() and _requests_output("output_hidden_states", kwargs, module)
         if call.differentiable and call.cuts and _requests_output("output_attentions", kwargs, module):
@@ -584,26 +559,6 @@ class Session:
                 store.setdefault(tap.name, []).append(value)
 
         return record
-
-    def _continue_cacheless(self, call: prefill.DecoderCall, kwargs: dict) -> None:
-        """Lets a generation without a cache, in which every step is a prefill, keep the tokens of its first prefill."""
-        thread = self.thread
-        ids = call.inputs.get("input_ids")
-        if call.columns.cache is not None or ids is None or kwargs.get("use_cache") is not False or not call.cuts:
-            return
-        inputs = thread.inputs or {}
-        given = [inputs[n] for n in sorted(inputs) if n.startswith("pixel")]
-        given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
-        sources = [weakref.ref(source) for source in given if source is not None]
-        if not sources:
-            return
-        for number, run in enumerate(thread.cacheless):
-            if run.continues(ids, sources):
-                call.memo, run.length = run.selections, ids.shape[1]
-                thread.cacheless.append(thread.cacheless.pop(number))
-                return
-        # The call appends to `selections` while it runs.
-        thread.cacheless = [*thread.cacheless[1 - _CACHELESS :], Cacheless(ids, sources, call.selections, ids.shape[1])]
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generations without a cache: every step is a prefill, and keeps the tokens of the first one."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.transformers_names import ENCODER_OUTPUTS
+from .call import CallState, Selection
+
+_MOST = 4  # generations that are known at a time, because others may run between two steps
+
+
+@dataclass
+class Generation:
+    """A generation without a cache.
+
+    Attributes:
+        ids: `[B, T]` prompt of its first step.
+        sources: Pixels or features of its pictures.
+        selections: What was selected in its first step.
+        length: Tokens of its last step.
+    """
+
+    ids: Tensor
+    sources: list[weakref.ref]
+    selections: list[Selection]
+    length: int
+
+    def continues(self, ids: Tensor, sources: list[weakref.ref]) -> bool:
+        """Whether a prompt is the next step: one more token, beams in any order, and the same feature tensors."""
+        if len(ids) != len(self.ids) or ids.shape[1] != self.length + 1 or len(sources) != len(self.sources):
+            return False
+        same = all(a() is b() for a, b in zip(sources, self.sources, strict=True))
+        return same and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
+
+
+class Generations:
+    """The last generations without a cache in one thread, the newest last."""
+
+    def __init__(self) -> None:
+        self._known: list[Generation] = []
+
+    def follow(self, call: CallState, inputs: dict[str, Any]) -> list[Selection] | None:
+        """The selections that a call without a cache takes over from the first step of its generation, or None.
+
+        Args:
+            call: The call, whose own selections are kept for later steps if it begins a generation.
+            inputs: Keyword arguments of the composite.
+        """
+        ids = call.inputs.get("input_ids")
+        given = [inputs[name] for name in sorted(inputs) if name.startswith("pixel")]
+        given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
+        sources = [weakref.ref(source) for source in given if source is not None]
+        if ids is None or not sources:
+            return None
+        for number, generation in enumerate(self._known):
+            if generation.continues(ids, sources):
+                self._known.append(self._known.pop(number))
+                generation.length = ids.shape[1]
+                return generation.selections
+        # The call appends to `selections` while it runs.
+        self._known = [*self._known[1 - _MOST :], Generation(ids, sources, call.selections, ids.shape[1])]
+        return None
