@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import vtprune
 from vtprune import refvlm
+from vtprune.bench import variants
 from vtprune.cli.arguments import chosen_methods
 from vtprune.cli.main import main
 from vtprune.core.certificate import Certificate
@@ -145,6 +146,7 @@ def test_an_answer_is_not_lost_with_its_picture(run: Any, capsys: Any) -> None:
 def test_options_of_methods_are_parsed_everywhere(run: Any, capsys: Any) -> None:
     (method,) = chosen_methods(["vflowopt:later=(0.5,0.5),first=0.5"]).values()
     assert method.later == (0.5, 0.5) and method.first == 0.5
+    assert variants._split("a=((1,2),(3,4)),b=[1,2]") == ["a=((1,2),(3,4))", "b=[1,2]"]
     demo = ["demo", "--small", "--repeats", 1]
     assert run(*demo, "--method", "fastv:layer=1") == 0
     for words, message in (

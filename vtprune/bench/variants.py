@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,7 +49,7 @@ def method_of(text: str) -> Method:
     """
     name, _, options = text.partition(":")
     values: dict[str, Any] = {}
-    for part in filter(None, re.split(r",(?![^(\[{]*[)\]}])", options)):  # not at commas inside brackets
+    for part in _split(options):
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise InputError(f"cannot parse {part!r} in {text!r}; expected NAME:option=value,option=value")
@@ -65,6 +64,18 @@ def method_of(text: str) -> Method:
         return resolve(cls(**values))
     except TypeError as error:
         raise InputError(f"{name} has no such options: {options!r} ({error}); vtprune methods lists them") from error
+
+
+def _split(options: str) -> list[str]:
+    """Parts between commas that are not inside brackets."""
+    parts, depth = [""], 0
+    for character in options:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
 
 
 def variants(methods: Iterable[str], budgets: Iterable[Budget]) -> list[Variant]:

@@ -107,7 +107,7 @@ def is_running(module: nn.Module, thread: int | None = None) -> bool | None:
         module: The module.
         thread: Number of the thread, by default the calling one.
     """
-    if is_compiled() or called_by_compiled_code() or "forward" in vars(module):
+    if "forward" in vars(module) or (thread is None and (is_compiled() or called_by_compiled_code())):
         return None
     code = inspect.unwrap(type(module).forward).__code__
     frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)

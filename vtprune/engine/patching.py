@@ -250,8 +250,9 @@ def patch(
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
     Args:
-        model: Any transformers vision-language model whose visual tokens are part of the decoder's prompt. The
-            outermost object that is called: `labels` and `logits_to_keep` of a wrapper around it would not be seen.
+        model: Any transformers vision-language model whose visual tokens are part of the decoder's prompt. Pass
+            the model with the head, not its `.model`. Of wrappers (PEFT, value heads) only what they pass on to the
+            transformers model is seen, not a loss that they compute by themselves.
         ratio: Share of the visual tokens to keep, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
             `vtprune.Auto` chooses one for each picture: as many tokens as explain a given share of its energy. A
             `vtprune.Certificate` gives the ratio that was certified for this model and its method.

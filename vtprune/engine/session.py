@@ -7,6 +7,7 @@ State of a call is kept per thread until the call returns; state of a generation
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -77,6 +78,10 @@ class ThreadState(threading.local):
         self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
         self.last: LazyPruning | None = None
         self.cacheless = Generations()
+        # Whether forwards of the calls in progress were seen on the stack, where a compiled one cannot be seen.
+        self.saw_outer, self.saw_inputs = False, False
+        self.drops = False  # whether the call in progress may drop tokens
+        self.refused = False  # whether a call inside it was refused, whose hooks are still to run
         self.composite_ran = False  # whether the composite ran inside the outermost model's call in progress
 
 
@@ -98,7 +103,8 @@ class Session:
         self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
-        self._running: set[int] = set()  # threads with a call of the composite in progress
+        # Threads with a call of the composite in progress, and whether its forward was seen on their stacks.
+        self._running: dict[int, bool] = {}
         self._attached_layers: tuple[nn.Module, ...] = ()  # those with hooks
         self.is_attached = False
         self._last: LazyPruning | None = None
@@ -260,11 +266,17 @@ class Session:
         call = self.thread.call
         return call is not None and call.selects
 
+    def _is_refused(self) -> bool:
+        """Whether the hook that runs now belongs to a refused call inside another; torch runs it nevertheless."""
+        refused, self.thread.refused = self.thread.refused, False
+        return refused or self._selects
+
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._refuse_call_while_selecting(module)
         thread = self.thread
         self._forget_dead_calls()
         self._refuse_nested(module, thread.outer)
+        thread.saw_outer, thread.drops = False, self.drops
         kwargs = _by_name(module, args, kwargs)
         thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
         routes = self._routes or "output_router_logits" in kwargs
@@ -282,7 +294,7 @@ class Session:
         return (), {**kwargs, "attention_mask": thread.balanced}
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if self._selects:  # a refused call inside
+        if self._is_refused():
             return None
         thread = self.thread
         finished, outer = thread.finished, thread.outer or {}
@@ -300,10 +312,11 @@ class Session:
         self._forget_dead_calls()
         self._refuse_nested(module, thread.inputs)
         self.end_call()
+        thread.saw_inputs, thread.drops = False, self.drops
         thread.fresh = set()
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual, thread.composite_ran = False, None, True
-        self._running.add(threading.get_ident())
+        self._running[threading.get_ident()] = False
         known = parameters(module.forward)
         thread.inputs = known.bind(args, kwargs)
         self.caches.state_of(cache_of(thread.inputs))  # before the model asks for its length
@@ -313,12 +326,12 @@ class Session:
             )
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._selects:  # a refused call inside
+        if self._is_refused():
             return
         thread = self.thread
         self.end_call()
         thread.inputs, thread.records = None, {}
-        self._running.discard(threading.get_ident())
+        self._running.pop(threading.get_ident(), None)
         if thread.tower_ran and thread.found_visual is None and output is not None and self.drops:
             self._refuse_replaced("decoder")
         tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
@@ -332,6 +345,9 @@ class Session:
         self._refuse_call_while_selecting(module)
         self._forget_dead_calls()
         thread = self.thread
+        self._refuse_nested(module, thread.call)
+        if thread.saw_inputs:
+            self._running[threading.get_ident()] = True
         kwargs = _by_name(module, args, kwargs)
         visual, encoded = None, {}
         looks = self.drops or not unsupported.is_transformed()
@@ -406,27 +422,34 @@ class Session:
 
     def _refuse_replaced_layers(self) -> None:
         """Refuses a decoder with layers that replaced others after the model was patched."""
-        if any(now is not then for now, then in zip(self.spec.anatomy.layers, self._attached_layers, strict=False)):
+        if tuple(map(id, self.spec.anatomy.layers)) != tuple(map(id, self._attached_layers)):
             raise UnsupportedModelError(
                 "a layer of the decoder was replaced after the model was patched; patch the model again"
             )
 
-    def _refuse_nested(self, module: nn.Module, running: dict[str, Any] | None) -> None:
-        """Refuses that a hook of the caller calls the model while a call of it is in progress in this thread."""
-        if running is not None and self.drops and is_running(module):
+    def _refuse_nested(self, module: nn.Module, running: object) -> None:
+        """Refuses that a hook of the caller calls the model while a call that drops tokens is in progress."""
+        if running is not None and self.thread.drops and is_running(module):
+            self.thread.refused = True
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called while a call of it is in progress, by a hook or a module of it; "
                 "its pruned tokens would be lost: call a copy of the model, or unpatch it first"
             )
 
     def _forget_dead_calls(self) -> None:
-        """Forgets calls that an interrupt ended: torch runs no hooks after a KeyboardInterrupt."""
+        """Forgets calls that an interrupt ended: torch runs no hooks after a KeyboardInterrupt.
+
+        Only calls that were seen on the stack before: a compiled forward is never seen there.
+        """
         thread, parts = self.thread, self.spec.anatomy
-        if thread.outer is not None and parts.model is not parts.composite and is_running(parts.model) is False:
+        outer = thread.outer is not None and parts.model is not parts.composite and is_running(parts.model)
+        inputs = thread.inputs is not None and is_running(parts.composite)
+        if outer is False and thread.saw_outer:
             thread.outer, thread.finished, thread.balanced, thread.records = None, None, None, {}
-        if thread.inputs is not None and is_running(parts.composite) is False:
+        if inputs is False and thread.saw_inputs:
             self.end_call()
             thread.inputs, thread.records = None, {}
+        thread.saw_outer, thread.saw_inputs = bool(outer), bool(inputs)
 
     def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
         """Visual tokens of a call whose features the caller merged into `inputs_embeds`.
@@ -502,9 +525,16 @@ class Session:
             VTPruneError: A call of this thread is in progress, or one of another does not end.
         """
         composite, here, start = self.spec.anatomy.composite, threading.get_ident(), time.monotonic()
+
+        def runs(thread: int, was_seen: bool) -> bool:
+            """Whether a call is in progress in another thread; taken for granted where it cannot be seen."""
+            if thread == here or thread not in sys._current_frames():
+                return False
+            return not was_seen or is_running(composite, thread) is not False
+
         if here in self._running and is_running(composite):
             raise VTPruneError("the patch cannot be removed inside a call of the model; remove it after the call")
-        while any(is_running(composite, thread) for thread in self._running - {here}):
+        while any(runs(*item) for item in list(self._running.items())):
             if time.monotonic() - start > _LONGEST_CALL:
                 raise VTPruneError(
                     f"the patch cannot be removed: a call of the model in another thread has not ended for "
