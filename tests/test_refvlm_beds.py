@@ -103,7 +103,7 @@ def test_pictures_and_clips_stand_between_marks(processor):
     assert inputs["mm_token_type_ids"].sum() == 2 * 4 * 36
     with pytest.raises(ValueError, match="7 frames; expected an even number"):
         processor(videos=list(clip.frames)[:7], text="<video> what moves? answer:")
-    with pytest.raises(ValueError, match="1 <video> in the text, but 0 clips"):
+    with pytest.raises(ValueError, match="found 1 <video> in the text and 0 clips"):
         processor(text="<video> what moves? answer:")
 
 

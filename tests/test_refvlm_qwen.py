@@ -54,7 +54,7 @@ def test_a_picture_keeps_its_shape(loaded):
 
 def test_pictures_and_their_words_are_equally_many(loaded):
     _, processor = loaded
-    with pytest.raises(ValueError, match="2 <image> in the text, but 1 pictures"):
+    with pytest.raises(ValueError, match="found 2 <image> in the text and 1 pictures"):
         asked(processor, [refvlm.scenes.scene(3).image])
 
 
