@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -100,6 +102,12 @@ class Override:
             setattr(self.module, self.name, self.before)
 
 
+@functools.lru_cache(maxsize=256)
+def _code_of(function: Callable) -> CodeType:
+    """The code that runs on a call of a function, behind decorators."""
+    return inspect.unwrap(function).__code__
+
+
 def is_running(module: nn.Module, thread: int | None = None) -> bool | None:
     """Whether the forward of a module's class is in progress in a thread; None if that cannot be seen.
 
@@ -109,7 +117,7 @@ def is_running(module: nn.Module, thread: int | None = None) -> bool | None:
     """
     if "forward" in vars(module) or (thread is None and (is_compiled() or called_by_compiled_code())):
         return None
-    code = inspect.unwrap(type(module).forward).__code__
+    code = _code_of(type(module).forward)
     frame = sys._getframe(1) if thread is None else sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is code:
