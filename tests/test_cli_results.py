@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,12 +69,15 @@ def test_results_of_other_weights_are_not_taken_up(run: Any, model: Path, capsys
         assert "weights_hash" in capsys.readouterr().err
 
 
-def test_other_pictures_and_questions_are_not_mixed_with_the_first(run: Any, capsys: Any) -> None:
+def test_other_pictures_and_questions_are_not_mixed_with_the_first(run: Any, capsys: Any, monkeypatch: Any) -> None:
     bench = ["bench", "--model", "embedded", "--methods", "uniform", "--rounds", "1", "--new-tokens", "1"]
     assert run(*bench, "--image", "0.png", *QUESTION, "--json", "b.json") == 0
     for other in (["--image", "1.png", *QUESTION], ["--image", "0.png", "--question", "how many things?"]):
         assert run(*bench, *other, "--json", "b.json") == 2
         assert "inputs_sha256" in capsys.readouterr().err
+    with open("1.png", "rb") as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file, isatty=lambda: False))
+        assert run(*bench, "--image", "-", *QUESTION, "--json", "s.json") == 0  # is read once
     pytest.importorskip("optuna")
     assert run(*TUNE, "--image", "0.png", *QUESTION) == 0
     capsys.readouterr()

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core import default_method, files, images
+from ..core import default_method, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED
 from .arguments import add_device, count, quiet, share, words
+from .fidelity import content_of
 from .output import Output, add_json
 from .parser import description
 
@@ -116,14 +117,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.plot:
         output.claim_chart(args.plot)
     chosen = variants(args.methods, _budgets(args))
-    model, make_prompt, name = _model(args)
+    picture = _picture(args)
+    model, make_prompt, name = _model(args, picture)
     bench = measure.Bench(model, make_prompt, chosen, args.new_tokens)
     settings = _settings(args, next(model.parameters()).device.type)
     own = make_prompt is not None and args.image
-    header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens or TEXT_TOKENS)
+    header = measure.header(bench, name, None if own or not _is_shape(args.model) else args.text_tokens)
     header |= {"clip": True} if args.clip else {}
     if not _is_shape(args.model):
-        header |= {"weights_hash": identity.weights_hash(model), "inputs_sha256": _digest(args)}
+        header |= {"weights_hash": identity.weights_hash(model), "inputs_sha256": _digest(args.question, picture)}
     out = output.file
     with progress.interruptible(out):
         data = measure.run(bench, settings, args.rounds, header, out, args.force)
@@ -139,12 +141,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def _digest(args: argparse.Namespace) -> str:
-    """Hash of the question, and of the pictures where they are given."""
-    found = hashlib.sha256(str(args.question).encode())
-    for name in images.picture_files(args.image) if args.image else ():
-        found.update(files.read_bytes(name, images.MAX_BYTES))
-    return found.hexdigest()
+def _picture(args: argparse.Namespace) -> Any:
+    """The user's own picture, or the frames of a clip; None for drawn ones."""
+    from ..study.resize import Frames
+
+    if not args.image:
+        return None
+    return Frames(images.pictures(args.image)) if args.clip else images.picture(args.image)
+
+
+def _digest(question: str | None, picture: Any) -> str:
+    """Hash of a question, and of the picture or the frames if there are any."""
+    return hashlib.sha256(str(question).encode() + (b"" if picture is None else content_of(picture))).hexdigest()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,6 +162,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"{args.model} is an architecture without a processor; leave --image and --question out")
     if not _is_shape(args.model) and (args.attention or args.text_tokens):
         raise InputError(f"{args.model} has its own attention and prompts; leave --attention and --text-tokens out")
+    args.text_tokens = args.text_tokens or TEXT_TOKENS
     if args.clip and not (_is_shape(args.model) or args.image):
         raise InputError("--clip needs --image FOLDER, the frames of a clip, with a model that has a processor")
     if args.image and args.visual_tokens:
@@ -186,18 +195,14 @@ def _settings(args: argparse.Namespace, device: str) -> list[Setting]:
     return [Setting(batch, count) for count in counts for batch in args.batch or batches]
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
-    """The model, a function that returns its prompts, and its name."""
+def _model(args: argparse.Namespace, picture: Any) -> tuple[Any, Callable, str]:
+    """The model, a function that returns its prompts, of `picture` if there is one, and its name."""
     from ..refvlm import loading
 
     if not _is_shape(args.model):
         from ..bench.prompts import of_processor
-        from ..study.resize import Frames
 
         loading.is_local(args.model)
-        picture: Any = images.picture(args.image) if args.image and not args.clip else None
-        if args.clip:
-            picture = Frames(images.pictures(args.image))
         quiet()
         model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
         name = (
@@ -217,5 +222,4 @@ def _model(args: argparse.Namespace) -> tuple[Any, Callable, str]:
         layout = layouts.GridClip()
     quiet()
     model = shape.build(device, kind, args.attention or "sdpa")
-    text = args.text_tokens or TEXT_TOKENS
-    return model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, text), args.model
+    return model, lambda s: layouts.prompt(model, layout, s.batch, s.tokens, args.text_tokens), args.model
