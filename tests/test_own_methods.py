@@ -42,12 +42,8 @@ class Scored(ScoreMethod):
         return self.function(tokens)
 
 
-@dataclass
-class Chosen(Method):
+class Chosen(Scored):
     """Chooses by a function."""
-
-    function: Callable[[Tokens], Any]
-    layer: int = 1
 
     def choose(self, tokens: Tokens) -> Any:
         return self.function(tokens)

@@ -197,12 +197,13 @@ def _tune(args: argparse.Namespace) -> None:
 
     output = Output(args)
     _refuse_unused(args)
+    args.trials, args.seed = args.trials or TRIALS, args.seed or 0
+    args.min, args.max = args.min or LEAST, args.max or MOST
     path = output.claim(args.out, lambda found: args.resume)
     if args.pixels:
         return _calibrate_pixels(args, output, path)
     if args.auto:
         return _calibrate(args, output, path)
-    args.trials, args.seed = args.trials or TRIALS, args.seed or 0
     model, batches, _ = _batches(args)
 
     def log(search: Search, step: Callable[[str], None]) -> None:
@@ -249,7 +250,7 @@ def _calibrate_pixels(args: argparse.Namespace, output: Output, path: Path) -> N
     from ..core.pixel_auto import PixelAuto
 
     pictures = images.pictures(args.image)
-    auto = PixelAuto(args.mean_ratio, args.min or LEAST, args.max or MOST).fit(pictures)
+    auto = PixelAuto(args.mean_ratio, args.min, args.max).fit(pictures)
     kept = [auto.ratio(picture) for picture in pictures]
     config = {"ratio": {name: round(number, 6) for name, number in dataclasses.asdict(auto).items()}}
     files.write_text(path, json.dumps({"vtprune": config}) + "\n")
@@ -265,7 +266,7 @@ def _calibrate(args: argparse.Namespace, output: Output, path: Path) -> None:
     from ..study.auto import calibrate
 
     model, batches, _ = _batches(args)
-    auto, kept = calibrate(model, batches, args.mean_ratio, args.min or LEAST, args.max or MOST)
+    auto, kept = calibrate(model, batches, args.mean_ratio, args.min, args.max)
     mean = sum(kept) / len(kept)
     auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)
     output.say(

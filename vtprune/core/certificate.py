@@ -18,6 +18,7 @@ from ..models.identity import config_hash, files_hash, weights_hash
 from .energy import Auto
 from .files import MAX_RESULTS, FileError, check_schema, read_json, write_text
 from .method import Method
+from .options import from_json
 from .registry import get, make
 
 
@@ -99,14 +100,14 @@ class Certificate:
                 f"the certificate is for {self.method_repr}, whose options cannot be stored as JSON; pass the method "
                 "itself"
             )
-        return make(self.method, _as_options(self.options))
+        return make(self.method, from_json(self.options))
 
     def check_method(self, method: Method) -> None:
         """Raises `CertificateError` unless the method and its options are those of the certificate."""
         if repr(method) != self.method_repr:
             raise CertificateError(
                 f"the certificate is for the method {self.method_repr}; found {method!r}; certify "
-                "this method, or pass the other one"
+                "this method, or pass the certificate's"
             )
 
     def check_config(self, config: object) -> None:
@@ -197,11 +198,6 @@ def _schema(cls: type[Certificate]) -> dict[str, Any]:
     return {"type": "object", "required": needed, "properties": properties, "additionalProperties": False}
 
 
-def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as methods take them, from JSON values: lists become tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 def _options(method: Method) -> dict[str, Any] | None:
     """Options of a method as JSON values; None if one cannot be stored, or changes when it is read back."""
     if not dataclasses.is_dataclass(method):
@@ -209,6 +205,6 @@ def _options(method: Method) -> dict[str, Any] | None:
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
     try:
         back = json.loads(json.dumps(options))
-        return back if repr(get(method.name)(**_as_options(back))) == repr(method) else None
+        return back if repr(get(method.name)(**from_json(back))) == repr(method) else None
     except (TypeError, ValueError):
         return None

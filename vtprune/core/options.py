@@ -140,6 +140,11 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as methods take them, from JSON values: lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
     """Writes the named options of a method as JSON, together with the entries of `about`."""
     options = {"method": method.name} | {name: getattr(method, name) for name in names}
@@ -167,6 +172,6 @@ def load_options(
     try:
         data = read_json(path, schema)
         found = {name: data[name] for name in schemas}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}, **others)
+        return cls(**from_json(found), **others)
     except (FileError, MethodError) as error:
         raise MethodError(f"{path} holds no {source}: {error}") from error

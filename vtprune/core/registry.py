@@ -22,14 +22,17 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
         name: The published name in snake_case.
 
     Raises:
-        MethodError: The name is no name, another class is registered under it, or the class is not a `Method`.
+        MethodError: The name has other characters than letters, digits, `_`, `-` and `.`, another class is registered
+            under it, or the class is not a `Method`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise MethodError(f'register was given {shorten(name)}; expected a name, as in @register("my_method")')
 
     def add(cls: type[Method]) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise MethodError(f"{cls!r} is not a subclass of vtprune.methods.Method; derive it from one of them")
+            raise MethodError(
+                f"{cls!r} is not a subclass of vtprune.methods.Method; derive it from Method or ScoreMethod"
+            )
         taken = _METHODS.get(name)
         if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
             raise MethodError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import budget as budgets
+from ..core.lent import Lent
 from ..core.log import warn_once
 from ..core.method import Choice, Method, ScoreMethod, check_choice, name_of
 from ..core.tokens import Tokens
@@ -345,7 +346,7 @@ class DecoderCall(CallState):
         Raises:
             MethodError: It returned something else than a choice, or changed tensors that are not its own.
         """
-        lent, name = token_view.Lent(), name_of(call.use.method)
+        lent, name = Lent(), name_of(call.use.method)
         try:
             tokens = token_view.tokens(self, call, number, flat, snapshot, checks, lent)
             self.selects = True
@@ -355,11 +356,12 @@ class DecoderCall(CallState):
             raise
         finally:
             self.selects = False
-        changed = lent.changed()
-        if changed is not None:
+        try:
+            lent.check(name)
+        except MethodError:
             assert self.visual is not None
             self.visual.derived.clear()  # so that later calls of the layout get what they should
-            raise MethodError(f"{name} changed {changed} in place; expected it to change copies (.clone()) only")
+            raise
         check_choice(choice, tokens, name)
         _check_finite(call.use.method, choice, checks)
         return tokens, choice

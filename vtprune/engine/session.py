@@ -21,7 +21,7 @@ from ..core.log import warn_once
 from ..core.method import Tap
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
-from ..models.arguments import parameters
+from ..models.arguments import bind, parameters
 from ..models.encoder_outputs import Encoded
 from ..models.transformers_names import (
     ENCODER_OUTPUTS,
@@ -267,7 +267,10 @@ class Session:
         return call is not None and call.selects
 
     def _is_refused(self) -> bool:
-        """Whether the hook that runs now belongs to a refused call inside another; torch runs it nevertheless."""
+        """Whether the hook that runs now is that of a refused call inside another, which torch runs nevertheless.
+
+        The mark of the refusal is cleared, so that the hook of the call around it does its work.
+        """
         refused, self.thread.refused = self.thread.refused, False
         return refused or self._selects
 
@@ -277,7 +280,7 @@ class Session:
         self._forget_dead_calls()
         self._refuse_nested(module, thread.outer)
         thread.saw_outer, thread.drops = False, self.drops
-        kwargs = _by_name(module, args, kwargs)
+        kwargs = bind(module.forward, args, kwargs) if args else kwargs
         thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
         routes = self._routes or "output_router_logits" in kwargs
         if not (routes and self.drops and _requests_output("output_router_logits", kwargs, module)):
@@ -348,7 +351,7 @@ class Session:
         self._refuse_nested(module, thread.call)
         if thread.saw_inputs:
             self._running[threading.get_ident()] = True
-        kwargs = _by_name(module, args, kwargs)
+        kwargs = bind(module.forward, args, kwargs) if args else kwargs
         visual, encoded = None, {}
         looks = self.drops or not unsupported.is_transformed()
         if thread.inputs is not None and not requests.current(self).paused and looks:
@@ -591,11 +594,6 @@ class Session:
                 store.setdefault(tap.name, []).append(value)
 
         return record
-
-
-def _by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by name, also those that were given by position."""
-    return parameters(module.forward).bind(args, kwargs) if args else kwargs
 
 
 def _virtual_tokens(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.lent import Lent
 from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
@@ -129,22 +130,6 @@ def tokens(
         reader=read,
         **fields,
     )
-
-
-class Lent:
-    """Tensors that a method reads and must not change, with their versions when it got them."""
-
-    def __init__(self) -> None:
-        self._versions: list[tuple[str, Tensor, int]] = []
-
-    def add(self, name: str, value: Any) -> None:
-        """Adds a tensor, unless its changes are not counted, as in inference mode."""
-        if isinstance(value, Tensor) and not value.is_inference():
-            self._versions.append((name, value, value._version))
-
-    def changed(self) -> str | None:
-        """Name of a tensor that was changed in place, or None."""
-        return next((name for name, value, version in self._versions if value._version != version), None)
 
 
 def _own_index(visual: VisualTokens, method_call: MethodCall) -> Tensor:

@@ -92,7 +92,7 @@ def check(path: str | Path) -> None:
     if Path(path).suffix.lower() not in (".svg", ".png", ".pdf"):
         raise InputError(f"cannot draw a chart in {path}; expected a file name that ends in .svg, .png or .pdf")
     if not available():
-        raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib, or draw none")
+        raise VTPruneError("a chart needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def save(charts: Sequence[Chart], path: str | Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.options import Seed
+from ..core.ragged import seeded_scores
 from ..core.spread import spread, spread_grid
 from .method import Patches, TowerChoice, TowerMethod
 
@@ -27,11 +28,7 @@ class Random(TowerMethod):
     seed: Seed = 0
 
     def score(self, patches: Patches) -> Tensor:
-        draws = [
-            torch.rand(count, generator=torch.Generator().manual_seed(int(self.seed)), dtype=torch.float32)
-            for count in patches.unit_offsets.diff().tolist()
-        ]
-        return torch.cat(draws).to(patches.states.device)
+        return seeded_scores(patches.unit_offsets, self.seed).to(patches.states.device)
 
 
 @dataclass

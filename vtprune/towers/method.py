@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,12 +136,12 @@ class TowerMethod:
         check_options(self)
         if self.keep is None and not self.needs_budget:
             return
-        if fits(self.keep, int):
-            self.keep = int(self.keep)  # type: ignore[arg-type]
-        elif fits(self.keep, float):
-            self.keep = float(self.keep)  # type: ignore[arg-type]
-        keep = self.keep
-        if not (fits(keep, int) and keep >= 1 or isinstance(keep, float) and 0 < keep <= 1):  # type: ignore[operator]
+        keep: Any = self.keep
+        if fits(keep, int) and keep >= 1:
+            self.keep = int(keep)
+        elif fits(keep, float) and not fits(keep, int) and 0 < keep <= 1:
+            self.keep = float(keep)
+        else:
             raise BudgetError(
                 f"{type(self).__name__}: keep is {shorten(keep)}; expected a share of the patches in (0, 1] such as "
                 "0.35, or a number of merge groups per picture that is at least 1"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.lent import Lent
 from ..core.options import shorten
 from ..core.transfer import to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
@@ -261,14 +262,11 @@ class RunningTower:
     def _choose(self, patches: Patches) -> TowerChoice:
         """The method's choice; raises unless it has all patches, whole units, and as many as the budget."""
         assert self.method is not None
-        given = [("states", patches.states), ("before", patches.before)]
-        versions = [x if x is None or x.is_inference() else x._version for _, x in given]
-        choice, name = self.method.choose(patches), type(self.method).__name__
-        for (what, x), version in zip(given, versions, strict=True):
-            if isinstance(version, int) and x is not None and x._version != version:
-                raise MethodError(
-                    f"{name} changed patches.{what} in place; expected it to change copies only (.clone())"
-                )
+        lent, name = Lent(), type(self.method).__name__
+        lent.add("patches.states", patches.states)
+        lent.add("patches.before", patches.before)
+        choice = self.method.choose(patches)
+        lent.check(name)
         if not isinstance(choice, TowerChoice) or not isinstance(choice.keep, Tensor):
             raise MethodError(f"{name}.choose returned {shorten(choice)}; expected a vtprune.towers.TowerChoice")
         keep = choice.keep.cpu()
