@@ -122,7 +122,7 @@ def test_padding_goes_first_in_every_beam(model_and_batches: Any) -> None:
 
 def test_what_cannot_be_calibrated_is_refused(model_and_batches: Any) -> None:
     model, batches = model_and_batches
-    with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.MethodError, match="remove the patch"):
+    with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         calibration.fit(methods.Debiased(), model, batches)
     words = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with pytest.raises(vtprune.MethodError, match="no prompt has a visual token"):

@@ -19,7 +19,7 @@ from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.options import shorten
 from ..core.registry import resolve
-from ..errors import CertificateError, MethodError, VTPruneError
+from ..errors import CertificateError, InputError, MethodError, VTPruneError
 from ..methods import names as _names  # noqa: F401  registers the methods that come with the package
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
@@ -329,9 +329,9 @@ def find_patch(model: nn.Module) -> Patch | None:
 
 
 def refuse_patched(model: nn.Module, doing: str) -> None:
-    """Raises `VTPruneError` if a model is patched, which `doing` needs unpruned."""
+    """Raises `InputError` if a model is patched, which `doing` needs unpruned."""
     if find_patch(model) is not None:
-        raise VTPruneError(f"the model is patched; remove the patch before {doing}")
+        raise InputError(f"the model is patched; remove the patch before {doing}")
 
 
 def unpatch(model: nn.Module) -> None:

@@ -445,10 +445,8 @@ class Session:
         Only calls that were seen on the stack before: a compiled forward is never seen there.
         """
         thread, parts = self.thread, self.spec.anatomy
-        if thread.outer is None and thread.inputs is None:
-            return
-        outer = thread.outer is not None and parts.model is not parts.composite and is_running(parts.model)
-        inputs = thread.inputs is not None and is_running(parts.composite)
+        outer = None if thread.outer is None or parts.model is parts.composite else is_running(parts.model)
+        inputs = None if thread.inputs is None else is_running(parts.composite)
         if outer is False and thread.saw_outer:
             thread.outer, thread.finished, thread.balanced, thread.records = None, None, None, {}
         if inputs is False and thread.saw_inputs:

@@ -82,7 +82,8 @@ def collect(
         tuple: For every sample with visual tokens `[N]` scores, and `[N]` bool, False for padding.
 
     Raises:
-        MethodError: The model is patched, or no prompt has a visual token.
+        InputError: The model is patched.
+        MethodError: No prompt has a visual token.
     """
     refuse_patched(model, "collecting scores")
     collector = Collector(host, rule)
@@ -119,7 +120,8 @@ def fit(
         Curve: The fitted curve.
 
     Raises:
-        MethodError: The model is patched, no prompt has a picture, or there are too few scores for the form.
+        InputError: The model is patched.
+        MethodError: No prompt has a picture, or there are too few scores for the form.
     """
     scores, seen = collect(method.host, method.padding_rule, model, batches, sizes)
     return method.fit(scores, seen, form, path)
