@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -197,11 +196,10 @@ def _answer_share(samples: list[evaluate.Sample], last: vtprune.Pruning) -> Iter
 
 def header(questions: int, embedded: str = "llava") -> dict[str, Any]:
     """Conditions that must be equal for results to be comparable."""
-    weights = refvlm.MODELS[embedded] / "model.safetensors"
     return {
         "model": embedded,
         "questions": f"{questions:,} questions about held-out scenes",
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": refvlm.weights_sha256(embedded),
         "versions": progress.versions(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, float32",
     }

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,10 +119,7 @@ def main() -> None:
     data: dict[str, Any] = {
         "questions": args.questions,
         "pictures": args.pictures,
-        "weights_sha256": {
-            name: hashlib.sha256((refvlm.MODELS[name] / "model.safetensors").read_bytes()).hexdigest()
-            for name in args.models
-        },
+        "weights_sha256": {name: refvlm.weights_sha256(name) for name in args.models},
         "versions": progress.versions(),
     }
     with progress.script(args.out):

@@ -53,7 +53,7 @@ def measure(name: str, questions: int) -> list[dict[str, Any]]:
         for ratio in RATIOS:
             with vtprune.patch(model, ratio=ratio, method=method):
                 answers = evaluate.answer(model, processor, samples)
-            right = sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
+            right = sum(sample.answer == given for sample, given in zip(samples, answers, strict=True))
             rows.append({"model": name, "variant": variant, "ratio": ratio, "right": right, "total": len(samples)})
     return rows
 

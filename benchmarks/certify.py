@@ -18,7 +18,6 @@ evaluated on others, in two ways:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import math
 import os
@@ -34,7 +33,7 @@ from vtprune import refvlm
 from vtprune.refvlm import evaluate
 from vtprune.study import progress
 from vtprune.study.certify import CANDIDATES
-from vtprune.study.risk import exact_p_value, rejected
+from vtprune.study.risk import exact_p_value
 
 OUT = Path(__file__).resolve().parent / "results" / "certify.json"
 METHODS = ("resprune", "scope", "fastv")
@@ -58,7 +57,8 @@ def changed(name: str, method: str, pictures: int) -> np.ndarray:
 def certified(losses: np.ndarray, risk: float, confidence: float) -> int | None:
     """Index of the last candidate that losses `[candidates, n]` certify, or None."""
     n = losses.shape[1]
-    passed = rejected([exact_p_value(int(row.sum()), n, risk) for row in losses], 1 - confidence)
+    p_values = (exact_p_value(int(row.sum()), n, risk) for row in losses)
+    passed = len(list(itertools.takewhile(lambda p: p <= 1 - confidence, p_values)))
     return passed - 1 if passed else None
 
 
@@ -101,10 +101,7 @@ def measure(models: list[str], methods: list[str], pictures: int, out: Path | No
     data: dict[str, Any] = {
         "pictures": pictures,
         "candidates": list(CANDIDATES),
-        "weights_sha256": {
-            name: hashlib.sha256((refvlm.MODELS[name] / "model.safetensors").read_bytes()).hexdigest()
-            for name in models
-        },
+        "weights_sha256": {name: refvlm.weights_sha256(name) for name in models},
         "versions": progress.versions(),
         "machine": f"{os.cpu_count()} {platform.machine()} cores, float32",
     }

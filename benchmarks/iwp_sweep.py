@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,37 +33,24 @@ RATIOS = (0.1, 0.05)
 
 
 @lru_cache(maxsize=1)
-def prepared(questions: int, batch: int = 32) -> tuple[Any, Any, list[tuple[list[Any], Any]]]:
-    """Model, processor and processed batches of one question per development scene."""
+def prepared(questions: int) -> tuple[Any, Any, list[evaluate.Sample]]:
+    """Model, processor and one question per development scene."""
     torch.set_num_threads(1)
-    model, processor = refvlm.load()
     samples = []
     for i in range(questions):
         drawn = scenes.scene(FIRST_SEED + i)
         question = drawn.questions[i % len(drawn.questions)]
         samples.append(evaluate.Sample(drawn.image, question.text, question.answer, question.kind, question.patches))
-    batches = []
-    for start in range(0, questions, batch):
-        part = samples[start : start + batch]
-        text = [refvlm.prompt(sample.question) for sample in part]
-        inputs = processor(images=[sample.image for sample in part], text=text, return_tensors="pt", padding=True)
-        batches.append((part, inputs))
-    return model, processor, batches
+    return *refvlm.load(), samples
 
 
-@torch.no_grad()
 def right(options: dict[str, Any] | None, ratio: float, questions: int) -> int:
     """Number of right answers with IWP and `options`, or of the unpruned model."""
-    model, processor, batches = prepared(questions)
+    model, processor, samples = prepared(questions)
     patch = vtprune.patch(model, ratio=ratio, method=vtprune.methods.IWP(**options)) if options is not None else None
-    count = 0
-    for samples, inputs in batches:
-        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        answers = processor.batch_decode(tokens, skip_special_tokens=True)
-        count += sum(sample.answer == given.strip() for sample, given in zip(samples, answers, strict=True))
-    if patch is not None:
-        patch.remove()
-    return count
+    with patch or nullcontext():
+        answers = evaluate.answer(model, processor, samples)
+    return sum(sample.answer == given for sample, given in zip(samples, answers, strict=True))
 
 
 def row(options: dict[str, Any] | None, questions: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from vtprune import refvlm
 from vtprune.errors import VTPruneError
+from vtprune.refvlm.loading import EMBEDDED
 from vtprune.study import progress
 from vtprune.study.intervals import wilson
 
@@ -52,17 +53,10 @@ class Job:
     @property
     def model_args(self) -> str:
         budget = "" if self.method == "none" else f",ratio={RATIO}"
-        return f"pretrained={refvlm_name()},method={self.method}{budget}"
+        return f"pretrained={EMBEDDED},method={self.method}{budget}"
 
     def __str__(self) -> str:
         return self.method if self.processes == 1 else f"{self.method} in {self.processes} processes"
-
-
-def refvlm_name() -> str:
-    """The plug-in's name of the built-in model."""
-    from vtprune.refvlm.loading import EMBEDDED
-
-    return EMBEDDED
 
 
 def command(job: Job, tasks: Iterable[str], limit: int, batch: int, folder: str) -> list[str]:
@@ -188,7 +182,7 @@ def header(limit: int, batch: int) -> dict[str, Any]:
         "questions": f"the first {limit} of every task",
         "batch": batch,
         "ratio": RATIO,
-        "weights_sha256": hashlib.sha256((refvlm.WEIGHTS / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": refvlm.weights_sha256("llava"),
         "versions": {**progress.versions(), "lmms-eval": version("lmms-eval"), "accelerate": version("accelerate")},
     }
 

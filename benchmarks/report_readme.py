@@ -70,7 +70,7 @@ def methods(results: Path) -> str:
 
 def accuracy(results: Path) -> str:
     """Methods in rows, mean costs in columns, with the tokens left after the last cut."""
-    data = _read(results / "accuracy.json")
+    data = read(results / "accuracy.json")
     if data is None:
         return MISSING
     base = data["unpruned"]
@@ -129,7 +129,7 @@ def _table(
 
 def families(results: Path) -> str:
     """Which laws hold on which families."""
-    data = _read(results / "families.json")
+    data = read(results / "families.json")
     return MISSING if data is None else families_table(data)
 
 
@@ -152,8 +152,8 @@ def families_table(data: dict[str, Any]) -> str:
 
 def gains(results: Path) -> str:
     """Gains with a tenth of the tokens: processor time of a real decoder, time and answers of the built-in model."""
-    speed, fidelity = _read(results / "real-speed.json"), _read(results / "fidelity.json")
-    whole = _read(results / "towers-cpu.json")
+    speed, fidelity = read(results / "real-speed.json"), read(results / "fidelity.json")
+    whole = read(results / "towers-cpu.json")
     if speed is None or fidelity is None or whole is None:
         return MISSING
     measured = speed["rows_in_cpu_time"]
@@ -212,7 +212,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """Content of a result file; None without one."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

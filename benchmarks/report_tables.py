@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -57,8 +56,7 @@ def versions(data: dict[str, Any]) -> str:
 @lru_cache(maxsize=1)
 def _weights() -> dict[str, str]:
     """SHA-256 of the weights of each built-in model."""
-    files = {name: folder / "model.safetensors" for name, folder in refvlm.MODELS.items()}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    return {name: refvlm.weights_sha256(name) for name in refvlm.MODELS}
 
 
 def earlier_weights(data: dict[str, Any]) -> list[str]:

@@ -47,10 +47,10 @@ def cases(rows: int, picks: int, data: str) -> Iterator[tuple[str, int, bool, Ch
         keys, values = (features(rows, groups, size, data=data, seed=seed) * 0.5 for seed in (2, 3))
 
         def lazy(keys: Tensor = keys, values: Tensor = values) -> Tensor:
-            return mmr_lazy.choose(relevance, Duplication(keys, values), picks, *RULES, None)
+            return mmr_lazy.choose(relevance, Duplication(keys, values), picks, *RULES)
 
         def pairs(keys: Tensor = keys, values: Tensor = values) -> Tensor:
-            return mmr_gram.choose(relevance, Duplication(keys, values), picks, *RULES, None)
+            return mmr_gram.choose(relevance, Duplication(keys, values), picks, *RULES)
 
         width = 2 * groups * size
         yield "progressive_mmr", width, _small.is_small(rows, width, picks), lazy, pairs

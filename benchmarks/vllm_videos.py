@@ -13,7 +13,6 @@ and right answers, and CPU time of a request (from frames to the last token) rel
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import platform
@@ -196,7 +195,7 @@ def main() -> None:
         "clips": args.clips,
         "visual_tokens": STEPS * math.prod(GRID),
         "share": SHARE,
-        "weights_sha256": hashlib.sha256((refvlm.MODELS["qwen2_5_vl"] / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": refvlm.weights_sha256("qwen2_5_vl"),
         "versions": {**progress.versions(), **serving.vllm_version()},
         "machine": f"{os.cpu_count()} {platform.machine()} cores, one thread, float32",
         "load": progress.load_average(),

@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an untrained model of the built-in architecture, saved with save_pretrained."""
-    from vtprune.refvlm import model
+    from tools.refvlm import model
 
     place = tmp_path_factory.mktemp("models") / "tiny"
     model.build(0).save_pretrained(place)

@@ -4,20 +4,15 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from pathlib import Path
 
+import arguments
 import pytest
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-import arguments  # noqa: E402
-from arguments import Subject  # noqa: E402
-from families import FAMILIES, IMAGE, TEXT  # noqa: E402
-from reference import Drops  # noqa: E402
-from support import ONE, model_of, reference  # noqa: E402
-from transformers import GenerationConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from arguments import Subject
+from families import FAMILIES, IMAGE, TEXT
+from reference import Drops
+from support import ONE, model_of, reference
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)

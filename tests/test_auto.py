@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, Video
+from support import MIXED, ONE, model_of, pruned
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, Video  # noqa: E402
-from support import MIXED, ONE, model_of, pruned  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods  # noqa: E402
-from vtprune.core.budget import Budget  # noqa: E402
-from vtprune.core.energy import bounds, count_for_energy, energy_left  # noqa: E402
-from vtprune.errors import BudgetError, VTPruneError  # noqa: E402
+import vtprune
+from vtprune import methods
+from vtprune.core.budget import Budget
+from vtprune.core.energy import bounds, count_for_energy, energy_left
+from vtprune.errors import BudgetError, VTPruneError
 
 
 def mixture(directions: int, rows: int = 30, seed: int = 0) -> torch.Tensor:

@@ -4,25 +4,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from PIL import Image
+from support import MIXED, model_of
+from test_cli import _refused, _run, photo  # noqa: F401
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES  # noqa: E402
-from support import MIXED, model_of  # noqa: E402
-from test_cli import _refused, _run, photo  # noqa: E402, F401
-
-import vtprune  # noqa: E402
-from vtprune import refvlm  # noqa: E402
-from vtprune.core.energy import count_for_energy  # noqa: E402
-from vtprune.errors import BudgetError, VTPruneError  # noqa: E402
-from vtprune.integrations.vllm.settings import parse  # noqa: E402
-from vtprune.study.auto import calibrate, shares  # noqa: E402
+import vtprune
+from vtprune import refvlm
+from vtprune.core.energy import count_for_energy
+from vtprune.errors import BudgetError, VTPruneError
+from vtprune.integrations.vllm.settings import parse
+from vtprune.study.auto import calibrate, shares
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from families import FAMILIES, IMAGE, LAYERS, Image
+from support import ONE, Middle, model_of, patched, pruned
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, IMAGE, LAYERS, Image  # noqa: E402
-from support import ONE, Middle, model_of, patched, pruned  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods  # noqa: E402
-from vtprune.methods import Stage  # noqa: E402
+import vtprune
+from vtprune import methods
+from vtprune.methods import Stage
 
 FEW = ("llava", "llava_next", "qwen2_5_vl", "internvl", "smolvlm")
 PAIR = [[3, Image(0), 5], [2, Image(0), 3]]

@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 import io
-import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from families import FAMILIES, Image  # noqa: E402
-
-import vtprune  # noqa: E402
-from benchmarks import latency, peers  # noqa: E402
-from vtprune.bench import layouts, limit, measure, shapes, summary, variants  # noqa: E402
-from vtprune.core import registry  # noqa: E402
-from vtprune.core.budget import Budget  # noqa: E402
-from vtprune.engine.patching import find_patch  # noqa: E402
-from vtprune.study import stopwatch  # noqa: E402
+import vtprune
+from benchmarks import latency, peers
+from vtprune.bench import layouts, limit, measure, shapes, summary, variants
+from vtprune.core import registry
+from vtprune.core.budget import Budget
+from vtprune.engine.patching import find_patch
+from vtprune.study import stopwatch
 
 LAYOUTS = {
     "llava": layouts.Fixed(),
@@ -319,28 +313,6 @@ def test_what_a_method_cannot_do_is_a_row_with_the_reason(tiny: Any, monkeypatch
     assert runs["random ratio=0.5"]["refused"] == "not on this model"
     assert runs["unpruned"]["token"] is None  # no token after the first
     assert find_patch(tiny) is None
-
-
-def test_it_goes_on_where_it_was_interrupted(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real, begun = tmp_path / "latency.json", measure.Bench.round, []
-
-    def interrupted(self: measure.Bench, prompt: measure.Prompt) -> Any:
-        begun.append(prompt)
-        if len(begun) == 2:
-            raise KeyboardInterrupt
-        return real(self, prompt)
-
-    bench = bench_of(tiny, ["uniform"], new_tokens=1)
-    head, settings = measure.header(bench, "tiny", 6), [measure.Setting(1, 144)]
-    monkeypatch.setattr(measure.Bench, "round", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        measure.run(bench, settings, 2, head, out, warm_up=0)
-    (done,) = json.loads(out.read_text())["settings"]["batch 1, 144 visual tokens"]["rounds"]
-    data = measure.run(bench, settings, 2, head, out, warm_up=0)
-    rounds = data["settings"]["batch 1, 144 visual tokens"]["rounds"]
-    assert len(begun) == 3 and rounds[0] == done and len(rounds) == 2
-    measure.run(bench, settings, 2, head, out, warm_up=0)
-    assert len(begun) == 3  # nothing is left to do
 
 
 def test_targets_are_judged(result: dict[str, Any]) -> None:

@@ -3,31 +3,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 import vtprune
-from benchmarks import report_sections
+from benchmarks import accuracy, families, iwp_sweep, report_sections, versions
 from vtprune import refvlm
 from vtprune.refvlm import evaluate
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _script(path: str):
-    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_accuracy_counts_right_answers_and_kept_tokens():
     jobs = [(name, {"ratio": ratio}) for name in ("uniform", "fastv", "oracle") for ratio in (0.5, 0.1)]
-    data = _script("benchmarks/accuracy.py").measure([(None, {}), *jobs, ("fastv", {"mean_ratio": 0.2})], 10, batch=4)
+    data = accuracy.measure([(None, {}), *jobs, ("fastv", {"mean_ratio": 0.2})], 10, batch=4)
     by = {(row["method"], row.get("ratio")): row for row in data["rows"]}
     assert [by[name, ratio]["kept"] for name in ("uniform", "fastv") for ratio in (0.5, 0.1)] == [72, 14, 72, 14]
     assert by["uniform", 0.1]["mean_tokens"] == 14
@@ -54,7 +42,6 @@ def test_accuracy_counts_right_answers_and_kept_tokens():
 
 
 def test_accuracy_of_smaller_pictures_and_of_methods_at_their_tokens():
-    accuracy = _script("benchmarks/accuracy.py")
     jobs = [(None, {}), ("resize", {"ratio": 0.5}), ("resize", {"ratio": 0.1}), ("uniform", {"ratio": 0.1})]
     data = accuracy.measure(jobs, 4, batch=2, embedded="qwen2_5_vl")
     tenth, half, uniform = data["rows"]
@@ -76,7 +63,7 @@ def accuracy_row(text: str, method: str) -> str:
 
 
 def test_accuracy_goes_on_where_it_stopped(tmp_path):
-    accuracy, out = _script("benchmarks/accuracy.py"), tmp_path / "accuracy.json"
+    out = tmp_path / "accuracy.json"
     jobs = [(None, {}), ("uniform", {"ratio": 0.1})]
     first = accuracy.measure(jobs, 4, batch=4, out=out)
     seen = []
@@ -90,36 +77,16 @@ def test_accuracy_goes_on_where_it_stopped(tmp_path):
     assert len(accuracy.measure(jobs, 4, batch=4, out=out, force=True)["rows"]) == 1
 
 
-def test_the_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    sweep, out = _script("benchmarks/iwp_sweep.py"), tmp_path / "sweep.json"
-    settings = [{"layer": 1, "duplication": d} for d in (0.0, 0.5)]
-    asked = []
-
-    def right(options, ratio, questions):
-        if len(asked) == 3:
-            asked.append(None)
-            raise KeyboardInterrupt
-        asked.append((options, ratio))
-        return 3
-
-    monkeypatch.setattr(sweep, "right", right)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(settings, 4, 1, out, force=False)
-    kept = json.loads(out.read_text())
-    assert kept["unpruned"] == 3 and [row["duplication"] for row in kept["rows"]] == [0.0]
-    data = sweep.sweep(settings, 4, 1, out, force=False)
-    assert [row["duplication"] for row in data["rows"]] == [0.0, 0.5]
-    assert len(asked) == 6  # the unpruned model, two rows at two ratios, and the interrupt
+def test_a_sweep_is_sorted_and_one_of_other_questions_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(iwp_sweep, "right", lambda options, ratio, questions: 3)
+    settings = [{"layer": 1, "duplication": d} for d in (0.5, 0.0)]
+    data = iwp_sweep.sweep(settings, 4, 1, tmp_path / "sweep.json", force=False)
+    assert [(row["duplication"], row["right"]) for row in data["rows"]] == [(0.0, [3, 3]), (0.5, [3, 3])]
     with pytest.raises(vtprune.VTPruneError, match="questions is"):
-        sweep.sweep(settings, 5, 1, out, force=False)
+        iwp_sweep.sweep([], 5, 1, tmp_path / "sweep.json", force=False)
 
 
-@pytest.fixture
-def collect():
-    return _script("benchmarks/families.py").collect
-
-
-def test_a_law_holds_where_tests_ran_and_none_failed(collect):
+def test_a_law_holds_where_tests_ran_and_none_failed():
     cases = [
         ("tests.laws.test_1_identity", "test_identity[llava-iwp]", "passed"),
         ("tests.laws.test_1_identity", "test_identity[llava-dart]", "skipped"),
@@ -130,7 +97,7 @@ def test_a_law_holds_where_tests_ran_and_none_failed(collect):
         ("tests.laws.test_9_never_silent", "test_names", "failed"),
         ("tests.test_cli", "test_run[llava]", "failed"),
     ]
-    assert collect(cases, ["llava", "llava_next"]) == [
+    assert families.collect(cases, ["llava", "llava_next"]) == [
         {"model_type": "llava", "laws": {"identity": True}, "tests": {"passed": 1, "skipped": 2}},
         {
             "model_type": "llava_next",
@@ -146,7 +113,7 @@ def test_outcomes_are_read_from_a_junit_file(tmp_path):
         '<testcase classname="m" name="b"><failure/></testcase><testcase classname="m" name="c"><error/></testcase>'
         '<testcase classname="m" name="d"><skipped/></testcase></testsuite></testsuites>'
     )
-    read = _script("benchmarks/families.py").read_junit(tmp_path / "a.xml")
+    read = families.read_junit(tmp_path / "a.xml")
     assert read == [("m", "a", "passed"), ("m", "b", "failed"), ("m", "c", "failed"), ("m", "d", "skipped")]
 
 
@@ -158,8 +125,7 @@ def test_runs_of_the_suite_are_summed_up_by_version(tmp_path):
         '<testcase name="e"><skipped type="pytest.skip" message="transformers 5.17.0 fails, too: why"/></testcase>'
         "</testsuite></testsuites>"
     )
-    script = _script("benchmarks/versions.py")
-    found = script.summary(tmp_path / "a.xml")
+    found = versions.summary(tmp_path / "a.xml")
     assert found == {
         "passed": 1,
         "skipped": 2,
@@ -169,7 +135,7 @@ def test_runs_of_the_suite_are_summed_up_by_version(tmp_path):
         "old_versions": {"transformers 5.17.0 fails, too": 1, "transformers 5.17.0 mixes pictures": 1},
     }
     (tmp_path / "b.xml").write_text('<testsuite><testcase name="b"/><testcase name="c"/></testsuite>')
-    again = script.summary(tmp_path / "a.xml", tmp_path / "b.xml")
+    again = versions.summary(tmp_path / "a.xml", tmp_path / "b.xml")
     assert again == found | {"passed": 2, "failed": 0, "run_again": 1}
     data: dict = {}
     for transformers, torch, passed in (
@@ -178,6 +144,6 @@ def test_runs_of_the_suite_are_summed_up_by_version(tmp_path):
         ("5.23.0", "2.13", 3),
         ("5.3.0", "2.11", 4),
     ):
-        versions = {"transformers": transformers, "torch": torch}
-        data = script.recorded(data, {"versions": versions, "passed": passed})
+        run = {"versions": {"transformers": transformers, "torch": torch}, "passed": passed}
+        data = versions.recorded(data, run)
     assert [run["passed"] for run in data["runs"]] == [4, 1, 3]

@@ -5,23 +5,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from families import FAMILIES, IMAGE, Image
+from reference import masked
+from support import LAYOUTS, MIXED, ONE, model_of, pruned, reference, survivors
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, IMAGE, Image  # noqa: E402
-from reference import masked  # noqa: E402
-from support import LAYOUTS, MIXED, ONE, model_of, pruned, reference, survivors  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
 every_layout = pytest.mark.parametrize("layout", list(LAYOUTS))

@@ -7,19 +7,14 @@ transformers before 5.23 recomputes layers with their hooks, newer versions with
 from __future__ import annotations
 
 import gc
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, Image
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from families import FAMILIES, Image  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune.engine import checkpointing, deepstack  # noqa: E402
+import vtprune
+from vtprune.engine import checkpointing, deepstack
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 3]]
 

@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, LAYERS, Image, Video
+from support import model_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, LAYERS, Image, Video  # noqa: E402
-from support import model_of  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods, refvlm  # noqa: E402
-from vtprune.cli.main import main  # noqa: E402
-from vtprune.study import metrics  # noqa: E402
-from vtprune.study.compare import Row, common_ratio, compare  # noqa: E402
+import vtprune
+from vtprune import methods, refvlm
+from vtprune.cli.main import main
+from vtprune.study import metrics
+from vtprune.study.compare import Row, common_ratio, compare
 
 PROMPTS = [[3, Image(0), 5], [2, Image(1), 4, Image(2), 7]]
 

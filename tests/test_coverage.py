@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import transformers
 from packaging.version import Version
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import vtprune
 from tests.coverage import build, checks, prompts, run, towers

@@ -15,8 +15,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
 import doc_blocks  # noqa: E402
 import doc_commands  # noqa: E402
 

@@ -3,19 +3,14 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, IMAGE
+from support import ONE, model_of, pruned
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, IMAGE  # noqa: E402
-from support import ONE, model_of, pruned  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 

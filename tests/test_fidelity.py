@@ -4,27 +4,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, LAYERS, Image
+from support import model_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, LAYERS, Image  # noqa: E402
-from support import model_of  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods, refvlm  # noqa: E402
-from vtprune.cli.main import main  # noqa: E402
-from vtprune.models import attention_probe  # noqa: E402
-from vtprune.refvlm import loading  # noqa: E402
-from vtprune.study import charts, fidelity, intervals, metrics  # noqa: E402
-from vtprune.study.fidelity import Prompt, Variant, measure_prompt, summarize, with_resizing  # noqa: E402
-from vtprune.study.resize import shrinking  # noqa: E402
+import vtprune
+from vtprune import methods, refvlm
+from vtprune.cli.main import main
+from vtprune.models import attention_probe
+from vtprune.refvlm import loading
+from vtprune.study import charts, fidelity, intervals, metrics
+from vtprune.study.fidelity import Prompt, Variant, measure_prompt, summarize, with_resizing
+from vtprune.study.resize import shrinking
 
 PROMPT = [[3, Image(0), 4]]
 ONCE = {"max_new_tokens": 3, "repeats": 1}

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from invented import batch, build
+from reference import Drops, masked
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from invented import batch, build  # noqa: E402
-from reference import Drops, masked  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 METHODS = ("random", "fastv", "divprune")
 

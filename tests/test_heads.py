@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import _QWEN_IDS, _QWEN_TEXT, _QWEN_TOWER, FAMILIES, IMAGE, Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import _QWEN_IDS, _QWEN_TEXT, _QWEN_TOWER, FAMILIES, IMAGE, Image  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 
 def widened(model: torch.nn.Module) -> Any:

@@ -7,13 +7,14 @@ module that the metadata names from a local folder, as that package does.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import build_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 _STAND_IN = """
@@ -45,11 +46,8 @@ print(vtprune_kernels.__file__)
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    spec = importlib.util.spec_from_file_location("build_kernel", ROOT / "scripts" / "build_kernel.py")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
     out = tmp_path_factory.mktemp("hub") / "kernel"
-    builder.build(out)
+    build_kernel.build(out)
     (out.parent / "kernels.py").write_text(_STAND_IN)
     return out
 

@@ -4,19 +4,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import vtprune  # noqa: E402
-from benchmarks import kinds  # noqa: E402
-from vtprune import refvlm  # noqa: E402
-from vtprune.refvlm import evaluate  # noqa: E402
-from vtprune.study import progress  # noqa: E402
+import vtprune
+from benchmarks import kinds
+from vtprune import refvlm
+from vtprune.refvlm import evaluate
+from vtprune.study import progress
 
 
 def test_rows_are_the_answers_by_kind_and_runs_go_on(tmp_path, monkeypatch):

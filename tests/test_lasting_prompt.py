@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-import vtprune  # noqa: E402
-from tests.coverage import checks, prompts, run  # noqa: E402
+import vtprune
+from tests.coverage import checks, prompts, run
 
 NAME = "unlimited_ocr"
 if NAME not in run.registered():

@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Image, Video
+from reference import Drops, masked
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "laws"), str(ROOT)]
-
-from families import FAMILIES, IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Image, Video  # noqa: E402
-from reference import Drops, masked  # noqa: E402
-
-import vtprune  # noqa: E402
-from tests.coverage import build  # noqa: E402
+import vtprune
+from tests.coverage import build
 
 
 @pytest.fixture(autouse=True)

@@ -32,22 +32,12 @@ class Trap:
         return Path.touch, (self.mark,)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vtprune.refvlm import model
-
-    place = tmp_path_factory.mktemp("models") / "tiny"
-    model.build(0).save_pretrained(place)
-    model.processor().save_pretrained(place)
-    return place
-
-
 @pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of a saved model that a test may modify."""
+def folder(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder of conftest.py that a test may modify."""
     place = tmp_path / "model"
     place.mkdir()
-    for file in saved.iterdir():
+    for file in folder.iterdir():
         (place / file.name).hardlink_to(file)
     return place
 

@@ -24,8 +24,6 @@ import pytest
 from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [entry for entry in (str(ROOT), str(ROOT / "kernels" / "torch-ext")) if entry not in sys.path]
-
 from benchmarks import kernel_cases  # noqa: E402
 from scripts import check_laws_can_fail  # noqa: E402
 from tools.refvlm import data as training_data  # noqa: E402

@@ -4,20 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
+from support import ONE, model_of, pruned
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES  # noqa: E402
-from support import ONE, model_of, pruned  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods  # noqa: E402
+import vtprune
+from vtprune import methods
 
 RENUMBERING = [n for n in methods.names() if "positions" in {f.name for f in dataclasses.fields(methods.get(n))}]
 # With one cut before the decoder, compact positions equal a prompt without the dropped tokens.

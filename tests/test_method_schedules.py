@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import IMAGE, TEXT, Family, Image, Pixels
 
-sys.path[:0] = [str(Path(__file__).parent)]
-
-from families import IMAGE, TEXT, Family, Image, Pixels  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods, refvlm  # noqa: E402
-from vtprune.core.budget import Budget, plan  # noqa: E402
-from vtprune.methods import FastV, Method, PyramidDrop, SparseVLM, TransPrune, VFlowOpt  # noqa: E402
-from vtprune.methods.sparsevlm.recycling import split_budget, with_clusters  # noqa: E402
+import vtprune
+from vtprune import methods, refvlm
+from vtprune.core.budget import Budget, plan
+from vtprune.methods import FastV, Method, PyramidDrop, SparseVLM, TransPrune, VFlowOpt
+from vtprune.methods.sparsevlm.recycling import split_budget, with_clusters
 
 N = 576
 

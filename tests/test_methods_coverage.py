@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES
+from support import ONE, model_of, pruned
 from test_methods_vision import GRIDS, tokens_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES  # noqa: E402
-from support import ONE, model_of, pruned  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods  # noqa: E402
-from vtprune.errors import MethodError  # noqa: E402
-from vtprune.methods.resprune import centered  # noqa: E402
-from vtprune.vision.attention import has_class_token  # noqa: E402
+import vtprune
+from vtprune import methods
+from vtprune.errors import MethodError
+from vtprune.methods.resprune import centered
+from vtprune.vision.attention import has_class_token
 
 PLAIN = {"scope": methods.Scope(alpha=0), "resprune": methods.ResPrune()}
 both = pytest.mark.parametrize("name", PLAIN)

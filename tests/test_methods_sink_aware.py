@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, Image, Video
+from support import model_of, pruned
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, Image, Video  # noqa: E402
-from support import model_of, pruned  # noqa: E402
-
-from vtprune import methods  # noqa: E402
-from vtprune.errors import MethodError  # noqa: E402
-from vtprune.methods.sink_aware import without_sinks  # noqa: E402
+from vtprune import methods
+from vtprune.errors import MethodError
+from vtprune.methods.sink_aware import without_sinks
 
 FRAMES, PLACES = 4, 9
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -14,17 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts import check_packaging as guard
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-guard = _load(ROOT / "scripts" / "check_packaging.py")
 
 
 def _listed() -> set[str]:

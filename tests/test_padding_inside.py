@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-import vtprune  # noqa: E402
-from tests.coverage import build, prompts, run  # noqa: E402
+import vtprune
+from tests.coverage import build, prompts, run
 
 
 @pytest.mark.parametrize("method", ["uniform", "divprune"])

@@ -144,12 +144,6 @@ def test_it_answers_easy_vqa(loaded):
     assert sum(given == sample.answer for given, sample in zip(answers, samples, strict=True)) >= 54
 
 
-def test_wilson():
-    low, high = evaluate.wilson(95, 100)
-    assert low == pytest.approx(0.8882, abs=1e-4) and high == pytest.approx(0.9785, abs=1e-4)
-    assert evaluate.wilson(0, 0) == (0.0, 1.0)
-
-
 def test_import_is_cheap():
     code = "import sys, vtprune.refvlm; sys.exit('transformers' in sys.modules or 'tools.refvlm.train' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -158,6 +152,6 @@ def test_import_is_cheap():
 def test_load_needs_no_training_code():
     code = (
         "import sys, vtprune.refvlm as r; r.load(); "
-        "sys.exit(any(f'vtprune.refvlm.{name}' in sys.modules for name in ('train', 'data', 'model')))"
+        "sys.exit(any(name.split('.')[0] == 'tools' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,15 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts import build_kernel, build_space, first_failure, release_notes, unpin
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_workflows_call_targets_and_scripts_that_exist():
@@ -41,7 +35,7 @@ def test_workflows_call_targets_and_scripts_that_exist():
 
 
 def test_all_places_agree_on_the_version():
-    assert _load("release_notes").problems(None) == []
+    assert release_notes.problems(None) == []
 
 
 def test_a_tag_of_another_version_is_refused(tmp_path):
@@ -52,22 +46,20 @@ def test_a_tag_of_another_version_is_refused(tmp_path):
 
 
 def test_pins_are_taken_out_and_bounds_and_markers_stay():
-    unpin = _load("unpin").unpin
     text = (
         "# a==1 comment\n-c torch.txt\nnumpy==2.4.6\nfilelock==3.29.0,<4.3\nfastapi[standard]==0.1\n"
         'triton==3.7.1; sys_platform == "linux"\n'
     )
     wanted = '# a==1 comment\n-c torch.txt\nnumpy\nfilelock<4.3\nfastapi[standard]\ntriton; sys_platform == "linux"\n'
-    assert unpin(text) == wanted
+    assert unpin.unpin(text) == wanted
     for path in (ROOT / "requirements").glob("*.txt"):
-        lines = [line for line in unpin(path.read_text()).splitlines() if not line.startswith("#")]
+        lines = [line for line in unpin.unpin(path.read_text()).splitlines() if not line.startswith("#")]
         assert not [line for line in lines if "==" in line.split(";")[0]]
 
 
 def test_bounds_of_a_package_are_constraints():
-    bounds = _load("unpin").bounds
     asked = ["a[x]<2", "torch==1.2+cpu", "torchvision", 'b>1; extra == "z"', 'c==3; python_version < "4"']
-    assert bounds(asked) == ["a<2", "torch==1.2", 'c==3 ; python_version < "4"']
+    assert unpin.bounds(asked) == ["a<2", "torch==1.2", 'c==3 ; python_version < "4"']
 
 
 @pytest.mark.parametrize(
@@ -84,7 +76,7 @@ def test_bounds_of_a_package_are_constraints():
     ],
 )
 def test_the_first_failure_of_a_log_is_found(log, shown):
-    text = _load("first_failure").excerpt(log) or "the log is empty"
+    text = first_failure.excerpt(log) or "the log is empty"
     assert shown in text and len(text.splitlines()) < 50
 
 
@@ -107,7 +99,7 @@ def test_a_broken_night_becomes_one_issue(tmp_path, number, command):
 
 
 def test_the_kernel_is_laid_out_as_the_hub_has_it(tmp_path):
-    builds = _load("build_kernel").build(tmp_path / "kernel")
+    builds = build_kernel.build(tmp_path / "kernel")
     assert [path.name for path in builds] == ["torch-cpu", "torch-cuda", "torch-rocm", "torch-xpu"]
     sources = ROOT / "kernels" / "torch-ext" / "vtprune_kernels"
     for path in builds:
@@ -118,7 +110,7 @@ def test_the_kernel_is_laid_out_as_the_hub_has_it(tmp_path):
 def test_the_space_asks_for_the_wheel_beside_it(tmp_path):
     wheel = tmp_path / "vtprune-0.1.0-py3-none-any.whl"
     wheel.write_bytes(b"")
-    _load("build_space").build(wheel, tmp_path / "space")
+    build_space.build(wheel, tmp_path / "space")
     assert f"./{wheel.name}" in (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert (tmp_path / "space" / "app.py").is_file() and (tmp_path / "space" / wheel.name).is_file()
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
 from benchmarks import report, report_measured, report_sections, report_tables  # noqa: E402
 from vtprune.study import charts  # noqa: E402
 

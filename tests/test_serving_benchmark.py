@@ -5,18 +5,13 @@ from __future__ import annotations
 
 import http.server
 import json
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from benchmarks import report, serving, serving_load, serving_table, vllm_server  # noqa: E402
-from vtprune.study import progress  # noqa: E402
+from benchmarks import report, serving, serving_load, serving_table, vllm_server
+from vtprune.study import progress
 
 METRICS = """# HELP vllm:kv_cache_usage_perc KV-cache usage.
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from tests.supported import rows, table  # noqa: E402
 
 COMMITTED = json.loads((ROOT / "docs" / table.FILE).read_text())

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, IMAGE, Image
 from transformers import Trainer, TrainingArguments
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, IMAGE, Image  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 
 class Samples(torch.utils.data.Dataset):

@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES, Image
+from support import model_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, Image  # noqa: E402
-from support import model_of  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune.core.transfer import DeferredChecks, to_device  # noqa: E402
+import vtprune
+from vtprune.core.transfer import DeferredChecks, to_device
 
 PAIR = [[3, Image(0), 5], [2, Image(0), 3]]
 

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, Image
+from support import model_of
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, Image  # noqa: E402
-from support import model_of  # noqa: E402
-
-import vtprune  # noqa: E402
-from vtprune import methods, refvlm  # noqa: E402
-from vtprune.cli.main import main  # noqa: E402
-from vtprune.core.budget import mean_share  # noqa: E402
-from vtprune.methods import VFlowOpt  # noqa: E402
-from vtprune.study import metrics, tune  # noqa: E402
+import vtprune
+from vtprune import methods, refvlm
+from vtprune.cli.main import main
+from vtprune.core.budget import mean_share
+from vtprune.methods import VFlowOpt
+from vtprune.study import metrics, tune
 
 BATCHES = [[[3, Image(0), 5], [6, Image(1), 2]], [[4, Image(0), 3]]]
 

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, IMAGE, Image
+from support import ONE, model_of
 from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "laws")]
-
-from families import FAMILIES, IMAGE, Image  # noqa: E402
-from support import ONE, model_of  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 
 class ValueHead(nn.Module):

@@ -4,28 +4,19 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import equal_cost as comparisons
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-MISSING = "*Not yet measured.*"
-
-
-def table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [heading, tuple("---" for _ in heading), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+from benchmarks.report_readme import MISSING, RESULTS, ROOT, read
+from benchmarks.report_tables import table
 
 
 def front(results: Path = RESULTS) -> str:
     """The Pareto front of budgets and methods in cost and accuracy."""
-    data = _read(results / "accuracy.json")
+    data = read(results / "accuracy.json")
     if data is None:
         return MISSING
     best, rows = -1, []
@@ -46,7 +37,7 @@ def front(results: Path = RESULTS) -> str:
 
 def floor(results: Path = RESULTS) -> str:
     """The smallest `ratio` of each method at which, and above which, the loss stays within a bound."""
-    data = _read(results / "accuracy.json")
+    data = read(results / "accuracy.json")
     if data is None:
         return MISSING
     whole = data["unpruned"]["right"] / data["unpruned"]["total"]
@@ -72,7 +63,7 @@ def floor(results: Path = RESULTS) -> str:
 
 def kinds(results: Path = RESULTS) -> str:
     """Right answers by kind of question, with and without pruning."""
-    data = _read(results / "kinds.json")
+    data = read(results / "kinds.json")
     if data is None:
         return MISSING
     whole = next(row for row in data["rows"] if "method" not in row)["kinds"]
@@ -91,7 +82,7 @@ def kinds(results: Path = RESULTS) -> str:
 
 def laws(results: Path = RESULTS) -> str:
     """The test file of every law, and the number of families on which it held in the last full run."""
-    data = _read(results / "families.json") or {"rows": []}
+    data = read(results / "families.json") or {"rows": []}
     lines = []
     for path in sorted((ROOT / "tests" / "laws").glob("test_*.py"), key=lambda path: int(path.stem.split("_")[1])):
         number, name = path.stem.split("_", 2)[1:]
@@ -117,7 +108,7 @@ def methods(names: list[str] | None = None) -> str:
 
 def of_method(name: str, results: Path = RESULTS) -> str:
     """Accuracy of one method at every budget, with the unpruned model and random selection for comparison."""
-    data = _read(results / "accuracy.json")
+    data = read(results / "accuracy.json")
     rows = [row for row in data["rows"] if row["method"] == name] if data else []
     if data is None or not rows:
         return MISSING
@@ -136,7 +127,7 @@ def of_method(name: str, results: Path = RESULTS) -> str:
 
 def needles(results: Path = RESULTS) -> str:
     """Right answers in the needle test of a real decoder, at equal mean costs."""
-    data = _read(results / "needle.json")
+    data = read(results / "needle.json")
     if data is None:
         return MISSING
     places = min((name for name in data if name.isdigit()), key=int)
@@ -195,7 +186,7 @@ def equal_cost(results: Path = RESULTS) -> str:
 
 def clips(results: Path = RESULTS) -> str:
     """Effect of pruning clips, compared with fewer and smaller frames: one table per budget."""
-    data = _read(results / "video.json")
+    data = read(results / "video.json")
     if data is None or not data["rows"]:
         return MISSING
     rows, out = data["rows"], [f"{data['questions']}; {data['tokens']:,} visual tokens unpruned. {_versions(data)}"]
@@ -243,7 +234,7 @@ def clips(results: Path = RESULTS) -> str:
 
 def clips_time(results: Path = RESULTS) -> str:
     """Methods compared with fewer or smaller frames that took no more time; one table per kind of clip."""
-    data = _read(results / "video.json")
+    data = read(results / "video.json")
     if data is None or not data.get("equal_time"):
         return MISSING
     out = []
@@ -273,7 +264,7 @@ def clips_time(results: Path = RESULTS) -> str:
 
 def curvature(results: Path = RESULTS) -> str:
     """V-CAST's frame weights at a scene cut, at a turn of the camera and in still scenes."""
-    data = _read(results / "video.json")
+    data = read(results / "video.json")
     if data is None or not data.get("curvature"):
         return MISSING
     rows = []
@@ -296,10 +287,6 @@ FILLS: dict[str, Callable[[], str]] = {
     "clips_time": clips_time,
     "curvature": curvature,
 }
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -9,10 +9,7 @@ import torch
 from vtprune.core.ragged import rank_in_group
 from vtprune.methods.dart import duplication_aware, key_size
 
-
-def close(x: torch.Tensor, y: np.ndarray) -> None:
-    """Scores: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+from .golden_files import cases, close
 
 
 def largest(values: torch.Tensor, count: int) -> list[int]:
@@ -21,10 +18,7 @@ def largest(values: torch.Tensor, count: int) -> list[int]:
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         start, count = int(case["image_start"]), int(case["num_image_tokens"])
         end = start + count
         size = key_size(torch.from_numpy(case["keys"]).transpose(0, 1))  # [S]

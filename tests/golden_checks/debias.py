@@ -10,6 +10,8 @@ from vtprune.core.ragged import rank_in_group, top_k
 from vtprune.methods.debiased.padding import PaddingRule
 from vtprune.methods.debiased.position_curve import Curve
 
+from .golden_files import cases, close
+
 RULES = {
     "fastv": PaddingRule("area", 0.5),
     "fastvbefore": PaddingRule("integer"),
@@ -18,16 +20,8 @@ RULES = {
 }
 
 
-def close(x: torch.Tensor, y: np.ndarray) -> None:
-    """Scores: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
-
-
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for group, case in cases(data):
         rule = RULES[max((host for host in RULES if group.startswith(host)), key=len)]
         width, height = case["image_size"].tolist()
         mask = rule.grid(height, width, len(case["pad_mask"]))

@@ -7,7 +7,7 @@ import numpy as np
 
 from vtprune.methods.evs import EVS, dissimilarity
 
-from .clip_data import cases, clip_of, close, same_kept
+from .golden_files import cases, clip_of, close, same_kept
 
 
 def check(data: dict[str, np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from vtprune.core.clips import cut_segments
 from vtprune.core.density_peaks import log_peak_scores, pairwise_distances
 from vtprune.methods.fastvid import FastVID, FramePlan, anchor_counts
 
-from .clip_data import cases, clip_of, close, merged_close, same_kept
+from .golden_files import cases, clip_of, close, merged_close, same_kept
 
 
 def check(data: dict[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import torch
 from vtprune.core.clips import cut_segments
 from vtprune.methods.flashvid import FlashVID
 
-from .clip_data import cases, clip_of, merged_close, same_kept
+from .golden_files import cases, clip_of, merged_close, same_kept
 
 
 def check(data: dict[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import torch
 from vtprune.core.ragged import top_k
 from vtprune.methods.holitom import HoliTom, fold, next_similarity, split
 
-from .clip_data import cases, clip_of, close, merged_close
+from .golden_files import cases, clip_of, close, merged_close
 
 
 def check_clip(case: dict[str, np.ndarray]) -> None:

@@ -13,16 +13,13 @@ from vtprune.towers import Change
 from vtprune.towers.change import change, nearest_kept
 from vtprune.towers.cut import TowerCut
 
+from .golden_files import cases, merged_close
+
 Case = dict[str, np.ndarray]
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    cases = {
-        group: {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
-        for group in sorted({name.split("_")[0] for name in data})
-    }
-    assert cases
-    for group, case in cases.items():
+    for group, case in cases(data):
         if group == "core":
             _check_core(case)
         elif case["embeddings"].ndim == 2:
@@ -31,12 +28,8 @@ def check(data: dict[str, np.ndarray]) -> None:
             _check_tiles(case)
 
 
-def _close(got: Tensor, want: np.ndarray) -> None:
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5)
-
-
 def _check_choice(case: Case, before: Tensor, at_cut: Tensor, keep: Tensor) -> None:
-    _close(change(before, at_cut), case["scores"].reshape(-1))
+    merged_close(change(before, at_cut), case["scores"].reshape(-1))
     dropped, sources = nearest_kept(at_cut, keep, torch.tensor([0, len(keep)]), int(case["neighbours_k"]))
     np.testing.assert_array_equal(dropped, (~keep).nonzero()[:, 0])
     np.testing.assert_array_equal(sources.sort(1).values, case["neighbours"].reshape(len(dropped), -1))
@@ -52,7 +45,7 @@ def _check_core(case: Case) -> None:
     keep = torch.zeros(len(before), dtype=torch.bool)
     keep[torch.from_numpy(case["kept"])] = True
     _check_choice(case, before, at_cut, keep)
-    _close(out, case["rebuilt"])
+    merged_close(out, case["rebuilt"])
 
 
 def _check_packed(case: Case) -> None:
@@ -73,11 +66,11 @@ def _check_packed(case: Case) -> None:
     np.testing.assert_array_equal(kept, case["kept"])
     keep = torch.zeros(len(embeddings), dtype=torch.bool)
     keep[kept] = True
-    _close(seen[at], case["states_at_cut"])
+    merged_close(seen[at], case["states_at_cut"])
     _check_choice(case, seen[at - 1], seen[at], keep)
-    _close(tower.outputs[at][kept], case["kept_after_cut_layer"])
-    _close(out[kept], case["kept_last"])
-    _close(out, case["rebuilt"])
+    merged_close(tower.outputs[at][kept], case["kept_after_cut_layer"])
+    merged_close(out[kept], case["kept_last"])
+    merged_close(out, case["rebuilt"])
 
 
 def _check_tiles(case: Case) -> None:
@@ -91,10 +84,10 @@ def _check_tiles(case: Case) -> None:
     with torch.no_grad():
         for block in blocks[:at]:
             before, states = states, block(states)
-    _close(states, case["states_at_cut"])
+    merged_close(states, case["states_at_cut"])
     patches, flat = states[:, 1:], states.flatten(0, 1)
     tiles, count = patches.shape[:2]
-    _close(change(before[:, 1:].flatten(0, 1), patches.flatten(0, 1)), case["scores"].reshape(-1))
+    merged_close(change(before[:, 1:].flatten(0, 1), patches.flatten(0, 1)), case["scores"].reshape(-1))
     scores = torch.from_numpy(case["scores"])
     budget = int(case["budget"]) - 1
     top = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :budget].sort(1).values
@@ -120,8 +113,8 @@ def _check_tiles(case: Case) -> None:
                 out = full.clone()
                 out[rows, kept] = block(full[rows, kept])
             full = rebuilt(out)
-    _close(full[torch.arange(tiles)[:, None], kept], case["kept_last"])
-    _close(full, case["rebuilt"])
+    merged_close(full[torch.arange(tiles)[:, None], kept], case["kept_last"])
+    merged_close(full, case["rebuilt"])
 
 
 class _Given(nn.Module):

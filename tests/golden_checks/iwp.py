@@ -8,8 +8,7 @@ import torch
 from synthetic_tokens import Sample, tokens
 from torch import Tensor
 
-from vtprune.methods.iwp.method import IWP
-from vtprune.methods.iwp.mmr import MMR, Candidates
+from vtprune.methods.iwp.method import IWP, Candidates
 from vtprune_kernels.progressive_mmr import Duplication
 
 FIRST = "queries_pre_rope"
@@ -88,8 +87,7 @@ def check_similarity(case: dict[str, np.ndarray], rows: Candidates, plain: Candi
 
 def check_choice(case: dict[str, np.ndarray], name: str, method: IWP, batch) -> None:
     rows = method.candidates(batch)
-    chooser = MMR(method.duplication, method.chunk, method.growth, method.pool_factor, method.objective)
-    order = chooser.order(rows, batch.budgets)[0]
+    order = method.order(rows, batch.budgets)[0]
     np.testing.assert_array_equal(order, case[f"kept_in_order_{name}"], err_msg=name)
     keep = method.choose(batch).keep
     np.testing.assert_array_equal(keep.nonzero().squeeze(1), case[f"kept_{name}"], err_msg=name)

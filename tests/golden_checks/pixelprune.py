@@ -16,6 +16,8 @@ from vtprune.towers import Patches, Pixels
 from vtprune.vision.patch_sizes import PatchSizes
 from vtprune.vision.pictures import Layout, find_pictures
 
+from .golden_files import cases
+
 METRICS = ("max", "mean", "rms")
 
 
@@ -44,10 +46,7 @@ def patches_of(layout: Layout) -> Patches:
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         merge, tolerance = int(case["merge"]), float(case["threshold"])
         layout = layout_of(
             torch.from_numpy(case["pixel_values"]), torch.from_numpy(case["grid_thw"]), merge, int(case["patch_size"])

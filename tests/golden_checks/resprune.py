@@ -10,16 +10,11 @@ from vtprune.core.energy import count_for_energy
 from vtprune_kernels import residual_pivots
 from vtprune_kernels.residual_pivots import residual_energy
 
-
-def close(x: torch.Tensor, y: np.ndarray) -> None:
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+from .golden_files import cases, close
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         features, budget, picks = torch.from_numpy(case["features"]), int(case["budget"]), int(case["num_by_residual"])
         if case["unit_rows"]:
             features = torch.nn.functional.normalize(features, dim=-1)

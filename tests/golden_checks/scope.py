@@ -7,22 +7,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vtprune.methods.scope import class_saliency, received_saliency
 from vtprune.vision.attention import Attention
 from vtprune_kernels import facility_location
 
-
-def close(x: Tensor, y: np.ndarray, rtol: float = 1e-4) -> None:
-    np.testing.assert_allclose(x.numpy(), y, rtol=rtol, atol=1e-6 * np.abs(y).max())
+from .golden_files import cases, close
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for group, case in cases(data):
         if group == "salcls":
             check_class_saliency(case)
         elif group == "salqwen":

@@ -11,10 +11,7 @@ from vtprune.methods.sparsevlm.recycling import density_peaks, recycle, recycled
 from vtprune.methods.sparsevlm.rotation import priority_heads, rope_weights
 from vtprune.methods.sparsevlm.text_raters import rater_scores, raters
 
-
-def close(x: torch.Tensor, y: np.ndarray) -> None:
-    """Scores and attention: |x-y| <= 1e-4*|y| + 1e-6*max|y|."""
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max())
+from .golden_files import cases, close, merged_close
 
 
 def equal(x: torch.Tensor, y: np.ndarray) -> None:
@@ -51,10 +48,7 @@ def check_recycling(case: dict[str, np.ndarray], scores: torch.Tensor, visual: t
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         start, count, budget = (int(case[name]) for name in ("image_start", "num_image_tokens", "budget"))
         end = start + count
         embeds, hidden = torch.from_numpy(case["input_embeds"]), torch.from_numpy(case["layer_output"])
@@ -83,8 +77,8 @@ def check(data: dict[str, np.ndarray]) -> None:
             positions = positions[survivors]  # original ids
         else:
             merged = check_recycling(case, scores, hidden[start:end])
-            np.testing.assert_allclose(merged.numpy(), case["merged_features"], rtol=1e-4, atol=1e-5)
+            merged_close(merged, case["merged_features"])
             sequence = torch.cat([sequence[: start + budget], merged, sequence[start + budget :]])
             positions = positions[: len(sequence)]  # compact ids
-        np.testing.assert_allclose(sequence.numpy(), case["output_sequence"], rtol=1e-4, atol=1e-5)
+        merged_close(sequence, case["output_sequence"])
         equal(positions, case["output_position_ids"])

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from vtprune.core.frame_budget import frame_budgets
 from vtprune.methods.vcast import VCast, curvature, token_scores
 
-from .clip_data import cases, clip_of, close, same_kept
+from .golden_files import cases, clip_of, close, same_kept
 
 
 def check(data: dict[str, np.ndarray]) -> None:

@@ -16,18 +16,13 @@ from vtprune.models.any_resolution import tiles_per_image
 from vtprune.vision.crops import arrangements
 from vtprune.vision.tower import Attention
 
+from .golden_files import cases, close, merged_close
+
 SIDE = 27  # patches per side of a crop
 
 
-def close(x: torch.Tensor, y: np.ndarray, atol: float | None = None) -> None:
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max() if atol is None else atol)
-
-
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         if "queries" in case:
             check_map(case)
         elif "crop_importance" in case:
@@ -100,7 +95,7 @@ def check_recycling(case: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(best, case["group_representative"])
     np.testing.assert_array_equal(keep.nonzero()[:, 0], case["kept"])
     assert int(keep.sum()) == int(case["budget"])
-    close(merged[keep], case["merged_features"], 1e-5)
+    merged_close(merged[keep], case["merged_features"])
     close(importance[keep], case["importance_after"])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from vtprune.methods.vidcom2 import calm_channels, frame_shares, most_distinct, similarities
 
-from .clip_data import cases, clip_of, close, same_kept
+from .golden_files import cases, clip_of, close, same_kept
 
 
 def check(data: dict[str, np.ndarray]) -> None:

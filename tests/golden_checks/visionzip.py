@@ -10,16 +10,11 @@ from vtprune.methods.visionzip import assign, contextual_targets, merge
 from vtprune.vision.tower import Attention
 from vtprune_kernels import attention_rows
 
-
-def close(x: torch.Tensor, y: np.ndarray, atol: float | None = None) -> None:
-    np.testing.assert_allclose(x.numpy(), y, rtol=1e-4, atol=1e-6 * np.abs(y).max() if atol is None else atol)
+from .golden_files import cases, close, merged_close
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         query, keys = torch.from_numpy(case["query_cls"]), torch.from_numpy(case["keys"])  # [H, dh], [H, N + 1, dh]
         (heads, length, size), scaling = keys.shape, keys.shape[-1] ** -0.5
         whole, last = torch.tensor([0, length]), torch.tensor([length - 1])
@@ -48,6 +43,6 @@ def check(data: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(assignment, case["contextual_assignment"])
         states = torch.from_numpy(case["hidden_states"])
         contextual = merge(states[1:][rest], targets, belongs)
-        close(contextual, case["contextual_features"], 1e-5)
+        merged_close(contextual, case["contextual_features"])
         output = torch.cat([states[:1], states[1:][order.sort().values], contextual])
-        close(output, case["output_features"], 1e-5)
+        merged_close(output, case["output_features"])

@@ -8,14 +8,13 @@ import torch
 
 from vtprune.methods.vispruner import select
 
+from .golden_files import cases, close
+
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         scores = torch.from_numpy(case["cls_attention"]).mean(0)
-        np.testing.assert_allclose(scores, case["scores"], rtol=1e-4, atol=1e-6 * np.abs(case["scores"]).max())
+        close(scores, case["scores"])
         budget = int(case["budget"])
         important = int(budget * float(case["important_ratio"]))
         assert important == int(case["important_num"])

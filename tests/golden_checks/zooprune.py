@@ -10,12 +10,11 @@ from torch.nn.functional import gelu, linear
 from vtprune.methods.zoo_prune.method import select
 from vtprune.methods.zoo_prune.sensitivity import difference_sensitivity, jvp_sensitivity, unit_directions
 
+from .golden_files import cases
+
 
 def check(data: dict[str, np.ndarray]) -> None:
-    groups = sorted({name.split("_")[0] for name in data})
-    assert groups
-    for group in groups:
-        case = {name.removeprefix(f"{group}_"): value for name, value in data.items() if name.startswith(f"{group}_")}
+    for _, case in cases(data):
         t = {name: torch.from_numpy(np.asarray(value)) for name, value in case.items()}
         if "frame_label" in case:
             check_crops(case, t)

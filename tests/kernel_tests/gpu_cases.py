@@ -31,7 +31,7 @@ def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Cal
     relevance = torch.rand(rows, device=device)
     inputs = (relevance, random(rows, 4, 128), random(rows, 4, 128), offsets, budgets)
     yield from choice("progressive_mmr", *inputs, max_budget=40)
-    yield from choice("progressive_mmr", *inputs, objective="log", preselected=relevance < 0.01, max_budget=44)
+    yield from choice("progressive_mmr", *inputs, objective="log", max_budget=40)
     yield from choice("progressive_mmr", *inputs, pool=1, growth=1.0, max_budget=40)
     for size in (60, 64, 256):
         wide = (relevance, random(rows, 2, size), random(rows, 2, size), offsets, budgets)

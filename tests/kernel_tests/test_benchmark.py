@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 import vtprune_kernels
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import gpu_all, kernel_targets, kernels
 from benchmarks.kernel_cases import cases
 from benchmarks.kernel_certificate import RULES, shortfall

@@ -142,23 +142,6 @@ def test_broken_numbers_still_give_the_budget():
     assert set(range(45, 50)) <= set(order[0].tolist())
 
 
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_carried_rows_count_as_chosen_and_are_not_returned(chunk):
-    relevance, keys, values, offsets = case((80, 1, 40), seed=12)
-    preselected = torch.rand(121, generator=torch.Generator().manual_seed(12)) < 0.2
-    preselected[80] = True
-    counts = torch.tensor([20, 0, 40 - int(preselected[81:].sum())])
-    settings = {"chunk": chunk, "preselected": preselected, "scaling": 0.05}
-    order = progressive_mmr(relevance, keys, values, offsets, counts, **settings)
-    assert_order(order, naive(relevance, keys, values, offsets, counts, **settings), offsets, counts)
-    assert not preselected[order[order >= 0]].any()
-    whole = progressive_mmr(relevance, keys, values, offsets, torch.tensor([30, 0, 30]), chunk=1)
-    first = torch.zeros(121, dtype=torch.bool)
-    first[torch.cat([whole[0, :10], whole[2, :10]])] = True
-    rest = progressive_mmr(relevance, keys, values, offsets, torch.tensor([20, 0, 20]), chunk=1, preselected=first)
-    assert torch.equal(rest[[0, 2]], whole[[0, 2], 10:])  # resuming equals an uninterrupted selection
-
-
 def test_closest_other_is_the_largest_off_diagonal_similarity():
     _, keys, values, offsets = case((300, 1, 20), seed=13)
     found = closest_other(keys, values, offsets)

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from families import FAMILIES
+from support import LAYOUTS
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from families import FAMILIES  # noqa: E402
-from support import LAYOUTS  # noqa: E402
-
-from vtprune import methods  # noqa: E402
+from vtprune import methods
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

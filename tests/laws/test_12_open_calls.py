@@ -18,20 +18,16 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, IMAGE, Image
+from support import MIXED, ONE, Spy, model_of, patched, reference
 from torch import Tensor
+from transformers import DynamicCache
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from families import FAMILIES, IMAGE, Image  # noqa: E402
-from support import MIXED, ONE, Spy, model_of, patched, reference  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
-
-import vtprune  # noqa: E402
+import vtprune
 
 ENDS_IN_PICTURE = [[3, 6, Image(0)], [2, Image(1)]]
 Method = str | vtprune.methods.Method

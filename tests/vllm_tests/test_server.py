@@ -6,16 +6,12 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")

@@ -15,8 +15,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests")]
-
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
 import doc_blocks  # noqa: E402

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
 from vllm_tests import families, plans  # noqa: E402

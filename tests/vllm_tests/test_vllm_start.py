@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` makes an environment with it")
 
 from PIL import Image  # noqa: E402

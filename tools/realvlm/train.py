@@ -67,7 +67,7 @@ def validate(learner: Learner, batches: dict[str, data.Batch]) -> dict[str, floa
     """Share of right answers by kind of question, and over all questions about each kind of picture."""
     shares: dict[str, float] = {}
     for name, batch in batches.items():
-        tally: Counter = score(batch, learner(batch)[1])  # type: ignore[arg-type]
+        tally: Counter = score(batch, learner(batch)[1])
         kinds = sorted({kind for kind, _ in tally})
         asked, right = (sum(tally[kind, what] for kind in kinds) for what in ("asked", "right"))
         shares[name] = round(right / asked, 3)

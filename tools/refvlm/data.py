@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from tools.packing import IGNORE, Dialogue, pack_questions
-from vtprune.refvlm import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, model, scenes
+from tools.refvlm import model
+from vtprune.refvlm import IMAGE_SIZE, VISUAL_TOKENS, easy_vqa, scenes
 
 TEXT = 144  # text columns per picture: about eleven questions
 # Word groups; every patch has one word of each group, or none.

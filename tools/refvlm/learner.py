@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from tools.refvlm import data
-from vtprune.refvlm import model
+from tools.refvlm import data, model
 
 SHARPNESS = 6.0  # scale of the word logits (products of patch and word vector); "no word" has the product 0.5
 EARLY = 4  # decoder layers before the additional early answer
@@ -62,8 +62,9 @@ class Learner(nn.Module):
         config: Any = vlm.config
         width = config.vision_config.hidden_size
         self.heads = nn.ModuleList(nn.Linear(width, len(data.PRESENT)) for _ in range(self.KNOWING))
-        words = [[model.VOCABULARY[word] for word in group] for group in data.GROUPS.values()]
-        self.words = [torch.tensor(group) for group in words]
+        self.words = {
+            group: torch.tensor([model.VOCABULARY[word] for word in words]) for group, words in data.GROUPS.items()
+        }
 
     def processor(self) -> Any:
         return model.processor()
@@ -86,21 +87,7 @@ class Learner(nn.Module):
         """Projected patches `[B, N, D]`, the patch loss, and hit rates."""
         patches, loss = self.see(batch)
         table = self.vlm.get_input_embeddings().weight.detach()
-        hits: dict[str, float] = {}
-        for column, (group, words) in enumerate(zip(data.GROUPS, self.words, strict=True)):
-            logits = SHARPNESS * (patches.float() @ table[words.to(table.device)].T)
-            none = logits.new_full((*logits.shape[:2], 1), SHARPNESS / 2)
-            logits, target = torch.cat((logits, none), dim=-1), batch.patches[..., column]
-            shown = (target != len(words)) & (target != data.IGNORE)
-            weight = torch.where(shown, 1.0, NULL_WEIGHT) * (target != data.IGNORE)
-            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=data.IGNORE, reduction="none")
-            loss = loss + (each * weight.flatten()).sum() / weight.sum()
-            with torch.no_grad():
-                right = logits.argmax(-1) == target
-                hits[group] = (
-                    right[shown].float().mean() if shown.any() else right.new_ones((), dtype=torch.float)
-                ).item()
-        return patches, loss, hits
+        return patches, *label_loss(loss, patches, batch.patches, table, self.words)
 
     def answer(self, batch: data.Batch, patches: torch.Tensor, blind: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The answer loss, and the predicted tokens `[B, TEXT]`.
@@ -135,7 +122,58 @@ class Learner(nn.Module):
         return loss, predicted
 
 
-def score(batch: data.Batch, predicted: torch.Tensor) -> Counter:
+def label_loss(
+    loss: torch.Tensor, seen: torch.Tensor, labels: torch.Tensor, table: torch.Tensor, words: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Adds the loss of the words that visual tokens show.
+
+    Args:
+        loss: scalar to add to.
+        seen: projected tokens `[B, N, D]`.
+        labels: int64 `[B, N, len(words)]`, index of the word in its group, the group's size for none, or `IGNORE`.
+        table: word vectors `[V, D]`.
+        words: ids of the words of every group.
+
+    Returns:
+        tuple: the sum, and the hit rate of every group of which a word is shown.
+    """
+    hits: dict[str, float] = {}
+    for column, (group, ids) in enumerate(words.items()):
+        target = labels[..., column]
+        shown = (target != len(ids)) & (target != data.IGNORE)
+        logits = SHARPNESS * (seen.float() @ table[ids.to(table.device)].T)
+        logits = torch.cat((logits, logits.new_full((*logits.shape[:2], 1), SHARPNESS / 2)), dim=-1)
+        weight = torch.where(shown, 1.0, NULL_WEIGHT) * (target != data.IGNORE)
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=data.IGNORE, reduction="none")
+        loss = loss + (each * weight.flatten()).sum() / weight.sum()
+        with torch.no_grad():
+            if shown.any():
+                hits[group] = (logits.argmax(-1) == target)[shown].float().mean().item()
+    return loss, hits
+
+
+def muon_and_adamw(learner: nn.Module, scale: Callable[[str], float]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding.
+
+    Args:
+        learner: model to train.
+        scale: factor of the learning rate of a parameter, by its name; every group of parameters has it as `scale`.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in learner.named_parameters():
+        inside = ".layers." in name or ".blocks." in name
+        groups.setdefault((weight.ndim == 2 and inside, scale(name)), []).append(weight)
+    matrices, others = (
+        [{"params": weights, "scale": factor} for (inside, factor), weights in groups.items() if inside is wanted]
+        for wanted in (True, False)
+    )
+    return [
+        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def score(batch: Any, predicted: torch.Tensor) -> Counter:
     """Right answers and questions by kind, as `Counter({(kind, "right"): n, (kind, "asked"): m})`."""
     wrong = (predicted != batch.labels).cpu()
     tally: Counter = Counter()

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
-from tools.refvlm import data, qwen
+from tools.refvlm import data, model, qwen
 from tools.refvlm.learner import Learner
-from vtprune.refvlm import model
+from tools.refvlm.qwen2_5_vl.learner import attend
 from vtprune.refvlm.qwen import CELL, MERGE_SIZE, PATCH_SIZE
 
 TEMPORAL = 2  # a still picture is two equal frames
@@ -35,32 +34,6 @@ def flatten_patches(images: torch.Tensor) -> torch.Tensor:
     cut = cut.permute(0, 2, 5, 3, 6, 1, 4, 7)
     both = cut.unsqueeze(6).expand(*cut.shape[:6], TEMPORAL, *cut.shape[6:])
     return both.reshape(count * rows * columns * MERGE_SIZE**2, -1)
-
-
-def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
-    """Vision attention in one call per window size; the loop of transformers makes one call per window."""
-    query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-    query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
-    out = torch.empty_like(value, dtype=torch.float)
-    with torch.autocast(query.device.type, enabled=False):
-        # [sum, heads, d] -> per length [n, heads, length, d]
-        parts = {
-            length: torch.cat([torch.arange(s, s + length) for s, n in _starts(lengths) if n == length]).to(out.device)
-            for length in set(lengths)
-        }
-        for length, index in parts.items():
-            q, k, v = (x[index].float().unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
-            part = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
-            out = out.index_copy(0, index, part.transpose(1, 2).flatten(0, 1))
-    return self.proj(out.flatten(1))
-
-
-def _starts(lengths: list[int]) -> list[tuple[int, int]]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return list(zip(starts, lengths, strict=False))
 
 
 class QwenLearner(Learner):

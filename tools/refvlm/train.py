@@ -32,9 +32,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tools.refvlm import checkpoint, data
-from tools.refvlm.learner import BLIND_SHARE, Learner, score
-from vtprune.refvlm import MODELS, load, model, scenes
+from tools.refvlm import checkpoint, data, model
+from tools.refvlm.learner import BLIND_SHARE, Learner, muon_and_adamw, score
+from vtprune.refvlm import MODELS, load, scenes
 from vtprune.study import progress
 
 RUN, CHECKPOINT = "run.json", "checkpoint.safetensors"
@@ -73,28 +73,16 @@ def validate(learner: Learner, batches: list[data.Batch], device: torch.device) 
 
 
 def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding.
+    """The optimizers of a phase.
 
-    Every group has a `scale` of the learning rate. In phase 2 it is small for the vision side and the word vectors, so
-    that the untrained decoder does not destroy the result of phase 1.
+    In phase 2 the learning rate is small for the vision side and the word vectors, so that the untrained decoder does
+    not destroy the result of phase 1.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, weight in learner.named_parameters():
-        scale = 1.0
-        if "embed_tokens" in name:
-            scale = 0.1
-        elif not looking and ("language_model" not in name):
-            scale = 0.2
-        inside = ".layers." in name or ".blocks." in name
-        groups.setdefault((weight.ndim == 2 and inside, scale), []).append(weight)
-    matrices, others = (
-        [{"params": weights, "scale": scale} for (inside, scale), weights in groups.items() if inside is wanted]
-        for wanted in (True, False)
-    )
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+
+    def scale(name: str) -> float:
+        return 0.1 if "embed_tokens" in name else 0.2 if not looking and "language_model" not in name else 1.0
+
+    return muon_and_adamw(learner, scale)
 
 
 def rate(step: int, start: int, end: int, warm: int = 100) -> float:

@@ -68,11 +68,7 @@ def _inputs(model: Any, processor: Any, pictures: list[Image], question: str, ba
         except Exception as error:  # processors raise any type of error
             what = f"{type(processor).__name__} cannot make a prompt of {len(pictures)} pictures"
             raise InputError(f"{what}: {one_line(error)}") from error
-    made = made.to(model.device)
-    return {
-        name: value.to(model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in made.items()
-    }
+    return loading.in_dtype(model, made.to(model.device))
 
 
 def _text(processor: Any, count: int, question: str) -> str:
@@ -80,8 +76,7 @@ def _text(processor: Any, count: int, question: str) -> str:
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    mark = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
-    return f"{mark * count}\n{question}".lstrip("\n")
+    return loading.plain_text(processor, count, question)
 
 
 def _pictures(model: Any, processor: Any, tokens: int) -> list[Image]:

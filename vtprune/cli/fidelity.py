@@ -304,8 +304,7 @@ def _header(
         "inputs_sha256": digest.hexdigest(),
     }
     if args.model in EMBEDDED_MODELS:
-        weights = (refvlm.MODELS[EMBEDDED_MODELS[args.model]] / "model.safetensors").read_bytes()
-        header["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+        header["weights_sha256"] = refvlm.weights_sha256(EMBEDDED_MODELS[args.model])
     else:
         header |= {"config_hash": identity.config_hash(model.config), "weights_hash": identity.weights_hash(model)}
     dtype = str(model.dtype).removeprefix("torch.")

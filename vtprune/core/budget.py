@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..errors import BudgetError, MethodError
 from .energy import Auto
+from .frame_budget import frame_budgets
 from .method import Stage
 from .options import fits, shorten
 
@@ -162,13 +163,8 @@ def split_keep(keep: int, sizes: Sequence[int], least: Sequence[int] = ()) -> li
 
     Images that would get fewer than their `least` get tokens of those that are furthest above their proportion.
     """
-    total = sum(sizes)
-    keep = min(keep, total)
-    quota = [keep * size / total for size in sizes]
-    out = [int(q) for q in quota]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (out[i] - quota[i], i))
-    for i in by_remainder[: keep - sum(out)]:
-        out[i] += 1
+    out, total = frame_budgets(sizes, keep, sizes), sum(sizes)
+    quota = [min(keep, total) * size / total for size in sizes]
     for i, floor in enumerate(least):
         while out[i] < floor and (above := [j for j in range(len(out)) if out[j] > least[j]]):
             out[max(above, key=lambda j: out[j] - quota[j])] -= 1

@@ -173,9 +173,6 @@ class ClipMethod(Method):
     group: ClassVar[Group] = "image"
     whole: ClassVar[str] = ""
 
-    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
-        return (Stage(0),)
-
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         if self.needs_frames and "video" not in anatomy.placeholders:
             raise MethodError(
@@ -262,7 +259,7 @@ class TwoCuts(ClipMethod):
 
     def schedule(self, num_layers: int) -> tuple[Stage, ...]:
         if self.layer is None:
-            return super().schedule(num_layers)
+            return (Stage(0),)
         return Stage(0, self.shares[0]), Stage(min(self.layer, num_layers - 1), self.shares[1])
 
     def required_layer_inputs(self, num_layers: int) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token budgets for the frames of a clip: an exact total, split by weight."""
+"""Token budgets for the frames of a clip, or the images of a sample: an exact total, split by weight."""
 
 from __future__ import annotations
 

@@ -102,7 +102,10 @@ class Method:
         check_options(self)
 
     def schedule(self, num_layers: int) -> Sequence[Stage]:
-        """Cuts of the method in a decoder of `num_layers` layers, in ascending order of layers."""
+        """Cuts of the method in a decoder of `num_layers` layers, in ascending order of layers.
+
+        By default one cut, before the layer in the option `layer`, or before the decoder if there is no such option.
+        """
         return (Stage(getattr(self, "layer", 0)),)
 
     def required_layer_inputs(self, num_layers: int) -> Iterable[int]:

@@ -1,36 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of methods: declared types and ranges, their checks, and storage in JSON files."""
+"""Options of methods: declared types and ranges, and their checks."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import MethodError
-from .files import FileError, read_json, write_text
-
-if TYPE_CHECKING:
-    from .method import Method
-
-Chosen = TypeVar("Chosen", bound="Method")
 
 
 @dataclass(frozen=True)
@@ -143,35 +124,3 @@ def shorten(value: Any) -> str:
 def from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options as methods take them, from JSON values: lists become tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def save_options(method: Method, names: Sequence[str], path: str | Path, about: Mapping[str, Any]) -> None:
-    """Writes the named options of a method as JSON, together with the entries of `about`."""
-    options = {"method": method.name} | {name: getattr(method, name) for name in names}
-    write_text(path, json.dumps(options | {"about": dict(about)}, indent=1) + "\n")
-
-
-def load_options(
-    cls: type[Chosen], schemas: Mapping[str, Any], path: str | Path, source: str, others: Mapping[str, Any]
-) -> Chosen:
-    """Makes a method from a file written by `save_options`; lists become tuples.
-
-    Args:
-        cls: The method class; the file must name it.
-        schemas: A JSON Schema for each option. All are required; `about` is the only other key allowed.
-        path: The file.
-        source: What the file should be, for the error message.
-        others: Options that do not come from the file.
-
-    Raises:
-        MethodError: The file is missing or has other content.
-    """
-    needed = {"method": {"const": cls.name}, **schemas}
-    properties = {**needed, "about": {"type": "object"}}
-    schema = {"type": "object", "required": [*needed], "properties": properties, "additionalProperties": False}
-    try:
-        data = read_json(path, schema)
-        found = {name: data[name] for name in schemas}
-        return cls(**from_json(found), **others)
-    except (FileError, MethodError) as error:
-        raise MethodError(f"{path} holds no {source}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from . import gather
+from ..models.arguments import map_tensors
 
 _ATTRIBUTE = "_vtprune_given"
 
@@ -79,5 +79,5 @@ def _anchor(kwargs: dict[str, Any]) -> Tensor | None:
     found: list[Tensor] = []
     for name in sorted(kwargs, key=lambda n: n != "position_embeddings"):
         if name != "hidden_states" and not hasattr(kwargs[name], "get_mask_sizes"):
-            gather.map_tensors(kwargs[name], found.append)
+            map_tensors(kwargs[name], found.append)
     return found[0] if found else None

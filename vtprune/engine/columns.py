@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.transfer import to_device
 from ..errors import UnsupportedModelError
+from ..models.arguments import map_tensors
 from ..models.attended import is_block_mask
 from ..models.transformers_names import PROMPT_LENGTH, WINDOW
 from . import gather, kv_cache, masks, positions
@@ -234,7 +235,7 @@ class Columns:
         if self._is_mask(name, value):
             return self._mask(number, value)
         index = self._index_for(name)
-        value = gather.map_tensors(value, lambda x: self._cut(x, index)) if self.is_cut else value
+        value = map_tensors(value, lambda x: self._cut(x, index)) if self.is_cut else value
         if name not in positions.NAMES:
             return value
         turned = self.state.shift(number) if self.state is not None else None
@@ -242,10 +243,7 @@ class Columns:
 
     def _index_for(self, name: str) -> Tensor:
         """Prompt positions `[B, K]` that an argument is gathered from."""
-        index = self.index
-        if name in positions.NAMES:
-            index = self.source
-        return index
+        return self.source if name in positions.NAMES else self.index
 
     def _is_mask(self, name: str, value: Any) -> bool:
         if "mask" in name or is_block_mask(value):
@@ -262,7 +260,7 @@ class Columns:
                 continue
             index = self._index_for(name)
             tensors: list[Tensor] = []
-            gather.map_tensors(value, tensors.append)
+            map_tensors(value, tensors.append)
             for x in tensors:
                 dim = gather.column_dim(x, self.batch, self.length)
                 if dim is not None and id(x) not in self._gathered:

@@ -8,7 +8,6 @@ Slots that are not valid pad rows that kept fewer tokens; they repeat some token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from vtprune_kernels import compact
 
 from ..core.ragged import scatter
 
-__all__ = ["column_dim", "gather", "gather_all", "map_tensors", "pack", "scatter"]
+__all__ = ["column_dim", "gather", "gather_all", "pack", "scatter"]
 
 
 def all_positions(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -128,14 +127,3 @@ def column_dim(x: Tensor, batch: int, length: int) -> int | None:
     if x.dim() == 1 and x.shape[0] == length:
         return 0
     return None
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """Applies `function` to every tensor inside tuples, lists and dicts; other values pass unchanged."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if type(value) in (tuple, list):
-        return type(value)(map_tensors(item, function) for item in value)
-    if type(value) is dict:
-        return {key: map_tensors(item, function) for key, item in value.items()}
-    return value

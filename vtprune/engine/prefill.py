@@ -515,9 +515,8 @@ def begin(
         padded = not bool(real.all())
         uncut = visual.cached("uncut", lambda: gather.all_positions(batch, length))
         visual = visual.visible(real) if padded else visual  # visual tokens that the mask hides are padding
-    form = functools.partial(getattr, spec, "attention_form")  # asked for where masks are made from nothing
-    renumber, mixing = spec.renumbers, spec.anatomy.mixes_columns
-    columns = Columns((batch, length), real, past, state, cache, form, renumber, mixing, padded, uncut)
+    form, mixing = spec.attention_form, spec.anatomy.mixes_columns
+    columns = Columns((batch, length), real, past, state, cache, form, spec.renumbers, mixing, padded, uncut)
     call = DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )

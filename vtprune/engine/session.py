@@ -364,14 +364,7 @@ class Session:
             if not encoded and thread.tower_ran:  # pixels were passed in an argument with an unknown name
                 encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
             if encoded:
-                unsupported.refuse_tracing(thread.inputs)
-                visual = self._layouts.locate(thread.inputs, self.spec.anatomy, encoded)
-            if encoded and visual is None and self.drops:
-                raise NothingPrunedError(
-                    f"{' and '.join(encoded)} features were passed with a prompt without the placeholder tokens "
-                    f"{self.spec.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
-                    "visual token"
-                )
+                visual = self._located(thread.inputs, encoded)
         if not encoded and self.drops:
             visual, encoded = self._merged(kwargs)
         thread.found_visual = visual is not None
@@ -384,31 +377,54 @@ class Session:
         thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, kwargs, visual)
         if call is None:
             return None
-        visual = call.visual
-        if visual is not None:
-            if call.cuts:
-                self._refuse_replaced_layers()
-                named = {**kwargs, **outer} if thread.inputs is None else outer
-                unsupported.refuse_packed_rows(named, call.columns.real, call.columns.past)
-            if not call.cuts and options.budget.keep is None and self.drops:
-                visual_tokens.refuse_single_placeholders(visual, encoded, str(options.budget))
-            for source in encoded.values():
-                self.features.remove(source)
-                # `generate` passes the pixels to the encoder, and None in their place to the model.
-                call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
-                for name, records in source.records.items():
-                    thread.records.setdefault(name, []).extend(records)
-            if call.columns.cache is None and call.cuts and kwargs.get("use_cache") is False:
-                call.memo = thread.cacheless.follow(call, thread.inputs or {})
+        if call.visual is not None:
+            self._give_features(call, call.visual, encoded, kwargs)
         call.recorded = thread.records
         call.differentiable = torch.is_grad_enabled() and _requests_output("output_hidden_states", kwargs, module)
-        if call.differentiable and call.cuts and _requests_output("output_attentions", kwargs, module):
+        return self._intercepted(call, module, kwargs) if call.cuts else None
+
+    def _located(self, inputs: dict[str, Any], encoded: dict[str, Encoded]) -> VisualTokens | None:
+        """The visual tokens of a call with encoded features; refuses prompts without placeholders for them."""
+        unsupported.refuse_tracing(inputs)
+        visual = self._layouts.locate(inputs, self.spec.anatomy, encoded)
+        if visual is None and self.drops:
+            raise NothingPrunedError(
+                f"{' and '.join(encoded)} features were passed with a prompt without the placeholder tokens "
+                f"{self.spec.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "
+                "visual token"
+            )
+        return visual
+
+    def _give_features(
+        self, call: prefill.DecoderCall, visual: VisualTokens, encoded: dict[str, Encoded], kwargs: dict
+    ) -> None:
+        """Gives a prefill the arguments and records of the encoder runs that its features come from.
+
+        Refuses calls in which pruning these features would have no effect or a wrong one.
+        """
+        thread, outer, budget = self.thread, call.options.arguments, call.options.budget
+        if call.cuts:
+            self._refuse_replaced_layers()
+            named = {**kwargs, **outer} if thread.inputs is None else outer
+            unsupported.refuse_packed_rows(named, call.columns.real, call.columns.past)
+        elif budget.keep is None and self.drops:
+            visual_tokens.refuse_single_placeholders(visual, encoded, str(budget))
+        for source in encoded.values():
+            self.features.remove(source)
+            # `generate` passes the pixels to the encoder, and None in their place to the model.
+            call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
+            for name, records in source.records.items():
+                thread.records.setdefault(name, []).extend(records)
+        if call.columns.cache is None and call.cuts and kwargs.get("use_cache") is False:
+            call.memo = thread.cacheless.follow(call, thread.inputs or {})
+
+    def _intercepted(self, call: prefill.DecoderCall, module: nn.Module, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The decoder's arguments in a call with cuts, which cut its DeepStack features; None without these."""
+        if call.differentiable and _requests_output("output_attentions", kwargs, module):
             warn_once(
                 "attention maps of pruned layers are returned as copies of the unpruned length: gradients are "
                 "available for hidden states, but retain_grad() on such a map stays None"
             )
-        if not call.cuts:
-            return None
         later = torch.is_grad_enabled() and any(map(checkpointing.runs_hooks_again, self.spec.anatomy.layers))
         found = intercept_deepstack(kwargs, (call.columns.batch, call.columns.length), later)
         if found is None:

@@ -226,7 +226,6 @@ class PruneSpec:
         weight: torch.Tensor = self.anatomy.embeddings.weight  # type: ignore[assignment]
         return weight.dtype
 
-    @property
     def attention_form(self) -> AttentionForm:
         """The form of mask that the decoder's attention takes; it may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)

@@ -56,44 +56,22 @@ def tokens(
         checks: Gets the checks that states, and queries and keys that the method reads, are finite.
         lent: Gets the tensors that the method sees and other calls or the model use, too.
     """
-    visual, spec = call.visual, call.spec
+    visual, device = call.visual, snapshot.hidden.device
     assert visual is not None
-    device, whole, groups, counts = snapshot.hidden.device, _is_uncut(call), method_call.groups, method_call.counts
-    width = snapshot.hidden.shape[1]
+    whole = _is_uncut(call)
     rows = visual.sample if whole else visual.sample[flat]
     slot = visual.position if whole else call.columns.slot_of_position()[rows, visual.position[flat]]
 
     def lay_out() -> tuple[Tensor, dict[str, Any]]:
-        places = {name: getattr(visual, name) for name in _PLACES}
-        if len(spec.uses) > 1:
-            places["index"] = _own_index(visual, method_call)
-        fields: dict[str, Any] = {n: to_device(x.clone() if whole else x[flat], device) for n, x in places.items()}
-        sizes = groups.sizes if whole else groups.count(flat)
-        fields |= {
-            "offsets": _offsets(sizes, device),
-            "originals": to_device(torch.tensor(groups.sizes), device),
-            "budgets": to_device(torch.tensor(counts[number]), device),
-            "max_budget": max(counts[number], default=0),
-            "max_length": max(sizes, default=0),
-            "prompt": _prompt(call, method_call, flat).to(device),
-        }
-        return to_device(rows * width + slot, device), fields
+        places = to_device(rows * snapshot.hidden.shape[1] + slot, device)
+        return places, _fields(call, visual, method_call, number, flat, device)
 
-    key = ("tokens", device, method_call.use.method.group, tuple(counts[number]), _text_key(call))
+    key = ("tokens", device, method_call.use.method.group, tuple(method_call.counts[number]), _text_key(call))
     places, fields = visual.cached(key, lay_out) if whole else lay_out()
     for name, value in (*fields.items(), *((f"prompt.{name}", x) for name, x in vars(fields["prompt"]).items())):
         lent.add(f"tokens.{name}", value)
     states = snapshot.hidden.flatten(0, 1).index_select(0, places)  # [M, D]
-
-    def refuse() -> None:
-        bad = rows[~torch.isfinite(states).all(-1).cpu()].unique().tolist()
-        if bad:
-            raise MethodError(
-                f"visual tokens of sample {', '.join(map(str, bad))} hold NaN or Inf before layer {number}, so scores "
-                "would be meaningless; check the image features"
-            )
-
-    checks.add(states, refuse)
+    checks.add(states, lambda: _refuse_states(states, rows, number))
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:
         if queries not in ("text", "last"):
@@ -109,27 +87,58 @@ def tokens(
             lent.add(f"the layer's {name}", getattr(inputs, name))
         return inputs
 
-    def record(name: str, value: Any) -> Any:
-        return (
-            value[to_device(rows, value.device), to_device(slot, value.device)] if name in spec.column_taps else value
-        )
-
     return Tokens(
         hidden=states,
         layer=number,
-        stage=list(counts).index(number),
-        num_layers=spec.anatomy.num_layers,
-        recorded={
-            name.removeprefix(method_call.use.prefix): [record(name, value) for value in values]
-            for name, values in call.recorded.items()
-            if name in method_call.use.tap_names
-        },
+        stage=list(method_call.counts).index(number),
+        num_layers=call.spec.anatomy.num_layers,
+        recorded=_records(call, method_call, rows, slot),
         inputs=call.inputs,
-        anatomy=spec.anatomy,
+        anatomy=call.spec.anatomy,
         memory=method_call.memory,
         reader=read,
         **fields,
     )
+
+
+def _fields(
+    call: CallState, visual: VisualTokens, method_call: MethodCall, number: int, flat: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """The fields of `Tokens` that depend on nothing but the layout of the prompt and the budget."""
+    groups, counts, whole = method_call.groups, method_call.counts[number], _is_uncut(call)
+    places = {name: getattr(visual, name) for name in _PLACES}
+    if len(call.spec.uses) > 1:
+        places["index"] = _own_index(visual, method_call)
+    sizes = groups.sizes if whole else groups.count(flat)
+    return {n: to_device(x.clone() if whole else x[flat], device) for n, x in places.items()} | {
+        "offsets": _offsets(sizes, device),
+        "originals": to_device(torch.tensor(groups.sizes), device),
+        "budgets": to_device(torch.tensor(counts), device),
+        "max_budget": max(counts, default=0),
+        "max_length": max(sizes, default=0),
+        "prompt": _prompt(call, method_call, flat).to(device),
+    }
+
+
+def _records(call: CallState, method_call: MethodCall, rows: Tensor, slot: Tensor) -> dict[str, list]:
+    """The records of the method's taps; those over prompt positions at the tokens' rows and slots `[M]`."""
+    use, found = method_call.use, {}
+    for name, values in call.recorded.items():
+        if name in use.tap_names & call.spec.column_taps:
+            values = [x[to_device(rows, x.device), to_device(slot, x.device)] for x in values]
+        if name in use.tap_names:
+            found[name.removeprefix(use.prefix)] = list(values)
+    return found
+
+
+def _refuse_states(states: Tensor, rows: Tensor, number: int) -> None:
+    """Raises `MethodError` if states `[M, D]` before layer `number` hold NaN or Inf, and names their samples."""
+    bad = rows[~torch.isfinite(states).all(-1).cpu()].unique().tolist()
+    if bad:
+        raise MethodError(
+            f"visual tokens of sample {', '.join(map(str, bad))} hold NaN or Inf before layer {number}, so scores "
+            "would be meaningless; check the image features"
+        )
 
 
 def _own_index(visual: VisualTokens, method_call: MethodCall) -> Tensor:

@@ -40,19 +40,21 @@ def evict(call: CallState, window: int) -> list[Tensor]:
     if cache is None:
         return [torch.empty(0, dtype=torch.long)] * call.columns.batch
     _check(cache)
-    state = kv_cache.state_of(cache) or CacheState([None] * len(cache.layers), kv_cache.length(cache))
-    before = call.columns.state
+    state, before = kv_cache.state_of(cache), call.columns.state
+    length = kv_cache.length(cache)
+    state = state or CacheState([None] * len(cache.layers), length)
     held = _with_new(before.held if before is not None else None, call, visual)
     stays = _newest(held, window)
     evicted = [row[~keep & (row[:, 0] >= 0)][:, 0] for row, keep in zip(held, stays, strict=True)]
-    after = CacheState(list(state.base), kv_cache.length(cache), state.shifts)
+    bases = list(state.base)
     if any(map(len, evicted)):
-        dropped = torch.zeros(len(evicted), after.length, dtype=torch.bool)
+        dropped = torch.zeros(len(evicted), length, dtype=torch.bool)
         for row, positions in enumerate(evicted):
             dropped[row, positions] = True
-        after.base = _drop(cache, state, dropped)
-        after.ragged = [bool((base < 0).any()) if base is not None else False for base in after.base]
-    after.held = _packed(held, stays)
+        bases = _drop(cache, state, dropped)
+    after = CacheState(bases, length, state.shifts)
+    left = [row[keep] for row, keep in zip(held, stays, strict=True)]
+    after.held = torch.nn.utils.rnn.pad_sequence(left, batch_first=True, padding_value=-1)
     kv_cache.attach(cache, after)
     return evicted
 
@@ -116,12 +118,6 @@ def _newest(held: Tensor, window: int) -> Tensor:
         fits = sizes.flip(0).cumsum(0).flip(0) <= window
         stays[row] = torch.isin(entries[:, 1], frames[fits]) & (entries[:, 0] >= 0)
     return stays
-
-
-def _packed(held: Tensor, stays: Tensor) -> Tensor:
-    """The entries `[B, V', 2]` that stay."""
-    rows = [row[keep] for row, keep in zip(held, stays, strict=True)]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def _drop(cache: Any, state: CacheState, dropped: Tensor) -> list[Tensor | None]:

@@ -44,10 +44,9 @@ def take_least_similar(hidden: Tensor, start: Tensor, pivots: list[Tensor], offs
     similarity = axes @ dense.mT  # [S, P, N]
     for p in range(axes.shape[1]):
         share = torch.where(p < number, quota // number + (p < quota % number), 0)
-        # Cosines of near-duplicates differ only in their last bits, hence a smaller tolerance than `ragged.TIE`.
         distance = (-similarity[:, p]).masked_fill(taken, -torch.inf)  # [S, N]
         edges = torch.arange(0, distance.numel() + 1, distance.shape[1], device=distance.device)
-        distance = settle_ties(distance.flatten(), edges, tolerance=4e-7).view_as(distance)
+        distance = settle_ties(distance.flatten(), edges).view_as(distance)
         order = distance.sort(dim=1, descending=True, stable=True).indices
         taken |= order.argsort(dim=1) < share[:, None]
     return torch.cat([row[:n] for row, n in zip(taken, lengths, strict=True)])

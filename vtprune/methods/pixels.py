@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.method import ScoreMethod, Stage, Tap
+from ..core.method import ScoreMethod, Tap
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..errors import MethodError
@@ -50,9 +50,6 @@ class Pixels(PixelRule, ScoreMethod):
         anchored: Compare with the representatives of neighbors, so that errors do not add up along a chain.
         image_std: Standard deviation by which the processor divided, one or for each channel; matters above 0.
     """
-
-    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
-        return (Stage(0),)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
         tower, block = anatomy.vision_tower, vision_layers(anatomy)[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..core.method import ScoreMethod, Stage
+from ..core.method import ScoreMethod
 from ..core.options import Seed
 from ..core.ragged import seeded_scores
 from ..core.registry import register
@@ -30,9 +30,6 @@ class Random(ScoreMethod):
     """
 
     seed: Seed = 0
-
-    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
-        return (Stage(0),)
 
     def score(self, tokens: Tokens) -> Tensor:
         return seeded_scores(tokens.offsets, self.seed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.method import Choice, Method, Stage
+from ..core.method import Choice, Method
 from ..core.registry import register
 from ..core.spread import spread, spread_grid
 from ..core.tokens import Tokens
@@ -23,9 +23,6 @@ class Uniform(Method):
     count allows. Tokens outside a grid (newlines, separators, models without grid positions) are spaced by their index,
     separately for each image and frame.
     """
-
-    def schedule(self, num_layers: int) -> tuple[Stage, ...]:
-        return (Stage(0),)
 
     def choose(self, tokens: Tokens) -> Choice:
         crop = torch.where(tokens.grid_row < 0, -1, tokens.crop)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, cast
 
 from torch import nn
@@ -261,12 +262,8 @@ def _outermost_outside(name: str, decoder_path: str) -> str:
 
 
 def _common_ancestor(model: nn.Module, first: str, second: str) -> nn.Module:
-    shared = []
-    for one, other in zip(first.split("."), second.split("."), strict=False):
-        if one != other:
-            break
-        shared.append(one)
-    return model.get_submodule(".".join(shared))
+    names = zip(first.split("."), second.split("."), strict=False)
+    return model.get_submodule(".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], names)))
 
 
 def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number of tiles per image in any-resolution models (LLaVA-NeXT, LLaVA-OneVision), by the model's own rule."""
+"""Tiles of any-resolution models (LLaVA-NeXT, LLaVA-OneVision): their number and layout, by the model's own rules."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .anatomy import Anatomy
@@ -33,3 +35,27 @@ def tiles_per_image(anatomy: Anatomy, inputs: Mapping[str, Any]) -> list[int] | 
         int(count(size, pinpoints, side)) if single else 1
         for size, single in zip(torch.as_tensor(sizes).cpu(), alone, strict=True)
     ]
+
+
+def pack(anatomy: Anatomy, tiles: Sequence[Tensor], sizes: Any, newline: Tensor | None, strategy: str) -> list[Tensor]:
+    """Runs the model's `pack_image_features`, which lays out the tiles of every image.
+
+    Args:
+        anatomy: Parts of a model that has the method.
+        tiles: For each image `[tiles, R, C]`.
+        sizes: Original height and width of each image.
+        newline: `[C]` value of newline tokens; None leaves them out.
+        strategy: "full" if `tiles` include the class token.
+
+    Returns:
+        list: For each image `[n, C]`.
+    """
+    run: Any = anatomy.composite.pack_image_features
+    # LLaVA-NeXT has to know whether the class token is there; OneVision has none, and shrinks large images.
+    known = {
+        "vision_feature_select_strategy": strategy,
+        "vision_aspect_ratio": getattr(anatomy.config, "vision_aspect_ratio", None),
+    }
+    wanted = inspect.signature(run).parameters
+    extra = {name: value for name, value in known.items() if name in wanted and value is not None}
+    return list(run(list(tiles), sizes, image_newline=newline, **extra)[0])

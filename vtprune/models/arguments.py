@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of a call by name, without `inspect` at every call."""
+"""Arguments of a call: by name, without `inspect` at every call, and the tensors inside them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,14 @@ def parameters(function: Callable) -> Parameters:
 def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call of `function` by name; what it will not take is its own to refuse."""
     return parameters(function).bind(args, kwargs)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Applies `function` to every tensor inside tuples, lists and dicts; other values pass unchanged."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(item, function) for item in value)
+    if type(value) is dict:
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,16 +63,10 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
         tuple: The encoder's output and the record.
     """
     output = encode(*args, **kwargs)
-    bound = bind(encode, args, kwargs)
-    try:
-        reference: Callable[[], Any] = weakref.ref(output)
-    except TypeError:  # a plain tuple has no weak references; later calls with it are not recognized
-
-        def reference() -> None:
-            return None
-
-    lengths = _lengths(getattr(output, "pooler_output", None))
-    return output, Encoded(kind, bound, lengths, records, reference)
+    encoded = Encoded(kind, bind(encode, args, kwargs), _lengths(getattr(output, "pooler_output", None)), records)
+    with suppress(TypeError):  # a plain tuple has no weak references; later calls with it are not recognized
+        encoded.output = weakref.ref(output)
+    return output, encoded
 
 
 def _lengths(features: Any) -> list[int] | None:

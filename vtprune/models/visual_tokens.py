@@ -17,9 +17,8 @@ scored, and may be dropped. Text between runs (tile names, timestamps) is never 
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +26,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NothingPrunedError
-from . import row_tokens
 from .anatomy import Anatomy
-from .any_resolution import tiles_per_image
+from .any_resolution import pack, tiles_per_image
 from .encoder_outputs import Encoded
 
 # Models whose processors cut an image into crops without text between them. In all others, each of the encoder's
@@ -315,7 +313,39 @@ def _layout(
             return torch.cat([torch.tensor([[0, 0, -1, -1]]), grid_places(1, side, side)])
         return run_places(length, kind, crop if isinstance(crop, int) else None)
 
-    return row_tokens.join_rows(runs, gaps, lengths, alone) or [alone(n) for n in runs]
+    return _join_rows(runs, gaps, lengths, alone) or [alone(n) for n in runs]
+
+
+def _join_rows(
+    runs: list[int], gaps: list[int], lengths: list[int] | None, alone: Callable[[int], Tensor]
+) -> list[Tensor] | None:
+    """Joins runs that are the rows of one image, separated by a text token (Pixtral, Mistral 3, LightOnOCR).
+
+    The separators are text and stay. Runs are rows, and not images of their own, if together they have as many
+    positions as the encoder's output for one image has features.
+
+    Args:
+        runs: Lengths of the unbroken runs of placeholders.
+        gaps: Positions between each run and the one before it; 0 for the first of a sample.
+        lengths: Number of features of each image, if the encoder tells.
+        alone: Returns the places `[n, 4]` of a run of `n` that is an image of its own.
+
+    Returns:
+        list: For each image `[n, 4]` frame, crop, row, column; None if no image comes in rows.
+    """
+    if lengths is None or sum(lengths) != sum(runs) or len(lengths) >= len(runs):
+        return None
+    places, run = [], 0
+    for length in lengths:
+        start, left = run, length
+        while left > 0:
+            left, run = left - runs[run], run + 1
+        width, count = runs[start] if run > start else 0, run - start
+        equal = left == 0 and all(n == width for n in runs[start:run])
+        if not equal or any(gap != 1 for gap in gaps[start + 1 : run]):
+            return None
+        places.append(alone(width) if count == 1 else grid_places(1, count, width))
+    return places
 
 
 def _frames(length: int, frames: int) -> Tensor | None:
@@ -348,58 +378,37 @@ def _from_packed_layout(kind: str, inputs: dict[str, Any], anatomy: Anatomy) -> 
         return None
     vision, sizes = anatomy.config.vision_config, torch.as_tensor(inputs["image_sizes"]).cpu()
     side = vision.image_size // vision.patch_size
-    return pack_planes(
-        anatomy, [_coordinates(n, side) for n in tiles], sizes, newline=torch.full((3,), -1.0, dtype=torch.float32)
-    )
+    newline = torch.full((3,), -1.0, dtype=torch.float32)
+    packed = pack(anatomy, [_coordinates(n, side) for n in tiles], sizes, newline, "default")
+    return [_unpadded(plane) for plane in packed]
 
 
-def pack_planes(anatomy: Anatomy, planes: Sequence[Tensor], sizes: Tensor, newline: Tensor) -> list[Tensor]:
-    """Runs the model's `pack_image_features` on planes of coordinates (crop, row, column).
+def _unpadded(plane: Tensor) -> Tensor:
+    """Places `[n, 4]` of an image from its packed coordinates `[n, 3]` (crop, row, column).
 
-    Args:
-        anatomy: Parts of a model with `pack_image_features`.
-        planes: For each image `[tiles, side * side, 3]`.
-        sizes: `[images, 2]` original heights and widths.
-        newline: `[3]` value of newline tokens.
-
-    Returns:
-        list: For each image `[n, 4]` frame (0), crop, row, column. Rows and columns of the tile grid are counted from
-        the top left of the unpadded image; newlines have -1 in both.
+    Rows and columns of the tile grid are counted from the top left of the unpadded image; newlines have -1 in both.
     """
-    pack: Any = anatomy.composite.pack_image_features
-    # LLaVA-NeXT has to know that the class token is gone; OneVision has none, and shrinks large images.
-    known = {
-        "vision_feature_select_strategy": "default",
-        "vision_aspect_ratio": getattr(anatomy.config, "vision_aspect_ratio", None),
-    }
-    wanted = inspect.signature(pack).parameters
-    extra = {name: value for name, value in known.items() if name in wanted and value is not None}
-    packed, _ = pack(list(planes), sizes, image_newline=newline, **extra)
-    images = []
-    for plane in packed:
-        crop, place = plane[:, 0].round(), plane[:, 1:]
-        out = torch.full((len(plane), 4), -1)
-        out[:, 0] = 0
-        out[:, 1] = (crop > 0).long()
-        thumbnail = crop == 0
-        out[thumbnail, 2:] = place[thumbnail].round().long()
-        tiles = (~thumbnail).nonzero()[:, 0]
-        line_ends = (crop[tiles] < 0).nonzero()[:, 0]
-        width = int(line_ends[0]) + 1 if len(line_ends) else len(tiles)
-        if len(tiles):
-            order = torch.arange(len(tiles))
-            real = crop[tiles] > 0
-            out[tiles, 1] = 1
-            out[tiles[real], 2] = torch.div(order[real], width, rounding_mode="floor")
-            out[tiles[real], 3] = order[real] % width
-        images.append(out)
-    return images
+    crop, place = plane[:, 0].round(), plane[:, 1:]
+    out = torch.full((len(plane), 4), -1)
+    out[:, 0] = 0
+    out[:, 1] = (crop > 0).long()
+    thumbnail = crop == 0
+    out[thumbnail, 2:] = place[thumbnail].round().long()
+    tiles = (~thumbnail).nonzero()[:, 0]
+    line_ends = (crop[tiles] < 0).nonzero()[:, 0]
+    width = int(line_ends[0]) + 1 if len(line_ends) else len(tiles)
+    if len(tiles):
+        order = torch.arange(len(tiles))
+        real = crop[tiles] > 0
+        out[tiles, 1] = 1
+        out[tiles[real], 2] = torch.div(order[real], width, rounding_mode="floor")
+        out[tiles[real], 3] = order[real] % width
+    return out
 
 
 def _coordinates(tiles: int, side: int) -> Tensor:
     """Planes `[tiles, side * side, 3]`: crop (0 thumbnail, 1 tile), row and column inside the crop."""
-    row, col = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    plane = torch.stack([torch.zeros_like(row), row, col], -1).reshape(1, -1, 3).repeat(tiles, 1, 1).float()
+    plane = grid_places(1, side, side)[:, 1:].float().repeat(tiles, 1, 1)
     plane[1:, :, 0] = 1
     return plane
 

@@ -13,6 +13,7 @@ them in seconds, offline, on a CPU.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ __all__ = [
     "pages",
     "prompt",
     "scenes",
+    "weights_sha256",
 ]
 
 IMAGE_SIZE = 144
@@ -90,6 +92,11 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
     from .qwen import PictureProcessor
 
     return model.eval(), PictureProcessor.from_pretrained(folder, local_files_only=True)
+
+
+def weights_sha256(name: str) -> str:
+    """SHA-256 of the weights of a built-in model, which results are stored with."""
+    return hashlib.sha256((MODELS[name] / "model.safetensors").read_bytes()).hexdigest()
 
 
 def __getattr__(name: str) -> Any:

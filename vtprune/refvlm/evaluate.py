@@ -11,7 +11,6 @@ of another model or version.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from ..errors import InputError
 from ..study import progress
 from ..study.intervals import wilson
-from . import MODELS, beds, easy_vqa, load, prompt, scenes
+from . import MODELS, beds, easy_vqa, load, prompt, scenes, weights_sha256
 
 
 class Sample(NamedTuple):
@@ -127,7 +126,7 @@ def header(name: str, model: Any, processor: Any, n_scenes: int, questions: int)
     """Conditions under which results are comparable."""
     return {
         "model": name,
-        "weights_sha256": hashlib.sha256((MODELS[name] / "model.safetensors").read_bytes()).hexdigest(),
+        "weights_sha256": weights_sha256(name),
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "image_processor": type(processor.image_processor).__name__,
         "asked": {"scenes": n_scenes, "questions_per_scene": questions},

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of models and prompts for the command line, with one-line errors."""
+"""Loads any model, built-in or the user's own, and makes prompts for it, with one-line errors."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
 from ..errors import InputError, one_line
 
 EMBEDDED = "embedded"
@@ -211,18 +212,27 @@ def prompt(processor: Any, image: Image, question: str) -> Any:
     """
     try:
         if getattr(processor, "chat_template", None):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-            return processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-        placeholder = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
-        return processor(images=image, text=f"{placeholder}\n{question}".lstrip("\n"), return_tensors="pt")
+            return _chat(processor, {"type": "image", "image": image}, question)
+        return processor(images=image, text=plain_text(processor, 1, question), return_tensors="pt")
     except Exception as error:  # processors raise any type of error
         raise InputError(f"{type(processor).__name__} cannot make a prompt of this: {one_line(error)}") from error
+
+
+def _chat(processor: Any, shown: dict[str, Any], question: str) -> Any:
+    """Model inputs by the processor's chat template."""
+    return processor.apply_chat_template(
+        [{"role": "user", "content": [shown, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def plain_text(processor: Any, pictures: int, question: str) -> str:
+    """Prompt without a chat template: placeholders of pictures, and the question on a line of its own."""
+    mark = getattr(processor, "image_token", None) or getattr(processor.tokenizer, "image_token", None) or ""
+    return f"{mark * pictures}\n{question}".lstrip("\n")
 
 
 def inputs(model: Any, processor: Any, image: Image, question: str, new_tokens: int = 0) -> dict[str, Any]:
@@ -246,11 +256,13 @@ def inputs(model: Any, processor: Any, image: Image, question: str, new_tokens: 
             f"the prompt has {length:,} tokens{answer}, and the model {most:,} positions; expected a shorter question"
             + (" or fewer new tokens" if new_tokens else "")
         )
-    return {name: value.to(model.dtype) if _is_float(value) else value for name, value in made.items()}
+    return in_dtype(model, made)
 
 
-def _is_float(value: Any) -> bool:
-    return hasattr(value, "is_floating_point") and value.is_floating_point()
+def in_dtype(model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Model inputs with pixels in the model's dtype."""
+    floats = {name for name, value in made.items() if hasattr(value, "is_floating_point") and value.is_floating_point()}
+    return {name: value.to(model.dtype) if name in floats else value for name, value in made.items()}
 
 
 def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: str) -> dict[str, torch.Tensor]:
@@ -266,20 +278,11 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
 
     try:
         if getattr(processor, "video_processor", None) is not None:
-            content = [{"type": "video", "video": list(frames)}, {"type": "text", "text": question}]
-            made = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            made = _chat(processor, {"type": "video", "video": list(frames)}, question)
         elif hasattr(model.config, "video_token_id") and hasattr(model.config.vision_config, "temporal_patch_size"):
-            if (
-                len({frame.size for frame in frames}) > 1
-                or len(frames) % model.config.vision_config.temporal_patch_size
-            ):
-                raise InputError(f"{len(frames)} frames of sizes {sorted({frame.size for frame in frames})}")
+            sizes = sorted({frame.size for frame in frames})
+            if len(sizes) > 1 or len(frames) % model.config.vision_config.temporal_patch_size:
+                raise InputError(f"{len(frames)} frames of sizes {sizes}")
             made = clip_inputs.inputs(model, processor, frames, f" {question} answer:")
         else:
             raise InputError(f"{type(model).__name__} takes no clips")
@@ -288,8 +291,7 @@ def clip_prompt(model: Any, processor: Any, frames: Sequence[Image], question: s
             f"{type(processor).__name__} cannot make a prompt of this clip: {one_line(error)}; expected an even number "
             "of frames of one size, and a model that takes clips"
         ) from error
-    moved = {name: value.to(model.device) for name, value in made.items()}
-    return {name: value.to(model.dtype) if _is_float(value) else value for name, value in moved.items()}
+    return in_dtype(model, {name: value.to(model.device) for name, value in made.items()})
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..engine.patching import Patch, inspect, patch, refuse_patched
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method, names, resolve
+from ..report.pruning import Pruning
 from ..report.tower import TowerPruning
 from . import metrics
 from .resize import NAME
@@ -127,6 +128,49 @@ def compare(
     return sorted(rows, key=lambda row: (row.kl is None, row.kl or 0.0, row.method))
 
 
+@dataclass
+class _Outcome:
+    """What was measured of one method so far, a number per prompt."""
+
+    visual: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    inputs: list[float] = field(default_factory=list)  # visual tokens at the layers' inputs, mean over layers
+    kl: list[float] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)
+    costs: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, want: Tensor, got: Tensor, ran: TowerPruning | None, unpruned: TowerPruning | None) -> None:
+        """Adds the logits of a batch, and its operations as shares of all unpruned ones to the first token."""
+        self.kl += metrics.divergence(want, got).tolist()
+        self.same += (want.argmax(-1) == got.argmax(-1)).tolist()
+        if ran is not None and unpruned is not None:
+            whole = unpruned.first_token[0]
+            self.costs.append((ran.flops[1] / whole, ran.rest[1] / whole))
+
+    def row(self, label: str, seconds: float) -> Row:
+        tower, decoder = (
+            (statistics.fmean(part) for part in zip(*self.costs, strict=True)) if self.costs else (None, None)
+        )
+        return Row(
+            method=label,
+            visual=statistics.fmean(self.visual),
+            kept=statistics.fmean(self.kept),
+            mean_ratio=sum(self.inputs) / sum(self.visual),
+            kl=statistics.fmean(self.kl),
+            top1=statistics.fmean(self.same),
+            seconds=seconds,
+            tower=tower,
+            decoder=decoder,
+        )
+
+
+def _last(running: Patch) -> Pruning:
+    """The record of the last call, which had visual tokens."""
+    if running.last is None:
+        raise VTPruneError("a prompt has no visual token; expected pictures in every prompt")
+    return running.last
+
+
 def _run(
     label: str,
     method: Method,
@@ -136,60 +180,20 @@ def _run(
     mean_ratio: float,
     repeats: int,
 ) -> Row:
-    visual: list[int] = []
-    kept: list[int] = []
-    inputs: list[float] = []  # visual tokens at the layers' inputs, mean over layers
-    kl: list[float] = []
-    same: list[bool] = []
+    found = _Outcome()
     seconds: list[float] = []
-    costs: list[tuple[float, float]] = []
     with patch(model, mean_ratio=mean_ratio, method=method) as running:
         for batch, want in zip(batches, reference, strict=True):
             for repeat in range(repeats):
-                got = metrics.next_token_logits(model, batch)
-                last = running.last
-                if last is None:
-                    raise VTPruneError("a prompt has no visual token; expected pictures in every prompt")
+                got, last = metrics.next_token_logits(model, batch), _last(running)
                 seconds.append(last.selection_time)
                 if repeat:
                     continue
-                costs += [_cost(last.tower, last.tower)] if last.tower else []
-                visual += map(len, last.visual)
-                kept += map(len, last.kept)
-                inputs += [sum(last.per_layer(s)) / last.shape.layers for s in range(len(last.visual))]
-                kl += metrics.divergence(want, got).tolist()
-                same += (want.argmax(-1) == got.argmax(-1)).tolist()
-    return Row(
-        method=label,
-        visual=statistics.fmean(visual),
-        kept=statistics.fmean(kept),
-        mean_ratio=sum(inputs) / sum(visual),
-        kl=statistics.fmean(kl),
-        top1=statistics.fmean(same),
-        seconds=statistics.median(seconds[1:] or seconds),
-        **_mean_cost(costs),
-    )
-
-
-def _cost(ran: TowerPruning, unpruned: TowerPruning) -> tuple[float, float]:
-    """Operations of vision tower and of projector and decoder, as shares of all unpruned ones to the first token."""
-    whole = unpruned.first_token[0]
-    return ran.flops[1] / whole, ran.rest[1] / whole
-
-
-def _mean_cost(costs: list[tuple[float, float]]) -> dict[str, Any]:
-    return (
-        {}
-        if not costs
-        else {"tower": statistics.fmean(t for t, _ in costs), "decoder": statistics.fmean(d for _, d in costs)}
-    )
-
-
-def _count(running: Patch) -> int:
-    """Visual tokens of the last call."""
-    if running.last is None:
-        raise VTPruneError("a prompt holds no visual token; expected pictures in every prompt")
-    return sum(map(len, running.last.visual))
+                found.visual += map(len, last.visual)
+                found.kept += map(len, last.kept)
+                found.inputs += [sum(last.per_layer(s)) / last.shape.layers for s in range(len(last.visual))]
+                found.add(want, got, last.tower, last.tower)
+    return found.row(label, statistics.median(seconds[1:] or seconds))
 
 
 def _resized(
@@ -200,30 +204,16 @@ def _resized(
     smaller: Callable[[int, int], tuple[Mapping[str, Any], int]],
 ) -> Row:
     """The unpruned model on smaller pictures, whose tokens are counted after the processor's rounding."""
-    visual: list[int] = []
-    kept: list[int] = []
-    kl: list[float] = []
-    same: list[bool] = []
-    costs: list[tuple[float, float]] = []
+    found = _Outcome()
     with patch(model, ratio=1.0, method="uniform") as counting:  # drops nothing
         for number, (batch, want) in enumerate(zip(batches, reference, strict=True)):
             metrics.next_token_logits(model, batch)
-            visual.append(_count(counting))
-            whole = counting.last and counting.last.tower
-            inputs, count = smaller(number, int(mean_ratio * visual[-1]))
+            whole = _last(counting)
+            visual = sum(map(len, whole.visual))
+            inputs, count = smaller(number, int(mean_ratio * visual))
             got = metrics.next_token_logits(model, inputs)
-            kept.append(count)
-            if whole and counting.last and counting.last.tower:
-                costs.append(_cost(counting.last.tower, whole))
-            kl += metrics.divergence(want, got).tolist()
-            same += (want.argmax(-1) == got.argmax(-1)).tolist()
-    return Row(
-        method=NAME,
-        visual=statistics.fmean(visual),
-        kept=statistics.fmean(kept),
-        mean_ratio=sum(kept) / sum(visual),
-        kl=statistics.fmean(kl),
-        top1=statistics.fmean(same),
-        seconds=0.0,
-        **_mean_cost(costs),
-    )
+            found.visual.append(visual)
+            found.kept.append(count)
+            found.inputs.append(count)
+            found.add(want, got, _last(counting).tower, whole.tower)
+    return found.row(NAME, 0.0)

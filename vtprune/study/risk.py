@@ -10,7 +10,6 @@ about how the risk depends on the setting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
@@ -53,20 +52,12 @@ def _divergence(a: float, b: float) -> float:
     return first + ((1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0)
 
 
-def rejected(p_values: Sequence[float], level: float) -> int:
-    """Number of settings, from the first on, that fixed-sequence testing at `level` certifies."""
-    for number, value in enumerate(p_values):
-        if value > level:
-            return number
-    return len(p_values)
-
-
 def pictures_needed(share: float, risk: float, level: float, most: int = 1_000_000) -> int | None:
     """Smallest number of pictures with which a share of changed answers would be certified.
 
     Args:
         share: Expected share of changed answers.
-        risk, level: As for `p_value` and `rejected`.
+        risk, level: Limits of the share and of the p-value.
         most: Limit of the search.
 
     Returns:

@@ -198,14 +198,8 @@ def tune(
             exists without `resume` or `force`.
         StaleResultError: The saved search is of another version.
     """
-    optuna = _optuna()
-    if not Budget(mean_ratio=mean_ratio).may_drop or trials < 1:
-        raise VTPruneError(
-            f"found mean_ratio={mean_ratio} and trials={trials}; expected a share below 1 and at least 1 trial"
-        )
-    if not fits(seed, int) or not 0 <= seed <= _MOST - trials:
-        raise VTPruneError(f"found seed={seed}; expected a whole number from 0 to {_MOST - trials}")
-    refuse_patched(model, "searching a strategy")
+    proposals = _Proposals()
+    _check(model, mean_ratio, trials, seed)
     if path is not None and Path(path).exists() and not resume and not force:
         raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
     batches = list(batches)
@@ -216,34 +210,73 @@ def tune(
         raise VTPruneError("there are no prompts; expected at least one batch")
     if resume:
         search = _resumed(search, path)
-    space = bounds(mean_ratio)
-    ranges = {name: optuna.distributions.FloatDistribution(*limits) for name, limits in space.items()}
-    study = optuna.create_study(direction="maximize")
-
-    def known(params: Mapping[str, float]) -> Any:
-        fixed = {name: params[name] for name in space}
-        return optuna.create_trial(params=fixed, distributions=ranges, value=params["value"])
-
-    study.add_trials(map(known, search.trials))
-    while (number := len(search.trials)) < trials:
-        asked, params = None, _released(space, mean_ratio)
-        if number:
-            # A new sampler for every trial, so that a resumed search equals an uninterrupted one.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.sampler = optuna.samplers.GPSampler(seed=seed + number, deterministic_objective=True)
-                asked = study.ask(ranges)
-            params = dict(asked.params)
+    proposals.begin(search)
+    while len(search.trials) < trials:
+        params = proposals.next()
         value = _value(strategy(params, mean_ratio, search.num_layers), model, batches, reference, mean_ratio)
         search.trials.append({**params, "value": value})
-        if asked is None:
-            study.add_trial(known(search.trials[-1]))
-        else:
-            study.tell(asked, value)
+        proposals.tell(search.trials[-1])
         if path is not None:
             search.save(path)
         log(search)
     return search
+
+
+def _check(model: nn.Module, mean_ratio: float, trials: int, seed: int) -> None:
+    if not Budget(mean_ratio=mean_ratio).may_drop or trials < 1:
+        raise VTPruneError(
+            f"found mean_ratio={mean_ratio} and trials={trials}; expected a share below 1 and at least 1 trial"
+        )
+    if not fits(seed, int) or not 0 <= seed <= _MOST - trials:
+        raise VTPruneError(f"found seed={seed}; expected a whole number from 0 to {_MOST - trials}")
+    refuse_patched(model, "searching a strategy")
+
+
+class _Proposals:
+    """Parameters to try next: those of the released strategy first, then those that a Gaussian process proposes.
+
+    Raises:
+        VTPruneError: optuna or scipy is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.optuna: Any = importlib.import_module("optuna")
+            importlib.import_module("scipy")  # the sampler imports it lazily
+        except ImportError as error:
+            raise VTPruneError(
+                "the search needs optuna and scipy, which are not installed: pip install optuna scipy"
+            ) from error
+        self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
+        self.study = self.optuna.create_study(direction="maximize")
+        self.asked: Any = None  # the trial that was proposed last
+
+    def begin(self, search: Search) -> None:
+        """Starts after the trials of a search."""
+        self.search, space = search, bounds(search.mean_ratio)
+        self.ranges = {name: self.optuna.distributions.FloatDistribution(*limits) for name, limits in space.items()}
+        for trial in search.trials:
+            self.tell(trial)
+
+    def next(self) -> dict[str, float]:
+        if not self.search.trials:
+            return _released(bounds(self.search.mean_ratio), self.search.mean_ratio)
+        # A new sampler for every trial, so that a resumed search equals an uninterrupted one.
+        seed = self.search.seed + len(self.search.trials)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", self.optuna.exceptions.ExperimentalWarning)
+            self.study.sampler = self.optuna.samplers.GPSampler(seed=seed, deterministic_objective=True)
+            self.asked = self.study.ask(self.ranges)
+        return dict(self.asked.params)
+
+    def tell(self, trial: Mapping[str, float]) -> None:
+        """Takes the value of what was proposed last, or of a trial that was not proposed here."""
+        if self.asked is not None:
+            self.study.tell(self.asked, trial["value"])
+            return
+        known = {name: trial[name] for name in self.ranges}
+        made = self.optuna.create_trial(params=known, distributions=self.ranges, value=trial["value"])
+        self.study.add_trial(made)
 
 
 def _value(
@@ -289,15 +322,3 @@ def _resumed(fresh: Search, path: str | Path | None) -> Search:
                     f"expected {low:g} to {high:g}"
                 )
     return old
-
-
-def _optuna() -> Any:
-    try:
-        optuna = importlib.import_module("optuna")
-        importlib.import_module("scipy")  # the sampler imports it lazily
-    except ImportError as error:
-        raise VTPruneError(
-            "the search needs optuna and scipy, which are not installed: pip install optuna scipy"
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vision.block_calls import Offsets, map_tensors
+from ..models.arguments import map_tensors
+from ..vision.block_calls import Offsets
 
 
 @dataclass
@@ -33,25 +34,20 @@ class Rows:
 
     def take(self, x: Tensor, dim: int, of_entries: bool) -> Tensor:
         """Gathers the rows along `dim`; with `of_entries`, dimension 0 is the batch (or 1 for all entries)."""
-        if self.batch == 1:
+        if self.batch == 1 or not of_entries:  # without entries, one runs at a time, see `_groups` in `run`
             return x.index_select(dim, self.index[0])
-        if not of_entries:
-            return x.index_select(dim, self.index[0])  # one entry at a time, see `RunningTower`
-        x = x.expand(self.batch, *x.shape[1:]) if x.shape[0] == 1 else x
-        picked = x.movedim(dim, 1)[self.entries[:, None], self.index] if len(x) == self.batch else None
-        if picked is None:  # `x` has the entries of this group only
-            picked = x.movedim(dim, 1).gather(1, _like(self.index, x.movedim(dim, 1)))
-        return picked.movedim(1, dim)
+        moved = (x.expand(self.batch, *x.shape[1:]) if x.shape[0] == 1 else x).movedim(dim, 1)
+        if len(moved) == self.batch:
+            return moved[self.entries[:, None], self.index].movedim(1, dim)
+        # Of a mask, the entries of this group were selected together with its other dimension.
+        index = self.index.reshape(*self.index.shape, *[1] * (moved.dim() - 2)).expand(-1, -1, *moved.shape[2:])
+        return moved.gather(1, index).movedim(1, dim)
 
     def put(self, full: Tensor, rows: Tensor) -> Tensor:
         """Returns states `[B, L, D]` with `rows` `[g, K, D]` written into them."""
         if self.batch == 1:
             return full.index_copy(1, self.index[0], rows)
         return full.index_put((self.entries[:, None], self.index), rows)
-
-
-def _like(index: Tensor, x: Tensor) -> Tensor:
-    return index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
 
 
 def with_states(args: tuple, kwargs: dict[str, Any], states: Tensor) -> tuple[tuple, dict[str, Any]]:
@@ -110,19 +106,11 @@ def _made(name: str, x: Tensor, rows: Rows) -> Tensor:
         if rows.batch > 1 and dims == [0] and x.dim() > 1 and x.shape[1] == rows.length:
             dims = [1]  # a batch of as many entries as there are rows
     of_entries = x.dim() > 0 and x.shape[0] in (1, rows.batch) and 0 not in dims and x.dim() > 1
-    for place, dim in enumerate(dims):
-        x = rows.take(x, dim, of_entries) if place == 0 or not of_entries else _again(x, dim, rows)
+    for dim in dims:
+        x = rows.take(x, dim, of_entries)
     if not dims and rows.batch > 1 and x.dim() >= 1 and x.shape[0] == rows.batch:
         x = x[rows.entries]
     return x
-
-
-def _again(x: Tensor, dim: int, rows: Rows) -> Tensor:
-    """Gathers the rows along a second dimension, after the entries were selected with the first."""
-    if rows.batch == 1:
-        return x.index_select(dim, rows.index[0])
-    moved = x.movedim(dim, 1)
-    return moved.gather(1, _like(rows.index, moved)).movedim(1, dim)
 
 
 def cut_offsets(offsets: Tensor, rows: Rows) -> Tensor:

@@ -121,7 +121,7 @@ class TowerCut:
         running, whole = self._thread.running, self._thread.whole
         if whole is not None and whole[0] is module:
             return whole[1:]
-        called = None if running is None or self._thread.block is not module else running.uncut()
+        called = None if running is None or self._thread.block is not module else running.uncut
         return (args, kwargs) if called is None else called
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

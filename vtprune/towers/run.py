@@ -83,20 +83,16 @@ class RunningTower:
         self._offsets: Tensor | None = None  # the coarsest so far
         self._whole: BlockCall | None = None  # the last call before the cut with full attention
         self._pending: tuple[tuple, dict[str, Any], Tensor] | None = None
-        self._called: tuple[tuple, dict[str, Any]] | None = None
+        self.uncut: tuple[tuple, dict[str, Any]] | None = None  # arguments of the block in progress, if they were cut
         self._written: tuple[Tensor, int, Tensor] | None = None  # states that a block returned, and their rows that ran
         self._output: Tensor | None = None  # full states after the last block so far, if merge groups are copied
         self._spared = 0.0  # multiply-adds that mergers and the patch embedding did not do
         self._shared = False  # whether the entries of a batch have some table in common
         self._recorded: TowerRun | None = None
 
-    def uncut(self) -> tuple[tuple, dict[str, Any]] | None:
-        """The uncut arguments of the block in progress; None if they were not cut."""
-        return self._called
-
     def before_block(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Selects patches at the cut, and cuts the arguments of the blocks after it."""
-        states, method, self._called = block_calls.states_of(args, kwargs), self.method, None
+        states, method, self.uncut = block_calls.states_of(args, kwargs), self.method, None
         if method is None:
             self._count(number, states, args, kwargs, [])
             return None
@@ -127,7 +123,7 @@ class RunningTower:
         if not groups:
             return (args, kwargs) if redone else None
         full = _batched(states)
-        self._pending, self._called = (args, kwargs, full), (args, kwargs)
+        self._pending, self.uncut = (args, kwargs, full), (args, kwargs)
         return self._arguments_of(self.groups[0], args, kwargs, full, states.dim() == 2)
 
     def after_block(self, number: int, block: nn.Module, output: Any) -> Any:

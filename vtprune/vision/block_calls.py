@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..models.arguments import bind
+from ..models.arguments import bind, map_tensors
 
 
 class Offsets:
@@ -73,16 +73,3 @@ def tables_among(values: dict[str, Any], length: int) -> list[Tensor]:
         if "mask" not in name:
             map_tensors(value, lambda x: found.append(x) if x.dim() >= 2 and len(x) == length else None)
     return found
-
-
-def map_tensors(value: Any, function: Any) -> Any:
-    """Applies `function` to the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(v, function) for v in value)
-    if isinstance(value, list):
-        return [map_tensors(v, function) for v in value]
-    if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    return value

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from ..core.tokens import Tokens
 from ..core.transfer import to_device
 from ..errors import MethodError
-from ..models.any_resolution import tiles_per_image
+from ..models.any_resolution import pack, tiles_per_image
 
 _PIXELS = (("image", "pixel_values"), ("video", "pixel_values_videos"))
 
@@ -58,29 +56,17 @@ def arrangements(tokens: Tokens, crops: Sequence[int]) -> list[Arrangement]:
         if tiles is not None and sum(tiles) == n:
             out.append(Arrangement(functools.partial(_pack, tokens, tiles), blends=True))
         elif kind == "video" and hasattr(composite, "apply_pooling"):
-            out.append(Arrangement(functools.partial(_pool, tokens)))
+            out.append(Arrangement(lambda x: composite.apply_pooling(x).flatten(0, 1)))
         else:
             out.append(Arrangement(lambda x: x.flatten(0, 1)))
     return out
 
 
-def _pool(tokens: Tokens, x: Tensor) -> Tensor:
-    """Runs the model's pooling on video frames `[n, R, C]`."""
-    assert tokens.anatomy is not None
-    pool: Any = tokens.anatomy.composite.apply_pooling
-    return pool(x).flatten(0, 1)
-
-
 def _pack(tokens: Tokens, tiles: list[int], x: Tensor) -> Tensor:
     """Runs the model's packed layout on tiles `[n, R, C]`, without newlines."""
     assert tokens.anatomy is not None
-    pack: Any = tokens.anatomy.composite.pack_image_features
-    known = inspect.signature(pack).parameters
-    extra = {"vision_feature_select_strategy": "default", "vision_aspect_ratio": None}
-    extra = {k: getattr(tokens.anatomy.config, k, None) or v for k, v in extra.items() if k in known}
-    extra = {k: v for k, v in extra.items() if v is not None}
-    packed, _ = pack(list(x.split(tiles)), tokens.inputs["image_sizes"], image_newline=None, **extra)
-    return torch.cat(list(packed))
+    strategy = getattr(tokens.anatomy.config, "vision_feature_select_strategy", None) or "default"
+    return torch.cat(pack(tokens.anatomy, x.split(tiles), tokens.inputs["image_sizes"], None, strategy))
 
 
 def _fingerprints(x: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def find_pictures(
         elif coordinates is not None:
             grids.append(_placed(coordinates[number][valid[number]], merge))
         else:
-            grids.append(_square(images, number, count, fixed, merge, parts))
+            grids.append(_whole_row(images, batch, count, merge, parts))
     unit, unit_offsets = _units(grids, counts, merge if group and offsets is not None else 1)
     layout = Layout(batch, length, rows, bounds, fixed, grids, unit, unit_offsets, lambda: rows)
     layout.pixels = lambda: _pixels(layout, given, images, parts)
@@ -251,17 +251,12 @@ def _placed(coordinates: Tensor, merge: int) -> Grid | None:
     return Grid(1, rows, cols, merge if fits else 1, place)
 
 
-def _square(
-    images: Tensor | None, number: int, count: int, fixed: Tensor, merge: int, parts: PatchSizes
-) -> Grid | None:
+def _whole_row(images: Tensor | None, batch: int, count: int, merge: int, parts: PatchSizes) -> Grid | None:
     """Grid, in raster order, of a picture that is alone in its row of the batch; None if its size does not fit."""
-    if images is None or len(images) != len(fixed):
+    if images is None or len(images) != batch:
         return None
     rows, cols = images.shape[-2] // parts.patch[0], images.shape[-1] // parts.patch[1]
-    if rows * cols != count:
-        return None
-    fits = rows % merge == 0 and cols % merge == 0
-    return Grid(1, rows, cols, merge if fits else 1, torch.arange(count))
+    return _grid((1, rows, cols), merge, 1) if rows * cols == count else None
 
 
 def _units(grids: list[Grid | None], counts: list[int], consecutive: int) -> tuple[Tensor, Tensor]:
@@ -338,8 +333,6 @@ def _packed_pixels(given: dict[str, Any], layout: Layout) -> Tensor | None:
             return value.flatten(1)
         if value.dim() == 3 and value.shape[:2] == (layout.batch, layout.length):
             return value.flatten(0, 1)[layout.rows.to(value.device)]
-        if layout.batch == 1 and value.dim() == 3 and value.shape[:2] == (1, layout.length):
-            return value[0]
     return None
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vtprune.refvlm import model as first
 from vtprune.refvlm import pages
 from vtprune.refvlm.qwen import CELL, PictureProcessor
 
+from .. import model as first
 from .. import qwen
 
 WINDOW = 96  # pixels: windows of 8 x 8 visual tokens

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -14,11 +13,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
+from ..learner import label_loss
 from . import build
 from .data import GROUPS, IGNORE, Batch
 
-SHARPNESS = 6.0  # scale of the word logits (products of token and word vector); "no word" has the product 0.5
-NULL_WEIGHT = 0.15  # most visual tokens show background, which would dominate the loss
 # On many training rows, text does not attend to the pictures in the first decoder layers. Word vectors and visual
 # tokens match so well in this model that it would otherwise read everything there, unlike large models, and dropping
 # any visual tokens after those layers would cost nothing.
@@ -77,7 +75,8 @@ def attend(self, hidden_states, cu_seqlens, position_embeddings=None, **_):
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2).flatten(0, 1)
         else:
             out = torch.empty_like(value)
-            for length, index in parts:
+            for length, rows in parts:
+                index = rows.to(value.device)
                 q, k, v = (x[index].unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
                 part = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
                 out = out.index_copy(0, index, part.transpose(1, 2).flatten(0, 1))
@@ -101,7 +100,9 @@ class Learner(nn.Module):
         for block in vlm.model.visual.blocks:
             block.attn.forward = MethodType(attend, block.attn)
         self.vlm = vlm
-        self.words = [torch.tensor([build.VOCABULARY[word] for word in words]) for words in GROUPS.values()]
+        self.words = {
+            group: torch.tensor([build.VOCABULARY[word] for word in words]) for group, words in GROUPS.items()
+        }
 
     def see(self, batch: Batch) -> Tensor:
         """Visual tokens `[rows, visual tokens, D]`."""
@@ -114,19 +115,7 @@ class Learner(nn.Module):
         """Visual tokens, their label loss, and hit rates by group."""
         seen = self.see(batch)
         table = self.vlm.get_input_embeddings().weight.detach()
-        loss, hits = seen.new_zeros((), dtype=torch.float), {}
-        for column, (group, words) in enumerate(zip(GROUPS, self.words, strict=True)):
-            target = batch.cells[..., column]
-            shown = (target != len(words)) & (target != IGNORE)
-            logits = SHARPNESS * (seen.float() @ table[words].T)
-            logits = torch.cat((logits, logits.new_full((*logits.shape[:2], 1), SHARPNESS / 2)), dim=-1)
-            weight = torch.where(shown, 1.0, NULL_WEIGHT) * (target != IGNORE)
-            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="none")
-            loss = loss + (each * weight.flatten()).sum() / weight.sum()
-            with torch.no_grad():
-                if shown.any():
-                    hits[group] = (logits.argmax(-1) == target)[shown].float().mean().item()
-        return seen, loss, hits
+        return seen, *label_loss(seen.new_zeros((), dtype=torch.float), seen, batch.cells, table, self.words)
 
     def places(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Tokens and position ids of the prefix before the text.
@@ -180,14 +169,3 @@ class Learner(nn.Module):
         predicted = torch.full_like(batch.labels, IGNORE)
         predicted[asked] = final.argmax(-1)
         return loss, predicted
-
-
-def score(batch: Batch, predicted: Tensor) -> Counter:
-    """Right answers and questions by kind, as `Counter({(kind, "right"): n, (kind, "asked"): m})`."""
-    wrong = predicted != batch.labels
-    tally: Counter = Counter()
-    for row, dialogues in enumerate(batch.asked):
-        for number, (kind, _, _) in enumerate(dialogues, start=1):
-            tally[kind, "asked"] += 1
-            tally[kind, "right"] += not wrong[row, batch.segments[row] == number].any()
-    return tally

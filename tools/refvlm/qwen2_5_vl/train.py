@@ -40,8 +40,9 @@ from vtprune import refvlm
 from vtprune.refvlm.qwen import PictureProcessor
 
 from .. import checkpoint
+from ..learner import muon_and_adamw, score
 from . import build, data
-from .learner import BLIND_SHARE, Learner, score
+from .learner import BLIND_SHARE, Learner
 
 FIND, GROWS = 420, 75  # steps of phase 4 with short pages, and after how many of them the pages grow
 HELD_OUT = (
@@ -90,20 +91,12 @@ def orthogonalized(grad: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def optimizers(learner: Learner, looking: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for word vectors, norms, biases and the patch embedding."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, weight in learner.named_parameters():
-        scale = 0.1 if "embed_tokens" in name else 0.4 if not looking and ".visual." in name else 1.0
-        inside = ".layers." in name or ".blocks." in name
-        groups.setdefault((weight.ndim == 2 and inside, scale), []).append(weight)
-    matrices, others = (
-        [{"params": weights, "scale": scale} for (inside, scale), weights in groups.items() if inside is wanted]
-        for wanted in (True, False)
-    )
-    return [
-        torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    """The optimizers of a phase; the vision side and the word vectors learn slowly once there are questions."""
+
+    def scale(name: str) -> float:
+        return 0.1 if "embed_tokens" in name else 0.4 if not looking and ".visual." in name else 1.0
+
+    return muon_and_adamw(learner, scale)
 
 
 def rate(step: int, start: int, args: argparse.Namespace, looking: bool) -> float:

@@ -10,17 +10,35 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtprune_kernels import rank1_relevance
+from vtprune_kernels import progressive_mmr, rank1_relevance
+from vtprune_kernels.progressive_mmr import closest_other
 
 from ...core.method import Choice, Method, Stage
 from ...core.options import AtLeastZero, Count, Positive, Share
-from ...core.ragged import group_extreme, rank_in_group, settle_ties
+from ...core.ragged import from_order, group_extreme, rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
-from .mmr import MMR, Candidates
 from .query_free import query_free_magnitude
 
 logger = logging.getLogger("vtprune")
+
+
+@dataclass
+class Candidates:
+    """Rows to choose from.
+
+    Attributes:
+        relevance: `[M]` float, higher is better; logarithms for the objective `"log"`.
+        keys, values: `[M, G, dk]`, `[M, G, dv]`; the similarity of two rows is the cosine of their rank-one updates.
+        scaling: Factor on the dot product of the attention.
+        offsets: `[S + 1]` offsets of the groups.
+    """
+
+    relevance: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    offsets: Tensor
 
 
 @register("iwp")
@@ -109,9 +127,28 @@ class IWP(Method):
         rows = replace(rows, relevance=settle_ties(rows.relevance, tokens.offsets))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("iwp: %s", self.statistics(tokens, rows))
-        chooser = MMR(self.duplication, self.chunk, self.growth, self.pool_factor, self.objective)
-        keep = chooser.keep(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
-        return Choice(keep, scores=rows.relevance)
+        order = self.order(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
+        return Choice(from_order(order, len(tokens)), scores=rows.relevance)
+
+    def order(
+        self, rows: Candidates, budgets: Tensor, max_budget: int | None = None, max_length: int | None = None
+    ) -> Tensor:
+        """Rows `[S, max_budget]` in the order of selection, padded with -1, by `vtprune_kernels.progressive_mmr`."""
+        return progressive_mmr(
+            rows.relevance,
+            rows.keys,
+            rows.values,
+            rows.offsets,
+            budgets,
+            self.duplication,
+            self.chunk,
+            self.growth,
+            self.pool_factor,
+            self.objective,
+            rows.scaling,
+            max_budget=max_budget,
+            max_length=max_length,
+        )
 
     def statistics(self, tokens: Tokens, rows: Candidates | None = None) -> dict[str, float]:
         """Medians that show whether the terms of the objective are informative; costs `O(M^2)` time.
@@ -120,4 +157,5 @@ class IWP(Method):
         near 0 means that there are no duplicates and the choice is top-k (prefer `rope_in_duplication=False`).
         """
         rows = rows or self.candidates(tokens)
-        return {"relevance": float(rows.relevance.median()), "closest_similarity": float(rows.closest().median())}
+        closest = closest_other(rows.keys, rows.values, rows.offsets, rows.scaling)
+        return {"relevance": float(rows.relevance.median()), "closest_similarity": float(closest.median())}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ...core.files import FileError, read_json, write_text
 from ...core.method import Choice, Group, Method, Stage, Tap
-from ...core.options import Range, load_options, save_options
+from ...core.options import Range, from_json
 from ...core.ragged import top_k
 from ...core.registry import register
 from ...core.taps import layer_input
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
 
 _INPUT = "vflowopt.input"
-# Schema of a strategy file; the ranges of the options are checked by the class.
+# Schema of each option in a strategy file; the ranges are checked by the class.
 _SAVED: dict[str, Any] = {
     **dict.fromkeys(("threshold", "alpha", "grid", "first"), {"type": "number"}),
     "later": {"type": "array", "items": {"type": "number"}, "maxItems": 100},
@@ -103,7 +105,8 @@ class VFlowOpt(Method):
 
     def save(self, path: str | Path, **about: Any) -> None:
         """Writes the strategy as JSON, with the further fields `about` it."""
-        save_options(self, tuple(_SAVED), path, about)
+        options = {"method": self.name} | {name: getattr(self, name) for name in _SAVED}
+        write_text(path, json.dumps(options | {"about": about}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> VFlowOpt:
@@ -116,8 +119,15 @@ class VFlowOpt(Method):
         Raises:
             MethodError: The file is missing or is not a strategy.
         """
-        source = f"strategy of {cls.name}, such as `vtprune tune` writes"
-        return load_options(cls, _SAVED, path, source, options)
+        needed = {"method": {"const": cls.name}, **_SAVED}
+        properties = {**needed, "about": {"type": "object"}}
+        schema = {"type": "object", "required": [*needed], "properties": properties, "additionalProperties": False}
+        try:
+            data = read_json(path, schema)
+            return cls(**from_json({name: data[name] for name in _SAVED}), **options)
+        except (FileError, MethodError) as error:
+            source = f"strategy of {cls.name}, such as `vtprune tune` writes"
+            raise MethodError(f"{path} holds no {source}: {error}") from error
 
     def cuts(self, num_layers: int) -> list[int]:
         """Layers of the later cuts; in a shallow decoder several can coincide, or be layer 0."""

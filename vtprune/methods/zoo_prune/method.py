@@ -15,7 +15,7 @@ from vtprune_kernels import weighted_farthest_point
 from ...core.log import warn_once
 from ...core.method import Choice, Method, Stage, Tap
 from ...core.options import AboveZero, Positive, Seed
-from ...core.ragged import from_order, group_ids
+from ...core.ragged import from_order, group_extreme
 from ...core.registry import register
 from ...core.tokens import Tokens
 from ...errors import MethodError
@@ -31,9 +31,7 @@ Estimator = Literal["auto", "exact", "jvp", "difference"]
 
 def scaled(sensitivity: Tensor, offsets: Tensor) -> Tensor:
     """Min-max scaling to `[0, 1)` inside each group; ones where all values are equal."""
-    group, ends = group_ids(offsets, len(sensitivity)), sensitivity.new_zeros(len(offsets) - 1)
-    low = ends.scatter_reduce(0, group, sensitivity, "amin", include_self=False)[group]
-    high = ends.scatter_reduce(0, group, sensitivity, "amax", include_self=False)[group]
+    low, high = group_extreme(sensitivity, offsets, "amin"), group_extreme(sensitivity, offsets, "amax")
     return torch.where(high > low, (sensitivity - low) / (high - low + 1e-8), 1.0)
 
 

@@ -26,7 +26,6 @@ def progressive_mmr(
     pool: int = 4,
     objective: Literal["linear", "log"] = "linear",
     scaling: float | None = None,
-    preselected: Tensor | None = None,
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
@@ -52,7 +51,6 @@ def progressive_mmr(
         objective: `"linear"`: `r - duplication * max(0, S_max)`;
             `"log"`: `log M + 0.5 log(1 - duplication * max(0, S_max)^2 + 1e-6)`.
         scaling: Factor of the attention's dot product, `dk ** -0.5` by default.
-        preselected: `[M]` bool, rows selected before, which are not returned and not part of the budgets.
         max_budget: Width of the result, at least `max(budgets)`; by default it is read from `budgets`, which
             synchronizes with their device.
         max_length: Length of the longest group, or more; by default it is read from `offsets` in the same way. Only
@@ -65,7 +63,7 @@ def progressive_mmr(
         raise ValueError(f"objective is {objective!r}; expected 'linear' or 'log'")
     if chunk < 1 or pool < 1 or growth < 0:
         raise ValueError(f"chunk={chunk}, pool={pool}, growth={growth}; expected chunk and pool >= 1, growth >= 0")
-    settings = (duplication, chunk, growth, pool, objective, scaling, preselected, max_budget)
+    settings = (duplication, chunk, growth, pool, objective, scaling, max_budget)
     if on_gpu(keys):
         return triton_source("progressive_mmr")(relevance, keys, values, offsets, budgets, *settings, max_length)
     return _vectorized(relevance, keys, values, offsets, budgets, *settings)

@@ -20,7 +20,6 @@ def choose(
     growth: float,
     pool: int,
     objective: str,
-    preselected: Tensor | None,
 ) -> Tensor:
     """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
@@ -30,9 +29,8 @@ def choose(
     Args:
         relevance: `[n]`.
         similarity: Similarities of the group's rows.
-        budget: Number of rows to select, at most those that are not preselected.
+        budget: Number of rows to select.
         duplication, chunk, growth, pool, objective: As for `progressive_mmr`.
-        preselected: `[n]` bool, rows selected before, or None.
     """
     relevance = relevance.float()
     value = gains(relevance, None, duplication, objective)
@@ -42,8 +40,6 @@ def choose(
     else:
         given_row = gains(relevance, given_row, duplication, objective)
     given_row.fill_diagonal_(-torch.inf)  # a selected row is not selected again
-    if preselected is not None:
-        value = torch.minimum(value, given_row[preselected].amin(0)) if bool(preselected.any()) else value
     chosen: list[int] = []
     while len(chosen) < budget:
         count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))

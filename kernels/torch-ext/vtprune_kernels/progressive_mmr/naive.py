@@ -41,7 +41,6 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    preselected: Tensor | None = None,
     max_budget: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
@@ -50,10 +49,6 @@ def progressive_mmr(
         score, k, v = relevance[start:stop].float(), keys[start:stop], values[start:stop]
         free = torch.ones(stop - start, dtype=torch.bool, device=relevance.device)
         closest = torch.zeros(stop - start, device=relevance.device, dtype=torch.float32)
-        for row in [] if preselected is None else preselected[start:stop].nonzero().flatten().tolist():
-            closest = torch.maximum(closest, similarity(k, v, row, scaling))
-            free[row] = False
-        budget = min(budget, int(free.sum()))
         chosen: list[int] = []
         while len(chosen) < budget:
             count = min(budget - len(chosen), chunk, max(1, int(growth * len(chosen))))

@@ -43,8 +43,7 @@ def _largest(key, count):
 
 @triton.jit(do_not_specialize=["max_budget", "first_group"])
 def _choose(
-    matrix_ptr, relevance_ptr, stride_r, max_sim_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget, first_group, side,
-    duplication,
+    matrix_ptr, relevance_ptr, stride_r, offsets_ptr, budget_ptr, order_ptr, max_budget, first_group, side, duplication,
     CHUNK: tl.constexpr, GROWTH: tl.constexpr, POOL: tl.constexpr, LOG: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Runs all rounds of one group."""
@@ -54,8 +53,8 @@ def _choose(
     matrix_ptr += tl.program_id(0).to(tl.int64) * side * side
     no_key = tl.full([], -0x7FFFFFFFFFFFFFFF, tl.int64)
     score = tl.load(relevance_ptr + (start + cols) * stride_r, mask=mask, other=0.0).to(tl.float32)
-    max_sim = tl.load(max_sim_ptr + start + cols, mask=mask, other=float("inf"))
-    n_free = tl.sum((max_sim < float("inf")).to(tl.int32), 0)
+    max_sim = tl.where(mask, 0.0, float("inf"))
+    n_rows = (stop - start).to(tl.int32)
     budget = tl.load(budget_ptr + group).to(tl.int32)
     done = tl.full([], 0, tl.int32)
     while done < budget:
@@ -65,7 +64,7 @@ def _choose(
         candidates = mask
         if POOL > 1:  # noqa: SIM102 - a compile-time condition, the inner one is not
             if count > 1:
-                candidates = _largest(key, tl.minimum(POOL * count, n_free - done))
+                candidates = _largest(key, tl.minimum(POOL * count, n_rows - done))
         for step in range(count):
             # With POOL 1, the best rows by this round's values are selected, regardless of their mutual similarity.
             if POOL > 1:  # noqa: SIM102
@@ -90,7 +89,6 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    preselected: Tensor | None = None,
     max_budget: int | None = None,
     max_length: int | None = None,
 ) -> Tensor:
@@ -99,25 +97,19 @@ def progressive_mmr(
     offsets, limit, max_budget, max_length = plan(offsets, budgets, len(keys), device, max_budget, max_length)
     if max_budget == 0 or max_length == 0:
         return torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
-    if preselected is not None:
-        preselected = preselected.to(torch.uint8)
-        kept = torch.cat([preselected.new_zeros(1, dtype=torch.int64), preselected.cumsum(0)])[offsets].diff()
-        limit = torch.minimum(limit, offsets.diff() - kept)
-    log = objective == "log"
-    updates = Updates(keys, values, scaling)
-    rounds = Rounds(updates, relevance, offsets, limit, max_budget, max_length, duplication, log)
-    if preselected is not None:
-        rounds.add_preselected(preselected)
+    log, updates = objective == "log", Updates(keys, values, scaling)
     together = groups_at_once(max_length, groups)
     if not together:
+        rounds = Rounds(updates, relevance, offsets, limit, max_budget, max_length, duplication, log)
         return rounds.choose(chunk, growth, pool)
     side = side_of(max_length)
+    order = torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
     matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
     for first in range(0, groups, together):
         count = min(together, groups - first)
         updates.matrix(offsets, first, matrix[:count])
         _choose[(count,)](
-            matrix, relevance, relevance.stride(0), rounds.near, offsets, limit, rounds.order, max_budget, first, side,
-            duplication, CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK_N=power_of_two(side), num_warps=8,
+            matrix, relevance, relevance.stride(0), offsets, limit, order, max_budget, first, side, duplication,
+            CHUNK=chunk, GROWTH=growth, POOL=pool, LOG=log, BLOCK_N=power_of_two(side), num_warps=8,
         )  # fmt: skip
-    return rounds.order
+    return order

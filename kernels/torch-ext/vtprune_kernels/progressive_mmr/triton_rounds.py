@@ -32,13 +32,10 @@ def _update(
     k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn, stride_vh,
     stride_vd, max_sim_ptr, relevance_ptr, stride_r, ranks_ptr, offsets_ptr, budget_ptr, order_ptr, max_budget, done,
     count, max_length, duplication,
-    PRESELECTED: tl.constexpr, RANK: tl.constexpr, LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    LOG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SHIFT: tl.constexpr, KV_HEADS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Updates the largest similarities of a block of rows with the last round's picks, and with `RANK` their rank keys.
-
-    With `PRESELECTED`, the picks are the rows marked in `order_ptr` instead.
-    """
+    """Updates the largest similarities of a block of rows to the selected ones, and the rank keys of the rows."""
     group, offs_m = tl.program_id(1), tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
     if start + tl.program_id(0) * BLOCK_M >= stop:
@@ -46,33 +43,22 @@ def _update(
     rows = start + offs_m
     row_mask = rows < stop
     max_sim = tl.load(max_sim_ptr + rows, mask=row_mask, other=0.0)
-    n_picks = (
-        (stop - start).to(tl.int32)
-        if PRESELECTED
-        else tl.minimum(count, tl.load(budget_ptr + group) - done).to(tl.int32)
-    )
+    n_picks = tl.minimum(count, tl.load(budget_ptr + group) - done).to(tl.int32)
     for start_n in range(0, n_picks, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         pick_mask = offs_n < n_picks
-        if PRESELECTED:
-            picks = start + offs_n
-            pick_mask = tl.load(order_ptr + picks, mask=pick_mask, other=0) != 0
-        else:
-            picks = tl.load(order_ptr + group * max_budget + done + offs_n, mask=pick_mask, other=0)
-        if tl.max(pick_mask.to(tl.int32), 0) > 0:
-            similarity = tile(
-                k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd,
-                stride_vn,
-                stride_vh, stride_vd, rows, row_mask, picks, pick_mask, HAS_SHIFT, KV_HEADS, DK, DV, BLOCK_D,
-            )  # fmt: skip
-            similarity = tl.where((rows[:, None] == picks[None, :]) & pick_mask[None, :], float("inf"), similarity)
-            max_sim = tl.maximum(max_sim, tl.max(tl.where(pick_mask[None, :], similarity, 0.0), 1))
+        picks = tl.load(order_ptr + group * max_budget + done + offs_n, mask=pick_mask, other=0)
+        similarity = tile(
+            k_ptr, v_ptr, shift_ptr, half_sq_ptr, inv_norm_ptr, scaling, stride_kn, stride_kh, stride_kd, stride_vn,
+            stride_vh, stride_vd, rows, row_mask, picks, pick_mask, HAS_SHIFT, KV_HEADS, DK, DV, BLOCK_D,
+        )  # fmt: skip
+        similarity = tl.where((rows[:, None] == picks[None, :]) & pick_mask[None, :], float("inf"), similarity)
+        max_sim = tl.maximum(max_sim, tl.max(tl.where(pick_mask[None, :], similarity, 0.0), 1))
     tl.store(max_sim_ptr + rows, max_sim, mask=row_mask)
-    if RANK:
-        score = tl.load(relevance_ptr + rows * stride_r, mask=row_mask, other=0.0).to(tl.float32)
-        key = rank_key(gain(score, max_sim, duplication, LOG), offs_m)
-        key = tl.where(max_sim < float("inf"), key, -0x7FFFFFFFFFFFFFFF)
-        tl.store(ranks_ptr + group.to(tl.int64) * max_length + offs_m, key, mask=row_mask)
+    score = tl.load(relevance_ptr + rows * stride_r, mask=row_mask, other=0.0).to(tl.float32)
+    key = rank_key(gain(score, max_sim, duplication, LOG), offs_m)
+    key = tl.where(max_sim < float("inf"), key, -0x7FFFFFFFFFFFFFFF)
+    tl.store(ranks_ptr + group.to(tl.int64) * max_length + offs_m, key, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["max_budget", "done", "count", "side"])
@@ -136,17 +122,11 @@ class Rounds:
         self.near = torch.zeros(len(relevance), device=relevance.device, dtype=torch.float32)
         self.order = torch.full((len(limit), max_budget), -1, dtype=torch.int64, device=relevance.device)
 
-    def add_preselected(self, preselected: Tensor) -> None:
-        """Treats the rows marked in `preselected` `[M]` uint8 as selected."""
-        self._update(0, 0, preselected, None)
-
-    def _update(self, done: int, count: int, preselected: Tensor | None, ranks: Tensor | None) -> None:
+    def _update(self, done: int, count: int, ranks: Tensor) -> None:
         rows = self.updates.tile
         _update[(triton.cdiv(self.max_length, rows), len(self.limit))](
-            *self.updates.tensors, self.near, self.relevance, self.relevance.stride(0),
-            self.order if ranks is None else ranks, self.offsets, self.limit,
-            self.order if preselected is None else preselected, self.order.shape[1], done, count, self.max_length,
-            self.duplication, PRESELECTED=preselected is not None, RANK=ranks is not None, LOG=self.log, BLOCK_M=rows,
+            *self.updates.tensors, self.near, self.relevance, self.relevance.stride(0), ranks, self.offsets, self.limit,
+            self.order, self.order.shape[1], done, count, self.max_length, self.duplication, LOG=self.log, BLOCK_M=rows,
             BLOCK_N=_PICKS, num_warps=8, num_stages=1, **self.updates.sizes,
         )  # fmt: skip
 
@@ -154,7 +134,7 @@ class Rounds:
         """Selects rows `[S, max_budget]`, returned in order of selection."""
         (groups, max_budget), done = self.order.shape, 0
         ranks = torch.full((groups, self.max_length), NOTHING, dtype=torch.int64, device=self.near.device)
-        self._update(0, 0, None, ranks)
+        self._update(0, 0, ranks)
         while done < max_budget:
             count = min(max_budget - done, chunk, max(1, int(growth * done)))
             per_pick = pool if count > 1 else 1
@@ -171,6 +151,6 @@ class Rounds:
                 PER_PICK=per_pick, BLOCK_N=power_of_two(side),
             )  # fmt: skip
             if done + count < max_budget:
-                self._update(done, count, None, ranks)
+                self._update(done, count, ranks)
             done += count
         return self.order

@@ -67,18 +67,15 @@ def progressive_mmr(
     pool: int = 4,
     objective: str = "linear",
     scaling: float | None = None,
-    preselected: Tensor | None = None,
     max_budget: int | None = None,
 ) -> Tensor:
     """See `vtprune_kernels.progressive_mmr`."""
     rules, width = (duplication, chunk, growth, pool, objective), keys.shape[1] * (keys.shape[2] + values.shape[2])
 
     def of_group(start: int, stop: int, budget: int) -> Tensor:
-        taken = None if preselected is None else preselected[start:stop]
         path = gram.choose if is_small(stop - start, width, budget) else choose
-        budget = min(budget, stop - start - (0 if taken is None else int(taken.sum())))
         similarity = Duplication(keys[start:stop], values[start:stop], scaling)
-        return path(relevance[start:stop], similarity, budget, *rules, taken)
+        return path(relevance[start:stop], similarity, budget, *rules)
 
     return select_by_group(offsets, budgets, relevance.device, max_budget, of_group)
 
@@ -92,20 +89,16 @@ def choose(
     growth: float,
     pool: int,
     objective: str,
-    preselected: Tensor | None,
 ) -> Tensor:
     """Same as `gram.choose`, with lazy evaluation."""
     state = _Group(relevance, similarity, duplication, objective)
-    if preselected is not None:
-        state.take(preselected.nonzero().flatten())
-    before, rows = len(state.chosen), len(relevance)
-    while (done := len(state.chosen) - before) < budget:
+    while (done := len(state.chosen)) < budget:
         count = min(budget - done, chunk, max(1, int(growth * done)))
-        wanted = 1 if count == 1 else min(pool * count, rows - before - done)
-        candidates = lazy_top(state.bounds, state.seen, before + done, wanted, state.refresh)
+        wanted = 1 if count == 1 else min(pool * count, len(relevance) - done)
+        candidates = lazy_top(state.bounds, state.seen, done, wanted, state.refresh)
         if pool == 1:
             best_first = torch.sort(state.bounds[candidates], descending=True, stable=True).indices
             state.take(candidates[best_first])
         else:
             state.take(state.pick(candidates, count))
-    return state.chosen[before:]
+    return state.chosen

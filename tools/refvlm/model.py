@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the untrained reference model, its word-level tokenizer and its processor. Only training needs this file."""
+"""Builds the untrained LLaVA, its word-level tokenizer and its processor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from . import CHAT_TEMPLATE, IMAGE_SIZE, PATCH_SIZE
-from .scenes import COLORS, DIGITS, HORIZONTAL, NUMBERS, SHAPES, SIZES, VERTICAL
+from vtprune.refvlm import CHAT_TEMPLATE, IMAGE_SIZE, PATCH_SIZE
+from vtprune.refvlm.scenes import COLORS, DIGITS, HORIZONTAL, NUMBERS, SHAPES, SIZES, VERTICAL
 
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>", "<image>")
 # Words that mark patches in the dense loss of training; `center` marks the one patch at an object's middle.
