@@ -43,7 +43,7 @@ def launches(dtype: torch.dtype, device: str = "cpu") -> Iterator[tuple[str, Cal
         q, k, v = random(21, heads, size), random(rows, groups, size), random(rows, groups, size)
         places = (query_offsets, offsets, order)
         yield call("attention_rows", q, k, *places, 0.1)
-        yield call("attention_rows", q, k, *places, 0.1, softcap=50.0, reduce="heads", max_length=600)
+        yield call("attention_rows", q, k, *places, 0.1, softcap=50.0, reduce="none", max_length=600)
         yield call("rank1_relevance", q, k, v, *places, visual, 0.1)
         yield call("rank1_relevance", q, k, v, *places, visual, 0.1, reduce="max", normalize="visual", softcap=50.0)
     q, k = random(2, 16, 577, 72), random(2, 16, 577, 72)

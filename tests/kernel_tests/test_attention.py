@@ -64,7 +64,7 @@ def test_relevance_survives_huge_logits_and_rows_without_keys():
     assert (found[visual < 9] == -torch.inf).all() and torch.isfinite(found[visual >= 9]).all()
 
 
-@pytest.mark.parametrize("reduce", ["mean", "heads", "none"])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
 @pytest.mark.parametrize("heads, groups, size", [(4, 4, 64), (6, 2, 60), (8, 1, 80)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_rows_equal_specification(reduce, heads, groups, size, softcap):
@@ -120,11 +120,11 @@ def test_rows_in_blocks_equal_the_whole(monkeypatch):
 
     q, k, v, query_offsets, key_offsets, query_order, visual, scaling = case(seed=3)
     some = (query_offsets, key_offsets, query_order)
-    whole = [attention_rows(q, k, *some, scaling, reduce=reduce) for reduce in ("mean", "heads", "none")]
+    whole = [attention_rows(q, k, *some, scaling, reduce=reduce) for reduce in ("mean", "none")]
     whole += [rank1_relevance(q, k, v, *some, visual, scaling, reduce) for reduce in ("mean", "rms", "max")]
     monkeypatch.setattr(rows_module, "_BLOCK", 1)
     monkeypatch.setattr(relevance_module, "_BLOCK", 1)
-    parts = [attention_rows(q, k, *some, scaling, reduce=reduce) for reduce in ("mean", "heads", "none")]
+    parts = [attention_rows(q, k, *some, scaling, reduce=reduce) for reduce in ("mean", "none")]
     parts += [rank1_relevance(q, k, v, *some, visual, scaling, reduce) for reduce in ("mean", "rms", "max")]
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 

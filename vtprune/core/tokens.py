@@ -97,7 +97,8 @@ class Tokens:
         layer: The cut is before this decoder layer.
         stage: Number of the stage, 0-based.
         num_layers: Decoder layers of the model.
-        recorded: Records of the method's taps: a list per name, or `[M, ...]` stacked as a list for column taps.
+        recorded: Records of the method's taps, a list per name in the order in which they were made; those of column
+            taps are `[M, ...]`.
         inputs: Keyword arguments of the model call that describe the images (`image_sizes`, `image_grid_thw`,
             `pixel_values` ...), untouched.
         anatomy: The parts of the model, for methods that call one, such as the projector.

@@ -328,7 +328,7 @@ class Columns:
         key = (id(self.state.base_of(number)) if self.state is not None else 0, cached, count, start)
         if key not in self._slots:
             filled = self._filled(number, cached, self.index, self.valid)
-            filled = kv_cache.attended(filled, kv_cache.lasting_prompt(self.cache, number), start, count)
+            filled = kv_cache.slots_attended(filled, kv_cache.lasting_prompt(self.cache, number), start, count)
             plain = not bool((filled < 0).any())
             # A static cache includes empty slots.
             filled = nn.functional.pad(filled, (0, count - filled.shape[1]), value=-1)
@@ -442,7 +442,7 @@ class Columns:
         empty = max(keys_seen - slots.shape[1], 0)
         slots = nn.functional.pad(slots, (0, empty), value=-1)
         prompt = kv_cache.lasting_prompt(self.cache, layer)
-        slots = kv_cache.attended(slots, prompt, slots.shape[1] - keys_seen, keys_seen)
+        slots = kv_cache.slots_attended(slots, prompt, slots.shape[1] - keys_seen, keys_seen)
         total = self.past + self.length
         keys = x.movedim(3, 1)  # [B, k, H, q]
         keys = gather.scatter(keys, to_device(slots.clamp(min=0), x.device), to_device(slots >= 0, x.device), total)

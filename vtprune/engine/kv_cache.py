@@ -258,7 +258,7 @@ def lasting_prompt(cache: Any, layer: int) -> int:
     return getattr(cache.layers[layer], PROMPT_LENGTH, None) or 0
 
 
-def attended(slots: Tensor, prompt: int, gone: int, count: int) -> Tensor:
+def slots_attended(slots: Tensor, prompt: int, gone: int, count: int) -> Tensor:
     """The `count` of all `slots` `[B, n]` that a layer attends to.
 
     Args:

@@ -70,13 +70,14 @@ class Pixels(PixelRule, ScoreMethod):
             )
         rows = []
         for given, block, (_, projected, _) in zip(*records, calls, strict=True):
-            off = self.distances(_layout(vision.anatomy, given, block))
+            layout = _layout(vision.anatomy, given, block)
+            off = self.distances(layout)
             if len(off) != projected.shape[0] * projected.shape[1]:
                 raise MethodError(
                     f"{self.name} found {len(off)} cells of patches for {projected.shape[0] * projected.shape[1]} "
                     "projected tokens; expected one cell for each; choose a method that needs none, such as 'divprune'"
                 )
-            rows.append(off)
+            rows.append(_in_tower_order(off, layout))
         scores = vision.to_tokens(torch.cat(rows).clamp_max(_FIRST)[:, None].to(tokens.hidden.device))[:, 0]
         return scores.nan_to_num(-1.0)
 
@@ -91,6 +92,16 @@ class Pixels(PixelRule, ScoreMethod):
                 )
             found.append(self.predict(part, grid)[0])
         return torch.cat(found)
+
+
+def _in_tower_order(values: Tensor, layout: Layout) -> Tensor:
+    """Values `[C]` of cells, given in raster order, in the order in which a tower with windows has the cells."""
+    units, start = [], 0
+    for grid in layout.grids:
+        assert grid is not None
+        units.append(grid.units() + start)
+        start += len(units[-1])
+    return torch.empty_like(values).index_copy_(0, torch.cat(units).to(values.device), values)
 
 
 def _layout(anatomy: Anatomy, given: dict[str, Any], block: dict[str, Any]) -> Layout:

@@ -33,8 +33,8 @@ class ResPrune(Method):
     Differences from the paper, for which no code was released: the paper cuts before the decoder (`layer=0`). Here
     decoders of 16 layers or more are cut before layer 1, because the first layer of a real decoder separates rare
     tokens from frequent ones (measured in docs/choosing.md). Tokens are not weighted by their relevance to the text;
-    rows are not normalized; a token with a residual below 1e-6 of its own energy counts as explained, and such tokens
-    come last, by energy; newline tokens are not candidates and are dropped first.
+    rows are not normalized; when the picks explain all tokens, the others follow by energy; newline tokens are not
+    candidates and are dropped first.
 
     Attributes:
         layer: The cut is before this decoder layer; a decoder with fewer layers is cut before its last one. By default

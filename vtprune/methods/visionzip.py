@@ -119,10 +119,8 @@ class VisionZip(Method):
                 continue
             count = round(self.contextual * budget)
             with_class = self.keep_class_token and budget - count > 1
-            dominant = (
-                settle_ties(scores[rows]).sort(descending=True, stable=True).indices[: budget - count - with_class]
-            )
-            keep[rows[dominant]] = True
+            by_score = settle_ties(scores[rows]).sort(descending=True, stable=True).indices
+            keep[rows[by_score[: budget - count - with_class]]] = True  # the dominant patches
             rest = rows[~keep[rows]]
             if count:
                 targets = contextual_targets(len(rest), count).to(rest.device)

@@ -91,9 +91,8 @@ def treats_units_alone(module: nn.Module, states: Tensor, merge: int) -> bool:
     count = min(_TRIED, len(states) // merge)
     units = states[: count * merge].detach().reshape(count, merge, -1)
     # Equal units (plain paper) would tell nothing.
-    units = units + torch.linspace(-1, 1, units.numel(), device=units.device, dtype=torch.float32).reshape(
-        units.shape
-    ).to(units.dtype)
+    differences = torch.linspace(-1, 1, units.numel(), device=units.device, dtype=torch.float32)
+    units = units + differences.reshape(units.shape).to(units.dtype)
     try:
         straight, turned = (module.forward(x.flatten(0, 1)) for x in (units, units.flip(0)[:-1]))
     except Exception:  # a module that counts on all patches of a picture

@@ -158,4 +158,4 @@ class IWP(Method):
         """
         rows = rows or self.candidates(tokens)
         closest = closest_other(rows.keys, rows.values, rows.offsets, rows.scaling)
-        return {"relevance": float(rows.relevance.median()), "closest_similarity": float(closest.median())}
+        return {"relevance": float(rows.relevance.quantile(0.5)), "closest_similarity": float(closest.quantile(0.5))}

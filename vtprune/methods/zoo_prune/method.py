@@ -128,10 +128,8 @@ class ZOOPrune(Method):
         patches, rows = x.shape[1], y.shape[1]
         k = patches // rows
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws for every device
-        u = unit_directions(torch.randn(self.directions, k * x.shape[2], generator=generator, dtype=torch.float32)).to(
-            x
-        )
-        shifts = [over_patches(v.reshape(k, -1), patches, rows, packed) for v in u]
+        draws = torch.randn(self.directions, k * x.shape[2], generator=generator, dtype=torch.float32)
+        shifts = [over_patches(u.reshape(k, -1), patches, rows, packed) for u in unit_directions(draws).to(x)]
 
         def project(z: Tensor) -> Tensor:
             return vision.run_projector(number, z)

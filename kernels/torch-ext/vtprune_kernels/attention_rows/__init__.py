@@ -19,7 +19,7 @@ def attention_rows(
     query_order: Tensor,
     scaling: float,
     softcap: float | None = None,
-    reduce: Literal["mean", "heads", "none"] = "mean",
+    reduce: Literal["mean", "none"] = "mean",
     weights: Tensor | None = None,
     max_length: int | None = None,
 ) -> Tensor:
@@ -33,17 +33,17 @@ def attention_rows(
         query_order: `[R]` index of each row among its sample's keys: it attends to keys `0..query_order`.
         scaling: Factor on the dot product.
         softcap: Tanh cap on the logits.
-        reduce: `"mean"` over heads and rows of the sample; `"heads"` over heads only; `"none"`.
+        reduce: `"mean"` over heads and rows of the sample, or `"none"`.
         weights: `[R]` weights of the rows in the mean over rows (a 0/1 mask selects rows), normalized to sum 1 per
             sample. Used by `"mean"` only.
         max_length: `L` below, or more; by default it is read from `key_offsets`, which synchronizes with their device.
 
     Returns:
-        Tensor: float32. `"mean"`: `[C]`, zero for samples without rows; `"heads"`: `[R, L]` and `"none"`: `[H, R, L]`,
-        where `L` is the largest number of keys of a sample and column `j` the sample's key `j`, zero beyond its keys.
+        Tensor: float32. `"mean"`: `[C]`, zero for samples without rows; `"none"`: `[H, R, L]`, where `L` is the largest
+        number of keys of a sample and column `j` the sample's key `j`, zero beyond its keys.
     """
-    if reduce not in ("mean", "heads", "none"):
-        raise ValueError(f"reduce is {reduce!r}; expected 'mean', 'heads' or 'none'")
+    if reduce not in ("mean", "none"):
+        raise ValueError(f"reduce is {reduce!r}; expected 'mean' or 'none'")
     run = triton_source("attention_rows") if on_gpu(keys) else _vectorized
     settings = (scaling, softcap, reduce, weights, max_length)
     return run(queries, keys, query_offsets, key_offsets, query_order, *settings)

@@ -40,6 +40,4 @@ def attention_rows(
                 rows[head, row, : stop - start] = attention
                 if weight.sum() != 0:
                     mean[start:stop] += attention * weight[row - first] / weight.sum() / heads
-    if reduce == "none":
-        return rows
-    return rows.mean(0) if reduce == "heads" else mean
+    return rows if reduce == "none" else mean

@@ -25,17 +25,12 @@ def attention_rows(
     """See `vtprune_kernels.attention_rows`."""
     rows = rows_of(queries, keys, query_offsets, key_offsets, query_order, scaling, softcap)
     count, heads, device = len(queries), queries.shape[1], keys.device
-    if reduce != "mean":
+    if reduce == "none":
         if max_length is None:
             max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
         if count == 0 or max_length == 0:
-            return torch.zeros(
-                (heads, count, max_length) if reduce == "none" else (count, max_length),
-                device=device,
-                dtype=torch.float32,
-            )
-        result = write_rows(rows, normalizers(rows), max_length)
-        return result if reduce == "none" else result.mean(0)
+            return torch.zeros(heads, count, max_length, device=device, dtype=torch.float32)
+        return write_rows(rows, normalizers(rows), max_length)
     if count == 0 or len(keys) == 0:
         return torch.zeros(len(keys), device=device, dtype=torch.float32)
     weight = torch.ones(count, device=device, dtype=torch.float32) if weights is None else on(weights, device).float()

@@ -27,9 +27,7 @@ def attention_rows(
     heads, groups = queries.shape[1], keys.shape[1]
     if max_length is None:
         max_length = int(key_offsets.diff().max()) if len(key_offsets) > 1 else 0
-    shape = {"mean": (len(keys),), "heads": (len(queries), max_length), "none": (heads, len(queries), max_length)}[
-        reduce
-    ]
+    shape = (len(keys),) if reduce == "mean" else (heads, len(queries), max_length)
     result = torch.zeros(shape, device=keys.device, dtype=torch.float32)
     for (first, last), (start, stop) in zip(spans(query_offsets), spans(key_offsets), strict=True):
         length = stop - start
@@ -49,8 +47,6 @@ def attention_rows(
             attention = torch.softmax(logits.masked_fill_(hidden, -torch.inf), -1)
             if reduce == "none":
                 result[:, rows, :length] = attention
-            elif reduce == "heads":
-                result[rows, :length] = attention.mean(0)
             else:
                 result[start:stop] += weight[rows.start - first : rows.stop - first] @ attention.mean(0)
     return result

@@ -162,11 +162,8 @@ def _whole(
 ) -> Tensor:
     """Selects from matrices of all pairs."""
     groups, device = len(limit), features.device
-    together, side, tiles = (
-        groups_at_once(max_length, groups, _STEPS),
-        side_of(max_length),
-        triton.cdiv(max_length, _TILE),
-    )
+    together = groups_at_once(max_length, groups, _STEPS)
+    side, tiles = side_of(max_length), triton.cdiv(max_length, _TILE)
     order = torch.full((groups, max_budget), -1, dtype=torch.int64, device=device)
     matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
     cholesky, left = torch.empty(together, _STEPS, side, device=device, dtype=torch.float32), variance.clone()

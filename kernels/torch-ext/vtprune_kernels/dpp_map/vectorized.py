@@ -29,16 +29,16 @@ def dpp_map(
     return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
-def choose(kernel: Cosine, budget: int, rank: int) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: float = 0.0) -> Tensor:
     """Same as `gram.choose`, with lazy evaluation."""
-    return _Group(kernel, budget).choose(rank)
+    return _Group(kernel, budget, exhausted, sure).choose(rank)
 
 
 class _Group:
     """The factor `C` `[K, n]` of one group (`kernel[chosen] = L C`), each column known up to `seen` rows."""
 
-    def __init__(self, kernel: Cosine, budget: int) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Cosine, budget: int, exhausted: float, sure: float) -> None:
+        self.kernel, self.exhausted, self.sure = kernel, exhausted, sure
         self.variance = finite(kernel.squares)
         self.left = self.variance.clone()
         self.bounds = self.gains(self.left, self.variance)
@@ -48,9 +48,8 @@ class _Group:
         self.chosen = self.seen.new_zeros(budget)
         self.done = 0
 
-    @staticmethod
-    def gains(left: Tensor, variance: Tensor) -> Tensor:
-        return torch.where(left > EXHAUSTED * variance, left, 0)
+    def gains(self, left: Tensor, variance: Tensor) -> Tensor:
+        return torch.where(left > self.exhausted * variance, left, 0)
 
     def update(self, rows: Tensor, left: Tensor) -> None:
         self.left[rows] = left
@@ -79,7 +78,7 @@ class _Group:
         while len(picked) < limit:
             value = self.gains(left, variance) + taken
             best = int(value.argmax())
-            if float(value[best]) <= max(0.0, rest if picked else 0.0):
+            if float(value[best]) <= max(self.sure * float(variance[best]), rest if picked else 0.0):
                 break
             step = len(picked)
             new[step] = (kernel[best] - new[:step, best] @ new[:step]) / left[best].sqrt()
@@ -96,7 +95,6 @@ class _Group:
         self.update(rows, left)
 
     def choose(self, rank: int) -> Tensor:
-        """Selects rows `[budget]`, returned in order of selection."""
         budget, window = len(self.chosen), Window()
         while self.done < budget:
             before, width = self.done, min(window.rows, len(self.kernel) - self.done)
@@ -104,6 +102,8 @@ class _Group:
                 rows = lazy_top(self.bounds, self.seen, before, width, self.refresh)
                 self.pick(rows, min(width, budget - before, rank - before))
             if self.done == before:  # the selected rows explain all others
+                if self.sure:
+                    return self.chosen[:before]
                 rest = self.variance.masked_fill(self.bounds == -torch.inf, -torch.inf)
                 best_first = torch.sort(rest, descending=True, stable=True).indices
                 self.chosen[before:] = best_first[: budget - before]

@@ -44,7 +44,7 @@ def facility_location(
     """
     if on_gpu(features):
         return triton_source("facility_location")(features, weights, offsets, budgets, max_budget, max_length, combine)
-    return _vectorized(features, weights, offsets, budgets, max_budget, max_length, combine)
+    return _vectorized(features, weights, offsets, budgets, max_budget, combine)
 
 
 __all__ = ["facility_location"]

@@ -11,7 +11,7 @@ from torch.nn.functional import threshold
 
 from .._ragged import empty_order, groups, self_cosine, unit_rows
 
-GRID = 65536  # steps in a cosine of 1; sums of steps are exact, so that equal gains tie in any order of summation
+GRID = 2097152  # steps in a cosine of 1; sums of steps are exact, so that equal gains tie in any order of summation
 
 
 def usable(weights: Tensor) -> Tensor:
@@ -49,7 +49,6 @@ def facility_location(
     offsets: Tensor,
     budgets: Tensor,
     max_budget: int | None = None,
-    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""

@@ -24,7 +24,6 @@ def facility_location(
     offsets: Tensor,
     budgets: Tensor,
     max_budget: int | None = None,
-    max_length: int | None = None,
     combine: Literal["product", "sum"] = "product",
 ) -> Tensor:
     """See `vtprune_kernels.facility_location`."""

@@ -34,10 +34,7 @@ class Duplication:
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarity `[R, C]` of `rows` `[R]` and `columns` `[C]`, averaged over the KV heads."""
-        key_rows, key_columns = (
-            self.keys[rows].transpose(0, 1),
-            self.keys[columns].permute(1, 2, 0),
-        )  # [G,R,dk] [G,dk,C]
+        key_rows, key_columns = self.keys[rows].transpose(0, 1), self.keys[columns].permute(1, 2, 0)  # [G, dk, C]
         exponent = torch.baddbmm(self.half[columns].T[:, None], key_rows, key_columns, beta=-1, alpha=self.scale)
         exponent = (exponent - self.half[rows].T[..., None]).clamp_max_(0)  # [G, R, C]
         cosine = self.values[rows].transpose(0, 1) @ self.values[columns].permute(1, 2, 0)  # [G, R, C]

@@ -21,9 +21,9 @@ def residual_pivots(
     """Selects rows one by one, each with the largest `weight * |residual|^2`.
 
     The residual of a row is its difference from the best approximation by the rows selected before. Without weights the
-    picks are the pivots of a QR decomposition of the transposed features. A row counts as explained if less than 1e-6
-    of its own energy is left, which is about the rounding of half-precision features. Explained rows come last, by
-    descending `weight * |row|^2`.
+    picks are the pivots of a QR decomposition of the transposed features. When no row has more than 1e-10 of the
+    largest energy of a row left, the rest follows by descending `weight * |row|^2`. On a GPU, where residuals are
+    computed in float32, a row counts as explained, and comes last, if less than 1e-6 of its own energy is left.
 
     Args:
         features: `[M, D]` float. Rows that are zero or not finite come last.
@@ -40,7 +40,7 @@ def residual_pivots(
     """
     if on_gpu(features):
         return triton_source("residual_pivots")(features, weights, offsets, budgets, max_budget, max_length)
-    return _vectorized(features, weights, offsets, budgets, max_budget, max_length)
+    return _vectorized(features, weights, offsets, budgets, max_budget)
 
 
 __all__ = ["residual_energy", "residual_pivots"]

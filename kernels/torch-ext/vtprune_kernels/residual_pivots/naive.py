@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from .._ragged import empty_order, groups
-from ..dpp_map.naive import EXHAUSTED
 from ..facility_location.naive import usable
+
+EXPLAINED = 1e-10  # share of the largest energy of a row; if no row has more left, the selected rows explain all
+
+
+def fill(energy: Tensor, taken: Tensor, count: int) -> Tensor:
+    """The `count` rows with the largest `energy` `[n]` among those not `taken` `[n]`; ties go to the smaller row."""
+    return torch.sort(energy.masked_fill(taken, -torch.inf), descending=True, stable=True).indices[:count]
 
 
 def residual_pivots(
-    features: Tensor,
-    weights: Tensor | None,
-    offsets: Tensor,
-    budgets: Tensor,
-    max_budget: int | None = None,
-    max_length: int | None = None,
+    features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
     order = empty_order(budgets, features.device, max_budget)
@@ -30,11 +31,10 @@ def residual_pivots(
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
         for step in range(budget):
             left = residual.square().sum(1)
-            gain = torch.where(left > EXHAUSTED * energy, weight * left, 0).masked_fill(~free, -torch.inf)
+            gain = (weight * left).masked_fill(~free, -torch.inf)
             best = int(gain.argmax())
-            if gain[best] <= 0:
-                rest = torch.sort((weight * energy).masked_fill(~free, -torch.inf), descending=True, stable=True)
-                order[number, step:budget] = start + rest.indices[: budget - step]
+            if gain[best] <= 0 or left[free].max() <= EXPLAINED * energy.max():
+                order[number, step:budget] = start + fill(weight * energy, ~free, budget - step)
                 break
             order[number, step] = start + best
             free[best] = False

@@ -3,7 +3,8 @@
 
 The residual energy of a row is its conditional variance in the kernel of all products, so QR with column pivoting is
 pivoted Cholesky of that kernel, and weights scale the rows. The selection is that of `dpp_map`, including lazy
-evaluation, with lengths as relevance.
+evaluation, with lengths as relevance. In float32 that is as good as the specification while the residual of the best
+row is not small; from there on it is continued in float64.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ragged import segment_maximum
-from ..dpp_map.vectorized import dpp_map
+from .._cosine import Cosine
+from .._ragged import segment_maximum, select_by_group
+from .._small import is_small
+from ..dpp_map import gram
+from ..dpp_map import vectorized as lazy
 from ..facility_location.naive import usable
+from .naive import EXPLAINED, fill
+
+_SURE = 1e-4  # share of a row's energy of which float32 still knows enough digits, after hundreds of picks
 
 
 def relevance(features: Tensor, length: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
@@ -31,13 +38,41 @@ def relevance(features: Tensor, length: Tensor, weights: Tensor | None, offsets:
 
 
 def residual_pivots(
-    features: Tensor,
-    weights: Tensor | None,
-    offsets: Tensor,
-    budgets: Tensor,
-    max_budget: int | None = None,
-    max_length: int | None = None,
+    features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
     """See `vtprune_kernels.residual_pivots`."""
-    length = torch.linalg.vector_norm(features.float(), dim=1)
-    return dpp_map(features, relevance(features, length, weights, offsets), offsets, budgets, max_budget)
+    length, rank = torch.linalg.vector_norm(features.float(), dim=1), features.shape[1]
+    factor = relevance(features, length, weights, offsets)
+
+    def of_group(start: int, stop: int, budget: int) -> Tensor:
+        kernel = Cosine(features[start:stop], factor[start:stop])
+        choose = gram.choose if is_small(stop - start, rank, budget) else lazy.choose
+        chosen = choose(kernel, budget, rank, exhausted=0.0, sure=_SURE)
+        if len(chosen) == budget:
+            return chosen
+        return _continued(features[start:stop], None if weights is None else weights[start:stop], chosen, budget)
+
+    return select_by_group(offsets, budgets, features.device, max_budget, of_group)
+
+
+def _continued(features: Tensor, weights: Tensor | None, chosen: Tensor, budget: int) -> Tensor:
+    """Continues the selection `chosen` of rows of one group in float64, up to `budget` rows."""
+    rows = features.double()
+    rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
+    energy, done = rows.square().sum(1), len(chosen)
+    weight = torch.ones_like(energy) if weights is None else usable(weights).to(rows)
+    factors = rows.new_zeros(budget, len(rows))  # with the selected rows S: X_S X^T = L factors
+    picks, order = rows[chosen], rows.new_empty(budget, dtype=torch.int64)
+    triangle = torch.linalg.cholesky(picks @ picks.T)
+    factors[:done], order[:done] = torch.linalg.solve_triangular(triangle, picks @ rows.T, upper=False), chosen
+    left = (energy - factors[:done].square().sum(0)).index_fill(0, chosen, -torch.inf)
+    for step in range(done, budget):
+        gain, row = (weight * left).max(0)
+        if not float(gain) > 0 or float(left.max()) <= EXPLAINED * float(energy.max()):
+            order[step:] = fill(weight * energy, left == -torch.inf, budget - step)
+            break
+        factor = rows @ rows[row] - factors[:step].T @ factors[:step, row]
+        factors[step] = factor / left[row].sqrt()
+        left -= factors[step].square()
+        left[row], order[step] = -torch.inf, row
+    return order
