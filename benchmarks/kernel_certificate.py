@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vtprune_kernels._ragged import finite, self_cosine, unit_rows
-from vtprune_kernels.dpp_map.naive import EXHAUSTED
+from vtprune_kernels.dpp_map.naive import EXHAUSTED  # of the residual, too, as computed on a GPU
 from vtprune_kernels.facility_location.naive import gains as coverage_gains
-from vtprune_kernels.facility_location.naive import steps, symmetric, usable, values
+from vtprune_kernels.facility_location.naive import usable, values
 from vtprune_kernels.progressive_mmr.naive import gains, similarity
 
 
@@ -91,11 +91,11 @@ def mmr(
 def coverage(order: Tensor, features: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, int]]:
     """As `farthest_point`, from the cosines of all pairs."""
     unit = unit_rows(features)
-    cosines = steps(symmetric(unit @ unit.T, self_cosine(features.float().norm(dim=1))))
+    cosines = unit @ unit.T
     weight = None if weights is None else usable(weights)
     covered = torch.zeros(len(unit), device=unit.device)
     for pick in order.tolist():
-        yield values(coverage_gains(cosines, covered), weight, "product"), pick
+        yield values(coverage_gains(cosines, covered), weight, "product").float(), pick
         covered = torch.maximum(covered, cosines[pick])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, Video
+from families import FAMILIES, Image, Video
 from support import MIXED, ONE, model_of, pruned
 
 import vtprune
@@ -145,3 +145,24 @@ def test_saved_and_read(tmp_path: Path) -> None:
     path.write_text('{"energy": 0.5}')
     with pytest.raises(BudgetError, match="is no file of an automatic ratio"):
         vtprune.Auto.load(path)
+
+
+@torch.no_grad()
+def test_the_energy_is_given_beside_auto() -> None:
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5]])
+    kept = {}
+    for name, budget in {
+        "auto": dict(ratio="auto", energy=0.6),
+        "Auto": dict(ratio=vtprune.Auto(energy=0.6)),
+    }.items():
+        with vtprune.patch(model, **budget) as patch:
+            model(**batch)
+            kept[name] = patch.last.kept[0].tolist()
+    assert kept["auto"] == kept["Auto"]
+    with vtprune.patch(model, ratio=0.5) as patch:
+        with patch.using(ratio="auto", energy=0.6):
+            model(**batch)
+        assert patch.last.kept[0].tolist() == kept["Auto"]
+    for wrong in (dict(ratio=0.5, energy=0.9), dict(energy=0.9), dict(ratio="auto", energy=2)):
+        with pytest.raises(vtprune.BudgetError, match="energy"):
+            vtprune.patch(model, **wrong)

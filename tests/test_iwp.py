@@ -14,7 +14,7 @@ from synthetic_tokens import Sample, tokens
 
 from vtprune.errors import MethodError
 from vtprune.methods import resolve
-from vtprune.methods.iwp.method import IWP
+from vtprune.methods.iwp.method import IWP, Candidates
 from vtprune.methods.iwp.query_free import query_free_magnitude
 from vtprune_kernels.progressive_mmr import Duplication
 
@@ -223,3 +223,9 @@ def test_without_a_query_neither_text_nor_places_matter():
     torch.testing.assert_close(
         plain.candidates(batch).relevance, rotated.candidates(batch).relevance, rtol=1e-4, atol=1e-6
     )
+
+
+def test_statistics_are_medians_of_an_even_number_of_tokens_too():
+    axes = torch.eye(4)[:, None]
+    rows = Candidates(torch.tensor([0.0, 1, 2, 4]), axes, axes, 1.0, torch.tensor([0, 4]))
+    assert IWP().statistics(None, rows)["relevance"] == 1.5

@@ -293,3 +293,22 @@ def test_published_layers_are_scaled() -> None:
             assert layers == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth
     with pytest.raises(MethodError, match="one share per layer"):
         scale_schedule((1, 2), (0.5,), 32, 32, "PyramidDrop")
+
+
+def test_two_clusters_have_the_closest_pair_as_centers() -> None:
+    """With two clusters the closest pair is the densest, and neither of the two is denser than the other."""
+    for seed in range(10):
+        x = torch.randn(13, 24, generator=torch.Generator().manual_seed(seed))
+        distance = torch.cdist(x.double(), x.double()).fill_diagonal_(torch.inf)
+        _, centers = density_peaks(x, 2)
+        assert sorted(centers.tolist()) == sorted(divmod(int(distance.argmin()), 13))
+    assert density_peaks(torch.ones(20, 4), 3)[1].tolist() == [0, 1, 2]  # equal rows: the earlier one is denser
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_dart_always_has_its_pivots_as_released(budget: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, size, text, text_size = (torch.randn(*n, generator=g) for n in ((25, 8), (25,), (6, 8), (6,)))
+    sizes = torch.tensor([0, 25]), torch.tensor([budget]), text, text_size, torch.tensor([0, 6])
+    assert int(duplication_aware(x, size, *sizes, exact=False).sum()) == 4
+    assert int(duplication_aware(x, size, *sizes).sum()) == budget

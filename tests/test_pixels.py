@@ -106,3 +106,19 @@ def test_options_are_checked() -> None:
         methods.Pixels(tolerance=-1.0)
     with pytest.raises(vtprune.MethodError, match="distance"):
         methods.Pixels(distance="largest")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_cells_are_found_in_towers_with_windows() -> None:
+    model, processor = refvlm.load(name="qwen2_5_vl")
+    vision = model.config.vision_config
+    cell = vision.patch_size * vision.spatial_merge_size
+    assert vision.window_size < 13 * cell
+    page = np.full((13 * cell, 13 * cell, 3), 255, np.uint8)
+    page[6 * cell : 7 * cell, 9 * cell : 10 * cell] = 0
+    inputs = processor(images=[Image.fromarray(page)], text=[refvlm.prompt("what?")], return_tensors="pt")
+    with vtprune.patch(model, keep=4, method="pixels") as patch:
+        model(**inputs)
+        kept = (patch.last.kept[0] - patch.last.visual[0][0]).tolist()
+    # The first cell, the black one, and those to its right and below it, which it does not predict.
+    assert [divmod(k, 13) for k in kept] == [(0, 0), (6, 9), (6, 10), (7, 9)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vtprune.towers.arguments import Rows, cut_offsets
+from vtprune.towers.change import nearest_kept
 
 
 def rows_of(length: int, kept: list[int]) -> Rows:
@@ -25,3 +26,17 @@ def test_windows_without_rows_drop_out() -> None:
     offsets = torch.tensor([0, 4, 8, 10])
     assert cut_offsets(offsets, rows_of(10, [1, 2, 8])).tolist() == [0, 2, 3]
     assert cut_offsets(offsets, rows_of(10, [4])).tolist() == [0, 1]
+
+
+def test_neighbors_are_nearest_although_a_channel_is_large_in_all_patches() -> None:
+    """Some channels of a vision transformer's states are a hundred times as large as others, in all patches."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        states = torch.randn(90, 24, generator=g) * 0.3
+        states[:, 5] += 1000
+        keep = torch.rand(90, generator=g) < 0.4
+        dropped, sources = nearest_kept(states, keep, torch.tensor([0, 40, 90]), 3)
+        for row, found in zip(dropped.tolist(), sources.tolist(), strict=True):
+            same = torch.arange(90) < 40 if row < 40 else torch.arange(90) >= 40
+            distance = (states.double() - states[row].double()).norm(dim=1).masked_fill(~(keep & same), torch.inf)
+            assert sorted(found) == sorted(distance.topk(3, largest=False).indices.tolist())

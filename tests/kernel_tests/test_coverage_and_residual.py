@@ -209,3 +209,33 @@ def test_extra_memory_has_a_bound(choose, length):
     features = clustered(length, 16, seed=9)
     offsets, counts = torch.tensor([0, length]), torch.tensor([12])
     assert 0 < extra_memory(lambda: choose(features, None, offsets, counts), torch.device("cpu")) <= 64 * 2**20
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-4])
+def test_what_is_left_of_rows_that_nearly_depend_on_each_other_is_no_rounding_error(noise):
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        rows, width, rank = 60 + 17 * seed, 40 + 5 * seed, 8 + seed
+        features = torch.randn(rows, rank, generator=g) @ torch.randn(rank, width, generator=g)
+        features += noise * torch.randn(rows, width, generator=g)
+        weights = torch.rand(rows, generator=g) * 0.98 + 0.02
+        offsets, counts = torch.tensor([0, rows]), torch.tensor([rank + 3 + rows // 8])
+        order = residual_pivots(features, weights, offsets, counts)
+        assert_order(order, naive_residual(features, weights, offsets, counts), offsets, counts)
+
+
+def test_rows_that_are_tiny_beside_the_longest_come_by_energy():
+    features = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    features[7] *= 1e6
+    order = residual_pivots(features, None, torch.tensor([0, 30]), torch.tensor([9]))[0].tolist()
+    assert order == [7, *[i for i in features.norm(dim=1).argsort(descending=True).tolist() if i != 7][:8]]
+
+
+@pytest.mark.parametrize("rows, width", [(40, 64), (144, 96), (300, 400)])
+@pytest.mark.parametrize("choose", [facility_location, residual_pivots])
+def test_the_first_of_several_copies_is_chosen(choose, rows, width, memory):
+    for seed in range(5):
+        features = clustered(rows, width, seed=seed, noise=0.3).repeat(2, 1)
+        weights = torch.rand(rows, generator=torch.Generator().manual_seed(seed)).repeat(2)
+        order = choose(features, weights, torch.tensor([0, 2 * rows]), torch.tensor([rows // 4]))
+        assert int(order.max()) < rows

@@ -180,3 +180,13 @@ def test_rows_that_are_given_in_half_precision_are_guessed_with_as_they_are():
     assert torch.equal(part.rounded(torch.bfloat16).rows, features[[4, 2]])
     features[3, 0] = torch.inf
     assert Cosine(features).rounded(torch.bfloat16).rows.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [20, 400])
+def test_if_every_row_has_a_copy_the_first_row_comes_first(rows):
+    for seed in range(6):
+        features = torch.randn(rows, 24, generator=torch.Generator().manual_seed(seed)).repeat(2, 1)
+        inputs = features, None, torch.tensor([0, 2 * rows]), torch.tensor([5])
+        order = weighted_farthest_point(*inputs)
+        assert int(order[0, 0]) == 0
+        assert torch.equal(order, naive_farthest(*inputs))

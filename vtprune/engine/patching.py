@@ -19,7 +19,7 @@ from ..core.energy import Auto
 from ..core.method import Method, Stage
 from ..core.options import shorten
 from ..core.registry import resolve
-from ..errors import CertificateError, InputError, MethodError, VTPruneError
+from ..errors import BudgetError, CertificateError, InputError, MethodError, VTPruneError
 from ..methods import names as _names  # noqa: F401  registers the methods that come with the package
 from ..models import anatomy as _anatomy
 from ..models import attention_probe
@@ -128,6 +128,7 @@ class Patch:
         keep: int | None = None,
         mean_ratio: float | None = None,
         method: MethodLike | None = None,
+        energy: float | None = None,
     ) -> Iterator[Patch]:
         """Context in which prefills have another budget or another method than those of the patch.
 
@@ -135,12 +136,14 @@ class Patch:
             ratio, keep, mean_ratio: As for `vtprune.patch`; exactly one, or none where a method is given. A certificate
                 has to be for the method that applies inside.
             method: Name, class or instance; one that records nothing while the model runs, or the patch's own.
+            energy: As for `vtprune.patch`.
 
         Raises:
             BudgetError: There is not exactly one budget, or it is out of range or cannot be met.
             CertificateError: The certificate is for another model or method.
             MethodError: The method needs hooks that only `vtprune.patch` attaches, or the model cannot serve it.
         """
+        ratio = _with_energy(ratio, energy)
         running = requests.current(self._session)
         spec = running.spec or self.spec
         chosen = spec.method if method is None else resolve(method)
@@ -246,6 +249,7 @@ def patch(
     video_method: MethodLike | None = None,
     window: int | None = None,
     tower: float | TowerMethod | type[TowerMethod] | None = None,
+    energy: float | None = None,
 ) -> Patch:
     """Prunes the visual tokens of every prompt that `model` sees from now on.
 
@@ -254,7 +258,7 @@ def patch(
             the model with the head, not its `.model`. Of wrappers (PEFT, value heads) only what they pass on to the
             transformers model is seen, not a loss that they compute by themselves.
         ratio: Share of the visual tokens to keep, in (0, 1]; `0.1` keeps a tenth, `1.0` all. `"auto"` or a
-            `vtprune.Auto` chooses one for each picture: as many tokens as explain a given share of its energy. A
+            `vtprune.Auto` chooses one for each picture: as many tokens as explain the share `energy` of it. A
             `vtprune.Certificate` gives the ratio that was certified for this model and its method.
         keep: Number of visual tokens per sample to keep, instead of `ratio`.
         mean_ratio: Share of the visual tokens that is left, averaged over the inputs of the decoder layers, instead of
@@ -267,6 +271,7 @@ def patch(
             pruned.
         tower: Also cuts inside the vision tower: the share of the patches that go through its later blocks, or a method
             of `vtprune.towers`. Without a budget no visual token is pruned.
+        energy: With `ratio="auto"`, the share of a picture's energy that the kept tokens explain, as in `vtprune.Auto`.
 
     Returns:
         Patch: Also a context manager; it replaces an earlier patch of the same model.
@@ -277,6 +282,7 @@ def patch(
         MethodError: The method is unknown, or the model does not meet a requirement of it.
         UnsupportedModelError: A part of the model was not found, or its structure is not supported.
     """
+    ratio = _with_energy(ratio, energy)
     certificate, ratio = (ratio, ratio.budget) if isinstance(ratio, Certificate) else (None, ratio)
     if method is None:
         method = default_method.NAME if certificate is None else certificate.make_method()
@@ -297,6 +303,15 @@ def patch(
         certificate.check_model(model)
     spec = PruneSpec.of(model, chosen, budget, for_clips, window, cut)
     return Patch(model, spec, replaces)
+
+
+def _with_energy(ratio: Any, energy: float | None) -> Any:
+    """The automatic ratio with a share of energy to explain, or `ratio` as it is."""
+    if energy is None:
+        return ratio
+    if not (isinstance(ratio, str) and ratio == "auto"):
+        raise BudgetError(f"found energy={shorten(energy)} beside ratio={shorten(ratio)}; energy needs ratio='auto'")
+    return Auto(energy)
 
 
 def _refuse_uncertified(tower: object, window: object) -> None:

@@ -80,14 +80,15 @@ def duplication_aware(
         Tensor: `[M]` bool.
     """
     budgets = budgets.to(hidden.device)
-    image = top_k(size, offsets, budgets.clamp_max(pivots))
+    sizes = offsets.diff().to(hidden.device)
+    own = (budgets if exact else sizes).clamp_max(pivots)  # visual pivots of each group
+    image = top_k(size, offsets, own)
     words = top_k(text_size, text_offsets, text_offsets.diff().clamp_max(pivots))
     groups = group_ids(offsets, len(size))[image], group_ids(text_offsets, len(text_size))[words]
     of_image, of_text = (group.bincount(minlength=len(budgets)).tolist() for group in groups)
     # Visual pivots come before text pivots, as they do in the prompt.
     states = [torch.cat(pair) for pair in zip(hidden[image].split(of_image), text[words].split(of_text), strict=True)]
-    room = offsets.diff().to(hidden.device) - budgets.clamp_max(pivots)
-    quota = budgets - budgets.clamp_max(pivots)
+    room, quota = sizes - own, budgets - own
     if not exact:
         quota = budgets // (2 * pivots) * torch.tensor([len(s) for s in states], device=hidden.device)
     return take_least_similar(hidden, image, states, offsets, torch.minimum(quota, room))

@@ -101,5 +101,5 @@ class Scope(Method):
         """`[M]` float32 saliency of every token, NaN for tokens without a patch (newlines)."""
         vision = Vision(tokens, self.name)
         by_class = has_class_token(vision.anatomy)
-        found = vision.tokens_of_patches(class_saliency if by_class else received_saliency)
+        found = vision.tokens_of_patches(class_saliency if by_class else received_saliency, total=not by_class)
         return found if tokens.correct_attention is None else tokens.correct_attention(found)

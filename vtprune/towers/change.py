@@ -70,12 +70,15 @@ def nearest_kept(states: Tensor, keep: Tensor, offsets: Tensor, count: int) -> t
     for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         kept = keep[start:end].nonzero()[:, 0] + start
         dropped = (~keep[start:end]).nonzero()[:, 0] + start
-        points, size = states[kept].float(), min(count, len(kept))
+        # Distances do not depend on the mean, but a large one that all patches share would drown them in rounding.
+        picture = states[start:end].float()
+        picture = picture - picture.mean(0)
+        points, size = picture[kept - start], min(count, len(kept))
         norms = points.square().sum(1)
         found = []
         for part in dropped.split(max(1, _CHUNK // max(len(kept), 1))):
             # |a - b|^2 without |a|^2, which is the same for all candidates of a patch.
-            distance = torch.addmm(norms, states[part].float(), points.t(), alpha=-2)
+            distance = torch.addmm(norms, picture[part - start], points.t(), alpha=-2)
             found.append(distance.topk(size, dim=1, largest=False).indices)
         sources = kept[torch.cat(found)] if found else kept.new_zeros(0, size)
         if size < count:

@@ -210,24 +210,29 @@ class Vision:
         values = torch.cat([*arranged, flat.new_full((1, flat.shape[1]), torch.nan)]).to(self.index.device)
         return values[self.index].reshape(-1, *rows.shape[1:])  # index -1 is the row of NaN
 
-    def tokens_of_patches(self, per_patch: Callable[[Attention], Tensor], rope: bool = True) -> Tensor:
+    def tokens_of_patches(
+        self, per_patch: Callable[[Attention], Tensor], rope: bool = True, total: bool = False
+    ) -> Tensor:
         """Maps values of patches to the visual tokens, averaged over the patches of a token.
 
         Args:
             per_patch: Maps the attention of one call to values `[B, N, ...]` of its tokens, prefix included.
             rope: False for queries and keys before rotation.
+            total: Sums over the patches of a token instead.
 
         Returns:
             Tensor: `[M, ...]` float32, NaN for tokens without patches.
         """
-        return self.carry([per_patch(attention)[:, attention.prefix :] for attention in self.attention(rope)])
+        values = [per_patch(attention)[:, attention.prefix :] for attention in self.attention(rope)]
+        return self.carry(values, total)
 
-    def carry(self, values: list[Tensor]) -> Tensor:
+    def carry(self, values: list[Tensor], total: bool = False) -> Tensor:
         """Same as `tokens_of_patches` for given values: for each call `[n, P, ...]`, without the prefix."""
         rows = []
         for value, (_, y, packed) in zip(values, self.calls(), strict=True):
             flat = value.float().reshape(*value.shape[:2], -1)
-            rows.append(patches_of_rows(flat, y.shape[1], packed).mean(2).reshape(-1, *value.shape[2:]))  # [n R, ...]
+            patches = patches_of_rows(flat, y.shape[1], packed)  # [n, R, P / R, ...]
+            rows.append((patches.sum(2) if total else patches.mean(2)).reshape(-1, *value.shape[2:]))
         return self.to_tokens(torch.cat(rows))
 
     def attention(self, rope: bool = True) -> list[Attention]:

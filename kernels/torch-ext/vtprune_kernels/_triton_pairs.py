@@ -68,8 +68,9 @@ def _pairs(
             mirror_ptrs = matrix_ptr + cols[:, None] * side + rows[None, :]
             tl.store(mirror_ptrs, tl.trans(acc), mask=col_mask[:, None] & row_mask[None, :])
     if NEAREST:
-        # Clamped at 0, because only the bits of non-negative floats compare like integers.
-        distance = tl.where(mask & (rows[:, None] != cols[None, :]), tl.maximum(1 - acc, 0.0), float("inf"))
+        # Not negative, because only the bits of non-negative floats compare like integers.
+        distance = tl.where(1 - acc > 1e-6, 1 - acc, 0.0)  # copies of a row, whose cosine is 1 up to rounding, are at 0
+        distance = tl.where(mask & (rows[:, None] != cols[None, :]), distance, float("inf"))
         tl.atomic_min(nearest_ptr + start + rows, tl.min(distance, 1).to(tl.int32, bitcast=True), mask=row_mask)
         if pid_m < pid_n:
             tl.atomic_min(nearest_ptr + start + cols, tl.min(distance, 0).to(tl.int32, bitcast=True), mask=col_mask)

@@ -18,7 +18,7 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
     Distances are Euclidean, divided by the root of the width. Density is `exp(-mean d^2)` to the `clusters` nearest
     rows (a row is its own nearest); a row's score is its density times the distance to the nearest denser row (for the
-    densest, the largest distance of all). Of equally dense rows the earlier one counts as denser.
+    densest, the largest distance of all). Of equal rows the earlier one counts as denser.
 
     Args:
         x: `[m, D]`.
@@ -46,7 +46,8 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     for rows in blocks:
         distance = distances(rows, everything) if whole is None else whole
         own, place = density[rows, None], rows[:, None]
-        denser = (density > own) | ((density == own) & (everything < place))
+        # Rows that differ may be equally dense, too: with two clusters, the closest pair always is.
+        denser = (density > own) | ((density == own) & (everything < place) & (distance == 0))
         gaps.append(torch.where(denser, distance, torch.stack(largest).max()).min(dim=1).values)
     gap = torch.cat(gaps)
     centers = (gap * density).sort(descending=True, stable=True).indices[:clusters]
@@ -74,12 +75,12 @@ def with_clusters(counts: Sequence[int], total: int) -> list[int]:
 def split_budget(total: int, budget: int) -> tuple[int, int]:
     """Splits a budget into kept tokens and clusters: as many clusters as the release makes of the dropped tokens.
 
-    Clusters get at most half of the budget.
+    A budget that is too small for them and a kept token is halved.
     """
     kept = budget
     while kept + recycled(total - kept)[1] > budget and kept > 0:  # the sum falls by 0 or 1 with each step
         kept -= 1
-    clusters = min(budget - kept, budget // 2)
+    clusters = budget - kept if kept else budget // 2
     return budget - clusters, clusters
 
 

@@ -13,7 +13,7 @@ from .._ragged import finite
 from .naive import EXHAUSTED
 
 
-def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: float = 0.0) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: Tensor | None = None) -> Tensor:
     """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
     Args:
@@ -21,8 +21,8 @@ def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED,
         budget: Number of rows to select, at least 1.
         rank: Dimensions of the rows: so many explain all others.
         exhausted: Share of a row's own variance below which the selected rows explain it.
-        sure: Share of its own variance that a row must have left to be selected. If the best row has less, the result
-            ends before it, and is shorter than `budget`; 0 never ends it.
+        sure: `[n]` variance that a row must have left to be selected, or None. If the best row has less, the result
+            ends before it, and is shorter than `budget`.
     """
     variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]
     left, least = variance.clone(), exhausted * variance
@@ -32,7 +32,7 @@ def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED,
     for step in range(budget):
         gain, row = torch.where(left > least, left, 0).max(0)
         best, gained = int(row), float(gain)
-        if sure and (gained <= sure * float(variance[best]) or step == rank):
+        if sure is not None and (gained <= float(sure[best]) or step == rank):
             break
         if gained <= 0 or step == rank:
             rest = variance.index_fill(0, torch.tensor(chosen, dtype=torch.int64, device=left.device), -torch.inf)

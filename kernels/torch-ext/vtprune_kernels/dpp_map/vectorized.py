@@ -29,7 +29,7 @@ def dpp_map(
     return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
-def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: float = 0.0) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: Tensor | None = None) -> Tensor:
     """Same as `gram.choose`, with lazy evaluation."""
     return _Group(kernel, budget, exhausted, sure).choose(rank)
 
@@ -37,7 +37,7 @@ def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED,
 class _Group:
     """The factor `C` `[K, n]` of one group (`kernel[chosen] = L C`), each column known up to `seen` rows."""
 
-    def __init__(self, kernel: Cosine, budget: int, exhausted: float, sure: float) -> None:
+    def __init__(self, kernel: Cosine, budget: int, exhausted: float, sure: Tensor | None) -> None:
         self.kernel, self.exhausted, self.sure = kernel, exhausted, sure
         self.variance = finite(kernel.squares)
         self.left = self.variance.clone()
@@ -78,7 +78,8 @@ class _Group:
         while len(picked) < limit:
             value = self.gains(left, variance) + taken
             best = int(value.argmax())
-            if float(value[best]) <= max(self.sure * float(variance[best]), rest if picked else 0.0):
+            least = 0.0 if self.sure is None else float(self.sure[rows[best]])
+            if float(value[best]) <= max(least, rest if picked else 0.0):
                 break
             step = len(picked)
             new[step] = (kernel[best] - new[:step, best] @ new[:step]) / left[best].sqrt()
@@ -102,7 +103,7 @@ class _Group:
                 rows = lazy_top(self.bounds, self.seen, before, width, self.refresh)
                 self.pick(rows, min(width, budget - before, rank - before))
             if self.done == before:  # the selected rows explain all others
-                if self.sure:
+                if self.sure is not None:
                     return self.chosen[:before]
                 rest = self.variance.masked_fill(self.bounds == -torch.inf, -torch.inf)
                 best_first = torch.sort(rest, descending=True, stable=True).indices

@@ -25,8 +25,9 @@ def facility_location(
     With `m_j` the largest cosine of row j to a selected row, 0 at first, the gain of row i is
     `sum_j max(0, cos_ij - m_j)`. Every pick has the largest `gain_i * weight_i`, or the largest `gain_i + weight_i`.
     Without weights the picks maximize `sum_j m_j` greedily, which reaches at least `1 - 1/e` of the best value.
-    Cosines are rounded to 1/65536, and differences of one such step count as 0, so that rows of equal value tie, and
-    rounding does not rank copies of rows that are already selected.
+    Differences of cosines within float32 rounding count as 0, and values within it tie, so that rounding does not rank
+    copies of a row. On a GPU, where blocks of rows are summed in any order, cosines are rounded to 1/65536 instead, and
+    differences of one such step count as 0.
 
     Args:
         features: `[M, D]` float; only directions count. A row that is zero or not finite covers nothing.

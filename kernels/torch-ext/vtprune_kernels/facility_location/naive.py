@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from .._ragged import empty_order, groups, self_cosine, unit_rows
+from .._ragged import empty_order, groups, unit_rows
 
-GRID = 2097152  # steps in a cosine of 1; sums of steps are exact, so that equal gains tie in any order of summation
+_NOISE = 4e-7  # differences of cosines up to this are rounding
+_TIE = 3e-7  # gains that differ by this times the root of the number of rows, or less, tie
 
 
 def usable(weights: Tensor) -> Tensor:
@@ -19,28 +21,29 @@ def usable(weights: Tensor) -> Tensor:
     return torch.nan_to_num(weights.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
 
 
-def steps(cosines: Tensor) -> Tensor:
-    """Rounds cosines to integer numbers of steps, as float32, in place."""
-    return cosines.mul_(GRID).round_()
-
-
-def symmetric(block: Tensor, own: Tensor) -> Tensor:
-    """Symmetric matrix `[n, n]` from the upper triangle of a block, with `own` `[n]` on the diagonal."""
-    upper = block.triu(1)
-    return upper + upper.T + torch.diag(own)
-
-
 def gains(cosines: Tensor, covered: Tensor) -> Tensor:
-    """Increase `[r]` float64 of the coverage `[n]` by rows with cosines `[r, n]`, all in steps."""
-    return threshold(cosines - covered, 1.0, 0.0).sum(1, dtype=torch.float64)
+    """Increase `[r]` float64 of the coverage `[n]` by rows with cosines `[r, n]`."""
+    return threshold(cosines - covered, _NOISE, 0.0).sum(1, dtype=torch.float64)
 
 
 def values(gain: Tensor, weight: Tensor | None, combine: Literal["product", "sum"]) -> Tensor:
-    """Values `[r]` float32 of rows from their gain in steps and their weight."""
-    gain = gain / GRID
-    if weight is not None:
-        gain = gain * weight if combine == "product" else gain + weight
-    return gain.float()
+    """Values `[r]` float64 of rows from their gain and their weight."""
+    if weight is None:
+        return gain
+    return gain * weight if combine == "product" else gain + weight
+
+
+def ties(weight: Tensor | None, rows: int, combine: Literal["product", "sum"]) -> Tensor:
+    """Differences from the value of each of `rows` rows, `[n]` float64, up to which lower values tie with it."""
+    tie = torch.full((rows,), _TIE * math.sqrt(rows), dtype=torch.float64)
+    return tie if weight is None or combine == "sum" else tie.to(weight.device) * weight
+
+
+def first_best(value: Tensor, tie: Tensor) -> tuple[int, float]:
+    """The first row whose value `[r]` ties with the largest, and the smallest value that does."""
+    best = int(value.argmax())
+    least = float(value[best] - tie[best])
+    return int((value >= least).to(torch.int8).argmax()), least  # argmax returns the first of equals
 
 
 def facility_location(
@@ -54,14 +57,15 @@ def facility_location(
     """See `vtprune_kernels.facility_location`."""
     order = empty_order(budgets, features.device, max_budget)
     for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
-        unit, own = unit_rows(features[start:stop]), self_cosine(features[start:stop].float().norm(dim=1))
-        cosines = steps(symmetric(unit @ unit.T, own))  # [n, n]
+        unit = unit_rows(features[start:stop])
+        cosines = unit @ unit.T  # [n, n]
         weight = None if weights is None else usable(weights[start:stop])
+        tie = ties(weight, stop - start, combine).to(features.device)
         covered = torch.zeros(stop - start, device=features.device, dtype=torch.float32)
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
         for step in range(budget):
             value = values(gains(cosines, covered), weight, combine).masked_fill(~free, -torch.inf)
-            best = int(value.argmax())
+            best, _ = first_best(value, tie)
             order[number, step] = start + best
             free[best] = False
             covered = torch.maximum(covered, cosines[best])

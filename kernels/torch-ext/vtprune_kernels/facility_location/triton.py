@@ -21,9 +21,10 @@ from .._ragged import on, plan, self_cosine
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import groups_at_once, pairs, side_of, tile_of_products
 from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
-from .naive import GRID, usable
+from .naive import usable
 
 _TILE, _SCAN = 64, 4096
+_GRID = 65536  # steps in a cosine of 1
 
 
 @triton.jit
@@ -226,7 +227,7 @@ def _whole(
         for step in range(max_budget):
             _pick[(triton.cdiv(max_length, ROWS), count)](
                 matrix, own, own if weights is None else weights, covered, covered_new, chosen, offsets, limit, best,
-                side, max_budget, first, step, GRID, WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0,
+                side, max_budget, first, step, _GRID, WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0,
                 BLOCK_M=ROWS,
                 BLOCK_N=min(256, power_of_two(max_length)),
             )  # fmt: skip
@@ -250,12 +251,12 @@ def _stream(
         if step:
             _cover[(len(few[0]),)](
                 features, *features.stride(), factor, own, covered, covered_new, *few, offsets, limit, best, max_budget,
-                step, groups, GRID, D=features.shape[1], BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
+                step, groups, _GRID, D=features.shape[1], BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
             )  # fmt: skip
             _raised[(groups,)](covered, covered_new, columns, count, offsets, limit, step, BLOCK_N=_SCAN, num_warps=16)
         _change[(len(tiles[0]),)](
             features, *features.stride(), factor, own, own if weights is None else weights, covered, covered_new,
-            columns, count, gains, chosen, *tiles, offsets, limit, best, max_budget, step, groups, GRID,
+            columns, count, gains, chosen, *tiles, offsets, limit, best, max_budget, step, groups, _GRID,
             WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0, D=features.shape[1],
             BLOCK_D=64 if features.element_size() == 2 else 32, BLOCK_N=_TILE,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._cosine import Cosine
 from .._lazy import Window, lazy_top
 from .._ragged import select_by_group
-from .naive import gains, steps, symmetric, usable, values
+from .naive import first_best, gains, ties, usable, values
 
 # Groups of up to 3,000 rows keep the cosines of all pairs, which the first gains need anyway.
 MATRIX_BYTES = 36_000_000
@@ -41,6 +41,7 @@ class _Group:
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int, combine: Literal["product", "sum"]) -> None:
         self.cosine, self.weight, self.combine = cosine, weight, combine
         self.covered = torch.zeros(len(cosine), device=cosine.rows.device, dtype=torch.float32)
+        self.tie = ties(weight, len(cosine), combine).to(cosine.rows.device)
         self.matrix: Tensor | None = None
         if 4 * len(cosine) ** 2 <= MATRIX_BYTES:
             self.matrix = self.covered.new_empty(len(cosine), len(cosine))
@@ -55,8 +56,6 @@ class _Group:
         for start in range(0, len(self.cosine), _BLOCK):
             stop = min(start + _BLOCK, len(self.cosine))
             block = self.cosine.between(slice(start, stop), self.cosine.subset(slice(start, None)))
-            block[:, : stop - start] = symmetric(block[:, : stop - start], self.cosine.squares[start:stop])
-            block = steps(block)
             if self.matrix is not None:
                 self.matrix[start:stop, start:] = block
                 self.matrix[stop:, start:stop] = block[:, stop - start :].T
@@ -65,12 +64,8 @@ class _Group:
         return total
 
     def lines(self, rows: Tensor) -> Tensor:
-        """Cosines `[r, n]` of `rows` and all rows, in steps."""
-        if self.matrix is not None:
-            return self.matrix[rows]
-        lines = self.cosine(rows)
-        lines[torch.arange(len(rows), device=rows.device), rows] = self.cosine.squares[rows]
-        return steps(lines)
+        """Cosines `[r, n]` of `rows` and all rows."""
+        return self.cosine(rows) if self.matrix is None else self.matrix[rows]
 
     def update(self, rows: Tensor, gain: Tensor) -> None:
         value = values(gain, None if self.weight is None else self.weight[rows], self.combine)
@@ -85,12 +80,12 @@ class _Group:
         """Selects up to `limit` of `rows`, whose bounds are exact, as long as the best exceeds all bounds outside."""
         rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
         lines, value = self.lines(rows), self.bounds[rows]
-        weight = None if self.weight is None else self.weight[rows]
+        weight, tie = None if self.weight is None else self.weight[rows], self.tie[rows]
         taken = torch.zeros_like(value)
         picked: list[int] = []
         while len(picked) < limit:
-            best = int((value + taken).argmax())
-            if picked and not float((value + taken)[best]) > rest:
+            best, least = first_best(value + taken, tie)
+            if picked and not least > rest:
                 break
             taken[best] = -torch.inf
             picked.append(best)

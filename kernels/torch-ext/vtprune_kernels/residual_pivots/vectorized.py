@@ -45,12 +45,16 @@ def residual_pivots(
     factor = relevance(features, length, weights, offsets)
 
     def of_group(start: int, stop: int, budget: int) -> Tensor:
-        kernel = Cosine(features[start:stop], factor[start:stop])
+        kernel, weight = (
+            Cosine(features[start:stop], factor[start:stop]),
+            None if weights is None else weights[start:stop],
+        )
+        sure = (_SURE * kernel.squares).clamp_min(EXPLAINED if weight is None else EXPLAINED * usable(weight))
         choose = gram.choose if is_small(stop - start, rank, budget) else lazy.choose
-        chosen = choose(kernel, budget, rank, exhausted=0.0, sure=_SURE)
+        chosen = choose(kernel, budget, rank, exhausted=0.0, sure=sure)
         if len(chosen) == budget:
             return chosen
-        return _continued(features[start:stop], None if weights is None else weights[start:stop], chosen, budget)
+        return _continued(features[start:stop], weight, chosen, budget)
 
     return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
@@ -67,7 +71,7 @@ def _continued(features: Tensor, weights: Tensor | None, chosen: Tensor, budget:
     factors[:done], order[:done] = torch.linalg.solve_triangular(triangle, picks @ rows.T, upper=False), chosen
     left = (energy - factors[:done].square().sum(0)).index_fill(0, chosen, -torch.inf)
     for step in range(done, budget):
-        gain, row = (weight * left).max(0)
+        gain, row = (weight * left).masked_fill(left == -torch.inf, -torch.inf).max(0)
         if not float(gain) > 0 or float(left.max()) <= EXPLAINED * float(energy.max()):
             order[step:] = fill(weight * energy, left == -torch.inf, budget - step)
             break

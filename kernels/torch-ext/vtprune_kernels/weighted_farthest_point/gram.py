@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._ragged import finite
+from .naive import distances
 
 
 def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
@@ -19,7 +20,7 @@ def choose(cosine: Cosine, weight: Tensor | None, budget: int) -> Tensor:
         budget: Number of rows to select, at least 1.
     """
     everything = slice(None)
-    distance = 1 - cosine(everything)  # [n, n]
+    distance = distances(cosine(everything))  # [n, n]
     if weight is None:
         first = _most_isolated(distance.fill_diagonal_(torch.inf))
     else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from .._cosine import Cosine
 from .._lazy import lazy_top
+from .naive import COPY, distances
 
 _NEARBY, _BATCH, _SCOUTS, _FEW = 64, 256, 16, 8
 _STEP = 999983  # a prime: stepping by it spreads the columns over the whole group
@@ -109,7 +111,7 @@ def most_isolated(cosine: Cosine) -> Tensor:
     exact = torch.zeros(length, dtype=torch.int64, device=device)
 
     def probe(rows: Tensor) -> None:
-        distance = 1 - cosine(rows)  # [p, n]
+        distance = distances(cosine(rows))  # [p, n]
         distance[everything[: len(rows)], rows] = torch.inf
         nearest.copy_(torch.minimum(nearest, distance.amin(0)))
         nearest[rows] = torch.minimum(nearest[rows], distance.amin(1))
@@ -119,7 +121,7 @@ def most_isolated(cosine: Cosine) -> Tensor:
         race = _Race(screen_of(cosine))
         race.neighbors()
         race.run()
-        nearest = race.nearest if race.screen is cosine else 1 - cosine.pairs(race.partner)
+        nearest = threshold(race.nearest, COPY, 0.0) if race.screen is cosine else distances(cosine.pairs(race.partner))
         probe(nearest.topk(_FEW).indices)
     # Two rows that are each other's nearest have exactly the same value here, so that the smaller row wins.
     return lazy_top(nearest, exact, 1, 1, probe)

@@ -5,8 +5,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from .._ragged import empty_order, finite, groups, unit_rows
+
+COPY = 1e-6  # distance up to which a row is a copy of another, up to rounding
+
+
+def distances(cosines: Tensor) -> Tensor:
+    """`1 - cosine`, 0 for copies of a row."""
+    return threshold(1 - cosines, COPY, 0.0)
 
 
 def weighted_farthest_point(
@@ -18,7 +26,7 @@ def weighted_farthest_point(
         if budget == 0:
             continue
         unit = unit_rows(features[start:stop])
-        distance = 1 - unit @ unit.T  # [n, n]
+        distance = distances(unit @ unit.T)  # [n, n]
         if weights is None:
             weight = torch.ones(stop - start, device=features.device, dtype=torch.float32)
             nearest_other = distance + torch.diag(torch.full_like(weight, torch.inf))

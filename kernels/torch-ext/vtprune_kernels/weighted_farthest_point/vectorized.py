@@ -12,6 +12,7 @@ from .._ragged import finite, select_by_group
 from .._small import is_small, is_small_for_isolation
 from . import gram
 from .isolated import most_isolated
+from .naive import distances
 
 
 def weighted_farthest_point(
@@ -66,7 +67,7 @@ class _Group:
     def refresh(self, rows: Tensor) -> None:
         unseen = self.chosen[int(self.seen[rows].min()) : self.done]
         whole = self.cosine if rows is self.everything else self.cosine.subset(rows)
-        self.update(rows, torch.minimum(self.nearest[rows], 1 - self.cosine.between(unseen, whole).amax(0)))
+        self.update(rows, torch.minimum(self.nearest[rows], distances(self.cosine.between(unseen, whole).amax(0))))
 
     def take(self, rows: Tensor) -> None:
         self.chosen[self.done : self.done + len(rows)] = rows
@@ -77,7 +78,7 @@ class _Group:
         """Selects up to `limit` of `rows`, whose bounds are exact, as long as the best exceeds all bounds outside."""
         rest = float(self.bounds.index_fill(0, rows, -torch.inf).amax())
         among = self.cosine.subset(rows)
-        distance = 1 - among(slice(None))  # [w, w]
+        distance = distances(among(slice(None)))  # [w, w]
         nearest, weight = self.nearest[rows], None if self.weight is None else self.weight[rows]
         taken = torch.zeros_like(nearest)
         picked: list[int] = []
