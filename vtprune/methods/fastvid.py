@@ -123,9 +123,10 @@ class FastVID(ClipMethod):
 
     A picture is a segment of one frame.
 
-    Differences from the release: a frame is compared by the mean of its projected tokens and ranked by mean attention
-    received, or that of the class token, as in the release's port to Qwen2.5-VL; the one for LLaVA-OneVision reads
-    SigLIP's pooling head, which models of transformers leave out. The count is exact: the remainder of the division
+    Differences from the release: a frame is compared by the mean of its projected tokens, as in the release's port to
+    Qwen2.5-VL, and its tokens are ranked by the mean attention that they receive, or that of the class token. The
+    release for LLaVA-OneVision reads SigLIP's pooling head for both, which models of transformers leave out; the port
+    ranks by the frame's mean query and skips frames that resemble the next. The count is exact: the remainder of the division
     goes to the first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than `segments`
     frames work. On models with position ids on several axes (M-RoPE) a merged token has the position of its center.
 

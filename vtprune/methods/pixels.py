@@ -39,8 +39,8 @@ class Pixels(PixelRule, ScoreMethod):
     the rule calls new come before all that it would drop.
 
     Differences from the release: the count is the budget's, not the picture's (where more tokens are new, those that
-    differ most stay; where fewer are, the nearest to it follow, then raster order); frames of a clip are predicted one
-    by one; the vision tower is cut by `tower=vtprune.towers.Pixels()` only; any model whose tower is given the pixels
+    differ most stay; where fewer are, the nearest to it follow, then raster order); the frames of a clip are predicted
+    one by one (two that share a patch, together: the release reads the first of them); the vision tower is cut by `tower=vtprune.towers.Pixels()` only; any model whose tower is given the pixels
     of whole patches and whose projector makes one token of each cell. Newline tokens are dropped first.
 
     Attributes:
