@@ -126,9 +126,10 @@ class FastVID(ClipMethod):
     Differences from the release: a frame is compared by the mean of its projected tokens, as in the release's port to
     Qwen2.5-VL, and its tokens are ranked by the mean attention that they receive, or that of the class token. The
     release for LLaVA-OneVision reads SigLIP's pooling head for both, which models of transformers leave out; the port
-    ranks by the frame's mean query and skips frames that resemble the next. The count is exact: the remainder of the division
-    goes to the first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than `segments`
-    frames work. On models with position ids on several axes (M-RoPE) a merged token has the position of its center.
+    ranks by the frame's mean query and skips frames that resemble the next. The count is exact: the remainder of the
+    division goes to the first anchors, what an anchor cannot hold to further salient tokens. Clips shorter than
+    `segments` frames work. On models with position ids on several axes (M-RoPE) a merged token has the position of its
+    center.
 
     Attributes:
         segments: Minimum number of segments of a clip.

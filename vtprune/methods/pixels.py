@@ -40,8 +40,9 @@ class Pixels(PixelRule, ScoreMethod):
 
     Differences from the release: the count is the budget's, not the picture's (where more tokens are new, those that
     differ most stay; where fewer are, the nearest to it follow, then raster order); the frames of a clip are predicted
-    one by one (two that share a patch, together: the release reads the first of them); the vision tower is cut by `tower=vtprune.towers.Pixels()` only; any model whose tower is given the pixels
-    of whole patches and whose projector makes one token of each cell. Newline tokens are dropped first.
+    one by one (two that share a patch, together: the release reads the first of them); the vision tower is cut by
+    `tower=vtprune.towers.Pixels()` only; any model whose tower is given the pixels of whole patches and whose projector
+    makes one token of each cell. Newline tokens are dropped first.
 
     Attributes:
         tolerance: Largest distance at which two cells are similar, for pixels in the range 0 to 1. 0 is equality.
