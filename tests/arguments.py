@@ -354,7 +354,7 @@ def of_architecture(architecture: str, class_name: str) -> Iterator[tuple[str, s
     Raises:
         NotRun: The model cannot be built, has no test inputs, or is refused.
     """
-    from tests.coverage import checks, run
+    from tests.architectures import checks, run
 
     built, prompts = run.prepare(architecture, class_name)
     subject = checks.Subject(built.model, prompts)
@@ -374,7 +374,7 @@ def of_architecture(architecture: str, class_name: str) -> Iterator[tuple[str, s
 
 def main(names: list[str]) -> None:
     """Prints the number of arguments per outcome, and every outcome other than an equal result."""
-    from tests.coverage import run
+    from tests.architectures import run
 
     for architecture, class_name in run.registered().items():
         if names and architecture not in names:

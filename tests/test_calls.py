@@ -461,7 +461,7 @@ def test_what_is_no_model_is_named(model: Any) -> None:
 @torch.no_grad()
 def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> None:
     """GLM-5 Next: hidden states `[B, T, S, D]` are zero at dropped tokens, and a static cache changes no answer."""
-    from tests.coverage.run import prepare, registered
+    from tests.architectures.run import prepare, registered
 
     if "glm5_next" not in registered():
         pytest.skip("not in this version of transformers")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few architectures of `python -m tests.coverage` that differ in structure, on every test run.
+"""A few architectures of `python -m tests.architectures` that differ in structure, on every test run.
 
 Bidirectional attention within pictures under a sliding window (Gemma 3) and within the prompt (PaliGemma), patch
 merging (Mistral 3), token splitting (Idefics 3), three axes of positions (GLM-4V), early fusion (Fuyu), layers with
@@ -16,7 +16,7 @@ import transformers
 from packaging.version import Version
 
 import vtprune
-from tests.coverage import build, checks, prompts, run, towers
+from tests.architectures import build, checks, prompts, run, towers
 
 NAMES = run.registered()
 

@@ -100,7 +100,7 @@ def test_padding_may_hold_anything() -> None:
 
 def test_tower_and_projector_by_hand() -> None:
     """Features of tower and projector, called by hand, are pruned (Gemma 3 projects with a bare matrix)."""
-    from tests.coverage.run import prepare
+    from tests.architectures.run import prepare
 
     built, prompts = prepare("gemma3", "Gemma3ForConditionalGeneration")
     model, inputs = built.model, prompts.batch([[3, "image", 5]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.coverage import checks, prompts, run
+from tests.architectures import checks, prompts, run
 
 NAME = "unlimited_ocr"
 if NAME not in run.registered():

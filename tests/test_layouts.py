@@ -11,7 +11,7 @@ from families import FAMILIES, IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Ima
 from reference import Drops, masked
 
 import vtprune
-from tests.coverage import build
+from tests.architectures import build
 
 
 @pytest.fixture(autouse=True)

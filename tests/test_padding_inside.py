@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vtprune
-from tests.coverage import build, prompts, run
+from tests.architectures import build, prompts, run
 
 
 @pytest.mark.parametrize("method", ["uniform", "divprune"])

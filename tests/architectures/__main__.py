@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.coverage [architecture ...]`: checks every registered architecture and writes the results.
+"""`python -m tests.architectures [architecture ...]`: checks every registered architecture and writes the results.
 
 Each architecture runs in its own process with limits on time and memory, so that a crash does not stop the others.
 Named architectures are rerun and replace their entries in `docs/models.json`. Entries are written one by one: an
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.coverage", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
     parser.add_argument("architectures", nargs="*", help="model types (default: all)")
     parser.add_argument("--jobs", type=int, default=1, help="concurrent processes (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=300, help="seconds per architecture (default: %(default)s)")
@@ -37,8 +37,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # children are forked, which is unsafe with running threads
-    from tests.coverage import report
-    from tests.coverage.run import isolated, registered
+    from tests.architectures import report
+    from tests.architectures.run import isolated, registered
     from vtprune.study import progress
 
     known = registered()

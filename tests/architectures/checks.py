@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import vtprune
-from tests.coverage.hiding import eager, hidden, mixes_without_mask, shortened
-from tests.coverage.prompts import FIRST_TEXT, ONE, TWO, Features, Prompts, extended
+from tests.architectures.hiding import eager, hidden, mixes_without_mask, shortened
+from tests.architectures.prompts import FIRST_TEXT, ONE, TWO, Features, Prompts, extended
 
 RATIO, STEPS, TOLERANCE = 0.4, 5, 2e-4
 

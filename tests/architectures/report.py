@@ -68,7 +68,7 @@ def render(whole: dict[str, Any]) -> str:
         "",
         f"Every image-text-to-text architecture of transformers {whole['transformers']} "
         f"({len(entries)}), built from its own config with small sizes and random weights, fed synthetic prompts and "
-        "checked. `python -m tests.coverage` writes this page; nothing is listed by hand.",
+        "checked. `python -m tests.architectures` writes this page; nothing is listed by hand.",
         "",
         ", ".join(f"{number} {status}" for status, number in counts.items()) + ".",
         "",

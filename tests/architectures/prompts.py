@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from tests.coverage.build import FIRST_TEXT, VOCAB, WIDTH
+from tests.architectures.build import FIRST_TEXT, VOCAB, WIDTH
 
 IMAGE = "image"
 ONE: list[list[Any]] = [[5, IMAGE, 6]]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import vtprune
-from tests.coverage import build, checks, prompts, towers
+from tests.architectures import build, checks, prompts, towers
 from vtprune import methods
 
 MEMORY = 16 << 30
