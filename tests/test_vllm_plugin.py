@@ -43,6 +43,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"mean_ratio": 0.5}, "mean_ratio"),
         ({"ratio": 0.5, "tower": 1.5}, "keep is 1.5; expected a share"),
         ({"ratio": 0.5, "tower": "Change"}, "tower is 'Change'; expected a share"),
+        ({"ratio": 0.5, "tower": "0.5"}, 'or an object such as {"method": "Similar", "keep": 0.35}'),
         ({"ratio": 0.5, "tower": {"method": "Attention"}}, "tower method 'Attention'; in vLLM there are Change"),
         ({"ratio": 0.5, "tower": {"method": "Change", "sides": 3}}, "tower method Change cannot be made with"),
         ({"ratio": 0.5, "tower": {"method": "Pixels"}}, "in vLLM give keep"),
@@ -53,15 +54,17 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"keep": 0}, "0"),
         ({"keep": 2.5}, "2.5"),
         ({"ratio": "a"}, "'a'"),
-        ({"ratio": 0.5, "method": "fastv"}, "method fastv needs more than the image"),
-        ({"ratio": 0.5, "method": "divprun"}, "divprune"),
-        ({"ratio": 0.5, "method": 3}, "3"),
+        ({"ratio": 0.5, "method": "fastv"}, "method fastv is not available in vLLM; there are divprune, iwp"),
+        ({"ratio": 0.5, "method": "prumerge"}, "method prumerge is not available in vLLM"),
+        ({"ratio": 0.5, "method": "DivPrune"}, "unknown method 'DivPrune'; did you mean 'divprune' or 'resprune'"),
+        ({"ratio": 0.5, "method": "none"}, "unknown method 'none'; there are: divprune, iwp, pooling"),
+        ({"ratio": 0.5, "method": 3}, "unknown method 3"),
         ({"ratio": 0.5, "options": [1]}, "options is [1]"),
         ({"ratio": 0.5, "options": {"no": 1}}, "method resprune cannot be made with {'layer': 0, 'no': 1}"),
         ({"ratio": 0.5, "method": "iwp", "options": {"layer": 3}}, "in vLLM layer is 0, found 3"),
         ({"ratio": 0.5, "method": "resprune", "options": {"layer": 1}}, "in vLLM layer is 0, found 1; give layer=0"),
         ({"ratio": 0.5, "method": "evs"}, "method evs is made for clips; name it as video_method"),
-        ({"ratio": 0.5, "video_method": "fastv"}, "method fastv needs more than the image"),
+        ({"ratio": 0.5, "video_method": "holitom"}, "method holitom is not available in vLLM"),
         ({"ratio": 0.5, "video_options": {}}, "video_options and no video_method"),
         ({"ratio": 0.5, "video_method": "vcast", "video_options": 1}, "video_options is 1"),
         ({"ratio": 0.5, "video_method": "vcast", "video_options": {"temperature": 0}}, "temperature is 0"),
@@ -381,6 +384,7 @@ def test_a_clip_that_its_method_cannot_prune_so_far_falls_to_the_method_for_imag
     config, count = parse({"ratio": share, "video_method": method}), round(share * 9 * frames)
     assert config.method_for("video", [9] * frames, count).name == "resprune"
     assert f"resprune in place of {method} for a clip: {method}" in caplog.text
+    assert "patch(" not in caplog.text
     assert config.method_for("video", [9] * 4, 36).name == method
     assert config.method_for("image", [36], 36).name == "resprune"
     assert parse({"ratio": share, "video_method": "vcast"}).method_for("video", [9] * frames, count).name == "vcast"
@@ -407,6 +411,47 @@ def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatc
         cls(vllm_config=pruned)
         assert attached == [cls]
         attached.clear()
+
+
+def test_a_pooling_model_that_inherits_from_the_resolved_class_prunes_once(monkeypatch):
+    attached = []
+    monkeypatch.setattr(hooks.Pruner, "attach", lambda model, config, settings: attached.append(type(model)))
+
+    class Resolved:
+        def __init__(self, *, vllm_config, prefix=""):
+            pass
+
+    class Pooling(Resolved):
+        def __init__(self, **given):
+            super().__init__(**given)
+
+    hooks._wrap_init(Resolved)
+    Pooling(vllm_config=SimpleNamespace(model_config=SimpleNamespace(**{hooks._ATTRIBUTE: {"ratio": 0.5}})))
+    assert attached == [Pooling]
+
+
+def test_a_loaded_model_without_a_pruner_is_refused():
+    pruned, plain = SimpleNamespace(**{hooks._ATTRIBUTE: {"ratio": 0.5}}), SimpleNamespace()
+    model, pruner = SimpleNamespace(supports_multimodal=True), object.__new__(hooks.Pruner)
+    text, ready = SimpleNamespace(), SimpleNamespace(supports_multimodal=True, vtprune=pruner)
+    for loaded, config in ((model, plain), (text, pruned), (ready, pruned)):
+        assert hooks._after_weights(loaded, None, None, config) is loaded
+    with pytest.raises(ServingError, match="^vtprune: SimpleNamespace was made .*leave 'vtprune' out$"):
+        hooks._after_weights(model, None, None, pruned)
+
+
+@pytest.mark.parametrize(("mrope", "expected"), [(False, "image"), (True, "image or video")])
+def test_a_processor_that_takes_nothing_that_is_pruned_is_refused_with_its_modalities(mrope, expected):
+    config = SimpleNamespace(image_token_id=1, video_token_id=2)
+    info = SimpleNamespace(get_hf_config=lambda: config, supported_mm_limits={"vision_chunk": None, "audio": 1})
+    with pytest.raises(ServingError, match=f"^vtprune: SimpleNamespace takes vision_chunk, audio; expected {expected}"):
+        prompts.prune_processor(SimpleNamespace(info=info), parse({"ratio": 0.5}), mrope)
+
+
+def test_features_in_place_of_pictures_get_the_mean_ratio():
+    automatic = parse({"ratio": {"mean": 0.3}})
+    for features in (torch.zeros(4, 8), {"image_embeds": torch.zeros(4, 8), "image_grid_thw": torch.ones(1, 3)}):
+        assert automatic.share_of(features) == 0.3
 
 
 @pytest.mark.parametrize("method", ["iwp", "scope", "visionzip", "zoo_prune"])

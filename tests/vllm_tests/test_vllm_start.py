@@ -96,7 +96,7 @@ def test_different_settings_never_share_a_cache(folders: Any, names: list[str] |
         ("idefics3", {"ratio": 0.5, "rate": 2}, "unknown field 'rate'"),
         ("idefics3", {"ratio": 1.5}, "1.5"),
         ("idefics3", {"ratio": 0.5, "keep": 2}, "ratio and keep"),
-        ("idefics3", {"ratio": 0.5, "method": "fastv"}, "method fastv needs more than the image"),
+        ("idefics3", {"ratio": 0.5, "method": "fastv"}, "method fastv is not available in vLLM"),
         ("idefics3", {"ratio": 0.5, "method": "divprun"}, "divprune"),
         ("llama", {"ratio": 0.5}, "takes no images: there is nothing to prune"),
         ("whisper", {"ratio": 0.5}, "is an encoder-decoder"),
@@ -108,6 +108,22 @@ def test_what_cannot_be_is_refused_by_its_configuration(folders: Any, name: str,
         engine_config(folders(name), config)
     line = str(caught.value)
     assert line.startswith("vtprune: ") and words in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ({"method": "visionzip", "ratio": 0.5}, {"limit_mm_per_prompt": {"image": 0}}),
+        ({"ratio": 0.5, "tower": 0.5}, {"language_model_only": True}),
+        ({"ratio": 0.5, "tower": 0.5}, {"limit_mm_per_prompt": {"image": 0}, "enable_mm_embeds": True}),
+        ({"method": "divprune", "ratio": 0.5}, {"limit_mm_per_prompt": {"image": 0}}),
+    ],
+)
+def test_a_model_that_is_given_no_images_is_refused_with_that_reason(folders: Any, config: Any, options: Any) -> None:
+    with pytest.raises(ServingError, match=r"takes no images here \(limit_mm_per_prompt.*leave 'vtprune' out$"):
+        engine_config(folders("idefics3"), config, **options)
+    embeddings = {"limit_mm_per_prompt": {"image": 0}, "enable_mm_embeds": True}  # need no encoder
+    engine_config(folders("idefics3"), {"method": "divprune", "ratio": 0.5}, **embeddings)
 
 
 def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folders: Any) -> None:
@@ -190,7 +206,7 @@ def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any
         (folders("smolvlm"), good, "is for a Idefics3ForConditionalGeneration of another configuration"),
         (other, good, "with other weights"),
         (folders("idefics3"), {**good, "method_repr": "DivPrune(layer=1)"}, "is for the method DivPrune(layer=1)"),
-        (folders("idefics3"), {**good, "method": "fastv"}, "method fastv needs more than the image"),
+        (folders("idefics3"), {**good, "method": "fastv"}, "method fastv is not available in vLLM"),
         (folders("idefics3"), {**good, "about": {"dtype": "bfloat16"}}, "is for bfloat16"),
         (folders("idefics3"), {**good, "auto": {"energy": 0.9, "min": 0.1, "max": 0.5}}, "automatic ratio by features"),
         (folders("idefics3"), {"ratio": 0.5}, "no certificate written by vtprune certify"),
@@ -221,6 +237,35 @@ if __name__ == "__main__":
     (answer,) = llm.generate([{"prompt": text, "multi_modal_data": request.data()}], sampling)
     print(json.dumps([list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)]))
 """
+
+
+EMBED = """
+import json, sys
+from vllm import LLM
+from vllm_tests import plans
+
+if __name__ == "__main__":
+    llm = LLM(
+        sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=512,
+        additional_config={"vtprune": {"method": "random", "keep": 9}},
+    )
+    prompt = {"prompt": "word1 <image> word2", "multi_modal_data": {"image": plans.picture(5, 32, 32)}}
+    (answer,) = llm.embed([prompt])
+    prunes = llm.apply_model(lambda model: "vtprune" in model.__dict__)
+    print(json.dumps([prunes[0], list(answer.prompt_token_ids)]))
+"""
+
+
+def test_a_pooling_model_chooses_the_tokens_of_its_short_prompts(folders: Any) -> None:
+    """vLLM serves embeddings with a subclass of the class that it resolves."""
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", EMBED, str(folders("smolvlm"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    prunes, prompt = json.loads(done.stdout.strip().splitlines()[-1])
+    token = json.loads((folders("smolvlm") / "config.json").read_text())["image_token_id"]
+    assert prunes is True and prompt.count(token) == 9
 
 
 def test_a_qwen3_5_starts_and_prunes_pictures_and_clips(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import MethodError, one_line
@@ -53,16 +53,21 @@ def for_pictures() -> tuple[str, ...]:
     return tuple(name for name in names() if not _METHODS[name].needs_frames)
 
 
-def get(name: str) -> type[Method]:
+def get(name: str, among: Iterable[str] | None = None) -> type[Method]:
     """Returns the method class registered under `name`.
+
+    Args:
+        name: A registered name.
+        among: Names that the message may suggest; all registered ones by default.
 
     Raises:
         MethodError: Nothing is registered under it; the message names close matches.
     """
     if isinstance(name, str) and name in _METHODS:
         return _METHODS[name]
-    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), _METHODS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(names())}"
+    known = names() if among is None else tuple(among)
+    near = difflib.get_close_matches(str(name).lower().replace("-", "_"), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(known)}"
     raise MethodError(f"unknown method {shorten(name)}; {hint}")
 
 

@@ -55,8 +55,7 @@ class Pixels(PixelRule, TowerMethod):
             if grid is None:
                 raise UnsupportedModelError(
                     "vtprune.towers.Pixels predicts a patch from its neighbors, and the grid of a picture of "
-                    f"{end - start} patches is unknown; choose a tower method that reads states, such as "
-                    "vtprune.towers.Change"
+                    f"{end - start} patches is unknown; choose a tower method that reads states, such as Change"
                 )
             off, source = (found.cpu() for found in self.predict(pixels[start:end], grid))
             stays = off > self.tolerance

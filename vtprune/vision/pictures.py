@@ -351,7 +351,7 @@ def _pixels(layout: Layout, given: dict[str, Any], images: Tensor | None, parts:
         raise UnsupportedModelError(
             f"the pixels of the patches of {type(parts.tower).__name__} were not found: expected an argument with a "
             "row of pixels for every patch, or pictures of a whole number of patches; choose a tower method that reads "
-            "states, such as vtprune.towers.Change"
+            "states, such as Change"
         )
     out = []
     for image, grid in zip(images.float(), layout.grids, strict=True):

@@ -6,6 +6,7 @@
 * `MultiModalRegistry.create_processor` gives processors of such a model the short prompts.
 * `_ModelRegistry.resolve_model_cls` sees every model class before it is made; an instance for such a model gets an
   `embed_multimodal` that prunes.
+* `BaseModelLoader.load_model` returns the loaded model, which is refused if it should prune and does not.
 * On CPUs `CPUModelRunner.load_model`, for models with M-RoPE.
 """
 
@@ -28,6 +29,7 @@ _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
 def install() -> None:
     """Wraps the functions named in the module's docstring; a second call does nothing."""
     from vllm.config import VllmConfig
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.multimodal.registry import MultiModalRegistry
     from vllm.platforms import current_platform
@@ -35,6 +37,7 @@ def install() -> None:
     _wrap(VllmConfig, "__post_init__", _after_config)
     _wrap(MultiModalRegistry, "create_processor", _after_processor)
     _wrap(_ModelRegistry, "resolve_model_cls", _after_class)
+    _wrap(BaseModelLoader, "load_model", _after_weights)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -102,6 +105,17 @@ def _after_load(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def _after_weights(model: Any, loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuses a model whose prompts are short and whose features would not be chosen."""
+    prunes = isinstance(model.__dict__.get("vtprune"), Pruner)
+    if settings_of(model_config) is not None and getattr(model, "supports_multimodal", False) and not prunes:
+        raise ServingError(
+            f"vtprune: {type(model).__name__} was made in a way that the plug-in does not see, and its features would "
+            "not be pruned; expected a class that vLLM's registry resolves; leave 'vtprune' out"
+        )
+    return model
+
+
 def _after_class(found: Any, registry: Any, architectures: Any, model_config: Any) -> Any:
     if getattr(found[0], "supports_multimodal", False):  # vLLM remembers classes from before a config is complete
         _wrap_init(found[0])
@@ -109,7 +123,11 @@ def _after_class(found: Any, registry: Any, architectures: Any, model_config: An
 
 
 def _wrap_init(cls: type) -> None:
-    """Instances made for a pruned model prune; the class stays what it is for all others."""
+    """Instances made for a pruned model prune; the class stays what it is for all others.
+
+    vLLM makes pooling models of subclasses of the class that it resolves, so the first wrapped class of an instance
+    gives it its pruner.
+    """
     if hasattr(cls.__dict__.get("__init__"), _MARK):
         return
     original: Any = cls.__init__  # type: ignore[misc]  # may be that of a wrapped base, which leaves other classes alone
@@ -119,7 +137,8 @@ def _wrap_init(cls: type) -> None:
         original(self, *args, **kwargs)
         config = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("vllm_config")
         settings = settings_of(getattr(config, "model_config", None))
-        if settings is not None and type(self) is cls and not isinstance(self.__dict__.get("vtprune"), Pruner):
+        outermost = next(c for c in type(self).__mro__ if hasattr(c.__dict__.get("__init__"), _MARK))
+        if settings is not None and outermost is cls and not isinstance(self.__dict__.get("vtprune"), Pruner):
             Pruner.attach(self, config, settings)
 
     setattr(init, _MARK, original)

@@ -170,12 +170,22 @@ def pruned_info(cls: Any) -> type:
 
 
 def prune_processor(processor: Any, settings: Settings, uses_mrope: bool) -> None:
-    """Turns a processor that vLLM made into one for pruned models: of images, and with M-RoPE of clips."""
+    """Turns a processor that vLLM made into one for pruned models: of images, and with M-RoPE of clips.
+
+    Raises:
+        ServingError: The model takes neither.
+    """
+    config = processor.info.get_hf_config()
+    names = {m: getattr(config, f"{m}_token_id", None) for m in ("image", "video")}
+    tokens = {m: t for m, t in names.items() if t is not None} if uses_mrope else {"image": None}
+    taken = list(processor.info.supported_mm_limits)
+    if not set(taken) & set(tokens):
+        raise ServingError(
+            f"vtprune: {type(processor).__name__} takes {', '.join(taken)}; expected {' or '.join(tokens)}, which the "
+            "plug-in prunes; leave 'vtprune' out"
+        )
     kind: Any = type(processor)
     info: Any = type(processor.info)
     processor.__class__ = pruned_processor(kind)
     processor.info.__class__ = pruned_info(info)
-    processor.vtprune = settings
-    config = processor.info.get_hf_config()
-    names = {m: getattr(config, f"{m}_token_id", None) for m in ("image", "video")}
-    processor.vtprune_tokens = {m: t for m, t in names.items() if t is not None} if uses_mrope else {"image": None}
+    processor.vtprune, processor.vtprune_tokens = settings, tokens

@@ -16,7 +16,7 @@ from ... import __version__, methods, towers
 from ...core import budget, default_method
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
-from ...core.options import shorten
+from ...core.options import fits, shorten
 from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
 from ...errors import BudgetError, CertificateError, MethodError, VTPruneError, one_line
@@ -90,7 +90,8 @@ class Settings:
         try:
             self.video_method.check(sizes, count)
         except MethodError as error:
-            _say_once(f"vtprune: {self.method.name} in place of {self.video_method.name} for a clip: {error}")
+            reason = str(error).split(";")[0]  # what follows is said to callers of vtprune.patch
+            _say_once(f"vtprune: {self.method.name} in place of {self.video_method.name} for a clip: {reason}")
             return self.method
         return self.video_method
 
@@ -99,7 +100,8 @@ class Settings:
         if self.auto is None:
             return None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a clip comes with its facts
-        if getattr(pixels, "ndim", 3) == 2 and not hasattr(pixels, "convert"):  # features, which have no pixels
+        # Features have no pixels.
+        if isinstance(pixels, Mapping) or (getattr(pixels, "ndim", 3) == 2 and not hasattr(pixels, "convert")):
             return self.auto.mean
         return self.auto.ratio(pixels)
 
@@ -208,8 +210,13 @@ def tower_of(given: Any) -> TowerMethod | None:
     """
     if given is None:
         return None
-    if not isinstance(given, Mapping):
+    if fits(given, float):
         return towers.resolve(given)
+    if not isinstance(given, Mapping):
+        raise MethodError(
+            f"tower is {shorten(given)}; expected a share of the patches such as 0.35, or an object such as "
+            '{"method": "Similar", "keep": 0.35}'
+        )
     options = dict(given)
     name = options.pop("method", None)
     if name not in TOWER_METHODS:
@@ -232,14 +239,11 @@ def portable(config: Any) -> Any:
 
 
 def _method(name: Any, options: Mapping[str, Any], known: Sequence[str]) -> Method:
-    methods.get(str(name))  # raises for an unknown name
+    methods.get(name, known)  # raises for an unknown name
     if name in CLIP_METHODS and name not in known:
         raise MethodError(f"method {name} is made for clips; name it as video_method, beside a method for images")
     if name not in known:
-        raise MethodError(
-            f"method {name} needs more than the image (the question, or deeper layers), which vLLM does not let a "
-            f"plug-in see; in vLLM there are {', '.join(known)}"
-        )
+        raise MethodError(f"method {name} is not available in vLLM; there are {', '.join(known)}")
     fixed = _FIXED.get(str(name), {})
     for option, value in fixed.items():
         if options.get(option, value) != value:

@@ -44,6 +44,13 @@ def check_config(config: Any, settings: Settings) -> None:
             "pruning makes fewer; adapters of the language model work"
         )
     multimodal = model.multimodal_config
+    modalities = ("image", "video") if model.uses_mrope else ("image",)
+    reads = settings.tower is not None or reads_tower(settings.method)
+    if not any(map(multimodal.get_limit_per_prompt, modalities)) and (reads or not multimodal.enable_mm_embeds):
+        raise ServingError(
+            f"{name} takes no images here (limit_mm_per_prompt, language_model_only): its vision encoder is not "
+            "loaded; leave 'vtprune' out"
+        )
     if multimodal.video_pruning_rate not in (None, 0, NO_RATE):
         raise ServingError(
             f"{name}: video_pruning_rate={multimodal.video_pruning_rate} asks vLLM to prune the videos that vtprune "
