@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks import lmms as bench
 from vtprune import BudgetError, MethodError, methods, refvlm
+from vtprune.errors import InputError
 from vtprune.integrations.lmms_eval import options
 from vtprune.integrations.lmms_eval.pictures import square
 from vtprune.methods.vflowopt.method import VFlowOpt
@@ -53,6 +54,40 @@ def test_wrong_arguments_are_refused_by_name():
     for method, given in (("iwp", {}), ("iwp", {"ratio": 0.1, "keep": 3}), ("none", {"keep": 3})):
         with pytest.raises(BudgetError):
             options.budget(method, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"square": "no"}, "square is 'no'; expected True or False"),
+        ({"square": 1}, "square is 1; expected True or False"),
+        ({"use_cache": "no"}, "use_cache is 'no'; expected True or False"),
+        ({"method": 3}, "method is 3; expected a text"),
+        ({"dtype": 16}, "dtype is 16; expected a text"),
+        ({"pretrained": 5}, "pretrained is 5; expected a text"),
+        ({"system_prompt": 5}, "system_prompt is 5; expected a text or None"),
+        ({"device": 5}, "device is 5; expected a text or None"),
+    ],
+)
+def test_arguments_of_another_type_are_refused_with_what_was_expected(given, words):
+    with pytest.raises(options.ArgumentError, match=f"^{words}$"):
+        options.check(given, options.ARGUMENTS)
+    options.check({"square": True, "device": None, "method": "iwp", "mine": 3}, options.ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"max_new_tokens": "4"}, "max_new_tokens is '4'; expected a whole number in .* or None"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number in .* or None"),
+        ({"temperature": "0"}, "temperature is '0'; expected a finite number or None"),
+        ({"num_beams": None}, "num_beams is None; expected a whole number in .*"),
+        ({"until": 3}, "until is 3; expected .*"),
+    ],
+)
+def test_generation_options_of_another_type_are_refused_with_what_was_expected(asked, words):
+    with pytest.raises(options.ArgumentError, match=f"^{words}$"):
+        options.check(asked, options.GENERATION)
 
 
 @pytest.mark.parametrize(("size", "corner"), [((6, 3), (0, 1)), ((3, 6), (1, 0)), ((5, 2), (0, 1)), ((4, 4), (0, 0))])
@@ -132,6 +167,43 @@ def test_requests_without_a_picture_alone_and_between_others():
     alone = pruned.generate_until([request(number, picture=False) for number in blind])
     assert [result.text for result in alone] == [mixed[number].text for number in blind]
     assert all(count["visual_tokens"] == 0 and count["stages"] == [] for count in counts(alone))
+
+
+@needs_lmms_eval
+def test_generation_options_are_followed_or_named(caplog):
+    pruned = model(method="none")
+
+    def answer(**generation):
+        return pruned.generate_until([request(3, generation=generation)])[0]
+
+    whole = answer(max_new_tokens=4).text
+    assert len(whole) > 3 and not caplog.records
+    for until in (whole[2], [None, whole[2]]):
+        assert answer(max_new_tokens=4, until=until).text == whole[: whole.index(whole[2])]
+    assert answer(max_gen_toks=1).token_counts.output_tokens == 1
+    for _ in range(2):
+        answer(max_new_tokens=1, top_k=5, image_aspect_ratio="pad")
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "generation options that are not followed: image_aspect_ratio, top_k"
+    ]
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize(("kind", "part"), [("video", "video_processor"), ("audio", "feature_extractor")])
+def test_clips_and_audio_that_the_processor_cannot_read_are_refused(kind, part):
+    asked = request(0)
+    shown = [{"role": "user", "content": [{"type": kind, "url": "a.mp4"}, {"type": "text", "text": "what?"}]}]
+    asked.arguments = ("", lambda sample: shown, *asked.args[2:])
+    with pytest.raises(options.ArgumentError, match=f"LlavaProcessor has no {part}"):
+        model(ratio=0.1).generate_until([asked])
+
+
+@needs_lmms_eval
+def test_both_built_in_models_load():
+    other = model(pretrained="embedded-qwen2_5_vl", ratio=0.1, method="random", batch_size=2)
+    assert other.model.config.model_type == "qwen2_5_vl"
+    results = other.generate_until([request(0), request(1)])
+    assert all(0 < count["kept_visual_tokens"] < count["visual_tokens"] for count in counts(results))
 
 
 @needs_lmms_eval
@@ -264,8 +336,11 @@ def test_what_cannot_be_run_is_refused(monkeypatch):
 
     from vtprune.integrations.lmms_eval import model as module
 
-    for wrong in ({"batch_size": 0}, {"dtype": "int8"}, {"square": True, "squeeze": 1}):
+    for wrong in ({"batch_size": 0}, {"square": True, "squeeze": 1}, {"square": "no"}, {"method": 3}):
         with pytest.raises(options.ArgumentError):
+            model(ratio=0.1, **wrong)
+    for wrong, words in (({"dtype": "int8"}, "unknown dtype 'int8'"), ({"device": "gpu9"}, "cannot use the device")):
+        with pytest.raises(InputError, match=words):
             model(ratio=0.1, **wrong)
     for kind, extra in ((DistributedType.MULTI_CPU, {"device_map": "auto"}), (DistributedType.FSDP, {})):
         state = SimpleNamespace(distributed_type=kind, num_processes=2, process_index=0, device="cpu")

@@ -68,7 +68,7 @@ def test_booleans_are_no_numbers_and_numbers_no_booleans(cls: type) -> None:
         (lambda: methods.VCast(temperature=0), r"temperature is 0; expected a finite number in \(0, 1e\+06\]"),
         (lambda: methods.CDPruner(theta=1.0), r"theta is 1\.0; expected .* in \[0, 1\) or 'auto' or 'released'"),
         (lambda: methods.Debiased(host="fastv"), "host is 'fastv'; expected an instance of ScoreMethod"),
-        (lambda: methods.Debiased(curve=3), "curve is 3; expected an instance of Curve or an instance of str or None"),
+        (lambda: methods.Debiased(curve=3), "curve is 3; expected an instance of Curve or a text or None"),
         (lambda: methods.Random(seed=-1), "seed is -1"),
         (lambda: methods.VFlowOpt(preset=[]), "preset is"),
         (lambda: methods.VFlowOpt(alpha=1e30), "alpha is 1e"),

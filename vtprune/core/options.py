@@ -56,8 +56,7 @@ def check_options(method: Any) -> None:
     for option in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
         hint, value = hints.get(option.name, Any), getattr(method, option.name, dataclasses.MISSING)
         if value is not dataclasses.MISSING and not fits(value, hint):
-            expected = " or ".join(_words(hint))
-            raise MethodError(f"{type(method).__name__}.{option.name} is {shorten(value)}; expected {expected}")
+            raise MethodError(f"{type(method).__name__}.{option.name} is {shorten(value)}; expected {in_words(hint)}")
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -97,6 +96,11 @@ def _finite(value: Real) -> bool:
         return False
 
 
+def in_words(hint: Any) -> str:
+    """The values that a declared type allows, for an error message."""
+    return " or ".join(_words(hint))
+
+
 def _words(hint: Any) -> list[str]:
     """Descriptions of the values that a declared type allows, one for each alternative."""
     origin, parts = get_origin(hint), get_args(hint)
@@ -108,7 +112,7 @@ def _words(hint: Any) -> list[str]:
         return [word for part in parts for word in _words(part)]
     if origin is tuple and len(parts) == 2 and parts[1] is ...:
         return [f"a tuple, each item {_words(parts[0])[0]}"]
-    names = {float: "a finite number", int: "a whole number", bool: "True or False", type(None): "None"}
+    names = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a text", type(None): "None"}
     return [names.get(hint) or f"an instance of {getattr(hint, '__name__', hint)}"]
 
 

@@ -68,12 +68,15 @@ def prompt(question: str) -> str:
     return f"<image> {question} answer:"
 
 
-def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    dtype: torch.dtype | None = None, name: str = "llava", **options: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Loads a trained model in eval mode and its processor from the files inside the package.
 
     Args:
         dtype: of the weights in memory, float32 by default (the file holds float16).
         name: "llava" (144 visual tokens, one row of positions) or "qwen2_5_vl" (dynamic resolution, M-RoPE).
+        options: for `from_pretrained`, such as `attn_implementation`.
 
     Raises:
         InputError: There is no model of this name.
@@ -85,7 +88,7 @@ def load(dtype: torch.dtype | None = None, name: str = "llava") -> tuple[PreTrai
         raise InputError(f"no built-in model {name!r}; expected one of {', '.join(MODELS)}")
     folder = MODELS[name]
     model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True
+        folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True, **options
     )
     if name == "llava":
         return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -34,14 +34,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _log = logging.getLogger("vtprune")
 
 
-def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def model_and_processor(name: str, device: str = "auto", dtype: str = "auto", **options: Any) -> tuple[Any, Any]:
     """Loads an image-text-to-text model in eval mode with its processor. Code that comes with a model is never run.
 
     Args:
         name: `embedded` or `embedded-qwen2_5_vl` for a model inside the package, a local folder (read offline), or a
             name on the hub.
-        device: A torch device, or `auto` for the accelerator if there is one.
+        device: A torch device, or `auto` for the accelerator if there is one; not used with a `device_map`.
         dtype: A torch dtype by name, or `auto` for the one that the weights are stored in.
+        options: For `from_pretrained`, such as `device_map`.
 
     Returns:
         tuple: The model and its processor.
@@ -52,13 +53,14 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    place = device_of(device)
+    place = None if options.get("device_map") else device_of(device)
     kind: str | torch.dtype = "auto" if dtype == "auto" else dtype_of(dtype)
     if name in EMBEDDED_MODELS:
         from .. import refvlm
 
-        model, processor = refvlm.load(None if kind == "auto" else kind, EMBEDDED_MODELS[name])  # type: ignore[arg-type]
-        return model.to(place), processor
+        known: Any = None if kind == "auto" else kind
+        model, processor = refvlm.load(known, EMBEDDED_MODELS[name], **options)
+        return model if place is None else model.to(place), processor  # type: ignore[arg-type]
     local = config(name)[1]
     if local:
         refuse_pickles(name)
@@ -70,6 +72,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
         processor = AutoProcessor.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # broken model files raise any type of error; the user gets one line
@@ -78,7 +81,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto") ->
         raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
     _check_picture_size(name, processor.image_processor)
     _check_weights(name, model, info["missing_keys"])
-    return model.eval().to(place), processor
+    return model.eval() if place is None else model.eval().to(place), processor
 
 
 def _reason(error: Exception) -> str:

@@ -19,14 +19,14 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from ... import refvlm
 from ...core import default_method
+from ...core.log import warn_once
 from ...engine.patching import Patch, patch
 from ...refvlm import loading
 from ...report.pruning import Pruning
 from . import options
 from .pictures import square
-from .requests import PrunedTokenCounts, answers, batches
+from .requests import PrunedTokenCounts, answers, batches, until
 
 ARGUMENTS = (
     "pretrained", "method", "ratio", "keep", "mean_ratio", "square", "batch_size", "device", "device_map", "dtype",
@@ -44,7 +44,8 @@ class VTPrune(Huggingface):
     hands processors empty lists and an argument (`audios`) that transformers 5 refuses.
 
     Args:
-        pretrained: A name on the hub, a local folder, or `embedded` for the small model inside vtprune.
+        pretrained: A name on the hub, a local folder, or `embedded` or `embedded-qwen2_5_vl` for a small model inside
+            vtprune.
         method: Name of the method, or `none`; arguments not listed here are its options.
         ratio, keep, mean_ratio: The budget, one of them (see `vtprune.patch`).
         square: Pad pictures to squares with the processor's mean color before it sees them, as LLaVA 1.5 expects.
@@ -58,7 +59,8 @@ class VTPrune(Huggingface):
         options: Options of the method.
 
     Raises:
-        ArgumentError: An argument that neither the plug-in nor the method takes, or `device_map` in several processes.
+        ArgumentError: An argument that neither the plug-in nor the method takes, an argument of another type, or
+            `device_map` in several processes.
         VTPruneError: The model, the method or the budget cannot be used; see `vtprune.patch`.
     """
 
@@ -82,6 +84,7 @@ class VTPrune(Huggingface):
         reasoning_prompt: str | None = None,
         **options_of_method: Any,
     ) -> None:
+        options.check(locals(), options.ARGUMENTS)
         lmms.__init__(self)  # not the parent's: see above
         chosen = options.method(method, options_of_method, ARGUMENTS)
         budget = options.budget(method, ratio=ratio, keep=keep, mean_ratio=mean_ratio)
@@ -91,8 +94,10 @@ class VTPrune(Huggingface):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self._device = self._place(device, device_map)
         self.device_map = device_map or None
-        model, self.processor = _load(pretrained, dtype, self.device_map, attn_implementation)
-        self._model = model.eval() if self.device_map else model.eval().to(self._device)
+        given = {"device_map": self.device_map, "attn_implementation": attn_implementation}
+        self._model, self.processor = loading.model_and_processor(
+            pretrained, str(self._device), dtype, **{name: value for name, value in given.items() if value}
+        )
         if self.device_map and self._model.device.type != "meta":
             self._device = self._model.device
         self._tokenizer = self.processor.tokenizer
@@ -116,7 +121,7 @@ class VTPrune(Huggingface):
                 f"device_map={device_map} with {self._world_size} processes: each has a copy of the model on a device "
                 "of its own; leave device_map out, or start one process"
             )
-        return torch.device(device) if device and not several else self.accelerator.device
+        return loading.device_of(device) if device and not several else self.accelerator.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers requests, with or without pictures, in their order."""
@@ -151,6 +156,7 @@ class VTPrune(Huggingface):
         texts = self.processor.batch_decode(
             output[:, width:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        texts = [until(text, self._asked(batch[0]).get("until")) for text in texts]
         read = inputs["attention_mask"].sum(-1).tolist()
         counts = [TokenCounts(length, self._written(row)) for length, row in zip(read, output[:, width:], strict=True)]
         counts = self._pruned(counts, before)
@@ -196,6 +202,12 @@ class VTPrune(Huggingface):
             images = self._squares(images)
         media = {"images": images, "videos": videos, "audio": audios}
         given = {name: items for name, items in media.items() if items}  # processors refuse empty lists
+        for name, part in (("videos", "video_processor"), ("audio", "feature_extractor")):
+            if name in given and getattr(self.processor, part, None) is None:
+                raise options.ArgumentError(
+                    f"the task shows {name}, and {type(self.processor).__name__} has no {part}; expected a model that "
+                    f"takes {name}, or a task without"
+                )
         inputs = self.processor(text=texts, padding=True, return_tensors="pt", **given)
         return inputs.to(self._device, self._model.dtype), texts
 
@@ -209,10 +221,20 @@ class VTPrune(Huggingface):
         return [square(image, self.processor.image_processor.image_mean) for image in images]
 
     def _generation(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Options of `generate`, with the defaults of lmms-eval's Hugging Face models."""
+        """Options of `generate`, with the defaults of lmms-eval's Hugging Face models.
+
+        Raises:
+            ArgumentError: An option has another type.
+        """
+        options.check(asked, options.GENERATION)
         sampling = (asked.get("temperature") or 0) > 0
+        unused = sorted(set(asked) - set(options.GENERATION))
+        if asked.get("do_sample") and not sampling:
+            unused.append("do_sample")
+        if unused:
+            warn_once(f"generation options that are not followed: {', '.join(unused)}; sampling needs a temperature")
         known = {
-            "max_new_tokens": asked.get("max_new_tokens", 4096),
+            "max_new_tokens": asked.get("max_new_tokens", asked.get("max_gen_toks", 4096)),
             "num_beams": asked.get("num_beams", 1),
             "do_sample": sampling,
             "temperature": asked["temperature"] if sampling else None,
@@ -307,31 +329,3 @@ class VTPruneSimple(VTPrune):
 
     def _asked(self, request: Instance) -> dict[str, Any]:
         return request.args[1]
-
-
-def _load(name: str, dtype: str, device_map: Any, attn_implementation: str | None) -> tuple[Any, Any]:
-    """A model and its processor; code that comes with a model is never run."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    _, local = loading.config(name)
-    if local and name != loading.EMBEDDED:
-        loading.refuse_pickles(name)
-    place: Any = refvlm.WEIGHTS if name == loading.EMBEDDED else name
-    kind: Any = dtype
-    if dtype == "auto" and name == loading.EMBEDDED:
-        kind = torch.float32  # the file holds float16 for its size
-    elif dtype != "auto":
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-            raise options.ArgumentError(f"unknown dtype {dtype!r}; expected auto, float32, bfloat16 or float16")
-    extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model = AutoModelForImageTextToText.from_pretrained(
-        place,
-        dtype=kind,
-        device_map=device_map,
-        local_files_only=local,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **extra,
-    )
-    return model, AutoProcessor.from_pretrained(place, local_files_only=local, trust_remote_code=False)

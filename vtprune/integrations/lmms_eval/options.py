@@ -9,15 +9,37 @@ from collections.abc import Mapping
 from typing import Any
 
 from ... import methods
+from ...core.options import Positive, fits, in_words, shorten
 from ...errors import BudgetError, MethodError, VTPruneError
 from ...methods import Method
 from ...methods.vflowopt.method import VFlowOpt
 
 UNPRUNED = "none"
+# Types of the arguments that the plug-in reads itself, after lmms-eval has parsed numbers and booleans.
+ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(("pretrained", "method", "dtype"), str),
+    **dict.fromkeys(("device", "attn_implementation", "system_prompt", "reasoning_prompt"), str | None),
+    **dict.fromkeys(("square", "use_cache"), bool),
+}
+# Types of the generation options of a task that are followed.
+GENERATION: dict[str, Any] = {
+    **dict.fromkeys(("max_new_tokens", "max_gen_toks"), Positive | None),
+    "num_beams": Positive,
+    **dict.fromkeys(("temperature", "top_p"), float | None),
+    "do_sample": bool | None,
+    "until": str | list | None,
+}
 
 
 class ArgumentError(VTPruneError, ValueError):
     """An argument in `--model_args` that the plug-in does not take, or one that others rule out."""
+
+
+def check(given: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raises `ArgumentError` if a value does not have its type."""
+    for name, hint in types.items():
+        if name in given and not fits(given[name], hint):
+            raise ArgumentError(f"{name} is {shorten(given[name])}; expected {in_words(hint)}")
 
 
 def method(name: str, options: Mapping[str, Any], taken: tuple[str, ...]) -> Method | None:

@@ -63,6 +63,14 @@ def batches(requests: Sequence[Instance], size: int, alike: Callable[[Instance],
             yield together[start : start + size]
 
 
+def until(text: str, ends: str | Sequence[str] | None) -> str:
+    """An answer up to the first of the texts at which a task says that it ends."""
+    for end in [ends] if isinstance(ends, str) else ends or ():
+        if end:
+            text = text.split(end)[0]
+    return text
+
+
 def answers(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str]) -> list[list[int]]:
     """Token ids of answers as they stand behind their prompts.
 
