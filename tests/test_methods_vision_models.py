@@ -35,6 +35,43 @@ def test_estimators_agree_about_a_model(family: str) -> None:
             model(**batch)
 
 
+class Opaque(nn.Linear):
+    """A linear layer by a kernel that PyTorch knows nothing of, as serving engines have: its derivative comes out 0."""
+
+    library = torch.library.Library("vtprune_tests", "DEF")
+    library.define("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+    library.impl("linear", nn.functional.linear, "CPU")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.vtprune_tests.linear(x, self.weight, self.bias)
+
+
+def test_zoo_prune_takes_differences_where_derivatives_are_lost() -> None:
+    family, kept = FAMILIES["llava"], {}
+    model, batch = family.build(), family.batch([[3, Image(0), 5]])
+    projector = model.model.multi_modal_projector
+    for estimator in ("difference", "auto"):
+        with torch.no_grad(), vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator=estimator)) as patch:
+            model(**batch)
+        kept[estimator] = patch.last.kept[0].tolist()
+        projector.linear_1.__class__ = projector.linear_2.__class__ = Opaque
+    assert kept["auto"] == kept["difference"]
+    patch = vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator="jvp"))
+    with patch, torch.no_grad(), pytest.raises(vtprune.MethodError, match="derivatives are 0; use.*'difference'"):
+        model(**batch)
+
+
+def test_zoo_prune_takes_rounding_for_no_difference() -> None:
+    """Central differences of a linear projector are equal up to rounding, and so the kept tokens those of `jvp`."""
+    family, kept = FAMILIES["smolvlm"], {}
+    model, batch = family.build(), family.batch([[3, Image(0), 5]])
+    for estimator in ("jvp", "difference"):
+        with torch.no_grad(), vtprune.patch(model, ratio=0.3, method=methods.ZOOPrune(estimator=estimator)) as patch:
+            model(**batch)
+        kept[estimator] = patch.last.kept[0].tolist()
+    assert kept["difference"] == kept["jvp"]
+
+
 def test_zoo_prune_travels_and_forgets_old_weights() -> None:
     family, method = FAMILIES["llava"], methods.ZOOPrune()
     model, batch, scores = family.build(), family.batch([[3, Image(0), 5]]), []

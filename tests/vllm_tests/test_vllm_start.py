@@ -100,6 +100,11 @@ def test_different_settings_never_share_a_cache(folders: Any, names: list[str] |
         ("idefics3", {"ratio": 0.5, "method": "divprun"}, "divprune"),
         ("llama", {"ratio": 0.5}, "takes no images: there is nothing to prune"),
         ("whisper", {"ratio": 0.5}, "is an encoder-decoder"),
+        (
+            "idefics3",
+            {"method": "zoo_prune", "ratio": 0.5, "options": {"estimator": "jvp"}},
+            "found estimator='jvp', expected 'difference' or 'auto'",
+        ),
         ("qwen2_vl", {"method": "zoo_prune", "ratio": 0.5}, "cannot read vision towers of the Qwen-VL kind"),
     ],
 )

@@ -60,7 +60,7 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto", **
 
         known: Any = None if kind == "auto" else kind
         model, processor = refvlm.load(known, EMBEDDED_MODELS[name], **options)
-        return model if place is None else model.to(place), processor  # type: ignore[arg-type]
+        return model if place is None else model.to(place), processor
     local = config(name)[1]
     if local:
         refuse_pickles(name)

@@ -106,6 +106,12 @@ def _check_method(name: str, method: Method, config: Any) -> None:
         )
     if not reads_tower(method):
         return
+    estimator = getattr(method, "estimator", None)
+    if estimator in ("exact", "jvp") and config.device_config.device_type == "cpu":
+        raise ServingError(
+            f"{name}: {method.name} finds neither weights nor derivatives in vLLM's linear layers for CPUs; found "
+            f"estimator={estimator!r}, expected 'difference' or 'auto'"
+        )
     if config.compilation_config.compile_mm_encoder:
         raise ServingError(
             f"{name}: {method.name} reads inside the vision encoder, which compile_mm_encoder hides; use divprune"

@@ -30,9 +30,10 @@ Estimator = Literal["auto", "exact", "jvp", "difference"]
 
 
 def scaled(sensitivity: Tensor, offsets: Tensor) -> Tensor:
-    """Min-max scaling to `[0, 1)` inside each group; ones where all values are equal."""
+    """Min-max scaling to `[0, 1)` inside each group; ones where all values are equal but for rounding."""
     low, high = group_extreme(sensitivity, offsets, "amin"), group_extreme(sensitivity, offsets, "amax")
-    return torch.where(high > low, (sensitivity - low) / (high - low + 1e-8), 1.0)
+    # Central differences of a linear projector, which is equally sensitive everywhere, are equal to about 1e-5.
+    return torch.where(high - low > 1e-4 * high, (sensitivity - low) / (high - low + 1e-8), 1.0)
 
 
 def select(
@@ -136,11 +137,16 @@ class ZOOPrune(Method):
 
         if self.estimator != "difference":
             try:
-                return jvp_sensitivity(project, x, shifts).flatten()
+                slopes = jvp_sensitivity(project, x, shifts).flatten()
+                # Linear layers of serving engines for CPUs have derivatives of 0; on GPUs the host does not wait.
+                if slopes.device.type != "cpu" or slopes.any():
+                    return slopes
+                if self.estimator == "jvp":
+                    raise MethodError("the projector's forward-mode derivatives are 0; use estimator='difference'")
             except (NotImplementedError, RuntimeError):
                 if self.estimator == "jvp":
                     raise
-                warn_once(f"{self.name}: the projector has no forward-mode derivative; central differences are used")
+            warn_once(f"{self.name}: the projector has no forward-mode derivative; central differences are used")
         if not self.half:
             x, shifts = x.float(), [u.float() for u in shifts]
         return difference_sensitivity(project, x, shifts, self.step).flatten().float()
