@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import methods
-from vtprune.integrations.vllm import hooks, prompts, readers, selection
+from vtprune.integrations.vllm import hooks, prompts, readers, selection, serving
 from vtprune.integrations.vllm.mrope import Positions, read_digits, write_digits
 from vtprune.integrations.vllm.settings import CLIP_METHODS, QUESTION_FREE, ServingError, parse
 from vtprune.methods import Random
@@ -160,13 +160,37 @@ class Update:
 
 
 def test_an_update_says_which_of_its_tokens_are_placeholders() -> None:
-    full = [7, 1, 1, 1, 1, 8, 1, 1, 1, 1, 9]
+    full = [7, 1, 1, 1, 1, 8, 5, 1, 1, 1, 1, 9]
     update = Update(Content(full, lambda tokens: torch.tensor(tokens) == 1))
     short, runs, counts = prompts.prune_update(update, parse({"ratio": 0.5}))
-    assert (runs, counts) == ([4, 4], [2, 2]) and short.content.full == [7, 1, 1, 8, 1, 1, 9]
+    assert (runs, counts) == ([4, 4], [2, 2]) and short.content.full == [7, 1, 1, 8, 5, 1, 1, 9]
     assert short.content.is_embed(short.content.full).tolist() == [t == 1 for t in short.content.full]
     all_of_it, runs, _ = prompts.prune_update(Update(Content([1] * 8)), parse({"keep": 3}))
     assert runs == [8] and all_of_it.content.full == [1] * 3
+
+
+def test_rows_with_one_token_between_them_are_one_group() -> None:
+    """A picture of Pixtral: the text between its rows is filled with features as well, what ends it is not."""
+    full = [7, *[1] * 3, 8, *[1] * 3, 8, *[1] * 3, 9]
+    update = Update(Content(full, lambda tokens: torch.tensor(tokens) == 1))
+    short, runs, counts = prompts.prune_update(update, parse({"keep": 4}))
+    assert (runs, counts) == ([9], [4]) and short.content.full == [7, 1, 1, 1, 8, 1, 8, 9]
+    assert short.content.is_embed(short.content.full).tolist() == [t in (1, 8) for t in short.content.full]
+    ids = torch.tensor(prompts._ids_of_rows(update))
+    assert ids.tolist() == [-1, -1, -1, 8, -1, -1, -1, 8, -1, -1, -1]
+    assert serving._grid_of_rows(ids == prompts.VISUAL) == [1, 3, 3]
+    model = SimpleNamespace(
+        get_language_model=lambda: SimpleNamespace(embed_input_ids=lambda ids: -ids[:, None].expand(-1, 2).float())
+    )
+    kept = torch.tensor([1, 6, 7, 8])
+    states = kept[:, None].expand(-1, 2).float()
+    states, places = selection.with_text(states, kept, ids, ids == prompts.VISUAL, model, 2)
+    assert states[:, 0].tolist() == [1, -8, -8, 6, 7, 8] and places.tolist() == [1, 3, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("full", [[1, 1, 1], [1, 1, 8, 1], [1, 8, 1, 9, 1], [1, 1, 8, 8, 1, 1], [7, 9]], ids=repr)
+def test_other_layouts_are_no_rows(full: list[int]) -> None:
+    assert prompts.rows_of(full, torch.tensor(full) == 1) is None
 
 
 @settings(max_examples=40, deadline=None)

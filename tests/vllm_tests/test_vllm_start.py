@@ -37,7 +37,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     def folder(name: str) -> Path:
         if not (place / name).exists():
-            {**models.MODELS, **odd_models.MODELS, "qwen3_vl": vision_models.qwen3_vl}[name](place / name)
+            {
+                **models.MODELS,
+                **odd_models.MODELS,
+                **{f.__name__: f for f in (vision_models.qwen3_vl, vision_models.mistral3)},
+            }[name](place / name)
         return place / name
 
     yield folder
@@ -242,6 +246,51 @@ if __name__ == "__main__":
     (answer,) = llm.generate([{"prompt": text, "multi_modal_data": request.data()}], sampling)
     print(json.dumps([list(answer.prompt_token_ids), list(answer.outputs[0].token_ids)]))
 """
+
+
+ROWS = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm_tests import plans
+
+if __name__ == "__main__":
+    llm = LLM(
+        sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=512, max_num_batched_tokens=32,
+        additional_config={"vtprune": {"method": "divprune", "ratio": 0.25}},
+    )
+    prompts = [
+        {"prompt": text, "multi_modal_data": {"image": plans.picture(*picture)}}
+        for text, picture in json.loads(sys.argv[2])
+    ]
+    found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    print(json.dumps([list(answer.outputs[0].token_ids) for answer in found]))
+"""
+
+
+def test_a_picture_written_in_rows_is_pruned_as_one(folders: Any) -> None:
+    """Mistral 3 answers as vtprune.patch with compact positions: the same tokens, and row ends where they stood."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import vtprune
+
+    folder = folders("mistral3")
+    asked = [("word1 [IMG] word2", (3, 96, 64)), ("word5 word7 [IMG] word3", (5, 64, 96)), ("[IMG] word4", (4, 40, 8))]
+    reader = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = []
+    with vtprune.patch(model, method=vtprune.methods.DivPrune(positions="compact"), ratio=0.25):
+        for text, picture in asked:
+            inputs = reader(images=plans.picture(*picture), text=text, return_tensors="pt")
+            written = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            expected.append(written[0, inputs["input_ids"].shape[1] :].tolist())
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", ROWS, str(folder), json.dumps(asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+    assert len({tuple(answer) for answer in expected}) == len(expected)
 
 
 EMBED = """

@@ -77,6 +77,30 @@ def internvl(folder: Path) -> None:
     save(folder, InternVLForConditionalGeneration, config, processor)
 
 
+def mistral3(folder: Path) -> None:
+    """A Mistral 3: 8 x 8 pixels per token, row by row, with a token after each row."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
+
+    words = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    config = Mistral3Config(
+        vision_config={"model_type": "pixtral", **VISION, "image_size": 96, "head_dim": 16},
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(words),
+            "tie_word_embeddings": False,
+            **TEXT,
+            **SPECIAL,
+        },
+        image_token_index=words.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    )
+    patch = {"height": 4, "width": 4}
+    pictures = PixtralImageProcessor(size={"longest_edge": 96}, patch_size=patch)
+    processor = PixtralProcessor(image_processor=pictures, tokenizer=words, patch_size=4, spatial_merge_size=2)
+    save(folder, Mistral3ForConditionalGeneration, config, processor)
+
+
 def qwen2_5_vl(folder: Path) -> None:
     """A Qwen2.5-VL with 8 x 8 pixels per token."""
     vision = {"window_size": 16, "fullatt_block_indexes": [1]}

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import selection
 from .prompts import IDS
 from .settings import ServingError
 
@@ -101,13 +102,7 @@ class Positions:
         places = self._inside(ids, modality, about)
         lead = int(visual.int().argmax())
         end = int(places.max()) + 1
-        rows = visual.nonzero()[:, 0].to(device)[kept]
-        if not bool(visual.all()):
-            text = (~visual).nonzero()[:, 0]
-            words = self.model.get_language_model().embed_input_ids(ids[text].to(device)).to(feature)
-            words = torch.nn.functional.pad(words, (0, feature.shape[1] - width))  # deeper features: none
-            rows, order = torch.cat([rows, text.to(device)]).sort()
-            feature = torch.cat([feature, words])[order]
+        feature, rows = selection.with_text(feature, kept, ids, visual, self.model, width)
         column = torch.arange(len(rows), device=device)
         numbers = torch.stack([column, torch.full_like(column, end), *places.to(device)[:, rows]], 1) - lead
         return torch.cat([feature, write_digits(numbers, feature.dtype)], 1)

@@ -20,7 +20,10 @@ from .settings import ServingError, Settings
 # Fields of an item's data, an item being an image or a clip:
 RUNS = "vtprune_runs"  # lengths of its runs of placeholders before pruning
 COUNTS = "vtprune_counts"  # how many of each run stay
-IDS = "vtprune_ids"  # M-RoPE models only: its part of the unpruned prompt, with the text between frames
+# Its part of the unpruned prompt, with the text between frames or rows; where positions have one axis and there is no
+# such text, nothing. Placeholders of rows are `VISUAL`.
+IDS = "vtprune_ids"
+VISUAL = -1
 
 
 def runs_of(mask: Tensor) -> list[int]:
@@ -48,6 +51,27 @@ def shorten(mask: Tensor, counts: Sequence[int]) -> Tensor:
     return ~mask | (place - start < allowed)
 
 
+def rows_of(full: Sequence[int], mask: Tensor) -> Tensor | None:
+    """Which positions an image of rows takes: runs of one length with the same single token between them.
+
+    Pixtral and Mistral 3 write a picture so, as one group of tokens; tiles have other text between them.
+
+    Args:
+        full: Token ids.
+        mask: `[n]` bool, True for placeholders.
+
+    Returns:
+        Tensor: `[n]` bool, True from the first placeholder to the last; None for an image of another kind.
+    """
+    runs, places = runs_of(mask), mask.nonzero()[:, 0].tolist()
+    if len(runs) < 2 or len(set(runs)) > 1:
+        return None
+    inside = torch.zeros_like(mask)
+    inside[places[0] : places[-1] + 1] = True
+    between = [token for token, text in zip(full, (inside & ~mask).tolist(), strict=True) if text]
+    return inside if len(between) == len(runs) - 1 and len(set(between)) == 1 else None
+
+
 def prune_update(
     update: Any, settings: Settings, token: int | None = None, share: float | None = None
 ) -> tuple[Any, list[int], list[int]]:
@@ -56,7 +80,8 @@ def prune_update(
     Args:
         update: vLLM's update for one image or clip.
         settings: Budget.
-        token: Placeholder id, where features fill text between frames as well; None if they fill placeholders alone.
+        token: Placeholder id, where features fill text between frames as well; None if they fill placeholders, and
+            what is between rows.
         share: Its own ratio; None for that of all.
 
     Returns:
@@ -67,12 +92,26 @@ def prune_update(
     filled = torch.ones(len(full), dtype=torch.bool) if content.is_embed is None else content.is_embed(full).bool()
     mask = filled if token is None else torch.tensor(full) == token
     runs = runs_of(mask)
+    inside = rows_of(full, mask) if token is None else None
+    if inside is not None:  # how many tokens each row keeps is known later; features fill the text between as well
+        runs, filled = [sum(runs)], inside
     counts = settings.counts(runs, share)
-    stays = shorten(mask, counts)
+    stays = shorten(mask, counts) if inside is None else ~mask | (mask.cumsum(0) <= counts[0])
     left = [token for token, stay in zip(full, stays.tolist(), strict=True) if stay]
     embeds = functools.partial(_constant, filled[stays])
     content = dataclasses.replace(content, full=left, is_embed=embeds)
     return dataclasses.replace(update, content=content), runs, counts
+
+
+def _ids_of_rows(update: Any) -> list[int]:
+    """The `IDS` of an image where positions have one axis."""
+    full = list(update.content.full)
+    filled = update.content.is_embed
+    mask = torch.ones(len(full), dtype=torch.bool) if filled is None else filled(full).bool()
+    inside = rows_of(full, mask)
+    if inside is None:
+        return []
+    return torch.where(mask, VISUAL, torch.tensor(full))[inside].tolist()
 
 
 def _constant(mask: Tensor, full: list[int]) -> Tensor:
@@ -103,7 +142,9 @@ def spread_over_frames(full: Sequence[int], token: int, frames: int) -> list[int
 def _field(numbers: list[int]) -> Any:
     from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 
-    return MultiModalFieldElem(data=torch.tensor(numbers), field=MultiModalBatchedField(keep_on_cpu=True))
+    return MultiModalFieldElem(
+        data=torch.tensor(numbers, dtype=torch.long), field=MultiModalBatchedField(keep_on_cpu=True)
+    )
 
 
 @functools.cache
@@ -152,7 +193,9 @@ def _prune_item(processor: Any, updates: Sequence[Any], fields: Any, modality: s
     if any(others != runs for _, others, _ in pruned):
         raise ServingError(f"vtprune: {type(processor).__name__} offers placeholders of several lengths for an image")
     fields[RUNS], fields[COUNTS] = _field(runs), _field(counts)
-    if token is not None:
+    if token is None:
+        fields[IDS] = _field(_ids_of_rows(updates[0]))
+    else:
         frames = int(fields["video_grid_thw"].data[0]) if modality == "video" else 1
         fields[IDS] = _field(spread_over_frames(list(updates[0].content.full), token, frames))
     return [update for update, _, _ in pruned]

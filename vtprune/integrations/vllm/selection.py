@@ -25,7 +25,7 @@ def prune(
     counts: Sequence[Sequence[int]],
     method: Method,
     width: int,
-    grids: Sequence[Sequence[int]] | None = None,
+    grids: Sequence[Sequence[int] | None] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Selects the tokens of every image or clip that stay, and returns their features.
@@ -64,6 +64,29 @@ def prune(
     return list(zip(flat[index].split(sizes), places, strict=True))
 
 
+def with_text(
+    feature: Tensor, kept: Tensor, ids: Tensor, visual: Tensor, model: Any, width: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of an image or a clip with its embedded text, in their order, and which of its positions they have.
+
+    Args:
+        feature: `[n, C]` features of the tokens that stay, in order.
+        kept: `[n]` which of its tokens they are.
+        ids: `[L]` its part of the unpruned prompt, on the CPU.
+        visual: `[L]` bool, True for placeholders.
+        model: A vLLM model.
+        width: Of the decoder.
+    """
+    rows = visual.nonzero()[:, 0].to(feature.device)[kept]
+    if bool(visual.all()):
+        return feature, rows
+    text = (~visual).nonzero()[:, 0]
+    words = model.get_language_model().embed_input_ids(ids[text].to(feature.device)).to(feature)
+    words = torch.nn.functional.pad(words, (0, feature.shape[1] - width))  # deeper features: none
+    rows, order = torch.cat([rows, text.to(feature.device)]).sort()
+    return torch.cat([feature, words])[order], rows
+
+
 def choose(method: Method, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
     """`[M]` bool which tokens stay, and the new states `[M, D]` of a method that merges."""
     with torch.no_grad():
@@ -81,7 +104,7 @@ def lay_out(
     runs: Sequence[Sequence[int]],
     counts: Sequence[Sequence[int]],
     width: int,
-    grids: Sequence[Sequence[int]] | None,
+    grids: Sequence[Sequence[int] | None] | None,
     extra: dict[str, Any],
 ) -> tuple[Tokens, Tensor]:
     """The tokens of all groups that keep some, and which rows of the features, one image after the other, they are.

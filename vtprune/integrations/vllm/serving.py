@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import mrope, readers, selection, towers
-from .prompts import COUNTS, IDS, RUNS
+from .prompts import COUNTS, IDS, RUNS, VISUAL, runs_of
 from .settings import ServingError, Settings
 
 logger = logging.getLogger("vllm.vtprune")
@@ -26,7 +26,7 @@ class Pruner:
     """
 
     def __init__(self, model: Any, config: Any, settings: Settings) -> None:
-        self.settings, self.embed = settings, model.embed_multimodal
+        self.settings, self.model, self.embed = settings, model, model.embed_multimodal
         self.width = config.model_config.hf_text_config.hidden_size
         self.ranks = config.parallel_config.tensor_parallel_size
         self.positions = mrope.Positions(model) if config.model_config.uses_mrope else None
@@ -64,14 +64,17 @@ class Pruner:
         runs, counts = ([[int(n) for n in item] for item in field] for field in (runs, counts))
         if len(features) != len(runs):
             raise ServingError(f"vtprune: {len(runs)} items went in and {len(features)} came out of embed_multimodal")
+        parts = [torch.as_tensor(part) for part in ids]
         grids = self._grids(kwargs.get(f"{modality}_grid_thw"), runs)
+        if self.positions is None:
+            grids = [_grid_of_rows(part == VISUAL) for part in parts]
         chosen = self._choose(features, runs, counts, modality, grids, seen)
         if self.positions is None:
-            return self._agree([feature for feature, _ in chosen])
+            return self._agree([self._with_text(*pair, part) for pair, part in zip(chosen, parts, strict=True)])
         carried = []
-        for number, ((feature, kept), part) in enumerate(zip(chosen, ids, strict=True)):
+        for number, ((feature, kept), part) in enumerate(zip(chosen, parts, strict=True)):
             facts = {n: kwargs[n][number] for n in (f"{modality}_grid_thw", "second_per_grid_ts") if n in kwargs}
-            carried.append(self.positions.carry(feature, kept, torch.as_tensor(part), modality, facts, self.width))
+            carried.append(self.positions.carry(feature, kept, part, modality, facts, self.width))
         return self._agree(carried)
 
     def _choose(
@@ -80,7 +83,7 @@ class Pruner:
         runs: list[list[int]],
         counts: list[list[int]],
         modality: str,
-        grids: list[list[int]] | None,
+        grids: list[Any] | None,
         seen: Any,
     ) -> list[tuple[Tensor, Tensor]]:
         """For each item the features that stay and which of its tokens they are; items of one method together."""
@@ -105,7 +108,13 @@ class Pruner:
                 out |= dict(zip(items, chosen, strict=True))
         return [out[item] for item in range(len(features))]
 
-    def _grids(self, given: Any, runs: list[list[int]]) -> list[list[int]] | None:
+    def _with_text(self, feature: Tensor, kept: Tensor, ids: Tensor) -> Tensor:
+        """The features of an image that stay, with the text between its rows."""
+        if not len(ids):
+            return feature
+        return selection.with_text(feature, kept, ids, ids == VISUAL, self.model, self.width)[0]
+
+    def _grids(self, given: Any, runs: list[list[int]]) -> list[Any] | None:
         """Frames, rows and columns of each item's tokens, from the patches that Qwen-VL and its kin count."""
         if given is None:
             return None
@@ -123,3 +132,9 @@ class Pruner:
 
         flat = get_tp_group().broadcast(torch.cat(chosen).contiguous(), src=0)
         return list(flat.split([len(x) for x in chosen]))
+
+
+def _grid_of_rows(visual: Tensor) -> list[int] | None:
+    """Frames, rows and columns of an image that is written row by row; None for others."""
+    rows = runs_of(visual)
+    return [1, len(rows), rows[0]] if rows else None
