@@ -477,6 +477,48 @@ def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> No
         assert torch.equal(static, model.generate(**batch, **settings))
 
 
+@pytest.mark.parametrize("architecture", ["glm5_next", "qwen4_exp"])  # streams `[B, T, S, D]`, and `[B, T, S * D]`
+@torch.no_grad()
+def test_methods_get_one_state_a_token_of_hyper_connections(architecture: str) -> None:
+    """Every method prunes, or says what the model lacks; merged states are copied to all streams before layer 0."""
+    from tests.coverage.run import prepare, registered
+
+    if architecture not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare(architecture, registered()[architecture])
+    model, batch = built.model, prompts.batch([[3, "image", 5]])
+    width = vtprune.inspect(model).decoder.config.hidden_size
+    worked = []
+    for method in vtprune.methods.names():
+        with pruned(model, method, ratio=0.3) as (patch, spy):
+            try:
+                model(**batch)
+            except vtprune.MethodError as error:
+                assert "no attention function" in str(error) or "frames of a clip" in str(error)
+                continue
+            (tokens, _), *_ = spy.choices
+            assert tokens.hidden.shape == (len(patch.last.visual[0]), width)
+            assert len(patch.last.kept[0]) == round(0.3 * len(tokens.hidden))
+            worked.append(method)
+    assert {"resprune", "divprune", "dart", "visionzip", "pooling", "cdpruner", "vflowopt"} <= set(worked)
+    entered: list[torch.Tensor] = []
+    with pruned(model, "pooling", ratio=0.3) as (patch, spy):
+        layer = patch.anatomy.layers[0]
+        handle = layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+        model(**batch)
+        handle.remove()
+        tokens, choice = spy.choices[0]
+        is_visual = torch.isin(patch.last.mask[0].nonzero()[:, 0], patch.last.kept[0])
+        visual = entered[0].unflatten(-1, (-1, width)).flatten(2, -2)[0, is_visual]  # [5, S, D]
+        assert visual.shape[1] > 1 and torch.equal(visual, choice.hidden[choice.keep][:, None].expand_as(visual))
+        assert not torch.equal(choice.hidden[choice.keep], tokens.hidden[choice.keep])
+    with (
+        pruned(model, LAYOUTS["merging"], ratio=0.3),
+        pytest.raises(vtprune.MethodError, match=r"Merging merges tokens before layer 1.*'divprune'"),
+    ):
+        model(**batch)
+
+
 @torch.no_grad()
 def test_a_sliding_window_is_no_packed_row() -> None:
     """A mask that hides the first tokens, as `generate` makes for a window and a static cache, is accepted."""

@@ -36,11 +36,26 @@ def over_prompt(record: Tensor, tokens: Tokens) -> Tensor:
     return record[batch, slot].to(tokens.hidden.device)
 
 
+def mean_of_streams(states: Tensor, width: int) -> Tensor:
+    """Mean over the streams that hyper-connections carry between layers; states of a single stream unchanged.
+
+    Args:
+        states: `[N, S, D]`, `[N, S * D]` or, of a single stream, `[N, D]`.
+        width: D.
+
+    Returns:
+        Tensor: `[N, D]`.
+    """
+    if states.shape[1:] == (width,) or states.shape[-1] % width:
+        return states
+    return states.reshape(len(states), -1, width).mean(1)
+
+
 def layer_input(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-    """States `[B, T, D]` that enter a decoder layer or one of its modules."""
+    """States that enter a decoder layer or one of its modules, `[B, T, D]` (see `mean_of_streams` for other shapes)."""
     return next(x for x in (kwargs.get("hidden_states"), *args, *kwargs.values()) if isinstance(x, Tensor))
 
 
 def layer_output(args: tuple, kwargs: dict[str, Any], output: Any) -> Tensor:
-    """States `[B, T, D]` that leave a decoder layer or one of its modules, which may return them in a tuple."""
+    """States that leave a decoder layer or one of its modules, maybe in a tuple; shapes as of `layer_input`."""
     return output[0] if isinstance(output, tuple) else output

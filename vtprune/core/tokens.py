@@ -80,7 +80,8 @@ class Tokens:
     They are ordered by sample, then by prompt position. `M` is their number, `S` the number of groups with a budget.
 
     Attributes:
-        hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt).
+        hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt). With
+            hyper-connections it is the mean over their streams.
         offsets: `[S + 1]` offsets of the groups.
         budgets: `[S]` number of tokens to keep in each group, at most its length.
         max_budget: The largest budget, known on the host; None if it has to be read from `budgets`.

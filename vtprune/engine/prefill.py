@@ -363,6 +363,13 @@ class DecoderCall(CallState):
             self.visual.derived.clear()  # so that later calls of the layout get what they should
             raise
         check_choice(choice, tokens, name)
+        if choice.hidden is not None and number and snapshot.hidden.shape[2:] != tokens.hidden.shape[1:]:
+            raise MethodError(
+                f"{name} merges tokens before layer {number}, where {type(snapshot.layer).__name__} takes several "
+                f"streams a token ({tuple(snapshot.hidden.shape[2:])}, hyper-connections), and it is unknown how to "
+                "merge these; choose a method that merges nothing, such as 'iwp' or 'divprune', or one that merges "
+                "before layer 0, where all streams are copies"
+            )
         _check_finite(call.use.method, choice, checks)
         return tokens, choice
 
@@ -542,9 +549,15 @@ def _real_columns(
 
 
 def _cut_hidden(index: Tensor, merge: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
-    """Gathers the slots `index` `[B, K']` of hidden states `[B, K, D]`, after writing merged states into them."""
+    """Gathers the slots `index` `[B, K']` of hidden states `[B, K, D]`, after writing merged states into them.
+
+    Streams of hyper-connections, `[B, K, S, D]` or `[B, K, S * D]`, are copies where states are merged.
+    """
     if merge is not None:
         rows, slots, merged = merge
+        if merged.shape[1:] != hidden.shape[2:]:
+            streams = hidden.shape[2:].numel() // merged.shape[1]
+            merged = merged.repeat(1, streams).view(len(merged), *hidden.shape[2:])
         hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
     return gather.gather(hidden, index, 1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.lent import Lent
+from ..core.taps import mean_of_streams
 from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
@@ -70,7 +71,8 @@ def tokens(
     places, fields = visual.cached(key, lay_out) if whole else lay_out()
     for name, value in (*fields.items(), *((f"prompt.{name}", x) for name, x in vars(fields["prompt"]).items())):
         lent.add(f"tokens.{name}", value)
-    states = snapshot.hidden.flatten(0, 1).index_select(0, places)  # [M, D]
+    states = snapshot.hidden.flatten(0, 1).index_select(0, places)
+    states = mean_of_streams(states, call.spec.anatomy.width or states.shape[-1])  # [M, D]
     checks.add(states, lambda: _refuse_states(states, rows, number))
 
     def read(_: Tokens, which: int, rope: bool, queries: str) -> AttentionInputs:

@@ -14,7 +14,7 @@ from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Count, Positive
 from ..core.ragged import group_ids, settle_ties, top_k
 from ..core.registry import register
-from ..core.taps import layer_output, over_prompt
+from ..core.taps import layer_output, mean_of_streams, over_prompt
 from ..core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class DART(Method):
         hidden = norm(tokens.hidden).to(size.device)
         records, prompt = tokens.recorded.get("dart.states"), tokens.prompt
         if records and prompt is not None:
-            text = norm(over_prompt(records[-1], tokens)[prompt.text]).to(size.device)  # [R, D]
+            states = mean_of_streams(over_prompt(records[-1], tokens)[prompt.text], tokens.hidden.shape[1])
+            text = norm(states).to(size.device)  # [R, D]
             ends = inputs.query_offsets
             text_rows = inputs.query_order + inputs.key_offsets[:-1][group_ids(ends, len(inputs.query_order))]
         else:

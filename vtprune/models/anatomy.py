@@ -73,6 +73,11 @@ class Anatomy:
         return len(self.layers)
 
     @property
+    def width(self) -> int | None:
+        """Width of a token's state in the decoder, None if the decoder's config does not tell it."""
+        return getattr(getattr(self.decoder, "config", None), "hidden_size", None)
+
+    @property
     def config(self) -> Any:
         """Config of the composite, which describes image sizes and layouts."""
         return self.composite.config

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.taps import layer_input, over_prompt
+from ...core.taps import layer_input, mean_of_streams, over_prompt
 from ...core.tokens import Tokens
 
 
@@ -47,7 +47,7 @@ def find_raters(record: Tensor, tokens: Tokens) -> Tensor:
     Returns:
         Tensor: `[R]` bool, in the order of `tokens.prompt.text`.
     """
-    states, prompt = over_prompt(record, tokens), tokens.prompt  # [C, D]
+    states, prompt = mean_of_streams(over_prompt(record, tokens), tokens.hidden.shape[1]), tokens.prompt  # [C, D]
     assert prompt is not None
     visual = states[prompt.visual].split(tokens.offsets.diff().tolist())
     text = states[prompt.text].split(prompt.text_offsets.diff().tolist())

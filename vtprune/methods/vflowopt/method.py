@@ -17,7 +17,7 @@ from ...core.method import Choice, Group, Method, Stage, Tap
 from ...core.options import Range, from_json
 from ...core.ragged import top_k
 from ...core.registry import register
-from ...core.taps import layer_input
+from ...core.taps import layer_input, mean_of_streams
 from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.tower import Vision, layer_tap, projector_tap
@@ -162,7 +162,8 @@ class VFlowOpt(Method):
         """Stores the importance of all visual tokens of the prefill for the cuts in the decoder."""
         assert self.threshold is not None and self.alpha is not None
         if tokens.layer:
-            tokens = replace(tokens, hidden=tokens.recorded[_INPUT][0])
+            states = mean_of_streams(tokens.recorded[_INPUT][0], tokens.hidden.shape[1])
+            tokens = replace(tokens, hidden=states)
         table = importance_map(Vision(tokens, self.name), self.threshold, self.alpha)
         counts = torch.bincount(tokens.sample)
         tokens.memory["vflowopt"] = (counts.cumsum(0) - counts, table)
