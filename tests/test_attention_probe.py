@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from families import FAMILIES, Image
 from torch import nn
 
 import vtprune
+from tests.coverage.checks import fresh
+from vtprune.core.tokens import AttentionInputs
+from vtprune.methods import ScoreMethod, Stage
 from vtprune.models import attention_probe
 from vtprune.models.attention_probe import Projections, probe, probe_both, shareable
 
@@ -157,3 +161,58 @@ def test_projections_are_kept_apart_by_thread():
     finally:
         attention_probe.leave()
     assert found and set(runs.values()) == {1}
+
+
+@dataclass
+class Reader(ScoreMethod):
+    """Keeps the last tokens; reads layers 0 and 1, before rotation and after it."""
+
+    read: list[AttentionInputs] = field(default_factory=list)
+
+    def schedule(self, num_layers):
+        return (Stage(1, 0.3),)
+
+    def required_layer_inputs(self, num_layers):
+        return (0,)
+
+    def score(self, tokens):
+        wanted = [(layer, rope) for layer in (0, 1) for rope in (False, True)]
+        self.read = [tokens.attention_inputs(*which) for which in wanted]
+        return tokens.position.float()
+
+
+@pytest.mark.parametrize("architecture", ["kimi_k25", "mistral_large4", "dots3_note"])
+@torch.no_grad()
+def test_cached_latents_are_read_as_the_keys_that_are_attended_to(architecture, monkeypatch):
+    """Multi-head latent attention: a method reads the same of a prompt in one call, and after a turn of text or with
+    a static cache, whose latents the layers expand together with those of the call."""
+    from tests.coverage.run import prepare, registered
+
+    if architecture not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare(architecture, registered()[architecture])
+    model, batch = built.model, prompts.batch([[9, "image", 6]])
+    shape = batch["input_ids"].shape
+    later = {name: x[:, 4:] if isinstance(x, torch.Tensor) and x.shape == shape else x for name, x in batch.items()}
+    reader = Reader()
+    settings = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    with vtprune.patch(model, ratio=0.3, method=reader) as patch:
+        model(**fresh(batch))
+        whole, kept = reader.read, patch.last.kept[0].tolist()
+        model.generate(**fresh(batch), **settings)
+        static = reader.read
+        cache = model(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
+        model(**fresh(later) | {"attention_mask": None}, past_key_values=cache)
+        assert patch.last.kept[0].tolist() == kept
+    assert len(whole) == 4 and whole[1].keys.shape[0] == shape[1]
+    for found, place in ((static, shape[1]), (reader.read, shape[1] - 4)):
+        for index, (got, want) in enumerate(zip(found, whole, strict=True)):
+            count = place if index in (0, 2) else shape[1]  # cached keys are rotated, and left out of unrotated ones
+            torch.testing.assert_close(got.queries, want.queries)
+            torch.testing.assert_close(got.keys, want.keys[-count:])
+            torch.testing.assert_close(got.values, want.values[-count:])
+    monkeypatch.setattr(attention_probe, "EXPAND_LATENTS", "no such method")
+    with vtprune.patch(model, ratio=0.3, method=reader):
+        cache = model(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
+        with pytest.raises(vtprune.MethodError, match="has no no such method.*'divprune'"):
+            model(**fresh(later) | {"attention_mask": None}, past_key_values=cache)

@@ -139,7 +139,8 @@ class Snapshot:
         if seen is not None:
             return seen
         if rope not in self.probed:
-            given = self.layer, self.args, self.kwargs
+            kwargs = attention_probe.own_columns(self.kwargs, self.hidden.shape[1], self.cached_tokens)
+            given = self.layer, self.args, kwargs
             both = None
             if not rope and len(self.hidden) == 1:  # methods that read keys before rotation often read both
                 both = attention_probe.probe_both(*given, self.watch.projections)

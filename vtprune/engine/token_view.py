@@ -15,6 +15,7 @@ from ..core.taps import mean_of_streams
 from ..core.tokens import AttentionInputs, Prompt, Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
+from ..models.attention_probe import QKV, expanded
 from ..models.visual_tokens import VisualTokens
 from .call import CallState, MethodCall, Snapshot
 from .columns import slot_of_position
@@ -241,7 +242,7 @@ def attention_inputs(
     """
     probed = snapshot.read(rope)
     device = probed.key.device
-    past = _past_keys(call, number, snapshot.cached_tokens) if rope else None
+    past = _past_keys(call, number, snapshot, probed) if rope else None
 
     def lay_out() -> _KeyLayout:
         befores = None if past is None else [len(keys) for keys, _ in past]
@@ -348,9 +349,10 @@ def _refuse_infinite(rows: list[int], queries: list[Tensor], keys: list[Tensor],
         )
 
 
-def _past_keys(call: CallState, number: int, held: int) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values `[C, G, d]` of each sample in the `held` cached slots of a layer, without padding."""
-    cache, state = call.columns.cache, call.columns.state
+def _past_keys(call: CallState, number: int, snapshot: Snapshot, probed: QKV) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values `[C, G, d]`, like those probed, of each sample in the slots of a layer that earlier calls filled,
+    without padding."""
+    cache, state, held = call.columns.cache, call.columns.state, snapshot.cached_tokens
     layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
     keys = getattr(layer, "keys", None)
     if layer is None or held == 0 or not isinstance(keys, Tensor) or keys.dim() < 4 or layer.is_sliding:
@@ -360,8 +362,11 @@ def _past_keys(call: CallState, number: int, held: int) -> list[tuple[Tensor, Te
     visible = slots >= 0
     if call.real_past is not None:
         visible = visible & call.real_past.gather(1, slots.clamp(min=0))
+    keys, values = keys[:, :, :held], layer.values[:, :, :held]
+    if keys.shape[1::2] != probed.key.shape[1::2]:
+        keys, values = expanded(snapshot.layer, keys, values)
     return [
-        (layer.keys[row][:, :held][:, seen].transpose(0, 1), layer.values[row][:, :held][:, seen].transpose(0, 1))
+        (keys[row][:, seen].transpose(0, 1), values[row][:, seen].transpose(0, 1))
         for row, seen in enumerate(visible.to(keys.device))
     ]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MethodError
-from .transformers_names import attention_functions
+from .transformers_names import EXPAND_LATENTS, attention_functions
 
 T = TypeVar("T")
 
@@ -82,7 +82,8 @@ class Projections:
     """Outputs of a layer's linear maps, recorded in one run of the layer and replayed in others on the same states.
 
     So no projection is computed twice. Position embeddings are applied after the projections, so the runs may differ
-    in them. Only maps that `shareable` has prepared are shared; others run again.
+    in them. Only maps that `shareable` has prepared are shared; others run again, as do maps that one of the runs gives
+    cached latents too (multi-head latent attention).
 
     Attributes:
         outputs: Every map and its output, in order.
@@ -109,7 +110,9 @@ class Projections:
             if not left or left[-1][0] is not linear:
                 return run(x)
             output = left.pop()[1]
-            return output if pick is None else pick(output)
+            if pick is not None:
+                return pick(output)
+            return output if output.shape[:-1] == x.shape[:-1] else run(x)
 
         return replayed
 
@@ -286,6 +289,52 @@ def _recorded(function: Callable, record: Callable[[Tensor], None]) -> Callable:
         return output
 
     return attend
+
+
+def own_columns(kwargs: dict[str, Any], length: int, past: int) -> dict[str, Any]:
+    """Arguments of a layer for a run without its cache: masks over the cache's slots are those of the call's columns.
+
+    Args:
+        kwargs: What the decoder calls the layer with.
+        length: Number of columns of the call.
+        past: Number of slots that were filled before it.
+    """
+
+    def own(mask: Tensor) -> Tensor:
+        start = min(past, mask.shape[-1] - length)  # a sliding window has lost the first slots
+        return mask[..., start : start + length]
+
+    wide = {
+        name: own(value)
+        for name, value in kwargs.items()
+        if "mask" in name and isinstance(value, Tensor) and value.dim() in (2, 4) and value.shape[-1] > length
+    }
+    return {**kwargs, **wide} if wide else kwargs
+
+
+@torch.no_grad()
+def expanded(layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Expands what a layer with multi-head latent attention caches, as the layer does.
+
+    Args:
+        layer: A decoder layer.
+        keys, values: `[B, 1, C, r]` what it caches as keys and values: latents of both, and parts of the keys.
+
+    Returns:
+        tuple: Keys `[B, G, C, dh]` and values `[B, G, C, dv]`.
+
+    Raises:
+        MethodError: The layer has no function of its own that expands them.
+    """
+    with _gathered(layer) as bare:
+        for module in bare.modules():
+            if hasattr(module, EXPAND_LATENTS):
+                return getattr(module, EXPAND_LATENTS)(keys, values)
+    raise MethodError(
+        f"{type(layer).__name__} caches {tuple(keys.shape)} as keys, which are not the keys that it attends to, and it "
+        f"has no {EXPAND_LATENTS} that makes these, so attention to earlier turns cannot be read; choose a method that "
+        "reads no attention, such as 'resprune' or 'divprune'"
+    )
 
 
 @torch.no_grad()

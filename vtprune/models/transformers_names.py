@@ -18,6 +18,8 @@ RUN_PROMPT = "_prefill"  # runs a prompt, in chunks where `prefill_chunk_size` i
 ENCODER_OUTPUTS = "mm_encoder_outputs"  # features that were encoded before the call, by kind
 # Arguments of decoders that take a KV cache, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
+# Method of attention modules that cache latents; makes keys and values of what is cached as such.
+EXPAND_LATENTS = "expand_kv"
 # Attributes of a cache's layers with a sliding window that keeps the prompt, wherever it moves.
 PROMPT_LENGTH, WINDOW = "prefill_length", "sliding_window"
 
