@@ -451,6 +451,17 @@ def test_models_without_input_embeddings_are_named(kind: str) -> None:
             call(model)
 
 
+def test_a_model_without_a_decoder_is_named() -> None:
+    """Perceiver's `get_decoder` returns None."""
+    sizes = {name: 1 for name in ("num_blocks", "num_self_attends_per_block")}
+    heads = {name: 2 for name in ("num_self_attention_heads", "num_cross_attention_heads")}
+    config = transformers.PerceiverConfig(num_latents=4, d_latents=16, d_model=16, **sizes, **heads)
+    model = transformers.PerceiverModel(config)
+    for call in (vtprune.inspect, lambda wrong: vtprune.patch(wrong, ratio=0.5)):
+        with pytest.raises(vtprune.UnsupportedModelError, match="no decoder found in PerceiverModel"):
+            call(model)
+
+
 @pytest.mark.parametrize("model", ["llava", None])
 def test_what_is_no_model_is_named(model: Any) -> None:
     for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):

@@ -205,8 +205,9 @@ def _find_decoder(model: nn.Module, paths: dict[nn.Module, str]) -> tuple[nn.Mod
         while path:
             path = path.rpartition(".")[0]
             candidates.append(model.get_submodule(path))
-    if hasattr(model, "get_decoder"):
-        candidates.append(model.get_decoder())
+    named = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if named is not None:
+        candidates.append(named)
     for candidate in candidates:
         layers = _layer_list(candidate)
         if layers is not None:
