@@ -259,3 +259,28 @@ def test_relevance_by_clip_depends_on_the_question() -> None:
     clip.visual_projection = nn.Linear(7, 12)
     with pytest.raises(vtprune.MethodError, match="width 7"):
         cdpruner_scores([[3, Image(0), 5]], **options)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "refused"),
+    [
+        ("ernie4_5_vl_moe", ("visionzip", "prumerge", "sink_aware"), ""),  # a projector that takes the pictures' grids
+        ("ovis2", ("zoo_prune", "visionzip"), ""),  # one that is called with token ids of separators too
+        ("got_ocr2", ("zoo_prune",), r"GotOcr2MultiModalProjector takes \(1, 256, 8, 8\).*'divprune'"),
+    ],
+)
+@torch.inference_mode()
+def test_projectors_with_other_inputs_than_patches(architecture: str, names: tuple[str, ...], refused: str) -> None:
+    from tests.coverage.run import prepare, registered
+
+    if architecture not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare(architecture, registered()[architecture])
+    for name in names:
+        with vtprune.patch(built.model, ratio=0.25, method=name) as patch:
+            if refused:
+                with pytest.raises(vtprune.MethodError, match=refused):
+                    built.model(**prompts.batch([[3, "image", 5]]))
+                continue
+            built.model(**prompts.batch([[3, "image", 5]]))
+            assert len(patch.last.kept[0]) == len(patch.last.visual[0]) // 4

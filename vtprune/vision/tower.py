@@ -58,7 +58,16 @@ def projector_tap(anatomy: Anatomy, method: str) -> Tap:
             f"{method} reads the features before the projector, and no projector was found in "
             f"{type(anatomy.model).__name__}; 'divprune' needs none"
         )
-    return Tap(_PROJECTOR, anatomy.projector, lambda args, kwargs, output: (args, kwargs, output))
+    return Tap(_PROJECTOR, anatomy.projector, _call_with_features)
+
+
+def _first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+
+
+def _call_with_features(args: tuple, kwargs: dict[str, Any], output: Any) -> tuple | None:
+    """A call of the projector; None for token ids, of which a table of visual words makes separators (Ovis 2)."""
+    return (args, kwargs, output) if _first_tensor(args, kwargs).is_floating_point() else None
 
 
 def patches_of_rows(x: Tensor, rows: int, packed: bool) -> Tensor:
@@ -125,7 +134,7 @@ class Vision:
         self._extra = [(args, kwargs) for args, kwargs, _ in tokens.recorded[_PROJECTOR]]
         self._inputs, self._outputs, self._packed = [], [], []
         for args, kwargs, output in tokens.recorded[_PROJECTOR]:
-            x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            x = _first_tensor(args, kwargs)
             y = output[0] if isinstance(output, tuple) else output
             self._packed.append(y.dim() == 2 and x.dim() == 2)
             self._inputs.append(x[None] if x.dim() == 2 else x)
@@ -136,8 +145,22 @@ class Vision:
 
     @functools.cached_property
     def features(self) -> Tensor:
-        pairs = zip(self._inputs, self._outputs, self._packed, strict=True)
-        return torch.cat([patches_of_rows(x, y.shape[1], packed).flatten(2).flatten(0, 1) for x, y, packed in pairs])
+        return torch.cat([self.patches(call).flatten(2).flatten(0, 1) for call in range(len(self._inputs))])
+
+    def patches(self, call: int) -> Tensor:
+        """Input of a recorded call of the projector, by row of its output: `[n, R, k, C]`, see `patches_of_rows`.
+
+        Raises:
+            MethodError: It is not `[n, P, C]`, or the number of patches does not fit.
+        """
+        x, y, packed = self.calls()[call]
+        if x.dim() != 3:
+            raise MethodError(
+                f"{self.method} reads the patches of each visual token before the projector, and "
+                f"{type(self.anatomy.projector).__name__} takes {tuple(x.shape)}; expected [crops, patches, width]; "
+                "'divprune' needs none"
+            )
+        return patches_of_rows(x, y.shape[1], packed)
 
     @functools.cached_property
     def crop(self) -> Tensor | None:
@@ -163,7 +186,7 @@ class Vision:
         It is computed in the dtype of `x`, whatever the dtype of the projector's weights.
         """
         args, kwargs = self._extra[call]
-        original = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        original = _first_tensor(args, kwargs)
         x = x[0] if original.dim() == 2 else x
         args = tuple(x if v is original else v for v in args)
         kwargs = {k: x if v is original else v for k, v in kwargs.items()}
@@ -186,6 +209,9 @@ class Vision:
         Returns:
             Tensor: `[K, D]` in the dtype of the decoder; None if the projector takes whole images only.
         """
+        args, kwargs = self._extra[0]
+        if any(isinstance(v, Tensor) and not v.is_floating_point() for v in (*args, *kwargs.values())):
+            return None  # grids, sizes or masks of the images, which other rows do not have
         x, y, packed = self.calls()[0]
         k, width = rows.shape[1] // x.shape[2], x.shape[2]
         rows = rows.to(x)

@@ -20,7 +20,7 @@ from ...core.registry import register
 from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.crops import by_crop
-from ...vision.tower import Vision, over_patches, patches_of_rows, projector_tap
+from ...vision.tower import Vision, over_patches, projector_tap
 from .sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ class ZOOPrune(Method):
 
     def _of_call(self, vision: Vision, number: int) -> Tensor:
         x, y, packed = vision.calls()[number]
-        x = x.clone()
+        x, merged = x.clone(), vision.patches(number).flatten(0, 1)
         if self.estimator in ("auto", "exact"):
-            merged = patches_of_rows(x, y.shape[1], packed).flatten(0, 1)
-            exact = self._closed_forms(vision.anatomy.projector, merged.float(), y.flatten(0, 1))
+            exact = self._closed_forms(vision.anatomy.projector, merged.clone().float(), y.flatten(0, 1))
             if exact is not None:
                 return exact
         if self.estimator == "exact":
