@@ -111,6 +111,29 @@ def test_tower_and_projector_by_hand() -> None:
         assert 0 < len(patch.last.kept[0]) < len(patch.last.visual[0])
 
 
+def test_visual_words_merged_by_hand() -> None:
+    """Features that are rows of the embedding table (Chameleon) are recognized; a part of a picture is refused."""
+    from tests.coverage.run import prepare, registered
+
+    built, prompts = prepare("chameleon", registered()["chameleon"])
+    model, inputs = built.model, prompts.batch([[3, "image", 5]])
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    visual, words = ids == prompts.placeholder, model.get_input_embeddings()(ids[:, -4:])
+    with pruned(model, "uniform") as (patch, _):
+        features = model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], torch.cat(tuple(features)))
+        for call in (model, vtprune.inspect(model).decoder):
+            cache = call(inputs_embeds=embeds, use_cache=True).past_key_values
+            assert patch.last.visual[0].tolist() == visual[0].nonzero()[:, 0].tolist()
+            assert cache.layers[0].keys.shape[2] == ids.shape[1] - len(patch.last.visual[0]) + len(patch.last.kept[0])
+        last = patch.last
+        embeds[0, last.visual[0][0]] = words[0, 0]
+        with pytest.raises(vtprune.NothingPrunedError, match="hold 48 embeddings .* have 49"):
+            model(inputs_embeds=embeds)
+        model(inputs_embeds=words)
+        assert patch.last is last
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_is_not_merged_passes(family: str) -> None:
     """Text, as ids or embeddings, passes unpruned through model and decoder after an encoding by hand."""

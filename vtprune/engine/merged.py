@@ -5,11 +5,13 @@ Such prompts have no placeholders. Visual positions are known from the caller (`
 `mm_token_type_ids`, from ids passed to the outermost model, or from the features themselves: a few channels of every
 row that an encoder returns are kept, and matched with the embeddings up to a cast. An embedding that matches neither
 features nor the embedding table is foreign. Calls with foreign embeddings are refused, because these may be features
-that were scaled, stored or made elsewhere, and would not be pruned.
+that were scaled, stored or made elsewhere, and would not be pruned. Features of models with visual words (Chameleon)
+are rows of the embedding table and never foreign: they are known only by recent features.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -137,3 +139,15 @@ def refuse_foreign(count: int) -> None:
         "name the visual positions (with patch.visual(mask): ..., [B, T] bools or the prompt's token ids), run the "
         "call inside patch.paused(), or, if an adapter was added after patching, patch the model that has it"
     )
+
+
+def refuse_part(count: int, totals: list[int | None]) -> None:
+    """Raises unless `count` embeddings can be all features of encoder runs with `totals` rows each (None: unknown)."""
+    known = [total for total in totals if total]
+    if len(known) == len(totals) and (count < min(known) or count % math.gcd(*known)):
+        raise NothingPrunedError(
+            f"inputs_embeds hold {count} embeddings of the pictures that were encoded last, which have "
+            f"{' and '.join(map(str, sorted(set(known))))}, so it is not known which positions are visual; merge all "
+            "features of pictures that were encoded after the model was patched, name the visual positions (with "
+            "patch.visual(mask): ..., [B, T] bools or the prompt's token ids), or run the call inside patch.paused()"
+        )

@@ -387,6 +387,8 @@ class Session:
         """The visual tokens of a call with encoded features; refuses prompts without placeholders for them."""
         unsupported.refuse_tracing(inputs)
         visual = self._layouts.locate(inputs, self.spec.anatomy, encoded)
+        for source in encoded.values():
+            self.features.remove(source)
         if visual is None and self.drops:
             raise NothingPrunedError(
                 f"{' and '.join(encoded)} features were passed with a prompt without the placeholder tokens "
@@ -410,7 +412,6 @@ class Session:
         elif budget.keep is None and self.drops:
             visual_tokens.refuse_single_placeholders(visual, encoded, str(budget))
         for source in encoded.values():
-            self.features.remove(source)
             # `generate` passes the pixels to the encoder, and None in their place to the model.
             call.inputs = {**source.inputs, **{k: v for k, v in call.inputs.items() if v is not None}}
             for name, records in source.records.items():
@@ -492,11 +493,14 @@ class Session:
             mask = inputs.get("attention_mask", (thread.outer or {}).get("attention_mask"))
             if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= foreign.shape[1]:
                 foreign &= mask[:, -foreign.shape[1] :].bool().cpu()  # padding may hold anything
-            if not bool(foreign.any()):
+            is_foreign = bool(foreign.any())
+            if not is_foreign and not self.features.recent:
                 return None, {}
-            kinds = self._known_kinds(inputs, foreign.shape)
+            kinds = self._known_kinds(inputs, foreign.shape) if is_foreign else None
             if kinds is None:
                 found, sources = self.features.match(embeds)
+                if sources and not is_foreign:  # of visual words, which are rows of the embedding table
+                    merged.refuse_part(int(found.sum()), [source.total for source in sources])
                 names = list(placeholders)
                 kinds = found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1)
             left = int((foreign & (kinds == 0)).sum())
