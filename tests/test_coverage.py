@@ -30,6 +30,7 @@ def test_architecture_passes(architecture: str) -> None:
         assert "mm_encoder_outputs" not in inspect.signature(model.forward).parameters
         pytest.skip(f"transformers {transformers.__version__} takes no mm_encoder_outputs")
     assert entry["status"] == "passes", entry
+    assert entry["default method"] == "ok"
     rows = {name: row for name, row in entry["checks"].items() if not name.endswith("video")}
     assert len(rows) == 2
     for row in rows.values():
@@ -65,6 +66,15 @@ def test_checks_notice_what_is_not_hidden(architecture: str, monkeypatch: pytest
     for check in (checks.drop_is_mask, checks.decode):
         with pytest.raises(checks.Failed, match="of the largest logit"):
             check(subject, "random")
+
+
+def test_checks_notice_a_default_method_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(method: object, tokens: vtprune.methods.Tokens) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(vtprune.methods.ResPrune, "choose", choose)
+    entry = run.examine("llava", NAMES["llava"])
+    assert (entry["status"], entry["reason"]) == ("fails", "budget: ValueError: not enough values to unpack")
 
 
 def test_checks_notice_what_is_left_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

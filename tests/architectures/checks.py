@@ -126,6 +126,13 @@ def drop_is_mask(subject: Subject, method: Any) -> None:
     _close(got[0, survivors], want, "drop is mask", subject.plain[0, survivors])
 
 
+def budget(subject: Subject, method: Any) -> None:
+    """A plain call keeps the number of tokens that was asked for."""
+    with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
+        subject.logits(subject.one)
+    _survivors(subject, patch.last)
+
+
 def _survivors(subject: Subject, last: Any) -> Tensor:
     if last is None:
         raise Failed("no token was pruned, and no error was raised")

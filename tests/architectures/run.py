@@ -17,6 +17,7 @@ import torch
 import vtprune
 from tests.architectures import build, checks, prompts, towers
 from vtprune import methods
+from vtprune.core import default_method
 
 MEMORY = 16 << 30
 
@@ -78,7 +79,7 @@ def examine(architecture: str, class_name: str, only_tower: bool = False) -> dic
 
     Returns:
         dict: `status` is "passes", "refused" (with the library's message), "not built" or "not fed" (with the model's
-        error) or "fails" (with the failed check).
+        error) or "fails" (with the failed check). "default method" is the outcome of a plain call with it.
     """
     entry: dict[str, Any] = {"architecture": architecture, "class": class_name}
     try:
@@ -102,8 +103,9 @@ def examine(architecture: str, class_name: str, only_tower: bool = False) -> dic
         entry["checks"][f"{method.name} before layer {layer}"] = _all(subject, method)
     if fed.feed.kind == "image" and "video" in parts.placeholders:
         entry |= _clips(subject, method or methods.resolve("random"), entry["checks"])
+    entry["default method"] = _all(subject, methods.resolve(default_method.NAME), {"budget": checks.budget})["budget"]
     first = next(iter(entry["checks"].values()))
-    outcomes = [text for row in entry["checks"].values() for text in row.values()]
+    outcomes = [text for row in entry["checks"].values() for text in row.values()] + [entry["default method"]]
     for status, texts in (("fails", outcomes), ("refused", first.values())):
         found = next((text for text in texts if text.startswith(status)), None)
         if found is not None:
