@@ -68,6 +68,27 @@ def test_retrieval_vectors(make: Any, method: str) -> None:
                 assert torch.equal(model(**words).embeddings, want)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("make", [colpali, colqwen2])
+@torch.no_grad()
+def test_tuples_hold_the_vectors_of_named_outputs(make: Any, hidden: bool) -> None:
+    model, page = make()
+    page["output_hidden_states"] = hidden
+    with vtprune.patch(model, ratio=0.3, method="uniform") as patch:
+        want = model(**page).to_tuple()
+        ways: list[dict[str, Any]] = [{"return_dict": False}]
+        if make is colpali:  # ColQwen2 does not run with this in its config
+            model.config.return_dict = False
+            ways += [{}, {"return_dict": None}]
+        for way in ways:
+            got = model(**page, **way)
+            assert type(got) is tuple and len(got) == len(want)
+            assert torch.equal(got[0], want[0]) and not got[0][~patch.last.mask].any()
+        query = {"input_ids": torch.tensor([[1, 30, 31]])}
+        words = model(**query, return_dict=False)
+    assert torch.equal(words[0], model(**query, return_dict=False)[0])
+
+
 @pytest.mark.parametrize("method", ["uniform", "fastv"])
 def test_experts_are_balanced_over_the_columns_that_are_left(method: str) -> None:
     from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig

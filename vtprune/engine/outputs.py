@@ -19,7 +19,7 @@ def zero_dropped(output: Any, kept: Callable[[], Tensor]) -> Any:
     """Zeroes the embeddings of dropped tokens in a model's output.
 
     Args:
-        output: The model's output; only a transformers `ModelOutput` is changed.
+        output: The model's output; only a transformers `ModelOutput` is changed, whose fields have names.
         kept: Returns a mask `[B, T]` bool on the CPU, True for tokens that were kept.
 
     Returns:

@@ -64,6 +64,7 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
         self.finished: LazyPruning | None = None  # the last prefill of that call
+        self.as_tuple = False  # whether its caller asked for a tuple
         self.balanced: torch.Tensor | None = None  # its mask in the load-balancing loss of experts
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
         self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
@@ -282,19 +283,18 @@ class Session:
         thread.saw_outer, thread.drops = False, self.drops
         kwargs = bind(module.forward, args, kwargs) if args else kwargs
         thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
+        given: Any = kwargs.get("return_dict")
+        given = getattr(module.config, "return_dict", True) if given is None else given
+        thread.as_tuple = bool(thread.drops and not given)
+        # `outputs` knows fields by their names, which a tuple does not have.
+        changes: dict[str, Any] = {"return_dict": True} if thread.as_tuple else {}
         routes = self._routes or "output_router_logits" in kwargs
-        if not (routes and self.drops and _requests_output("output_router_logits", kwargs, module)):
-            return None
-        # The load-balancing loss of experts is computed over this mask, from which dropped tokens are removed later.
-        ids = kwargs.get("input_ids")
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            thread.balanced = mask.clone()
-        elif mask is None and isinstance(ids, torch.Tensor) and not kv_cache.length(cache_of(kwargs)):
-            thread.balanced = torch.ones_like(ids)
-        else:
-            return None
-        return (), {**kwargs, "attention_mask": thread.balanced}
+        if routes and thread.drops and _requests_output("output_router_logits", kwargs, module):
+            # The load-balancing loss of experts is computed over this mask; dropped tokens are removed from it later.
+            thread.balanced = _own_mask(kwargs)
+            if thread.balanced is not None:
+                changes["attention_mask"] = thread.balanced
+        return ((), {**kwargs, **changes}) if changes else None
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._is_refused():
@@ -305,9 +305,9 @@ class Session:
         pixels = [name for name, value in outer.items() if name.startswith("pixel") and value is not None]
         if pixels and not thread.composite_ran and output is not None and self.drops:
             self._refuse_replaced("composite")
-        if finished is None or output is None:
-            return None
-        return outputs.zero_dropped(output, lambda: finished.pruning.mask)
+        if finished is not None and output is not None:
+            output = outputs.zero_dropped(output, lambda: finished.pruning.mask)
+        return output.to_tuple() if thread.as_tuple and hasattr(output, "to_tuple") else output
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._refuse_call_while_selecting(module)
@@ -618,6 +618,17 @@ def _virtual_tokens(model: nn.Module) -> int:
     """Number of virtual tokens that an adapter prepends to every prompt (PEFT's prompt tuning)."""
     config: Any = getattr(model, "active_peft_config", None)
     return int(getattr(config, "num_virtual_tokens", 0) or 0) if getattr(config, "is_prompt_learning", False) else 0
+
+
+def _own_mask(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """A copy `[B, past + T]` of the attention mask of a model's call, made if it has none; None if it has another form
+    or a cache."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.clone()
+    if mask is None and isinstance(ids, torch.Tensor) and not kv_cache.length(cache_of(kwargs)):
+        return torch.ones_like(ids)
+    return None
 
 
 def _requests_output(name: str, kwargs: dict[str, Any], module: nn.Module) -> bool:
