@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads over all columns: retrieval vectors, and the load-balancing loss of experts."""
+"""Heads over all columns: retrieval vectors, classifiers, and the load-balancing loss of experts."""
 
 from __future__ import annotations
 
@@ -87,6 +87,39 @@ def test_tuples_hold_the_vectors_of_named_outputs(make: Any, hidden: bool) -> No
         query = {"input_ids": torch.tensor([[1, 30, 31]])}
         words = model(**query, return_dict=False)
     assert torch.equal(words[0], model(**query, return_dict=False)[0])
+
+
+def gemma3_classifier() -> Any:
+    """A classifier that finds the last token of a row by its ids."""
+    from transformers import Gemma3Config, Gemma3ForSequenceClassification
+
+    text = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision |= dict(image_size=16, patch_size=4, vision_use_head=False)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=16, image_token_id=IMAGE)
+    return widened(Gemma3ForSequenceClassification(config))
+
+
+@pytest.mark.parametrize("method", ["uniform", "iwp"])
+@pytest.mark.parametrize("mask", [False, True])
+@torch.no_grad()
+def test_the_column_that_a_classifier_finds_by_ids_stays(method: str, mask: bool) -> None:
+    """Also behind a prompt with the same pictures that ends in text, and where a mask says that padding is text."""
+    model, end = gemma3_classifier(), 3 + 15
+    ids = torch.tensor([[10, 11, 12] + [IMAGE] * 16 + [20, 21, 22], [10, 11, 12] + [IMAGE] * 16 + [0, 0, 0]])
+    page = {"token_type_ids": (ids == IMAGE).long(), "pixel_values": torch.randn(2, 3, 16, 16)}
+    page |= {"attention_mask": torch.ones_like(ids)} if mask else {}
+    with vtprune.patch(model, ratio=0.1, method=method) as patch:
+        model(input_ids=ids.masked_fill(ids == 0, 20), **page)
+        assert method != "uniform" or not patch.last.mask[1, end]
+        logits = model(input_ids=ids, **page).logits
+        kept = patch.last.mask
+        assert kept[1, end]
+    if method == "uniform":  # cuts before the first layer
+        want = model(input_ids=ids, **page | {"attention_mask": kept.long()}).logits
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
+    assert logits.any(1).all()
 
 
 @pytest.mark.parametrize("method", ["uniform", "fastv"])

@@ -56,7 +56,7 @@ class DecoderCall(CallState):
     def _plan(self, visual: VisualTokens) -> None:
         arguments, budget = self.options.arguments, self.options.budget
         self.live = visual.cached("live", lambda: torch.ones(len(visual), dtype=torch.bool))
-        asked = readers.positions_asked(arguments)
+        asked = readers.positions_asked(arguments) if self.spec.anatomy.padding_id is None else None
         if asked is None or budget.auto is not None:
             self.required, plans = self._plans(visual)
         else:
@@ -73,7 +73,7 @@ class DecoderCall(CallState):
     def _plans(self, visual: VisualTokens) -> tuple[Tensor | None, list[tuple[MethodUse, BudgetGroups, dict]]]:
         """`required`, and for every method that prunes: its budget groups, and their counts by the layer of the cut."""
         layers, arguments, budget = self.spec.anatomy.num_layers, self.options.arguments, self.options.budget
-        read = readers.read_columns(arguments, self.columns.real) & visual.mask
+        read = readers.read_columns(arguments, self.columns.real, self.spec.anatomy.padding_id) & visual.mask
         required = read[visual.sample, visual.position] if bool(read.any()) else None
         groups, plans = self._groups(visual), []
         # Required tokens count in the budget, and exceed it if necessary.

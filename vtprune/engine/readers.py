@@ -20,12 +20,13 @@ from ..errors import VTPruneError
 _IGNORED = -100  # label that transformers' losses ignore
 
 
-def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
+def read_columns(arguments: dict[str, Any], real: Tensor, padding_id: int | None = None) -> Tensor:
     """Marks the positions whose outputs are read.
 
     Args:
         arguments: Keyword arguments of the outermost model's forward.
         real: `[B, T]` bool on the CPU, False for padding.
+        padding_id: Token id by which the model's head finds the last token of a row, see `Anatomy.padding_id`.
 
     Returns:
         Tensor: `[B, T]` bool on the CPU.
@@ -34,6 +35,10 @@ def read_columns(arguments: dict[str, Any], real: Tensor) -> Tensor:
     columns = torch.arange(length)
     last = torch.where(real, columns, -1).amax(1, keepdim=True)  # -1 in a row of padding
     read = columns == last
+    if padding_id is not None:
+        ids = _matrix(arguments.get("input_ids"), real)
+        if ids is not None:
+            read |= columns == torch.where(ids != padding_id, columns, -1).amax(1, keepdim=True)
     labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
     if shifted is not None:
         read |= shifted != _IGNORED
@@ -102,9 +107,9 @@ def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, vi
     return torch.where(labeled & (columns > last), columns, length).amin(1).tolist()
 
 
-def _matrix(labels: Any, real: Tensor) -> Tensor | None:
-    """Labels on the CPU if there is one for every position, else None."""
-    return labels.cpu() if isinstance(labels, Tensor) and labels.shape == real.shape else None
+def _matrix(values: Any, real: Tensor) -> Tensor | None:
+    """Labels or ids on the CPU if there is one for every position, else None."""
+    return values.cpu() if isinstance(values, Tensor) and values.shape == real.shape else None
 
 
 def _ends(question_end: int | Sequence[int] | Tensor, batch: int) -> list[int]:

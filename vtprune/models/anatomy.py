@@ -68,6 +68,20 @@ class Anatomy:
             isinstance(m, nn.Conv1d) or re.search("mamba|deltanet|shortconv", type(m).__name__.lower()) for m in parts
         )
 
+    @cached_property
+    def has_own_head(self) -> bool:
+        """Whether `model` has a head over the decoder that is not a language model's, such as a classifier's."""
+        words = getattr(self.model, "get_output_embeddings", lambda: None)
+        return self.model is not self.composite and words() is None
+
+    @cached_property
+    def padding_id(self) -> int | None:
+        """Token id by which classifiers find the last token of a row, whatever the attention mask says: it is the last
+        one with another id. None where no head does so."""
+        config = self.model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return getattr(text, "pad_token_id", None) if self.has_own_head else None
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
