@@ -122,6 +122,44 @@ def test_the_column_that_a_classifier_finds_by_ids_stays(method: str, mask: bool
     assert logits.any(1).all()
 
 
+def averaging_classifier() -> Any:
+    """A classifier of the mean of all columns that the attention mask shows."""
+    from transformers import ModernVBertConfig, ModernVBertForSequenceClassification
+
+    text = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision |= dict(image_size=16, patch_size=4, vision_use_head=False)
+    config = ModernVBertConfig(
+        text_config=text | {"model_type": "modernbert"},
+        vision_config=vision | {"model_type": "siglip_vision_model"},
+        image_token_id=IMAGE,
+        pixel_shuffle_factor=1,
+        classifier_pooling="mean",
+    )
+    return widened(ModernVBertForSequenceClassification(config))
+
+
+@pytest.mark.parametrize("given", ["mask", "no mask", "embeddings"])
+def test_what_a_head_averages_leaves_dropped_columns_out(given: str) -> None:
+    model = averaging_classifier()
+    ids = torch.tensor([[10, 11, 12] + [IMAGE] * 16 + [20, 21], [0, 0, 0] + [IMAGE] * 16 + [20, 21]])
+    mask = torch.ones_like(ids) if given == "no mask" else (ids != 0).long()
+    page: dict[str, Any] = {"pixel_values": torch.randn(2, 1, 3, 16, 16), "input_ids": ids}
+    page |= {} if given == "no mask" else {"attention_mask": mask}
+    if given == "embeddings":
+        page["inputs_embeds"] = model.get_input_embeddings()(page.pop("input_ids"))
+        page["attention_mask"] = mask = mask.bool()
+    before = mask.clone()
+    with vtprune.patch(model, ratio=0.3, method="uniform") as patch:
+        got = model(**page, labels=torch.tensor([0, 1]))
+        got.loss.backward()
+        kept = patch.last.mask
+    assert torch.equal(mask, before) and int(kept.sum()) < int(mask.sum())
+    want = model(**page | {"attention_mask": kept.to(mask.dtype)}).logits
+    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["uniform", "fastv"])
 def test_experts_are_balanced_over_the_columns_that_are_left(method: str) -> None:
     from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig

@@ -65,7 +65,7 @@ class ThreadState(threading.local):
         self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
         self.finished: LazyPruning | None = None  # the last prefill of that call
         self.as_tuple = False  # whether its caller asked for a tuple
-        self.balanced: torch.Tensor | None = None  # its mask in the load-balancing loss of experts
+        self.head_mask: torch.Tensor | None = None  # its mask, if what follows the decoder may read it
         self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
         self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
         self.fresh: set[str] = set()  # kinds encoded inside the composite's call in progress
@@ -289,11 +289,12 @@ class Session:
         # `outputs` knows fields by their names, which a tuple does not have.
         changes: dict[str, Any] = {"return_dict": True} if thread.as_tuple else {}
         routes = self._routes or "output_router_logits" in kwargs
-        if routes and thread.drops and _requests_output("output_router_logits", kwargs, module):
-            # The load-balancing loss of experts is computed over this mask; dropped tokens are removed from it later.
-            thread.balanced = _own_mask(kwargs)
-            if thread.balanced is not None:
-                changes["attention_mask"] = thread.balanced
+        balances = routes and thread.drops and _requests_output("output_router_logits", kwargs, module)
+        if balances or (thread.drops and self.spec.anatomy.has_own_head):
+            # Heads average over this mask, like the load-balancing loss of experts; dropped tokens leave it later.
+            thread.head_mask = _own_mask(kwargs)
+            if thread.head_mask is not None:
+                changes["attention_mask"] = thread.head_mask
         return ((), {**kwargs, **changes}) if changes else None
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -301,7 +302,7 @@ class Session:
             return None
         thread = self.thread
         finished, outer = thread.finished, thread.outer or {}
-        thread.outer, thread.finished, thread.balanced = None, None, None
+        thread.outer, thread.finished, thread.head_mask = None, None, None
         pixels = [name for name, value in outer.items() if name.startswith("pixel") and value is not None]
         if pixels and not thread.composite_ran and output is not None and self.drops:
             self._refuse_replaced("composite")
@@ -465,7 +466,7 @@ class Session:
         outer = None if thread.outer is None or parts.model is parts.composite else is_running(parts.model)
         inputs = None if thread.inputs is None else is_running(parts.composite)
         if outer is False and thread.saw_outer:
-            thread.outer, thread.finished, thread.balanced, thread.records = None, None, None, {}
+            thread.outer, thread.finished, thread.head_mask, thread.records = None, None, None, {}
         if inputs is False and thread.saw_inputs:
             self.end_call()
             thread.inputs, thread.records = None, {}
@@ -536,9 +537,9 @@ class Session:
             thread = self.thread
             evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
             thread.last = self._last = thread.finished = made = LazyPruning(call.recorder(evicted))
-            if thread.balanced is not None and thread.balanced.shape[1] >= call.columns.past + call.columns.length:
-                kept = made.pruning.mask.to(thread.balanced.device)
-                thread.balanced[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
+            if thread.head_mask is not None and thread.head_mask.shape[1] >= call.columns.past + call.columns.length:
+                kept = made.pruning.mask.to(thread.head_mask.device)
+                thread.head_mask[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
         return output
 
     def wait(self) -> None:
@@ -624,10 +625,11 @@ def _own_mask(kwargs: dict[str, Any]) -> torch.Tensor | None:
     """A copy `[B, past + T]` of the attention mask of a model's call, made if it has none; None if it has another form
     or a cache."""
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         return mask.clone()
-    if mask is None and isinstance(ids, torch.Tensor) and not kv_cache.length(cache_of(kwargs)):
-        return torch.ones_like(ids)
+    if mask is None and isinstance(tokens, torch.Tensor) and not kv_cache.length(cache_of(kwargs)):
+        return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     return None
 
 
