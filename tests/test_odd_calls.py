@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import functools
 import gc
@@ -33,6 +34,47 @@ def llava() -> Any:
 def kept(patch: vtprune.Patch) -> list[list[int]]:
     assert patch.last is not None
     return [columns.tolist() for columns in patch.last.kept]
+
+
+def total(patch: vtprune.Patch) -> int:
+    """Number of visual tokens of one more prompt that are not dropped."""
+    with torch.no_grad():
+        cache = patch.model(**BATCH, use_cache=True).past_key_values
+    return int((IDS == IMAGE).sum()) - (IDS.shape[1] - cache.layers[-1].keys.shape[-2])
+
+
+def test_blocks_end_in_any_order(llava: Any) -> None:
+    """Each takes its own settings away and no others: of generators that take turns, and in other contexts."""
+    patch = vtprune.patch(llava, ratio=0.2, method="uniform")
+
+    def stream(**settings: Any) -> Any:
+        with patch.using(**settings) if settings else patch.paused():
+            yield total(patch)
+            yield total(patch)
+
+    first, second = stream(ratio=0.4), stream(ratio=0.8)
+    assert (next(first), next(second), next(first), next(first, None)) == (10, 20, 20, None)
+    assert (next(second), next(second, None), total(patch)) == (20, None, 5)
+    paused = stream()
+    assert next(paused) == 25
+    with patch.using(ratio=0.8):
+        paused.close()
+        assert total(patch) == 20
+        with patch.using(method="random"), patch.using(keep=3):
+            assert total(patch) == 3
+        assert total(patch) == 20
+    by_method, by_budget = stream(method="random"), stream(keep=3)
+    assert (next(by_method), next(by_budget)) == (5, 3) and patch.last.method == "random"
+    by_method.close()
+    assert next(by_budget) == 3 and patch.last.method == "uniform"
+    by_budget.close()
+    assert total(patch) == 5
+    by_budget = stream(keep=3)
+    assert contextvars.copy_context().run(next, by_budget) == 3
+    with patch.using(ratio=0.8):
+        by_budget.close()
+        assert total(patch) == 20
+    assert total(patch) == 5
 
 
 def by_position(model: Any, **given: Any) -> Any:

@@ -155,11 +155,11 @@ class Patch:
             changes["budget"] = Budget(ratio, keep, mean_ratio)
         budget = changes.get("budget", running.budget or self.budget)
         if method is not None:
-            spec = self.spec.with_method(chosen, budget)
+            spec = changes["spec"] = self.spec.with_method(chosen, budget)
         if budget.mean_ratio is not None:
             for use in spec.uses:
                 solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises if it cannot be met
-        with requests.override(self._session, spec=spec, **changes):
+        with requests.override(self._session, **changes):
             yield self
 
     def _check(self, certificate: Certificate, method: Method) -> None:

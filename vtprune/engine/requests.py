@@ -6,10 +6,14 @@ starts (transformers' streaming recipe runs `generate` in one). Other requests a
 context variables to tasks and to `asyncio.to_thread`; threads get them from `threading.Thread.start`, which is wrapped
 while a block is open. Worker threads of pools outlive the request that started them and get nothing: submit
 `contextvars.copy_context().run` to a pool instead.
+
+Generators have no context of their own. Blocks of two that take turns apply to both while they are open, the one that
+began last before the other; and each takes only its own settings away, in whatever order they end.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -47,12 +51,16 @@ class Request:
 
 
 _DEFAULT = Request()
-_requests: ContextVar[tuple[tuple[weakref.ref, Request], ...]] = ContextVar("vtprune_requests", default=())
+# For each patch with open blocks: a reference to it, the settings that apply, and the changes of each block, by which
+# the block is known.
+_requests: ContextVar[tuple[tuple[weakref.ref, Request, tuple[dict[str, Any], ...]], ...]] = ContextVar(
+    "vtprune_requests", default=()
+)
 
 
 def current(patch: Any) -> Request:
     """Settings of the current request for `patch`."""
-    for owner, request in _requests.get():
+    for owner, request, _ in _requests.get():
         if owner() is patch:
             return request
     return _DEFAULT
@@ -61,18 +69,26 @@ def current(patch: Any) -> Request:
 @contextmanager
 def override(patch: Any, **changes: Any) -> Iterator[None]:
     """Changes the request's settings for `patch` in the code inside, and in the tasks and threads that it starts."""
-    before = _requests.get()
-    others = tuple(entry for entry in before if entry[0]() is not patch)
-    token = _requests.set((*others, (weakref.ref(patch), replace(current(patch), **changes))))
+    _apply(patch, (*_blocks(patch), changes))
     _InheritingThreads.begin()
     try:
         yield
     finally:
         _InheritingThreads.end()
-        try:
-            _requests.reset(token)
-        except ValueError:  # exited in another context than entered, as some frameworks do with generators
-            _requests.set(before)
+        # Blocks of generators end in any order; and some frameworks end one in another context than it began in.
+        _apply(patch, tuple(block for block in _blocks(patch) if block is not changes))
+
+
+def _blocks(patch: Any) -> tuple[dict[str, Any], ...]:
+    """Changes of the open blocks of a patch, in the order in which they began."""
+    return next((blocks for owner, _, blocks in _requests.get() if owner() is patch), ())
+
+
+def _apply(patch: Any, blocks: tuple[dict[str, Any], ...]) -> None:
+    """Makes `blocks` the open blocks of a patch."""
+    others = tuple(entry for entry in _requests.get() if entry[0]() not in (None, patch))
+    request = functools.reduce(lambda settings, changes: replace(settings, **changes), blocks, _DEFAULT)
+    _requests.set((*others, (weakref.ref(patch), request, blocks)) if blocks else others)
 
 
 class _InheritingThreads:
