@@ -32,3 +32,34 @@ def test_a_patch_that_is_refused_leaves_the_old_one():
         with pytest.raises(vtprune.BudgetError):
             vtprune.patch(model, mean_ratio=0.1, method="iwp")  # the layers before its cut alone cost more
         assert find_patch(model) is old and not old.removed
+
+
+def test_the_end_of_a_block_restores_the_patch_of_the_block_around_it():
+    model, _ = refvlm.load()
+    before = set(vars(model)), set(vars(model.model))
+    with vtprune.patch(model, ratio=0.1) as outer:
+        with vtprune.patch(model, ratio=0.3) as middle:
+            with vtprune.patch(model, ratio=0.5) as inner, outer:
+                assert find_patch(model) is outer and inner.removed
+            assert find_patch(model) is middle
+            vtprune.patch(model, ratio=0.6)  # without a block: it replaces the patch for good
+            with vtprune.patch(model, ratio=0.7) as last, last:
+                assert find_patch(model) is last
+            assert find_patch(model) is middle
+            with pytest.raises(vtprune.BudgetError), vtprune.patch(model, ratio=0.3):
+                vtprune.patch(model, mean_ratio=0.1, method="iwp")
+            assert find_patch(model) is middle
+        assert find_patch(model) is outer and not outer.removed
+        with vtprune.patch(model, ratio=0.3):
+            outer.remove()
+        assert find_patch(model) is None
+    assert before == (set(vars(model)), set(vars(model.model)))
+
+
+def test_blocks_that_end_in_the_order_in_which_they_began_leave_no_patch():
+    model, _ = refvlm.load()
+    first, second = vtprune.patch(model, ratio=0.1).__enter__(), vtprune.patch(model, ratio=0.3).__enter__()
+    first.__exit__()
+    assert find_patch(model) is second
+    second.__exit__()
+    assert find_patch(model) is None

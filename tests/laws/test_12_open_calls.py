@@ -84,7 +84,7 @@ class Case:
         with reference(self.model, [drops], batch):
             want = call()
         self.patch.__enter__()
-        self.patch._depth = 0
+        self.patch._blocks.clear()
         return got, want
 
 

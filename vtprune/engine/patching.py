@@ -37,6 +37,8 @@ MethodLike = str | Method | type[Method]
 class Patch:
     """Handle of a patched model, returned by `patch`; `remove`, or the end of a `with` block, restores the model.
 
+    The end of a block inside that of another patch of the same model restores that patch, whose block goes on.
+
     Attributes:
         model: The model that was passed in.
         spec: Methods, budget and parts of the model.
@@ -48,7 +50,10 @@ class Patch:
         self._session = Session(model, spec)
         self._handles: list[Any] = []
         self._certificates: list[Certificate] = []  # checked to be for this model
-        self._depth = 0  # of nested `with` blocks
+        # For each open `with` block of this patch: the patch of another open block that it replaced, or None.
+        self._blocks: list[Patch | None] = []
+        self._replaced: Patch | None = None  # the one for the next block
+        self._waits = False  # whether another patch has its place, inside a block of its own
         self._attach(replaces)
 
     def _attach(self, replaces: Patch | None = None) -> None:
@@ -58,6 +63,10 @@ class Patch:
         """
         if replaces is not None:
             replaces.remove()
+            # Of patches without a block none is kept: a program that patches in a loop would hold all of them.
+            self._replaced = replaces if replaces._blocks else replaces._replaced
+            replaces._waits = bool(replaces._blocks)
+        self._waits = False
         attention_probe.install()
         # Also where the model is dropped without `remove`.
         self._uninstall = weakref.finalize(self, attention_probe.uninstall)
@@ -206,6 +215,7 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._waits = False
         self._session.is_attached = False
         self._session.end_call()
         self._uninstall()
@@ -217,17 +227,20 @@ class Patch:
 
     def __enter__(self) -> Patch:
         if self.removed:
-            other = find_patch(self.model)
-            if other is not None:
-                other.remove()
-            self._attach()
-        self._depth += 1
+            self._replaced = None
+            self._attach(find_patch(self.model))
+        self._blocks.append(self._replaced)
+        self._replaced = None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth <= 0:
-            self.remove()
+        replaced = self._blocks.pop()
+        if replaced is None and self._blocks:
+            return
+        self.remove()
+        self._waits = bool(self._blocks)
+        if replaced is not None and replaced._waits and find_patch(self.model) is None:
+            replaced._attach()
 
     def __repr__(self) -> str:
         cuts = ", ".join(map(str, sorted({stage.layer for use in self.spec.uses for stage in use.schedule})))
@@ -274,7 +287,8 @@ def patch(
         energy: With `ratio="auto"`, the share of a picture's energy that the kept tokens explain, as in `vtprune.Auto`.
 
     Returns:
-        Patch: Also a context manager; it replaces an earlier patch of the same model.
+        Patch: Also a context manager; it replaces an earlier patch of the same model, and the end of its block restores
+            one whose block is still open.
 
     Raises:
         BudgetError: There is not exactly one budget, or it is out of range or cannot be met.
