@@ -13,7 +13,7 @@ from families import FAMILIES, Image
 from torch import nn
 
 import vtprune
-from tests.coverage.checks import fresh
+from tests.architectures.checks import fresh
 from vtprune.core.tokens import AttentionInputs
 from vtprune.methods import ScoreMethod, Stage
 from vtprune.models import attention_probe
@@ -186,7 +186,7 @@ class Reader(ScoreMethod):
 def test_cached_latents_are_read_as_the_keys_that_are_attended_to(architecture, monkeypatch):
     """Multi-head latent attention: a method reads the same of a prompt in one call, and after a turn of text or with
     a static cache, whose latents the layers expand together with those of the call."""
-    from tests.coverage.run import prepare, registered
+    from tests.architectures.run import prepare, registered
 
     if architecture not in registered():
         pytest.skip("not in this version of transformers")

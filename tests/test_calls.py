@@ -492,7 +492,7 @@ def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> No
 @torch.no_grad()
 def test_methods_get_one_state_a_token_of_hyper_connections(architecture: str) -> None:
     """Every method prunes, or says what the model lacks; merged states are copied to all streams before layer 0."""
-    from tests.coverage.run import prepare, registered
+    from tests.architectures.run import prepare, registered
 
     if architecture not in registered():
         pytest.skip("not in this version of transformers")

@@ -67,6 +67,23 @@ def test_merged_by_hand(family: str, scale: float) -> None:
         decoder(inputs_embeds=merged(model, inputs))
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["uniform", "visionzip"])
+def test_the_same_embeddings_come_again(family: str, method: str) -> None:
+    """Also after other pictures, and after the same ones were encoded again."""
+    model, inputs = FAMILIES[family].build(), FAMILIES[family].batch(ONE)
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+    with pruned(model, method) as (patch, _):
+        for _ in range(2):
+            seen, embeds = [], merged(model, inputs)
+            for again in (embeds, merged(model, other), embeds):
+                call = {"inputs_embeds": again, "attention_mask": inputs["attention_mask"]}
+                seen.append(model(**call).logits)
+                assert len(patch.last.kept[0]) < len(patch.last.visual[0])
+                model.generate(**call, max_new_tokens=1, do_sample=False)
+            assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
 def test_encoded_in_another_thread() -> None:
     model, inputs = model_of("llava"), FAMILIES["llava"].batch(ONE)
     with pruned(model, "random") as (patch, _):
@@ -113,7 +130,7 @@ def test_tower_and_projector_by_hand() -> None:
 
 def test_visual_words_merged_by_hand() -> None:
     """Features that are rows of the embedding table (Chameleon) are recognized; a part of a picture is refused."""
-    from tests.coverage.run import prepare, registered
+    from tests.architectures.run import prepare, registered
 
     built, prompts = prepare("chameleon", registered()["chameleon"])
     model, inputs = built.model, prompts.batch([[3, "image", 5]])

@@ -271,7 +271,7 @@ def test_relevance_by_clip_depends_on_the_question() -> None:
 )
 @torch.inference_mode()
 def test_projectors_with_other_inputs_than_patches(architecture: str, names: tuple[str, ...], refused: str) -> None:
-    from tests.coverage.run import prepare, registered
+    from tests.architectures.run import prepare, registered
 
     if architecture not in registered():
         pytest.skip("not in this version of transformers")

@@ -64,15 +64,31 @@ class Features:
         """Removes an encoder run whose features were passed to the model as arguments."""
         self.recent = deque((entry for entry in self.recent if entry[1] is not known), maxlen=self.recent.maxlen)
 
-    def match(self, embeds: Tensor) -> tuple[Tensor, list[Encoded]]:
-        """Mask `[B, T]` on the CPU of positions that hold recent features, and the encoder runs that they are from."""
-        hashes = _hashes(_channels(embeds))
-        mask, sources = torch.zeros(embeds.shape[:2].numel(), dtype=torch.bool), []
-        for rows, known in list(self.recent):
+    def match(self, embeds: Tensor, foreign: Tensor) -> tuple[Tensor, list[Encoded]]:
+        """Finds recent features in a call, which stay recent: the same embeddings may come again.
+
+        Args:
+            embeds: `[B, T, D]` embeddings.
+            foreign: `[B, T]` bool on the CPU, positions that hold no token's embedding.
+
+        Returns:
+            tuple: Mask `[B, T]` on the CPU of positions that hold features, and the encoder runs that they are from,
+                without those whose features others have as well.
+        """
+        hashes, left = _hashes(_channels(embeds)), foreign.flatten()
+        mask = torch.zeros_like(left)
+        found: list[tuple[Tensor, Encoded]] = []
+        for rows, known in reversed(list(self.recent)):
+            if bool(mask[left].all()):
+                break
             if rows.shape[1] == _channels(embeds[:1, :1]).shape[1]:
                 matches = torch.isin(hashes, _casts(rows.to(embeds.device), embeds.dtype)).cpu()
+                found += [(matches, known)] if bool((matches & ~mask).any()) else []
                 mask |= matches
-                sources += [known] if bool(matches.any()) else []
+        sources, named = [], torch.zeros_like(mask)
+        for matches, known in sorted(found, key=lambda run: int(run[0].sum()), reverse=True):
+            sources += [known] if bool((matches & ~named).any()) else []
+            named |= matches
         return mask.view(embeds.shape[:2]), sources
 
     def find_foreign(self, embeds: Tensor, embeddings: nn.Module) -> Tensor:

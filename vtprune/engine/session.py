@@ -499,7 +499,7 @@ class Session:
                 return None, {}
             kinds = self._known_kinds(inputs, foreign.shape) if is_foreign else None
             if kinds is None:
-                found, sources = self.features.match(embeds)
+                found, sources = self.features.match(embeds, foreign if is_foreign else torch.ones_like(foreign))
                 if sources and not is_foreign:  # of visual words, which are rows of the embedding table
                     merged.refuse_part(int(found.sum()), [source.total for source in sources])
                 names = list(placeholders)
