@@ -28,9 +28,8 @@ class Pixels(PixelRule, TowerMethod):
     others that the rule keeps, then the rest, each by falling distance to their predictor and ties in raster order.
 
     Differences from the release: the frames of a clip are predicted one by one (two that share a patch, together: the
-    release reads the first of them); `keep`; any tower whose pixels come in
-    whole patches; a dropped patch has a state again after every block (the release removes it from the prompt too, see
-    the decoder method "pixels").
+    release reads the first of them); `keep`; any tower whose pixels come in whole patches; a dropped patch has a state
+    again after every block (the release removes it from the prompt too, see the decoder method "pixels").
 
     Attributes:
         keep: Share or number of cells to keep; None keeps those that the rule keeps.
