@@ -414,10 +414,15 @@ def test_a_clip_that_its_method_cannot_prune_so_far_falls_to_the_method_for_imag
     assert parse({"ratio": share, "video_method": "vcast"}).method_for("video", [9] * frames, count).name == "vcast"
 
 
-def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatch):
-    attached = []
-    monkeypatch.setattr(hooks.Pruner, "attach", lambda model, config, settings: attached.append(type(model)))
+@pytest.fixture
+def attached(monkeypatch):
+    """Classes of the models that got a pruner, in order."""
+    found = []
+    monkeypatch.setattr(hooks.Pruner, "attach", lambda model, config, settings: found.append(type(model)))
+    return found
 
+
+def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(attached):
     class Base:
         def __init__(self, *, vllm_config, prefix=""):
             pass
@@ -437,10 +442,7 @@ def test_a_class_that_inherits_its_init_from_a_wrapped_one_prunes_too(monkeypatc
         attached.clear()
 
 
-def test_a_pooling_model_that_inherits_from_the_resolved_class_prunes_once(monkeypatch):
-    attached = []
-    monkeypatch.setattr(hooks.Pruner, "attach", lambda model, config, settings: attached.append(type(model)))
-
+def test_a_pooling_model_that_inherits_from_the_resolved_class_prunes_once(attached):
     class Resolved:
         def __init__(self, *, vllm_config, prefix=""):
             pass

@@ -212,7 +212,7 @@ def test_extra_memory_has_a_bound(choose, length):
 
 
 @pytest.mark.parametrize("noise", [0.0, 3e-4])
-def test_what_is_left_of_rows_that_nearly_depend_on_each_other_is_no_rounding_error(noise):
+def test_nearly_dependent_rows_are_chosen_as_specified(noise):
     for seed in range(12):
         g = torch.Generator().manual_seed(seed)
         rows, width, rank = 60 + 17 * seed, 40 + 5 * seed, 8 + seed

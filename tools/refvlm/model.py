@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -39,9 +41,17 @@ WORDS = (
 VOCABULARY = {word: index for index, word in enumerate(dict.fromkeys((*SPECIAL, *WORDS)))}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words and single punctuation marks; what it does not know becomes `<unk>`."""
-    core = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+def tokenizer(
+    vocabulary: dict[str, int] = VOCABULARY, special: Sequence[str] = (), length: int = 1024
+) -> PreTrainedTokenizerFast:
+    """Lower-cased words and single punctuation marks; what it does not know becomes `<unk>`.
+
+    Args:
+        vocabulary: Id of each word, those of this module included.
+        special: Words that mark something, besides `<image>`.
+        length: Longest prompt in tokens.
+    """
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     # Each digit is a word of its own: "47" is read as "4" and "7".
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\W\d_]+|\d|[^\w\s]|_"), behavior="removed", invert=True)
@@ -54,9 +64,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="<eos>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", *special],
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=length,
         clean_up_tokenization_spaces=False,
     )
 

@@ -40,22 +40,7 @@ for _word in (*SPECIAL, *MORE):
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the first model with additional words; ids of the first model's words are unchanged."""
-    from tokenizers import models
-
-    known = first.tokenizer()
-    core = known.backend_tokenizer
-    core.model = models.WordLevel(VOCABULARY, unk_token="<unk>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=["<image>", *SPECIAL],
-        padding_side="left",
-        model_max_length=4096,
-        clean_up_tokenization_spaces=False,
-    )
+    return first.tokenizer(VOCABULARY, SPECIAL, 4096)
 
 
 def processor() -> PictureProcessor:

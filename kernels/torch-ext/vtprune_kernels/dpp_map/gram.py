@@ -13,19 +13,18 @@ from .._ragged import finite
 from .naive import EXHAUSTED
 
 
-def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: Tensor | None = None) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int, sure: Tensor | None = None) -> Tensor:
     """Selects rows of one group, returned as `[budget]` int64 in order of selection.
 
     Args:
         kernel: Kernel of the group's rows, including their relevance.
         budget: Number of rows to select, at least 1.
         rank: Dimensions of the rows: so many explain all others.
-        exhausted: Share of a row's own variance below which the selected rows explain it.
-        sure: `[n]` variance that a row must have left to be selected, or None. If the best row has less, the result
-            ends before it, and is shorter than `budget`.
+        sure: `[n]` variance that a row must have left to be selected. If the best row has less, the result ends before
+            it, and is shorter than `budget`. By default rows that the selected ones explain come last.
     """
     variance, products = finite(kernel.squares), kernel(slice(None))  # [n], [n, n]
-    left, least = variance.clone(), exhausted * variance
+    left, least = variance.clone(), (EXHAUSTED if sure is None else 0.0) * variance
     factors = left.new_zeros(budget, len(left))
     transposed = factors.T
     chosen: list[int] = []

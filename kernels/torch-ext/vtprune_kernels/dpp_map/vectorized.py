@@ -29,16 +29,17 @@ def dpp_map(
     return select_by_group(offsets, budgets, features.device, max_budget, of_group)
 
 
-def choose(kernel: Cosine, budget: int, rank: int, exhausted: float = EXHAUSTED, sure: Tensor | None = None) -> Tensor:
+def choose(kernel: Cosine, budget: int, rank: int, sure: Tensor | None = None) -> Tensor:
     """Same as `gram.choose`, with lazy evaluation."""
-    return _Group(kernel, budget, exhausted, sure).choose(rank)
+    return _Group(kernel, budget, sure).choose(rank)
 
 
 class _Group:
     """The factor `C` `[K, n]` of one group (`kernel[chosen] = L C`), each column known up to `seen` rows."""
 
-    def __init__(self, kernel: Cosine, budget: int, exhausted: float, sure: Tensor | None) -> None:
-        self.kernel, self.exhausted, self.sure = kernel, exhausted, sure
+    def __init__(self, kernel: Cosine, budget: int, sure: Tensor | None) -> None:
+        self.kernel, self.sure = kernel, sure
+        self.exhausted = EXHAUSTED if sure is None else 0.0
         self.variance = finite(kernel.squares)
         self.left = self.variance.clone()
         self.bounds = self.gains(self.left, self.variance)

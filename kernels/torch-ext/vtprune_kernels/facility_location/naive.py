@@ -33,10 +33,10 @@ def values(gain: Tensor, weight: Tensor | None, combine: Literal["product", "sum
     return gain * weight if combine == "product" else gain + weight
 
 
-def ties(weight: Tensor | None, rows: int, combine: Literal["product", "sum"]) -> Tensor:
-    """Differences from the value of each of `rows` rows, `[n]` float64, up to which lower values tie with it."""
-    tie = torch.full((rows,), _TIE * math.sqrt(rows), dtype=torch.float64)
-    return tie if weight is None or combine == "sum" else tie.to(weight.device) * weight
+def ties(covered: Tensor, weight: Tensor | None, combine: Literal["product", "sum"]) -> Tensor:
+    """Differences `[n]` float64 from the value of each row up to which lower values tie with it."""
+    tie = torch.full_like(covered, _TIE * math.sqrt(len(covered)), dtype=torch.float64)
+    return tie if weight is None or combine == "sum" else tie * weight
 
 
 def first_best(value: Tensor, tie: Tensor) -> tuple[int, float]:
@@ -60,8 +60,8 @@ def facility_location(
         unit = unit_rows(features[start:stop])
         cosines = unit @ unit.T  # [n, n]
         weight = None if weights is None else usable(weights[start:stop])
-        tie = ties(weight, stop - start, combine).to(features.device)
         covered = torch.zeros(stop - start, device=features.device, dtype=torch.float32)
+        tie = ties(covered, weight, combine)
         free = torch.ones(stop - start, dtype=torch.bool, device=features.device)
         for step in range(budget):
             value = values(gains(cosines, covered), weight, combine).masked_fill(~free, -torch.inf)

@@ -41,7 +41,7 @@ class _Group:
     def __init__(self, cosine: Cosine, weight: Tensor | None, budget: int, combine: Literal["product", "sum"]) -> None:
         self.cosine, self.weight, self.combine = cosine, weight, combine
         self.covered = torch.zeros(len(cosine), device=cosine.rows.device, dtype=torch.float32)
-        self.tie = ties(weight, len(cosine), combine).to(cosine.rows.device)
+        self.tie = ties(self.covered, weight, combine)
         self.matrix: Tensor | None = None
         if 4 * len(cosine) ** 2 <= MATRIX_BYTES:
             self.matrix = self.covered.new_empty(len(cosine), len(cosine))

@@ -45,13 +45,11 @@ def residual_pivots(
     factor = relevance(features, length, weights, offsets)
 
     def of_group(start: int, stop: int, budget: int) -> Tensor:
-        kernel, weight = (
-            Cosine(features[start:stop], factor[start:stop]),
-            None if weights is None else weights[start:stop],
-        )
+        kernel = Cosine(features[start:stop], factor[start:stop])
+        weight = None if weights is None else weights[start:stop]
         sure = (_SURE * kernel.squares).clamp_min(EXPLAINED if weight is None else EXPLAINED * usable(weight))
         choose = gram.choose if is_small(stop - start, rank, budget) else lazy.choose
-        chosen = choose(kernel, budget, rank, exhausted=0.0, sure=sure)
+        chosen = choose(kernel, budget, rank, sure)
         if len(chosen) == budget:
             return chosen
         return _continued(features[start:stop], weight, chosen, budget)
@@ -60,8 +58,11 @@ def residual_pivots(
 
 
 def _continued(features: Tensor, weights: Tensor | None, chosen: Tensor, budget: int) -> Tensor:
-    """Continues the selection `chosen` of rows of one group in float64, up to `budget` rows."""
-    rows = features.double()
+    """Continues the selection `chosen` of rows of one group in float64, up to `budget` rows.
+
+    It runs on the host, since not every device has float64.
+    """
+    rows, chosen = features.to("cpu", torch.float64), chosen.cpu()
     rows = torch.where(torch.isfinite(rows).all(1, keepdim=True), rows, 0)
     energy, done = rows.square().sum(1), len(chosen)
     weight = torch.ones_like(energy) if weights is None else usable(weights).to(rows)
@@ -79,4 +80,4 @@ def _continued(features: Tensor, weights: Tensor | None, chosen: Tensor, budget:
         factors[step] = factor / left[row].sqrt()
         left -= factors[step].square()
         left[row], order[step] = -torch.inf, row
-    return order
+    return order.to(features.device)
