@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 NAME = "resize"  # of its rows
 MORE = (0.9, 0.75)  # shares of the visual tokens that are tried besides those of the methods
-STEPS = 10  # of the bisection over the scale
+SCALES = 1024  # sizes that are tried of a processor whose tokens are not cells of the picture
+ASPECT = 1.1  # most that a smaller picture may be wider or higher than the picture
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -28,9 +29,9 @@ class Frames(list):
         """Width and height of a frame."""
         return self[0].size
 
-    def resize(self, size: Sequence[int]) -> Frames:
+    def resize(self, size: tuple[int, int], resample: int | None = None) -> Frames:
         """Smaller frames."""
-        return Frames(frame.resize(size) for frame in self)
+        return Frames(frame.resize(size, resample) for frame in self)
 
 
 def shrinking(
@@ -80,8 +81,9 @@ def resized(
 ) -> tuple[Mapping[str, Any], int]:
     """The prompt whose picture has the most visual tokens that are not above a budget, after the processor's rounding.
 
-    The picture is scaled on both sides alike; the processor's lower bound on the number of pixels, which would enlarge
-    it again, is lifted meanwhile, and its number of tiles is lowered where scaling alone does not reach the budget.
+    The picture is resized once, from the original, by the processor's filter, to a size that the processor keeps if its
+    tokens are cells of the picture. The processor's lower bound on the number of pixels, which would enlarge it again,
+    is lifted meanwhile, and its number of tiles is lowered where resizing alone does not reach the budget.
 
     Args:
         processor: Of the model.
@@ -98,30 +100,57 @@ def resized(
     """
     best: tuple[Mapping[str, Any], int] | None = None
     least: int | None = None
+    sizes = _sizes(image.size, _cell(processor.image_processor))
+    resample = getattr(processor.image_processor, "resample", None)
+    resample = resample if isinstance(resample, int) else None  # Pillow's own
     for tiles in _tile_counts(processor):
         with _bounds_lifted(processor, tiles):
-            low, high = 0.0, 1.0
-            scale = 1.0
-            for _ in range(STEPS):
-                size = [max(1, round(side * scale)) for side in image.size]
-                made = prompt(image if scale == 1.0 else image.resize(size))
+            low, high = 0, len(sizes)
+            tried = high - 1  # first the picture itself
+            while low < high and (best is None or best[1] < budget):
+                size = sizes[tried]
+                made = prompt(image if size == image.size else image.resize(size, resample))
                 tokens = count(made)
                 least = tokens if least is None else min(least, tokens)
-                if tokens <= budget:
-                    low = scale
-                    if best is None or tokens > best[1]:
-                        best = made, tokens
+                if tokens > budget:
+                    high = tried
                 else:
-                    high = scale
-                if low == 1.0 or (best is not None and best[1] == budget):
-                    break
-                scale = (low + high) / 2
+                    low = tried + 1
+                    best = (made, tokens) if best is None or tokens > best[1] else best
+                tried = (low + high) // 2
         if best is not None:
             return best
     raise MethodError(
         f"resizing cannot reach {budget} visual tokens: {type(processor).__name__} makes at least {least} of a picture "
         "of any size"
     )
+
+
+def _cell(images: Any) -> int | None:
+    """Sides in pixels of the square that a token stands for; None if the image processor has no such square."""
+    patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
+    return patch * merge if isinstance(patch, int) and isinstance(merge, int) else None
+
+
+def _sizes(size: tuple[int, int], cell: int | None) -> list[tuple[int, int]]:
+    """Sizes of a smaller picture from the smallest to `size`: whole cells of about its shape, or any scale."""
+    width, height = size
+    if cell is None:
+        scales = (number / SCALES for number in range(1, SCALES))
+        return [*dict.fromkeys((max(1, round(width * s)), max(1, round(height * s))) for s in scales), size]
+
+    def error(grid: tuple[int, int]) -> float:
+        ratio = grid[0] * height / (grid[1] * width)
+        return max(ratio, 1 / ratio)
+
+    wide, high = max(1, width // cell), max(1, height // cell)
+    exact = {(columns, max(1, round(height * columns / width))) for columns in range(1, wide + 1)}
+    exact |= {(max(1, round(width * rows / height)), rows) for rows in range(1, high + 1)}
+    near = {(columns, rows) for columns in range(1, wide + 1) for rows in range(1, high + 1)}
+    grids = exact | {grid for grid in near if error(grid) <= ASPECT}
+    best = {columns * rows: (columns, rows) for columns, rows in sorted(grids, key=error, reverse=True)}
+    sizes = [(best[cells][0] * cell, best[cells][1] * cell) for cells in sorted(best)]
+    return [*[it for it in sizes if it[0] <= max(width, cell) and it[1] <= max(height, cell) and it != size], size]
 
 
 def _tile_counts(processor: Any) -> list[int | None]:
@@ -137,14 +166,14 @@ def _bounds_lifted(processor: Any, tiles: int | None) -> Iterator[None]:
     """Without the lower bound on pixels that processors of any resolution have, and with at most `tiles` tiles."""
     images = processor.image_processor
     changed: dict[str, Any] = {} if tiles is None else {"max_patches": tiles}
-    patch, merge = getattr(images, "patch_size", None), getattr(images, "merge_size", None)
-    if isinstance(patch, int) and isinstance(merge, int):
+    cell = _cell(images)
+    if cell is not None:
         size = copy.deepcopy(getattr(images, "size", None))
         if size is not None and "shortest_edge" in size and "longest_edge" in size:
-            size["shortest_edge"] = (patch * merge) ** 2
+            size["shortest_edge"] = cell**2
             changed["size"] = size
         if getattr(images, "min_pixels", None):
-            changed["min_pixels"] = (patch * merge) ** 2
+            changed["min_pixels"] = cell**2
     before = {name: getattr(images, name) for name in changed}
     try:
         for name, value in changed.items():
