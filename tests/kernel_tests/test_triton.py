@@ -68,6 +68,21 @@ def memory(request, monkeypatch):
         monkeypatch.setattr(window, "_SCAN", 64)
 
 
+every_path_and_dtype = pytest.mark.parametrize(
+    "memory, dtype",
+    [(None, dtype) for dtype in DTYPES] + [(14_000, torch.float32), (0, torch.float16), (0, torch.bfloat16)],
+    ids=[
+        "matrix, float32",
+        "matrix, float16",
+        "matrix, bfloat16",
+        "matrix in parts",
+        "no matrix, float16",
+        "no matrix, bfloat16",
+    ],
+    indirect=["memory"],
+)
+
+
 def mmr_case(lengths, groups, size, dtype, seed=0):
     rows = sum(lengths)
     relevance = torch.rand(rows, generator=torch.Generator().manual_seed(seed))
@@ -170,7 +185,7 @@ def test_transition_variation(dtype, shape):
     torch.testing.assert_close(found, list(naive(before, after)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_path_and_dtype
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
 def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
     rows = sum(lengths)
@@ -186,7 +201,7 @@ def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
     assert_order(order, naive(features, weights, offsets, budgets), offsets, budgets)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_path_and_dtype
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
 def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
     rows = sum(lengths)
@@ -207,11 +222,11 @@ def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
 
 def test_more_picks_than_dimensions(memory):
     features, offsets, counts = (
-        torch.randn(90, 12, generator=torch.Generator().manual_seed(3)),
-        offsets_of((50, 40)),
-        [16, 40],
+        torch.randn(50, 12, generator=torch.Generator().manual_seed(3)),
+        offsets_of((30, 20)),
+        [16, 20],
     )
-    weights = torch.rand(90, generator=torch.Generator().manual_seed(2)) + 0.1
+    weights = torch.rand(50, generator=torch.Generator().manual_seed(2)) + 0.1
     for operation in ("dpp_map", "residual_pivots"):
         run, naive = pair(operation)
         order = run(features, weights, offsets, torch.tensor(counts))
@@ -241,12 +256,14 @@ def test_choices_survive_ties_zeros_and_broken_numbers(memory):
 
 
 @pytest.mark.parametrize("dtype, max_length", [(torch.float32, None), (torch.bfloat16, 160)], ids=str)
-@pytest.mark.parametrize("memory", [None, 0], ids=["matrix", "no matrix"], indirect=True)
-def test_choices_over_several_tiles_and_blocks_of_picks(dtype, max_length, memory):
-    lengths, counts = (140, 3, 70), torch.tensor([36, 0, 9])
-    features, offsets = clustered(213, 64, seed=1).to(dtype), offsets_of(lengths)
-    weights = torch.rand(213, generator=torch.Generator().manual_seed(2)) + 0.1
-    keys, values = (clustered(213, 2, 20, seed=seed).to(dtype) for seed in (3, 4))
+@pytest.mark.parametrize(  # the matrix is updated every 32 picks, a window every 8
+    "memory, picks", [(None, 34), (0, 18)], ids=["matrix", "no matrix"], indirect=["memory"]
+)
+def test_choices_over_several_tiles_and_blocks_of_picks(dtype, max_length, memory, picks):
+    lengths, counts = (130, 3, 2), torch.tensor([picks, 0, 1])
+    features, offsets = clustered(135, 64, seed=1).to(dtype), offsets_of(lengths)
+    weights = torch.rand(135, generator=torch.Generator().manual_seed(2)) + 0.1
+    keys, values = (clustered(135, 2, 20, seed=seed).to(dtype) for seed in (3, 4))
     for operation, *inputs in (
         ("weighted_farthest_point", features, None),
         ("dpp_map", features, weights),
@@ -329,10 +346,10 @@ def test_a_window_is_made_anew_only_after_a_pick_outside(operation, monkeypatch)
     monkeypatch.setattr(importlib.import_module("vtprune_kernels._triton_pairs"), "MATRIX_BYTES", 0)
     run, _ = pair(operation)
     features, weights = clustered(60, 64, seed=1), torch.rand(60, generator=torch.Generator().manual_seed(2)) + 0.1
-    for rows, expected in ((60, [1, 0, 0, 0, 0]), (1, [1, 1, 1, 1, 1])):
+    for rows, expected in ((60, [1, 0, 0]), (1, [1, 1, 1])):
         made.clear()
         monkeypatch.setattr(module, "WINDOW_BYTES", 4 * 60 * rows)
-        run(features, weights, torch.tensor([0, 60]), torch.tensor([42]))
+        run(features, weights, torch.tensor([0, 60]), torch.tensor([26]))
         assert made == expected
 
 
