@@ -159,6 +159,15 @@ def test_code_that_comes_with_a_model_does_not_run(folder: Path, tmp_path: Path,
     assert not mark.exists()
 
 
+def test_a_processor_that_transformers_does_not_know_is_named(folder: Path) -> None:
+    """transformers makes a tokenizer of it, silently; the folder lacks no file."""
+    text = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    (folder / "processor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps(text | {"processor_class": "MyProcessor"}), "utf-8")
+    with pytest.raises(InputError, match="gives a Tokenizer.*, which has no image processor"):
+        loading.model_and_processor(str(folder))
+
+
 def test_a_training_run_goes_on_from_safetensors(tmp_path: Path) -> None:
     from tools.refvlm import checkpoint
 

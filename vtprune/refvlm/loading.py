@@ -78,7 +78,10 @@ def model_and_processor(name: str, device: str = "auto", dtype: str = "auto", **
     except Exception as error:  # broken model files raise any type of error; the user gets one line
         raise InputError(f"cannot load the model {name}: {_reason(error)}") from error
     if not hasattr(processor, "image_processor"):
-        raise InputError(f"{name} has no image processor; expected preprocessor_config.json or processor_config.json")
+        raise InputError(
+            f"{name} gives a {type(processor).__name__}, which has no image processor; expected "
+            "preprocessor_config.json or processor_config.json of a processor that is part of transformers"
+        )
     _check_picture_size(name, processor.image_processor)
     _check_weights(name, model, info["missing_keys"])
     return model.eval() if place is None else model.eval().to(place), processor
