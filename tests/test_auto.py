@@ -121,8 +121,9 @@ def test_all_may_stay_where_the_bounds_allow_it() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for options, words in (
-        ({"energy": 0}, "energy is 0"), ({"energy": 1.0}, "energy is 1"), ({"energy": "a"}, "'a'"),
-        ({"energy": math.nan}, "nan"), ({"min": -0.1}, "min is -0.1"), ({"max": 0}, "max is 0"),
+        ({"energy": 0}, "energy is 0; expected a share above 0 and below 1"), ({"energy": 1.0}, "energy is 1"),
+        ({"energy": "a"}, "'a'"), ({"energy": math.nan}, "nan"), ({"min": -0.1}, "min is -0.1"),
+        ({"max": 0}, "max is 0; expected a share above 0 and up to 1"),
         ({"min": 0.6, "max": 0.5}, "min <= max"), ({"max": True}, "True"),
     ):  # fmt: skip
         with pytest.raises(BudgetError, match=words):

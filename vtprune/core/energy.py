@@ -29,7 +29,11 @@ class Auto:
     Attributes:
         energy: Share to be explained, above 0 and below 1. `vtprune.study.auto.calibrate` finds the one that keeps a
             given mean share of the tokens of your images.
-        min, max: Bounds of the share of an image's tokens that is kept, in [0, 1]. Selection time grows with `max`.
+        min, max: Bounds of the share of an image's tokens that is kept, in [0, 1] and (0, 1]. Selection time grows with
+            `max`.
+
+    Raises:
+        BudgetError: A share is out of range, or `min` is above `max`.
     """
 
     energy: float = 0.9
@@ -37,12 +41,12 @@ class Auto:
     max: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, low_ok, high_ok in (("energy", False, False), ("min", True, True), ("max", False, True)):
+        wrong = {"energy": (0, 1), "min": (), "max": (0,)}
+        ranges = {"energy": "above 0 and below 1", "min": "from 0 to 1", "max": "above 0 and up to 1"}
+        for name, expected in ranges.items():
             value = getattr(self, name)
-            if not fits(value, Share):
-                raise BudgetError(f"Auto.{name} is {shorten(value)}; expected a share between 0 and 1")
-            if (value == 0 and not low_ok) or (value == 1 and not high_ok):
-                raise BudgetError(f"Auto.{name} is {value!r}; expected a share other than {value:g}")
+            if not fits(value, Share) or value in wrong[name]:
+                raise BudgetError(f"Auto.{name} is {shorten(value)}; expected a share {expected}")
         if self.min > self.max:
             raise BudgetError(f"Auto has min={self.min:g} and max={self.max:g}; expected min <= max")
 
@@ -53,8 +57,11 @@ class Auto:
         """Number of tokens to keep of each image.
 
         Args:
-            features: `[M, D]` projected features; rows of zeros for tokens without a place.
+            features: `[M, D]` float projected features; rows of zeros for tokens without a place.
             offsets: `[S + 1]` int64 offsets of the images.
+
+        Returns:
+            list[int]: One count for each of the `S` images.
         """
         return count_for_energy(features, offsets, self.energy, self.min, self.max).tolist()
 
@@ -78,7 +85,7 @@ class Auto:
             data = read_json(path, schema)
             return cls(*(data[name] for name in numbers))
         except (FileError, BudgetError) as error:
-            raise BudgetError(f"{path} is no file of an automatic ratio: {error}; expected energy, min, max") from error
+            raise BudgetError(f"{path} is no file of an automatic ratio, as `save` writes it: {error}") from error
 
 
 def bounds(total: int, least: float, most: float) -> tuple[int, int]:
