@@ -81,6 +81,8 @@ def test_saved_files_and_notebooks_show_the_same(embedded, tmp_path):
     assert last.show()._repr_png_()[:4] == b"\x89PNG"
     with pytest.raises(PictureError, match="cannot write a picture"):
         last.save(tmp_path / "no" / "kept.png")
+    with pytest.raises(PictureError, match="unknown file extension.*expected a name such as kept.png"):
+        last.save(tmp_path / "kept.nothing", SCENE.image)
 
 
 def test_other_pictures_are_refused(embedded):

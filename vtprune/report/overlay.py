@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import one_line
 from . import draw
 from .patch_boxes import PictureError, View, views
 
@@ -118,7 +119,10 @@ class Pictures:
         try:
             self.image.save(Path(path).expanduser())
         except (OSError, ValueError) as error:
-            raise PictureError(f"cannot write a picture to {path}: {error}") from error
+            raise PictureError(
+                f"cannot write a picture to {path}: {one_line(error)}; expected a name such as kept.png in a folder "
+                "that exists"
+            ) from error
 
     def _repr_png_(self) -> bytes:
         return draw.png(self.image)
