@@ -26,7 +26,9 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
             under it, or the class is not a `Method`.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise MethodError(f'register was given {shorten(name)}; expected a name, as in @register("my_method")')
+        raise MethodError(
+            f'register was given {shorten(name)}; expected a name of letters, digits, _, - and ., as in "my_name"'
+        )
 
     def add(cls: type[Method]) -> type[Method]:
         if not (isinstance(cls, type) and issubclass(cls, Method)):
@@ -85,7 +87,11 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def resolve(method: str | Method | type[Method]) -> Method:
-    """Turns the `method` that a user passes into an instance, and checks its options."""
+    """Turns the `method` that a user passes into an instance, and checks its options.
+
+    Raises:
+        MethodError: The name is unknown, an option has a wrong value, or it is no method.
+    """
     if isinstance(method, str):
         method = get(method)
     if isinstance(method, type) and issubclass(method, Method):
