@@ -205,7 +205,7 @@ _RESULTS["needle.json"] = {
     "64": {
         "unpruned": {"method": "unpruned", "outcomes": "1" * 20, "right": 20, "total": 20},
         "fact always kept 0.1": {"method": "fact always kept", "ratio": 0.1, "outcomes": "1", "right": 1, "total": 1},
-        "a 0.3": {"method": "a", "mean_ratio": 0.31, "outcomes": "01", "right": 1, "total": 2},
+        "a 0.3": {"method": "a", "mean_ratio": 0.31, "outcomes": "0110", "right": 2, "total": 4},
         "a 0.15": {"method": "a", "mean_ratio": 0.15, "refused": "too little"},
         "b 0.3": {"method": "b", "mean_ratio": 0.3, "outcomes": "11", "right": 2, "total": 2},
         "b 0.15": {"method": "b", "mean_ratio": 0.15, "outcomes": "11", "right": 2, "total": 2},
@@ -236,7 +236,7 @@ def test_tables_hold_the_numbers_of_the_results(results):
     assert "| `ratio=0.1` | 14 | 14 | 75.0% (10.0% to 90.0%) |" in own and "Unpruned: 95.0%" in own
     assert "not possible" in tables.of_method("b", results)
     needles = tables.needles(results).splitlines()
-    assert "64 visual places, 20 texts; unpruned 100.0%" in needles[0]
+    assert "64 visual places, 2 to 4 texts for each number; unpruned 100.0%" in needles[0]
     assert [line.split(" | ")[0] for line in needles[4:]] == ["| `b`", "| `a`"]
     assert "| `a` | 50.0% (10.0% to 90.0%) | not possible |" in needles[5]
 

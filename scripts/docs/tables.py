@@ -146,8 +146,11 @@ def needles(results: Path = RESULTS) -> str:
         for method in sorted(rows, key=lambda method: (-right(method), method))
     ]
     whole = data[places]["unpruned"]
+    texts = {row["total"] for mine in rows.values() for row in mine.values()}
+    asked = " to ".join(map(str, sorted({min(texts), max(texts)})))
     about = (
-        f"SmolLM2-135M-Instruct, {int(places):,} visual places, {whole['total']} texts; unpruned {_share(whole)}. "
+        f"SmolLM2-135M-Instruct, {int(places):,} visual places, {asked} texts for each number; "
+        f"unpruned {_share(whole)}. "
         f"({', '.join(f'{name} {version}' for name, version in data['versions'].items())})"
     )
     head = ("method", *(f"right answers at mean cost {cost}" for cost in costs))
