@@ -133,7 +133,7 @@ def test_what_cannot_be_is_said() -> None:
     """Unsupported combinations of methods and modalities raise errors that name the reason."""
     qwen, llava = model_of("qwen2_5_vl"), model_of("llava")
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (llava, {"video_method": "vcast"}, "no placeholder for clips"),
+        (llava, {"video_method": "vcast"}, "no placeholder for clips.*; leave it out"),
         (llava, {"method": "evs"}, "takes pictures only"),
         (qwen, {"method": {"image": "iwp"}}, "one method for 'image' and one for 'video'"),
         (qwen, {"method": {"image": "iwp", "video": "evs"}, "video_method": "evs"}, "no video_method"),

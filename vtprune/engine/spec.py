@@ -122,7 +122,7 @@ class PruneSpec:
         if "video" not in kinds:
             raise MethodError(
                 f"video_method was given, but {type(model).__name__} has no placeholder for clips (it has "
-                f"{', '.join(kinds)}): it takes the frames of a clip as pictures, which method= prunes"
+                f"{', '.join(kinds)}): it takes the frames of a clip as pictures, which method= prunes; leave it out"
             )
         clips = frozenset({kinds.index("video")})
         uses = (
