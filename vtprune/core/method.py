@@ -67,9 +67,9 @@ class Choice:
 
     Attributes:
         keep: `[M]` bool, True for tokens that stay.
-        hidden: `[M, D]` or None. New states for the kept tokens, for methods that merge dropped tokens into kept ones;
-            rows of dropped tokens are ignored.
-        scores: `[M]` or None. Scores that the method ranked by, for reports and overlays.
+        hidden: `[M, D]` float or None. New states for the kept tokens, for methods that merge dropped tokens into kept
+            ones; rows of dropped tokens are ignored.
+        scores: `[M]` real or None. Scores that the method ranked by, for reports and overlays.
     """
 
     keep: Tensor
@@ -113,11 +113,22 @@ class Method:
         return ()
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
-        """Records to make while the model runs. Raises `MethodError` if the model lacks what the method needs."""
+        """Records to make while the model runs.
+
+        Raises:
+            MethodError: The model lacks what the method needs.
+        """
         return ()
 
     def choose(self, tokens: Tokens) -> Choice:
-        """Selects the tokens that stay: exactly `tokens.budgets[s]` of each group."""
+        """Selects the tokens that stay.
+
+        Args:
+            tokens: The visual tokens of the whole batch; its tensors must not be changed in place.
+
+        Returns:
+            Choice: With exactly `tokens.budgets[s]` tokens of each group `s`.
+        """
         raise MethodError(
             f"{type(self).__name__} defines no choose; derive it from ScoreMethod and define score, or define choose"
         )
@@ -153,11 +164,18 @@ class ScoreMethod(Method):
     """A method that scores every token; the largest scores of each group stay, ties go to the smaller position."""
 
     def score(self, tokens: Tokens) -> Tensor:
-        """Scores `[M]` of the tokens; larger ones stay."""
+        """Scores of the tokens; the largest of each group stay.
+
+        Args:
+            tokens: The visual tokens of the whole batch; its tensors must not be changed in place.
+
+        Returns:
+            Tensor: `[M]` of any real dtype, without NaN.
+        """
         raise MethodError(f"{type(self).__name__} defines neither score nor choose; a method needs one of them")
 
     def select(self, tokens: Tokens, scores: Tensor) -> Choice:
-        """Turns scores, which a wrapper may have changed, into a choice."""
+        """Turns scores `[M]`, which a wrapper may have changed, into a choice."""
         return Choice(top_k(scores, tokens.offsets, tokens.budgets), scores=scores)
 
     def choose(self, tokens: Tokens) -> Choice:

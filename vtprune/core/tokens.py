@@ -24,13 +24,13 @@ class AttentionInputs:
 
     Attributes:
         queries: `[R, H, dh]` requested queries (text after the last visual token, or the last token), after norms and,
-            with `rope=True`, rotation.
-        query_offsets: `[S + 1]` offsets of each sample's queries.
-        query_order: `[R]` index of each query among its sample's keys: it attends to keys `0..query_order`.
+            with `rope=True`, rotation; like keys and values in the dtype of the model.
+        query_offsets: `[S + 1]` int64 offsets of each sample's queries.
+        query_order: `[R]` int64 index of each query among its sample's keys: it attends to keys `0..query_order`.
         keys: `[C, G, dh]` keys of all tokens (text and visual, no padding), not repeated for grouped heads.
         values: `[C, G, dv]`.
-        key_offsets: `[S + 1]` offsets of each sample's keys.
-        visual: `[M]` rows of `keys` that belong to the visual tokens, in the order of `Tokens`.
+        key_offsets: `[S + 1]` int64 offsets of each sample's keys.
+        visual: `[M]` int64 rows of `keys` that belong to the visual tokens, in the order of `Tokens`.
         scaling: Factor on the dot product.
         softcap: Tanh cap on the logits, or None.
     """
@@ -51,7 +51,8 @@ class Prompt:
     """Positions of all tokens, text and visual, of the samples that have visual tokens; padding is left out.
 
     Without the cache of an earlier call, the rows are those of `AttentionInputs.keys`. They index what a tap without
-    `columns` recorded since the last cut, for text as well: `record[prompt.batch, prompt.slot]` is `[C, ...]`.
+    `columns` recorded since the last cut, for text as well: `record[prompt.batch, prompt.slot]` is `[C, ...]`. All
+    tensors are int64.
 
     Attributes:
         batch, slot: `[C]` index of each token in the `[B, T, ...]` tensors of the current stage.
@@ -78,10 +79,11 @@ class Tokens:
     """The visual tokens left at one stage of a prefill, flat over the batch.
 
     They are ordered by sample, then by prompt position. `M` is their number, `S` the number of groups with a budget.
+    Tensors are int64 on the device of `hidden`, unless stated otherwise.
 
     Attributes:
-        hidden: `[M, D]` states entering the stage's layer (for layer 0 the projected features in the prompt). With
-            hyper-connections it is the mean over their streams.
+        hidden: `[M, D]` states entering the stage's layer, in the dtype of the model (for layer 0 the projected
+            features in the prompt). With hyper-connections it is the mean over their streams.
         offsets: `[S + 1]` offsets of the groups.
         budgets: `[S]` number of tokens to keep in each group, at most its length.
         max_budget: The largest budget, known on the host; None if it has to be read from `budgets`.
@@ -162,6 +164,9 @@ class Tokens:
 
         Returns:
             AttentionInputs: In the model's dtype.
+
+        Raises:
+            MethodError: The layer has no attention, its input was not kept, or what it computes cannot be read.
         """
         if self.reader is None:
             raise MethodError(

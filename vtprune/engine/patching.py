@@ -186,7 +186,11 @@ class Patch:
         """Context that tells which positions of `inputs_embeds` are visual, if the caller merged features into them.
 
         Args:
-            columns: `[B, T]` for the call inside: a bool mask, or the prompt's token ids with placeholders.
+            columns: `[B, T]` for the call inside: a bool mask, or the prompt's token ids with placeholders. Calls with
+                `input_ids` do not need it and ignore it.
+
+        Raises:
+            VTPruneError: By the call: its shape is another one.
         """
         with requests.override(self._session, visual=columns):
             yield self
@@ -200,6 +204,9 @@ class Patch:
         Args:
             end: Position in the call's `input_ids` at which the answer begins, one for all rows or one for each;
                 negative numbers count from the end.
+
+        Raises:
+            VTPruneError: By the call: the position is outside of it, or there is not one for each row.
         """
         with requests.override(self._session, question_end=end):
             yield self
@@ -364,12 +371,24 @@ def refuse_patched(model: nn.Module, doing: str) -> None:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Removes the patch of a model, if it has one."""
+    """Removes the patch of a model, if it has one.
+
+    Raises:
+        UnsupportedModelError: It is no model.
+        VTPruneError: It is called inside a call of the model.
+    """
     found = find_patch(model)
     if found is not None:
         found.remove()
 
 
 def inspect(model: nn.Module) -> Anatomy:
-    """Finds the parts of a model that pruning uses; print the result to see them."""
+    """Finds the parts of a model that pruning uses; print the result to see them.
+
+    Args:
+        model: As for `patch`; its weights may be on the meta device.
+
+    Raises:
+        UnsupportedModelError: A part is missing, or the structure is not supported; the message says what was expected.
+    """
     return _anatomy.find(model)

@@ -84,6 +84,7 @@ class Anatomy:
 
     @property
     def num_layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
@@ -98,6 +99,7 @@ class Anatomy:
 
     @property
     def embeddings(self) -> nn.Module:
+        """The module that turns token ids into states."""
         return self.model.get_input_embeddings()
 
     def __str__(self) -> str:

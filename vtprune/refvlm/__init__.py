@@ -74,9 +74,12 @@ def load(
     """Loads a trained model in eval mode and its processor from the files inside the package.
 
     Args:
-        dtype: of the weights in memory, float32 by default (the file holds float16).
+        dtype: Dtype of the weights in memory, by default float32 (the file holds float16).
         name: "llava" (144 visual tokens, one row of positions) or "qwen2_5_vl" (dynamic resolution, M-RoPE).
-        options: for `from_pretrained`, such as `attn_implementation`.
+        options: Passed to `from_pretrained`, such as `attn_implementation`.
+
+    Returns:
+        tuple[PreTrainedModel, ProcessorMixin]: The model, on the CPU, and its processor.
 
     Raises:
         InputError: There is no model of this name.

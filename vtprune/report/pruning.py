@@ -15,7 +15,10 @@ from .record import PruningRecord
 
 @dataclass
 class Pruning(PruningRecord):
-    """The record of the most recent prefill, with its report, pictures and explanations of tokens."""
+    """`patch.last`, the record of the most recent prefill, with its report, pictures and explanations of tokens.
+
+    Its data, such as `kept`, `stages`, `mask` and `tower`, are those of `vtprune.report.record.PruningRecord`.
+    """
 
     _shown: Pictures | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -53,7 +56,17 @@ class Pruning(PruningRecord):
         return self.report()
 
     def explain_token(self, token: int) -> TokenExplanation:
-        """Score, rank and nearest kept token of one visual token, see `vtprune.report.explain.TokenExplanation`."""
+        """Score, rank and nearest kept token of one visual token.
+
+        Args:
+            token: Its number among the visual tokens of the call.
+
+        Returns:
+            TokenExplanation: With the nearest token if the call ran inside `vtprune.report.explain.recording()`.
+
+        Raises:
+            VTPruneError: The call had no such token.
+        """
         return explain_token(self, token)
 
     def show(
@@ -82,13 +95,22 @@ class Pruning(PruningRecord):
 
         Raises:
             PictureError: These are not the pictures of this call, or the places of its tokens are not known.
+            InputError: A path is not that of a picture that can be read.
         """
         if self._shown is None or images is not None or videos is not None:
             self._shown = Pictures.of(self, images, videos, fit=fit, names=names)
         return self._shown.by_stage() if stages else self._shown
 
     def save(self, path: Any, images: Any = None, videos: Sequence[Any] | None = None, **options: Any) -> None:
-        """Writes the result of `show` to a picture file; see there."""
+        """Writes the result of `show` to a picture file; its suffix determines the format.
+
+        Args:
+            path: The file.
+            images, videos, options: As for `show`.
+
+        Raises:
+            PictureError: As `show`; or the file cannot be written.
+        """
         self.show(images, videos, **options).save(path)
 
     def heatmap(

@@ -70,7 +70,7 @@ class IWP(Method):
         normalize: Softmax over all keys that the query sees, or over the visual ones.
         rope_in_magnitude: Whether queries and keys of the relevance are rotated: then it favors near positions.
         rope_in_duplication: Whether keys of the duplication are rotated: equal content far apart is then less alike.
-        objective: `"log"` instead maximises `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
+        objective: `"log"` instead maximizes `log M + log(1 - duplication * S^2) / 2`, the part of each update outside
             the span of its closest chosen one; `relevance` is not used then.
     """
 
