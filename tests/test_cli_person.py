@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import hostile_pictures
 import pytest
 
 from vtprune import methods, refvlm
+from vtprune.cli import answer
 from vtprune.cli.main import build_parser, main
+from vtprune.study.timing import Side
 
 COMMANDS = [name for name in build_parser().commands() if name not in ("help", "version")]
 
@@ -217,12 +220,23 @@ def test_what_libraries_say_about_a_damaged_picture_is_not_shown(tmp_path):
     assert "Fax" not in run.stderr.decode()
 
 
+def test_no_selection_is_blamed_where_nothing_was_dropped():
+    """Two runs of the same prompt differ in time by chance."""
+    args = build_parser().parse_args(["demo", "--small", "--ratio", "1.0"])
+    args.model, args.tower, args.keep = "embedded", None, None
+    before = Side("5", 144, 155, seconds=0.3, vision=0.1, selection_time=0.0, kv_bytes=1, repeats=5)
+    slower = dataclasses.replace(before, seconds=0.4)
+    for kept, expected in ((144, "None of the 144 visual tokens"), (14, "selection takes longer than it saves")):
+        notes = answer._notes(args, before, dataclasses.replace(slower, visual_tokens=kept), None)
+        assert [expected in note for note in notes].count(True) == 1 and expected in notes[-1]
+
+
 def test_pictures_of_others_are_not_overwritten(capsys, tmp_path):
     path = tmp_path / "a.png"
     assert _run("demo", "--small", "--output", path, "--repeats", 1) == 0
     assert _run("demo", "--small", "--output", path, "--repeats", 1, "--keep", 99999) == 0
     out = capsys.readouterr().out
-    assert "has 144 visual tokens, so none was dropped" in out and "of one run" in out
+    assert "None of the 144 visual tokens of the prompt was dropped" in out and "of one run" in out
     refvlm.scenes.scene(1).image.save(path)
     before = path.read_bytes()
     assert _run("demo", "--small", "--output", path) == 2 and path.read_bytes() == before

@@ -250,8 +250,8 @@ def _notes(args: argparse.Namespace, before: Side, after: Side, truth: str | Non
             f"The vision tower takes {after.vision / after.seconds:.0%} of the pruned time to first token: pruning the "
             f"decoder further can make it at most {after.bound:.1f} times as fast."
         )
-    if args.keep and args.keep >= before.visual_tokens:
-        notes.append(f"--keep {args.keep}: the prompt has {before.visual_tokens} visual tokens, so none was dropped.")
+    if after.visual_tokens >= before.visual_tokens:
+        notes.append(f"None of the {before.visual_tokens} visual tokens of the prompt was dropped.")
     elif after.seconds > before.seconds and args.model.startswith(EMBEDDED):
         notes.append(
             "In a model this small, selection takes longer than it saves; in a model of billions of parameters it is a "
