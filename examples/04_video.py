@@ -8,9 +8,9 @@ Two ways, both with the trained models inside the package:
   is a patch through both. Here a method for clips may prune (`--video-method vcast`), which shares the budget over the
   frames by what happens in them; `--strip clip.png` draws which frames it went to.
 
-Both models were trained on single pictures and have never seen anything move. A still clip is a picture to them, only
-longer; of a clip that moves they tell less well what they see, pruned or not. Models trained on videos do not differ in
-how they are pruned.
+The LLaVA was trained on single pictures and has never seen anything move: a still clip is a picture to it, only longer;
+of a clip that moves it tells less well what it sees, pruned or not. The Qwen2.5-VL was trained on drawn clips too, in
+which objects move and the camera rests.
 
     python examples/04_video.py --method divprune --ratio 0.05 --pan 0
     python examples/04_video.py --video-method vcast --frames 16 --ratio 0.25 --strip clip.png
