@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
 
     run = commands.add_parser(
         "run",
-        help="run any vision-language model of transformers with and without pruning",
+        help="run a vision-language model of transformers with and without pruning",
         description=description(
             "Asks a model a question about a picture, with all visual tokens and with few. Writes a picture in which "
             "dropped tokens are dark."
