@@ -83,6 +83,14 @@ def by_position(model: Any, **given: Any) -> Any:
     return model(IDS, PIXELS, MASK, *(None for _ in names), given.get("labels"), given.get("logits_to_keep", 0))
 
 
+@pytest.mark.parametrize("end", [1.5, "a", [1, 2], object()])
+def test_the_end_of_a_question_is_a_number(llava: Any, end: Any) -> None:
+    words = "does not fit a batch of 1; expected one whole number"
+    patch = vtprune.patch(llava, ratio=0.2, method="uniform")
+    with patch.question(end=end), pytest.raises(vtprune.VTPruneError, match=words):
+        total(patch)
+
+
 def test_arguments_by_position_are_those_by_name(llava: Any) -> None:
     columns = (IDS[0] == IMAGE).nonzero()[:2, 0]
     with vtprune.patch(llava, ratio=0.1), torch.no_grad():

@@ -8,7 +8,7 @@ answer begins, methods see the prompt as if it ended there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,12 +114,12 @@ def _matrix(values: Any, real: Tensor) -> Tensor | None:
 
 def _ends(question_end: int | Sequence[int] | Tensor, batch: int) -> list[int]:
     values = question_end.flatten().tolist() if isinstance(question_end, Tensor) else question_end
-    ends = [values] if isinstance(values, int) else list(values)
+    ends = list(values) if isinstance(values, Iterable) else [values]
     if ends and batch % len(ends) == 0:
         ends = [end for end in ends for _ in range(batch // len(ends))]  # `generate` copies every row for its beams
     if len(ends) != batch or not all(isinstance(end, int) for end in ends):
         raise VTPruneError(
-            f"question(end={question_end!r}) does not fit a batch of {batch}; expected one position, or one for each "
-            "row"
+            f"question(end={question_end!r}) does not fit a batch of {batch}; expected one whole number, or one for "
+            "each row"
         )
     return ends
