@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, IMAGE, LAYERS, Image
-from support import ONE, Middle, model_of, patched, pruned
+from support import ONE, Middle, model_of, pruned
 
 import vtprune
 from vtprune import methods
@@ -115,29 +115,6 @@ def test_one_placeholder_too_few_or_too_many(family: str, change: int) -> None:
         assert patch.last is not None
 
 
-@every_family
-def test_features_without_placeholders(family: str) -> None:
-    model, batch = model_of(family), FAMILIES[family].batch(ONE)
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 11)
-    with pruned(model, "uniform") as (patch, _):
-        with pytest.raises((vtprune.NothingPrunedError, ValueError)):
-            model(**batch)
-        with pytest.raises((vtprune.NothingPrunedError, ValueError)):
-            model.generate(**batch, max_new_tokens=2)
-        assert patch.last is None
-
-
-@every_family
-@every_method
-def test_a_batch_without_pictures(family: str, method: str) -> None:
-    """Text with `pixel_values=None`, as collators pass it, gives the logits of the unpatched model."""
-    model, batch = model_of(family), FAMILIES[family].batch([[9], [4]])
-    plain = model(**batch).logits
-    with pruned(model, method) as (patch, _):
-        assert torch.equal(model(**batch, pixel_values=None).logits, plain)
-        assert patch.last is None
-
-
 @few_families
 def test_pixels_of_no_picture(family: str) -> None:
     """Text with empty pixel tensors behaves as on the unpatched model."""
@@ -224,11 +201,3 @@ def test_options_that_name_a_missing_layer(method: str, layer: float) -> None:
         assert layer > 0 and "last" in (cls.__doc__ or ""), "replaced without documentation"
         model(**batch)
         assert patch.last.stages[-1][0] == LAYERS - 1 and len(patch.last.kept[0]) == 8
-
-
-def test_a_method_refused_for_its_layer_leaves_no_trace() -> None:
-    model = model_of("llava")
-    with patched(model, "uniform") as patch:
-        with pytest.raises(vtprune.MethodError):
-            vtprune.patch(model, ratio=0.3, method=Middle(layer=9))
-        assert not patch.removed

@@ -122,11 +122,6 @@ def test_two_budgets_are_refused(capfd):
     assert "not allowed with" in _refused(capfd, "demo", "--ratio", 0.1, "--keep", 5)
 
 
-def test_unknown_method_names_near_ones(capfd):
-    line = _refused(capfd, "demo", "--method", "unifrom")
-    assert "unifrom" in line and "'uniform'" in line
-
-
 @pytest.mark.parametrize("arguments", [[], ["prune"], ["run"], ["demo", "--color"]])
 def test_a_wrong_command_line_is_refused(capfd, arguments):
     _refused(capfd, *arguments)
@@ -197,13 +192,6 @@ def test_the_process_exits_with_2_and_one_line():
     )
     assert run.returncode == 2 and run.stdout == ""
     assert len(run.stderr.strip().splitlines()) == 1 and "many" in run.stderr
-
-
-def test_debug_shows_the_error_itself():
-    from vtprune import MethodError
-
-    with pytest.raises(MethodError):
-        main(["--debug", "demo", "--method", "none"])
 
 
 def test_cache_bytes_counts_keys_and_values_of_every_layer():

@@ -16,7 +16,6 @@ from vtprune.errors import MethodError
 from vtprune.methods import resolve
 from vtprune.methods.iwp.method import IWP, Candidates
 from vtprune.methods.iwp.query_free import query_free_magnitude
-from vtprune_kernels.progressive_mmr import Duplication
 
 
 def rotate(x, first=0, base=10000.0):
@@ -70,24 +69,6 @@ def test_is_registered_and_clamps_its_layer_to_shallow_decoders():
 def test_bad_options_are_refused_by_name(options):
     with pytest.raises(MethodError, match=next(iter(options))):
         IWP(**options)
-
-
-@given(st.integers(0, 10**6), st.sampled_from([4, 16, 60]), st.floats(0.1, 2))
-@settings(max_examples=25, deadline=None)
-def test_normalized_kernel_is_gaussian_and_symmetric_with_unit_diagonal(seed, size, spread):
-    g = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(9, 2, size, generator=g) * spread for _ in range(2))
-    k, v = keys.double(), values.double()
-    kappa = torch.exp(torch.einsum("igd,jgd->gij", k, k) / size**0.5)
-    gram = torch.einsum("igd,jgd->gij", v, v) * kappa
-    norm = gram.diagonal(dim1=1, dim2=2).sqrt()
-    everything = torch.arange(9)
-    found = Duplication(keys, values)(everything, everything)
-    expected = (gram / norm[:, :, None] / norm[:, None]).mean(0)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found, found.T, atol=1e-6, rtol=0)
-    torch.testing.assert_close(found.diagonal(), torch.ones(9), atol=1e-5, rtol=0)
-    assert torch.linalg.eigvalsh(gram).min() > -1e-9 * gram.abs().max()
 
 
 def test_rotation_changes_neither_norms_nor_the_query_free_magnitude():

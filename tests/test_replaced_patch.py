@@ -26,14 +26,6 @@ def test_the_new_patch_is_whole_and_comes_off():
     assert before == (set(vars(model)), set(vars(model.model)))
 
 
-def test_a_patch_that_is_refused_leaves_the_old_one():
-    model, _ = refvlm.load()
-    with vtprune.patch(model, ratio=0.1) as old:
-        with pytest.raises(vtprune.BudgetError):
-            vtprune.patch(model, mean_ratio=0.1, method="iwp")  # the layers before its cut alone cost more
-        assert find_patch(model) is old and not old.removed
-
-
 def test_the_end_of_a_block_restores_the_patch_of_the_block_around_it():
     model, _ = refvlm.load()
     before = set(vars(model)), set(vars(model.model))

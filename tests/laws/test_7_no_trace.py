@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from support import ONE, model_of, patched
+from support import ONE, Middle, model_of, patched
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -67,8 +67,11 @@ def test_a_failed_patch_leaves_the_old_one(family: str) -> None:
     with vtprune.patch(model, ratio=0.5) as patch:
         with pytest.raises(vtprune.MethodError):
             vtprune.patch(model, ratio=0.5, method="no_such_method")
-        with pytest.raises(vtprune.BudgetError):
-            vtprune.patch(model, ratio=7)
+        for budget in ({"ratio": 7}, {"mean_ratio": 0.1}):  # the layers before the cut alone cost more
+            with pytest.raises(vtprune.BudgetError):
+                vtprune.patch(model, **budget, method="iwp")
+        with pytest.raises(vtprune.MethodError):
+            vtprune.patch(model, ratio=0.5, method=Middle(layer=9))
         assert not patch.removed
     assert trace(model) == before
 

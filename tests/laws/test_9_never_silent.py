@@ -19,6 +19,7 @@ def test_text_passes_untouched(family: str, method: str) -> None:
     tokens = model.generate(**batch, max_new_tokens=4, do_sample=False)
     with pruned(model, method) as (patch, _):
         assert torch.equal(model(**batch).logits, logits)
+        assert torch.equal(model(**batch, pixel_values=None).logits, logits)  # as collators pass it
         assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), tokens)
         assert patch.last is None
 
@@ -36,8 +37,11 @@ def test_nothing_dropped(family: str, method: str) -> None:
 def test_features_without_placeholders(family: str) -> None:
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 11)
-    with pruned(model, "random"), pytest.raises((vtprune.VTPruneError, ValueError)):
-        model(**batch)
+    with pruned(model, "random") as (patch, _):
+        for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
+            with pytest.raises((vtprune.NothingPrunedError, ValueError)):
+                call(**batch)
+        assert patch.last is None
 
 
 def test_a_generated_placeholder_is_text(family: str) -> None:
