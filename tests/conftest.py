@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         help="folder with golden data of methods; may be given again (default: golden and golden-2 in ../shared)",
     )
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """Runs a test without gradients."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,7 @@ from reference import Drops
 from support import ONE, model_of, reference
 from transformers import GenerationConfig, GenerationMixin, LlamaConfig, LlamaForCausalLM
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def subject_of(family: str) -> Subject:

@@ -25,10 +25,7 @@ few_families = pytest.mark.parametrize("family", FEW)
 every_method = pytest.mark.parametrize("method", methods.for_pictures())
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def without_pixels(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,10 +15,7 @@ import vtprune
 PIXELS = ("pixel_values", "image_sizes", "image_grid_thw")
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def merged(model: torch.nn.Module, inputs: dict[str, torch.Tensor], scale: float = 1.0) -> torch.Tensor:

@@ -13,10 +13,7 @@ import vtprune
 METHODS = ("random", "fastv", "divprune")
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.mark.parametrize("method", METHODS)

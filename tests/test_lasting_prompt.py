@@ -22,10 +22,7 @@ def subject() -> checks.Subject:
     return checks.Subject(built.model, made)
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def window(subject: checks.Subject) -> int:

@@ -13,11 +13,7 @@ from reference import Drops, masked
 import vtprune
 from tests.architectures import build
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def prune(model: torch.nn.Module, inputs: dict[str, Any], method: str = "fastv") -> Any:

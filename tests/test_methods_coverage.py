@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES
 from support import ONE, model_of, pruned
-from test_methods_vision import GRIDS, tokens_of
+from test_methods_vision import tokens_of
 
 import vtprune
 from vtprune import methods
@@ -17,19 +17,6 @@ from vtprune.vision.attention import has_class_token
 
 PLAIN = {"scope": methods.Scope(alpha=0), "resprune": methods.ResPrune()}
 both = pytest.mark.parametrize("name", PLAIN)
-
-
-@both
-@pytest.mark.parametrize("newlines", [False, True])
-def test_batch_equals_its_samples_and_meets_the_budget(name: str, newlines: bool) -> None:
-    method = PLAIN[name]
-    for budgets in ([5, 3, 2, 1], [24, 1, 7, 8]):
-        together, begin = method.choose(tokens_of(GRIDS, budgets, newlines)), 0
-        for grid, budget in zip(GRIDS, budgets, strict=True):
-            alone = method.choose(tokens_of([grid], [budget], newlines)).keep
-            assert int(alone.sum()) == budget
-            assert torch.equal(alone, together.keep[begin : begin + len(alone)])
-            begin += len(alone)
 
 
 @both

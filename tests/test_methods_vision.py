@@ -61,10 +61,11 @@ def tokens_of(grids: list[tuple[int, int]], budgets: list[int], newlines: bool =
 GRIDS = [(4, 6), (5, 5), (1, 7), (3, 3)]
 
 
-@pytest.mark.parametrize("name", ["divprune", "pooling"])
+@pytest.mark.parametrize(
+    "method", [methods.DivPrune(), methods.Pooling(), methods.Scope(alpha=0), methods.ResPrune()], ids=repr
+)
 @pytest.mark.parametrize("newlines", [False, True])
-def test_batch_equals_its_samples_and_meets_the_budget(name: str, newlines: bool) -> None:
-    method = methods.get(name)()
+def test_batch_equals_its_samples_and_meets_the_budget(method: methods.Method, newlines: bool) -> None:
     for budgets in ([5, 3, 2, 1], [24, 1, 7, 8]):
         together = method.choose(tokens_of(GRIDS, budgets, newlines))
         begin = 0

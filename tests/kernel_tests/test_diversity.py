@@ -14,15 +14,7 @@ from vtprune_kernels._cosine import Cosine
 from vtprune_kernels.dpp_map.naive import dpp_map as naive_dpp
 from vtprune_kernels.weighted_farthest_point.naive import weighted_farthest_point as naive_farthest
 
-
-@pytest.fixture(autouse=True, params=["as it comes", "lazy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs every test with the default path, and with the lazy evaluation of large groups."""
-    if request.param == "lazy":
-        for operation in ("dpp_map", "weighted_farthest_point"):
-            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
-            for rule in ("is_small", "is_small_for_isolation"):
-                monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def case(lengths, width, seed):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -14,15 +13,7 @@ from vtprune_kernels import progressive_mmr
 from vtprune_kernels.progressive_mmr import Duplication, closest_other
 from vtprune_kernels.progressive_mmr.naive import progressive_mmr as naive
 
-
-@pytest.fixture(autouse=True, params=["as it comes", "lazy"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs every test with the default path, and with the lazy evaluation of large groups."""
-    if request.param == "lazy":
-        for operation in ("progressive_mmr",):
-            module = importlib.import_module(f"vtprune_kernels.{operation}.vectorized")
-            for rule in ("is_small", "is_small_for_isolation"):
-                monkeypatch.setattr(module, rule, lambda *sizes: False, raising=False)
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def case(lengths, groups=2, key_size=64, value_size=48, seed=0):
