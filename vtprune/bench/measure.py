@@ -79,21 +79,13 @@ class Bench:
         weight = self.parts.embeddings.weight
         assert isinstance(weight, Tensor)
         self.shape = DecoderShape.of(self.parts.decoder.config, weight.element_size())
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the decoder's embeddings and of the prompts."""
-        weight = self.parts.embeddings.weight
-        assert isinstance(weight, Tensor)
-        return weight.device
+        self.device = weight.device  # of the prompts, too
 
     def about(self) -> dict[str, Any]:
         """Sizes of the model, for the result file."""
-        size = {name: sum(p.numel() for p in part.parameters()) for name, part in self._counted()}
+        counted = {"parameters": self.parts.model, "decoder_parameters": self.parts.decoder}
+        size = {name: sum(p.numel() for p in part.parameters()) for name, part in counted.items()}
         return {**size, "layers": self.parts.num_layers}
-
-    def _counted(self) -> list[tuple[str, torch.nn.Module]]:
-        return [("parameters", self.parts.model), ("decoder_parameters", self.parts.decoder)]
 
     def prepare(self, setting: Setting) -> Prompt:
         """Creates the prompt of a setting, with the embeddings that its limits need.

@@ -59,11 +59,7 @@ def _row(setting: Mapping[str, Any], rounds: list[dict], variant: str) -> dict[s
         row[name] = _spread([run[name] for run in mine if run[name] is not None])
     both = [runs for runs in good if "refused" not in runs["unpruned"]]
     limit = f"limit {variant.split()[-1]}"  # the limit of the same budget
-    if variant.startswith("limit "):  # it starts from embeddings; encoding its pictures would cost the same
-        both_total = [runs[variant]["total"] + runs["unpruned"]["vision"] for runs in both]
-        row["end_to_end"] = _spread(both_total)
-    else:
-        row["end_to_end"] = _spread([run["total"] for run in mine])
+    row["end_to_end"] = _spread([_total(runs, variant) for runs in (both if variant == limit else good)])
     if both:
         row |= _against_unpruned(both, variant)
     three = [runs for runs in both if "refused" not in runs.get(limit, {"refused": ""})]
@@ -82,6 +78,7 @@ def _median(rounds: list[dict], value: Callable[[dict], float]) -> float:
 
 
 def _total(runs: dict, variant: str) -> float:
+    """Seconds of an answer; the limit starts from embeddings, and encoding its pictures would cost the same."""
     extra = runs["unpruned"]["vision"] if variant.startswith("limit ") else 0.0
     return runs[variant]["total"] + extra
 
@@ -117,12 +114,11 @@ def _against_unpruned(rounds: list[dict], variant: str) -> dict[str, Any]:
 
 
 def _against_limit(rounds: list[dict], variant: str, limit: str) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    return {
         "over_limit": _median(rounds, lambda runs: runs[variant]["prefill"] / runs[limit]["prefill"] - 1),
         "gain": _gain(rounds, lambda runs, name: runs[name]["prefill"], variant, limit),
         "gain_end_to_end": _gain(rounds, _total, variant, limit),
     }
-    return found
 
 
 def _gain(rounds: list[dict], time: Callable[[dict, str], float], variant: str, limit: str) -> float | None:

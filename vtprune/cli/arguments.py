@@ -43,12 +43,22 @@ def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
     return chosen
 
 
-def add_model(parser: argparse.ArgumentParser, required: bool = False, default: str = EMBEDDED) -> None:
+def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Adds `--model`."""
     text = MODEL_HELP if required else f"{MODEL_HELP} (default: the model inside the package)"
+    default = None if required else EMBEDDED
+    parser.add_argument("--model", required=required, default=default, metavar="NAME_OR_FOLDER", help=text)
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """Adds `--images`, and the group of `--question` and `--questions`."""
     parser.add_argument(
-        "--model", required=required, default=None if required else default, metavar="NAME_OR_FOLDER", help=text
+        "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
     )
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
+    questions.add_argument("--questions", metavar="FILE", help="a question per line; - is standard input")
+    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

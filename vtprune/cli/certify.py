@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any
 
 from ..core import default_method
-from .arguments import add_device, add_model, chosen_methods, count, probability, quiet, share, words
+from .arguments import add_device, add_model, add_pictures, chosen_methods, count, probability, quiet, share
 from .fidelity import content_of, prompt_pairs, prompts
 from .output import Output, add_json
 from .parser import description
@@ -26,13 +26,7 @@ def add(commands: Any) -> None:
         examples=("certify --images FOLDER --question 'what is this?' --risk 0.05 --out certificate.json",),
     )
     add_model(parser)
-    parser.add_argument(
-        "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
-    )
-    questions = parser.add_mutually_exclusive_group()
-    questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
-    questions.add_argument("--questions", metavar="FILE", help="one question per line, all asked about every picture")
-    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
+    add_pictures(parser)
     parser.add_argument(
         "--method",
         default=default_method.NAME,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import files, images
 from ..errors import InputError
 from ..refvlm.loading import EMBEDDED_MODELS
-from .arguments import add_device, add_model, chosen_methods, count, quiet, share, words
+from .arguments import add_device, add_model, add_pictures, chosen_methods, count, quiet, share
 from .output import Output, add_json
 from .parser import description
 
@@ -52,19 +52,13 @@ def add(commands: Any) -> None:
         ),
     )
     add_model(parser)
-    parser.add_argument(
-        "--images", "--image", metavar="FOLDER_OR_FILE", help="pictures (default: scenes that vtprune draws)"
-    )
+    add_pictures(parser)
     parser.add_argument(
         "--clip",
         action="store_true",
         help="clips in place of pictures: a folder of frames, ordered by name, or a folder of such folders (default: "
         "clips that vtprune draws); an even number of frames each",
     )
-    questions = parser.add_mutually_exclusive_group()
-    questions.add_argument("--question", type=words, metavar="TEXT", help="asked about every picture")
-    questions.add_argument("--questions", metavar="FILE", help="a question per line; - is standard input")
-    parser.add_argument("--limit", type=count, metavar="N", help="the first N pictures (default: all; 24 scenes)")
     parser.add_argument(
         "--methods",
         nargs="+",

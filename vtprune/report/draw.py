@@ -19,6 +19,7 @@ LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 # From low to high values; dark blue, green and yellow differ for color-blind readers too.
 _HEAT = np.array([(38, 20, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32)
+_COLORS = 0.65  # opacity of the heat
 _VEIL = 0.7  # opacity of the white over parts of the picture that no token shows
 _PANELS = 8  # per row
 MAX_SIDE = 2048  # pixels of drawn pictures: drawing on 12 million pixels takes seconds and a gigabyte
@@ -73,14 +74,13 @@ def dim(image: Image, boxes: np.ndarray, loss: np.ndarray, strength: float = 0.6
     return _picture(np.where(np.isnan(share), pixels * (1 - _VEIL) + 255 * _VEIL, dimmed))
 
 
-def heat(image: Image, boxes: np.ndarray, values: np.ndarray, opacity: float = 0.65) -> Image:
+def heat(image: Image, boxes: np.ndarray, values: np.ndarray) -> Image:
     """The gray picture under colors, from dark blue (0) to yellow (1); tokens without a value (NaN) stay gray.
 
     Args:
         image: RGB.
         boxes: `[n, 4]`, see `paint_values`.
         values: `[n]` in [0, 1] or NaN.
-        opacity: Opacity of the colors.
     """
     pixels = np.asarray(image, dtype=np.float32)
     gray = (pixels @ LUMA)[..., None].repeat(3, -1)
@@ -89,7 +89,7 @@ def heat(image: Image, boxes: np.ndarray, values: np.ndarray, opacity: float = 0
     low = position.astype(int).clip(0, len(_HEAT) - 2)
     part = (position - low)[..., None]
     color = _HEAT[low] * (1 - part) + _HEAT[low + 1] * part
-    return _picture(np.where(np.isnan(value)[..., None], gray, gray * (1 - opacity) + color * opacity))
+    return _picture(np.where(np.isnan(value)[..., None], gray, gray * (1 - _COLORS) + color * _COLORS))
 
 
 def sheet(rows: Sequence[Sequence[tuple[Image, str]]], height: int = 288) -> Image:

@@ -106,7 +106,8 @@ def views(
         elif name in source.stretched:
             _check_count(len(images), pictures)
             for tokens, picture in zip(images, pictures, strict=True):
-                out.append(_view(places, tokens, picture, WHOLE))
+                crop = _crops(places, tokens)[0]
+                out.append(View(picture, crop.tokens, crop.boxes(WHOLE)))
         else:
             out += _picture_views(places, source, images, pictures, fit)
     return out
@@ -139,11 +140,6 @@ def _crops(places: VisualTokens, tokens: np.ndarray) -> list[_Crop]:
             "nor tiles, and their number is no square; patch.last.kept still has the prompt positions that stayed"
         )
     return [_Crop(tokens[m], row[m], col[m]) for g in np.unique(group[here]) if (m := here & (group == g)).any()]
-
-
-def _view(places: VisualTokens, tokens: np.ndarray, picture: Image, box: Box, name: str = "") -> View:
-    crop = _crops(places, tokens)[0]
-    return View(picture, crop.tokens, crop.boxes(box), name)
 
 
 def _picture_views(
@@ -205,10 +201,9 @@ def _best_split(seen: np.ndarray, pictures: Sequence[Image], starts: set[int]) -
         for first, (value, parts) in best.items():
             for last in range(first + 1, count + 1):
                 fits = preprocessing.possible_fits(last - first, picture.width / picture.height, _aspect(seen))
-                if fits:
-                    share = preprocessing.best(picture, fits, seen[first:last])[1] * (last - first)
-                    if last not in after or value + share > after[last][0] + 1e-9:
-                        after[last] = value + share, [*parts, (first, last)]
+                share = preprocessing.best(picture, fits, seen[first:last])[1] * (last - first)
+                if last not in after or value + share > after[last][0] + 1e-9:
+                    after[last] = value + share, [*parts, (first, last)]
                 if last in starts:
                     break
         best = after
@@ -246,8 +241,6 @@ def _find(picture: Image, crops: int, seen: np.ndarray | None, fit: str | None) 
     """Infers how a picture was cut into a number of crops."""
     aspect = picture.width / picture.height
     fits = preprocessing.possible_fits(crops, aspect, 1.0 if seen is None else _aspect(seen))
-    if not fits:
-        raise PictureError(f"cutting a picture into {crops} crops is not supported")
     if crops == 1 and fit is not None:
         return next(possible for possible in fits if possible.name == fit)
     if seen is not None:
