@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.latency import targets
-from benchmarks.report_tables import percent, seconds, span, table, versions
+from benchmarks.report_tables import right_share, seconds, span, table, versions
 
 Data = dict[str, Any]
 
@@ -15,15 +15,11 @@ Data = dict[str, Any]
 def kinds(data: Data) -> str:
     """Accuracy by kind of question, unpruned first."""
     names = list(data["rows"][0]["kinds"])
-
-    def shown(row: Data) -> str:
-        return f"{percent(row)}{span(row['interval'], '.0f', 100)}"
-
     rows = [
         (
             f"`{row['method']}`" if row.get("method") else "unpruned",
             f"{row['ratio']:g}" if row.get("ratio") else "",
-            *(shown(row["kinds"][name]) for name in names),
+            *(right_share(row["kinds"][name], ".0f") for name in names),
         )
         for row in data["rows"]
     ]
@@ -102,7 +98,7 @@ def lmms_eval(data: Data) -> str:
     tasks = list(data["rows"][0]["tasks"])
 
     def shown(cell: Data) -> str:
-        text = f"{percent(cell)}{span(cell['interval'], scale=100)}"
+        text = right_share(cell)
         if not cell.get("visual_tokens"):  # unpruned runs and questions without a picture log none
             return text
         return f"{text}, {cell['kept_visual_tokens']:.0f} of {cell['visual_tokens']:.0f}"

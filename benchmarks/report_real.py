@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.report_tables import percent, span, table, versions
+from benchmarks.report_tables import right_share, span, table, versions
 
 Data = dict[str, Any]
 
@@ -25,7 +25,7 @@ def quality(data: Data) -> str:
             bed.split()[0],
             f"{int(bed.split()[1]) ** 2:,}",
             kind,
-            _share(row),
+            right_share(row, ".0f"),
             str(row["total"]),
             f"{100 * row['majority']:.0f} %",
         )
@@ -52,7 +52,8 @@ def quality(data: Data) -> str:
             "tokens averaged over the inputs of the decoder layers."
         )
         cells = [[found.get((method, cost), {}) for cost in costs] for method in methods]
-        shown = [[_share(row["kinds"]["all"]) if "kinds" in row else "refused" for row in line] for line in cells]
+        kinds = [[row.get("kinds") for row in line] for line in cells]
+        shown = [[right_share(one["all"], ".0f") if one else "refused" for one in line] for line in kinds]
         pairs = zip(methods, shown, strict=True)
         parts.append(
             table(("method", *(f"mean cost {cost:g}" for cost in costs)), [(f"`{m}`", *line) for m, line in pairs])
@@ -75,10 +76,6 @@ def training(data: Data) -> str:
         for point in curve
     ]
     return f"{head}\n\n{table(('step', 'loss', *kinds), lines)}"
-
-
-def _share(row: Data) -> str:
-    return f"{percent(row)}{span(row['interval'], '.0f', 100)}"
 
 
 def needle(data: Data) -> str:
@@ -134,7 +131,7 @@ def _needle_cell(row: Data) -> str:
     if not row.get("total"):
         return ""
     kept = "" if row.get("fact_kept") is None else f" [{100 * row['fact_kept']:.0f} %]"
-    return f"{percent(row)}{span(row['interval'], '.0f', 100)}{kept}"
+    return f"{right_share(row, '.0f')}{kept}"
 
 
 def position_bias(data: Data) -> str:

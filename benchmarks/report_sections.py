@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.report_readme import cost_grid, grid
-from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, seconds, span, table, versions
+from benchmarks.report_tables import ANSWER_PATCHES, estimate, percent, right_share, seconds, span, table, versions
 from vtprune.study.fidelity_view import BESIDE, beside_resizing, refusals
 from vtprune.study.resize import NAME, regained, rival
 
@@ -24,7 +24,7 @@ def refvlm(data: Data) -> str:
         (
             name.replace("_", " ") if kind == "all" else "",
             kind,
-            f"{percent(row)}{span(row['interval'], scale=100)}",
+            right_share(row),
             f"{row['total']:,}",
             f"{100 * row['majority']:.1f} %",
         )
@@ -52,7 +52,7 @@ def drawn(data: Data) -> str:
                 f"`{row['row']}`",
                 f"{row['tokens']:.0f}",
                 f"{row['cost']:.2f}",
-                f"{percent(row)}{span(row['interval'], scale=100)}",
+                right_share(row),
                 f"{row['rescued']} of {row['lost']}" if "lost" in row else "",
             )
             for row in rows
@@ -64,12 +64,8 @@ def drawn(data: Data) -> str:
 def accuracy(data: Data) -> str:
     """Accuracy of every method, with intervals."""
     base = data["unpruned"]
-
-    def cell(row: Data) -> str:
-        return f"{percent(row)}{span(row['interval'], scale=100)}"
-
     text = (
-        f"{data['questions']}; unpruned: {cell(base)} with all {base['visual_tokens']} tokens. "
+        f"{data['questions']}; unpruned: {right_share(base)} with all {base['visual_tokens']} tokens. "
         f"{ANSWER_PATCHES!r} is no method: the patches that hold the answer are kept first. {versions(data)}"
     )
     costs = (
@@ -77,7 +73,7 @@ def accuracy(data: Data) -> str:
         "empty where a method cannot cost so little, or was not measured:"
     )
     ratios = "At one ratio, where methods that cut inside the decoder cost more than those that cut before it:"
-    tables = "\n\n".join((text, costs, cost_grid(data, cell), ratios, grid(data["rows"], cell)))
+    tables = "\n\n".join((text, costs, cost_grid(data, right_share), ratios, grid(data["rows"], right_share)))
     return tables + _accuracy_beside_resizing(data)
 
 

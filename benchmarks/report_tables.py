@@ -38,6 +38,11 @@ def span(interval: Sequence[float] | None, form: str = ".1f", scale: float = 1.0
     return f" ({low}–{high})"
 
 
+def right_share(row: dict[str, Any], form: str = ".1f") -> str:
+    """`right` of `total` in percent, with the `interval`."""
+    return f"{percent(row)}{span(row['interval'], form, 100)}"
+
+
 def estimate(number: dict[str, Any] | None, form: str, scale: float = 1.0) -> str:
     """A `value` with its `interval`."""
     return "" if number is None else f"{scale * number['value']:{form}}{span(number.get('interval'), form, scale)}"
