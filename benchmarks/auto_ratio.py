@@ -12,18 +12,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 import vtprune
-from benchmarks import kept_sets
+from benchmarks import command, kept_sets
 from vtprune import refvlm
 from vtprune.core.pixel_auto import PixelAuto
 from vtprune.refvlm import evaluate, pages
@@ -108,32 +106,24 @@ def of_accuracy(model: Any, processor: Any, questions: int, count: int) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What automatic ratios keep and gain.")
+    parser = command.parser("What automatic ratios keep and gain.", OUT)
     parser.add_argument("--models", nargs="+", choices=list(refvlm.MODELS), default=list(refvlm.MODELS))
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--pictures", type=int, default=40, help="pictures of every kind, and for calibration")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    data: dict[str, Any] = {
+    header = {
         "questions": args.questions,
         "pictures": args.pictures,
         "weights_sha256": {name: refvlm.weights_sha256(name) for name in args.models},
         "versions": progress.versions(),
     }
-    with progress.script(args.out):
-        data["models"] = progress.load(args.out, data, args.force).get("models", {})
-        for name in args.models:
-            if name in data["models"]:
-                continue
-            model, processor = refvlm.load(name=name)
-            data["models"][name] = {
-                "kinds": of_kinds(model, processor, args.pictures),
-                "accuracy": of_accuracy(model, processor, args.questions, args.pictures),
-            }
-            progress.save(args.out, data)
-    for name, found in data["models"].items():
+
+    def run(name: str) -> dict[str, Any]:
+        model, processor = refvlm.load(name=name)
+        accuracy = of_accuracy(model, processor, args.questions, args.pictures)
+        return {"kinds": of_kinds(model, processor, args.pictures), "accuracy": accuracy}
+
+    for name, found in command.fill(args, header, "models", args.models, run).items():
         for row in [*found["kinds"], *found["accuracy"]]:
             print(name, row)
 

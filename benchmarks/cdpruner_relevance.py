@@ -8,15 +8,14 @@ Right answers of both built-in models on held-out scenes, with sign and weight o
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import vtprune
+from benchmarks import command
 from vtprune import refvlm
 from vtprune.core.tokens import Tokens
 from vtprune.methods import CDPruner
@@ -59,11 +58,9 @@ def measure(name: str, questions: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sign and weight of CDPruner's relevance without CLIP.")
+    parser = command.parser("Sign and weight of CDPruner's relevance without CLIP.", OUT, resumes=False)
     parser.add_argument("--questions", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rows = [row for name in refvlm.MODELS for row in measure(name, args.questions)]
     progress.save(args.out, {"versions": progress.versions(), "rows": rows})
     for row in rows:

@@ -17,7 +17,6 @@ evaluated on others, in two ways:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 import vtprune
+from benchmarks import command
 from vtprune import refvlm
 from vtprune.refvlm import evaluate
 from vtprune.study import progress
@@ -121,12 +121,10 @@ def measure(models: list[str], methods: list[str], pictures: int, out: Path | No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Validity of certified ratios.")
+    parser = command.parser("Validity of certified ratios.", OUT)
     parser.add_argument("--models", nargs="+", choices=list(refvlm.MODELS), default=list(refvlm.MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
     with progress.script(args.out):
         data = measure(args.models, args.methods, args.pictures, args.out, args.force)

@@ -16,7 +16,6 @@ each place" is the upper bound for any curve over positions.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.mean_rows import mean_row
 from benchmarks.position_bias import GRID, QUESTION, RATIO, model, photographs
 from benchmarks.real import parts, photo_vlm
@@ -93,10 +93,8 @@ def measure() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.debiased_curve", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser = command.parser(__doc__, OUT, resumes=False)
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     header = {
         "decoder_sha256": parts.SHA256[parts.GGUF],
         "tower_sha256": parts.SHA256[parts.ONNX],

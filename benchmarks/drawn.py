@@ -10,13 +10,13 @@ picture and wrongly from the smaller one, and `rescued` those of them that the m
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import vtprune
+from benchmarks import command
 from benchmarks.accuracy import header, wilson_of
 from vtprune import refvlm
 from vtprune.refvlm import beds
@@ -83,13 +83,10 @@ def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.drawn", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--questions", type=int, default=40, help="questions of each bed (default: %(default)s)")
     parser.add_argument("--beds", nargs="+", default=list(BEDS), choices=beds.names(), metavar="BED")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     model, processor = refvlm.load(name="qwen2_5_vl")
     with progress.script(args.out):
         data: dict[str, Any] = header(args.questions, "qwen2_5_vl")

@@ -10,7 +10,6 @@ are written one by one; an interrupted sweep resumes, and one of other weights o
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 import vtprune
+from benchmarks import command
 from benchmarks.accuracy import header, wilson_of
 from vtprune import refvlm
 from vtprune.refvlm import evaluate, scenes
@@ -62,13 +62,11 @@ def row(options: dict[str, Any] | None, questions: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Sweeps IWP's layer and duplication weight on development scenes.")
+    parser = command.parser("Sweeps IWP's layer and duplication weight on development scenes.", OUT)
     parser.add_argument("--questions", type=int, default=384)
     parser.add_argument("--layers", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--duplication", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite an existing result")
     args = parser.parse_args()
     settings = [{"layer": k, "duplication": d} for k, d in itertools.product(args.layers, args.duplication)]
     with progress.script(args.out):

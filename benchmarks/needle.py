@@ -18,7 +18,6 @@ methods, so that an interrupted run has equally many trials of every row, and re
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 import vtprune
+from benchmarks import command
 from benchmarks.real import needles, parts, text_vlm
 from vtprune.bench.variants import method_of
 from vtprune.core.ragged import top_k
@@ -196,21 +196,18 @@ def _wanted(data: dict[str, Any], size: int, name: str, budget: dict[str, float]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual positions of the text")
     parser.add_argument(
         "--methods",
         nargs="+",
         metavar="NAME[:OPTION=VALUE]",
-        default=[n for n in vtprune.methods.names() if n != "debiased"],
+        default=command.METHODS,
     )
     parser.add_argument("--costs", type=float, nargs="+", default=list(MEAN_RATIOS), help="mean ratios")
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--until", type=int, help="number of trials after which to stop (default: all)")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     with progress.script(args.out):
         measure(
             tuple(args.places), args.methods, args.costs, args.trials, args.until or args.trials, args.out, args.force

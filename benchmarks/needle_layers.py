@@ -15,7 +15,6 @@ are the medians that IWP logs.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from benchmarks import needle
+from benchmarks import command, needle
 from benchmarks.mean_rows import mean_rows
 from benchmarks.real import parts
 from vtprune.core.ragged import top_k
@@ -97,13 +96,10 @@ def run(layer: int, texts: int) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.needle_layers", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--layers", type=int, nargs="+", default=list(LAYERS))
     parser.add_argument("--texts", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     header = {
         "decoder_sha256": parts.SHA256[parts.GGUF],
         "texts": args.texts,
@@ -111,13 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         "ratio": RATIO,
         "versions": progress.versions(),
     }
-    with progress.script(args.out):
-        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
-        rows = data.setdefault("layers", {})
-        todo = [layer for layer in args.layers if str(layer) not in rows]
-        for layer, row in progress.work(todo, lambda layer: run(layer, args.texts), "layers"):
-            rows[str(layer)] = row
-            progress.save(args.out, data)
+    rows = command.fill(args, header, "layers", args.layers, lambda layer: run(layer, args.texts))
     for layer, row in rows.items():
         print(f"{layer:>3}", "  ".join(f"{name} {value['mean']:.2f}" for name, value in row.items()))
 

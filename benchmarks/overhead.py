@@ -16,7 +16,6 @@ the limit; for a method that cuts inside the decoder the layers before the cut r
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -34,7 +33,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtprune
-from benchmarks import peers
+from benchmarks import command, peers
 from vtprune import refvlm
 from vtprune.bench.limit import short_prompt
 from vtprune.core.budget import Budget
@@ -292,13 +291,11 @@ def show(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What pruning adds to a prefill and to a decoding step.")
+    parser = command.parser("What pruning adds to a prefill and to a decoding step.", OUT, resumes=False)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     peers.register_all()
     before = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     one = partial(measure, methods=args.methods, rounds=args.rounds)

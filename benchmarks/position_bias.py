@@ -18,7 +18,6 @@ By chance both shares are the ratio. Intervals are bootstrapped over the photogr
 
 from __future__ import annotations
 
-import argparse
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from PIL import Image
 
 import vtprune
+from benchmarks import command
 from benchmarks.mean_rows import mean_rows
 from benchmarks.real import parts, photo_vlm
 from vtprune.study import progress
@@ -85,13 +85,10 @@ def run(method: str, ratio: float) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.position_bias", description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", default=[n for n in vtprune.methods.names() if n != "debiased"])
+    parser = command.parser(__doc__, OUT)
+    parser.add_argument("--methods", nargs="+", default=command.METHODS)
     parser.add_argument("--ratio", type=float, default=RATIO)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     header = {
         "decoder_sha256": parts.SHA256[parts.GGUF],
         "tower_sha256": parts.SHA256[parts.ONNX],
@@ -100,13 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         "ratio": args.ratio,
         "versions": progress.versions(),
     }
-    with progress.script(args.out):
-        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
-        rows = data.setdefault("methods", {})
-        todo = [name for name in args.methods if name not in rows]
-        for name, row in progress.work(todo, lambda name: run(name, args.ratio), "methods"):
-            rows[name] = row
-            progress.save(args.out, data)
+    rows = command.fill(args, header, "methods", args.methods, lambda name: run(name, args.ratio))
     for name, row in rows.items():
         if "refused" in row:
             print(f"{name:12} refused: {row['refused'][:90]}")

@@ -10,7 +10,6 @@ name the differences. Measures right answers of both built-in models, and the sh
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from benchmarks import kept_sets
+from benchmarks import command, kept_sets
 from vtprune import refvlm
 from vtprune.core.method import Choice, Method, Tap
 from vtprune.core.taps import layer_output, over_prompt
@@ -130,11 +129,9 @@ def measure(name: str, questions: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Two readings of VisPruner and DART.")
+    parser = command.parser("Two readings of VisPruner and DART.", OUT, resumes=False)
     parser.add_argument("--questions", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rows = [row for name in refvlm.MODELS for row in measure(name, args.questions)]
     progress.save(args.out, {"versions": progress.versions(), "rows": rows})
     for row in rows:

@@ -15,7 +15,6 @@ there.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import vtprune
+from benchmarks import command
 from benchmarks.real import drawn, parts, picture_vlm
 from vtprune.bench.variants import method_of
 from vtprune.refvlm import beds
@@ -136,20 +136,17 @@ def measure(names: list[str], methods: list[str], count: int, pruned: int, out: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_quality", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--beds", nargs="+", default=bed_names(), choices=bed_names(), metavar="BED")
     parser.add_argument(
         "--methods",
         nargs="*",
         metavar="NAME[:OPTION=VALUE]",
-        default=[n for n in vtprune.methods.names() if n != "debiased"],
+        default=command.METHODS,
     )
     parser.add_argument("--questions", type=int, default=48, help="of the unpruned model on each bed")
     parser.add_argument("--pruned", type=int, default=32, help="of every method")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     with progress.script(args.out):
         data = measure(args.beds, args.methods, args.questions, args.pruned, args.out, args.force)
     for bed, rows in data["beds"].items():

@@ -16,13 +16,12 @@ compare within a round. Methods that need a vision tower's attention are refused
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import vtprune
+from benchmarks import command
 from benchmarks.real import needles, parts, text_vlm
 from vtprune.bench import measure, summary
 from vtprune.bench.variants import variants
@@ -39,11 +38,6 @@ def prompt(setting: measure.Setting) -> dict[str, torch.Tensor]:
     assert setting.tokens is not None
     one = needles.needle(7, 40, setting.tokens)
     return text_vlm.inputs("<|im_start|>Text:", [one.words] * setting.batch, [one.question] * setting.batch)
-
-
-def methods() -> list[str]:
-    """Every registered method; `debiased` needs a curve that was fitted before."""
-    return [name for name in vtprune.methods.names() if name != "debiased"]
 
 
 def again(
@@ -65,15 +59,12 @@ def again(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_speed", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--places", type=int, nargs="+", default=list(PLACES), help="visual places of the text")
-    parser.add_argument("--methods", nargs="+", default=methods())
+    parser.add_argument("--methods", nargs="+", default=command.METHODS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--again", nargs="+", metavar="METHOD", help="measure only these methods again")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     chosen = variants(args.methods, [Budget(ratio=RATIO)])
     bench = measure.Bench(text_vlm.load(torch.bfloat16), prompt, chosen, new_tokens=8)
     settings = [measure.Setting(1, places) for places in args.places]

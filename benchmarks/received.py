@@ -10,13 +10,10 @@ of all rows. The error of a mean over rows depends on their number, not on the n
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import kept_sets
+from benchmarks import command, kept_sets
 from vtprune import refvlm
 from vtprune.methods import get
 from vtprune.refvlm import evaluate
@@ -41,11 +38,9 @@ def measure(method: str, questions: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Received attention of a sample of query rows.")
+    parser = command.parser("Received attention of a sample of query rows.", OUT, resumes=False)
     parser.add_argument("--questions", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rows = [row for method in METHODS for row in measure(method, args.questions)]
     progress.save(args.out, {"versions": progress.versions(), "ratio": RATIO, "rows": rows})
     for row in rows:

@@ -10,7 +10,6 @@ path; a test compares its rule with the result.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import command
 from benchmarks.kernel_cases import features
 from vtprune_kernels import _small
 from vtprune_kernels._cosine import Cosine
@@ -104,11 +104,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     from vtprune.study import progress
 
-    parser = argparse.ArgumentParser(description="Both paths of the greedy selections on groups of several sizes.")
+    parser = command.parser("Both paths of the greedy selections on groups of several sizes.", OUT, resumes=False)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     rows = measure(args.rounds)
     progress.save(args.out, {"versions": progress.versions(), "rounds": args.rounds, "rows": rows})
     taken, best = (sum(f(row) for row in rows) for f in (of_taken, lambda row: min(row["lazy"], row["pairs"])))

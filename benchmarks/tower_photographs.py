@@ -12,7 +12,6 @@ photographs.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from benchmarks import command
 from benchmarks.mean_rows import mean_rows
 from benchmarks.position_bias import photographs
 from benchmarks.real import parts, photo_vlm
@@ -47,11 +47,8 @@ def compared(model: Any, pixels: Tensor, method: towers.TowerMethod) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_photographs", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true", help="overwrite existing results")
+    parser = command.parser(__doc__, OUT)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     header = {
         "tower_sha256": parts.SHA256[parts.ONNX],
         "photographs": {one.name: one.license for one in parts.photographs()},
@@ -60,17 +57,13 @@ def main() -> None:
     }
     images = [image for _, image in photographs()]
     model = photo_vlm.load(images[:2], GRID)
-    with progress.script(args.out):
-        data: dict[str, Any] = header | progress.load(args.out, header, args.force)
-        rows = data.setdefault("rows", {})
-        for name in METHODS:
-            for keep in KEEPS:
-                key = f"{name} {keep}"
-                if key not in rows:
-                    method = getattr(towers, name)(keep=keep)
-                    rows[key] = mean_rows([compared(model, photo_vlm.pixels([image]), method) for image in images])
-                    progress.save(args.out, data)
-                print(key, {k: v for k, v in rows[key].items()}, flush=True)
+    cuts = {f"{name} {keep}": getattr(towers, name)(keep=keep) for name in METHODS for keep in KEEPS}
+
+    def run(key: str) -> dict[str, Any]:
+        return mean_rows([compared(model, photo_vlm.pixels([image]), cuts[key]) for image in images])
+
+    for key, row in command.fill(args, header, "rows", cuts, run).items():
+        print(key, row)
 
 
 if __name__ == "__main__":

@@ -15,21 +15,20 @@ share that the row answers rightly. `kl_above_change` compares each method with 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 import vtprune
+from benchmarks import command
 from benchmarks.accuracy import header
 from vtprune import refvlm, towers
 from vtprune.refvlm import evaluate, pages
-from vtprune.study import intervals, metrics, progress
+from vtprune.study import intervals, metrics
 from vtprune.study.resize import regained, resized, rival
 
 OUT = Path(__file__).resolve().parent / "results" / "tower_quality.json"
@@ -158,24 +157,18 @@ def summary(name: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tower_quality", description=__doc__.split("\n")[0])
+    parser = command.parser(__doc__, OUT)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of each part (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--keeps", nargs="+", type=float, default=KEEPS)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     model, processor = refvlm.load(name="qwen2_5_vl")
     everything = variants(args.methods, args.keeps)
     head = header(args.prompts, "qwen2_5_vl") | {"variants": list(everything)}
-    data: dict[str, Any] = {**head, "parts": {}} | progress.load(args.out, head, args.force)
-    for part in args.parts:
-        if part not in data["parts"]:
-            data["parts"][part] = one_part(model, processor, part, args.prompts, everything)
-            progress.save(args.out, data)
-            print(part, flush=True)
+    command.fill(
+        args, head, "parts", args.parts, lambda part: one_part(model, processor, part, args.prompts, everything)
+    )
 
 
 if __name__ == "__main__":
