@@ -187,37 +187,17 @@ def test_transition_variation(dtype, shape):
 
 @every_path_and_dtype
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
-def test_farthest_point_and_dpp(dtype, lengths, counts, memory):
+def test_choices_of_diverse_rows(dtype, lengths, counts, memory):
     rows = sum(lengths)
     features = clustered(rows, 60, seed=1).to(dtype)
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
     offsets, budgets = offsets_of(lengths), torch.tensor(counts)
-    run, naive = pair("weighted_farthest_point")
-    for weight in (None, weights):
-        order = run(strided(features), weight, offsets, budgets)
-        assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
-    run, naive = pair("dpp_map")
-    order = run(strided(features), strided(weights), offsets, budgets)
-    assert_order(order, naive(features, weights, offsets, budgets), offsets, budgets)
-
-
-@every_path_and_dtype
-@pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
-def test_facility_location_and_residual_pivots(dtype, lengths, counts, memory):
-    rows = sum(lengths)
-    features = clustered(rows, 60, seed=1).to(dtype)
-    weights = torch.rand(rows, generator=torch.Generator().manual_seed(2)) + 0.1
-    offsets, budgets = offsets_of(lengths), torch.tensor(counts)
-    run, naive = pair("facility_location")
-    for options in ({}, {"combine": "sum"}):
-        order = run(strided(features), strided(weights), offsets, budgets, **options)
-        assert_order(order, naive(features, weights, offsets, budgets, **options), offsets, budgets)
-    order = run(strided(features), None, offsets, budgets)
-    assert_order(order, naive(features, None, offsets, budgets), offsets, budgets)
-    run, naive = pair("residual_pivots")
-    for weight in (None, weights):
-        order = run(strided(features), weight, offsets, budgets)
-        assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
+    plain = [(name, None, {}) for name in ("weighted_farthest_point", "facility_location", "residual_pivots")]
+    weighted = [(name, weights, {}) for name in ("dpp_map", *(name for name, _, _ in plain))]
+    for name, weight, options in (*plain, *weighted, ("facility_location", weights, {"combine": "sum"})):
+        run, naive = pair(name)
+        order = run(strided(features), None if weight is None else strided(weight), offsets, budgets, **options)
+        assert_order(order, naive(features, weight, offsets, budgets, **options), offsets, budgets)
 
 
 def test_more_picks_than_dimensions(memory):
