@@ -16,9 +16,9 @@ from vtprune.core.density_peaks import density_peaks, log_peak_scores, pairwise_
 from vtprune.core.frame_budget import frame_budgets
 from vtprune.methods.dycoke import DyCoke
 from vtprune.methods.evs import EVS
-from vtprune.methods.fastvid import FastVID, plan
-from vtprune.methods.flashvid import FlashVID, tree_means
-from vtprune.methods.holitom import HoliTom, next_similarity, split
+from vtprune.methods.fastvid import FastVID, plan, summarize
+from vtprune.methods.flashvid import FlashVID, diverse, tree_links, tree_means
+from vtprune.methods.holitom import HoliTom, fold, next_similarity, split
 from vtprune.methods.vcast import VCast, curvature
 from vtprune.methods.vidcom2 import VidCom2
 
@@ -253,6 +253,73 @@ def test_flashvid_trees_end_in_the_first_frame_of_a_segment() -> None:
     means = clip.frame_means(x)
     segments = cut_segments(torch.cosine_similarity(means[1:], means[:-1]), 2, 0.9)
     assert torch.bincount(clip.frame[chosen.keep], minlength=8).nonzero()[:, 0].tolist() == [0, segments[0]]
+
+
+def test_of_equal_tokens_the_first_stay() -> None:
+    """Frames and tokens that are equal: rounding, which differs from row to row, decides nothing."""
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        frames, places, width = 9, 23, 33
+        kinds = torch.randint(0, 4, (places,), generator=draw)
+        x, clip = rows(4, width, seed)[kinds].repeat(frames, 1), Clip.of_grid(frames, places)
+        first = list(range(5 * places))  # nothing changes: every token of the later frames ties
+        assert EVS().choose_clip(x, clip, len(first), None).keep.tolist() == first
+        kept = DyCoke().choose_clip(x, clip, 3 * places + 20, None).keep
+        assert kept.tolist() == [
+            t * places + p for t in range(9) for p in range(places if t % 4 == 0 else 4 if t < 3 else 3)
+        ]
+        one = rows(1, width, seed).expand(frames * places, width)
+        kept = VCast().choose_clip(one, clip, frames + 4, None).keep
+        assert kept.tolist() == [t * places + p for t in range(frames) for p in range(2 if t < 4 else 1)]
+        kept = VidCom2().choose_clip(one, clip, frames * 20, None).keep
+        assert kept.tolist() == [t * places + p for t in range(frames) for p in range(20)]
+
+
+def test_of_equal_frames_the_first_ends_a_segment() -> None:
+    similarity = 1 - 1e-7 * torch.rand(11, generator=torch.Generator().manual_seed(0))
+    assert cut_segments(similarity, 4, 0.9) == [1, 1, 1, 9]
+
+
+def test_flashvid_takes_the_first_of_equal_tokens() -> None:
+    for seed in range(40):
+        kinds = torch.randint(0, 6, (40,), generator=torch.Generator().manual_seed(seed))
+        x = rows(6, 33, seed)[kinds]
+        picks = diverse(x, torch.ones(40), 20).tolist()
+        firsts = [kinds.tolist().index(k) for k in set(kinds.tolist())]
+        assert picks == sorted([*firsts, *[i for i in range(40) if i not in firsts][: 20 - len(firsts)]])
+
+        frames = list(torch.arange(40).split(20))
+        links = tree_links(x, frames, 0.5, 40)
+        for token in range(20, 40):
+            equal = [i for i in range(20) if kinds[i] == kinds[token]]
+            assert not equal or links[token] == equal[0]
+        # Where the threshold rises to a similarity that several tokens have, none of them is merged.
+        still = rows(20, 33, seed).repeat(2, 1)
+        assert bool((tree_links(still, frames, 0.5, 10) == -1).all())
+
+
+def test_the_mean_of_a_tree_of_equal_tokens_is_the_token() -> None:
+    x = rows(5, 33).repeat(3, 1)
+    links = torch.cat([torch.full((5,), -1), torch.arange(10)])
+    assert torch.equal(tree_means(x, links, Clip.of_grid(3, 5)), x)
+
+
+def test_a_token_joins_the_first_of_equal_centers_and_a_center_itself() -> None:
+    for seed in range(40):
+        kinds = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(seed))
+        x, count = rows(3, 33, seed)[kinds], 12
+        first = [kinds[:count].tolist().index(k) if k in kinds[:count] else None for k in kinds.tolist()]
+        x[count:] += 0.01 * rows(30 - count, 33, 1000 + seed)
+        merged, folded = x[:count].clone(), x[:count].clone()
+        for center in range(count):
+            members = [center, *[i for i in range(count, 30) if first[i] == center]]
+            weight = max(0.6, 1 / (len(members) + 1))
+            merged[center] = weight * x[center] + (1 - weight) * x[members].mean(0)
+            for member in members[1:]:
+                folded[center] = (folded[center] + x[member]) / 2
+        known = torch.tensor([i for i in range(30) if first[i] is not None])
+        torch.testing.assert_close(summarize(x, torch.arange(count), known, 0.6), merged)
+        torch.testing.assert_close(fold(x[known], torch.arange(count)), folded)
 
 
 def test_density_peaks_by_hand() -> None:

@@ -15,7 +15,7 @@ from ..errors import MethodError
 from .attention import visual_attention
 from .method import Choice, Group, Method, Stage, Tap
 from .options import Positive
-from .ragged import top_k
+from .ragged import settle_ties, top_k
 from .tokens import Tokens
 
 if TYPE_CHECKING:
@@ -76,10 +76,12 @@ class Clip:
 def similarity_to(x: Tensor, other: Tensor, missing: float) -> Tensor:
     """Cosine similarity `[n]` of every row of `x` `[n, D]` and row `other` `[n]`; `missing` where `other` is negative.
 
-    A row of zeros has similarity 0 to every other.
+    Equal rows have similarity 1 exactly. A row of zeros has similarity 0 to every other.
     """
     other = other.to(x.device)
-    cosine = torch.cosine_similarity(x, x[other.clamp_min(0)], dim=-1, eps=1e-8)
+    compared = x[other.clamp_min(0)]
+    cosine = torch.cosine_similarity(x, compared, dim=-1, eps=1e-8)
+    cosine = torch.where((x == compared).all(-1) & (x != 0).any(-1), 1.0, cosine)
     return torch.where(other < 0, missing, cosine)
 
 
@@ -97,14 +99,14 @@ def cut_segments(similarity: Tensor, least: int, threshold: float) -> list[int]:
     """
     similarity = similarity.cpu()
     cuts = similarity < threshold
-    cuts[similarity.sort(stable=True).indices[: max(least - 1, 0)]] = True
+    cuts[settle_ties(-similarity).sort(descending=True, stable=True).indices[: max(least - 1, 0)]] = True
     edges = [0, *(cuts.nonzero()[:, 0] + 1).tolist(), len(similarity) + 1]
     return [b - a for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Indices `[count]` of the largest scores, ascending; ties go to the smaller index."""
-    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+    """Indices `[count]` of the largest scores, ascending; ties (see `TIE` in `ragged`) go to the smaller index."""
+    return settle_ties(scores).sort(descending=True, stable=True).indices[:count].sort().values
 
 
 @dataclass

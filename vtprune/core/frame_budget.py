@@ -31,9 +31,9 @@ def frame_budgets(
     if sum(out) > total:
         out = [0] * len(capacity)
     rest, weight = total - sum(out), sum(weights)
-    quota = [rest * w / weight if weight > 0 else rest / len(capacity) for w in weights]
+    quota = [round(rest * w / weight if weight > 0 else rest / len(capacity), 9) for w in weights]
     out = [n + min(int(q), c - n) for n, q, c in zip(out, quota, capacity, strict=True)]
-    by_fraction = sorted(frames, key=lambda i: (int(quota[i]) - quota[i], i))
+    by_fraction = sorted(frames, key=lambda i: (round(int(quota[i]) - quota[i], 9), i))
     while left := total - sum(out):
         for i in [i for i in by_fraction if out[i] < capacity[i]][:left]:
             out[i] += 1

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 # Relative difference up to which two neighboring scores tie. Equal tokens (two copies of an image, flat background)
 # have equal scores, but float32 sums over prompts of different lengths round differently, by about 1e-7.
@@ -100,6 +101,31 @@ def _ties(scores: Tensor, groups: Tensor | None, tolerance: float = TIE) -> tupl
         part = ((first - values) / width).nan_to_num(0.0).floor()
         torch.cumsum(differ | (part[1:] != part[:-1]), 0, out=tie[1:])
     return order, tie
+
+
+def first_equal(x: Tensor) -> Tensor:
+    """Number `[n]` of the first row that equals each row of `x` `[n, D]`.
+
+    Products of equal rows differ by rounding; with it, rounding does not decide which of them is the nearest.
+    """
+    x, numbers = x.detach(), torch.arange(len(x), device=x.device)
+    if len(torch.unique(x[:, :: x.shape[1] // 8 + 1], dim=0)) == len(x):  # few features tell most rows apart
+        return numbers
+    kinds = torch.unique(x, dim=0, return_inverse=True)[1]
+    return torch.full_like(numbers, len(x)).scatter_reduce(0, kinds, numbers, "amin")[kinds]
+
+
+def pairwise_cosines(x: Tensor) -> Tensor:
+    """Cosines `[n, n]` of the rows of `x` `[n, D]`, the same for equal rows and 1 exactly between them.
+
+    A row of zeros has cosine 0 to every row.
+    """
+    unit = normalize(x, dim=-1)
+    cosines, first = unit @ unit.T, first_equal(unit)
+    if bool((first == torch.arange(len(x), device=x.device)).all()):
+        return cosines
+    equal = (first[:, None] == first) & (unit != 0).any(1)
+    return cosines[first][:, first].masked_fill(equal, 1.0)
 
 
 def top_k(scores: Tensor, offsets: Tensor, budgets: Tensor) -> Tensor:

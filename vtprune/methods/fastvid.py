@@ -16,6 +16,7 @@ from ..core.density_peaks import density_peaks, group_means, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
 from ..core.options import Cosine, Positive, Share
+from ..core.ragged import first_equal
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.tower import Vision, layer_tap, projector_tap
@@ -94,7 +95,7 @@ def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tens
         x: `[n, D]` float32.
         centers: `[C]` rows of the centers.
         members: `[m]` rows that are merged, with or without the centers; each joins the center with the largest
-            cosine.
+            cosine, a center itself.
         least: Smallest weight of the center. With `k` members it is `max(least, 1 / (k + 1))`, and the mean of the
             members has the rest.
 
@@ -102,7 +103,9 @@ def summarize(x: Tensor, centers: Tensor, members: Tensor, least: float) -> Tens
         Tensor: `[C, D]`.
     """
     unit = normalize(x, dim=-1)
-    nearest = (unit[members] @ unit[centers].T).argmax(1)
+    nearest = first_equal(unit[centers])[(unit[members] @ unit[centers].T).argmax(1)]
+    own = members[:, None] == centers
+    nearest = torch.where(own.any(1), own.to(torch.int8).argmax(1), nearest)
     means, sizes = group_means(x[members], nearest, len(centers))
     weight = (1 / (sizes.float() + 1)).clamp_min(least)[:, None]
     weight = torch.where(sizes[:, None] > 0, weight, 1.0)

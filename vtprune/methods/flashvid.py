@@ -17,6 +17,7 @@ from ..core.density_peaks import density_peaks, group_means, group_sums, pairwis
 from ..core.frame_budget import frame_budgets
 from ..core.method import Tap
 from ..core.options import Cosine, Positive, Share
+from ..core.ragged import TIE, first_equal, pairwise_cosines
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.tower import Vision, layer_tap, projector_tap
@@ -41,17 +42,22 @@ def diverse(x: Tensor, weight: Tensor, count: int) -> Tensor:
     Returns:
         Tensor: `[count]`, ascending.
     """
-    unit = normalize(x, dim=-1)
-    away = (1 - unit @ unit.T) * weight
+    away = (1 - pairwise_cosines(x)) * weight
     if count == 0 or len(x) == 1:
         return torch.arange(count, device=x.device)
-    picks = [away.topk(2, dim=0, largest=False).values[1].argmax()]
+    picks = [_first_largest(away.topk(2, dim=0, largest=False).values[1])]
     nearest = away[picks[0]].clone()
     for _ in range(count - 1):
         nearest[picks[-1]] = -torch.inf  # with weight 0 all distances are 0, so a picked token must be excluded
-        picks.append(nearest.argmax())
+        picks.append(_first_largest(nearest))
         nearest = torch.minimum(nearest, away[picks[-1]])
     return torch.stack(picks).sort().values
+
+
+def _first_largest(scores: Tensor) -> Tensor:
+    """Index of the largest score, which is not negative; of those that tie with it the first."""
+    best = scores.amax()
+    return (scores >= best - TIE * best).to(torch.int8).argmax()  # argmax returns the first of equals
 
 
 def event_weights(x: Tensor, means: Tensor) -> Tensor:
@@ -75,30 +81,33 @@ def tree_links(x: Tensor, frames: Sequence[Tensor], threshold: float, most: int)
     best, into, rows = [], [], []
     for before, here in zip(frames, frames[1:], strict=False):
         if len(before) and len(here):
-            similarity, nearest = (normalize(x[here], dim=-1) @ normalize(x[before], dim=-1).T).max(1)
+            unit = normalize(x[before], dim=-1)
+            similarity, nearest = (normalize(x[here], dim=-1) @ unit.T).max(1)
             best.append(similarity)
-            into.append(before[nearest])
+            into.append(before[first_equal(unit)[nearest]])
             rows.append(here)
     if best:
         similarity = torch.cat(best)
         merged = similarity > threshold
         if int(merged.sum()) > most:
-            merged = similarity > (similarity.sort(descending=True).values[most - 1] if most else torch.inf)
+            merged = similarity > (similarity.sort(descending=True).values[most - 1] + TIE if most else torch.inf)
         links[torch.cat(rows)[merged]] = torch.cat(into)[merged]
     return links
 
 
 def tree_means(x: Tensor, links: Tensor, clip: Clip) -> Tensor:
     """`[n, D]` mean of every token `[n, D]` and all its descendants in the tree."""
-    total, members = x.clone(), torch.ones(len(x), 1, device=x.device, dtype=torch.float32)
+    # Sums of differences from the token itself: the mean of equal tokens is exactly that token.
+    total, members = torch.zeros_like(x), torch.ones(len(x), 1, device=x.device, dtype=torch.float32)
     for rows in reversed(torch.arange(len(x), device=x.device).split(clip.sizes)):
         rows = rows[links[rows] >= 0]
         if len(rows):
             parents, place = torch.unique(links[rows], return_inverse=True)
-            sums, _ = group_sums(torch.cat([total[rows], members[rows]], 1), place, len(parents))
+            away = total[rows] + members[rows] * (x[rows] - x[links[rows]])
+            sums, _ = group_sums(torch.cat([away, members[rows]], 1), place, len(parents))
             total[parents] += sums[:, :-1]
             members[parents] += sums[:, -1:]
-    return total / members
+    return x + total / members
 
 
 def cluster(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from ..core.density_peaks import density_peaks, group_means, pairwise_distances
 from ..core.frame_budget import frame_budgets
 from ..core.method import Choice, Tap
 from ..core.options import Cosine, Positive, Share
+from ..core.ragged import first_equal
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.tower import Vision, layer_tap, projector_tap
@@ -160,7 +161,7 @@ def fold(x: Tensor, keep: Tensor) -> Tensor:
     """
     dropped = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, keep, False).nonzero()[:, 0]
     unit = torch.nn.functional.normalize(x, dim=-1)
-    target = (unit[dropped] @ unit[keep].T).argmax(1)
+    target = first_equal(unit[keep])[(unit[dropped] @ unit[keep].T).argmax(1)]
     sizes = torch.bincount(target, minlength=len(keep))
     order = torch.sort(target, stable=True).indices
     target, dropped = target[order], dropped[order]

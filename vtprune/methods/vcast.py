@@ -36,7 +36,7 @@ def token_scores(x: Tensor, clip: Clip, means: Tensor) -> Tensor:
     for part, mean in zip(x.split(clip.sizes), means, strict=True):
         length = part.norm(dim=-1)
         spread = (length - length.min()) / (length.max() - length.min() + 1e-6)
-        scores.append(1 - normalize(part, dim=-1) @ mean + spread)
+        scores.append(1 - (normalize(part, dim=-1) * mean).sum(-1) + spread)
     return torch.cat(scores)
 
 
@@ -64,7 +64,7 @@ class VCast(ClipMethod):
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
         means = normalize(clip.frame_means(x), dim=-1)
-        weights = torch.softmax(curvature(means) / self.temperature, 0)
+        weights = torch.softmax(curvature(means).double().cpu() / self.temperature, 0)
         counts = frame_budgets(weights.tolist(), budget, clip.sizes, floor=1)
         scores = token_scores(x, clip, means)
         keep, start = [], 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..core.clips import Clip, ClipChoice, ClipMethod
+from ..core.ragged import settle_ties
 from ..core.registry import register
 
 _WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
@@ -55,6 +56,7 @@ def most_distinct(scores: Tensor, clip: Clip, counts: list[int], budget: int) ->
         Tensor: `[budget]` token indices, ascending.
     """
     keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    scores = -settle_ties(-scores)
     for part, marks, count in zip(scores.split(clip.sizes), keep.split(clip.sizes), counts, strict=True):
         marks[part.sort(stable=True).indices[:count]] = True
     by_score = scores.sort(stable=True).indices
