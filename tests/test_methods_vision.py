@@ -16,7 +16,7 @@ from vtprune.methods.pooling import cells, centers
 from vtprune.methods.prumerge import grid_places, merge, outlier_ratio
 from vtprune.methods.vflowopt.grid_recycling import grid_cells, mark_exactly, recycle
 from vtprune.methods.vflowopt.importance_map import selected_rows
-from vtprune.methods.visionzip import contextual_targets
+from vtprune.methods.visionzip import assign, contextual_targets
 from vtprune.methods.visionzip import merge as contextual
 from vtprune.methods.vispruner import remove_duplicates, select
 from vtprune.methods.zoo_prune import sensitivity
@@ -206,6 +206,13 @@ def test_removing_doubles_meets_any_count() -> None:
     assert sorted(i // 2 for i in remove_duplicates(doubled, torch.arange(26), 13, step=13).tolist()) == list(range(13))
 
 
+def test_of_equal_doubles_the_first_is_removed() -> None:
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        features = torch.randn(4, 33, generator=draw)[torch.arange(40) // 2 % 4]
+        assert remove_duplicates(features, torch.arange(40), 32).tolist() == [*range(16, 40, 2), *range(1, 40, 2)]
+
+
 def test_contextual_tokens_are_sums_or_averages() -> None:
     assert contextual_targets(11, 4).tolist() == [0, 2, 4, 6]
     features, targets, belongs = torch.eye(4), torch.tensor([0, 2]), torch.tensor([0, 0, 1, 0])
@@ -213,6 +220,16 @@ def test_contextual_tokens_are_sums_or_averages() -> None:
     torch.testing.assert_close(contextual(features, targets, belongs), expected)
     expected = torch.tensor([[1 / 3, 1 / 3, 0, 1 / 3], [0, 0, 1, 0]])
     torch.testing.assert_close(contextual(features, targets, belongs, average=True), expected)
+
+
+def test_a_patch_joins_the_first_of_equal_targets() -> None:
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        kinds = torch.randint(0, 3, (7,), generator=draw)
+        metric = torch.randn(3, 33, generator=draw)[kinds].repeat(4, 1)
+        metric[7:] += 0.01 * torch.randn(21, 33, generator=draw)
+        first = [kinds.tolist().index(kind) for kind in kinds.tolist() * 3]
+        assert assign(metric, torch.arange(7)).tolist() == [*range(7), *first]
 
 
 def test_prumerge_survives_images_without_outliers() -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from ..core.log import warn_once
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Range
-from ..core.ragged import settle_ties
+from ..core.ragged import first_equal, settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.crops import by_crop
@@ -40,7 +40,7 @@ def assign(metric: Tensor, targets: Tensor) -> Tensor:
         Tensor: `[n]` index of the target.
     """
     unit = normalize(metric.float(), dim=-1)
-    nearest = (unit @ unit[targets].T).argmax(1)
+    nearest = first_equal(unit[targets])[(unit @ unit[targets].T).argmax(1)]
     nearest[targets] = torch.arange(len(targets), device=targets.device)
     return nearest
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..core.method import Choice, Method, Stage, Tap
 from ..core.options import Positive, Share
-from ..core.ragged import settle_ties
+from ..core.ragged import pairwise_cosines, settle_ties
 from ..core.registry import register
 from ..core.tokens import Tokens
 from ..vision.crops import by_crop
@@ -38,8 +37,7 @@ def remove_duplicates(features: Tensor, order: Tensor, count: int, step: int = 8
     Returns:
         Tensor: `[count]` rows, in the final order of the list.
     """
-    unit = normalize(features[order].float(), dim=-1)
-    similar = unit @ unit.T
+    similar = pairwise_cosines(features[order].float())
     left = torch.arange(len(order), device=order.device)
     while len(left) > count:
         if 4 * len(left) < 3 * len(similar):  # what is gone is not read again
