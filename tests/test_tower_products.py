@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vtprune
 from vtprune import towers
 from vtprune.towers.products import NAME, find_products
+from vtprune.towers.similar import match
 
 PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = [[4, Image(1), 6]]
@@ -123,3 +124,12 @@ def test_nothing_stays_behind():
     assert any(NAME in vars(module) for module in model.modules())
     patch.remove()
     assert all(a == set(vars(m)) for a, m in itertools.zip_longest(before, model.modules()))
+
+
+def test_of_equal_patches_the_first_is_the_partner() -> None:
+    for seed in range(20):
+        kinds = torch.arange(42) // 2 % 3  # both halves hold the same three kinds of patches
+        units = torch.nn.functional.normalize(torch.randn(3, 33, generator=torch.Generator().manual_seed(seed)), dim=-1)
+        stays, copies = match(units[kinds], 32)
+        assert stays.nonzero()[:, 0].tolist() == [i for i in range(42) if i % 2 or i >= 20]
+        assert copies[:20:2].tolist() == [1, 3, 5, 1, 3, 5, 1, 3, 5, 1]

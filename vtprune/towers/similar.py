@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.ragged import first_equal
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
 
@@ -52,6 +53,9 @@ def match(units: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         if not len(second):
             break
         cosine, partner = (units[first] @ units[second].t()).max(1)
+        partner = first_equal(units[second])[partner]
+        same = (units[first] == units[second[partner]]).all(1) & (units[first] != 0).any(1)
+        cosine = cosine.masked_fill(same, 1.0)  # equal pairs are told apart by their numbers, not by rounding
         dropped = torch.sort(cosine, descending=True, stable=True).indices[: len(left) - budget]
         copy[first[dropped]] = second[partner[dropped]]
         staying = torch.ones(len(units), dtype=torch.bool, device=units.device)
