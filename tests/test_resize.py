@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import vtprune
 from vtprune import refvlm
-from vtprune.study.resize import ASPECT, resized
+from vtprune.study.resize import ASPECT, Frames, resized
 
 
 def _prompt(processor: Any) -> Any:
@@ -72,3 +74,67 @@ def test_fixed_grid_cannot() -> None:
         resized(
             processor, Image.new("RGB", (96, 96)), _prompt(processor), lambda m: int((m["input_ids"] == ids).sum()), 70
         )
+
+
+@pytest.mark.parametrize("size", [(50, 40), (96, 24), (5, 5)], ids=str)
+def test_a_picture_that_the_processor_enlarges_is_enlarged_less(size: tuple[int, int]) -> None:
+    _, processor = refvlm.load(name="qwen2_5_vl")
+    cell = processor.image_processor.patch_size * processor.image_processor.merge_size
+    processor.image_processor.size = {"shortest_edge": 150 * cell**2, "longest_edge": 400 * cell**2}
+    image, before = Image.effect_noise(size, 80).convert("RGB"), dict(processor.image_processor.size)
+
+    def count(inputs: Any) -> int:
+        return int(inputs["mm_token_type_ids"].sum())
+
+    whole = count(_prompt(processor)(image))
+    assert whole >= 150
+    for share in (1.0, 0.9, 0.5, 0.25):
+        budget = int(share * whole)
+        assert 0.7 * budget <= resized(processor, image, _prompt(processor), count, budget)[1] <= budget
+    assert dict(processor.image_processor.size) == before
+
+
+def test_the_lower_bound_of_the_video_processor_is_lifted_for_clips() -> None:
+    _, stock = refvlm.load(name="qwen2_5_vl")
+    _, clips = refvlm.load(name="qwen2_5_vl")
+    cell = clips.image_processor.patch_size * clips.image_processor.merge_size
+    clips.image_processor.size = {"shortest_edge": 50 * cell**2, "longest_edge": 400 * cell**2}
+    processor = SimpleNamespace(image_processor=stock.image_processor, video_processor=clips.image_processor)
+    frames = Frames(Image.effect_noise((8 * cell, 8 * cell), 80).convert("RGB") for _ in range(2))
+    for budget in (30, 9):
+        _, tokens = resized(
+            processor, frames, lambda f: _prompt(clips)(f[0]), lambda m: int(m["mm_token_type_ids"].sum()), budget
+        )
+        assert 0.7 * budget <= tokens <= budget
+    assert clips.image_processor.size["shortest_edge"] == 50 * cell**2
+
+
+def test_a_picture_cut_into_tiles_gets_fewer_tiles_and_keeps_its_pixels() -> None:
+    """A picture of a few pixels would have another shape, and so fewer tiles. The processor may ask for the cutting."""
+    images = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=False)
+    image = Image.effect_noise((640, 480), 80).convert("RGB")
+    for budget, tiles in ((13, 13), (12, 7), (7, 7), (6, 5), (4, 1)):
+        seen: list[tuple[int, int]] = []
+
+        def prompt(picture: Image.Image, seen: list[tuple[int, int]] = seen) -> Any:
+            seen.append(picture.size)
+            return images(images=[picture], crop_to_patches=True, return_tensors="pt")
+
+        made, tokens = resized(
+            SimpleNamespace(image_processor=images), image, prompt, lambda m: len(m["pixel_values"]), budget
+        )
+        assert tokens == len(made["pixel_values"]) == tiles
+        assert set(seen) == {image.size} and images.max_patches == 12
+
+
+def test_of_sizes_with_as_many_tokens_the_largest_is_shown() -> None:
+    """Processors with a few fixed resolutions make the same tokens of many sizes."""
+    processor = SimpleNamespace(image_processor=SimpleNamespace(resample=3))
+    image = Image.new("RGB", (640, 480))
+    for budget in (1368, 2000):
+        made, tokens = resized(processor, image, lambda p: p, lambda p: 2340 if p.width > 448 else 1368, budget)
+        assert (made.size, tokens) == ((448, 336), 1368)
+    made, _ = resized(processor, image, lambda p: p, lambda p: 5 if p.width * 3 == p.height * 4 else 1, 5)
+    assert made.size == image.size
+    with pytest.raises(vtprune.MethodError, match="resizing cannot reach 4 visual tokens"):  # not of another shape
+        resized(processor, image, lambda p: p, lambda p: 5 if 1.2 < p.width / p.height < 1.5 else 1, 4)

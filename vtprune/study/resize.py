@@ -18,6 +18,7 @@ NAME = "resize"  # of its rows
 MORE = (0.9, 0.75)  # shares of the visual tokens that are tried besides those of the methods
 SCALES = 1024  # sizes that are tried of a processor whose tokens are not cells of the picture
 ASPECT = 1.1  # most that a smaller picture may be wider or higher than the picture
+FIELDS = ("size", "min_pixels", "max_patches")  # of processors, that are changed meanwhile
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -82,8 +83,9 @@ def resized(
     """The prompt whose picture has the most visual tokens that are not above a budget, after the processor's rounding.
 
     The picture is resized once, from the original, by the processor's filter, to a size that the processor keeps if its
-    tokens are cells of the picture. The processor's lower bound on the number of pixels, which would enlarge it again,
-    is lifted meanwhile, and its number of tiles is lowered where resizing alone does not reach the budget.
+    tokens are cells of the picture; of a picture that the processor enlarges, to one between. The processor's lower
+    bound on the number of pixels, which would enlarge it again, is lifted meanwhile. Where a picture is cut into tiles
+    of one size, whose number follows from its shape, it is not resized and cut into fewer.
 
     Args:
         processor: Of the model.
@@ -98,28 +100,32 @@ def resized(
     Raises:
         MethodError: No size of the picture has so few tokens: the grid is fixed, or one tile has more already.
     """
+    made = prompt(image)
+    tokens = least = count(made)
+    if tokens <= budget:
+        return made, tokens
     best: tuple[Mapping[str, Any], int] | None = None
-    least: int | None = None
-    sizes = _sizes(image.size, _cell(processor.image_processor))
-    resample = getattr(processor.image_processor, "resample", None)
+    images, tiles = processor.image_processor, _most_tiles(processor)
+    resample = getattr(images, "resample", None)
     resample = resample if isinstance(resample, int) else None  # Pillow's own
-    for tiles in _tile_counts(processor):
-        with _bounds_lifted(processor, tiles):
-            low, high = 0, len(sizes)
-            tried = high - 1  # first the picture itself
-            while low < high and (best is None or best[1] < budget):
-                size = sizes[tried]
-                made = prompt(image if size == image.size else image.resize(size, resample))
-                tokens = count(made)
-                least = tokens if least is None else min(least, tokens)
-                if tokens > budget:
-                    high = tried
-                else:
-                    low = tried + 1
-                    best = (made, tokens) if best is None or tokens > best[1] else best
-                tried = (low + high) // 2
-        if best is not None:
-            return best
+    steps: Sequence[Any] = range(1, tiles) if tiles else _sizes(image.size, _cell(images), _bound(processor, image))
+    with _restored(processor):
+        low, high = 0, len(steps)
+        while low < high:
+            tried = (low + high) // 2
+            if tiles:
+                images.max_patches = steps[tried]
+            made = prompt(image if tiles else image.resize(steps[tried], resample))
+            tokens = count(made)
+            least = min(least, tokens)
+            if tokens > budget:
+                high = tried
+            else:
+                low = tried + 1
+                if best is None or tokens >= best[1]:  # the larger of two pictures with as many tokens
+                    best = made, tokens
+    if best is not None:
+        return best
     raise MethodError(
         f"resizing cannot reach {budget} visual tokens: {type(processor).__name__} makes at least {least} of a picture "
         "of any size"
@@ -132,53 +138,71 @@ def _cell(images: Any) -> int | None:
     return patch * merge if isinstance(patch, int) and isinstance(merge, int) else None
 
 
-def _sizes(size: tuple[int, int], cell: int | None) -> list[tuple[int, int]]:
-    """Sizes of a smaller picture from the smallest to `size`: whole cells of about its shape, or any scale."""
+def _bound(processor: Any, image: Image | Frames) -> int:
+    """Pixels below which the processor enlarges a picture, or the frames of a clip."""
+    clips = getattr(processor, "video_processor", None) if isinstance(image, Frames) else None
+    images = processor.image_processor if clips is None else clips
+    size = getattr(images, "size", None) or {}
+    return size["shortest_edge"] if "longest_edge" in size and "shortest_edge" in size else 0
+
+
+def _sizes(size: tuple[int, int], cell: int | None, bound: int) -> list[tuple[int, int]]:
+    """Sizes of a smaller picture in ascending order: whole cells of about its shape, or any scale.
+
+    Args:
+        size: Of the picture.
+        cell: Sides of the square that a token stands for; None for any scale.
+        bound: Pixels to which the processor enlarges a picture with fewer.
+    """
     width, height = size
-    if cell is None:
-        scales = (number / SCALES for number in range(1, SCALES))
-        return [*dict.fromkeys((max(1, round(width * s)), max(1, round(height * s))) for s in scales), size]
 
     def error(grid: tuple[int, int]) -> float:
         ratio = grid[0] * height / (grid[1] * width)
         return max(ratio, 1 / ratio)
 
-    wide, high = max(1, width // cell), max(1, height // cell)
+    if cell is None:
+        scales = (number / SCALES for number in range(1, SCALES))
+        sizes = dict.fromkeys((max(1, round(width * s)), max(1, round(height * s))) for s in scales)
+        return [it for it in sizes if error(it) <= ASPECT and it != size]
+    grown = max(1.0, (bound / (width * height)) ** 0.5)
+    across, down = (max(side * grown, cell) for side in size)
+    wide, high = int(across // cell), int(down // cell)
     exact = {(columns, max(1, round(height * columns / width))) for columns in range(1, wide + 1)}
     exact |= {(max(1, round(width * rows / height)), rows) for rows in range(1, high + 1)}
     near = {(columns, rows) for columns in range(1, wide + 1) for rows in range(1, high + 1)}
-    grids = exact | {grid for grid in near if error(grid) <= ASPECT}
+    grids = {it for it in exact if it[0] <= wide and it[1] <= high} | {grid for grid in near if error(grid) <= ASPECT}
     best = {columns * rows: (columns, rows) for columns, rows in sorted(grids, key=error, reverse=True)}
-    sizes = [(best[cells][0] * cell, best[cells][1] * cell) for cells in sorted(best)]
-    return [*[it for it in sizes if it[0] <= max(width, cell) and it[1] <= max(height, cell) and it != size], size]
+    return [(best[cells][0] * cell, best[cells][1] * cell) for cells in sorted(best)]
 
 
-def _tile_counts(processor: Any) -> list[int | None]:
-    """Most tiles of a picture to try, from as many as the processor allows; None where it has no such field."""
-    most = getattr(processor.image_processor, "max_patches", None)
-    if not isinstance(most, int) or not getattr(processor.image_processor, "crop_to_patches", False):
-        return [None]
-    return list(range(most, 0, -1))
+def _most_tiles(processor: Any) -> int | None:
+    """Most tiles of one size that a picture is cut into; None where the processor cuts none.
+
+    Whether it does may be said by the processor and not by its image processor, so it is not asked.
+    """
+    images = processor.image_processor
+    most = getattr(images, "max_patches", None)
+    return most if isinstance(most, int) and hasattr(images, "crop_to_patches") else None
 
 
 @contextmanager
-def _bounds_lifted(processor: Any, tiles: int | None) -> Iterator[None]:
-    """Without the lower bound on pixels that processors of any resolution have, and with at most `tiles` tiles."""
-    images = processor.image_processor
-    changed: dict[str, Any] = {} if tiles is None else {"max_patches": tiles}
-    cell = _cell(images)
-    if cell is not None:
+def _restored(processor: Any) -> Iterator[None]:
+    """Without the lower bound on pixels that processors of any resolution have; afterwards as it was."""
+    before: list[tuple[Any, str, Any]] = []
+    both = (processor.image_processor, getattr(processor, "video_processor", None))
+    for images in [it for it in both if it is not None]:
+        cell = _cell(images)
+        before += [(images, name, getattr(images, name)) for name in FIELDS if hasattr(images, name)]
+        if cell is None:
+            continue
         size = copy.deepcopy(getattr(images, "size", None))
         if size is not None and "shortest_edge" in size and "longest_edge" in size:
             size["shortest_edge"] = cell**2
-            changed["size"] = size
+            images.size = size
         if getattr(images, "min_pixels", None):
-            changed["min_pixels"] = cell**2
-    before = {name: getattr(images, name) for name in changed}
+            images.min_pixels = cell**2
     try:
-        for name, value in changed.items():
-            setattr(images, name, value)
         yield
     finally:
-        for name, value in before.items():
+        for images, name, value in before:
             setattr(images, name, value)
