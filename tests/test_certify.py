@@ -234,6 +234,14 @@ def test_what_cannot_be_certified_is_refused(prompts, options, words) -> None:
         vtprune.certify(model_of("llava"), prompts, **options)
 
 
+def test_prompts_without_pictures_certify_nothing(prompts) -> None:
+    text = [FAMILIES["llava"].batch([[5, 6]]) for _ in range(60)]
+    with pytest.raises(CertificateError, match="no prompt has a visual token"):
+        vtprune.certify(model_of("llava"), text, candidates=(0.5,), max_new_tokens=1)
+    mixed = vtprune.certify(model_of("llava"), [text[0], prompts[0]], candidates=(0.9,), max_new_tokens=1)
+    assert mixed.questions == 2
+
+
 def test_a_configuration_is_the_same_in_versions_that_write_token_numbers_elsewhere(prompts, monkeypatch) -> None:
     certificate = made(prompts, monkeypatch, {0.5: 6})
     config = copy.deepcopy(model_of("llava").config)

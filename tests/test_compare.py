@@ -150,6 +150,8 @@ def test_what_cannot_be_compared_is_refused(model: torch.nn.Module) -> None:
         compare(model, [], 0.5, ["fastv"])
     with pytest.raises(vtprune.VTPruneError, match="has no visual token"):
         compare(model, [FAMILIES["llava"].batch([[5]])], 0.5, ["fastv"])
+    with pytest.raises(vtprune.VTPruneError, match="has no visual token"):  # nor is it counted as the prompt before it
+        compare(model, [*batches(), FAMILIES["llava"].batch([[5]])], 0.5, ["fastv"])
     with vtprune.patch(model, ratio=0.5) as patch, pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         compare(model, batches(), 0.5, ["fastv"])
     assert patch.removed and vtprune.engine.patching.find_patch(model) is None

@@ -200,3 +200,8 @@ def test_the_command_writes_a_strategy_and_goes_on_with_it(capfd: Any, tmp_path:
     assert "mean_ratio=0.3" in capfd.readouterr().err
     assert main([*arguments[:-1], str(tmp_path / "none" / "a.json")]) == 2
     assert "folder does not exist" in capfd.readouterr().err
+
+
+def test_prompts_without_pictures_are_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(vtprune.VTPruneError, match="no prompt has a visual token"):
+        tune.tune(model, [FAMILIES["llava"].batch([[5, 6]])], 0.5, trials=1)

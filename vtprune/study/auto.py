@@ -15,6 +15,7 @@ from ..core.method import Choice, Method, Stage
 from ..core.tokens import Tokens
 from ..engine.patching import patch, refuse_patched
 from ..errors import BudgetError, VTPruneError
+from .metrics import NO_PICTURES
 
 STEPS = 20  # bisection steps
 
@@ -95,9 +96,7 @@ def calibrate(
         for batch in batches:
             model(**batch)
     if not curves.sizes:
-        raise VTPruneError(
-            "no prompt has a visual token; expected batches with pictures, as the processor returns them"
-        )
+        raise VTPruneError(NO_PICTURES)
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2

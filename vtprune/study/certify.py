@@ -19,7 +19,7 @@ from ..errors import CertificateError, NothingPrunedError
 from ..models.identity import files_hash
 from . import progress
 from .intervals import group_means
-from .metrics import refuse_nan
+from .metrics import NO_PICTURES, refuse_nan
 from .risk import exact_p_value, p_value, pictures_needed
 
 # Every candidate is tested at the full level, so a finer sequence costs time but no statistical power.
@@ -62,7 +62,7 @@ def certify(
         Certificate: With ratio 1.0 where no candidate could be certified.
 
     Raises:
-        CertificateError: There is no prompt, or a number is out of range.
+        CertificateError: There is no prompt, none has a visual token, or a number is out of range.
         VTPruneError: The model is patched.
     """
     _check(risk, confidence, candidates)
@@ -147,11 +147,15 @@ def _losses(
     max_new_tokens: int,
 ) -> list[float]:
     """For every prompt, 1.0 if its answer changed, else 0.0."""
-    losses = []
-    with patch(model, ratio=candidate, method=method):
+    losses, visual = [], False
+    with patch(model, ratio=candidate, method=method) as running:
         for prompt, expected in zip(prompts, reference, strict=True):
             try:
                 losses.append(float(answer(model, prompt, max_new_tokens) != expected))
             except NothingPrunedError:  # with so few tokens the ratio rounds to all of them
                 losses.append(0.0)
+                visual = True
+        visual = visual or running.last is not None
+    if not visual:
+        raise CertificateError(NO_PICTURES)
     return losses

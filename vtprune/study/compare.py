@@ -164,9 +164,9 @@ class _Outcome:
         )
 
 
-def _last(running: Patch) -> Pruning:
-    """The record of the last call, which had visual tokens."""
-    if running.last is None:
+def _last(running: Patch, before: Pruning | None) -> Pruning:
+    """The record of the last call; one without visual tokens has left that of the call before it."""
+    if running.last is None or running.last is before:
         raise VTPruneError("a prompt has no visual token; expected pictures in every prompt")
     return running.last
 
@@ -185,7 +185,8 @@ def _run(
     with patch(model, mean_ratio=mean_ratio, method=method) as running:
         for batch, want in zip(batches, reference, strict=True):
             for repeat in range(repeats):
-                got, last = metrics.next_token_logits(model, batch), _last(running)
+                before = running.last
+                got, last = metrics.next_token_logits(model, batch), _last(running, before)
                 seconds.append(last.selection_time)
                 if repeat:
                     continue
@@ -207,13 +208,14 @@ def _resized(
     found = _Outcome()
     with patch(model, ratio=1.0, method="uniform") as counting:  # drops nothing
         for number, (batch, want) in enumerate(zip(batches, reference, strict=True)):
+            before = counting.last
             metrics.next_token_logits(model, batch)
-            whole = _last(counting)
+            whole = _last(counting, before)
             visual = sum(map(len, whole.visual))
             inputs, count = smaller(number, int(mean_ratio * visual))
             got = metrics.next_token_logits(model, inputs)
             found.visual.append(visual)
             found.kept.append(count)
             found.inputs.append(count)
-            found.add(want, got, _last(counting).tower, whole.tower)
+            found.add(want, got, _last(counting, whole).tower, whole.tower)
     return found.row(NAME, 0.0)

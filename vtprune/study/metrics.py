@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..errors import VTPruneError
 from ..models import anatomy, attention_probe
 
+NO_PICTURES = "no prompt has a visual token; expected batches with pictures, as the processor returns them"
+
 
 def last_positions(inputs: Mapping[str, Any]) -> Tensor:
     """`[B]` position of the last prompt token of every sample, from `attention_mask` if there is one."""

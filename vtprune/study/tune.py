@@ -194,8 +194,8 @@ def tune(
 
     Raises:
         BudgetError: `mean_ratio` is out of range.
-        VTPruneError: optuna is not installed, the model is patched, the saved search has other settings, or `path`
-            exists without `resume` or `force`.
+        VTPruneError: optuna is not installed, the model is patched, no prompt has a visual token, the saved search has
+            other settings, or `path` exists without `resume` or `force`.
         StaleResultError: The saved search is of another version.
     """
     proposals = _Proposals()
@@ -282,9 +282,12 @@ class _Proposals:
 def _value(
     method: VFlowOpt, model: nn.Module, batches: list[Mapping[str, Any]], reference: list[Tensor], mean_ratio: float
 ) -> float:
-    with patch(model, mean_ratio=mean_ratio, method=resolve(method)):
+    with patch(model, mean_ratio=mean_ratio, method=resolve(method)) as running:
         pairs = zip(batches, reference, strict=True)
-        return sum(float(metrics.cosine(want, metrics.last_states(model, batch)).sum()) for batch, want in pairs)
+        value = sum(float(metrics.cosine(want, metrics.last_states(model, batch)).sum()) for batch, want in pairs)
+        if running.last is None:
+            raise VTPruneError(metrics.NO_PICTURES)
+        return value
 
 
 def _released(space: Bounds, mean_ratio: float) -> dict[str, float]:
