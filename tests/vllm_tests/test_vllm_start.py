@@ -145,6 +145,40 @@ def test_a_class_without_the_interface_for_pruned_media_is_refused_by_name(folde
     assert "\n" not in line
 
 
+def test_placeholders_that_a_tokenizer_wrote_are_shortened_too(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixtral's prompts come with them, and its processor only looks where they stand."""
+    from vllm.model_executor.models.idefics3 import Idefics3MultiModalProcessor
+    from vllm.multimodal.processing import PromptReplacement
+
+    pictures, folder = {"image": [plans.picture(0, 64, 64), plans.picture(1, 96, 64)]}, folders("idefics3")
+    text = "word1 <image> word2 <image>"
+    expected = {}
+    for name, config in (("all", None), ("few", {"ratio": 0.25})):
+        made = processor(folder, config)
+        expected[name] = made(text, made.info.parse_mm_data(pictures), None)
+    updates = Idefics3MultiModalProcessor._get_prompt_updates
+
+    def without_target(self: Any, *args: Any, **named: Any) -> Any:
+        found = updates(self, *args, **named)
+        return [PromptReplacement(u.modality, target=[], replacement=u.replacement) for u in found]
+
+    def look(self: Any, mm_items: Any, mm_res: Any) -> Any:  # as Pixtral's
+        found = self._find_mm_placeholders(mm_res.prompt_ids, mm_res.prompt_updates)
+        self._validate_mm_placeholders(found, mm_items.get_all_counts())
+        return mm_res.prompt_ids, found
+
+    monkeypatch.setattr(Idefics3MultiModalProcessor, "_get_prompt_updates", without_target)
+    monkeypatch.setattr(Idefics3MultiModalProcessor, "_maybe_apply_prompt_updates", look, raising=False)
+    written = expected["all"]["prompt_token_ids"]
+    for name, config in (("all", None), ("few", {"ratio": 0.25})):
+        made = processor(folder, config)
+        for _ in range(2):
+            got = made(written, made.info.parse_mm_data(pictures), None)
+            assert got["prompt_token_ids"] == expected[name]["prompt_token_ids"]
+            places = [[(p.offset, p.length) for p in out["mm_placeholders"]["image"]] for out in (got, expected[name])]
+            assert places[0] == places[1]
+
+
 def clips(folder: Path, config: Any, **options: Any) -> dict[str, Any]:
     """The front end's inputs of a prompt with a clip and a picture."""
     made = processor(folder, config, **options)

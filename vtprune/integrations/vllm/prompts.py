@@ -26,6 +26,13 @@ IDS = "vtprune_ids"
 VISUAL = -1
 
 
+class Written(list):
+    """Target of an update: all placeholders of an image, which the tokenizer has written into the prompt (Pixtral).
+
+    vLLM only looks for these, by an update that matches nothing; pruned ones stand in their place.
+    """
+
+
 def runs_of(mask: Tensor) -> list[int]:
     """Lengths of the unbroken runs of True in `[n]` bool."""
     edges = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
@@ -172,6 +179,14 @@ def pruned_processor(cls: Any) -> type:
                     ]
             return updates
 
+        def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+            items = [item for m in self.vtprune_tokens for item in mm_res.prompt_updates.get(m, ())]
+            if not any(isinstance(update.target, Written) for item in items for update in item):
+                return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+            from vllm.multimodal.processing import BaseMultiModalProcessor
+
+            return BaseMultiModalProcessor._maybe_apply_prompt_updates(self, mm_items, mm_res)
+
         def _get_mm_hashes(self, inputs: Any) -> Any:
             # An image pruned in another way is another image to every cache: processor, encoder, prefix, remote ones.
             mark = f"-vtprune-{self.vtprune.fingerprint}"
@@ -188,7 +203,7 @@ def _prune_item(processor: Any, updates: Sequence[Any], fields: Any, modality: s
     settings: Settings = processor.vtprune
     token = processor.vtprune_tokens[modality]
     share = settings.share_of(pixels)
-    pruned = [prune_update(update, settings, token, share) for update in updates]
+    pruned = [prune_update(_findable(update), settings, token, share) for update in updates]
     _, runs, counts = pruned[0]
     if any(others != runs for _, others, _ in pruned):
         raise ServingError(f"vtprune: {type(processor).__name__} offers placeholders of several lengths for an image")
@@ -199,6 +214,12 @@ def _prune_item(processor: Any, updates: Sequence[Any], fields: Any, modality: s
         frames = int(fields["video_grid_thw"].data[0]) if modality == "video" else 1
         fields[IDS] = _field(spread_over_frames(list(updates[0].content.full), token, frames))
     return [update for update, _, _ in pruned]
+
+
+def _findable(update: Any) -> Any:
+    """The update, with a target where it has an empty one."""
+    written = isinstance(update.target, list) and not update.target
+    return dataclasses.replace(update, target=Written(update.content.full)) if written else update
 
 
 @functools.cache
