@@ -128,6 +128,8 @@ def test_prompts_without_pictures_and_patched_models_are_refused() -> None:
     model = model_of("llava")
     with pytest.raises(vtprune.VTPruneError, match="no visual token"):
         measure_prompt(model, Prompt(FAMILIES["llava"].batch([[5, 6]]), "a"), [], **ONCE)
+    with pytest.raises(vtprune.VTPruneError, match="a prompt has 2 samples; expected batches of one"):
+        measure_prompt(model, Prompt(FAMILIES["llava"].batch([[3, Image(0), 5], [6, Image(1), 2]]), "a"), [], **ONCE)
     with vtprune.patch(model, ratio=0.5), pytest.raises(vtprune.VTPruneError, match="remove the patch"):
         measure_prompt(model, prompt_of("llava"), [], **ONCE)
 

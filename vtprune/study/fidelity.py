@@ -179,7 +179,7 @@ def measure_prompt(
         selection, `selection_seconds`, `visual`, `kept` and `mean_ratio`.
 
     Raises:
-        VTPruneError: The model is patched, or the prompt has no visual token.
+        VTPruneError: The model is patched, the prompt has no visual token, or more than one sample.
     """
     refuse_patched(model, "measuring")
     settings = _Settings(max_new_tokens, repeats, clock)
@@ -208,6 +208,8 @@ def _reference(model: nn.Module, inputs: Mapping[str, Any], settings: _Settings)
         last = everything.last
     if last is None or not len(last.visual[0]):
         raise VTPruneError("a prompt has no visual token; expected a picture in every prompt")
+    if len(last.visual) > 1:
+        raise VTPruneError(f"a prompt has {len(last.visual)} samples; expected batches of one")
     rows = max(1, last.columns - 1 - int(last.visual[0].max()))
     outputs = metrics.capture(model, inputs, rows)
     answer, seconds = _answer(model, inputs, settings), _seconds(model, inputs, settings)
