@@ -57,6 +57,9 @@ def test_merged_by_hand(family: str, scale: float) -> None:
         last = patch.last
         with patch.paused():
             decoder(inputs_embeds=embeds)
+        for wrong in ("abc", (ids == IMAGE) * 1.5):
+            with pytest.raises(vtprune.VTPruneError, match="expected .*bools or ids"), patch.visual(wrong):
+                decoder(inputs_embeds=embeds)
         with pytest.raises(vtprune.VTPruneError, match="for each of them"), patch.visual(ids[:, 1:]):
             decoder(inputs_embeds=embeds)
         assert patch.last is last

@@ -127,9 +127,12 @@ def kinds_from_mask(given: Tensor, shape: tuple[int, int], placeholders: dict[st
         Tensor: `[B', T']` uint8 on the CPU, 1 + the number of the kind; None for a decoding step.
 
     Raises:
-        VTPruneError: The shapes do not fit.
+        VTPruneError: The shapes do not fit, or they are neither bools nor token ids.
     """
-    given = torch.as_tensor(given).cpu()
+    try:
+        given = torch.as_tensor(given).cpu()
+    except (TypeError, ValueError) as error:
+        raise VTPruneError(f"patch.visual was given {given!r:.60}; expected a [B, T] tensor of bools or ids") from error
     given = given[None] if given.dim() == 1 else given
     if shape[1] == 1 and given.shape[1] != 1:
         return None
@@ -141,6 +144,8 @@ def kinds_from_mask(given: Tensor, shape: tuple[int, int], placeholders: dict[st
     kinds = torch.zeros(given.shape, dtype=torch.uint8)
     if given.dtype == torch.bool or not bool(((given != 0) & (given != 1)).any()):
         kinds[given.bool()] = 1
+    elif given.is_floating_point():
+        raise VTPruneError(f"patch.visual was given {given.dtype} values other than 0 and 1; expected bools or ids")
     else:
         for number, token in enumerate(placeholders.values()):
             kinds[given == token] = number + 1

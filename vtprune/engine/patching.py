@@ -190,7 +190,7 @@ class Patch:
                 `input_ids` do not need it and ignore it.
 
         Raises:
-            VTPruneError: By the call: its shape is another one.
+            VTPruneError: By the call: its shape is another one, or `columns` are neither bools nor token ids.
         """
         with requests.override(self._session, visual=columns):
             yield self
