@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import FAMILIES, IMAGE, Image
 from reference import Drops, masked
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vtprune
 from vtprune.engine import hooks
@@ -135,6 +136,36 @@ def test_generation_without_a_cache_keeps_its_first_selection(llava: Any, method
             want = llava.generate(**BATCH, **GREEDY, **{k: v for k, v in options.items() if k != "logits_processor"})
             got = llava.generate(**BATCH, **GREEDY, **options, use_cache=False)
             assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("part", ["pixels", "ids", "both"])
+@pytest.mark.parametrize("features", [False, True])
+def test_other_prompts_written_into_the_same_memory_are_selected_anew(llava: Any, part: str, features: bool) -> None:
+    """Without a cache, a prompt of one more token and the same tensors looks like the next step of a generation."""
+    other = FAMILIES["llava"].batch(ONE, seed=7)
+    ids, given = torch.cat([IDS, IDS[:, -1:]], 1), PIXELS.clone()
+    if features:
+        given, new = (
+            llava.model.get_image_features(x).pooler_output[0].detach().clone() for x in (given, other["pixel_values"])
+        )
+    else:
+        new = other["pixel_values"]
+
+    def call(ids: torch.Tensor, given: torch.Tensor) -> list[list[int]]:
+        encoded = BaseModelOutputWithPooling(pooler_output=[given])
+        pictures = {"mm_encoder_outputs": {"image": encoded}} if features else {"pixel_values": given}
+        llava(input_ids=ids, **pictures, use_cache=False)
+        return kept(patch)
+
+    with vtprune.patch(llava, ratio=0.2, method="iwp") as patch, torch.no_grad():
+        call(ids[:, :-1], given)
+        if part != "ids":
+            given.copy_(new)
+        if part != "pixels":
+            ids[:, :-1] = other["input_ids"]
+            ids[:, 0] = 20
+        got = call(ids, given)
+        assert got == call(ids.clone(), given.clone())
 
 
 @pytest.mark.parametrize("length", [34, 7])

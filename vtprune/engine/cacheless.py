@@ -10,10 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.arguments import map_tensors
 from ..models.transformers_names import ENCODER_OUTPUTS
 from .call import CallState, Selection
 
 _MOST = 4  # generations that are known at a time, because others may run between two steps
+
+
+@dataclass
+class Source:
+    """Pixels or features that a call was given, and a checksum: programs write other pictures into the same memory."""
+
+    tensor: weakref.ref
+    checksum: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Source:
+        values = tensor.detach().flatten()
+        places = torch.arange(1, len(values) + 1, device=values.device, dtype=torch.float64)
+        return cls(weakref.ref(tensor), float((values * places).sum()))
+
+    def is_same(self, other: Source) -> bool:
+        """Whether both are the same tensor with the same content."""
+        return self.tensor() is other.tensor() and self.checksum == other.checksum
 
 
 @dataclass
@@ -28,15 +47,15 @@ class Generation:
     """
 
     ids: Tensor
-    sources: list[weakref.ref]
+    sources: list[Source]
     selections: list[Selection]
     length: int
 
-    def continues(self, ids: Tensor, sources: list[weakref.ref]) -> bool:
+    def continues(self, ids: Tensor, sources: list[Source]) -> bool:
         """Whether a prompt is the next step: one more token, beams in any order, and the same feature tensors."""
         if len(ids) != len(self.ids) or ids.shape[1] != self.length + 1 or len(sources) != len(self.sources):
             return False
-        same = all(a() is b() for a, b in zip(sources, self.sources, strict=True))
+        same = all(a.is_same(b) for a, b in zip(sources, self.sources, strict=True))
         return same and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
 
 
@@ -55,8 +74,9 @@ class Generations:
         """
         ids = call.inputs.get("input_ids")
         given = [inputs[name] for name in sorted(inputs) if name.startswith("pixel")]
-        given += list((inputs.get(ENCODER_OUTPUTS) or {}).values())
-        sources = [weakref.ref(source) for source in given if source is not None]
+        given += [list(x.values()) if isinstance(x, dict) else x for x in (inputs.get(ENCODER_OUTPUTS) or {}).values()]
+        sources: list[Source] = []
+        map_tensors(given, lambda tensor: sources.append(Source.of(tensor)))
         if ids is None or not sources:
             return None
         for number, generation in enumerate(self._known):
@@ -65,5 +85,5 @@ class Generations:
                 generation.length = ids.shape[1]
                 return generation.selections
         # The call appends to `selections` while it runs.
-        self._known = [*self._known[1 - _MOST :], Generation(ids, sources, call.selections, ids.shape[1])]
+        self._known = [*self._known[1 - _MOST :], Generation(ids.clone(), sources, call.selections, ids.shape[1])]
         return None
