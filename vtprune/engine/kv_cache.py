@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _STATE, _NUMBER = "_vtprune_state", "_vtprune_number"  # attributes of the layers of a pruned cache
+_MOST_RECENT = 64  # prefills of which a program may have stored the tensors alone
 
 
 class CacheState:
@@ -284,7 +285,7 @@ class Caches:
     """
 
     def __init__(self) -> None:
-        self.recent: deque[CacheState] = deque(maxlen=2)
+        self.recent: deque[CacheState] = deque(maxlen=_MOST_RECENT)
         self._plain: weakref.WeakSet[Any] = weakref.WeakSet()  # caches known not to be pruned
 
     def state_of(self, cache: Any) -> CacheState | None:
