@@ -84,6 +84,26 @@ def test_the_same_embeddings_come_again(family: str, method: str) -> None:
             assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("change", ["data", "size", "version"])
+def test_words_of_a_table_that_changed_are_no_features(change: str) -> None:
+    """Also where the version of the weights does not tell: adapters and averages write to `weight.data`."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
+    table, words = model.get_input_embeddings(), FAMILIES["llava"].batch([[9]])["input_ids"]
+    with pruned(model, "random") as (patch, _):
+        model(inputs_embeds=table(words))
+        if change == "size":
+            model.resize_token_embeddings(110)
+            words = words.clone().fill_(105)
+        else:
+            (table.weight.data if change == "data" else table.weight).mul_(1.5)
+        model(inputs_embeds=table(words))
+        assert patch.last is None
+        model(inputs_embeds=merged(model, inputs))
+        assert len(patch.last.kept[0]) < len(patch.last.visual[0])
+        with pytest.raises(vtprune.NothingPrunedError, match="embeddings that are no token's"):
+            model(inputs_embeds=table(words) * 2)
+
+
 def test_encoded_in_another_thread() -> None:
     model, inputs = model_of("llava"), FAMILIES["llava"].batch(ONE)
     with pruned(model, "random") as (patch, _):

@@ -97,6 +97,10 @@ class Features:
         nearest = table[torch.searchsorted(table, hashes).clamp_max(len(table) - 1)]
         return (nearest != hashes).cpu().view(embeds.shape[:2])
 
+    def forget_table(self) -> None:
+        """Lets the embedding table be read again: writes to `weight.data` do not change its version."""
+        self._table = None
+
     @torch.no_grad()
     def _hashed_table(self, embeddings: nn.Module, embeds: Tensor) -> Tensor:
         """Ascending hashes of the embeddings of all tokens, made once for each version of the weights."""

@@ -472,8 +472,12 @@ class Session:
             thread.inputs, thread.records = None, {}
         thread.saw_outer, thread.saw_inputs = bool(outer), bool(inputs)
 
-    def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
+    def _merged(self, kwargs: dict, is_read_again: bool = False) -> tuple[VisualTokens | None, dict[str, Encoded]]:
         """Visual tokens of a call whose features the caller merged into `inputs_embeds`.
+
+        Args:
+            kwargs: Arguments of the decoder, by name.
+            is_read_again: Whether the embedding table was read again, because the one known had other embeddings.
 
         Raises:
             NothingPrunedError: There are merged features, and their positions are unknown.
@@ -505,6 +509,9 @@ class Session:
                 names = list(placeholders)
                 kinds = found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1)
             left = int((foreign & (kinds == 0)).sum())
+            if left and not is_read_again:
+                self.features.forget_table()
+                return self._merged(kwargs, is_read_again=True)
             if left:
                 merged.refuse_foreign(left)
         if kinds is None or not bool(kinds.any()):
