@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import FAMILIES, Image
 
 import vtprune
 from tests.architectures import build, prompts, run
@@ -36,4 +37,21 @@ def test_an_answer_behind_right_padding(method: str) -> None:
         kept = patch.last.kept[0].tolist()
         got = model(**both).logits[0, end - 3 : end]
         assert patch.last.kept[0].tolist() == kept
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("method", ["uniform", "iwp"])
+@torch.no_grad()
+def test_float_masks_hide_by_any_low_value(method: str, low: float) -> None:
+    """A prepared mask `[B, 1, T, T]` has the effect of the mask of padding that it was made from."""
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5], [1, Image(0), 1]], "right")
+    real = batch["attention_mask"].bool()
+    seen = torch.ones(real.shape[1:] * 2, dtype=torch.bool).tril() & real[:, None, :]
+    prepared = torch.zeros(seen.shape).masked_fill(~seen, low)[:, None]
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        want = model(**batch).logits[real]
+        kept = [columns.tolist() for columns in patch.last.kept]
+        got = model(**batch | {"attention_mask": prepared}).logits[real]
+        assert [columns.tolist() for columns in patch.last.kept] == kept
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

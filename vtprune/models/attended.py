@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HIDES = -5000.0  # values of a float mask below it hide a position: besides the lowest, -10000 is common
+
 
 def is_block_mask(value: Any) -> bool:
     """Whether `value` is a flex-attention mask, without importing its class."""
@@ -37,4 +39,4 @@ def attended(mask: Any, batch: int, length: int, queries: Tensor | None = None) 
         return None
     first = mask[:, 0].expand(batch, -1, -1)
     first = first if queries is None else first[torch.arange(batch), queries.to(mask.device)][:, None]
-    return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
+    return first if first.dtype == torch.bool else first > _HIDES
