@@ -119,6 +119,16 @@ def test_padding_is_suppressed_only_where_a_square_grid_shows_another_shape() ->
     assert shown(batch, PaddingRule()).all()
 
 
+def test_pictures_that_the_attention_mask_hides_have_sizes_too() -> None:
+    """The second and the third of four pictures are hidden, so that they have no tokens."""
+    batch = tokens([sample(1, 0, 8, 8, 2), sample(2, 0, 8, 8, 2)], [4, 4])
+    last = batch.image == 1
+    batch.image, batch.feature = batch.image + 2 * last, batch.feature + 2 * 64 * last
+    batch.inputs = {"image_sizes": torch.tensor([[300, 300], [300, 300], [300, 300], [100, 200]])}
+    visible = shown(batch, PaddingRule()).split(64)
+    assert visible[0].all() and visible[1].view(8, 8).all(1).tolist() == [2 <= row < 6 for row in range(8)]
+
+
 @pytest.mark.parametrize("host", [methods.FastV(), methods.PyramidDrop(), methods.TransPrune()], ids=lambda h: h.name)
 def test_scores_are_the_weighted_scores_of_the_host(host: methods.ScoreMethod) -> None:
     curve = Curve("exponential", (2.0,))

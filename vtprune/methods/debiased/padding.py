@@ -81,9 +81,10 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
     image, feature, crop, row, col = (
         x.cpu() for x in (tokens.image, tokens.feature, tokens.crop, tokens.grid_row, tokens.grid_col)
     )
-    first = torch.zeros(int(image.max()) + 1, dtype=feature.dtype).scatter_reduce_(
-        0, image, feature, "amin", include_self=False
-    )
+    count = int(image.max()) + 1
+    first = torch.full((count,), -1.0).scatter_reduce_(0, image, feature.float(), "amin", include_self=False)
+    # Pictures that the attention mask hides have no tokens here; each comes after the one before it.
+    first = torch.where(first < 0, first.cummax(0).values + torch.arange(count) / count, first)
     pictures = torch.unique(first, return_inverse=True)[1].tolist()  # beams share pictures
     if sizes is not None and len(known) != len(set(pictures)):
         raise MethodError(
@@ -92,7 +93,7 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
     for number, picture in enumerate(pictures):
         height, width = known[picture] if picture < len(known) else (1, 1)  # videos come after the images
         here = (image == number).nonzero().flatten()
-        if height == width or bool(((crop[here] != 0) | (row[here] < 0)).any()):
+        if height == width or not len(here) or bool(((crop[here] != 0) | (row[here] < 0)).any()):
             continue
         cells = int(row[here].max()) + 1
         if int(col[here].max()) + 1 == cells and len(here) == cells * cells:
