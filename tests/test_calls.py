@@ -378,6 +378,22 @@ def test_tensors_of_a_cache_are_known_after_a_cast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("patched", [True, False])
+@torch.no_grad()
+def test_a_cache_without_layers_is_empty(patched: bool) -> None:
+    """Programs empty a cache by its list of layers, too."""
+    model, words = model_of("llava"), torch.tensor([[20, 21, 22]])
+    want = model(input_ids=words, use_cache=True).logits
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        cache = transformers.DynamicCache()
+        model(**FAMILIES["llava"].batch(ONE), past_key_values=cache)
+        cache.layers.clear()
+        if not patched:
+            patch.remove()
+        assert torch.equal(model(input_ids=words, past_key_values=cache).logits, want)
+    assert type(cache) is transformers.DynamicCache and cache.get_seq_length() == 3
+
+
 @torch.no_grad()
 def test_tensors_of_many_caches_are_known() -> None:
     """A program that stores the tensors of every picture's cache and answers questions about any of them."""

@@ -183,6 +183,8 @@ def state_of(cache: Any) -> CacheState | None:
     """
     layers = getattr(cache, "layers", None)
     if not layers:
+        if isinstance(cache, PrunedCache):  # emptied by hand
+            detach(cache)
         return None
     first = _first(cache)
     state: CacheState | None = getattr(layers[first], _STATE, None)
@@ -450,6 +452,8 @@ class PrunedCache:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of a mask over the whole conversation."""
+        if not self.layers:
+            return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
         if not hasattr(self.layers[layer_idx], "get_seq_length"):
             layer_idx = _first(self)  # transformers before 5.23 asks for layer 0, which may have no attention
         if getattr(self.layers[layer_idx], "is_compileable", False) and not self.layers[layer_idx].is_sliding:
