@@ -122,8 +122,8 @@ def test_the_column_that_a_classifier_finds_by_ids_stays(method: str, mask: bool
     assert logits.any(1).all()
 
 
-def averaging_classifier() -> Any:
-    """A classifier of the mean of all columns that the attention mask shows."""
+def averaging_classifier(pooling: str = "mean") -> Any:
+    """A classifier of the mean of all columns that the attention mask shows, or of the first column ("cls")."""
     from transformers import ModernVBertConfig, ModernVBertForSequenceClassification
 
     text = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
@@ -135,7 +135,7 @@ def averaging_classifier() -> Any:
         vision_config=vision | {"model_type": "siglip_vision_model"},
         image_token_id=IMAGE,
         pixel_shuffle_factor=1,
-        classifier_pooling="mean",
+        classifier_pooling=pooling,
     )
     return widened(ModernVBertForSequenceClassification(config))
 
@@ -158,6 +158,23 @@ def test_what_a_head_averages_leaves_dropped_columns_out(given: str) -> None:
     assert torch.equal(mask, before) and int(kept.sum()) < int(mask.sum())
     want = model(**page | {"attention_mask": kept.to(mask.dtype)}).logits
     torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+@torch.no_grad()
+def test_rows_of_an_encoder_that_keep_different_numbers_still_see_later_columns(method: str, attention: str) -> None:
+    """The encoder passes no mask for rows without padding, and no mask means attention both ways."""
+    model = averaging_classifier()
+    model.set_attn_implementation(attention)
+    ids = torch.tensor([[10] + [IMAGE] * 16 + list(range(20, 37)), [10] + [IMAGE] * 32 + [36]])
+    pixels = torch.randn(2, 2, 3, 16, 16)
+    pixels[0, 1] = 0  # padding of the pictures
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        both, mask = model(input_ids=ids, pixel_values=pixels).logits, patch.last.mask
+        alone = [model(input_ids=ids[i : i + 1], pixel_values=pixels[i : i + 1, : i + 1]).logits for i in range(2)]
+    assert int(mask[0].sum()) != int(mask[1].sum())
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["uniform", "fastv"])

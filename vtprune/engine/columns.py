@@ -31,11 +31,13 @@ class AttentionForm:
         name: Name of transformers' mask function for the attention implementation.
         dtype: Dtype of masks that are added to logits.
         device: Device of the masks.
+        both_ways: Numbers of the layers where no mask stands for attention to all columns, not only to earlier ones.
     """
 
     name: str
     dtype: torch.dtype
     device: torch.device
+    both_ways: frozenset[int] = frozenset()
 
 
 class Columns:
@@ -292,9 +294,10 @@ class Columns:
         slots, valid, plain = self.slots(number)
         if mask is None and plain:
             return None
-        key = ("mask", id(mask), id(slots))
+        both_ways = mask is None and number in self.attention_form.both_ways
+        key = ("mask", id(mask), id(slots), both_ways)
         if key not in self._gathered:
-            made = self._translated(mask, slots, valid)
+            made = self._translated(mask, slots, valid, both_ways)
             prompt = kv_cache.lasting_prompt(self.cache, number) if self.state is not None and self.length > 1 else 0
             if prompt and isinstance(made, Tensor) and made.dim() == 4:  # the model's own mask has no such window
                 window = getattr(self.cache.layers[number], WINDOW)
@@ -302,10 +305,11 @@ class Columns:
             self._gathered[key] = (mask, slots, made)
         return self._gathered[key][2]
 
-    def _translated(self, mask: Any, slots: Tensor, valid: Tensor) -> Any:
+    def _translated(self, mask: Any, slots: Tensor, valid: Tensor, both_ways: bool) -> Any:
         if mask is None:
             on = self.attention_form.device
             columns = self.index.to(on) + self.past
+            columns = torch.full_like(columns, self.past + self.length) if both_ways else columns
             return masks.causal_in_form(
                 self.attention_form.name, columns, slots.to(on), valid.to(on), self.attention_form.dtype
             )

@@ -230,7 +230,7 @@ class PruneSpec:
         """The form of mask that the decoder's attention takes; it may change while the model is patched."""
         name = mask_function_name(self.anatomy.decoder.config)
         device = next(self.anatomy.decoder.parameters()).device
-        return AttentionForm(name, self.dtype, device)
+        return AttentionForm(name, self.dtype, device, self.anatomy.layers_both_ways)
 
     @cached_property
     def work(self) -> Work:

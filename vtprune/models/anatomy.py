@@ -69,6 +69,15 @@ class Anatomy:
         )
 
     @cached_property
+    def layers_both_ways(self) -> frozenset[int]:
+        """Numbers of the layers that attend to later columns too where they are given no mask (encoders)."""
+        return frozenset(
+            number
+            for number, layer in enumerate(self.layers)
+            if any(getattr(module, "is_causal", None) is False for module in layer.modules())
+        )
+
+    @cached_property
     def has_own_head(self) -> bool:
         """Whether `model` has a head over the decoder that is not a language model's, such as a classifier's."""
         words = getattr(self.model, "get_output_embeddings", lambda: None)
