@@ -160,6 +160,43 @@ def test_what_a_head_averages_leaves_dropped_columns_out(given: str) -> None:
     torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["ModernVBertForTokenClassification", "ModernVBertForMaskedLM"])
+@torch.no_grad()
+def test_labels_of_tokens_keep_the_tokens_themselves(head: str) -> None:
+    """Such a head compares a token with its own label, not with that of the next one; no label begins an answer."""
+    import transformers
+
+    like = averaging_classifier()
+    model = widened(getattr(transformers, head)(like.config))
+    page = {
+        "input_ids": torch.tensor([[10] + [IMAGE] * 16 + [20, 21, 22]]),
+        "pixel_values": torch.randn(1, 1, 3, 16, 16),
+    }
+    labels = torch.full_like(page["input_ids"], -100)
+    labels[0, [7, 18]] = 1
+    with vtprune.patch(model, ratio=0.2, method="uniform") as patch:
+        got, mask = model(**page, labels=labels), patch.last.mask
+    assert mask[0, 7] and not mask[0, 6]
+    want = model(**page, attention_mask=mask.long(), labels=labels)
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-5)
+    with vtprune.patch(model, ratio=0.2, method="iwp") as patch:
+        model(**page)
+        plain = patch.last.kept[0]
+        labels[0, 7] = -100
+        model(**page, labels=labels)
+        assert torch.equal(patch.last.kept[0], plain)
+
+
+@torch.no_grad()
+def test_the_first_column_that_a_classifier_reads_stays() -> None:
+    model = averaging_classifier("cls")
+    page = {"input_ids": torch.tensor([[IMAGE] * 16 + [20, 21]]), "pixel_values": torch.randn(1, 1, 3, 16, 16)}
+    with vtprune.patch(model, keep=1, method="uniform") as patch:
+        got, mask = model(**page).logits, patch.last.mask
+    assert mask[0].nonzero()[:, 0].tolist() == [0, 16, 17]
+    torch.testing.assert_close(got, model(**page, attention_mask=mask.long()).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", ["uniform", "fastv"])
 @torch.no_grad()

@@ -68,12 +68,12 @@ class DecoderCall(CallState):
             self.required_layer_inputs |= set(use.method.required_layer_inputs(self.spec.anatomy.num_layers))
         if self.cuts:
             end, real = self.options.question_end, self.columns.real
-            self.answer_starts = readers.answer_starts(end, arguments, real, visual.mask)
+            self.answer_starts = readers.answer_starts(end, arguments, real, visual.mask, self.spec.anatomy)
 
     def _plans(self, visual: VisualTokens) -> tuple[Tensor | None, list[tuple[MethodUse, BudgetGroups, dict]]]:
         """`required`, and for every method that prunes: its budget groups, and their counts by the layer of the cut."""
         layers, arguments, budget = self.spec.anatomy.num_layers, self.options.arguments, self.options.budget
-        read = readers.read_columns(arguments, self.columns.real, self.spec.anatomy.padding_id) & visual.mask
+        read = readers.read_columns(arguments, self.columns.real, self.spec.anatomy) & visual.mask
         required = read[visual.sample, visual.position] if bool(read.any()) else None
         groups, plans = self._groups(visual), []
         # Required tokens count in the budget, and exceed it if necessary.

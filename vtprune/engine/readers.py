@@ -2,8 +2,8 @@
 """Positions of a prompt whose outputs are read after the decoder, and the position where its question ends.
 
 A token whose output is read is never dropped: generation and classification heads read the last token of a row, a loss
-reads the token before every labeled one, and `logits_to_keep` names positions. If labels or the caller tell where an
-answer begins, methods see the prompt as if it ended there.
+reads the token before every labeled one (or that one itself, where the model classifies tokens), and `logits_to_keep`
+names positions. If labels or the caller tell where an answer begins, methods see the prompt as if it ended there.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from ..core.log import warn_once
 from ..errors import VTPruneError
+from ..models.anatomy import Anatomy
 
 _IGNORED = -100  # label that transformers' losses ignore
 
 
-def read_columns(arguments: dict[str, Any], real: Tensor, padding_id: int | None = None) -> Tensor:
+def read_columns(arguments: dict[str, Any], real: Tensor, anatomy: Anatomy) -> Tensor:
     """Marks the positions whose outputs are read.
 
     Args:
         arguments: Keyword arguments of the outermost model's forward.
         real: `[B, T]` bool on the CPU, False for padding.
-        padding_id: Token id by which the model's head finds the last token of a row, see `Anatomy.padding_id`.
+        anatomy: Parts of the model, which tell what its head reads.
 
     Returns:
         Tensor: `[B, T]` bool on the CPU.
@@ -35,15 +36,19 @@ def read_columns(arguments: dict[str, Any], real: Tensor, padding_id: int | None
     columns = torch.arange(length)
     last = torch.where(real, columns, -1).amax(1, keepdim=True)  # -1 in a row of padding
     read = columns == last
-    if padding_id is not None:
+    if anatomy.padding_id is not None:
         ids = _matrix(arguments.get("input_ids"), real)
         if ids is not None:
-            read |= columns == torch.where(ids != padding_id, columns, -1).amax(1, keepdim=True)
+            read |= columns == torch.where(ids != anatomy.padding_id, columns, -1).amax(1, keepdim=True)
+    if anatomy.reads_first:
+        read[:, 0] = True
     labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
     if shifted is not None:
         read |= shifted != _IGNORED
-    elif labels is not None:
+    elif labels is not None and anatomy.labels_next:
         read[:, :-1] |= labels[:, 1:] != _IGNORED
+    elif labels is not None:
+        read |= labels != _IGNORED  # of a classifier of tokens, or of an encoder that fills in words
     wanted = arguments.get("logits_to_keep")
     if wanted is not None and not (isinstance(wanted, int) and wanted == 0):  # as transformers indexes the states by it
         index = slice(-wanted, None) if isinstance(wanted, int) else wanted
@@ -72,7 +77,9 @@ def warn_of_labels(arguments: dict[str, Any], read: int, planned: int) -> None:
         )
 
 
-def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor) -> list[int] | None:
+def answer_starts(
+    question_end: Any, arguments: dict[str, Any], real: Tensor, visual: Tensor, anatomy: Anatomy
+) -> list[int] | None:
     """Finds where the answer begins in every row.
 
     Args:
@@ -80,6 +87,7 @@ def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, vi
         arguments: Keyword arguments of the outermost model's forward.
         real: `[B, T]` bool on the CPU, False for padding.
         visual: `[B, T]` bool on the CPU.
+        anatomy: Parts of the model.
 
     Returns:
         list[int]: Position for each row, `T` if all of it is prompt; None if unknown.
@@ -94,7 +102,7 @@ def answer_starts(question_end: Any, arguments: dict[str, Any], real: Tensor, vi
             raise VTPruneError(f"question(end={ends}) is outside a call of {length} tokens; expected 0 to {length}")
         return [end + length if end < 0 else end for end in ends]
     labels, shifted = _matrix(arguments.get("labels"), real), _matrix(arguments.get("shift_labels"), real)
-    if labels is None and shifted is None:
+    if (labels is None and shifted is None) or not anatomy.labels_next:  # labels of the prompt's own tokens
         return None
     if shifted is not None:  # a shifted label is one position before its token
         labeled = torch.zeros_like(real)

@@ -91,6 +91,18 @@ class Anatomy:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return getattr(text, "pad_token_id", None) if self.has_own_head else None
 
+    @cached_property
+    def labels_next(self) -> bool:
+        """Whether the loss compares a column with the label of the next one, as language models do; classifiers of
+        tokens and encoders that fill in words compare it with its own."""
+        generates = getattr(self.model, "can_generate", lambda: True)()
+        return generates or not (self.has_own_head or self.layers_both_ways)
+
+    @cached_property
+    def reads_first(self) -> bool:
+        """Whether the model's head reads the first column of a row."""
+        return self.has_own_head and getattr(self.model.config, "classifier_pooling", None) == "cls"
+
     @property
     def num_layers(self) -> int:
         """Number of decoder layers."""
