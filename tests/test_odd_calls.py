@@ -354,3 +354,40 @@ def test_a_running_forward_is_seen(llava: Any) -> None:
     llava(**BATCH)
     handle.remove()
     assert seen == [True] and hooks.is_running(llava.model) is False
+
+
+@torch.no_grad()
+def test_a_model_that_gets_the_pixels_of_its_prompt_in_every_step() -> None:
+    """Phi-4 names its placeholder in the config of its tower, which is inside the decoder, and `generate` passes the
+    pixels in every step, where the model ignores them."""
+    from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
+
+    vision = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16)
+    vision |= dict(crop_size=16, patch_size=2, image_token_id=10)
+    audio = dict(hidden_size=24, intermediate_size=32, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=24)
+    text = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, sliding_window=None)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    config = Phi4MultimodalConfig(
+        **text, rope_parameters=rope, vision_config=vision, audio_config=audio | {"audio_token_id": 11}
+    )
+    torch.manual_seed(0)
+    model = Phi4MultimodalForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.2)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([[1, 20, 21] + [10] * (4 * 9 + 1 + 4 * 5) + [22, 23]])
+    picture = {"image_pixel_values": torch.randn(1, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 32]])}
+    picture["image_attention_mask"] = torch.ones(1, 3, 8, 8, dtype=torch.long)
+    how = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    how["suppress_tokens"] = list(range(12))
+    with vtprune.patch(model, ratio=0.3, method="uniform") as patch:
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **picture, **how)
+        mask = torch.nn.functional.pad(patch.last.mask.long(), (0, 3), value=1)
+        with pytest.raises(vtprune.NothingPrunedError, match="without the placeholder"):
+            model(input_ids=ids[:, :3], **picture)
+    assert len(patch.last.kept[0]) == round(0.3 * 57)
+    whole = out.sequences[:, :-1]
+    places = torch.arange(whole.shape[1])[None]
+    want = model(input_ids=whole, attention_mask=mask, position_ids=places, **picture).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), want, rtol=1e-4, atol=1e-4)

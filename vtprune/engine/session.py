@@ -390,7 +390,10 @@ class Session:
         visual = self._layouts.locate(inputs, self.spec.anatomy, encoded)
         for source in encoded.values():
             self.features.remove(source)
-        if visual is None and self.drops:
+        # Some models get the pixels of the prompt again in every step, and ignore them.
+        repeated = not self.thread.tower_ran and all(source.total is None for source in encoded.values())
+        repeated = repeated and bool(kv_cache.length(cache_of(inputs)))
+        if visual is None and self.drops and not repeated:
             raise NothingPrunedError(
                 f"{' and '.join(encoded)} features were passed with a prompt without the placeholder tokens "
                 f"{self.spec.anatomy.placeholders}; expected the processor's input_ids, with one placeholder per "

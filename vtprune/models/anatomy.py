@@ -309,13 +309,21 @@ def _common_ancestor(model: nn.Module, first: str, second: str) -> nn.Module:
     return model.get_submodule(".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], names)))
 
 
-def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]:
+def _ids_in(configs: list[Any]) -> dict[str, int]:
+    """Placeholder ids by kind, of each kind the one in the first config that has one."""
     found: dict[str, int] = {}
     for kind, candidates in (("image", _IMAGE_IDS), ("video", _VIDEO_IDS)):
-        for config in (getattr(composite, "config", None), model.config):
+        for config in configs:
             value = next((v for n in candidates if isinstance(v := getattr(config, n, None), int)), None)
             if value is not None:
                 found.setdefault(kind, value)
+    return found
+
+
+def _find_placeholders(model: nn.Module, composite: nn.Module) -> dict[str, int]:
+    configs = [getattr(composite, "config", None), model.config]
+    # Phi-4 has the id in the config of its tower.
+    found = _ids_in(configs) or _ids_in([getattr(config, "vision_config", None) for config in configs])
     if not found:
         raise UnsupportedModelError(
             f"no placeholder token ids found in the config of {type(model).__name__}: expected one of "
