@@ -27,7 +27,8 @@ class Source:
     @classmethod
     def of(cls, tensor: Tensor) -> Source:
         values = tensor.detach().flatten()
-        places = torch.arange(1, len(values) + 1, device=values.device, dtype=torch.float64)
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
+        places = torch.arange(1, len(values) + 1, device=values.device, dtype=dtype)
         return cls(weakref.ref(tensor), float((values * places).sum()))
 
     def is_same(self, other: Source) -> bool:
