@@ -82,7 +82,9 @@ def shown(tokens: Tokens, rule: PaddingRule, sizes: Sequence[Sequence[int]] | No
         x.cpu() for x in (tokens.image, tokens.feature, tokens.crop, tokens.grid_row, tokens.grid_col)
     )
     count = int(image.max()) + 1
-    first = torch.full((count,), -1.0).scatter_reduce_(0, image, feature.float(), "amin", include_self=False)
+    first = torch.full((count,), -1.0, dtype=torch.float32).scatter_reduce_(
+        0, image, feature.float(), "amin", include_self=False
+    )
     # Pictures that the attention mask hides have no tokens here; each comes after the one before it.
     first = torch.where(first < 0, first.cummax(0).values + torch.arange(count) / count, first)
     pictures = torch.unique(first, return_inverse=True)[1].tolist()  # beams share pictures
