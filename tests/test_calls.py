@@ -394,19 +394,6 @@ def test_a_cache_without_layers_is_empty(patched: bool) -> None:
     assert type(cache) is transformers.DynamicCache and cache.get_seq_length() == 3
 
 
-@torch.no_grad()
-def test_tensors_of_many_caches_are_known() -> None:
-    """A program that stores the tensors of every picture's cache and answers questions about any of them."""
-    model, token = model_of("llava"), torch.tensor([[20]])
-    with pruned(model, "uniform", ratio=0.3):
-        caches = [model(**FAMILIES["llava"].batch(ONE, seed=n), use_cache=True).past_key_values for n in range(12)]
-        stored = [[(layer.keys.clone(), layer.values.clone()) for layer in cache.layers] for cache in caches]
-        for cache, tensors in zip(caches, stored, strict=True):
-            again = transformers.DynamicCache(tensors)
-            want = model(input_ids=token, past_key_values=cache).logits
-            assert torch.equal(model(input_ids=token, past_key_values=again).logits, want)
-
-
 @pytest.mark.parametrize(
     "method",
     ["pooling", "prumerge", "visionzip", "sparsevlm", "vflowopt", "fastvid", "holitom", "flashvid", "sink_aware"],

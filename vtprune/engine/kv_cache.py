@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import Cache
 
 _STATE, _NUMBER = "_vtprune_state", "_vtprune_number"  # attributes of the layers of a pruned cache
-_MOST_RECENT = 64  # prefills of which a program may have stored the tensors alone
 
 
 class CacheState:
@@ -287,7 +286,7 @@ class Caches:
     """
 
     def __init__(self) -> None:
-        self.recent: deque[CacheState] = deque(maxlen=_MOST_RECENT)
+        self.recent: deque[CacheState] = deque(maxlen=2)
         self._plain: weakref.WeakSet[Any] = weakref.WeakSet()  # caches known not to be pruned
 
     def state_of(self, cache: Any) -> CacheState | None:
