@@ -109,8 +109,9 @@ def needle(data: Data) -> str:
             if "mean_ratio" not in _asked((name, rows[name]))
         ]
         shown = "; ".join(f"{name} {row['right']} of {row['total']}" for name, row in controls if "right" in row)
-        trials = next((row["total"] for _, row in controls if "total" in row), 0)
-        title = f"### {int(places):,} visual places, {trials} of {data['trials']} trials"
+        totals = {row["total"] for row in rows.values() if "total" in row}
+        trials = " to ".join(map(str, sorted({min(totals), max(totals)})))
+        title = f"### {int(places):,} visual places, {trials} of {data['trials']} trials for each number"
         parts.append(f"{title}\n\n{shown[:1].upper()}{shown[1:]}.")
         parts.append(table(("method", *(f"mean cost {cost:g}" for cost in costs)), lines))
         never = {name: why for name, why in refused.items() if f"`{name}`" not in {line[0] for line in lines}}

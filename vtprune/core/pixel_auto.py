@@ -15,15 +15,15 @@ from ..errors import BudgetError
 from .options import Share, fits, shorten
 
 _BLOCK = 16  # pixels, about a token of Qwen-VL and of 14-pixel towers
-_STEP = 16  # of 256 grey levels: smaller differences between neighbors are noise
-_SAME = 2  # grey levels: blocks that differ by no more are the same block
+_STEP = 16  # of 256 gray levels: smaller differences between neighbors are noise
+_SAME = 2  # gray levels: blocks that differ by no more are the same block
 _LEVELS = 2 * (255 // _STEP + 1) + 1
 
 
 def content(picture: Any) -> float:
     """How much a picture or a clip holds, from 0 (flat) to 1.
 
-    The mean over blocks of 16 x 16 pixels of the entropy of differences between neighboring pixels, in steps of 16 grey
+    The mean over blocks of 16 x 16 pixels of the entropy of differences between neighboring pixels, in steps of 16 gray
     levels, divided by its largest value. A block that repeats the one to its left or above it, or the one at its place
     in the frame before, counts 0. Print has many and large differences, photographs fewer, flat areas and smooth
     gradients none.
@@ -32,22 +32,22 @@ def content(picture: Any) -> float:
         picture: Anything that becomes an array `[H, W]`, `[H, W, C]` or `[T, H, W, C]` of 0 to 255 (a PIL picture, a
             clip); floats up to 1 are multiplied by 255.
     """
-    grey = _grey(picture)
-    height, width = (max(n // _BLOCK, 1) * _BLOCK for n in grey.shape[1:])
-    grey = np.pad(grey, ((0, 0), (0, max(height - grey.shape[1], 0)), (0, max(width - grey.shape[2], 0))), mode="edge")
-    grey = grey[:, :height, :width]
-    levels = (np.diff(grey, axis=2, append=grey[:, :, -1:]) + _STEP // 2) // _STEP + _LEVELS // 2
-    tiles = (len(grey), height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
+    gray = _gray(picture)
+    height, width = (max(n // _BLOCK, 1) * _BLOCK for n in gray.shape[1:])
+    gray = np.pad(gray, ((0, 0), (0, max(height - gray.shape[1], 0)), (0, max(width - gray.shape[2], 0))), mode="edge")
+    gray = gray[:, :height, :width]
+    levels = (np.diff(gray, axis=2, append=gray[:, :, -1:]) + _STEP // 2) // _STEP + _LEVELS // 2
+    tiles = (len(gray), height // _BLOCK, _BLOCK, width // _BLOCK, _BLOCK)
     number = np.arange(tiles[0] * tiles[1] * tiles[3]).reshape(tiles[0], tiles[1], 1, tiles[3], 1)
     size = number.size
     counts = np.bincount((number * _LEVELS + levels.reshape(tiles)).ravel(), minlength=size * _LEVELS)
     share = counts.reshape(tiles[0], tiles[1], tiles[3], _LEVELS) / _BLOCK**2
     entropy = -(share * np.log2(share, out=np.zeros_like(share), where=share > 0)).sum(-1) / math.log2(_LEVELS)
-    return float((entropy * ~_repeated(grey.reshape(tiles))).mean())
+    return float((entropy * ~_repeated(gray.reshape(tiles))).mean())
 
 
-def _grey(picture: Any) -> np.ndarray:
-    """`[T, H, W]` int16 grey levels."""
+def _gray(picture: Any) -> np.ndarray:
+    """`[T, H, W]` int16 gray levels."""
     pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
