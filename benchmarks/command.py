@@ -18,12 +18,12 @@ METHODS = [name for name in vtprune.methods.names() if name != "debiased"]  # wh
 
 
 def parser(about: str | None, out: Path, resumes: bool = True) -> argparse.ArgumentParser:
-    """A parser with `--out` and, for results that are gone on with, `--force`; PyTorch then uses one thread.
+    """A parser with `--out` and, for results that can be resumed, `--force`. Limits PyTorch to one thread.
 
     Args:
         about: Its first line describes the command.
         out: The usual result file.
-        resumes: Whether an existing result is gone on with, not written anew.
+        resumes: Whether an existing result is completed rather than written anew.
     """
     torch.set_num_threads(1)
     name = f"python -m benchmarks.{Path(sys.argv[0]).stem}"

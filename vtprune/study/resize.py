@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 NAME = "resize"  # of its rows
 MORE = (0.9, 0.75)  # shares of the visual tokens that are tried besides those of the methods
 SCALES = 1024  # sizes that are tried of a processor whose tokens are not cells of the picture
-ASPECT = 1.1  # most that a smaller picture may be wider or higher than the picture
-FIELDS = ("size", "min_pixels", "max_patches")  # of processors, that are changed meanwhile
+ASPECT = 1.1  # largest change of the ratio of width to height
+FIELDS = ("size", "min_pixels", "max_patches")  # attributes of processors that are set while sizes are tried
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -82,10 +82,11 @@ def resized(
 ) -> tuple[Mapping[str, Any], int]:
     """The prompt whose picture has the most visual tokens that are not above a budget, after the processor's rounding.
 
-    The picture is resized once, from the original, by the processor's filter, to a size that the processor keeps if its
-    tokens are cells of the picture; of a picture that the processor enlarges, to one between. The processor's lower
-    bound on the number of pixels, which would enlarge it again, is lifted meanwhile. Where a picture is cut into tiles
-    of one size, whose number follows from its shape, it is not resized and cut into fewer.
+    The picture is resized once, from the original, with the processor's filter. Where every token stands for a cell of
+    the picture, its new sides are whole numbers of cells, so that the processor does not resample it again; the
+    processor's lower bound on the number of pixels is lifted meanwhile, and a picture that it would enlarge is enlarged
+    less. A picture that is cut into tiles of one size keeps its pixels and is cut into fewer tiles, because their
+    number follows from its shape.
 
     Args:
         processor: Of the model.
