@@ -42,6 +42,7 @@ def test_facility_location_equals_specification(lengths, kind, memory):
             assert_order(order, expected, offsets, counts)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["one", "some"])
 def test_residual_pivots_equal_specification(lengths, kind):
@@ -52,6 +53,7 @@ def test_residual_pivots_equal_specification(lengths, kind):
         assert_order(order, naive_residual(features, weight, offsets, counts), offsets, counts)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("width", [64, 192])
 def test_more_picks_than_dimensions(width):
     """After as many picks as dimensions, residuals are rounding errors and do not affect the order."""

@@ -7,6 +7,8 @@ _ALWAYS, _LARGEST = 192, 1024
 # Cost of a pick by lazy evaluation, in multiplications of the matrix of all pairs (medians of
 # `benchmarks/small_pools.py`); and the cost of the first pick of farthest-point selection.
 _A_PICK, _A_FIRST_PICK = 2_500_000, 2_500_000_000
+# The same for residual selection, measured in the same way.
+_LARGEST_OF_RESIDUALS, _A_RESIDUAL_PICK = 2304, 5_000_000
 
 
 def is_small(rows: int, width: int, picks: int) -> bool:
@@ -18,6 +20,11 @@ def is_small(rows: int, width: int, picks: int) -> bool:
         picks: Number of rows to select.
     """
     return rows <= _ALWAYS or (rows <= _LARGEST and rows * rows * width <= _A_PICK * picks)
+
+
+def is_small_for_residuals(rows: int, width: int, picks: int) -> bool:
+    """Same as `is_small`, for residual selection."""
+    return rows <= _ALWAYS or (rows <= _LARGEST_OF_RESIDUALS and rows * rows * width <= _A_RESIDUAL_PICK * picks)
 
 
 def is_small_for_isolation(rows: int, width: int) -> bool:

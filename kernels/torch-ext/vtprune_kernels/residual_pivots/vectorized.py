@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._cosine import Cosine
 from .._ragged import segment_maximum, select_by_group
-from .._small import is_small
+from .._small import is_small_for_residuals
 from ..dpp_map import gram
 from ..dpp_map import vectorized as lazy
 from ..facility_location.naive import usable
@@ -37,6 +37,11 @@ def relevance(features: Tensor, length: Tensor, weights: Tensor | None, offsets:
     return scaled if weights is None else scaled * usable(weights).sqrt()
 
 
+def sure_of(kernel: Cosine, weights: Tensor | None) -> Tensor:
+    """Energy `[n]` that a row of one group must have left for float32 to rank it."""
+    return (_SURE * kernel.squares).clamp_min(EXPLAINED if weights is None else EXPLAINED * usable(weights))
+
+
 def residual_pivots(
     features: Tensor, weights: Tensor | None, offsets: Tensor, budgets: Tensor, max_budget: int | None = None
 ) -> Tensor:
@@ -47,9 +52,8 @@ def residual_pivots(
     def of_group(start: int, stop: int, budget: int) -> Tensor:
         kernel = Cosine(features[start:stop], factor[start:stop])
         weight = None if weights is None else weights[start:stop]
-        sure = (_SURE * kernel.squares).clamp_min(EXPLAINED if weight is None else EXPLAINED * usable(weight))
-        choose = gram.choose if is_small(stop - start, rank, budget) else lazy.choose
-        chosen = choose(kernel, budget, rank, sure)
+        choose = gram.choose if is_small_for_residuals(stop - start, rank, budget) else lazy.choose
+        chosen = choose(kernel, budget, rank, sure_of(kernel, weight))
         if len(chosen) == budget:
             return chosen
         return _continued(features[start:stop], weight, chosen, budget)
