@@ -97,7 +97,8 @@ def test_what_is_trained_is_what_is_shipped(untrained, tmp_path):
     wanted = batch.labels[batch.labels != packing.IGNORE]
     assert inputs["input_ids"][0, -len(wanted) :].tolist() == wanted.tolist(), kind
     shipped = F.cross_entropy(loaded(**inputs).logits[0, -1 - len(wanted) : -1], wanted)
-    assert float(untrained(batch)[0]) == pytest.approx(float(shipped), rel=0.02)
+    rounding = 0.02 if learner.DTYPE is torch.bfloat16 else 1e-3
+    assert float(untrained(batch)[0]) == pytest.approx(float(shipped), rel=rounding)
 
 
 def test_an_interrupted_training_goes_on_exactly(monkeypatch, tmp_path):

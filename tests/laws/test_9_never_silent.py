@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Law 9: failing to drop visual tokens is an error, text prompts are unchanged, and errors name a remedy."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -34,12 +35,15 @@ def test_nothing_dropped(family: str, method: str) -> None:
         assert "no cut" in patch.last.report() and "ratio=0.999" in patch.last.report()
 
 
-def test_features_without_placeholders(family: str) -> None:
+@pytest.mark.parametrize("checked", [True, False], ids=["checked by the model", "unchecked"])
+def test_features_without_placeholders(family: str, checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_of(family), FAMILIES[family].batch(ONE)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 11)
+    if not checked:
+        monkeypatch.setattr(sys.modules[type(model).__module__], "torch_compilable_check", lambda *args: None)
     with pruned(model, "random") as (patch, _):
         for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
-            with pytest.raises((vtprune.NothingPrunedError, ValueError)):
+            with pytest.raises(ValueError if checked else vtprune.NothingPrunedError):
                 call(**batch)
         assert patch.last is None
 

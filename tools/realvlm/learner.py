@@ -21,12 +21,15 @@ from . import data
 LOOKED_AT = (
     ("scene", 12, 350), ("scene", 16, 250), ("crowd", 16, 150), ("page", 16, 100), ("page", 20, 100), ("page", 24, 50)
 )  # fmt: skip
+# Of everything that is frozen: bfloat16 on processors that compute with it, which others emulate slowly.
+FAST = any(there for name, there in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+DTYPE = torch.bfloat16 if FAST else torch.float32
 BACKGROUND = 0.15  # share of the patches of bare background that are looked at
 SHARPNESS = 2.0  # of the product of a patch and a word
 
 
 class Attention(torch.autograd.Function):
-    """Attention in bfloat16 with plain matrix products: on a CPU twice as fast as `sdpa`, whose backward is slow."""
+    """Attention with plain matrix products: on a CPU twice as fast as `sdpa`, whose backward is slow."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -57,9 +60,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
 
 
 class Learner(nn.Module):
-    """Real parts, frozen, in bfloat16; the projector and LoRA in float32, and nothing else in `state_dict`.
+    """Real parts, frozen, in `DTYPE`; the projector and LoRA in float32, and nothing else in `state_dict`.
 
-    The decoder computes with a bfloat16 copy of LoRA (`live`); with float32 and autocast a fifth of a step would go
+    The decoder computes with a copy of LoRA in `DTYPE` (`live`); with float32 and autocast a fifth of a step would go
     into conversions.
     """
 
@@ -68,24 +71,24 @@ class Learner(nn.Module):
         transformers.AttentionInterface.register("realvlm_training", attend)
         vlm = picture_vlm.untrained()
         self.projector = vlm.model.multi_modal_projector
-        layers = vlm.model.language_model.to(torch.bfloat16)
+        layers = vlm.model.language_model.to(DTYPE)
         layers.set_attn_implementation("realvlm_training")
         adapted = picture_vlm.adapted(layers)
         self.live = [weight for weight in adapted.parameters() if weight.requires_grad]
         self.lora = nn.ParameterList([weight.detach().float() for weight in self.live])
-        self.frozen = [adapted, vlm.model.vision_tower.to(torch.bfloat16)]  # in a list: no part of `state_dict`
+        self.frozen = [adapted, vlm.model.vision_tower.to(DTYPE)]  # in a list: no part of `state_dict`
         self.words = layers.embed_tokens.weight.detach()  # no parameter of this module, either
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
         """What the tower's chosen layers say of every patch, float32 `[B, N, D]`."""
-        states = self.frozen[1](pixels.to(torch.bfloat16), output_hidden_states=True).hidden_states
+        states = self.frozen[1](pixels.to(DTYPE), output_hidden_states=True).hidden_states
         return torch.cat([states[layer][:, 1:] for layer in picture_vlm.TOWER_LAYERS], dim=-1).float()
 
     def forward(self, batch: data.Batch) -> tuple[Tensor, Tensor]:
         """The mean loss of the answers' tokens, and the predicted tokens `[B, TEXT]`."""
         self.refresh()
-        patches = self.projector(self.features(batch.pixels)).to(torch.bfloat16)
+        patches = self.projector(self.features(batch.pixels)).to(DTYPE)
         start = self.words[batch.tokens.new_full((len(patches), 1), START)]
         embedded = torch.cat((start, patches, self.words[batch.tokens]), dim=1)
         prefix = 1 + patches.shape[1]
@@ -155,8 +158,8 @@ class Learner(nn.Module):
         hits: Counter = Counter()
         for step in range(steps):
             part = torch.randint(len(seen), (rows,), generator=generator)
-            with torch.autocast("cpu", torch.bfloat16):
-                out = self.projector(((seen[part].float() - middle) / spread).to(torch.bfloat16)).float()
+            with torch.autocast("cpu", torch.bfloat16, enabled=DTYPE is torch.bfloat16):
+                out = self.projector(((seen[part].float() - middle) / spread).to(DTYPE)).float()
             loss = ((out - described[part]).square().sum(1) * background[part]).mean() / 10
             for number, (group, words) in enumerate(zip(data.SHOWN, apart, strict=True)):
                 label = shown[part, number]
@@ -206,7 +209,7 @@ START = parts.tokenizer().convert_tokens_to_ids(picture_vlm.START)
 
 
 def bias(segments: Tensor, prefix: int) -> Tensor:
-    """What is added to attention scores, bfloat16 `[B, 1, L, L]`: causal, and no question sees another one.
+    """What is added to attention scores, `[B, 1, L, L]`: causal, and no question sees another one.
 
     Args:
         segments: number of every text position's question `[B, TEXT]`.
@@ -216,4 +219,4 @@ def bias(segments: Tensor, prefix: int) -> Tensor:
     length = owner.shape[1]
     allowed = (torch.arange(length) < prefix) | (owner[:, :, None] == owner[:, None, :])
     allowed &= torch.ones(length, length, dtype=torch.bool).tril()
-    return torch.where(allowed, 0.0, -1e4)[:, None].to(torch.bfloat16)
+    return torch.where(allowed, 0.0, -1e4)[:, None].to(DTYPE)
