@@ -15,6 +15,7 @@ from ..core.method import Choice, Method, Stage
 from ..core.tokens import Tokens
 from ..engine.patching import patch, refuse_patched
 from ..errors import BudgetError, VTPruneError
+from .given import batches_of
 from .metrics import NO_PICTURES
 
 STEPS = 20  # bisection steps
@@ -93,7 +94,7 @@ def calibrate(
     refuse_patched(model, "calibrating an energy")
     curves = Curves(most)
     with patch(model, ratio=0.5, method=curves), torch.no_grad():
-        for batch in batches:
+        for batch in batches_of(batches):
             model(**batch)
     if not curves.sizes:
         raise VTPruneError(NO_PICTURES)

@@ -21,6 +21,7 @@ from ..methods.debiased.curve_fitting import Fit
 from ..methods.debiased.method import Debiased
 from ..methods.debiased.padding import PaddingRule, shown
 from ..methods.debiased.position_curve import Curve
+from .given import batches_of
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -88,7 +89,8 @@ def collect(
     refuse_patched(model, "collecting scores")
     collector = Collector(host, rule)
     with patch(model, ratio=0.5, method=collector), torch.no_grad():
-        pairs = zip(batches, repeat(None)) if sizes is None else zip(batches, sizes, strict=True)
+        each = batches_of(batches)
+        pairs = zip(each, repeat(None)) if sizes is None else zip(each, sizes, strict=True)
         for batch, collector.sizes in pairs:
             model(**batch)
     if not collector.scores:

@@ -18,6 +18,7 @@ from ..engine.patching import patch, refuse_patched
 from ..errors import CertificateError, NothingPrunedError
 from ..models.identity import files_hash
 from . import progress
+from .given import batches_of, refuse_below_one
 from .intervals import group_means
 from .metrics import NO_PICTURES, refuse_nan
 from .risk import exact_p_value, p_value, pictures_needed
@@ -63,11 +64,12 @@ def certify(
 
     Raises:
         CertificateError: There is no prompt, none has a visual token, or a number is out of range.
-        VTPruneError: The model is patched.
+        VTPruneError: The model is patched, or `max_new_tokens` is below 1.
     """
     _check(risk, confidence, candidates)
+    refuse_below_one(max_new_tokens=max_new_tokens)
     refuse_patched(model, "certifying a ratio")
-    pruner, prompts = resolve(method), list(prompts)
+    pruner, prompts = resolve(method), list(batches_of(prompts))
     names: Sequence[Hashable] = range(len(prompts)) if pictures is None else pictures
     if not prompts or len(names) != len(prompts):
         raise CertificateError(

@@ -16,6 +16,7 @@ from ..methods import Method, names, resolve
 from ..report.pruning import Pruning
 from ..report.tower import TowerPruning
 from . import metrics
+from .given import batches_of, refuse_below_one
 from .resize import NAME
 
 BASELINES = ("random", "uniform")
@@ -94,7 +95,7 @@ def compare(
     Raises:
         BudgetError: `mean_ratio` is out of range.
         MethodError: A name is unknown.
-        VTPruneError: The model is patched, or there are no prompts.
+        VTPruneError: The model is patched, there are no prompts, or `repeats` is below 1.
         UnsupportedModelError: A part of the model was not found.
     """
     given = names() if methods is None else methods
@@ -103,7 +104,8 @@ def compare(
     refuse_patched(model, "comparing methods")
     inspect(model)  # raises for models that no method supports
     patch(model, mean_ratio=mean_ratio, method="uniform").remove()
-    batches = list(batches)
+    refuse_below_one(repeats=repeats)
+    batches = list(batches_of(batches))
     if not batches:
         raise VTPruneError("there are no prompts; expected at least one batch")
     reference = [metrics.next_token_logits(model, batch) for batch in batches]

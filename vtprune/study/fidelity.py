@@ -21,6 +21,7 @@ from ..engine.patching import patch, refuse_patched
 from ..errors import BudgetError, MethodError, NothingPrunedError, VTPruneError
 from ..methods import Method
 from . import metrics, stopwatch
+from .given import refuse_below_one
 from .intervals import bootstrap, group_means, wilson
 from .resize import MORE, NAME, regained, rival
 
@@ -179,9 +180,10 @@ def measure_prompt(
         selection, `selection_seconds`, `visual`, `kept` and `mean_ratio`.
 
     Raises:
-        VTPruneError: The model is patched, the prompt has no visual token, or more than one sample.
+        VTPruneError: The model is patched, the prompt is no single sample with visual tokens, or a count is below 1.
     """
     refuse_patched(model, "measuring")
+    refuse_below_one(max_new_tokens=max_new_tokens, repeats=repeats)
     settings = _Settings(max_new_tokens, repeats, clock)
     reference = _reference(model, prompt.inputs, settings)
     records: dict[str, dict[str, Any]] = {"unpruned": {"seconds": reference.seconds}}

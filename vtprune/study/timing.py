@@ -13,6 +13,7 @@ import torch
 
 from ..errors import InputError, VTPruneError, one_line
 from . import stopwatch
+from .given import refuse_below_one
 
 if TYPE_CHECKING:
     from ..engine.patching import Patch
@@ -86,7 +87,9 @@ def measure_side_by_side(
 
     Raises:
         InputError: The model fails without pruning.
+        VTPruneError: A count is below 1.
     """
+    refuse_below_one(max_new_tokens=max_new_tokens, repeats=repeats)
     contexts: tuple[Callable[[], AbstractContextManager], ...] = (patch.paused, nullcontext)
     answers = []
     for context in contexts:

@@ -23,6 +23,7 @@ from ..methods import resolve
 from ..methods.vflowopt.method import VFlowOpt
 from ..models import identity
 from . import metrics, progress
+from .given import batches_of
 
 _PRESETS = (0.5, 0.25, 0.1)
 Bounds = dict[str, tuple[float, float]]
@@ -202,7 +203,7 @@ def tune(
     _check(model, mean_ratio, trials, seed)
     if path is not None and Path(path).exists() and not resume and not force:
         raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
-    batches = list(batches)
+    batches = list(batches_of(batches))
     reference = [metrics.last_states(model, batch) for batch in batches]
     hashes = identity.inputs_hash(batches), identity.weights_hash(model)
     search = Search(mean_ratio, inspect(model).num_layers, sum(map(len, reference)), seed, *hashes)
