@@ -10,7 +10,7 @@ from typing import Any
 from ..core import default_method
 from .arguments import add_device, add_model, add_pictures, chosen_methods, count, probability, quiet, share
 from .fidelity import content_of, prompt_pairs, prompts
-from .output import Output, add_json
+from .output import Output, add_json, plural
 from .parser import description
 
 
@@ -84,7 +84,7 @@ def _certify(args: argparse.Namespace) -> None:
     found.save(path)
     output.write(dataclasses.asdict(found))
     if found.budget == 1.0:
-        output.say(f"no ratio below 1 is certified with {found.pictures} pictures")
+        output.say(f"no ratio below 1 is certified with {plural(found.pictures, 'picture')}")
     else:
         output.say(f"certified: {found}")
     output.say(

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import InputError, VTPruneError, one_line
 from ..refvlm.loading import EMBEDDED_MODELS
 from .arguments import add_device, add_model, quiet
-from .output import Output, add_json, width, wrap
+from .output import Output, add_json, plural, width, wrap
 from .parser import description
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "pillow", "rich", "jsonschema", "shtab")
@@ -179,7 +179,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {name:<11} {have[name] or '-':<12} {purpose}")
     about = found["machine"]
     accelerator = about["accelerator"] or "no accelerator"
-    lines += ["machine", f"  {about['system']}, {about['cores']} cores, {about['threads']} threads, {accelerator}"]
+    lines += [
+        "machine",
+        f"  {about['system']}, {plural(about['cores'], 'core')}, {plural(about['threads'], 'thread')}, {accelerator}",
+    ]
     lines += [f"  attention: {', '.join(about['attention'])}"]
     lines += [f"  kernels: {found['kernels']['run_by']}, from {found['kernels']['from']}"]
     lines += _model_lines(found["model"])
@@ -189,7 +192,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def _model_lines(model: dict[str, Any]) -> list[str]:
     if "refused" in model:
         return ["model", *wrap(f"{model['name']} cannot be pruned: {model['refused']}", width(), "  ")]
-    lines = [f"model {model['name']} ({model['class']}, {model['layers']} layers)"]
+    lines = [f"model {model['name']} ({model['class']}, {plural(model['layers'], 'layer')})"]
     lines += wrap(f"works: {', '.join(model['works'])}", width(), "  ")
     for method, reason in model["refused_methods"].items():
         lines += wrap(f"refused: {method}: {reason}", width(), "  ")

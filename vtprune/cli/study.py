@@ -270,7 +270,7 @@ def _calibrate(args: argparse.Namespace, output: Output, path: Path) -> None:
     mean = sum(kept) / len(kept)
     auto.save(path, mean_ratio=mean, least=min(kept), most=max(kept), pictures=len(kept), model=args.model)
     output.say(
-        f"energy {auto.energy:.6g} keeps {mean:.3f} of the tokens on average over {len(kept)} pictures, from "
+        f"energy {auto.energy:.6g} keeps {mean:.3f} of the tokens on average over {plural(len(kept), 'picture')}, from "
         f"{min(kept):.3f} to {max(kept):.3f}"
     )
     output.say(f"written to {args.out}; use it with vtprune.patch(model, ratio=vtprune.Auto.load({args.out!r}))")

@@ -210,7 +210,8 @@ def _valid_patches(mask: Any, batch: int, length: int) -> Tensor | None:
     valid = seen.any(1)
     if not (seen == valid[:, None]).all():
         raise MethodError(
-            "the vision layer's mask hides more than padding; expected every patch to attend to all patches but padding"
+            "the vision layer's mask hides more than padding; expected every patch to attend to all patches but "
+            "padding; choose a method that needs no attention of the tower, such as 'divprune'"
         )
     return None if valid.all() else valid
 

@@ -82,7 +82,8 @@ def patches_of_rows(x: Tensor, rows: int, packed: bool) -> Tensor:
     if packed or side * side != patches or block * block != k or k * rows != patches or side % block:
         raise MethodError(
             f"cannot tell which of {patches} vision patches make up which of {rows} projected features; expected "
-            "square blocks of a square crop, or the same number of consecutive patches each"
+            "square blocks of a square crop, or the same number of consecutive patches each; choose a method that "
+            "needs none, such as 'divprune'"
         )
     x = x.reshape(n, side // block, block, side // block, block, width)
     return x.transpose(2, 3).reshape(n, rows, k, width)  # [n, row of blocks, column of blocks, in block, C]
@@ -267,7 +268,8 @@ class Vision:
         if len(records) != len(self._outputs):
             raise MethodError(
                 f"{self.method} recorded {len(records)} calls of a vision layer and {len(self._outputs)} of the "
-                "projector; expected one each for every call of the vision tower"
+                "projector; expected one each for every call of the vision tower; choose a method that needs none, "
+                "such as 'divprune'"
             )
         out = [
             read_attention(record, y.shape[1], packed, rope)
@@ -277,7 +279,8 @@ class Vision:
             if len(attention.query) != len(y):
                 raise MethodError(
                     f"the vision layer was called with {len(attention.query)} crops and the projector with {len(y)}; "
-                    "expected the same number, to map patches to tokens"
+                    "expected the same number, to map patches to tokens; choose a method that needs none, such as "
+                    "'divprune'"
                 )
         return out
 
@@ -295,7 +298,8 @@ class Vision:
             ):
                 raise MethodError(
                     f"{self.method} was asked to keep the class token, but the projector of "
-                    f"{type(self.anatomy.model).__name__} does not read a layer that has one"
+                    f"{type(self.anatomy.model).__name__} does not read a layer that has one; choose a "
+                    "method that keeps none, such as 'divprune'"
                 )
             states.append(output[:, 0])
         return torch.cat(states).to(self.index.device)
@@ -347,5 +351,6 @@ def pixel_crops(vision: Vision) -> list[Tensor]:
         return crops
     raise MethodError(
         f"{vision.method} reads square crops of pixels, [n, 3, H, W] or [images, tiles, 3, H, W]; got "
-        f"{[tuple(p.shape) for p in given]} for {[len(x) for x, _, _ in calls]} crops"
+        f"{[tuple(p.shape) for p in given]} for {[len(x) for x, _, _ in calls]} crops; choose a method that "
+        "reads no pixels, such as 'divprune'"
     )
