@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from vtprune.towers.arguments import Rows, cut_offsets
+from vtprune.towers.arguments import Rows, cut, cut_offsets
 from vtprune.towers.change import nearest_kept
+from vtprune.vision.block_calls import Offsets
 
 
 def rows_of(length: int, kept: list[int]) -> Rows:
@@ -26,6 +27,16 @@ def test_windows_without_rows_drop_out() -> None:
     offsets = torch.tensor([0, 4, 8, 10])
     assert cut_offsets(offsets, rows_of(10, [1, 2, 8])).tolist() == [0, 2, 3]
     assert cut_offsets(offsets, rows_of(10, [4])).tolist() == [0, 1]
+
+
+def test_rotations_lose_rows_only_where_a_picture_has_as_many_patches_as_channels() -> None:
+    rows = Rows(1, 8, torch.tensor([0]), torch.tensor([[1, 2, 7]]), Offsets(1, 8))
+    table, mask = torch.rand(8, 8), torch.rand(1, 1, 8, 8)
+    named = {"position_embeddings": (table, table[None]), "bias": mask}
+    kept = cut((torch.rand(8, 4),), named, rows, torch.rand(3, 4))[1]
+    assert torch.equal(kept["position_embeddings"][0], table[[1, 2, 7]])
+    assert torch.equal(kept["position_embeddings"][1], table[None, [1, 2, 7]])
+    assert torch.equal(kept["bias"], mask[:, :, [1, 2, 7]][..., [1, 2, 7]])
 
 
 def test_neighbors_are_nearest_although_a_channel_is_large_in_all_patches() -> None:

@@ -98,7 +98,8 @@ def _made(name: str, x: Tensor, rows: Rows) -> Tensor:
         return cut_offsets(known, rows).to(x.device, x.dtype)
     if rows.index.device != x.device:
         rows = Rows(rows.batch, rows.length, rows.entries.to(x.device), rows.index.to(x.device), rows.offsets)
-    square = x.dim() >= 2 and x.shape[-1] == x.shape[-2] == rows.length
+    # An unnamed mask; rotations `[L, D]` are square too where a picture has as many patches as a head has channels.
+    square = (x.dim() > 3 or x.dtype == torch.bool) and x.dim() > 1 and x.shape[-1] == x.shape[-2] == rows.length
     if "mask" in name or square:
         dims = [d for d in range(max(0, x.dim() - 2), x.dim()) if x.shape[d] == rows.length]
     else:
