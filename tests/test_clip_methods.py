@@ -222,6 +222,12 @@ def test_holitom_averages_what_stands_still() -> None:
     torch.testing.assert_close(chosen.states[chosen.keep.argsort()], x.view(6, 10, -1).mean(0))
 
 
+def test_holitom_has_no_window_longer_than_given() -> None:
+    x, clip = still_clip(7, 10)
+    parts = split(next_similarity(x, clip), clip, 0.8, longest=3)
+    assert parts.windows == [(0, 2), (3, 5), (6, 6)] and parts.saved == 40
+
+
 def test_holitom_saves_no_more_than_asked() -> None:
     x, clip = still_clip(6, 10)
     chosen = HoliTom().choose_clip(x, clip, 50, attention_of(clip))

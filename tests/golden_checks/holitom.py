@@ -18,7 +18,7 @@ def check_clip(case: dict[str, np.ndarray]) -> None:
     x, clip = clip_of(case)
     similarity = next_similarity(x, clip)
     close(similarity, case["similarity"], extra=1e-6)
-    parts = split(similarity, clip, float(case["threshold"]))
+    parts = split(similarity, clip, float(case["threshold"]), longest=int(case["max_window"]))
     assert [list(window) for window in parts.windows] == case["windows"].tolist()
     assert [rows.shape[1] for rows in parts.static] == case["static_places"].tolist()
     assert parts.saved == int(case["reduced"])

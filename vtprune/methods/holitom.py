@@ -41,11 +41,12 @@ def static_runs(similarity: Tensor, threshold: float) -> Tensor:
     return runs
 
 
-def windows(runs: Tensor) -> list[tuple[int, int]]:
+def windows(runs: Tensor, longest: int = 1024) -> list[tuple[int, int]]:
     """Cuts a clip into windows such that averaging the static places of each saves the most tokens.
 
     Args:
         runs: `[T, Q]` of `static_runs`. A window of `L` frames saves `L - 1` tokens for every place static throughout.
+        longest: Most frames of a window, as released.
 
     Returns:
         list: First and last frame of each window. Where several windows save equally much, the shortest is taken.
@@ -56,7 +57,7 @@ def windows(runs: Tensor) -> list[tuple[int, int]]:
         steps = torch.arange(end + 1)
         static = places - torch.bincount(runs[end], minlength=end + 1)[: end + 1].cumsum(0)  # places with longer runs
         static = torch.cat([torch.tensor([places]), static[:-1]])  # runs of at least that many steps
-        total = torch.tensor(best[::-1]) + static * steps  # and the best cut of the frames before
+        total = (torch.tensor(best[::-1]) + static * steps)[:longest]  # and the best cut of the frames before
         length.append(int(total.argmax()) + 1)
         best.append(int(total.max()))
     out, end = [], frames - 1
@@ -87,7 +88,9 @@ class StaticPlaces:
         return sum(max(len(s) - 1, 0) * s.shape[1] for s in self.static)
 
 
-def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = None) -> StaticPlaces:
+def split(
+    similarity: Tensor, clip: Clip, threshold: float, most: int | None = None, longest: int = 1024
+) -> StaticPlaces:
     """Splits the tokens of a clip into static and moving ones.
 
     Args:
@@ -95,9 +98,10 @@ def split(similarity: Tensor, clip: Clip, threshold: float, most: int | None = N
         clip: Frames and places.
         threshold: Cosine above which a place is static from one frame to the next.
         most: Most tokens to save; where it would be more, the least similar places count as moving.
+        longest: Most frames of a window.
     """
     runs = static_runs(similarity, threshold)
-    found = windows(runs)
+    found = windows(runs, longest)
     marks = [
         runs[last] >= last - first if last > first else torch.zeros(runs.shape[1], dtype=torch.bool)
         for first, last in found
