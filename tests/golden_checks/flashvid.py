@@ -43,7 +43,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         roots = torch.bincount(clip.frame[(links < 0) & ~taken], minlength=clip.frames)
         counts = []
         for here in roots.split(segments):
-            share = min(1.0, (each - select) * len(here) / int(here.sum()))
+            share = min(1.0, (each - select) * len(here) / max(1, int(here.sum())))
             counts += [math.ceil(n * share) for n in here.tolist()]
         chosen = method.merge(x, clip, attention, picked, links, counts)
         same_kept(chosen.keep, case)
