@@ -485,6 +485,34 @@ def test_what_is_no_model_is_named(model: Any) -> None:
             call(model)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "part", "differs"),
+    [("gemma4", "text_config", "head_dim"), ("dots3_note", "vision_config", "num_local_experts")],
+)
+@torch.no_grad()
+def test_settings_that_differ_between_layers(architecture: str, part: str, differs: str) -> None:
+    """Costs are those of each layer where heads (Gemma 4) or experts (dots.note) differ between layers."""
+    from tests.architectures.run import prepare, registered
+
+    if architecture not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare(architecture, registered()[architecture])
+    config, batch = built.model.config, prompts.batch([[3, "image", 5]])
+    own = getattr(config, part)
+    changed = {i: {differs: 2 * getattr(layer, differs)} for i, layer in enumerate(own.per_layer_config) if i % 2}
+    own.per_layer_config = changed
+    model = type(built.model)(config).eval()
+    layers = model(**batch, use_cache=True).past_key_values.layers
+    with pruned(model, "uniform", ratio=0.3) as (patch, _):
+        model(**batch)
+        length = batch["input_ids"].shape[1]
+        left = length - len(patch.last.visual[0]) + len(patch.last.kept[0])
+        assert patch.last.report()
+        if part == "text_config":
+            token = sum(2 * 4 * layer.keys.shape[1] * layer.keys.shape[3] for layer in layers)  # bytes
+            assert patch.last.kv_bytes == (length * token, left * token)
+
+
 @torch.no_grad()
 def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> None:
     """GLM-5 Next: hidden states `[B, T, S, D]` are zero at dropped tokens, and a static cache changes no answer."""

@@ -78,7 +78,7 @@ class Bench:
         self.parts: Anatomy = inspect(self.model)
         weight = self.parts.embeddings.weight
         assert isinstance(weight, Tensor)
-        self.shape = DecoderShape.of(self.parts.decoder.config, weight.element_size())
+        self.shape = DecoderShape.of(self.parts.decoder.config, self.parts.num_layers, weight.element_size())
         self.device = weight.device  # of the prompts, too
 
     def about(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..core.options import fits, shorten
 from ..errors import MethodError, VTPruneError
 from ..models import anatomy as _anatomy
 from ..models.anatomy import Anatomy
-from ..models.transformers_names import mask_function_name, rope_parameters
+from ..models.transformers_names import layer_configs, mask_function_name, rope_parameters
 from ..report.cost import DecoderShape
 from ..report.tower import Work, weights_per_token
 from ..towers import TowerMethod
@@ -236,16 +236,17 @@ class PruneSpec:
     def work(self) -> Work:
         """Cost of a token in projector and decoder."""
         parts = self.anatomy
-        config = parts.decoder.config
+        configs = layer_configs(parts.decoder.config, parts.num_layers)
         inside = parts.projector is None or any(m is parts.projector for m in parts.vision_tower.modules())
         projector = 0 if inside else weights_per_token(parts.projector)  # type: ignore[arg-type]
-        layers = tuple(weights_per_token(layer, config) for layer in parts.layers)
+        layers = tuple(map(weights_per_token, parts.layers, configs))
         return Work(layers, self.shape.width, projector)
 
     @property
     def shape(self) -> DecoderShape:
         """Sizes of the decoder from which its costs are computed."""
-        return DecoderShape.of(self.anatomy.decoder.config, torch.empty((), dtype=self.dtype).element_size())
+        parts, itemsize = self.anatomy, torch.empty((), dtype=self.dtype).element_size()
+        return DecoderShape.of(parts.decoder.config, parts.num_layers, itemsize)
 
 
 def _listed(values: Iterable[Kind], kind: type[Kind], source: str) -> tuple[Kind, ...]:

@@ -73,6 +73,16 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
 
 
+def layer_configs(config: Any, count: int) -> list[Any]:
+    """The config of each of the first `count` layers: one for all, unless it has settings that differ between layers.
+
+    Such a setting (head sizes in Gemma 4, numbers of experts in dots.note) cannot be read from the config of all.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return [config] * count
+    return list(config.per_layer_config)[:count]
+
+
 def missing() -> list[str]:
     """Lists the names that the installed transformers lacks, with what vtprune needs each for."""
     import transformers

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.transformers_names import layer_configs
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -15,32 +17,35 @@ class DecoderShape:
     Attributes:
         layers: Number of layers.
         width: Hidden size `d`.
-        mlp: Width `m` of the feed-forward layer.
-        kv_heads, head_dim: Number of KV heads and size of a head.
+        mlp: Width `m` of the feed-forward layer of each layer.
+        keys: Number of values in the keys of one token, of each layer; its values have as many.
         itemsize: Bytes per value in the cache.
     """
 
     layers: int
     width: int
-    mlp: int
-    kv_heads: int
-    head_dim: int
+    mlp: tuple[int, ...]
+    keys: tuple[int, ...]
     itemsize: int
 
     @classmethod
-    def of(cls, config: Any, itemsize: int) -> DecoderShape:
-        """Reads the sizes from a transformers text config."""
-        heads = getattr(config, "num_attention_heads", None) or 1
-        width = config.hidden_size
-        mlp = getattr(config, "intermediate_size", None)
-        return cls(
-            layers=config.num_hidden_layers,
-            width=width,
-            mlp=mlp if isinstance(mlp, int) else 4 * width,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or width // heads,
-            itemsize=itemsize,
-        )
+    def of(cls, config: Any, layers: int, itemsize: int) -> DecoderShape:
+        """Reads the sizes from the transformers text config of a decoder with `layers` layers."""
+        width, each = config.hidden_size, layer_configs(config, layers)
+        return cls(layers, width, tuple(_mlp(c, width) for c in each), tuple(_keys(c, width) for c in each), itemsize)
+
+
+def _mlp(config: Any, width: int) -> int:
+    """Width of the feed-forward layer of a layer with this config."""
+    mlp = getattr(config, "intermediate_size", None)
+    return mlp if isinstance(mlp, int) else 4 * width
+
+
+def _keys(config: Any, width: int) -> int:
+    """Number of values in the keys of one token of a layer with this config."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads * (getattr(config, "head_dim", None) or width // heads)
 
 
 def layer_flops(tokens: float, width: int, mlp: int) -> float:
@@ -53,9 +58,9 @@ def layer_flops(tokens: float, width: int, mlp: int) -> float:
 
 def decoder_flops(tokens: Sequence[float], shape: DecoderShape) -> float:
     """Sum over layers of `layer_flops`, from the visual tokens that enter each layer."""
-    return sum(layer_flops(n, shape.width, shape.mlp) for n in tokens)
+    return sum(layer_flops(n, shape.width, mlp) for n, mlp in zip(tokens, shape.mlp, strict=True))
 
 
 def kv_bytes(slots: Sequence[int], batch: int, shape: DecoderShape) -> int:
     """Bytes of keys and values for `slots` cached tokens per layer."""
-    return sum(2 * batch * n * shape.kv_heads * shape.head_dim * shape.itemsize for n in slots)
+    return sum(2 * batch * n * keys * shape.itemsize for n, keys in zip(slots, shape.keys, strict=True))

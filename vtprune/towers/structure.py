@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..models.anatomy import Anatomy
+from ..models.transformers_names import layer_configs
 from ..report.tower import weights_per_token
 from ..vision.patch_sizes import PatchSizes
 
@@ -48,7 +49,7 @@ def find_parts(anatomy: Anatomy) -> TowerParts:
     return TowerParts(
         **vars(sizes),
         blocks=blocks,
-        weights=tuple(weights_per_token(block, sizes.config) for block in blocks),
+        weights=tuple(map(weights_per_token, blocks, layer_configs(sizes.config, len(blocks)))),
         embedding_weights=sum(p.numel() for m, p in outside if isinstance(m, (nn.Conv2d, nn.Conv3d)) and p.dim() > 2),
         merger_weights=sum(p.numel() for m, p in outside if isinstance(m, nn.Linear) and p.dim() == 2),
     )
