@@ -60,6 +60,25 @@ def test_what_holds_a_model_is_unwrapped(wrap: Any) -> None:
         assert again.removed
 
 
+@pytest.mark.parametrize("part", ["", "model", "model.language_model"])
+@pytest.mark.parametrize("method", ["uniform", "fastv"])
+def test_a_forward_behind_a_function_of_any_arguments(method: str, part: str) -> None:
+    """A forward that was wrapped, to time it say, is called as before; its class tells the names of its arguments."""
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch(ONE)
+    module = model.get_submodule(part)
+    with torch.no_grad(), vtprune.patch(model, ratio=0.3, method=method):
+        want = [model(**batch).logits, model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits]
+        tokens = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with torch.no_grad(), vtprune.patch(model, ratio=0.3, method=method):
+        assert torch.equal(model(**batch).logits, want[0])
+        again = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits
+        assert torch.equal(again, want[1])
+        if part:  # without a head's signature `generate` itself knows no pixels
+            assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), tokens)
+
+
 def test_several_models_are_named() -> None:
     both = nn.ModuleDict({"policy": FAMILIES["llava"].build(), "reference": FAMILIES["llava"].build()})
     with pytest.raises(vtprune.UnsupportedModelError, match=r"policy: Llava.*reference: Llava"):

@@ -7,9 +7,10 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ def parameters(function: Callable) -> Parameters:
         rest = next((p.name for p in given if p.kind is p.VAR_POSITIONAL), None)
         found = _known[key] = Parameters(by_place, named, rest)
     return found
+
+
+def forward_of(module: nn.Module) -> Callable:
+    """A module's forward, or that of its class where a wrapper of `*args, **kwargs` hides its parameters."""
+    return module.forward if parameters(module.forward).named else MethodType(type(module).forward, module)
 
 
 def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
