@@ -100,6 +100,16 @@ def test_newline_behind_a_clip() -> None:
     assert places.grid_row.tolist() == [0, 0, 1, 1] * 3 + [-1]
 
 
+def test_clips_side_by_side_are_clips_of_their_own() -> None:
+    family = FAMILIES["llava_onevision"]
+    model, batch = family.build(), family.batch([[3, Video(0), Video(1), 5]])
+    with torch.no_grad(), vtprune.patch(model, ratio=0.5, method="evs") as patch:
+        model(**batch)
+    places = patch.last.places
+    assert torch.bincount(places.image).tolist() == [13, 13]
+    assert places.frame.tolist() == [*[0] * 4, *[1] * 4, *[2] * 4, -1] * 2
+
+
 def test_tags_between_tiles() -> None:
     """Idefics 3, SmolVLM: the tags with row and column around each tile, and line ends, are text."""
     model, generator = FAMILIES["smolvlm"].build(), torch.Generator().manual_seed(2)

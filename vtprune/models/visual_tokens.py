@@ -217,7 +217,7 @@ def _locate(
             continue
         rows, first = _feature_rows(sample[of_kind], kinds == i + 1, encoded[name].total)
         known, runs = encoded[name], _runs(sample[of_kind][first], position[of_kind][first])
-        if name == "image" and getattr(anatomy.config, "model_type", None) not in _TILES_IN_ONE_RUN:
+        if _encodes_one_by_one(name, {**inputs, **known.inputs}, anatomy, known.lengths):
             runs = _split_runs(*runs, known.lengths)
         layout = _layout(name, {**inputs, **known.inputs}, anatomy, *runs, known.lengths)
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
@@ -270,6 +270,14 @@ def _runs(sample: Tensor, position: Tensor) -> tuple[list[int], list[int]]:
     gaps = torch.where(sample.diff() != 0, 0, position.diff() - 1)[breaks]
     edges = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(sample)]
     return [b - a for a, b in zip(edges, edges[1:], strict=False)], [0, *gaps.tolist()]
+
+
+def _encodes_one_by_one(kind: str, inputs: dict[str, Any], anatomy: Anatomy, lengths: list[int] | None) -> bool:
+    """Whether the lengths that an encoder tells are those of whole images or clips, not of tiles or frames."""
+    if kind == "image":
+        return getattr(anatomy.config, "model_type", None) not in _TILES_IN_ONE_RUN
+    clips = inputs.get("pixel_values_videos")
+    return isinstance(clips, Tensor) and clips.dim() == 5 and len(clips) == len(lengths or ())
 
 
 def _split_runs(runs: list[int], gaps: list[int], lengths: list[int] | None) -> tuple[list[int], list[int]]:
