@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..models import attention_probe
+from ..models.arguments import hidden_states
 from ..models.visual_tokens import VisualTokens
 from . import kv_cache
 from .columns import Columns
@@ -131,7 +132,7 @@ class Snapshot:
     @property
     def hidden(self) -> Tensor:
         """Hidden states `[B, K, D]` entering the layer."""
-        return self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0]
+        return hidden_states(self.args, self.kwargs)
 
     def read(self, rope: bool) -> attention_probe.QKV:
         """Queries, keys and values of the layer, see `attention_probe.probe`; no projection is run twice for them."""

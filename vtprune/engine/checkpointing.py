@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..models.arguments import map_tensors
+from ..models.arguments import hidden_states, map_tensors, with_hidden_states
 
 _ATTRIBUTE = "_vtprune_given"
 
@@ -67,11 +67,9 @@ def replay(number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     given = known.get(number)
     if given is None:
         return None
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    hidden = hidden if given.cut_hidden is None else given.cut_hidden(hidden)
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, **given.changed, "hidden_states": hidden}
-    return (hidden, *given.rest), {**kwargs, **given.changed}
+    states = hidden_states(args, kwargs)
+    states = states if given.cut_hidden is None else given.cut_hidden(states)
+    return with_hidden_states((*args[:1], *given.rest), {**kwargs, **given.changed}, states)
 
 
 def _anchor(kwargs: dict[str, Any]) -> Tensor | None:

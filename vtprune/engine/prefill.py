@@ -25,6 +25,7 @@ from ..core.method import Choice, Method, ScoreMethod, check_choice, name_of
 from ..core.tokens import Tokens
 from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..models.arguments import hidden_states, with_hidden_states
 from ..models.attended import attended
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
@@ -166,10 +167,10 @@ class DecoderCall(CallState):
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments, with hidden states that have passed `Columns.through_full_length`."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if not hidden.requires_grad:
+        states = hidden_states(args, kwargs)
+        if not states.requires_grad:
             return args, kwargs
-        return _with_hidden(args, kwargs, self.columns.through_full_length(number, hidden))
+        return with_hidden_states(args, kwargs, self.columns.through_full_length(number, states))
 
     def start_reading(self) -> None:
         """Lets the cache's layers take keys and values until `stop_reading`."""
@@ -275,7 +276,7 @@ class DecoderCall(CallState):
         if merge is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
             pick = functools.partial(_cut_hidden, slots, None)
             self.give = functools.partial(snapshot.watch.projections.give, snapshot.hidden.shape[:2], pick)
-        return columns.arguments(number, *_with_hidden(*incoming, self.cut_hidden(snapshot.hidden)))
+        return columns.arguments(number, *with_hidden_states(*incoming, self.cut_hidden(snapshot.hidden)))
 
     def _cut_records(self, relative: Tensor) -> None:
         """Cuts the records of column taps, and DeepStack features, in the same way as the prompt."""
@@ -560,9 +561,3 @@ def _cut_hidden(index: Tensor, merge: tuple[Tensor, Tensor, Tensor] | None, hidd
             merged = merged.repeat(1, streams).view(len(merged), *hidden.shape[2:])
         hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
     return gather.gather(hidden, index, 1)
-
-
-def _with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
-    if "hidden_states" in kwargs:
-        return args, {**kwargs, "hidden_states": hidden}
-    return (hidden, *args[1:]), kwargs

@@ -62,6 +62,18 @@ def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     return parameters(function).bind(args, kwargs)
 
 
+def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a decoder layer."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def with_hidden_states(args: tuple, kwargs: dict[str, Any], states: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a decoder layer with other hidden states."""
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": states}
+    return (states, *args[1:]), kwargs
+
+
 def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """Applies `function` to every tensor inside tuples, lists and dicts; other values pass unchanged."""
     if isinstance(value, Tensor):
