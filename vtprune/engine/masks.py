@@ -36,8 +36,7 @@ def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tens
     if rows is not None:
         mask = gather(mask.transpose(1, 2), rows, 1).transpose(1, 2)  # [B or 1, h, q, KV]
     mask = gather(mask.movedim(3, 1), slots, 1).movedim(1, 3).contiguous()  # [B, h, q, k]
-    blocked = ~valid[:, None, None, :]
-    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+    return _without(mask, ~valid[:, None, None, :])
 
 
 def causal_mask(columns: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
@@ -65,7 +64,11 @@ def windowed(mask: Tensor, columns: Tensor, slots: Tensor, window: int, prompt: 
     """
     far = columns[:, :, None] - to_device(slots, columns.device)[:, None, :] >= window
     far[..., :prompt] = False
-    blocked = far[:, None]
+    return _without(mask, far[:, None])
+
+
+def _without(mask: Tensor, blocked: Tensor) -> Tensor:
+    """A bool or float mask that blocks the given places, too."""
     return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
 
 
