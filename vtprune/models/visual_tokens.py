@@ -92,12 +92,16 @@ class VisualTokens:
             return None
         mask = self.mask & real
         counts = mask.sum(1)
-        sample = self.sample[seen]
         fields: dict[str, Any] = {
             n: v[seen] for n, v in vars(self).items() if isinstance(v, Tensor) and n not in ("mask", "index")
         }
-        index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+        index = _index_in_sample(fields["sample"], counts)
         return VisualTokens(mask=mask, index=index, counts=counts.tolist(), **fields)
+
+
+def _index_in_sample(sample: Tensor, counts: Tensor) -> Tensor:
+    """Index `[M]` of each token among those of its sample, from the samples `[M]` and the number `[B]` in each."""
+    return torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
 
 
 def placeholder_kinds(inputs: dict[str, Any], anatomy: Anatomy, present: Container[str]) -> Tensor | None:
@@ -207,7 +211,7 @@ def _locate(
     sample, position = kinds.nonzero().unbind(1)
     kind = kinds[sample, position]
     counts = kinds.bool().sum(1)
-    index = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+    index = _index_in_sample(sample, counts)
     feature = torch.zeros_like(sample)
     place = torch.zeros(len(sample), 5, dtype=torch.long)  # image, frame, crop, row, col
     features = images = 0
@@ -256,12 +260,9 @@ def _feature_rows(sample: Tensor, mask: Tensor, total: int | None) -> tuple[Tens
         groups = counts.view(-1, copies) if len(counts) % copies == 0 else None
         if groups is None or not torch.equal(groups, groups[:, :1].expand_as(groups)):
             copies = 1
-    first = sample % copies == 0
-    starts = torch.zeros(len(counts), dtype=torch.long)
     per_group = counts[::copies]
-    starts += (per_group.cumsum(0) - per_group).repeat_interleave(copies)
-    within = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
-    return starts[sample] + within, first
+    starts = (per_group.cumsum(0) - per_group).repeat_interleave(copies)
+    return starts[sample] + _index_in_sample(sample, counts), sample % copies == 0
 
 
 def _runs(sample: Tensor, position: Tensor) -> tuple[list[int], list[int]]:
@@ -397,20 +398,17 @@ def _unpadded(plane: Tensor) -> Tensor:
     Rows and columns of the tile grid are counted from the top left of the unpadded image; newlines have -1 in both.
     """
     crop, place = plane[:, 0].round(), plane[:, 1:]
+    thumbnail = crop == 0
     out = torch.full((len(plane), 4), -1)
     out[:, 0] = 0
-    out[:, 1] = (crop > 0).long()
-    thumbnail = crop == 0
+    out[:, 1] = ~thumbnail
     out[thumbnail, 2:] = place[thumbnail].round().long()
     tiles = (~thumbnail).nonzero()[:, 0]
     line_ends = (crop[tiles] < 0).nonzero()[:, 0]
     width = int(line_ends[0]) + 1 if len(line_ends) else len(tiles)
-    if len(tiles):
-        order = torch.arange(len(tiles))
-        real = crop[tiles] > 0
-        out[tiles, 1] = 1
-        out[tiles[real], 2] = torch.div(order[real], width, rounding_mode="floor")
-        out[tiles[real], 3] = order[real] % width
+    order = (crop[tiles] > 0).nonzero()[:, 0]
+    out[tiles[order], 2] = order // width
+    out[tiles[order], 3] = order % width
     return out
 
 
@@ -424,14 +422,7 @@ def _coordinates(tiles: int, side: int) -> Tensor:
 def run_places(length: int, kind: str, crop: int | None) -> Tensor:
     """Places `[length, 4]` of a run of placeholders, guessed from its length alone."""
     side = math.isqrt(length)
-    if (
-        kind == "image"
-        and crop
-        and crop > 0
-        and length % crop == 0
-        and math.isqrt(crop) ** 2 == crop
-        and length != crop
-    ):
+    if kind == "image" and crop and 0 < crop < length and length % crop == 0 and math.isqrt(crop) ** 2 == crop:
         out = grid_places(length // crop, math.isqrt(crop), math.isqrt(crop))
         return out[:, [1, 0, 2, 3]]  # the grid's frames are crops
     if side * side == length:
@@ -440,10 +431,8 @@ def run_places(length: int, kind: str, crop: int | None) -> Tensor:
         body = length - tail
         squares = [s for s in range(math.isqrt(body), 1, -1) if body % (s * s) == 0]
         if squares:
-            frames = body // squares[0] ** 2
-            out = grid_places(frames, squares[0], squares[0])
-            if kind == "image":
-                out = out[:, [1, 0, 2, 3]] if frames > 1 else out
+            out = grid_places(body // squares[0] ** 2, squares[0], squares[0])
+            out = out[:, [1, 0, 2, 3]] if kind == "image" else out
             return torch.cat([out, torch.full((tail, 4), -1)])
     out = torch.full((length, 4), -1)
     out[:, :2] = 0
