@@ -134,8 +134,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.parts = vtprune.inspect(self.model)
-        ids = self.inputs["input_ids"]
-        self.visual = torch.isin(ids, torch.tensor(list(self.parts.placeholders.values())))
+        self.visual = self.parts.is_placeholder(self.inputs["input_ids"])
 
     def prefill(self) -> Any:
         return self.model(**self.inputs, use_cache=True)

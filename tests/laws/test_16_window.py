@@ -47,8 +47,7 @@ def check(family: str, method: Any, prompts: list, window: int, ratio: float) ->
 
     def look(cache: Any) -> None:
         call = calls[len(left)]
-        placeholders = torch.tensor(list(patch.anatomy.placeholders.values()))
-        visual = bool(torch.isin(call["input_ids"], placeholders).any())
+        visual = bool(patch.anatomy.is_placeholder(call["input_ids"]).any())
         drops.append([*drops[-1], spy.drops()] if visual else drops[-1])
         left.append(patch.last.evicted[0] if visual else torch.empty(0, dtype=torch.long))
         assert cache.get_seq_length() == sum(call["input_ids"].shape[1] for call in calls[: len(left)])

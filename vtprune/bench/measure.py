@@ -94,8 +94,7 @@ class Bench:
             VTPruneError: The prompt has no visual tokens, or samples with different numbers of them.
         """
         inputs = self.prompt(setting)
-        ids = torch.tensor(list(self.parts.placeholders.values()), device=inputs["input_ids"].device)
-        visual = torch.isin(inputs["input_ids"], ids)
+        visual = self.parts.is_placeholder(inputs["input_ids"])
         counts = visual.sum(1).tolist()
         if not counts[0] or len(set(counts)) > 1:
             raise VTPruneError(
@@ -108,19 +107,18 @@ class Bench:
                 most = limit.tokens_left(variant.budget, prompt.tokens)
                 small = prompt.smaller[variant.key] = self._smaller(setting.batch, most)
                 if small is not None:
-                    count = int(torch.isin(small["input_ids"][0], ids).sum())
+                    count = int(self.parts.is_placeholder(small["input_ids"][0]).sum())
                     prompt.budgets[str(variant.budget)] = Budget(keep=count)
         return prompt
 
     def _smaller(self, batch: int, most: int) -> Mapping[str, Any] | None:
         """The prompt of a setting with the most visual tokens that are not above `most`; None if none has so few."""
-        ids = torch.tensor(list(self.parts.placeholders.values()), device=self.device)
         for share in SHRINKING:
             try:
                 inputs = self.prompt(Setting(batch, max(1, int(share * most))))
             except MethodError:  # the user's own picture on a fixed grid
                 return None
-            if int(torch.isin(inputs["input_ids"][0], ids).sum()) <= most:
+            if int(self.parts.is_placeholder(inputs["input_ids"][0]).sum()) <= most:
                 return inputs
         return None
 

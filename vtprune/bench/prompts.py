@@ -83,13 +83,13 @@ def _pictures(model: Any, processor: Any, tokens: int) -> list[Image]:
     """Noise pictures, as few as possible, that come closest to the requested number of visual tokens."""
     from PIL import Image
 
-    ids = torch.tensor(list(inspect(model).placeholders.values()))
+    parts = inspect(model)
     generator = torch.Generator().manual_seed(0)
     best: tuple[int, int, int] | None = None
     for side in SIDES:
         pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
         image = Image.fromarray(pixels.numpy())
-        each = int(torch.isin(loading.prompt(processor, image, QUESTION)["input_ids"], ids).sum())
+        each = int(parts.is_placeholder(loading.prompt(processor, image, QUESTION)["input_ids"]).sum())
         if each == 0:
             continue
         count = min(MOST_PICTURES, max(1, round(tokens / each)))

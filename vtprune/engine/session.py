@@ -240,8 +240,7 @@ class Session:
         """Whether a prompt `[B, T]` has visual tokens that are pruned."""
         if not self.drops:
             return False
-        tokens = torch.tensor(list(self.spec.anatomy.placeholders.values()), device=ids.device)
-        return bool((torch.isin(ids, tokens).sum(1) > (self.budget.keep or 0)).any())
+        return bool((self.spec.anatomy.is_placeholder(ids).sum(1) > (self.budget.keep or 0)).any())
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.thread.tower_ran = True

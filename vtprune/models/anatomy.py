@@ -19,7 +19,8 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from . import unsupported
@@ -122,6 +123,10 @@ class Anatomy:
     def embeddings(self) -> nn.Module:
         """The module that turns token ids into states."""
         return self.model.get_input_embeddings()
+
+    def is_placeholder(self, ids: Tensor) -> Tensor:
+        """Which of the token ids stand for visual features: bool, in the shape of `ids`."""
+        return torch.isin(ids, torch.tensor(list(self.placeholders.values()), device=ids.device))
 
     def __str__(self) -> str:
         rows = [("model", type(self.model).__name__)]

@@ -41,10 +41,10 @@ def shrinking(
     """`resized` as a function of the budget alone, with tokens counted by the model's placeholders."""
     from ..engine.patching import inspect
 
-    placeholders = list(inspect(model).placeholders.values())
+    parts = inspect(model)
 
     def count(inputs: Mapping[str, Any]) -> int:
-        return sum(int((inputs["input_ids"] == placeholder).sum()) for placeholder in placeholders)
+        return int(parts.is_placeholder(inputs["input_ids"]).sum())
 
     return lambda budget: resized(processor, image, prompt, count, budget)
 
