@@ -250,7 +250,7 @@ class Session:
     def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._forget_dead_calls()
         if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
-            self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders)), {}, None))
+            self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders))))
 
     def _refuse_call_while_selecting(self, module: nn.Module) -> None:
         """Refuses that a method calls the model whose call waits for the method's selection."""
@@ -362,7 +362,7 @@ class Session:
                 named, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
             )
             if not encoded and thread.tower_ran:  # pixels were passed in an argument with an unknown name
-                encoded = {kind: Encoded(kind, {}, None) for kind in self.spec.anatomy.placeholders}
+                encoded = {kind: Encoded(kind) for kind in self.spec.anatomy.placeholders}
             if encoded:
                 visual = self._located(thread.inputs, encoded)
         if not encoded and self.drops:
@@ -518,7 +518,7 @@ class Session:
                 merged.refuse_foreign(left)
         if kinds is None or not bool(kinds.any()):
             return None, {}
-        encoded = {name: Encoded(name, {}, None) for i, name in enumerate(placeholders) if bool((kinds == i + 1).any())}
+        encoded = {name: Encoded(name) for i, name in enumerate(placeholders) if bool((kinds == i + 1).any())}
         if len(sources) == 1 and sources[0].total == int((kinds > 0).sum()):
             encoded = {sources[0].kind: sources[0]}
         return visual_tokens.locate({**(thread.outer or {}), **inputs}, self.spec.anatomy, encoded, kinds), encoded

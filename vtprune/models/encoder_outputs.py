@@ -28,7 +28,7 @@ _PICTURES = re.compile(r"pixel|image|video|visual|vision|picture|patches|frames"
 
 @dataclass
 class Encoded:
-    """One run of an image or video encoder.
+    """One run of an image or video encoder; by default, one of which nothing is known.
 
     Attributes:
         kind: "image" or "video".
@@ -39,8 +39,8 @@ class Encoded:
     """
 
     kind: str
-    inputs: dict[str, Any]
-    lengths: list[int] | None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    lengths: list[int] | None = None
     records: dict[str, list] = field(default_factory=dict)
     output: Callable[[], Any] = field(default=lambda: None)
 
@@ -103,7 +103,7 @@ def supplied(
         elif given.get(kind) is not None:  # encoded elsewhere
             found[kind] = Encoded(kind, {}, _lengths(getattr(given[kind], "pooler_output", None)))
         elif any(_holds_features(inputs[n]) for n in _pixel_names(kind, inputs)):
-            found[kind] = Encoded(kind, {}, None)
+            found[kind] = Encoded(kind)
     return found
 
 
