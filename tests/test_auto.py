@@ -14,7 +14,7 @@ from support import MIXED, ONE, model_of, pruned
 import vtprune
 from vtprune import methods
 from vtprune.core.budget import Budget
-from vtprune.core.energy import bounds, count_for_energy, energy_left
+from vtprune.core.energy import bounds, energy_left
 from vtprune.errors import BudgetError, VTPruneError
 
 
@@ -29,27 +29,28 @@ def mixture(directions: int, rows: int = 30, seed: int = 0) -> torch.Tensor:
 def test_the_count_follows_how_many_directions_there_are() -> None:
     features = torch.cat([mixture(n) for n in (1, 3, 9)])
     offsets = torch.tensor([0, 30, 60, 90])
-    counts = count_for_energy(features, offsets, 0.999).tolist()
+    counts = vtprune.Auto(0.999, 0.0, 1.0).counts(features, offsets)
     assert counts == [1, 3, 9]
-    assert count_for_energy(features, offsets, 0.999, least=0.1, most=0.2).tolist() == [3, 3, 6]
+    assert vtprune.Auto(0.999, 0.1, 0.2).counts(features, offsets) == [3, 3, 6]
     for left, k in zip(energy_left(features, offsets), counts, strict=True):
         assert len(left) == 30 and left[k - 1] <= 1e-3 and (k == 1 or left[k - 2] > 1e-3)
 
 
 def test_counts_rise_with_the_energy_and_ignore_scale_and_order() -> None:
     features, offsets = mixture(12, seed=1), torch.tensor([0, 30])
-    counts = [int(count_for_energy(features, offsets, e)) for e in (0.3, 0.6, 0.9, 0.99, 0.9999)]
+    autos = [vtprune.Auto(energy, 0.0, 1.0) for energy in (0.3, 0.6, 0.9, 0.99, 0.9999)]
+    counts = [auto.counts(features, offsets) for auto in autos]
     assert counts == sorted(counts) and counts[0] < counts[-1]
     for other in (features * 1000, features.flip(0)):
-        assert [int(count_for_energy(other, offsets, e)) for e in (0.3, 0.6, 0.9, 0.99, 0.9999)] == counts
+        assert [auto.counts(other, offsets) for auto in autos] == counts
 
 
 def test_bounds_are_shares_rounded_inwards() -> None:
     assert bounds(130, 0.02, 0.25) == (3, 32)
     assert bounds(10, 0.0, 1.0) == (1, 10) and bounds(3, 0.0, 0.1) == (1, 1) and bounds(100, 0.29, 0.29) == (29, 29)
-    features = torch.zeros(5, 4)
-    assert count_for_energy(features, torch.tensor([0, 5]), 0.9).tolist() == [1]
-    assert count_for_energy(features[:0], torch.tensor([0, 0]), 0.9).tolist() == [0]
+    features, auto = torch.zeros(5, 4), vtprune.Auto(0.9, 0.0, 1.0)
+    assert auto.counts(features, torch.tensor([0, 5])) == [1]
+    assert auto.counts(features[:0], torch.tensor([0, 0])) == [0]
 
 
 @pytest.mark.parametrize("method", methods.names())
@@ -66,9 +67,7 @@ def test_every_method_spends_what_each_picture_needs(method: str) -> None:
     features = model.model.get_image_features(batch["pixel_values"])
     features = torch.cat(list(getattr(features, "pooler_output", features))).to(embeds)
     sizes = torch.unique_consecutive(places.image, return_counts=True)[1]
-    counts = count_for_energy(
-        features.reshape(-1, features.shape[-1]), torch.tensor([0, *sizes]).cumsum(0), 0.9, 0.05, 0.6
-    )
+    counts = torch.tensor(auto.counts(features.reshape(-1, features.shape[-1]), torch.tensor([0, *sizes]).cumsum(0)))
     first = torch.unique_consecutive(places.sample[torch.tensor([0, *sizes[:-1]]).cumsum(0)], return_counts=True)[1]
     assert kept[: len(first)] == [int(part.sum()) for part in counts.split(first.tolist())]
     assert "auto (energy 0.9" in report
@@ -106,8 +105,8 @@ def test_a_clip_is_one_picture() -> None:
         model(**family.batch([[3, Video(0), 5]]))
         tokens = spy.choices[0][0]
         assert int(tokens.frame.max()) > 0
-        expected = count_for_energy(tokens.hidden, torch.tensor([0, len(tokens)]), 0.8)
-        assert len(patch.last.kept[0]) == int(expected)
+        (expected,) = vtprune.Auto(0.8, 0.0, 1.0).counts(tokens.hidden, torch.tensor([0, len(tokens)]))
+        assert len(patch.last.kept[0]) == expected
 
 
 def test_all_may_stay_where_the_bounds_allow_it() -> None:

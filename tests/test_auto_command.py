@@ -15,7 +15,6 @@ from test_cli import _refused, _run, photo  # noqa: F401
 
 import vtprune
 from vtprune import refvlm
-from vtprune.core.energy import count_for_energy
 from vtprune.errors import BudgetError, VTPruneError
 from vtprune.integrations.vllm.settings import parse
 from vtprune.study.auto import calibrate, shares
@@ -53,8 +52,8 @@ def test_shares_are_those_of_the_counts() -> None:
 
     offsets = torch.tensor([0, 15, 40])
     for auto in (vtprune.Auto(0.5, 0.0, 1.0), vtprune.Auto(0.9, 0.1, 0.2), vtprune.Auto(0.99, 0.4, 1.0)):
-        counts = count_for_energy(features, offsets, auto.energy, auto.min, auto.max)
-        expected = [int(counts[0]) / 15, int(counts[1]) / 25]
+        counts = auto.counts(features, offsets)
+        expected = [counts[0] / 15, counts[1] / 25]
         assert shares(energy_left(features, offsets, auto.max), [15, 25], auto) == expected
 
 
@@ -110,19 +109,8 @@ def test_certify_writes_what_run_takes(capfd, tmp_path, photo) -> None:  # noqa:
     found = vtprune.Certificate.load(out)
     assert found.ratio == 0.5 and found.pictures == 12 and found.method == "divprune"
     assert "exists; use --force" in _refused(capfd, *arguments)
-    demo = [
-        "demo",
-        "--small",
-        "--image",
-        photo,
-        "--repeats",
-        1,
-        "--output",
-        tmp_path / "a.png",
-        "--report",
-        "--certificate",
-        out,
-    ]
+    demo = ["demo", "--small", "--image", photo, "--repeats", 1, "--output", tmp_path / "a.png", "--report"]
+    demo += ["--certificate", out]
     assert _run(*demo) == 0
     printed = capfd.readouterr().out
     assert "divprune" in printed and "ratio=0.5" in printed

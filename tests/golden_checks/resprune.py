@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtprune.core.energy import count_for_energy
+from vtprune.core.energy import Auto
 from vtprune_kernels import residual_pivots
 from vtprune_kernels.residual_pivots import residual_energy
 
@@ -22,7 +22,7 @@ def check(data: dict[str, np.ndarray]) -> None:
         weights, offsets = relevance ** float(case["alpha"]), torch.tensor([0, len(features)])
         if "energy" in case:
             energy, least, most = (float(case[name]) for name in ("energy", "min_share", "max_share"))
-            assert count_for_energy(features, offsets, energy, least, most).tolist() == [budget]
+            assert Auto(energy, least, most).counts(features, offsets) == [budget]
         else:
             assert max(1, round(float(case["ratio"]) * len(features))) == budget
         order = residual_pivots(features, weights, offsets, torch.tensor([budget]))

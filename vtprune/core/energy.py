@@ -63,7 +63,14 @@ class Auto:
         Returns:
             list[int]: One count for each of the `S` images.
         """
-        return count_for_energy(features, offsets, self.energy, self.min, self.max).tolist()
+        left = energy_left(features, offsets, self.max)
+        return [self.count(*pair) for pair in zip(left, offsets.diff().tolist(), strict=True)]
+
+    def count(self, left: Tensor, size: int) -> int:
+        """Number of tokens to keep of an image of `size`, from the energy left after its picks (`energy_left`)."""
+        smallest, largest = bounds(size, self.min, self.max)
+        needed = int((left[:largest] > 1 - self.energy).sum()) + 1  # `left` falls: the first that is low enough
+        return min(max(needed, smallest), largest) if size else 0
 
     def save(self, path: str | Path, **about: object) -> None:
         """Writes the fields as JSON, together with the entries of `about`."""
@@ -112,23 +119,3 @@ def energy_left(features: Tensor, offsets: Tensor, most: float = 1.0) -> list[Te
     )
     left = residual_energy(features, order, offsets).cpu()
     return [row[:count] for row, count in zip(left, largest.tolist(), strict=True)]
-
-
-def count_for_energy(features: Tensor, offsets: Tensor, energy: float, least: float = 0.0, most: float = 1.0) -> Tensor:
-    """The smallest count whose picks leave at most `1 - energy` of each group's energy.
-
-    Args:
-        features: `[M, D]`.
-        offsets: `[S + 1]` int64 offsets of the groups.
-        energy: Share to be explained, above 0 and below 1.
-        least, most: Shares of each group that bound the count.
-
-    Returns:
-        Tensor: `[S]` int64 on the CPU.
-    """
-    out = []
-    for left, size in zip(energy_left(features, offsets, most), offsets.diff().tolist(), strict=True):
-        smallest, largest = bounds(size, least, most)
-        needed = int((left > 1 - energy).sum()) + 1  # `left` falls: the first that is low enough
-        out.append(min(max(needed, smallest), largest) if size else 0)
-    return torch.tensor(out)

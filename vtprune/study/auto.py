@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.energy import Auto, bounds, energy_left
+from ..core.energy import Auto, energy_left
 from ..core.method import Choice, Method, Stage
 from ..core.tokens import Tokens
 from ..engine.patching import patch, refuse_patched
@@ -55,12 +55,7 @@ def shares(left: Sequence[Tensor], sizes: Sequence[int], auto: Auto) -> list[flo
         left, sizes: Fields of `Curves`, recorded with `most` of at least `auto.max`.
         auto: Energy and bounds.
     """
-    out = []
-    for curve, size in zip(left, sizes, strict=True):
-        smallest, largest = bounds(size, auto.min, auto.max)
-        needed = int((curve[:largest] > 1 - auto.energy).sum()) + 1
-        out.append(min(max(needed, smallest), largest) / size)
-    return out
+    return [auto.count(curve, size) / size for curve, size in zip(left, sizes, strict=True)]
 
 
 def calibrate(
