@@ -112,9 +112,16 @@ def save(path: str | Path | None, data: Mapping[str, Any]) -> None:
     if path.exists() and not path.is_file():
         raise StaleResultError(f"{path} is not a regular file; expected the name of a file for results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
+    with replacing(path) as part:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a file that takes the place of `path` when it is written; an interrupt leaves the old one."""
+    part = Path(path).with_name(f"{Path(path).name}.part{os.getpid()}")
+    try:
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -143,9 +150,9 @@ def bar(what: str, total: int, done: int = 0, console: Console | None = None) ->
         TimeRemainingColumn,
     )
 
-    columns: tuple = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    counts = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[now]}"))
     place = console or Console(stderr=True)
-    columns += (TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
     # Redirected standard output, such as to a file, must not be captured by the bar.
     with Progress(*columns, console=place, redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total, completed=done, now="")

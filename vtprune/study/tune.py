@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -90,13 +89,9 @@ class Search:
 
     def save(self, path: str | Path) -> None:
         """Writes the best strategy and the trials as JSON, for `VFlowOpt.load` and for `tune(..., resume=True)`."""
-        part = Path(path).with_name(f"{Path(path).name}.part{os.getpid()}")
         about = {"agreement": self.best["value"] / self.samples, "versions": progress.versions()}
-        try:
+        with progress.replacing(path) as part:
             self.strategy.save(part, **about, **vars(self))
-            os.replace(part, path)  # atomic: an interrupt leaves the old file or the new one
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Search:
