@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..core.files import write_bytes
 from ..errors import VTPruneError
 from ..study import charts
 from . import summary
@@ -46,19 +44,13 @@ def save(data: Mapping[str, Any], path: str | Path, cpu: bool = False) -> None:
         axes[-1].set_xlabel(f"milliseconds {clock}to the end of the answer (medians)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-        kind = Path(path).suffix.lower().removeprefix(".")
-        buffer = BytesIO()
-        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else {}, dpi=150)
-    write_bytes(path, buffer.getvalue())
+        charts.write_figure(figure, path, {"Date": None})
 
 
 def _groups(data: Mapping[str, Any], cpu: bool) -> list[tuple[str, list[dict[str, Any]]]]:
-    found = [row for row in summary.rows(data, cpu) if "refused" not in row]
-    groups = []
-    for name, setting in data["settings"].items():
-        mine = [row for row in found if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
-        if mine:
-            groups.append((name, mine))
+    found = {name: summary.rows_of(setting, data["variants"], cpu) for name, setting in data["settings"].items()}
+    ran = {name: [row for row in rows if "refused" not in row] for name, rows in found.items()}
+    groups = [(name, rows) for name, rows in ran.items() if rows]
     if not groups:
         raise VTPruneError("the result has no successful run to draw; see its refusals")
     return groups

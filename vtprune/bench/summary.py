@@ -34,10 +34,11 @@ def rows(data: Mapping[str, Any], cpu: bool = False) -> list[dict[str, Any]]:
         * and where a limit was measured `over_limit` (0.05 is 5 % more than the limit's prefill), `gain` and
           `gain_end_to_end`, the achieved shares of the possible gain; and `verdict`.
     """
-    return [row for setting in data["settings"].values() for row in _setting(setting, data["variants"], cpu)]
+    return [row for setting in data["settings"].values() for row in rows_of(setting, data["variants"], cpu)]
 
 
-def _setting(setting: Mapping[str, Any], variants: Iterable[str], cpu: bool) -> list[dict[str, Any]]:
+def rows_of(setting: Mapping[str, Any], variants: Iterable[str], cpu: bool = False) -> list[dict[str, Any]]:
+    """The rows of one setting; none if no round of it has run."""
     rounds = [entry["runs"] for entry in setting["rounds"]]
     if cpu:
         rounds = [{variant: {**run, **(run.get("cpu") or {})} for variant, run in runs.items()} for runs in rounds]

@@ -46,12 +46,11 @@ def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
     """
     from rich.text import Text
 
-    found = summary.rows(data, cpu)
     for name, setting in data["settings"].items():
         if setting.get("refused"):
             console.print(Text(f"{data['model']}, {name}: {setting['refused']}"))
             continue
-        mine = [row for row in found if (row["batch"], row["tokens"]) == (setting["batch"], setting["tokens"])]
+        mine = summary.rows_of(setting, data["variants"], cpu)
         console.print(_table(data, name, mine))
         for line in notes(mine):
             console.print(Text(line))

@@ -116,10 +116,14 @@ def save(charts: Sequence[Chart], path: str | Path) -> None:
             _draw(figure.add_subplot(len(charts), 1, index + 1), chart)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
-        kind = Path(path).suffix.lower().removeprefix(".")
-        about = {"Date": None, "Creator": None, "Description": f"sha256 {digest(charts)}"} if kind == "svg" else None
-        buffer = BytesIO()
-        figure.savefig(buffer, format=kind, metadata=about, dpi=150)
+        write_figure(figure, path, {"Date": None, "Creator": None, "Description": f"sha256 {digest(charts)}"})
+
+
+def write_figure(figure: Any, path: str | Path, about: dict[str, str | None]) -> None:
+    """Writes a matplotlib figure in the format that the file's ending selects; an SVG with `about` as its metadata."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    buffer = BytesIO()
+    figure.savefig(buffer, format=kind, metadata=about if kind == "svg" else None, dpi=150)
     write_bytes(path, buffer.getvalue())
 
 
