@@ -49,13 +49,18 @@ def _stopping(layer: nn.Module, cls: type, hook: Callable) -> Iterator[None]:
             handle.remove()
 
 
-def _all_heads(x: Tensor, dim: int) -> Tensor:
-    """Gathers the heads of all tensor-parallel ranks."""
+def _passed(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Query, key and value among the arguments of an attention module."""
+    return (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+
+
+def _all_heads(x: Tensor) -> Tensor:
+    """Gathers the heads, in dimension 1, of all tensor-parallel ranks."""
     from vllm.distributed import get_tp_group, model_parallel_is_initialized, tensor_model_parallel_all_gather
 
     if not model_parallel_is_initialized() or get_tp_group().world_size == 1:
         return x
-    return tensor_model_parallel_all_gather(x.contiguous(), dim=dim)
+    return tensor_model_parallel_all_gather(x.contiguous(), dim=1)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -70,7 +75,7 @@ def transformers_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any], ro
         found = attention_probe.probe(layer, args, kwargs, rope)
     finally:
         attention_probe.uninstall()
-    query, key, value = (_all_heads(x, 1) for x in (found.query, found.key, found.value))
+    query, key, value = (_all_heads(x) for x in (found.query, found.key, found.value))
     return QKV(query, key, value, found.scaling, found.softcap)
 
 
@@ -84,25 +89,21 @@ def vision(layer: nn.Module, args: tuple, kwargs: dict[str, Any], rope: bool = T
     from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderAttention
 
     def hook(module: Any, given: tuple, named: dict[str, Any]) -> None:
-        query, key, value = (*given, *(named[n] for n in ("query", "key", "value")[len(given) :]))[:3]
+        query, key, value = _passed(given, named)
         groups = getattr(module, "num_kv_heads", module.num_heads)
         if query.dim() == 2:
             query, key, value = query[None], key[None], value[None]
         raise _StopProbe(_heads(query, module.num_heads), _heads(key, groups), _heads(value, groups), module.scale)
 
     if not rope:  # replaces the rotation by the identity
-        kwargs = {
-            n: torch.ones_like(v) if n.endswith("cos") and isinstance(v, Tensor) else v for n, v in kwargs.items()
-        }
-        kwargs = {
-            n: torch.zeros_like(v) if n.endswith("sin") and isinstance(v, Tensor) else v for n, v in kwargs.items()
-        }
+        tables = {n: v for n, v in kwargs.items() if n.endswith(("cos", "sin")) and isinstance(v, Tensor)}
+        kwargs = {**kwargs, **{n: torch.full_like(v, n.endswith("cos")) for n, v in tables.items()}}
     try:
         with _stopping(layer, MMEncoderAttention, hook), _StopAtAttention():
             layer.forward(*args, **kwargs)
     except _StopProbe as reached:
         query, key, value, scaling, softcap = reached.found
-        query, key, value = (_all_heads(x, 1) for x in (query, key, value))
+        query, key, value = (_all_heads(x) for x in (query, key, value))
         return QKV(query, key, value, float(scaling), softcap)
     raise ServingError(f"vtprune: a {type(layer).__name__} never reached its attention; use divprune")
 
@@ -124,7 +125,7 @@ def own_keys(decoder: nn.Module, layer: nn.Module, mrope: bool) -> Callable[...,
         raise ServingError(f"the first layer, a {type(layer).__name__}, is called with {', '.join(wanted)}")
 
     def hook(module: Any, given: tuple, named: dict[str, Any]) -> None:
-        query, key, value = (*given, *(named[n] for n in ("query", "key", "value")[len(given) :]))[:3]
+        query, key, value = _passed(given, named)
         key, value = (x.reshape(len(x), module.num_kv_heads, -1) for x in (key, value))
         raise _StopProbe(query, key, value, float(module.impl.scale), getattr(module.impl, "logits_soft_cap", None))
 
@@ -136,7 +137,7 @@ def own_keys(decoder: nn.Module, layer: nn.Module, mrope: bool) -> Callable[...,
                 layer.forward(**{name: value for name, value in given.items() if name in wanted})
         except _StopProbe as reached:
             query, key, value, scaling, _ = reached.found
-            return _laid_out(tokens, query, _all_heads(key, 1), _all_heads(value, 1), scaling)
+            return _laid_out(tokens, query, _all_heads(key), _all_heads(value), scaling)
         raise ServingError(f"vtprune: a {type(layer).__name__} never reached its attention; use divprune")
 
     return read
