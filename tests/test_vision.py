@@ -63,7 +63,7 @@ def cases() -> list:
 @pytest.mark.parametrize(("family", "prompts"), cases())
 def test_rows_of_the_projector_are_found_in_the_prompt(family: str, prompts: list) -> None:
     tokens, vision = read(FAMILIES[family].build(), FAMILIES[family].batch(prompts))
-    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls()])
+    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls])
     shown = vision.to_tokens(rows)
     placed = tokens.grid_row >= 0
     assert placed.any()
@@ -74,7 +74,7 @@ def test_rows_of_the_projector_are_found_in_the_prompt(family: str, prompts: lis
 @pytest.mark.parametrize(("family", "prompts"), cases())
 def test_features_before_the_projector_give_its_rows(family: str, prompts: list) -> None:
     _, vision = read(FAMILIES[family].build(), FAMILIES[family].batch(prompts))
-    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls()])
+    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls])
     projected = vision.project(vision.features)
     assert projected is not None
     torch.testing.assert_close(projected, rows, rtol=1e-4, atol=1e-5)
@@ -149,7 +149,7 @@ def test_patches_that_fit_no_square_are_refused() -> None:
 def test_crops_are_those_of_the_projector_call() -> None:
     family = FAMILIES["llava_next"]
     tokens, vision = read(family.build(), family.batch(PROMPTS))
-    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls()])  # 16 to a crop
+    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls])  # 16 to a crop
     assert vision.crop is not None
     for token in range(len(tokens)):
         same = (rows == tokens.hidden[token]).all(1).nonzero()[:, 0]
@@ -178,7 +178,7 @@ def shrinking_onevision() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 def test_shrunk_tiles_are_blended_as_the_model_blends_them() -> None:
     model, batch = shrinking_onevision()
     tokens, vision = read(model, batch)
-    (_, y, _) = vision.calls()[0]
+    (_, y, _) = vision.calls[0]
     placed = vision.index >= 0
     torch.testing.assert_close(vision.to_tokens(y.flatten(0, 1))[placed], tokens.hidden[placed])
     assert int((~placed).sum()) == 4
@@ -196,7 +196,7 @@ def test_beams_share_the_patches_of_their_sample() -> None:
     with vtprune.patch(model, ratio=0.5, method=reader):
         model.generate(**family.batch(PROMPTS[:2]), max_new_tokens=1, num_beams=3, do_sample=False)
     tokens, vision = reader.seen[-1]
-    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls()])
+    rows = torch.cat([y.flatten(0, 1) for _, y, _ in vision.calls])
     assert len(tokens) == 3 * len(rows) and len(torch.unique(tokens.feature)) == len(tokens) // 3
     torch.testing.assert_close(vision.to_tokens(rows), tokens.hidden)
 
@@ -212,7 +212,7 @@ def test_importance_sums_to_one_per_image_without_a_class_token() -> None:
 def test_class_states_are_refused_without_a_class_token() -> None:
     family = FAMILIES["llava"]
     _, vision = read(family.build(), family.batch(PROMPTS[:1]))
-    x, _, _ = vision.calls()[0]
+    x, _, _ = vision.calls[0]
     assert vision.class_states().shape == (1, x.shape[2])
     family = FAMILIES["llava_onevision"]
     _, vision = read(family.build(), family.batch(PROMPTS[:1]))

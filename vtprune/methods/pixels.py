@@ -62,7 +62,7 @@ class Pixels(PixelRule, ScoreMethod):
 
     def score(self, tokens: Tokens) -> Tensor:
         vision = Vision(tokens, self.name)
-        calls = vision.calls()
+        calls = vision.calls
         records = [tokens.recorded.get(name, []) for name in (_GIVEN, _BLOCK)]
         if any(len(record) != len(calls) for record in records):
             raise MethodError(

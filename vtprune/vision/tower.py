@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,20 @@ class _Unhooked(nn.Module):
         return self.inner.forward(*args, **kwargs)
 
 
+class ProjectorCall(NamedTuple):
+    """One call of the projector.
+
+    Attributes:
+        x: Input `[n, P, C]`.
+        y: Output `[n, R, D]`.
+        packed: Whether the patches are one packed sequence.
+    """
+
+    x: Tensor
+    y: Tensor
+    packed: bool
+
+
 class Vision:
     """Vision-side features and attention of one prefill, mapped to its visual tokens.
 
@@ -117,6 +131,7 @@ class Vision:
         method: Name of the method, for messages.
 
     Attributes:
+        calls: Calls of the projector.
         features: `[R, F]` inputs of the projector for each row of its output; the patches of a row are concatenated.
         index: `[M]` arranged projector row of each visual token, -1 for tokens that do not come from the projector
             (newlines).
@@ -133,20 +148,19 @@ class Vision:
             )
         self.tokens, self.anatomy, self.method = tokens, tokens.anatomy, method
         self._extra = [(args, kwargs) for args, kwargs, _ in tokens.recorded[_PROJECTOR]]
-        self._inputs, self._outputs, self._packed = [], [], []
+        self.calls: list[ProjectorCall] = []
         for args, kwargs, output in tokens.recorded[_PROJECTOR]:
             x = _first_tensor(args, kwargs)
             y = output[0] if isinstance(output, tuple) else output
-            self._packed.append(y.dim() == 2 and x.dim() == 2)
-            self._inputs.append(x[None] if x.dim() == 2 else x)
-            self._outputs.append(y.reshape(1 if x.dim() == 2 else len(x), -1, y.shape[-1]))
-        self._arrange = arrangements(tokens, [len(y) for y in self._outputs])
-        arranged = [a.apply(y).to(tokens.hidden) for a, y in zip(self._arrange, self._outputs, strict=True)]
+            packed, x = y.dim() == 2 and x.dim() == 2, x[None] if x.dim() == 2 else x
+            self.calls.append(ProjectorCall(x, y.reshape(len(x), -1, y.shape[-1]), packed))
+        self._arrange = arrangements(tokens, [len(call.y) for call in self.calls])
+        arranged = [a.apply(call.y).to(tokens.hidden) for a, call in zip(self._arrange, self.calls, strict=True)]
         self.index = match_rows(torch.cat(arranged), tokens, method)
 
     @functools.cached_property
     def features(self) -> Tensor:
-        return torch.cat([self.patches(call).flatten(2).flatten(0, 1) for call in range(len(self._inputs))])
+        return torch.cat([self.patches(call).flatten(2).flatten(0, 1) for call in range(len(self.calls))])
 
     def patches(self, call: int) -> Tensor:
         """Input of a recorded call of the projector, by row of its output: `[n, R, k, C]`, see `patches_of_rows`.
@@ -154,7 +168,7 @@ class Vision:
         Raises:
             MethodError: It is not `[n, P, C]`, or the number of patches does not fit.
         """
-        x, y, packed = self.calls()[call]
+        x, y, packed = self.calls[call]
         if x.dim() != 3:
             raise MethodError(
                 f"{self.method} reads the patches of each visual token before the projector, and "
@@ -169,17 +183,13 @@ class Vision:
 
         None if the tower packs images into one sequence.
         """
-        if any(self._packed):
+        if any(call.packed for call in self.calls):
             return None
         numbers, before = [], 0
-        for arrangement, y in zip(self._arrange, self._outputs, strict=True):
+        for arrangement, (_, y, _) in zip(self._arrange, self.calls, strict=True):
             numbers.append(arrangement.crop_numbers(len(y), y.shape[1], y.device) + before)
             before += len(y)
         return torch.where(self.index >= 0, torch.cat(numbers).to(self.index.device)[self.index], -1)
-
-    def calls(self) -> list[tuple[Tensor, Tensor, bool]]:
-        """Input `[n, P, C]`, output `[n, R, D]` and whether the patches are packed, for every call of the projector."""
-        return list(zip(self._inputs, self._outputs, self._packed, strict=True))
 
     def run_projector(self, call: int, x: Tensor) -> Tensor:
         """Runs the projector on `x` `[n, P, C]` instead of the input of a recorded call; returns `[n, R, D]`.
@@ -213,7 +223,7 @@ class Vision:
         args, kwargs = self._extra[0]
         if any(isinstance(v, Tensor) and not v.is_floating_point() for v in (*args, *kwargs.values())):
             return None  # grids, sizes or masks of the images, which other rows do not have
-        x, y, packed = self.calls()[0]
+        x, y, packed = self.calls[0]
         k, width = rows.shape[1] // x.shape[2], x.shape[2]
         rows = rows.to(x)
         # A crop of one block is the smallest image that a merging projector accepts.
@@ -229,10 +239,10 @@ class Vision:
     def to_tokens(self, rows: Tensor) -> Tensor:
         """Maps values `[R, ...]` of projector rows to the visual tokens: `[M, ...]`, NaN for tokens without a row."""
         flat = rows.float().reshape(len(rows), -1)
-        parts = flat.split([y.shape[0] * y.shape[1] for y in self._outputs])
+        parts = flat.split([y.shape[0] * y.shape[1] for _, y, _ in self.calls])
         arranged = [
             a.apply(part.reshape(*y.shape[:2], -1))
-            for a, part, y in zip(self._arrange, parts, self._outputs, strict=True)
+            for a, part, (_, y, _) in zip(self._arrange, parts, self.calls, strict=True)
         ]
         values = torch.cat([*arranged, flat.new_full((1, flat.shape[1]), torch.nan)]).to(self.index.device)
         return values[self.index].reshape(-1, *rows.shape[1:])  # index -1 is the row of NaN
@@ -256,7 +266,7 @@ class Vision:
     def carry(self, values: list[Tensor], total: bool = False) -> Tensor:
         """Same as `tokens_of_patches` for given values: for each call `[n, P, ...]`, without the prefix."""
         rows = []
-        for value, (_, y, packed) in zip(values, self.calls(), strict=True):
+        for value, (_, y, packed) in zip(values, self.calls, strict=True):
             flat = value.float().reshape(*value.shape[:2], -1)
             patches = patches_of_rows(flat, y.shape[1], packed)  # [n, R, P / R, ...]
             rows.append((patches.sum(2) if total else patches.mean(2)).reshape(-1, *value.shape[2:]))
@@ -265,17 +275,17 @@ class Vision:
     def attention(self, rope: bool = True) -> list[Attention]:
         """Queries and keys of the tapped layer for each call of the tower; before rotation with `rope=False`."""
         records = self.tokens.recorded.get(LAYER, [])
-        if len(records) != len(self._outputs):
+        if len(records) != len(self.calls):
             raise MethodError(
-                f"{self.method} recorded {len(records)} calls of a vision layer and {len(self._outputs)} of the "
+                f"{self.method} recorded {len(records)} calls of a vision layer and {len(self.calls)} of the "
                 "projector; expected one each for every call of the vision tower; choose a method that needs none, "
                 "such as 'divprune'"
             )
         out = [
             read_attention(record, y.shape[1], packed, rope)
-            for record, (_, y, packed) in zip(records, self.calls(), strict=True)
+            for record, (_, y, packed) in zip(records, self.calls, strict=True)
         ]
-        for attention, y in zip(out, self._outputs, strict=True):
+        for attention, (_, y, _) in zip(out, self.calls, strict=True):
             if len(attention.query) != len(y):
                 raise MethodError(
                     f"the vision layer was called with {len(attention.query)} crops and the projector with {len(y)}; "
@@ -291,7 +301,7 @@ class Vision:
             MethodError: There is no class token, or the projector does not read the output of the tapped layer.
         """
         states = []
-        for call, (x, _, _) in zip(self.tokens.recorded.get(LAYER, []), self.calls(), strict=True):
+        for call, (x, _, _) in zip(self.tokens.recorded.get(LAYER, []), self.calls, strict=True):
             output = call.output[0] if isinstance(call.output, tuple) else call.output
             if not (
                 has_class_token(self.anatomy) and output.shape[1] > x.shape[1] and output[:, -x.shape[1] :].equal(x)
@@ -341,7 +351,7 @@ def pixel_crops(vision: Vision) -> list[Tensor]:
     assert vision.tokens.anatomy is not None
     names = ("pixel_values", "pixel_values_videos")
     given = [v for v in (vision.tokens.inputs.get(name) for name in names) if isinstance(v, Tensor)]
-    tiles, calls = tiles_per_image(vision.tokens.anatomy, vision.tokens.inputs), vision.calls()
+    tiles, calls = tiles_per_image(vision.tokens.anatomy, vision.tokens.inputs), vision.calls
     crops = []
     for pixels in given:
         if pixels.dim() == 5 and tiles is not None and len(tiles) == len(pixels):

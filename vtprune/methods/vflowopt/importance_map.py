@@ -82,7 +82,7 @@ def importance_map(vision: Vision, threshold: float, alpha: float) -> Tensor:
     if alpha:
         entropies = [
             torch.softmax(patch_entropy(pixels, pixels.shape[-1] // math.isqrt(x.shape[1])), 1)
-            for pixels, (x, _, _) in zip(pixel_crops(vision), vision.calls(), strict=True)
+            for pixels, (x, _, _) in zip(pixel_crops(vision), vision.calls, strict=True)
         ]
         table = table + alpha * vision.carry(entropies)
     return table.nan_to_num(1.0)

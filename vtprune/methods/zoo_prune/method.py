@@ -111,10 +111,10 @@ class ZOOPrune(Method):
         """`[R]` float32 sensitivity of every output row of the projector."""
         # Forward-mode differentiation is disabled in inference mode; tensors created in it must be cloned outside.
         with torch.inference_mode(False), torch.no_grad():
-            return torch.cat([self._of_call(vision, number) for number in range(len(vision.calls()))])
+            return torch.cat([self._of_call(vision, number) for number in range(len(vision.calls))])
 
     def _of_call(self, vision: Vision, number: int) -> Tensor:
-        x, y, packed = vision.calls()[number]
+        x, y, packed = vision.calls[number]
         x, merged = x.clone(), vision.patches(number).flatten(0, 1)
         if self.estimator in ("auto", "exact"):
             exact = self._closed_forms(vision.anatomy.projector, merged.clone().float(), y.flatten(0, 1))
