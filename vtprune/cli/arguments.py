@@ -67,12 +67,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ... (default: as stored)")
 
 
+def _number(text: str) -> float:
+    """The number that a text stands for; NaN for other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def share(text: str, of: str = "tokens") -> float:
     """Parses a share of visual tokens to keep, in (0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a share of {of} to keep; expected a number in (0, 1]")
     return value
@@ -85,10 +90,7 @@ def patches(text: str) -> float:
 
 def probability(text: str) -> float:
     """Parses a number in (0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a probability; expected a number above 0 and below 1")
     return value

@@ -8,6 +8,7 @@ import os
 import platform
 from typing import Any
 
+from .. import __version__
 from ..errors import InputError, VTPruneError, one_line
 from ..refvlm.loading import EMBEDDED_MODELS
 from .arguments import add_device, add_model, quiet
@@ -70,17 +71,13 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def installed() -> dict[str, str | None]:
     """Versions of required and optional packages; None if not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "vtprune": _version("vtprune")}
+    found: dict[str, str | None] = {"python": platform.python_version(), "vtprune": __version__}
     return found | {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
 
 
 def _version(name: str) -> str | None:
     import importlib.metadata
 
-    from .. import __version__
-
-    if name == "vtprune":
-        return __version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

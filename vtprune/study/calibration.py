@@ -22,6 +22,7 @@ from ..methods.debiased.method import Debiased
 from ..methods.debiased.padding import PaddingRule, shown
 from ..methods.debiased.position_curve import Curve
 from .given import batches_of
+from .metrics import NO_PICTURES
 
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
@@ -94,7 +95,7 @@ def collect(
         for batch, collector.sizes in pairs:
             model(**batch)
     if not collector.scores:
-        raise MethodError("no prompt has a visual token; expected batches with pictures, as the processor returns them")
+        raise MethodError(NO_PICTURES)
     return collector.scores, collector.shown
 
 
