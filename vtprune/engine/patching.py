@@ -310,9 +310,8 @@ def patch(
     chosen, for_clips = _methods(method, video_method)
     if window is not None:
         check_window(window)
-        ratio = 1.0 if (ratio, keep, mean_ratio) == (None, None, None) else ratio
     cut = None if tower is None else towers.resolve(tower)
-    if cut is not None and (ratio, keep, mean_ratio) == (None, None, None):
+    if (window is not None or cut is not None) and (ratio, keep, mean_ratio) == (None, None, None):
         ratio = 1.0
     budget = Budget(ratio, keep, mean_ratio)
     replaces = find_patch(model)  # raises if this is no model

@@ -335,14 +335,14 @@ class Session:
         self.end_call()
         thread.inputs, thread.records = None, {}
         self._running.pop(threading.get_ident(), None)
-        if thread.tower_ran and thread.found_visual is None and output is not None and self.drops:
+        if thread.found_visual or not thread.tower_ran or output is None or not self.drops:
+            return
+        if thread.found_visual is None:
             self._refuse_replaced("decoder")
-        tower_in_decoder = thread.tower_ran and thread.found_visual is False and output is not None
-        if tower_in_decoder and self.drops:
-            raise NothingPrunedError(
-                f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
-                "recognized as pixels or features, so nothing was pruned; pass the pixels as pixel_values"
-            )
+        raise NothingPrunedError(
+            f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
+            "recognized as pixels or features, so nothing was pruned; pass the pixels as pixel_values"
+        )
 
     def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._refuse_call_while_selecting(module)

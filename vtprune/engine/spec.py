@@ -270,15 +270,16 @@ def _renumbers(method: Method, anatomy: Anatomy, window: int | None) -> bool:
     policy = getattr(method, "positions", "original")
     if policy not in ("original", "compact"):
         raise MethodError(f'{type(method).__name__}.positions is {policy!r}; expected "original" or "compact"')
-    rope = rope_parameters(anatomy.decoder.config)
-    if policy == "compact" and "mrope_section" in str(rope):
+    if policy == "original":
+        return False
+    if "mrope_section" in str(rope_parameters(anatomy.decoder.config)):
         raise MethodError(
             'positions="compact" numbers tokens on one axis, but positions of this model have three (time, height and '
             'width); use positions="original"'
         )
-    if policy == "compact" and window is not None:
+    if window is not None:
         raise MethodError(
             'positions="compact" renumbers the tokens left after a cut, and window= drops more of them later; use '
             'positions="original"'
         )
-    return policy == "compact"
+    return True

@@ -139,7 +139,7 @@ class TowerMethod:
         keep: Any = self.keep
         if fits(keep, int) and keep >= 1:
             self.keep = int(keep)
-        elif fits(keep, float) and not fits(keep, int) and 0 < keep <= 1:
+        elif fits(keep, float) and 0 < keep <= 1:
             self.keep = float(keep)
         else:
             raise BudgetError(
