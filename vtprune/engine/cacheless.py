@@ -18,20 +18,20 @@ _MOST = 4  # generations that are known at a time, because others may run betwee
 
 
 @dataclass
-class Source:
+class Fingerprint:
     """Pixels or features that a call was given, and a checksum: programs write other pictures into the same memory."""
 
     tensor: weakref.ref
     checksum: float
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Source:
+    def of(cls, tensor: Tensor) -> Fingerprint:
         values = tensor.detach().flatten()
         dtype = torch.float32 if values.device.type == "mps" else torch.float64  # MPS has no float64
         places = torch.arange(1, len(values) + 1, device=values.device, dtype=dtype)
         return cls(weakref.ref(tensor), float((values * places).sum()))
 
-    def is_same(self, other: Source) -> bool:
+    def is_same(self, other: Fingerprint) -> bool:
         """Whether both are the same tensor with the same content."""
         return self.tensor() is other.tensor() and self.checksum == other.checksum
 
@@ -48,11 +48,11 @@ class Generation:
     """
 
     ids: Tensor
-    sources: list[Source]
+    sources: list[Fingerprint]
     selections: list[Selection]
     length: int
 
-    def continues(self, ids: Tensor, sources: list[Source]) -> bool:
+    def continues(self, ids: Tensor, sources: list[Fingerprint]) -> bool:
         """Whether a prompt is the next step: one more token, beams in any order, and the same feature tensors."""
         if len(ids) != len(self.ids) or ids.shape[1] != self.length + 1 or len(sources) != len(self.sources):
             return False
@@ -76,8 +76,8 @@ class Generations:
         ids = call.inputs.get("input_ids")
         given = [inputs[name] for name in sorted(inputs) if name.startswith("pixel")]
         given += [list(x.values()) if isinstance(x, dict) else x for x in (inputs.get(ENCODER_OUTPUTS) or {}).values()]
-        sources: list[Source] = []
-        map_tensors(given, lambda tensor: sources.append(Source.of(tensor)))
+        sources: list[Fingerprint] = []
+        map_tensors(given, lambda tensor: sources.append(Fingerprint.of(tensor)))
         if ids is None or not sources:
             return None
         for number, generation in enumerate(self._known):

@@ -85,7 +85,7 @@ class Columns:
         self.is_cut, self.ragged = False, False
         self._layouts: list[tuple[Tensor, Tensor] | None] = []  # of every layer that ran; None before the first cut
         self.shifts: list[positions.Shift | None] = []
-        self.inputs: dict[int, Tensor] = {}  # of layers, at all positions, if gradients of them may be requested
+        self.inputs: dict[int, Tensor] = {}
         self.renumber, self.mixing, self.padded = renumber, mixing, padded
         if uncut is not None:
             self._uncut = uncut
@@ -180,7 +180,7 @@ class Columns:
         if self.is_cut:
             self._shorten_prompt(number)
         if self.state is None and len(args) < 2:
-            return args, self._as_before(number, kwargs)
+            return args, self._first_prompt_arguments(number, kwargs)
         if self.is_cut and "together" not in self._gathered:
             self._gather_together({**kwargs, **{str(place): value for place, value in enumerate(args[1:])}})
         new = {name: self._argument(number, name, value) for name, value in kwargs.items() if name != "hidden_states"}
@@ -212,7 +212,7 @@ class Columns:
             )
         setattr(self.cache.layers[number], PROMPT_LENGTH, min(prompt, self.index.shape[1]))
 
-    def _as_before(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _first_prompt_arguments(self, number: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer of a first prompt; all but masks are the same for every layer that is given the same."""
         given = tuple(kwargs.values())
         key = ("layer", *map(id, given), *kwargs) if "hidden_states" not in kwargs else None
@@ -229,9 +229,7 @@ class Columns:
             if key is not None:
                 self._gathered[key] = known
         _, masks_, ready = known
-        return (
-            {**ready, **{name: self._mask(number, value) for name, value in masks_.items()}} if masks_ else dict(ready)
-        )
+        return {**ready, **{name: self._mask(number, value) for name, value in masks_.items()}}
 
     def _argument(self, number: int, name: str, value: Any) -> Any:
         if self._is_mask(name, value):

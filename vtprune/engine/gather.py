@@ -92,7 +92,7 @@ def gather_all(tensors: Sequence[tuple[Tensor, int]], index: Tensor) -> list[Ten
         )
         for number, result in zip(same_length, found, strict=True):
             results[number] = result
-    return [_as_before(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
+    return [_unbatched(result, x, dim, batch) for result, (x, dim) in zip(results, tensors, strict=True)]
 
 
 def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
@@ -105,7 +105,7 @@ def _batched(x: Tensor, dim: int, batch: int) -> Tensor:
     return x.expand(shape).flatten(0, dim - 1)
 
 
-def _as_before(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
+def _unbatched(result: Tensor, x: Tensor, dim: int, batch: int) -> Tensor:
     """Reverts the reshaping of `x` by `_batched`."""
     if dim == 0:
         return result[0] if batch == 1 else result

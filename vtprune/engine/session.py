@@ -81,7 +81,7 @@ class ThreadState(threading.local):
         self.cacheless = Generations()
         # Whether forwards of the calls in progress were seen on the stack, where a compiled one cannot be seen.
         self.saw_outer, self.saw_inputs = False, False
-        self.drops = False  # whether the call in progress may drop tokens
+        self.may_drop = False  # whether the call in progress may drop tokens
         self.refused = False  # whether a call inside it was refused, whose hooks are still to run
         self.composite_ran = False  # whether the composite ran inside the outermost model's call in progress
 
@@ -279,17 +279,17 @@ class Session:
         thread = self.thread
         self._forget_dead_calls()
         self._refuse_nested(module, thread.outer)
-        thread.saw_outer, thread.drops = False, self.drops
+        thread.saw_outer, thread.may_drop = False, self.drops
         kwargs = bind(forward_of(module), args, kwargs) if args else kwargs
         thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
         given: Any = kwargs.get("return_dict")
         given = getattr(module.config, "return_dict", True) if given is None else given
-        thread.as_tuple = bool(thread.drops and not given)
+        thread.as_tuple = bool(thread.may_drop and not given)
         # `outputs` knows fields by their names, which a tuple does not have.
         changes: dict[str, Any] = {"return_dict": True} if thread.as_tuple else {}
         routes = self._routes or "output_router_logits" in kwargs
-        balances = routes and thread.drops and _requests_output("output_router_logits", kwargs, module)
-        if balances or (thread.drops and self.spec.anatomy.has_own_head):
+        balances = routes and thread.may_drop and _requests_output("output_router_logits", kwargs, module)
+        if balances or (thread.may_drop and self.spec.anatomy.has_own_head):
             # Heads average over this mask, like the load-balancing loss of experts; dropped tokens leave it later.
             thread.head_mask = _own_mask(kwargs)
             if thread.head_mask is not None:
@@ -315,7 +315,7 @@ class Session:
         self._forget_dead_calls()
         self._refuse_nested(module, thread.inputs)
         self.end_call()
-        thread.saw_inputs, thread.drops = False, self.drops
+        thread.saw_inputs, thread.may_drop = False, self.drops
         thread.fresh = set()
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual, thread.composite_ran = False, None, True
@@ -452,7 +452,7 @@ class Session:
 
     def _refuse_nested(self, module: nn.Module, running: object) -> None:
         """Refuses that a hook of the caller calls the model while a call that drops tokens is in progress."""
-        if running is not None and self.thread.drops and is_running(module):
+        if running is not None and self.thread.may_drop and is_running(module):
             self.thread.refused = True
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called while a call of it is in progress, by a hook or a module of it; "
