@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tools.packing import IGNORE, Dialogue, pack_questions
+from tools.refvlm.data import GROUPS as SCENE_GROUPS
 from tools.refvlm.data import describe, small
 from vtprune.refvlm import clips, crowds, easy_vqa, pages, scenes
 
@@ -22,14 +23,7 @@ from .build import CELL, VOCABULARY, tokenizer
 
 TEXT = 112  # text positions per row: eight to ten questions
 GROUPS: dict[str, tuple[str, ...]] = {
-    "color": tuple(scenes.COLORS),
-    "shape": scenes.SHAPES,
-    "size": scenes.SIZES,
-    "vertical": scenes.VERTICAL,
-    "horizontal": scenes.HORIZONTAL,
-    "digit": scenes.DIGITS,
-    "center": ("center",),
-    "background": ("background",),
+    **SCENE_GROUPS,
     "word": pages.WORDS,
     "line": scenes.DIGITS,
     "order": pages.ORDER,
