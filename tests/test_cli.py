@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -184,14 +182,6 @@ def test_unknown_devices_and_dtypes_are_refused(capfd, folder, photo):
     rest = ["--model", folder, "--image", photo, "--question", "x?"]
     assert "'abacus'" in _refused(capfd, "run", *rest, "--device", "abacus")
     assert "'int8'" in _refused(capfd, "run", *rest, "--dtype", "int8")
-
-
-def test_the_process_exits_with_2_and_one_line():
-    run = subprocess.run(
-        [sys.executable, "-m", "vtprune", "demo", "--ratio", "many"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 2 and run.stdout == ""
-    assert len(run.stderr.strip().splitlines()) == 1 and "many" in run.stderr
 
 
 def test_cache_bytes_counts_keys_and_values_of_every_layer():
