@@ -32,15 +32,15 @@ DATA = {
 }
 
 
-def expected_files(root: Path = ROOT) -> set[str]:
+def expected_files() -> set[str]:
     """Expected paths in the wheel: every Python file of both packages, and their data files."""
     files = set()
     for package, folder in SOURCES.items():
-        for path in (root / folder).rglob("*.py"):
-            files.add(f"{package}/{path.relative_to(root / folder).as_posix()}")
+        for path in (ROOT / folder).rglob("*.py"):
+            files.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
     for folder, patterns in DATA.items():
         for pattern in patterns:
-            files |= {path.relative_to(root).as_posix() for path in (root / folder).glob(pattern) if path.is_file()}
+            files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern) if path.is_file()}
     return files
 
 
@@ -135,10 +135,10 @@ assert found.equal(vtprune_kernels.weighted_farthest_point(rows, torch.ones(50),
 """
 
 
-def check_kernel_build(folder: str | None, root: Path = ROOT) -> list[str]:
+def check_kernel_build(folder: str | None) -> list[str]:
     """Builds the kernel's repository and loads it with Hugging Face kernels, installed here or in `folder`."""
     with tempfile.TemporaryDirectory() as out:
-        names = {"scripts": str(root / "scripts"), "sources": str(root / "kernels" / "torch-ext")}
+        names = {"scripts": str(ROOT / "scripts"), "sources": str(ROOT / "kernels" / "torch-ext")}
         code = _LOAD_KERNEL.format(**names, out=f"{out}/kernel", extra=str(Path(folder).resolve()) if folder else "")
         run = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=False)
     if run.returncode:

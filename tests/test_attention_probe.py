@@ -29,10 +29,10 @@ def reading():
     attention_probe.uninstall()
 
 
-def layer_call(name, number=1):
+def layer_call(name):
     """A layer of a model, and the arguments that the decoder calls it with."""
     model, calls = FAMILIES[name].build(), []
-    layer = vtprune.inspect(model).layers[number]
+    layer = vtprune.inspect(model).layers[1]
     handle = layer.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
     with torch.no_grad():
         model(**FAMILIES[name].batch(PROMPT), use_cache=False)

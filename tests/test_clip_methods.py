@@ -36,10 +36,9 @@ def rows(count: int, width: int = 24, seed: int = 0) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-def still_clip(frames: int, places: int, noise: float = 0.01, seed: int = 0) -> tuple[Tensor, Clip]:
+def still_clip(frames: int, places: int, noise: float = 0.01) -> tuple[Tensor, Clip]:
     """One picture, again and again, with a little noise."""
-    picture = rows(places, seed=seed)
-    moved = noise * rows(frames * places, seed=seed + 1)
+    picture, moved = rows(places), noise * rows(frames * places, seed=1)
     return picture.repeat(frames, 1) + moved, Clip.of_grid(frames, places)
 
 

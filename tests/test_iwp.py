@@ -18,10 +18,10 @@ from vtprune.methods.iwp.method import IWP, Candidates
 from vtprune.methods.iwp.query_free import query_free_magnitude
 
 
-def rotate(x, first=0, base=10000.0):
+def rotate(x, first=0):
     """Rotary embedding, half-split, positions `first..` along the last but one dimension."""
     half = x.shape[-1] // 2
-    angle = torch.arange(first, first + x.shape[-2])[:, None] * base ** (-torch.arange(half) / half)
+    angle = torch.arange(first, first + x.shape[-2])[:, None] * 10000.0 ** (-torch.arange(half) / half)
     cos, sin = angle.cos().repeat(1, 2).to(x.dtype), angle.sin().repeat(1, 2).to(x.dtype)
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 

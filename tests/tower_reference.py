@@ -134,19 +134,15 @@ def hiding(tower: nn.Module, shown: list[Shown]) -> Iterator[None]:
         registry._global_mapping.pop(NAME, None)
 
 
-def follows_neighbors(count: int = 10) -> Callable:
-    """IPCV: the state at the cut plus the mean change of the nearest kept patches."""
-
-    def rebuild(picture: int, was: Tensor, now: Tensor, kept: Tensor) -> Tensor:
-        out = now.clone()
-        for j in range(len(was)):
-            if j in kept.tolist():
-                continue
-            near = (was[kept].double() - was[j].double()).norm(dim=1).topk(min(count, len(kept)), largest=False).indices
-            out[j] = was[j] + (now[kept[near]] - was[kept[near]]).mean(0)
-        return out
-
-    return rebuild
+def follows_neighbors(picture: int, was: Tensor, now: Tensor, kept: Tensor) -> Tensor:
+    """IPCV: the state at the cut plus the mean change of the ten nearest kept patches."""
+    out = now.clone()
+    for j in range(len(was)):
+        if j in kept.tolist():
+            continue
+        near = (was[kept].double() - was[j].double()).norm(dim=1).topk(min(10, len(kept)), largest=False).indices
+        out[j] = was[j] + (now[kept[near]] - was[kept[near]]).mean(0)
+    return out
 
 
 def copies(sources: Callable[[int, Tensor, Tensor], Tensor]) -> Callable:

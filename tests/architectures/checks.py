@@ -180,7 +180,9 @@ def _padded(subject: Subject, method: Any, side: str) -> None:
     both, length = subject.prompts.batch(TWO, side), subject.one["input_ids"].shape[1]
     pad = both["input_ids"].shape[1] - length if side == "left" else 0
     mine = slice(pad, pad + length)
-    _own(subject.logits(both)[0, mine], subject.plain[0], "the model itself depends on padding")
+    off = _differ(subject.logits(both)[0, mine], subject.plain[0])
+    if not off < TOLERANCE:
+        raise OwnLimit(f"the model itself depends on padding (by {off:.1e})")
     with vtprune.patch(subject.model, ratio=RATIO, method=method) as patch:
         alone, kept = subject.logits(subject.one), patch.last.kept[0]
         together = subject.logits(both)
@@ -222,12 +224,6 @@ def text(subject: Subject, method: Any) -> None:
 
 class OwnLimit(Exception):
     """The unpruned model lacks the property, so the check does not apply."""
-
-
-def _own(got: Tensor, want: Tensor, what: str) -> None:
-    off = _differ(got, want)
-    if not off < TOLERANCE:
-        raise OwnLimit(f"{what} (by {off:.1e})")
 
 
 def no_trace(subject: Subject, method: Any) -> None:

@@ -53,10 +53,10 @@ def layer_inputs(case: dict[str, np.ndarray], rows: int) -> AttentionInputs:
     return attention_inputs(case, queries[-rows:], keys)
 
 
-def _rotated(x: torch.Tensor, base: float = 10000.0) -> torch.Tensor:
+def _rotated(x: torch.Tensor) -> torch.Tensor:
     """Half-split rotation of `[S, H, dh]` at positions 0..S-1."""
     half = x.shape[-1] // 2
-    angle = torch.arange(len(x))[:, None] * base ** (-torch.arange(half) / half)
+    angle = torch.arange(len(x))[:, None] * 10000.0 ** (-torch.arange(half) / half)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

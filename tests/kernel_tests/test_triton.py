@@ -121,7 +121,8 @@ def test_progressive_mmr_breaks_ties_by_row(memory):
         assert_order(run(relevance, rows, rows, offsets, budgets, growth=1.0), expected, offsets, budgets)
 
 
-def attention_case(dtype, heads, groups, size, keys=(9, 70, 1), rows=(3, 5, 1)):
+def attention_case(dtype, heads, groups, size):
+    keys, rows = (9, 70, 1), (3, 5, 1)
     g = torch.Generator().manual_seed(heads)
     q = (torch.randn(sum(rows), heads, size, generator=g) * 2).to(dtype)
     k, v = (torch.randn(sum(keys), groups, size + extra, generator=g).to(dtype) for extra in (0, 3))

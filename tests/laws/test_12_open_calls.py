@@ -76,12 +76,11 @@ class Case:
         assert self.patch.last is not None
         return [k.tolist() for k in self.patch.last.kept]
 
-    def against_masked(self, call: Callable[[], Any], batch: dict | None = None) -> Any:
+    def against_masked(self, call: Callable[[], Any]) -> Any:
         """Runs `call` pruned and masked, and returns both results."""
-        batch = self.batch if batch is None else batch
         got, drops = call(), self.spy.drops()
         self.patch.remove()
-        with reference(self.model, [drops], batch):
+        with reference(self.model, [drops], self.batch):
             want = call()
         self.patch.__enter__()
         self.patch._blocks.clear()

@@ -57,7 +57,7 @@ def last_states(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 def reference_rebuild(name: str, runs: list[Any], choices: list[towers.TowerChoice]) -> Callable | None:
     """Plain version of a method's rebuild of dropped patches; copies take the sources that the method returned."""
     if name == "Change":
-        return follows_neighbors()
+        return follows_neighbors
     if name not in ("Similar", "Pixels"):
         return None
     source = choices[0].rebuild

@@ -14,13 +14,14 @@ import vtprune
 THREADS = 8
 
 
-def check_threads(family: str, recipes: list[dict[str, Any]], rounds: int = 2) -> int:
+def check_threads(family: str, recipes: list[dict[str, Any]]) -> int:
     """Asserts that answers in threads equal those of a serial run; thread `i` uses recipe `i % len(recipes)`.
+
+    Every thread passes over all prompts once; threads start at different prompts.
 
     Args:
         family: Model family.
         recipes: Arguments of `vtprune.patch`, one dict per model.
-        rounds: Passes of each thread over all prompts; threads start at different prompts.
 
     Returns:
         int: Number of generations that ran in threads.
@@ -38,7 +39,7 @@ def check_threads(family: str, recipes: list[dict[str, Any]], rounds: int = 2) -
             try:
                 start.wait()
                 with torch.no_grad():
-                    for step in range(number, number + rounds * len(prompts)):
+                    for step in range(number, number + len(prompts)):
                         prompt = step % len(prompts)
                         if answer(patches[which], prompts[prompt]) != serial[which][prompt]:
                             wrong.append(f"thread {number}, prompt {prompt}: not the serial answer")
@@ -55,5 +56,5 @@ def check_threads(family: str, recipes: list[dict[str, Any]], rounds: int = 2) -
         for patch in patches:
             patch.remove()
     assert not wrong, f"{family}, {recipes}: {wrong}"
-    assert len(done) == THREADS * rounds * len(prompts)
+    assert len(done) == THREADS * len(prompts)
     return len(done)

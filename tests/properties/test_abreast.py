@@ -15,9 +15,9 @@ TWO: list[dict[str, Any]] = [{"method": "iwp", "ratio": 0.3}, {"method": "vision
 @pytest.mark.parametrize("recipes", [ONE, TWO], ids=["one model", "two models"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_threads(family: str, recipes: list[dict[str, Any]]) -> None:
-    check_threads(family, recipes, rounds=1)
+    check_threads(family, recipes)
 
 
 def test_derivatives_in_threads() -> None:
     """SmolVLM's projector is differentiated in threads, though PyTorch has one global forward-mode level."""
-    check_threads("smolvlm", [{"method": "zoo_prune", "ratio": 0.3}], rounds=1)
+    check_threads("smolvlm", [{"method": "zoo_prune", "ratio": 0.3}])

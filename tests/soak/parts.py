@@ -61,9 +61,9 @@ def threads(args: argparse.Namespace) -> dict[str, Any]:
         names = accepted(family)
         # Every method on one of three families; all pairs would take too long.
         for name in names[number % 3 :: 3]:
-            one += check_threads(family, [{"method": name, "ratio": 0.3}], rounds=1)
+            one += check_threads(family, [{"method": name, "ratio": 0.3}])
         pair = [{"method": names[number % len(names)], "ratio": 0.3}, {"method": names[-1 - number], "keep": 5}]
-        two += check_threads(family, pair, rounds=1)
+        two += check_threads(family, pair)
     return {"threads": 8, "generations_one_model": one, "generations_two_models": two}
 
 

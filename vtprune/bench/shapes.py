@@ -114,8 +114,8 @@ def _clip_large() -> dict[str, Any]:
     return _tower("clip_vision_model", 1024, 4096, 24, 16, 336, 14, projection_dim=768)
 
 
-def _vicuna(vocabulary: int) -> dict[str, Any]:
-    return _decoder("llama", vocabulary, 4096, 11008, 32, 32, 32)
+def _vicuna() -> dict[str, Any]:
+    return _decoder("llama", 32064, 4096, 11008, 32, 32, 32)
 
 
 def _qwen2_7b(kind: str, vocabulary: int, **more: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _qwen2_7b(kind: str, vocabulary: int, **more: Any) -> dict[str, Any]:
 def _llava() -> Any:
     from transformers import LlavaConfig
 
-    return LlavaConfig(vision_config=_clip_large(), text_config=_vicuna(32064), image_token_id=32000)
+    return LlavaConfig(vision_config=_clip_large(), text_config=_vicuna(), image_token_id=32000)
 
 
 def _llava_next() -> Any:
@@ -133,7 +133,7 @@ def _llava_next() -> Any:
 
     pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     return LlavaNextConfig(
-        vision_config=_clip_large(), text_config=_vicuna(32064), image_token_id=32000, image_grid_pinpoints=pinpoints
+        vision_config=_clip_large(), text_config=_vicuna(), image_token_id=32000, image_grid_pinpoints=pinpoints
     )
 
 

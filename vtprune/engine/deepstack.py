@@ -114,7 +114,7 @@ def _items(features: Any) -> list[tuple[Any, Any]]:
 
 
 def intercept_deepstack(
-    kwargs: dict[str, Any], shape: tuple[int, int], later: bool = False
+    kwargs: dict[str, Any], shape: tuple[int, int], later: bool
 ) -> tuple[DeepStackFeatures, dict[str, Any]] | None:
     """Replaces DeepStack arguments by copies that a cut may change.
 

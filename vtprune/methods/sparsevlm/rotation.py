@@ -46,8 +46,8 @@ def corrected_attention(
     distances: Sequence[Tensor],
     offsets: Tensor,
     base: float,
-    heads: int | None = None,
-    floor: float = 0.05,
+    heads: int | None,
+    floor: float,
 ) -> Tensor:
     """Attention from some text tokens, divided by `rope_weights`, mean over these and over the heads with most of it.
 
