@@ -261,6 +261,25 @@ def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any
         engine_config(folders("idefics3"), {"certificate": good, "ratio": 0.5})
 
 
+def test_a_draft_model_takes_no_part(folders: Any, tmp_path: Path) -> None:
+    """vLLM gives a draft model a copy of the configuration with its own model in it."""
+    from vllm.config.utils import replace
+
+    shutil.copytree(folders("llama"), tmp_path / "draft")
+    words = json.loads((folders("idefics3") / "config.json").read_text())["text_config"]["vocab_size"]
+    same = {**json.loads((tmp_path / "draft" / "config.json").read_text()), "vocab_size": words}
+    (tmp_path / "draft" / "config.json").write_text(json.dumps(same))
+    drafts = {
+        "draft": {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2},
+        "none": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2},  # vLLM names the model itself
+    }
+    for name, speculative in drafts.items():
+        config = engine_config(folders("idefics3"), {"ratio": 0.25}, speculative_config=speculative)
+        assert settings_of(config.model_config) is not None
+        again = replace(config, model_config=config.speculative_config.draft_model_config)
+        assert (settings_of(again.model_config) is None) == (name == "draft")
+
+
 def test_vllm_and_vtprune_do_not_both_prune_videos(folders: Any) -> None:
     with pytest.raises(ServingError, match=r"video_pruning_rate=0\.5 asks vLLM to prune"):
         engine_config(folders("qwen3_vl"), {"ratio": 0.5}, video_pruning_rate=0.5)

@@ -83,10 +83,13 @@ def settings_of(model_config: Any) -> Settings | None:
 
 def _after_config(result: Any, config: Any) -> Any:
     extra = config.additional_config
-    if isinstance(extra, dict) and KEY in extra and config.model_config is not None:
+    model, drafts = config.model_config, config.speculative_config
+    if drafts is not None and model is drafts.draft_model_config and model is not drafts.target_model_config:
+        return result  # a draft model has a configuration of its own beside that of the model that is pruned
+    if isinstance(extra, dict) and KEY in extra and model is not None:
         _end_in_one_line()
         support.check_config(config, parse(extra[KEY]))
-        object.__setattr__(config.model_config, _ATTRIBUTE, portable(extra[KEY]))
+        object.__setattr__(model, _ATTRIBUTE, portable(extra[KEY]))
     return result
 
 
