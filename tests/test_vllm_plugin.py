@@ -45,7 +45,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "tower": "Change"}, "tower is 'Change'; expected a share"),
         ({"ratio": 0.5, "tower": "0.5"}, 'or an object such as {"method": "Similar", "keep": 0.35}'),
         ({"ratio": 0.5, "tower": {"method": "Attention"}}, "tower method 'Attention'; in vLLM there are Change"),
-        ({"ratio": 0.5, "tower": {"method": "Change", "sides": 3}}, "tower method Change cannot be made with"),
+        ({"ratio": 0.5, "tower": {"method": "Change", "sides": 3}}, "'sides'; it has keep, block"),
         ({"ratio": 0.5, "tower": {"method": "Pixels"}}, "in vLLM give keep"),
         ({}, "ratio and keep"),
         ({"ratio": 0.5, "keep": 3}, "ratio and keep"),
@@ -69,6 +69,8 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ({"ratio": 0.5, "video_method": "vcast", "video_options": 1}, "video_options is 1"),
         ({"ratio": 0.5, "video_method": "vcast", "video_options": {"temperature": 0}}, "temperature is 0"),
         ({"ratio": 0.5, "method": "random", "options": {"layer": 2}}, "method random cannot be made with {'layer': 2}"),
+        ({"ratio": 0.5, "method": "random", "options": {"layer": 2}}, "'layer'; it has seed"),
+        ({"ratio": 0.5, "method": "uniform", "options": {"layer": 2}}, "'layer'; it has no options"),
     ],
 )
 def test_bad_configuration_is_one_line(config: Any, words: str) -> None:

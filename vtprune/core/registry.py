@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import MethodError, one_line
 from .method import Method
 from .options import check_options, shorten
+from .options import names as option_names
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -83,7 +84,9 @@ def make(name: str, options: Mapping[str, Any]) -> Method:
     try:
         return cls(**options)
     except TypeError as error:
-        raise MethodError(f"method {name} cannot be made with {shorten(options)}: {one_line(error)}") from error
+        raise MethodError(
+            f"method {name} cannot be made with {shorten(options)}: {one_line(error)}; it has {option_names(cls)}"
+        ) from error
 
 
 def resolve(method: str | Method | type[Method]) -> Method:

@@ -17,6 +17,7 @@ from ...core import budget, default_method
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
 from ...core.options import fits, shorten
+from ...core.options import names as option_names
 from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
 from ...errors import BudgetError, CertificateError, MethodError, VTPruneError, one_line
@@ -221,10 +222,13 @@ def tower_of(given: Any) -> TowerMethod | None:
     name = options.pop("method", None)
     if name not in TOWER_METHODS:
         raise MethodError(f"tower method {shorten(name)}; in vLLM there are {', '.join(TOWER_METHODS)}")
+    cls = getattr(towers, str(name))
     try:
-        method = getattr(towers, str(name))(**options)
+        method = cls(**options)
     except TypeError as error:
-        raise MethodError(f"tower method {name} cannot be made with {shorten(options)}: {one_line(error)}") from None
+        raise MethodError(
+            f"tower method {name} cannot be made with {shorten(options)}: {one_line(error)}; it has {option_names(cls)}"
+        ) from None
     if method.keep is None:
         raise MethodError(f"tower method {name} without keep leaves the count to the picture; in vLLM give keep")
     return method
