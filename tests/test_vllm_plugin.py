@@ -482,6 +482,16 @@ def test_features_in_place_of_pictures_get_the_mean_ratio():
         assert automatic.share_of(features) == 0.3
 
 
+def test_features_in_place_of_pictures_are_refused_where_the_method_reads_the_encoder():
+    features = torch.zeros(4, 8)
+    for chosen in (parse({"ratio": 0.5}), parse({"ratio": 0.5, "method": "scope", "options": {"alpha": 0}})):
+        chosen.check_item(features)
+    reading = parse({"ratio": 0.5, "method": "visionzip"})
+    reading.check_item(torch.zeros(3, 4, 8))
+    with pytest.raises(ValueError, match="^vtprune: visionzip reads the vision encoder.*; send pixels, or serve with"):
+        reading.check_item(features)
+
+
 @pytest.mark.parametrize("method", ["iwp", "scope", "visionzip", "zoo_prune"])
 def test_a_model_that_cannot_be_read_is_refused_with_its_name_and_a_way_out(method):
     with pytest.raises(ServingError, match=rf"^vtprune: {method} on Linear: .*get_mm_mapping.*; use divprune$"):

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             {
                 **models.MODELS,
                 **odd_models.MODELS,
-                **{f.__name__: f for f in (vision_models.qwen3_vl, vision_models.mistral3)},
+                **{f.__name__: f for f in (vision_models.llava, vision_models.qwen3_vl, vision_models.mistral3)},
             }[name](place / name)
         return place / name
 
@@ -215,6 +215,22 @@ def test_a_ratio_by_pixels_is_counted_before_a_model_runs(folders: Any) -> None:
     assert ids["prompt_token_ids"].count(token) == sum(
         int(item["vtprune_counts"].data.sum()) for item in ids["mm_kwargs"]["image"]
     )
+
+
+def test_features_are_refused_where_the_method_reads_the_encoder(folders: Any) -> None:
+    """The client gets the refusal: with the model running, such a request would end the server."""
+    import torch
+
+    pytest.importorskip("torchvision", reason="vLLM's class of this model imports torchvision")
+    for method in ("divprune", "visionzip"):
+        made = processor(folders("llava"), {"method": method, "ratio": 0.25}, enable_mm_embeds=True)
+        items = made.info.parse_mm_data({"image": torch.zeros(1, 64, 64)})
+        if method == "divprune":
+            ids = made("word1 <image>", items, None)["prompt_token_ids"]
+            assert ids.count(made.info.get_hf_config().image_token_id) == 16
+        else:
+            with pytest.raises(ValueError, match="^vtprune: visionzip reads the vision encoder.*send pixels"):
+                made("word1 <image>", items, None)
 
 
 def certificate(folder: Path, **changes: Any) -> dict[str, Any]:

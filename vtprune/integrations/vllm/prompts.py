@@ -201,6 +201,7 @@ def pruned_processor(cls: Any) -> type:
 def _prune_item(processor: Any, updates: Sequence[Any], fields: Any, modality: str, pixels: Any) -> list[Any]:
     """The pruned updates of an image or a clip; what pruning needs later is added to its fields."""
     settings: Settings = processor.vtprune
+    settings.check_item(pixels)
     token = processor.vtprune_tokens[modality]
     share = settings.share_of(pixels)
     pruned = [prune_update(_findable(update), settings, token, share) for update in updates]

@@ -20,7 +20,7 @@ from ...core.options import fits, shorten
 from ...core.options import names as option_names
 from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
-from ...errors import BudgetError, CertificateError, MethodError, VTPruneError, one_line
+from ...errors import BudgetError, CertificateError, InputError, MethodError, VTPruneError, one_line
 from ...methods import Method
 from ...towers import TowerMethod
 
@@ -42,6 +42,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"iwp": {"rope_in_duplication": False}}
 def reads_tower(method: Method) -> bool:
     """Whether a method reads inside the vision encoder, besides the features that come out of it."""
     return method.name in _TOWER_READERS and getattr(method, "alpha", None) != 0
+
+
+def are_features(pixels: Any) -> bool:
+    """Whether a request has features in place of the pixels of an image or clip (`enable_mm_embeds`)."""
+    return isinstance(pixels, Mapping) or (getattr(pixels, "ndim", 3) == 2 and not hasattr(pixels, "convert"))
 
 
 class ServingError(VTPruneError):
@@ -101,10 +106,19 @@ class Settings:
         if self.auto is None:
             return None
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a clip comes with its facts
-        # Features have no pixels.
-        if isinstance(pixels, Mapping) or (getattr(pixels, "ndim", 3) == 2 and not hasattr(pixels, "convert")):
-            return self.auto.mean
-        return self.auto.ratio(pixels)
+        return self.auto.mean if are_features(pixels) else self.auto.ratio(pixels)
+
+    def check_item(self, pixels: Any) -> None:
+        """Refuses a request's features in place of pixels, if the method reads the vision encoder, which then rests.
+
+        Raises:
+            InputError: One line for the client.
+        """
+        if are_features(pixels) and reads_tower(self.method):
+            raise InputError(
+                f"vtprune: {self.method.name} reads the vision encoder, and the request has features in place of "
+                "pixels; send pixels, or serve with a method that needs none, such as divprune"
+            )
 
     def counts(self, runs: Sequence[int], share: float | None = None) -> list[int]:
         """How many tokens of each unbroken run of an image's placeholders stay; the image's budget is exact.
