@@ -110,6 +110,11 @@ def test_different_settings_never_share_a_cache(folders: Any, names: list[str] |
             "found estimator='jvp', expected 'difference' or 'auto'",
         ),
         ("qwen2_vl", {"method": "zoo_prune", "ratio": 0.5}, "cannot read vision towers of the Qwen-VL kind"),
+        (
+            "qwen2_vl",
+            {"method": "divprune", "ratio": 0.5, "options": {"positions": "compact"}},
+            "found positions='compact', expected 'original'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_configuration(folders: Any, name: str, config: Any, words: str) -> None:

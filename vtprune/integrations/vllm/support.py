@@ -104,6 +104,11 @@ def _check_method(name: str, method: Method, config: Any) -> None:
         raise ServingError(
             f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
         )
+    if config.model_config.uses_mrope and getattr(method, "positions", None) == "compact":
+        raise ServingError(
+            f"{name}: kept tokens of models with M-RoPE keep their positions in vLLM; {method.name}: found "
+            "positions='compact', expected 'original'; leave positions out"
+        )
     if not reads_tower(method):
         return
     estimator = getattr(method, "estimator", None)
