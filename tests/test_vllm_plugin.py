@@ -41,6 +41,7 @@ def test_methods_that_need_no_question_are_taken(method: str) -> None:
         ("divprune", "expected an object"),
         ({"ratio": 0.5, "rate": 1}, "unknown field 'rate'; expected method, ratio, keep, options, video_method"),
         ({"mean_ratio": 0.5}, "mean_ratio"),
+        ({"certificate": 5}, "certificate is 5; expected the path of a file or its content"),
         ({"ratio": 0.5, "tower": 1.5}, "keep is 1.5; expected a share"),
         ({"ratio": 0.5, "tower": "Change"}, "tower is 'Change'; expected a share"),
         ({"ratio": 0.5, "tower": "0.5"}, 'or an object such as {"method": "Similar", "keep": 0.35}'),
@@ -78,6 +79,12 @@ def test_bad_configuration_is_one_line(config: Any, words: str) -> None:
         parse(config)
     line = str(caught.value)
     assert line.startswith("vtprune: ") and "\n" not in line and words in line
+
+
+def test_a_cut_of_the_tower_alone_keeps_all_tokens() -> None:
+    found = parse({"tower": 0.5})
+    assert found == parse({"tower": 0.5, "ratio": 1.0}) and found.tower is not None
+    assert not found.budget.may_drop
 
 
 def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:

@@ -81,6 +81,7 @@ CONFIGS: list[dict[str, Any] | None] = [
     {"method": "random", "ratio": 0.25},
     {"method": "random", "ratio": 0.25, "options": {"seed": 1}},
     {"ratio": 0.25, "tower": 0.5},
+    {"tower": 0.5},
 ]
 
 

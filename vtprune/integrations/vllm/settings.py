@@ -177,6 +177,8 @@ def parse(config: Any) -> Settings:
 def _parse(config: Mapping[str, Any]) -> Settings:
     certificate = None
     ratio, name, options = config.get("ratio"), config.get("method", default_method.NAME), config.get("options", {})
+    if ratio is None and "keep" not in config and config.get("tower") is not None:
+        ratio = 1.0  # a cut of the tower alone, as in `vtprune.patch`
     if "certificate" in config:
         certificate = _certificate(config)
         ratio, name, options = certificate.ratio, certificate.method, certificate.options or {}
@@ -208,7 +210,9 @@ def _certificate(config: Mapping[str, Any]) -> Certificate:
     if others:
         raise CertificateError(f"a certificate holds for its own method and ratio; found {', '.join(others)} beside it")
     given = config["certificate"]
-    certificate = Certificate.read(given) if isinstance(given, Mapping) else Certificate.load(str(given))
+    if not isinstance(given, str | Mapping):
+        raise CertificateError(f"certificate is {shorten(given)}; expected the path of a file or its content")
+    certificate = Certificate.read(given) if isinstance(given, Mapping) else Certificate.load(given)
     if certificate.auto is not None:
         raise CertificateError(
             "the certificate is for an automatic ratio by features, and vLLM needs the count before the model runs; "
