@@ -38,7 +38,7 @@ from vtprune.study import progress
 from vtprune.study.intervals import wilson
 
 OUT = Path(__file__).resolve().parent / "results" / "needle.json"
-MEAN_RATIOS = (0.8, 0.57, 0.3, 0.15)
+MEAN_RATIOS = (0.57, 0.3, 0.15)
 PLACES = (256, 1024)
 TRIALS = 200
 BATCH = 8

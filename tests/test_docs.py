@@ -209,6 +209,7 @@ _RESULTS["needle.json"] = {
         "a 0.15": {"method": "a", "mean_ratio": 0.15, "refused": "too little"},
         "b 0.3": {"method": "b", "mean_ratio": 0.3, "outcomes": "11", "right": 2, "total": 2},
         "b 0.15": {"method": "b", "mean_ratio": 0.15, "outcomes": "11", "right": 2, "total": 2},
+        "c 0.3": {"method": "c", "mean_ratio": 0.3, "outcomes": "00", "right": 0, "total": 2},
     },
     "versions": {"torch": "2"},
 }
@@ -237,8 +238,9 @@ def test_tables_hold_the_numbers_of_the_results(results):
     assert "not possible" in tables.of_method("b", results)
     needles = tables.needles(results).splitlines()
     assert "64 visual places, 2 to 4 texts for each number; unpruned 100.0%" in needles[0]
-    assert [line.split(" | ")[0] for line in needles[4:]] == ["| `b`", "| `a`"]
+    assert [line.split(" | ")[0] for line in needles[4:]] == ["| `b`", "| `a`", "| `c`"]
     assert "| `a` | 50.0% (10.0% to 90.0%) | not possible |" in needles[5]
+    assert "| `c` | 0.0% (10.0% to 90.0%) | not tried |" in needles[6]
 
 
 def test_what_was_not_measured_is_said(tmp_path):

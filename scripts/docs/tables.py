@@ -134,19 +134,23 @@ def needles(results: Path = RESULTS) -> str:
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in data[places].items():
         cost = name.removeprefix(row["method"]).strip()
-        if cost and "ratio" not in row and "outcomes" in row:
+        if cost and "ratio" not in row:
             rows.setdefault(row["method"], {})[cost] = row
+    rows = {method: mine for method, mine in rows.items() if any("outcomes" in row for row in mine.values())}
     costs = sorted({cost for mine in rows.values() for cost in mine}, key=float, reverse=True)
 
     def right(method: str) -> float:
-        return sum(row["right"] / row["total"] for row in rows[method].values())
+        return sum(row["right"] / row["total"] for row in rows[method].values() if "outcomes" in row)
+
+    def cell(row: dict[str, Any] | None) -> str:
+        return "not tried" if row is None else _share(row) if "outcomes" in row else "not possible"
 
     lines = [
-        (f"`{method}`", *(_share(rows[method][cost]) if cost in rows[method] else "not possible" for cost in costs))
+        (f"`{method}`", *(cell(rows[method].get(cost)) for cost in costs))
         for method in sorted(rows, key=lambda method: (-right(method), method))
     ]
     whole = data[places]["unpruned"]
-    texts = {row["total"] for mine in rows.values() for row in mine.values()}
+    texts = {row["total"] for mine in rows.values() for row in mine.values() if "outcomes" in row}
     asked = " to ".join(map(str, sorted({min(texts), max(texts)})))
     about = (
         f"SmolLM2-135M-Instruct, {int(places):,} visual places, {asked} texts for each number; "
