@@ -21,7 +21,7 @@ from ..core.log import warn_once
 from ..core.method import Tap
 from ..errors import MethodError, NothingPrunedError, UnsupportedModelError, VTPruneError
 from ..models import attention_probe, encoder_outputs, unsupported, visual_tokens
-from ..models.arguments import bind, forward_of, parameters
+from ..models.arguments import parameters_of
 from ..models.encoder_outputs import Encoded
 from ..models.transformers_names import (
     ENCODER_OUTPUTS,
@@ -280,7 +280,7 @@ class Session:
         self._forget_dead_calls()
         self._refuse_nested(module, thread.outer)
         thread.saw_outer, thread.may_drop = False, self.drops
-        kwargs = bind(forward_of(module), args, kwargs) if args else kwargs
+        kwargs = parameters_of(module).bind(args, kwargs) if args else kwargs
         thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
         given: Any = kwargs.get("return_dict")
         given = getattr(module.config, "return_dict", True) if given is None else given
@@ -320,7 +320,7 @@ class Session:
         thread.records = thread.records if thread.outer is not None else {}
         thread.tower_ran, thread.found_visual, thread.composite_ran = False, None, True
         self._running[threading.get_ident()] = False
-        known = parameters(forward_of(module))
+        known = parameters_of(module)
         thread.inputs = known.bind(args, kwargs)
         self.caches.state_of(cache_of(thread.inputs))  # before the model asks for its length
         if self.drops:
@@ -351,11 +351,11 @@ class Session:
         self._refuse_nested(module, thread.call)
         if thread.saw_inputs:
             self._running[threading.get_ident()] = True
-        kwargs = bind(forward_of(module), args, kwargs) if args else kwargs
+        kwargs = parameters_of(module).bind(args, kwargs) if args else kwargs
         visual, encoded = None, {}
         looks = self.drops or not unsupported.is_transformed()
         if thread.inputs is not None and not requests.current(self).paused and looks:
-            known = parameters(forward_of(self.spec.anatomy.composite)).named
+            known = parameters_of(self.spec.anatomy.composite).named
             # Arguments that the model has no name for are not pixels, whatever they are called.
             named = {n: value for n, value in thread.inputs.items() if n in known or n == ENCODER_OUTPUTS}
             encoded = encoder_outputs.supplied(

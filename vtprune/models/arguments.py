@@ -52,14 +52,10 @@ def parameters(function: Callable) -> Parameters:
     return found
 
 
-def forward_of(module: nn.Module) -> Callable:
-    """A module's forward, or that of its class where a wrapper of `*args, **kwargs` hides its parameters."""
-    return module.forward if parameters(module.forward).named else MethodType(type(module).forward, module)
-
-
-def bind(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call of `function` by name; what it will not take is its own to refuse."""
-    return parameters(function).bind(args, kwargs)
+def parameters_of(module: nn.Module) -> Parameters:
+    """Parameters of a module's forward, or of its class's where a wrapper of `*args, **kwargs` hides them."""
+    found = parameters(module.forward)
+    return found if found.named else parameters(MethodType(type(module).forward, module))
 
 
 def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:

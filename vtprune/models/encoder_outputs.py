@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import bind
+from .arguments import parameters
 from .transformers_names import ENCODER_OUTPUTS
 
 # Argument names of pixels and image features in transformers' models; audio and text have features as well.
@@ -63,7 +63,9 @@ def watch(kind: str, encode: Callable, args: tuple, kwargs: dict, records: dict[
         tuple: The encoder's output and the record.
     """
     output = encode(*args, **kwargs)
-    encoded = Encoded(kind, bind(encode, args, kwargs), _lengths(getattr(output, "pooler_output", None)), records)
+    encoded = Encoded(
+        kind, parameters(encode).bind(args, kwargs), _lengths(getattr(output, "pooler_output", None)), records
+    )
     with suppress(TypeError):  # a plain tuple has no weak references; later calls with it are not recognized
         encoded.output = weakref.ref(output)
     return output, encoded

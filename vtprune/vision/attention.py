@@ -16,7 +16,7 @@ from vtprune_kernels import received_attention
 from ..core.method import Tap
 from ..core.options import Positive
 from ..errors import MethodError
-from ..models.arguments import bind, forward_of
+from ..models.arguments import parameters_of
 from ..models.attention_probe import QKV, Watch, probe
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def read_attention(record: LayerCall, rows: int, packed: bool, rope: bool) -> At
         packed: Whether the tower works on one packed sequence.
         rope: False for queries and keys before rotation.
     """
-    named = bind(forward_of(record.layer), record.args, record.kwargs)
+    named = parameters_of(record.layer).bind(record.args, record.kwargs)
     hidden = named.pop(next(iter(named)))
     offsets = named.get("cu_seqlens")
     if offsets is not None:  # as one sequence, because the probe stops at the first of several attention calls

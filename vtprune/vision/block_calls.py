@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..models.arguments import bind, forward_of, map_tensors
+from ..models.arguments import map_tensors, parameters_of
 
 
 class Offsets:
@@ -42,7 +42,7 @@ class Offsets:
 
 def named(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a call by name, including those in `*args` and `**kwargs`."""
-    return bind(forward_of(module), args, kwargs)
+    return parameters_of(module).bind(args, kwargs)
 
 
 def states_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
