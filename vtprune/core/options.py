@@ -116,7 +116,7 @@ def _words(hint: Any) -> list[str]:
     return [names.get(hint) or f"an instance of {getattr(hint, '__name__', hint)}"]
 
 
-def names(cls: type) -> str:
+def option_names(cls: type) -> str:
     """Names of a class's options, for a message; `no options` where it has none."""
     found = [field.name for field in dataclasses.fields(cls) if field.init] if dataclasses.is_dataclass(cls) else []
     return ", ".join(found) or "no options"

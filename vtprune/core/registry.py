@@ -10,8 +10,7 @@ from typing import Any
 
 from ..errors import MethodError, one_line
 from .method import Method
-from .options import check_options, shorten
-from .options import names as option_names
+from .options import check_options, option_names, shorten
 
 _METHODS: dict[str, type[Method]] = {}
 

@@ -23,6 +23,8 @@ from ..vision.tower import Vision, layer_tap, projector_tap
 if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
+LONGEST = 1024  # frames of a window, as released
+
 
 def next_similarity(x: Tensor, clip: Clip) -> Tensor:
     """`[T - 1, Q]` cosine of each place between a frame and the next, on the CPU; -2 where either frame lacks it."""
@@ -41,12 +43,12 @@ def static_runs(similarity: Tensor, threshold: float) -> Tensor:
     return runs
 
 
-def windows(runs: Tensor, longest: int = 1024) -> list[tuple[int, int]]:
+def windows(runs: Tensor, longest: int = LONGEST) -> list[tuple[int, int]]:
     """Cuts a clip into windows such that averaging the static places of each saves the most tokens.
 
     Args:
         runs: `[T, Q]` of `static_runs`. A window of `L` frames saves `L - 1` tokens for every place static throughout.
-        longest: Most frames of a window, as released.
+        longest: Most frames of a window.
 
     Returns:
         list: First and last frame of each window. Where several windows save equally much, the shortest is taken.
@@ -89,7 +91,7 @@ class StaticPlaces:
 
 
 def split(
-    similarity: Tensor, clip: Clip, threshold: float, most: int | None = None, longest: int = 1024
+    similarity: Tensor, clip: Clip, threshold: float, most: int | None = None, longest: int = LONGEST
 ) -> StaticPlaces:
     """Splits the tokens of a clip into static and moving ones.
 

@@ -221,9 +221,10 @@ def _locate(
             continue
         rows, first = _feature_rows(sample[of_kind], kinds == i + 1, encoded[name].total)
         known, runs = encoded[name], _runs(sample[of_kind][first], position[of_kind][first])
-        if _encodes_one_by_one(name, {**inputs, **known.inputs}, anatomy, known.lengths):
+        given = {**inputs, **known.inputs}
+        if _encodes_one_by_one(name, given, anatomy, known.lengths):
             runs = _split_runs(*runs, known.lengths)
-        layout = _layout(name, {**inputs, **known.inputs}, anatomy, *runs, known.lengths)
+        layout = _layout(name, given, anatomy, *runs, known.lengths)
         numbers = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([len(x) for x in layout]))
         place[of_kind, 1:] = torch.cat(layout)[rows]
         # Beams share features, but every row of the batch counts as an image of its own.

@@ -15,14 +15,12 @@ class DecoderShape:
     """Sizes of a decoder from which its costs are computed.
 
     Attributes:
-        layers: Number of layers.
         width: Hidden size `d`.
         mlp: Width `m` of the feed-forward layer of each layer.
         keys: Number of values in the keys of one token, of each layer; its values have as many.
         itemsize: Bytes per value in the cache.
     """
 
-    layers: int
     width: int
     mlp: tuple[int, ...]
     keys: tuple[int, ...]
@@ -32,7 +30,12 @@ class DecoderShape:
     def of(cls, config: Any, layers: int, itemsize: int) -> DecoderShape:
         """Reads the sizes from the transformers text config of a decoder with `layers` layers."""
         width, each = config.hidden_size, layer_configs(config, layers)
-        return cls(layers, width, tuple(_mlp(c, width) for c in each), tuple(_keys(c, width) for c in each), itemsize)
+        return cls(width, tuple(_mlp(c, width) for c in each), tuple(_keys(c, width) for c in each), itemsize)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.keys)
 
 
 def _mlp(config: Any, width: int) -> int:

@@ -81,6 +81,7 @@ def calibrate(
 
     Raises:
         BudgetError: The mean is not between the bounds.
+        InputError: `batches` is a single batch, or holds something else.
         VTPruneError: The model is patched, or no prompt has a visual token.
     """
     Auto(min=least, max=most)  # raises where the bounds are wrong

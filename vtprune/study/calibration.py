@@ -84,7 +84,7 @@ def collect(
         tuple: For every sample with visual tokens `[N]` scores, and `[N]` bool, False for padding.
 
     Raises:
-        InputError: The model is patched.
+        InputError: The model is patched, or `batches` is a single batch or holds something else.
         MethodError: No prompt has a visual token.
     """
     refuse_patched(model, "collecting scores")
@@ -123,7 +123,7 @@ def fit(
         Curve: The fitted curve.
 
     Raises:
-        InputError: The model is patched.
+        InputError: The model is patched, or `batches` is a single batch or holds something else.
         MethodError: No prompt has a picture, or there are too few scores for the form.
     """
     scores, seen = collect(method.host, method.padding_rule, model, batches, sizes)

@@ -64,6 +64,7 @@ def certify(
 
     Raises:
         CertificateError: There is no prompt, none has a visual token, or a number is out of range.
+        InputError: `prompts` is a single prompt, or holds something else.
         VTPruneError: The model is patched, or `max_new_tokens` is below 1.
     """
     _check(risk, confidence, candidates)

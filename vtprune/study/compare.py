@@ -95,6 +95,7 @@ def compare(
     Raises:
         BudgetError: `mean_ratio` is out of range.
         MethodError: A name is unknown.
+        InputError: `batches` is a single batch, or holds something else.
         VTPruneError: The model is patched, there are no prompts, or `repeats` is below 1.
         UnsupportedModelError: A part of the model was not found.
     """

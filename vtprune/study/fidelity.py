@@ -180,7 +180,7 @@ def measure_prompt(
         selection, `selection_seconds`, `visual`, `kept` and `mean_ratio`.
 
     Raises:
-        VTPruneError: The model is patched, the prompt is no single sample with visual tokens, or a count is below 1.
+        VTPruneError: The model is patched, the prompt is not one sample with visual tokens, or a count is below 1.
     """
     refuse_patched(model, "measuring")
     refuse_below_one(max_new_tokens=max_new_tokens, repeats=repeats)

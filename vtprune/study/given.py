@@ -11,10 +11,10 @@ from ..errors import InputError, VTPruneError
 
 
 def batches_of(given: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The batches one by one.
+    """Yields the batches that a study was given.
 
     Raises:
-        InputError: It is one batch, or holds something that is none.
+        InputError: `given` is a single batch, or one of its items is no mapping.
     """
     for batch in given:
         if isinstance(given, Mapping) or not isinstance(batch, Mapping):
@@ -27,7 +27,7 @@ def batches_of(given: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]
 
 
 def refuse_below_one(**counts: int) -> None:
-    """Raises `VTPruneError` for a count, by its name, that is no whole number of at least 1."""
+    """Raises `VTPruneError`, with the argument's name, unless every count is a whole number of at least 1."""
     for name, count in counts.items():
         if not fits(count, int) or count < 1:
             raise VTPruneError(f"{name} is {shorten(count)}; expected a whole number of at least 1")

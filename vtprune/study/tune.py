@@ -190,6 +190,7 @@ def tune(
 
     Raises:
         BudgetError: `mean_ratio` is out of range.
+        InputError: `batches` is a single batch, or holds something else.
         VTPruneError: optuna is not installed, the model is patched, no prompt has a visual token, the saved search has
             other settings, or `path` exists without `resume` or `force`.
         StaleResultError: The saved search is of another version.

@@ -16,8 +16,7 @@ from ... import __version__, methods, towers
 from ...core import budget, default_method
 from ...core.certificate import Certificate
 from ...core.clips import ClipMethod
-from ...core.options import fits, shorten
-from ...core.options import names as option_names
+from ...core.options import fits, option_names, shorten
 from ...core.pixel_auto import PixelAuto
 from ...core.registry import make
 from ...errors import BudgetError, CertificateError, InputError, MethodError, VTPruneError, one_line
