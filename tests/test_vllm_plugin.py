@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +86,13 @@ def test_a_cut_of_the_tower_alone_keeps_all_tokens() -> None:
     found = parse({"tower": 0.5})
     assert found == parse({"tower": 0.5, "ratio": 1.0}) and found.tower is not None
     assert not found.budget.may_drop
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_certificate_is_read_from_a_path_of_either_kind(kind: type, tmp_path: Path) -> None:
+    place = tmp_path / "none.json"
+    with pytest.raises(ServingError, match="none.json is no certificate .* no such file"):
+        parse({"certificate": kind(place)})
 
 
 def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ... import __version__, methods, towers
@@ -209,7 +210,7 @@ def _certificate(config: Mapping[str, Any]) -> Certificate:
     if others:
         raise CertificateError(f"a certificate holds for its own method and ratio; found {', '.join(others)} beside it")
     given = config["certificate"]
-    if not isinstance(given, str | Mapping):
+    if not isinstance(given, str | Path | Mapping):
         raise CertificateError(f"certificate is {shorten(given)}; expected the path of a file or its content")
     certificate = Certificate.read(given) if isinstance(given, Mapping) else Certificate.load(given)
     if certificate.auto is not None:
