@@ -50,3 +50,12 @@ def test_no_method_is_clearly_better_than_the_default_where_the_page_says_none()
 
 _QWEN = "scenes, built-in qwen2_5_vl"
 EXCEPTIONS = ((_QWEN, 0.4, "sparsevlm"),)
+
+
+def test_texts_that_chose_the_default_are_answered_like_the_others() -> None:
+    """docs/choosing.md says that the shares differ by at most two percentage points at every cost."""
+    rows = json.loads((equal_cost.RESULTS / "needle.json").read_text())["256"]
+    for outcomes in (rows[f"resprune {cost}"]["outcomes"] for cost in (0.57, 0.3, 0.15)):
+        chosen, others = outcomes[:40], outcomes[40:]
+        assert len(others) == 160
+        assert abs(chosen.count("1") / 40 - others.count("1") / 160) <= 0.02
