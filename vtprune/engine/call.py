@@ -158,6 +158,7 @@ class CallOptions:
 
     Attributes:
         budget: Number of visual tokens to keep.
+        may_drop: Whether visual tokens may be dropped.
         question_end: Position at which the answer begins, see `Patch.question`; None if not given.
         arguments: Keyword arguments of the outermost model, such as labels.
         own_budget: Whether the call has a budget of its own, see `Patch.using`.
@@ -165,6 +166,7 @@ class CallOptions:
     """
 
     budget: Budget
+    may_drop: bool
     question_end: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)
     own_budget: bool = False

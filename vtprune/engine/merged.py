@@ -11,14 +11,17 @@ are rows of the embedding table and never foreign: they are known only by recent
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NothingPrunedError, VTPruneError
+from ..models import attention_probe, unsupported
+from ..models.anatomy import Anatomy
 from ..models.encoder_outputs import Encoded
 
 _CHANNELS = 16  # of a row, enough to identify it
@@ -119,6 +122,82 @@ class Features:
         return self._table[1]
 
 
+def find(
+    inputs: dict[str, Any], outer: dict[str, Any], features: Features, anatomy: Anatomy, virtual: int
+) -> tuple[Tensor | None, list[Encoded]]:
+    """Finds merged features in the `inputs_embeds` of a call.
+
+    Args:
+        inputs: Keyword arguments of the composite, or of the decoder if it was called directly.
+        outer: Keyword arguments of the outermost model.
+        features: Recent outputs of the encoders, and the embedding table.
+        anatomy: Parts of the model.
+        virtual: Number of positions at the start of every row that an adapter fills.
+
+    Returns:
+        tuple: Kinds `[B, T]` uint8 of the positions on the CPU, 1 + the number of the kind, or None if there are no
+            merged features; and the encoder runs with which they were matched.
+
+    Raises:
+        NothingPrunedError: There are merged features, and their positions are unknown.
+    """
+    embeds = inputs.get("inputs_embeds")
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[1] == 1:
+        return None, []
+    unsupported.refuse_tracing(inputs)
+    mask = inputs.get("attention_mask", outer.get("attention_mask"))
+    left = 0
+    for _ in range(2):
+        search = functools.partial(features.find_foreign, embeds, anatomy.embeddings)
+        foreign = attention_probe.without_hooks(search)
+        foreign[:, :virtual] = False
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= foreign.shape[1]:
+            foreign &= mask[:, -foreign.shape[1] :].bool().cpu()  # padding may hold anything
+        if not bool(foreign.any()) and not features.recent:
+            return None, []
+        kinds, sources = _kinds(embeds, foreign, inputs, outer, features, anatomy)
+        left = int((foreign & (kinds == 0)).sum())
+        if left == 0:
+            return kinds, sources
+        features.forget_table()  # the known one may hold other embeddings than the model has now
+    return refuse_foreign(left)
+
+
+def _kinds(
+    embeds: Tensor,
+    foreign: Tensor,
+    inputs: dict[str, Any],
+    outer: dict[str, Any],
+    features: Features,
+    anatomy: Anatomy,
+) -> tuple[Tensor, list[Encoded]]:
+    """Kinds `[B, T]` of positions with features, as named by the caller, or else matched; and the matched runs."""
+    is_foreign, names = bool(foreign.any()), list(anatomy.placeholders)
+    named = _named_kinds(inputs, outer, foreign.shape, anatomy.placeholders) if is_foreign else None
+    if named is not None:
+        return named, []
+    found, sources = features.match(embeds, foreign if is_foreign else torch.ones_like(foreign))
+    if sources and not is_foreign:  # features that are visual words, rows of the embedding table
+        refuse_part(int(found.sum()), [source.total for source in sources])
+    return found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1), sources
+
+
+def _named_kinds(
+    inputs: dict[str, Any], outer: dict[str, Any], shape: torch.Size, placeholders: dict[str, int]
+) -> Tensor | None:
+    """Kinds `[B, T]` of the positions, from token types, or from ids passed to the outermost model; else None."""
+    types, ids = inputs.get("mm_token_type_ids", outer.get("mm_token_type_ids")), outer.get("input_ids")
+    if isinstance(types, Tensor) and types.shape == shape:
+        order = {"image": 1, "video": 2}  # numbers of transformers' processors
+        kinds = torch.zeros(shape, dtype=torch.uint8)
+        for number, name in enumerate(placeholders):
+            kinds[types.cpu() == order.get(name, 0)] = number + 1 if name in order else 0
+        return kinds
+    if isinstance(ids, Tensor) and ids.shape == shape:
+        return kinds_from_mask(ids, (shape[0], shape[1]), placeholders)
+    return None
+
+
 def kinds_from_mask(given: Tensor, shape: tuple[int, int], placeholders: dict[str, int]) -> Tensor | None:
     """Kinds of the positions of a call, from the argument of `patch.visual`.
 
@@ -156,7 +235,7 @@ def kinds_from_mask(given: Tensor, shape: tuple[int, int], placeholders: dict[st
     return kinds.repeat_interleave(shape[0] // given.shape[0], 0)
 
 
-def refuse_foreign(count: int) -> None:
+def refuse_foreign(count: int) -> NoReturn:
     """Raises for a call with `count` foreign embeddings."""
     raise NothingPrunedError(
         f"inputs_embeds hold {count} embeddings that are no token's, probably merged features, and it is not known "

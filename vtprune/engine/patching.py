@@ -223,8 +223,7 @@ class Patch:
             handle.remove()
         self._handles.clear()
         self._waits = False
-        self._session.is_attached = False
-        self._session.end_call()
+        self._session.detach()
         self._uninstall()
 
     @property

@@ -500,7 +500,8 @@ def begin(
         return None
     if state is not None:
         follows = state.open and state.length == kv_cache.length(cache)
-        if visual is not None and follows and not options.own_budget and spec.window is None:
+        given_apart = options.own_budget or not options.may_drop
+        if visual is not None and follows and not given_apart and spec.window is None:
             raise UnsupportedModelError(
                 "this call adds visual tokens right after a prompt with visual tokens, as if one prompt were passed in "
                 "several calls, each of which would be pruned by itself; pass the whole prompt in one call, or give "

@@ -32,58 +32,17 @@ from ..models.transformers_names import (
 )
 from ..models.visual_tokens import VisualTokens
 from ..report.pruning import Pruning
-from ..report.record import PruningRecord
 from ..towers import products
 from ..towers.cut import TowerCut
 from . import checkpointing, generation, kv_cache, merged, outputs, prefill, requests, window
-from .cacheless import Generations
 from .call import CallOptions
 from .deepstack import intercept_deepstack
 from .hooks import Hook, Override, is_compiled, is_running
 from .kv_cache import Caches
 from .spec import PruneSpec
+from .thread_state import CompositeCall, LazyPruning, ModelCall, ThreadState
 
 _LONGEST_CALL = 30  # seconds that the removal of a patch waits for calls in other threads
-
-
-class LazyPruning:
-    """The `Pruning` of a prefill, built on first access."""
-
-    def __init__(self, make: Callable[[], PruningRecord]) -> None:
-        self._make = make
-
-    @functools.cached_property
-    def pruning(self) -> Pruning:
-        """The record with its report."""
-        return Pruning(**vars(self._make()))
-
-
-class ThreadState(threading.local):
-    """State of a patched model in one thread: the calls in progress and the last prefill."""
-
-    def __init__(self) -> None:
-        self.outer: dict[str, Any] | None = None  # keyword arguments of the outermost model's call in progress
-        self.finished: LazyPruning | None = None  # the last prefill of that call
-        self.as_tuple = False  # whether its caller asked for a tuple
-        self.head_mask: torch.Tensor | None = None  # its mask, if what follows the decoder may read it
-        self.inputs: dict[str, Any] | None = None  # keyword arguments of the composite's call in progress
-        self.encoded: dict[str, Encoded] = {}  # the last encoder run of each kind of features
-        self.fresh: set[str] = set()  # kinds encoded inside the composite's call in progress
-        self.encoding: dict[str, list] | None = None  # records of taps in the encoder run in progress
-        self.generates = False  # whether `generate` is running a prompt
-        self.tower_ran = False  # whether the vision tower ran inside the composite's call in progress
-        # Whether visual tokens were found in it; None before its decoder is called.
-        self.found_visual: bool | None = None
-        self.call: prefill.DecoderCall | None = None  # the decoder's call in progress
-        self.records: dict[str, list] = {}  # records of taps in the call in progress
-        self.watch: attention_probe.Watch | None = None  # of the layer of a tap that is running
-        self.last: LazyPruning | None = None
-        self.cacheless = Generations()
-        # Whether forwards of the calls in progress were seen on the stack, where a compiled one cannot be seen.
-        self.saw_outer, self.saw_inputs = False, False
-        self.may_drop = False  # whether the call in progress may drop tokens
-        self.refused = False  # whether a call inside it was refused, whose hooks are still to run
-        self.composite_ran = False  # whether the composite ran inside the outermost model's call in progress
 
 
 class Session:
@@ -104,8 +63,7 @@ class Session:
         self.features = merged.Features()
         self.caches = Caches()
         self.tower = self._tower_cut()
-        # Threads with a call of the composite in progress, and whether its forward was seen on their stacks.
-        self._running: dict[int, bool] = {}
+        self._running: dict[int, CompositeCall] = {}  # calls in progress, by thread
         self._attached_layers: tuple[nn.Module, ...] = ()  # those with hooks
         self.is_attached = False
         self._last: LazyPruning | None = None
@@ -137,6 +95,11 @@ class Session:
             if self.spec.tower is not None:
                 raise
             return None
+
+    def detach(self) -> None:
+        """Ends what the hooks do, also where somebody has wrapped them and they survive the patch."""
+        self.is_attached = False
+        self.thread.end_decoder_call()
 
     def attach(self, owner: Any, handles: list[Any]) -> None:
         """Registers the hooks on the model.
@@ -223,9 +186,10 @@ class Session:
                 output, thread.encoded[kind] = encoder_outputs.watch(kind, encode, args, kwargs, records)
             finally:
                 thread.encoding = None
-            if thread.inputs is None:
+            if thread.composite is None:
                 self.features.add(output, thread.encoded[kind])
-            thread.fresh.add(kind)
+            else:
+                thread.composite.encoded_kinds.add(kind)
             return output
 
         uncompiled = torch.compiler.disable(watch, reason="pruning records the inputs of encoders")
@@ -243,13 +207,14 @@ class Session:
         return bool((self.spec.anatomy.is_placeholder(ids).sum(1) > (self.budget.keep or 0)).any())
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self.thread.tower_ran = True
+        if self.thread.composite is not None:
+            self.thread.composite.ran_tower = True
         if self.spec.anatomy.projector is None:
             self._after_projector(module, args, kwargs, output)
 
     def _after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self._forget_dead_calls()
-        if self.thread.inputs is None and self.thread.encoding is None:  # called by hand
+        if self.thread.composite is None and self.thread.encoding is None:  # called by hand
             self.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders))))
 
     def _refuse_call_while_selecting(self, module: nn.Module) -> None:
@@ -263,7 +228,7 @@ class Session:
     @property
     def _selects(self) -> bool:
         """Whether a method is selecting tokens in this thread."""
-        call = self.thread.call
+        call = self.thread.decoder
         return call is not None and call.selects
 
     def _is_refused(self) -> bool:
@@ -271,73 +236,74 @@ class Session:
 
         The mark of the refusal is cleared, so that the hook of the call around it does its work.
         """
-        refused, self.thread.refused = self.thread.refused, False
+        refused, self.thread.is_refused = self.thread.is_refused, False
         return refused or self._selects
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._refuse_call_while_selecting(module)
         thread = self.thread
         self._forget_dead_calls()
-        self._refuse_nested(module, thread.outer)
-        thread.saw_outer, thread.may_drop = False, self.drops
+        self._refuse_nested(module, thread.model)
         kwargs = parameters_of(module).bind(args, kwargs) if args else kwargs
-        thread.outer, thread.finished, thread.records, thread.composite_ran = kwargs, None, {}, False
+        call = thread.model = ModelCall(kwargs, self.drops)
+        thread.records = {}
+        if not call.may_drop:
+            return None
         given: Any = kwargs.get("return_dict")
         given = getattr(module.config, "return_dict", True) if given is None else given
-        thread.as_tuple = bool(thread.may_drop and not given)
+        call.as_tuple = not given
         # `outputs` knows fields by their names, which a tuple does not have.
-        changes: dict[str, Any] = {"return_dict": True} if thread.as_tuple else {}
+        changes: dict[str, Any] = {"return_dict": True} if call.as_tuple else {}
         routes = self._routes or "output_router_logits" in kwargs
-        balances = routes and thread.may_drop and _requests_output("output_router_logits", kwargs, module)
-        if balances or (thread.may_drop and self.spec.anatomy.has_own_head):
+        balances = routes and _requests_output("output_router_logits", kwargs, module)
+        if balances or self.spec.anatomy.has_own_head:
             # Heads average over this mask, like the load-balancing loss of experts; dropped tokens leave it later.
-            thread.head_mask = _own_mask(kwargs)
-            if thread.head_mask is not None:
-                changes["attention_mask"] = thread.head_mask
+            call.head_mask = _own_mask(kwargs)
+            if call.head_mask is not None:
+                changes["attention_mask"] = call.head_mask
         return ((), {**kwargs, **changes}) if changes else None
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._is_refused():
             return None
-        thread = self.thread
-        finished, outer = thread.finished, thread.outer or {}
-        thread.outer, thread.finished, thread.head_mask = None, None, None
-        pixels = [name for name, value in outer.items() if name.startswith("pixel") and value is not None]
-        if pixels and not thread.composite_ran and output is not None and self.drops:
+        call, self.thread.model = self.thread.model, None
+        if call is None or output is None:
+            return output
+        pixels = [name for name, value in call.arguments.items() if name.startswith("pixel") and value is not None]
+        if pixels and not call.ran_composite and self.drops:
             self._refuse_replaced("composite")
-        if finished is not None and output is not None:
-            output = outputs.zero_dropped(output, lambda: finished.pruning.mask)
-        return output.to_tuple() if thread.as_tuple and hasattr(output, "to_tuple") else output
+        prefilled = call.prefill
+        if prefilled is not None:
+            output = outputs.zero_dropped(output, lambda: prefilled.pruning.mask)
+        return output.to_tuple() if call.as_tuple and hasattr(output, "to_tuple") else output
 
     def _before_composite(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._refuse_call_while_selecting(module)
         thread = self.thread
         self._forget_dead_calls()
-        self._refuse_nested(module, thread.inputs)
-        self.end_call()
-        thread.saw_inputs, thread.may_drop = False, self.drops
-        thread.fresh = set()
-        thread.records = thread.records if thread.outer is not None else {}
-        thread.tower_ran, thread.found_visual, thread.composite_ran = False, None, True
-        self._running[threading.get_ident()] = False
+        self._refuse_nested(module, thread.composite)
+        thread.end_decoder_call()
+        if thread.model is None:
+            thread.records = {}
+        else:
+            thread.model.ran_composite = True
         known = parameters_of(module)
-        thread.inputs = known.bind(args, kwargs)
-        self.caches.state_of(cache_of(thread.inputs))  # before the model asks for its length
-        if self.drops:
+        given = known.bind(args, kwargs)
+        thread.composite = self._running[threading.get_ident()] = CompositeCall(given, self.drops)
+        self.caches.state_of(cache_of(given))  # before the model asks for its length
+        if thread.composite.may_drop:
             unsupported.refuse_ignored_features(
-                module, {name: value for name, value in thread.inputs.items() if name not in known.named}
+                module, {name: value for name, value in given.items() if name not in known.named}
             )
 
     def _after_composite(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._is_refused():
             return
-        thread = self.thread
-        self.end_call()
-        thread.inputs, thread.records = None, {}
+        call = self.thread.end_composite_call()
         self._running.pop(threading.get_ident(), None)
-        if thread.found_visual or not thread.tower_ran or output is None or not self.drops:
+        if call is None or call.has_visual or not call.ran_tower or output is None or not self.drops:
             return
-        if thread.found_visual is None:
+        if call.has_visual is None:
             self._refuse_replaced("decoder")
         raise NothingPrunedError(
             f"the vision tower ran while the decoder did, but no argument of {type(module).__name__} was "
@@ -348,33 +314,26 @@ class Session:
         self._refuse_call_while_selecting(module)
         self._forget_dead_calls()
         thread = self.thread
-        self._refuse_nested(module, thread.call)
-        if thread.saw_inputs:
-            self._running[threading.get_ident()] = True
+        self._refuse_nested(module, None if thread.decoder is None else thread.decoder.options)
         kwargs = parameters_of(module).bind(args, kwargs) if args else kwargs
+        composite, request, drops = thread.composite, requests.current(self), self.drops
         visual, encoded = None, {}
-        looks = self.drops or not unsupported.is_transformed()
-        if thread.inputs is not None and not requests.current(self).paused and looks:
-            known = parameters_of(self.spec.anatomy.composite).named
-            # Arguments that the model has no name for are not pixels, whatever they are called.
-            named = {n: value for n, value in thread.inputs.items() if n in known or n == ENCODER_OUTPUTS}
-            encoded = encoder_outputs.supplied(
-                named, thread.encoded, thread.fresh, list(self.spec.anatomy.placeholders)
-            )
-            if not encoded and thread.tower_ran:  # pixels were passed in an argument with an unknown name
-                encoded = {kind: Encoded(kind) for kind in self.spec.anatomy.placeholders}
+        if composite is not None and not request.paused and (drops or not unsupported.is_transformed()):
+            encoded = self._encoded_in(composite)
             if encoded:
-                visual = self._located(thread.inputs, encoded)
-        if not encoded and self.drops:
+                visual = self._located(composite, encoded)
+        if not encoded and drops:
             visual, encoded = self._merged(kwargs)
-        thread.found_visual = visual is not None
-        outer = {**(thread.inputs or {}), **(thread.outer or {})} if visual is not None else {}
-        request = requests.current(self)
-        own_budget = request.budget is not None or request.spec is not None or not self.drops
-        spec = request.spec or self.spec
-        options = CallOptions(self.budget, request.question_end, outer, own_budget, thread.generates)
-        self.end_call()
-        thread.call = call = prefill.begin(spec, options, self.caches, thread.inputs, kwargs, visual)
+        if composite is None:
+            thread.records = {} if thread.model is None else thread.records
+        else:
+            composite.has_visual = visual is not None
+        arguments = {} if visual is None else thread.arguments
+        own_budget = request.budget is not None or request.spec is not None
+        options = CallOptions(self.budget, drops, request.question_end, arguments, own_budget, thread.generates)
+        thread.end_decoder_call()
+        inputs = None if composite is None else composite.arguments
+        call = thread.decoder = prefill.begin(request.spec or self.spec, options, self.caches, inputs, kwargs, visual)
         if call is None:
             return None
         if call.visual is not None:
@@ -383,14 +342,26 @@ class Session:
         call.differentiable = torch.is_grad_enabled() and _requests_output("output_hidden_states", kwargs, module)
         return self._intercepted(call, module, kwargs) if call.cuts else None
 
-    def _located(self, inputs: dict[str, Any], encoded: dict[str, Encoded]) -> VisualTokens | None:
+    def _encoded_in(self, call: CompositeCall) -> dict[str, Encoded]:
+        """The encoder runs whose features a call of the composite gets, by kind."""
+        known = parameters_of(self.spec.anatomy.composite).named
+        # Arguments that the model has no name for are not pixels, whatever they are called.
+        named = {name: value for name, value in call.arguments.items() if name in known or name == ENCODER_OUTPUTS}
+        kinds = list(self.spec.anatomy.placeholders)
+        encoded = encoder_outputs.supplied(named, self.thread.encoded, call.encoded_kinds, kinds)
+        if not encoded and call.ran_tower:  # pixels were passed in an argument with an unknown name
+            return {kind: Encoded(kind) for kind in kinds}
+        return encoded
+
+    def _located(self, call: CompositeCall, encoded: dict[str, Encoded]) -> VisualTokens | None:
         """The visual tokens of a call with encoded features; refuses prompts without placeholders for them."""
+        inputs = call.arguments
         unsupported.refuse_tracing(inputs)
         visual = self._layouts.locate(inputs, self.spec.anatomy, encoded)
         for source in encoded.values():
             self.features.remove(source)
         # Some models get the pixels of the prompt again in every step, and ignore them.
-        repeated = not self.thread.tower_ran and all(source.total is None for source in encoded.values())
+        repeated = not call.ran_tower and all(source.total is None for source in encoded.values())
         repeated = repeated and bool(kv_cache.length(cache_of(inputs)))
         if visual is None and self.drops and not repeated:
             raise NothingPrunedError(
@@ -410,7 +381,7 @@ class Session:
         thread, outer, budget = self.thread, call.options.arguments, call.options.budget
         if call.cuts:
             self._refuse_replaced_layers()
-            named = {**kwargs, **outer} if thread.inputs is None else outer
+            named = {**kwargs, **outer} if thread.composite is None else outer
             unsupported.refuse_packed_rows(named, call.columns.real, call.columns.past)
         elif budget.keep is None and self.drops:
             visual_tokens.refuse_single_placeholders(visual, encoded, str(budget))
@@ -420,7 +391,7 @@ class Session:
             for name, records in source.records.items():
                 thread.records.setdefault(name, []).extend(records)
         if call.columns.cache is None and call.cuts and kwargs.get("use_cache") is False:
-            call.memo = thread.cacheless.follow(call, thread.inputs or {})
+            call.memo = thread.cacheless.follow(call, {} if thread.composite is None else thread.composite.arguments)
 
     def _intercepted(self, call: prefill.DecoderCall, module: nn.Module, kwargs: dict) -> tuple[tuple, dict] | None:
         """The decoder's arguments in a call with cuts, which cut its DeepStack features; None without these."""
@@ -450,105 +421,59 @@ class Session:
                 "a layer of the decoder was replaced after the model was patched; patch the model again"
             )
 
-    def _refuse_nested(self, module: nn.Module, running: object) -> None:
-        """Refuses that a hook of the caller calls the model while a call that drops tokens is in progress."""
-        if running is not None and self.thread.may_drop and is_running(module):
-            self.thread.refused = True
+    def _refuse_nested(self, module: nn.Module, call: ModelCall | CompositeCall | CallOptions | None) -> None:
+        """Refuses that a hook of the caller calls a module while a call of it that drops tokens is in progress."""
+        if call is not None and call.may_drop and is_running(module):
+            self.thread.is_refused = True
             raise UnsupportedModelError(
                 f"{type(module).__name__} was called while a call of it is in progress, by a hook or a module of it; "
                 "its pruned tokens would be lost: call a copy of the model, or unpatch it first"
             )
 
     def _forget_dead_calls(self) -> None:
-        """Forgets calls that an interrupt ended: torch runs no hooks after a KeyboardInterrupt.
+        self.thread.forget_dead_calls(self.spec.anatomy.model, self.spec.anatomy.composite)
 
-        Only calls that were seen on the stack before: a compiled forward is never seen there.
-        """
-        thread, parts = self.thread, self.spec.anatomy
-        outer = None if thread.outer is None or parts.model is parts.composite else is_running(parts.model)
-        inputs = None if thread.inputs is None else is_running(parts.composite)
-        if outer is False and thread.saw_outer:
-            thread.outer, thread.finished, thread.head_mask, thread.records = None, None, None, {}
-        if inputs is False and thread.saw_inputs:
-            self.end_call()
-            thread.inputs, thread.records = None, {}
-        thread.saw_outer, thread.saw_inputs = bool(outer), bool(inputs)
-
-    def _merged(self, kwargs: dict, is_read_again: bool = False) -> tuple[VisualTokens | None, dict[str, Encoded]]:
-        """Visual tokens of a call whose features the caller merged into `inputs_embeds`.
+    def _merged(self, kwargs: dict) -> tuple[VisualTokens | None, dict[str, Encoded]]:
+        """Visual tokens of a call whose features the caller merged into `inputs_embeds`, and their encoder runs.
 
         Args:
             kwargs: Arguments of the decoder, by name.
-            is_read_again: Whether the embedding table was read again, because the one known had other embeddings.
 
         Raises:
             NothingPrunedError: There are merged features, and their positions are unknown.
         """
-        thread, given = self.thread, requests.current(self).visual
-        inputs = kwargs if thread.inputs is None else thread.inputs
-        kinds: torch.Tensor | None = None
+        thread, anatomy = self.thread, self.spec.anatomy
+        outer = {} if thread.model is None else thread.model.arguments
+        inputs = kwargs if thread.composite is None else thread.composite.arguments
+        columns, states = requests.current(self).visual, kwargs.get("inputs_embeds")
         sources: list[Encoded] = []
-        embeds, states = inputs.get("inputs_embeds"), kwargs.get("inputs_embeds")
-        placeholders = self.spec.anatomy.placeholders
-        if given is not None and isinstance(states, torch.Tensor):
-            kinds = merged.kinds_from_mask(given, (states.shape[0], states.shape[1]), placeholders)
-        elif isinstance(embeds, torch.Tensor) and embeds.dim() == 3 and embeds.shape[1] > 1:
-            unsupported.refuse_tracing(inputs)
-            find = functools.partial(self.features.find_foreign, embeds, self.spec.anatomy.embeddings)
-            foreign = attention_probe.without_hooks(find)
-            foreign[:, : _virtual_tokens(self.model)] = False
-            mask = inputs.get("attention_mask", (thread.outer or {}).get("attention_mask"))
-            if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] >= foreign.shape[1]:
-                foreign &= mask[:, -foreign.shape[1] :].bool().cpu()  # padding may hold anything
-            is_foreign = bool(foreign.any())
-            if not is_foreign and not self.features.recent:
-                return None, {}
-            kinds = self._known_kinds(inputs, foreign.shape) if is_foreign else None
-            if kinds is None:
-                found, sources = self.features.match(embeds, foreign if is_foreign else torch.ones_like(foreign))
-                if sources and not is_foreign:  # of visual words, which are rows of the embedding table
-                    merged.refuse_part(int(found.sum()), [source.total for source in sources])
-                names = list(placeholders)
-                kinds = found.to(torch.uint8) * (1 + names.index(sources[0].kind) if sources else 1)
-            left = int((foreign & (kinds == 0)).sum())
-            if left and not is_read_again:
-                self.features.forget_table()
-                return self._merged(kwargs, is_read_again=True)
-            if left:
-                merged.refuse_foreign(left)
+        if columns is not None and isinstance(states, torch.Tensor):
+            kinds = merged.kinds_from_mask(columns, (states.shape[0], states.shape[1]), anatomy.placeholders)
+        else:
+            kinds, sources = merged.find(inputs, outer, self.features, anatomy, _virtual_tokens(self.model))
         if kinds is None or not bool(kinds.any()):
             return None, {}
-        encoded = {name: Encoded(name) for i, name in enumerate(placeholders) if bool((kinds == i + 1).any())}
+        names = enumerate(anatomy.placeholders, start=1)
+        encoded = {name: Encoded(name) for number, name in names if bool((kinds == number).any())}
         if len(sources) == 1 and sources[0].total == int((kinds > 0).sum()):
             encoded = {sources[0].kind: sources[0]}
-        return visual_tokens.locate({**(thread.outer or {}), **inputs}, self.spec.anatomy, encoded, kinds), encoded
-
-    def _known_kinds(self, inputs: dict, shape: torch.Size) -> torch.Tensor | None:
-        """Kinds `[B, T]` of the positions, from token types, or from ids passed to the outermost model; else None."""
-        outer = self.thread.outer or {}
-        types, ids = inputs.get("mm_token_type_ids", outer.get("mm_token_type_ids")), outer.get("input_ids")
-        if isinstance(types, torch.Tensor) and types.shape == shape:
-            order = {"image": 1, "video": 2}  # numbers of transformers' processors
-            kinds = torch.zeros(shape, dtype=torch.uint8)
-            for number, name in enumerate(self.spec.anatomy.placeholders):
-                kinds[types.cpu() == order.get(name, 0)] = number + 1 if name in order else 0
-            return kinds
-        if isinstance(ids, torch.Tensor) and ids.shape == shape:
-            return merged.kinds_from_mask(ids, (shape[0], shape[1]), self.spec.anatomy.placeholders)
-        return None
+        return visual_tokens.locate({**outer, **inputs}, anatomy, encoded, kinds), encoded
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        call, self.thread.call = self.thread.call, None
+        thread = self.thread
+        call, thread.decoder = thread.decoder, None
         if call is None:
             return None
         output = call.finish(output)
-        if call.visual is not None:
-            thread = self.thread
-            evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
-            thread.last = self._last = thread.finished = made = LazyPruning(call.recorder(evicted))
-            if thread.head_mask is not None and thread.head_mask.shape[1] >= call.columns.past + call.columns.length:
-                kept = made.pruning.mask.to(thread.head_mask.device)
-                thread.head_mask[:, call.columns.past :][:, : kept.shape[1]].mul_(kept)
+        if call.visual is None:
+            return output
+        evicted = [] if self.spec.window is None else window.evict(call, self.spec.window)
+        thread.last = self._last = made = LazyPruning(call.recorder(evicted))
+        if thread.model is not None:
+            thread.model.prefill, mask, past = made, thread.model.head_mask, call.columns.past
+            if mask is not None and mask.shape[1] >= past + call.columns.length:
+                kept = made.pruning.mask.to(mask.device)
+                mask[:, past:][:, : kept.shape[1]].mul_(kept)
         return output
 
     def wait(self) -> None:
@@ -559,11 +484,11 @@ class Session:
         """
         composite, here, start = self.spec.anatomy.composite, threading.get_ident(), time.monotonic()
 
-        def runs(thread: int, was_seen: bool) -> bool:
+        def runs(thread: int, call: CompositeCall) -> bool:
             """Whether a call is in progress in another thread; taken for granted where it cannot be seen."""
             if thread == here or thread not in sys._current_frames():
                 return False
-            return not was_seen or is_running(composite, thread) is not False
+            return not call.was_seen or is_running(composite, thread) is not False
 
         if here in self._running and is_running(composite):
             raise VTPruneError("the patch cannot be removed inside a call of the model; remove it after the call")
@@ -575,15 +500,9 @@ class Session:
                 )
             time.sleep(0.001)
 
-    def end_call(self) -> None:
-        """Forgets the decoder's call of this thread, also one that an error or an interrupt left unfinished."""
-        call, self.thread.call = self.thread.call, None
-        if call is not None:
-            call.stop_reading()
-
     def _layer_hook(self, number: int) -> Callable:
         def before_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            call = self.thread.call
+            call = self.thread.decoder
             if call is None:
                 return checkpointing.replay(number, module, args, kwargs)
             if call.selects:  # the method runs a layer
@@ -609,10 +528,10 @@ class Session:
         def record(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             thread = self.thread
             store = thread.records if thread.encoding is None else thread.encoding
-            outside = thread.inputs is None and thread.encoding is None and thread.outer is None
+            outside = thread.composite is None and thread.encoding is None and thread.model is None
             if requests.current(self).paused or outside:
                 return
-            if tap.columns and (thread.call is None or not thread.call.cuts):
+            if tap.columns and (thread.decoder is None or not thread.decoder.cuts):
                 return
             uncut = (args, kwargs) if self.tower is None else self.tower.uncut(module, args, kwargs)
             watch = thread.watch if uncut[1] is kwargs else None  # of a cut tower only the rows left were seen
