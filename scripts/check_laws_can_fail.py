@@ -85,7 +85,7 @@ FAULTS = (
     Fault("8 own your state", "calls share one state", "engine/thread_state.py",
           "class ThreadState(threading.local):", "class ThreadState:",
           "test_8_state.py -k 'threads and llava-steps'"),
-    Fault("8 own your state", "every call leaves something behind", "engine/session.py",
+    Fault("8 own your state", "every call leaves something behind", "engine/model_hooks.py",
           "        thread.end_decoder_call()\n",
           "        thread.end_decoder_call()\n"
           "        self._left = [*getattr(self, '_left', ()), torch.zeros(1)]\n",
@@ -131,7 +131,7 @@ FAULTS = (
     Fault("12 open calls", "packed rows share a budget", "models/unsupported.py",
           "found = next(_packings(arguments, real, past), None)", "found = None",
           "test_12_open_calls.py -k 'llava-random and packed'"),
-    Fault("12 open calls", "router logits in a decoding step hide the cache", "engine/session.py",
+    Fault("12 open calls", "router logits in a decoding step hide the cache", "engine/model_hooks.py",
           " and not kv_cache.length(cache_of(kwargs)):", ":",
           "../test_arguments.py -k 'forward and llava'"),
     Fault("12 open calls", "an interrupted call leaves its cache unguarded", "engine/thread_state.py",

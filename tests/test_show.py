@@ -139,13 +139,13 @@ def test_pictures_without_coarse_features_are_recognized(embedded, pattern):
 def test_an_account_does_not_keep_pixels_alive(embedded):
     patch, last = _run(embedded)
     assert last.source.crops("image") is not None
-    patch._session.thread.encoded.clear()
+    patch._session.state.thread.encoded.clear()
     inputs = dict(embedded[2])
     assert last.source.pixels["image"]() is inputs["pixel_values"]
     model, processor, _ = embedded
     with vtprune.patch(model, ratio=0.1) as other, torch.no_grad():
         model(**processor(images=SCENE.image, text=QUESTION, return_tensors="pt"))
-        other._session.thread.encoded.clear()
+        other._session.state.thread.encoded.clear()
         gc.collect()
         assert other.last.source.crops("image") is None
 

@@ -117,7 +117,7 @@ class Patch:
     @property
     def last(self) -> Pruning | None:
         """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first."""
-        return self._session.last
+        return self._session.state.last
 
     @contextmanager
     def paused(self) -> Iterator[Patch]:
@@ -126,7 +126,7 @@ class Patch:
         Like `using`, `visual` and `question`, it applies to the calling thread or asyncio task, and to tasks and
         threads started inside, but not to worker threads of a pool: submit `contextvars.copy_context().run` to it.
         """
-        with requests.override(self._session, paused=True):
+        with requests.override(self._session.state, paused=True):
             yield self
 
     @contextmanager
@@ -153,7 +153,7 @@ class Patch:
             MethodError: The method needs hooks that only `vtprune.patch` attaches, or the model cannot serve it.
         """
         ratio = _with_energy(ratio, energy)
-        running = requests.current(self._session)
+        running = requests.current(self._session.state)
         spec = running.spec or self.spec
         chosen = spec.method if method is None else resolve(method)
         if isinstance(ratio, Certificate):
@@ -168,7 +168,7 @@ class Patch:
         if budget.mean_ratio is not None:
             for use in spec.uses:
                 solve_mean(use.schedule, budget.mean_ratio, self.anatomy.num_layers)  # raises if it cannot be met
-        with requests.override(self._session, **changes):
+        with requests.override(self._session.state, **changes):
             yield self
 
     def _check(self, certificate: Certificate, method: Method) -> None:
@@ -192,7 +192,7 @@ class Patch:
         Raises:
             VTPruneError: By the call: its shape is another one, or `columns` are neither bools nor token ids.
         """
-        with requests.override(self._session, visual=columns):
+        with requests.override(self._session.state, visual=columns):
             yield self
 
     @contextmanager
@@ -208,7 +208,7 @@ class Patch:
         Raises:
             VTPruneError: By the call: the position is outside of it, or there is not one for each row.
         """
-        with requests.override(self._session, question_end=end):
+        with requests.override(self._session.state, question_end=end):
             yield self
 
     def remove(self) -> None:
