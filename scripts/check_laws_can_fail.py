@@ -43,9 +43,11 @@ FAULTS = (
     Fault("1 identity", "a ratio of one still drops a token", "core/budget.py",
           "final = max(1, round(ratio * total))", "final = max(1, round(ratio * total) - 1)",
           "test_1_identity.py -k qwen2_5_vl-random"),
-    Fault("2 drop is mask", "rotations are not cut with the columns", "engine/columns.py",
-          "return self.source if name in positions.NAMES else self.index",
-          "return torch.arange(self.index.shape[1]).expand_as(self.index) if name in positions.NAMES else self.index",
+    Fault("2 drop is mask", "rotations are not cut with the columns", "engine/layer_arguments.py",
+          "index = columns.source if name in positions.NAMES else columns.index",
+          "index = columns.index\n"
+          "            if name in positions.NAMES:\n"
+          "                index = torch.arange(index.shape[1]).expand_as(index)",
           "test_2_drop_is_mask.py -k llava-random"),
     Fault("2 drop is mask", "DeepStack features are not reordered", "engine/deepstack.py",
           "features.index_select(0, to_device(rows, features.device))", "features[: len(rows)]",
@@ -119,7 +121,7 @@ FAULTS = (
     Fault("12 open calls", "a pruned cache goes on without a patch", "engine/kv_cache.py",
           "if not self._vtprune_state.reading and self._vtprune_state.is_pruned:", "if False:",
           "test_12_open_calls.py -k 'llava-random and after_remove'"),
-    Fault("12 open calls", "attention maps keep the lengths of their layers", "engine/columns.py",
+    Fault("12 open calls", "attention maps keep the lengths of their layers", "engine/restore.py",
           'for name in ("hidden_states", "attentions", "router_logits"):', 'for name in ("hidden_states",):',
           "test_12_open_calls.py -k 'llava-random and generate_flags'"),
     Fault("12 open calls", "hidden pictures take the budget", "models/visual_tokens.py",
@@ -154,7 +156,7 @@ FAULTS = (
     Fault("12 open calls", "merged states pass no gradient", "engine/prefill.py",
           "differentiable = self.trains and method.differentiable", "differentiable = False",
           "../test_calls.py -k gradients_pass"),
-    Fault("12 open calls", "a window that keeps the prompt does not know of the cut", "engine/columns.py",
+    Fault("12 open calls", "a window that keeps the prompt does not know of the cut", "engine/layer_arguments.py",
           "            self._shorten_prompt(number)\n", "            pass\n",
           "../test_lasting_prompt.py"),
 )  # fmt: skip

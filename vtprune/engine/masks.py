@@ -8,6 +8,7 @@ and KV slots that are left.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ from torch import Tensor
 
 from ..core.transfer import to_device
 from .gather import gather
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """The form of attention mask that the decoder takes, for masks that the engine makes itself.
+
+    Attributes:
+        name: Name of transformers' mask function for the attention implementation: flash attention takes the mask of
+            valid slots, eager a float mask.
+        dtype: Dtype of masks that are added to logits.
+        device: Device of the masks.
+        both_ways: Numbers of the layers where no mask stands for attention to all columns, not only to earlier ones.
+    """
+
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    both_ways: frozenset[int] = frozenset()
 
 
 def translate_mask(mask: Tensor, rows: Tensor | None, slots: Tensor, valid: Tensor) -> Tensor:
@@ -72,20 +91,16 @@ def _without(mask: Tensor, blocked: Tensor) -> Tensor:
     return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
 
 
-def causal_in_form(form: str, columns: Tensor, slots: Tensor, valid: Tensor, dtype: torch.dtype) -> Any:
-    """Builds `causal_mask` in the form that an attention implementation takes.
-
-    Args:
-        form: Name of transformers' mask function: flash attention takes the mask of valid slots, eager a float mask.
-        columns, slots, valid: As for `causal_mask`.
-        dtype: Dtype of the float mask.
-    """
-    if "flash" in form:
+def causal_in_form(form: AttentionForm, columns: Tensor, slots: Tensor, valid: Tensor) -> Any:
+    """Builds `causal_mask` in the form that an attention implementation takes."""
+    columns, slots, valid = (x.to(form.device) for x in (columns, slots, valid))
+    if "flash" in form.name:
         return valid
     mask = causal_mask(columns, slots, valid)
-    if "eager" in form:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-    if "flex" in form:
+    if "eager" in form.name:
+        zeros = torch.zeros(mask.shape, dtype=form.dtype, device=mask.device)
+        return zeros.masked_fill(~mask, torch.finfo(form.dtype).min)
+    if "flex" in form.name:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def pattern(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

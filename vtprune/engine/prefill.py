@@ -37,6 +37,8 @@ from . import checkpointing, gather, kv_cache, readers, token_view
 from .call import BudgetGroups, CallOptions, CallState, MethodCall, Selection, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
+from .layer_arguments import LayerArguments
+from .restore import FullLength
 from .spec import MethodUse, PruneSpec
 
 
@@ -51,6 +53,8 @@ class DecoderCall(CallState):
     selects: bool = False  # whether a method is selecting tokens
 
     def __post_init__(self) -> None:
+        self.layer_arguments = LayerArguments(self.columns, self.spec.attention_form)
+        self.full_length = FullLength(self.columns)
         if self.visual is not None:
             self._plan(self.visual)
 
@@ -138,7 +142,7 @@ class DecoderCall(CallState):
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Makes the cut before layer `number`, if any, and returns the layer's arguments; None if unchanged."""
         columns = self.columns
-        if self.visual is None and columns.needs_no_change(args, kwargs):
+        if self.visual is None and self.layer_arguments.stay(args, kwargs):
             columns.record_layer(number)
             return None
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
@@ -150,7 +154,7 @@ class DecoderCall(CallState):
             changed = self._cut(number, layer, args, kwargs)
             self.selection_time += time.perf_counter() - started
         elif columns.is_modified:
-            changed = columns.arguments(number, args, kwargs)
+            changed = self.layer_arguments.of_layer(number, args, kwargs)
         if self.differentiable and number == 0 and columns.is_cut and changed is not None:
             changed = self._through(number, *changed)
         if number in self.required_layer_inputs:
@@ -166,11 +170,11 @@ class DecoderCall(CallState):
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments, with hidden states that have passed `Columns.through_full_length`."""
+        """The arguments, with hidden states that have passed `FullLength.through`."""
         states = hidden_states(args, kwargs)
         if not states.requires_grad:
             return args, kwargs
-        return with_hidden_states(args, kwargs, self.columns.through_full_length(number, states))
+        return with_hidden_states(args, kwargs, self.full_length.through(number, states))
 
     def start_reading(self) -> None:
         """Lets the cache's layers take keys and values until `stop_reading`."""
@@ -200,7 +204,7 @@ class DecoderCall(CallState):
             state.open = self.visual is not None and not self.options.generates
             kv_cache.attach(self.columns.cache, state)
             self.caches.recent.append(state)
-        return self.columns.restore(output)
+        return self.full_length.restore(output)
 
     def recorder(self, evicted: list[Tensor]) -> Callable[[], PruningRecord]:
         """Returns a function that makes the record of this call when `patch.last` is read.
@@ -252,7 +256,7 @@ class DecoderCall(CallState):
         assert visual is not None
         incoming = (args, kwargs)  # hidden states may be cut already; all others have the length of the full prompt
         if columns.is_modified:
-            args, kwargs = columns.arguments(number, args, kwargs)
+            args, kwargs = self.layer_arguments.of_layer(number, args, kwargs)
         snapshot = Snapshot.take(self, number, layer, args, kwargs)
         self.trains = snapshot.hidden.requires_grad
         flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.all_tokens(visual)
@@ -269,6 +273,7 @@ class DecoderCall(CallState):
         stays = slot >= 0
         stays.masked_scatter_(visual.mask, self.live)
         relative = columns.keep(stays, incoming[1].get("position_embeddings"))
+        self.layer_arguments = LayerArguments(columns, self.spec.attention_form)
         self._cut_records(relative)
         self._made(number, selection)
         slots = to_device(relative, snapshot.hidden.device)
@@ -276,7 +281,7 @@ class DecoderCall(CallState):
         if merge is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
             pick = functools.partial(_cut_hidden, slots, None)
             self.give = functools.partial(snapshot.watch.projections.give, snapshot.hidden.shape[:2], pick)
-        return columns.arguments(number, *with_hidden_states(*incoming, self.cut_hidden(snapshot.hidden)))
+        return self.layer_arguments.of_layer(number, *with_hidden_states(*incoming, self.cut_hidden(snapshot.hidden)))
 
     def _cut_records(self, relative: Tensor) -> None:
         """Cuts the records of column taps, and DeepStack features, in the same way as the prompt."""
@@ -524,8 +529,8 @@ def begin(
         padded = not bool(real.all())
         uncut = visual.cached("uncut", lambda: gather.all_positions(batch, length))
         visual = visual.visible(real) if padded else visual  # visual tokens that the mask hides are padding
-    form, mixing = spec.attention_form, spec.anatomy.mixes_columns
-    columns = Columns((batch, length), real, past, state, cache, form, spec.renumbers, mixing, padded, uncut)
+    mixing = spec.anatomy.mixes_columns
+    columns = Columns((batch, length), real, past, state, cache, spec.renumbers, mixing, padded, uncut)
     call = DecoderCall(
         spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
     )

@@ -21,7 +21,7 @@ from ..models.transformers_names import layer_configs, mask_function_name, rope_
 from ..report.cost import DecoderShape
 from ..report.tower import Work, weights_per_token
 from ..towers import TowerMethod
-from .columns import AttentionForm
+from .masks import AttentionForm
 
 Kind = TypeVar("Kind")
 
