@@ -80,25 +80,34 @@ class Selection:
 
 
 @dataclass
-class MethodCall:
-    """The task of one method in a call: the tokens it prunes, and how many it keeps at each cut.
+class MethodPlan:
+    """The task of one method: the tokens it prunes, and how many it keeps at each cut.
 
     Attributes:
         use: The method.
         groups: The tokens it prunes, by budget group.
         counts: Number of tokens left in each group, by the layer of the cut.
-        memory: State that the method carries from stage to stage.
     """
 
     use: MethodUse
     groups: BudgetGroups
     counts: dict[int, list[int]]
-    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def members(self) -> Tensor:
         """Mask `[M]` of the visual tokens of the call that the method prunes."""
         return self.groups.of_token >= 0
+
+
+@dataclass
+class MethodCall(MethodPlan):
+    """A plan that is carried out in one call.
+
+    Attributes:
+        memory: State that the method carries from stage to stage.
+    """
+
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -198,6 +207,7 @@ class CallState:
         differentiable: Whether gradients of returned hidden states may be requested.
         cuts: Methods that cut before a layer, by layer.
         live: `[M]` bool, the visual tokens that no cut has dropped so far; set if there are visual tokens.
+        selects: Whether a method is selecting tokens.
     """
 
     spec: PruneSpec
@@ -220,3 +230,4 @@ class CallState:
     differentiable: bool = False
     cuts: dict[int, list[MethodCall]] = field(default_factory=dict)
     live: Tensor = field(init=False)
+    selects: bool = False

@@ -9,7 +9,6 @@ on a pruned cache, in which nothing is cut and masks have to be translated.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,28 +17,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import budget as budgets
-from ..core.lent import Lent
-from ..core.log import warn_once
-from ..core.method import Choice, Method, ScoreMethod, check_choice, name_of
-from ..core.tokens import Tokens
-from ..core.transfer import DeferredChecks, to_device
-from ..errors import MethodError, NothingPrunedError, UnsupportedModelError
+from ..core.transfer import to_device
+from ..errors import NothingPrunedError, UnsupportedModelError
 from ..models.arguments import hidden_states, with_hidden_states
 from ..models.attended import attended
+from ..models.attention_probe import Projections
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
-from ..report import explain
 from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
 from . import checkpointing, gather, kv_cache, readers, token_view
-from .call import BudgetGroups, CallOptions, CallState, MethodCall, Selection, Snapshot
+from .call import CallOptions, CallState, MethodCall, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
 from .layer_arguments import LayerArguments
+from .plan import plan_of
 from .restore import FullLength
-from .spec import MethodUse, PruneSpec
+from .selection import select
+from .spec import PruneSpec
+
+
+@dataclass
+class HiddenCut:
+    """Cuts hidden states down to the positions that are left.
+
+    Attributes:
+        slots: `[B, K']` the old slot of each new one.
+        merged: Rows and slots `[m]` of tokens that get new states, and the states `[m, D]`; or None.
+    """
+
+    slots: Tensor
+    merged: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Gathers the slots of `[B, K, D]`, after writing merged states into them.
+
+        Streams of hyper-connections, `[B, K, S, D]` or `[B, K, S * D]`, are copies where states are merged.
+        """
+        if self.merged is not None:
+            rows, slots, states = self.merged
+            if states.shape[1:] != hidden.shape[2:]:
+                streams = hidden.shape[2:].numel() // states.shape[1]
+                states = states.repeat(1, streams).view(len(states), *hidden.shape[2:])
+            hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), states.to(hidden.dtype))
+        return gather.gather(hidden, self.slots, 1)
+
+
+@dataclass
+class LayerCut:
+    """A cut before a layer.
+
+    Attributes:
+        arguments: The layer's arguments; None if they are those that it was given.
+        hidden: Cuts its hidden states; None if nothing was dropped.
+        projections: Those of the selection, which the layer need not run again; None if it has to.
+    """
+
+    arguments: tuple[tuple, dict] | None
+    hidden: HiddenCut | None = None
+    projections: Projections | None = None
 
 
 @dataclass
@@ -47,97 +84,25 @@ class DecoderCall(CallState):
     """One call of the decoder: makes the cuts, and gives every layer the arguments for the positions that are left."""
 
     required_layer_inputs: set[int] = field(default_factory=set)
-    cut_hidden: Callable[[Tensor], Tensor] | None = None  # cuts hidden states down, if there is a cut before this layer
-    give: Callable[[], None] | None = None  # passes projections computed for the selection on to the next layer
-    trains: bool = False  # whether gradients are wanted of what the present cut receives
-    selects: bool = False  # whether a method is selecting tokens
 
     def __post_init__(self) -> None:
         self.layer_arguments = LayerArguments(self.columns, self.spec.attention_form)
         self.full_length = FullLength(self.columns)
         if self.visual is not None:
-            self._plan(self.visual)
+            self._follow_plan(self.visual)
 
-    def _plan(self, visual: VisualTokens) -> None:
-        arguments, budget = self.options.arguments, self.options.budget
+    def _follow_plan(self, visual: VisualTokens) -> None:
+        anatomy, plan = self.spec.anatomy, plan_of(self, visual)
+        self.required = plan.required
         self.live = visual.cached("live", lambda: torch.ones(len(visual), dtype=torch.bool))
-        asked = readers.positions_asked(arguments) if self.spec.anatomy.padding_id is None else None
-        if asked is None or budget.auto is not None:
-            self.required, plans = self._plans(visual)
-        else:
-            self.required, plans = visual.cached(("plan", self.spec, budget, asked), lambda: self._plans(visual))
-        for use, groups, counts in plans:
-            call = MethodCall(use, groups, counts)
-            for layer in counts:
+        for method in plan.methods:
+            call = MethodCall(method.use, method.groups, method.counts)
+            for layer in method.counts:
                 self.cuts.setdefault(layer, []).append(call)
-            self.required_layer_inputs |= set(use.method.required_layer_inputs(self.spec.anatomy.num_layers))
+            self.required_layer_inputs |= set(method.use.method.required_layer_inputs(anatomy.num_layers))
         if self.cuts:
             end, real = self.options.question_end, self.columns.real
-            self.answer_starts = readers.answer_starts(end, arguments, real, visual.mask, self.spec.anatomy)
-
-    def _plans(self, visual: VisualTokens) -> tuple[Tensor | None, list[tuple[MethodUse, BudgetGroups, dict]]]:
-        """`required`, and for every method that prunes: its budget groups, and their counts by the layer of the cut."""
-        layers, arguments, budget = self.spec.anatomy.num_layers, self.options.arguments, self.options.budget
-        read = readers.read_columns(arguments, self.columns.real, self.spec.anatomy) & visual.mask
-        required = read[visual.sample, visual.position] if bool(read.any()) else None
-        groups, plans = self._groups(visual), []
-        # Required tokens count in the budget, and exceed it if necessary.
-        least = None if required is None else [g.count(required.nonzero()[:, 0]) for _, g in groups]
-        lasts = self._last_counts(visual, [g for _, g in groups], least)
-        for number, ((use, members), last) in enumerate(zip(groups, lasts, strict=True)):
-            plan = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
-            if least is not None:
-                needed = least[number]
-                readers.warn_of_labels(arguments, sum(needed), sum(plan[-1]))
-                plan = [[max(pair) for pair in zip(counts, needed, strict=True)] for counts in plan]
-            if plan[-1] != members.sizes:
-                plans.append((use, members, {s.layer: count for s, count in zip(use.schedule, plan, strict=True)}))
-        return required, plans
-
-    def _groups(self, visual: VisualTokens) -> list[tuple[MethodUse, BudgetGroups]]:
-        """The methods that have tokens to prune in this call, and their budget groups."""
-        if len(self.spec.uses) == 1:
-            use, by = self.spec.uses[0], self.spec.method.group
-            everything = token_view.all_tokens(visual)
-            groups = visual.cached(("groups", by), lambda: BudgetGroups.of(visual, by, everything))
-            return [(use, groups)] if len(everything) else []
-        uses = [(use, use.members(visual.kind)) for use in self.spec.uses]
-        return [(use, BudgetGroups.of(visual, use.method.group, rows)) for use, rows in uses if len(rows)]
-
-    def _last_counts(
-        self, visual: VisualTokens, groups: list[BudgetGroups], least: list[list[int]] | None
-    ) -> list[list[int] | None]:
-        """Final count of each method's groups, for budgets that are not the same share of every group; else None.
-
-        `least` are the tokens of each group that have to stay.
-        """
-        auto = self.options.budget.auto
-        if auto is None:
-            return _split_keep(self.options.budget, groups, least)
-        pictures = BudgetGroups.of(visual, "image", torch.arange(len(visual)))
-        offsets = torch.tensor([0, *pictures.sizes]).cumsum(0)
-        counts = torch.tensor(auto.counts(self._features(visual), offsets))
-        last: list[list[int] | None] = []
-        for members in groups:
-            group = members.of_token[offsets[:-1]]
-            of_others = group < 0
-            total = torch.zeros(len(members.sizes) + 1, dtype=torch.int64)
-            total.index_add_(0, torch.where(of_others, len(members.sizes), group), counts)
-            last.append(total[:-1].tolist())
-        return last
-
-    @torch.no_grad()
-    def _features(self, visual: VisualTokens) -> Tensor:
-        """Features `[M, D]` of the visual tokens in the decoder's input; zero for tokens without a place in an image
-        (unless none has one)."""
-        if self.embeds is None:
-            raise UnsupportedModelError(
-                'ratio="auto" reads the visual features in inputs_embeds of the decoder, and this call passed none; '
-                "use a fixed ratio"
-            )
-        sample, position = (to_device(t, self.embeds.device) for t in (visual.sample, visual.position))
-        features, placed = self.embeds[sample, position], visual.grid_row >= 0
-        return features * to_device(placed, features.device)[:, None] if bool(placed.any()) else features
+            self.answer_starts = readers.answer_starts(end, self.options.arguments, real, visual.mask, anatomy)
 
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Makes the cut before layer `number`, if any, and returns the layer's arguments; None if unchanged."""
@@ -146,27 +111,27 @@ class DecoderCall(CallState):
             columns.record_layer(number)
             return None
         columns.cache = cache_of(kwargs) if columns.cache is None else columns.cache
-        changed, self.cut_hidden = None, None
         if self.differentiable and number and columns.is_cut:
             args, kwargs = self._through(number, args, kwargs)
+        cut = LayerCut(None)
         if number in self.cuts:
             started = time.perf_counter()
-            changed = self._cut(number, layer, args, kwargs)
+            cut = self._cut(number, layer, args, kwargs)
             self.selection_time += time.perf_counter() - started
         elif columns.is_modified:
-            changed = self.layer_arguments.of_layer(number, args, kwargs)
+            cut.arguments = self.layer_arguments.of_layer(number, args, kwargs)
+        changed = cut.arguments
         if self.differentiable and number == 0 and columns.is_cut and changed is not None:
             changed = self._through(number, *changed)
         if number in self.required_layer_inputs:
             self.snapshots[number] = snapshot = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
-            if self.give is None and not is_compiled():
+            if cut.projections is None and not is_compiled():
                 snapshot.watch.start(snapshot.kwargs)
         if changed is not None and checkpointing.runs_hooks_again(layer):
-            checkpointing.save_arguments(number, layer, (args, kwargs), changed, self.cut_hidden)
+            checkpointing.save_arguments(number, layer, (args, kwargs), changed, cut.hidden)
         columns.record_layer(number)
-        if self.give is not None:
-            self.give()
-            self.give = None
+        if cut.projections is not None and cut.hidden is not None:
+            cut.projections.give(hidden_states(args, kwargs).shape[:2], cut.hidden)
         return changed
 
     def _through(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -251,231 +216,50 @@ class DecoderCall(CallState):
 
         return make
 
-    def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        visual, columns = self.visual, self.columns
+    def _cut(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> LayerCut:
+        """Lets the methods select before layer `number`, and drops the other visual tokens."""
+        visual, columns, incoming = self.visual, self.columns, (args, kwargs)
         assert visual is not None
-        incoming = (args, kwargs)  # hidden states may be cut already; all others have the length of the full prompt
         if columns.is_modified:
             args, kwargs = self.layer_arguments.of_layer(number, args, kwargs)
         snapshot = Snapshot.take(self, number, layer, args, kwargs)
-        self.trains = snapshot.hidden.requires_grad
-        flat = self.live.nonzero()[:, 0] if columns.is_cut else token_view.all_tokens(visual)
-        selection = self._select(number, flat, snapshot)
-        if selection.merged is None and len(selection.kept) == len(flat):
-            self._made(number, selection)
-            return (args, kwargs) if columns.is_modified else None
-        slot, merge = columns.slot_of_position(), None
+        hidden = snapshot.hidden
+        live = self.live.nonzero()[:, 0] if columns.is_cut else token_view.all_tokens(visual)
+        selection = select(self, number, live, snapshot)
+        self.selections.append(selection)
+        self.stages.append(number)
+        if selection.merged is None and len(selection.kept) == len(live):
+            return LayerCut((args, kwargs) if columns.is_modified else None)
+        slot, merged = columns.slot_of_position(), None
         if selection.merged is not None:
             tokens, states = selection.merged
             rows = visual.sample[tokens]
-            merge = rows, slot[rows, visual.position[tokens]], states
+            merged = rows, slot[rows, visual.position[tokens]], states
         self.live = torch.zeros_like(self.live).index_fill_(0, selection.kept, True)
         stays = slot >= 0
         stays.masked_scatter_(visual.mask, self.live)
-        relative = columns.keep(stays, incoming[1].get("position_embeddings"))
+        slots = columns.keep(stays, incoming[1].get("position_embeddings"))
         self.layer_arguments = LayerArguments(columns, self.spec.attention_form)
-        self._cut_records(relative)
-        self._made(number, selection)
-        slots = to_device(relative, snapshot.hidden.device)
-        self.cut_hidden = functools.partial(_cut_hidden, slots, merge)
-        if merge is None and not (torch.is_grad_enabled() or is_compiled()):  # the layer runs next
-            pick = functools.partial(_cut_hidden, slots, None)
-            self.give = functools.partial(snapshot.watch.projections.give, snapshot.hidden.shape[:2], pick)
-        return self.layer_arguments.of_layer(number, *with_hidden_states(*incoming, self.cut_hidden(snapshot.hidden)))
+        self._cut_records(slots)
+        cut = HiddenCut(to_device(slots, hidden.device), merged)
+        # All arguments but hidden states come at the length of the full prompt, at every layer.
+        arguments = self.layer_arguments.of_layer(number, *with_hidden_states(*incoming, cut(hidden)))
+        reuses = merged is None and not (torch.is_grad_enabled() or is_compiled())  # the layer runs next
+        return LayerCut(arguments, cut, snapshot.watch.projections if reuses else None)
 
-    def _cut_records(self, relative: Tensor) -> None:
+    def _cut_records(self, slots: Tensor) -> None:
         """Cuts the records of column taps, and DeepStack features, in the same way as the prompt."""
         for name in self.spec.column_taps:
             records = self.recorded.get(name, [])
-            self.recorded[name] = [gather.gather(r, to_device(relative, r.device), 1) for r in records]
+            self.recorded[name] = [gather.gather(r, to_device(slots, r.device), 1) for r in records]
         if self.deepstack is not None:
             self.deepstack.cut(self.columns.index, self.columns.valid)
-
-    def _select(self, number: int, flat: Tensor, snapshot: Snapshot) -> Selection:
-        """Lets the methods select from the live visual tokens `flat` `[M]` before layer `number`."""
-        if self.memo is not None:
-            return self.memo[len(self.stages)]
-        selections = [self._select_by(call, number, flat, snapshot) for call in self.cuts[number]]
-        return selections[0] if len(self.spec.uses) == 1 else _combine(flat, selections)
-
-    def _select_by(self, call: MethodCall, number: int, live: Tensor, snapshot: Snapshot) -> Selection:
-        """Lets one method select from its tokens among the live ones before layer `number`."""
-        method, counts = call.use.method, call.counts[number]
-        members = None if len(self.spec.uses) == 1 else call.members[live]
-        flat = live if members is None else live[members]
-        if call.groups.count(flat) == counts:
-            return Selection(live)
-        checks, name = DeferredChecks(), name_of(method)
-        # A layer whose hooks run again, in checkpointing, gets its merged states as constants.
-        differentiable = self.trains and method.differentiable and not checkpointing.runs_hooks_again(snapshot.layer)
-        with torch.set_grad_enabled(differentiable):
-            tokens, choice = self._ask(call, number, flat, snapshot, checks)
-        given = [] if choice.scores is None else [choice.scores.detach().to(torch.float32, copy=True)]
-        keep, *scores = checks.raise_if_failed(choice.keep, *given)
-        kept = flat[keep] if keep.shape == flat.shape else None
-        got = None if kept is None else call.groups.count(kept)
-        if kept is None or got != counts:
-            raise MethodError(
-                f"{name} kept {keep.tolist() if got is None else got} tokens of its groups before layer {number}; the "
-                f"budget is {counts}"
-            )
-        merged, chosen = None, keep
-        if self.required is not None:
-            groups = call.groups.of_token[flat]
-            keep = self._with_required(keep, flat, groups, scores[0] if scores else None)
-            kept = flat[keep]
-        if choice.hidden is not None:
-            # A group that loses no token is not merged, as for its sample alone, which would not be pruned.
-            some = call.groups.shrinking(flat, kept)
-            some &= chosen | ~keep  # tokens that stay only because they are required keep their states
-            merged = flat[some], choice.hidden[to_device(some, choice.hidden.device)]
-            if self.trains and not differentiable:
-                warn_once(
-                    f"{name} merges tokens, and merged states are constants "
-                    f"{'under gradient checkpointing' if method.differentiable else 'in training'}: no gradient "
-                    "reaches the vision tower through them; to train it, choose a method that merges nothing, such as "
-                    "'iwp' or 'divprune'"
-                )
-        states = tokens.hidden.detach().float().cpu() if explain.wanted() else None
-        if members is None:
-            return Selection(kept, merged, scores[0] if scores else None, states)
-        stays = ~members
-        stays[members] = keep
-        among = [_scatter_to_all(members, values) for values in (*scores[:1], states) if values is not None]
-        return Selection(live[stays], merged, among[0] if scores else None, None if states is None else among[-1])
-
-    def _ask(
-        self, call: MethodCall, number: int, flat: Tensor, snapshot: Snapshot, checks: DeferredChecks
-    ) -> tuple[Tokens, Choice]:
-        """What a method sees before layer `number`, and its choice.
-
-        Raises:
-            MethodError: It returned something else than a choice, or changed tensors that are not its own.
-        """
-        lent, name = Lent(), name_of(call.use.method)
-        try:
-            tokens = token_view.tokens(self, call, number, flat, snapshot, checks, lent)
-            self.selects = True
-            choice = call.use.method.choose(tokens)
-        except Exception:
-            checks.raise_if_failed()  # NaN in its inputs is the likelier cause of the method's error
-            raise
-        finally:
-            self.selects = False
-        try:
-            lent.check(name)
-        except MethodError:
-            assert self.visual is not None
-            self.visual.derived.clear()  # so that later calls of the layout get what they should
-            raise
-        check_choice(choice, tokens, name)
-        if choice.hidden is not None and number and snapshot.hidden.shape[2:] != tokens.hidden.shape[1:]:
-            raise MethodError(
-                f"{name} merges tokens before layer {number}, where {type(snapshot.layer).__name__} takes several "
-                f"streams a token ({tuple(snapshot.hidden.shape[2:])}, hyper-connections), and it is unknown how to "
-                "merge these; choose a method that merges nothing, such as 'iwp' or 'divprune', or one that merges "
-                "before layer 0, where all streams are copies"
-            )
-        _check_finite(call.use.method, choice, checks)
-        return tokens, choice
-
-    def _with_required(self, keep: Tensor, flat: Tensor, groups: Tensor, scores: Tensor | None) -> Tensor:
-        """`keep` `[M]` with the required tokens, each instead of the lowest selected token of its group."""
-        assert self.required is not None
-        required = self.required[flat]
-        missing = required & ~keep
-        if not bool(missing.any()):
-            return keep
-        keep = keep.clone()
-        ranks = torch.arange(len(keep), 0, -1).float() if scores is None else torch.nan_to_num(scores)
-        for group in groups[missing].unique().tolist():
-            out = (keep & ~required & (groups == group)).nonzero()[:, 0]
-            lowest = torch.sort(ranks[out], stable=True, descending=True).indices
-            count = int((missing & (groups == group)).sum())
-            keep[out[lowest[len(out) - count :]]] = False
-        return keep | required
-
-    def _made(self, number: int, selection: Selection) -> None:
-        """Records the selection of a stage."""
-        self.selections.append(selection)
-        self.stages.append(number)
 
 
 def _positions(visual: VisualTokens, past: int, tokens: Tensor) -> list[Tensor]:
     """Positions in the conversation of the given visual tokens `[m]`, for every sample."""
     found = torch.bincount(visual.sample[tokens], minlength=len(visual.counts))
     return list((visual.position[tokens] + past).split(found.tolist()))
-
-
-def _check_finite(method: Method, choice: Choice, checks: DeferredChecks) -> None:
-    """Adds the checks that no token was ranked by NaN, and that the states of kept tokens are finite.
-
-    Methods that do not rank by their scores report NaN for tokens without one.
-    """
-    name, scores, hidden = name_of(method), choice.scores, choice.hidden
-
-    def refuse_scores() -> None:
-        assert scores is not None
-        if bool(scores.isnan().any()):
-            raise MethodError(f"{name} scored tokens NaN; expected numbers (infinite ones keep or drop a token)")
-
-    def refuse_states() -> None:
-        assert hidden is not None
-        if not bool(torch.isfinite(hidden[choice.keep.to(hidden.device)]).all()):
-            raise MethodError(f"{name} merged tokens to states with NaN or Inf; expected finite ones")
-
-    if scores is not None and isinstance(method, ScoreMethod):
-        checks.add(scores, refuse_scores)
-    if hidden is not None:
-        checks.add(hidden, refuse_states)
-
-
-def _split_keep(
-    budget: budgets.Budget, groups: list[BudgetGroups], least: list[list[int]] | None
-) -> list[list[int] | None]:
-    """Final counts of each method's groups for `keep`, which is split over all groups of a sample; None for a ratio."""
-    if budget.keep is None:
-        return [None] * len(groups)
-    sizes = [size for members in groups for size in members.sizes]
-    by_sample: dict[int, list[int]] = {}
-    start = 0
-    for members in groups:
-        for row, numbers in members.by_sample.items():
-            by_sample.setdefault(row, []).extend(number + start for number in numbers)
-        start += len(members.sizes)
-    floors = [number for numbers in least or () for number in numbers]
-    counts = iter(budgets.split_over_groups(budget.keep, sizes, [*by_sample.values()], floors))
-    return [[next(counts) for _ in members.sizes] for members in groups]
-
-
-def _scatter_to_all(members: Tensor, values: Tensor) -> Tensor:
-    """Scatters values `[m, ...]` of the tokens `members` `[M]` to all tokens; the others get NaN."""
-    if bool(members.all()):
-        return values
-    out = values.new_full((len(members), *values.shape[1:]), torch.nan)
-    out[members] = values
-    return out
-
-
-def _combine(flat: Tensor, selections: list[Selection]) -> Selection:
-    """Combines the selections of methods that prune different tokens."""
-    stays = torch.stack([torch.isin(flat, selection.kept) for selection in selections]).all(0)
-    merged = [selection.merged for selection in selections if selection.merged is not None]
-    kinds = ("scores", "states")
-    values = {kind: [v for d in selections if (v := getattr(d, kind)) is not None] for kind in kinds}
-    return Selection(
-        flat[stays],
-        (torch.cat([tokens for tokens, _ in merged]), torch.cat([states for _, states in merged])) if merged else None,
-        **{kind: _first_known(found) if found else None for kind, found in values.items()},
-    )
-
-
-def _first_known(values: list[Tensor]) -> Tensor:
-    """For every token, the value of the first tensor in which it is not NaN."""
-    out = values[0]
-    for other in values[1:]:
-        out = torch.where(out.isnan(), other, out)
-    return out
 
 
 def begin(
@@ -553,17 +337,3 @@ def _real_columns(
                 return known, None
             return known[:, past : past + length].clone(), known[:, :past]
     return torch.ones(batch, length, dtype=torch.bool), None
-
-
-def _cut_hidden(index: Tensor, merge: tuple[Tensor, Tensor, Tensor] | None, hidden: Tensor) -> Tensor:
-    """Gathers the slots `index` `[B, K']` of hidden states `[B, K, D]`, after writing merged states into them.
-
-    Streams of hyper-connections, `[B, K, S, D]` or `[B, K, S * D]`, are copies where states are merged.
-    """
-    if merge is not None:
-        rows, slots, merged = merge
-        if merged.shape[1:] != hidden.shape[2:]:
-            streams = hidden.shape[2:].numel() // merged.shape[1]
-            merged = merged.repeat(1, streams).view(len(merged), *hidden.shape[2:])
-        hidden = hidden.index_put((rows.to(hidden.device), slots.to(hidden.device)), merged.to(hidden.dtype))
-    return gather.gather(hidden, index, 1)
