@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import gather, kv_cache, positions
+from .cache_state import CacheMark, CacheState
 
 Layout = tuple[Tensor, Tensor]  # index and validity of a packed layout, see `gather`
 
@@ -42,7 +43,7 @@ class Columns:
         shape: tuple[int, int],
         real: Tensor | None,
         past: int,
-        state: kv_cache.CacheState | None,
+        state: CacheState | None,
         cache: Any,
         renumber: bool,
         mixing: bool,
@@ -143,7 +144,7 @@ class Columns:
         before = self.state.slots(number, cached) if self.state is not None else None
         return torch.cat([torch.arange(cached).expand(self.batch, -1) if before is None else before, new], 1)
 
-    def state_after(self) -> kv_cache.CacheState:
+    def state_after(self) -> CacheState:
         """State of the cache after this call: slots and shifts of every layer."""
         made: dict[Any, Tensor | None] = {}  # layers between two cuts share a tensor
         bases: list[Tensor | None] = []
@@ -160,8 +161,8 @@ class Columns:
                 made[key] = None if whole else self.slot_positions(number, cached, layout)
             bases.append(made[key])
         may_hide = self.batch > 1 or self.state is not None
-        state = kv_cache.CacheState(bases, self.past + self.length, self.shifts, may_hide)
-        state.mark = kv_cache.mark_of(self.cache)
+        state = CacheState(bases, self.past + self.length, self.shifts, may_hide)
+        state.mark = CacheMark.of(self.cache)
         return state
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pruned KV caches: state that is kept between the calls of a generation, attached to the layers of its cache.
+"""Pruned KV caches, which report the length of the unpruned conversation; only their layers hold fewer tokens.
 
-A pruned cache reports the length of the unpruned conversation to callers, `generate` and the model; only its layers
-hold fewer tokens. The layers carry the state, so that it goes with them into a copy, a file or another cache object.
-`CacheState` maps the slots of each layer to positions in the conversation, so that masks made for
-the unpruned length can be cut down layer by layer. Since the reported length is that of the conversation, position ids
-that a model derives from it are the original ones, and continued chats, cropping and hand-written loops work unchanged.
+So position ids that a model derives from the length are the original ones, and continued chats, cropping and
+hand-written loops work unchanged. The layers carry the state (`CacheState`), so that it goes with them into a copy, a
+file or another cache object.
 
     cache.get_seq_length()        tokens of the conversation, including dropped ones
     cache.get_seq_length(layer)   tokens that the layer holds
@@ -17,161 +15,20 @@ import functools
 import weakref
 from abc import ABC
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.transfer import to_device
 from ..errors import VTPruneError
 from ..models.transformers_names import PROMPT_LENGTH, is_cache
-from .positions import Shift
+from .cache_state import CacheState
 
 if TYPE_CHECKING:
     from transformers import Cache
 
 _STATE, _NUMBER = "_vtprune_state", "_vtprune_number"  # attributes of the layers of a pruned cache
-
-
-class CacheState:
-    """State of a pruned KV cache: the positions in the slots of its layers.
-
-    Attributes:
-        base: For each layer, the position `[B, P]` in each of its first `P` slots, -1 for slots that must not be
-            attended to; None for a layer that was never cut. Slots from `P` on hold consecutive positions.
-        length: Length of the conversation when `base` was written.
-        shifts: For each layer, the shift of position ids, for methods that renumber.
-        held: `[B, V, 2]` position and frame number of the visual tokens in the cache, -1 for none; with `window=` only.
-
-    `may_hide=False` states that `base` has no -1, and saves the search for one.
-    """
-
-    def __init__(
-        self, base: list[Tensor | None], length: int, shifts: Sequence[Shift | None] = (), may_hide: bool = True
-    ) -> None:
-        self.base = base
-        self.length = length
-        self.shifts = list(shifts)
-        self.held: Tensor | None = None
-        distinct = {id(b): b for b in base if b is not None}  # layers between two cuts share a tensor
-        ragged = {name: may_hide and bool((b < 0).any()) for name, b in distinct.items()}
-        self.ragged = [b is not None and ragged[id(b)] for b in base]
-        self.open = False  # whether the last call had visual tokens, so that the next one must not add any
-        self.reading: list[None] = []  # an entry for each call of a patched model that is using the cache
-        self.mark: tuple[int, Tensor] | None = None  # a slot of the last layer, and its keys [B, G, d], see `mark_of`
-        self._next: tuple[str, Any, weakref.ref[CacheState]] | None = None  # see `_once`
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_next": None, "reading": []}  # weak references cannot be pickled
-
-    def matches(self, keys: Tensor) -> bool:
-        """Whether `keys` `[B, G, slots, d]` are the last layer's, up to a cast, judged by the slot in `mark`."""
-        if self.mark is None or keys.dim() != 4 or keys.shape[2] <= self.mark[0]:
-            return False
-        known, found = self.mark[1], keys[:, :, self.mark[0]]
-        casts = dict.fromkeys((known.dtype, torch.bfloat16, torch.float16))
-        return known.shape == found.shape and any(
-            torch.equal(known.to(dtype).to(known), found.to(known)) for dtype in casts
-        )
-
-    def copy(self) -> CacheState:
-        """Copy that can be changed independently."""
-        again = CacheState(list(self.base), self.length, self.shifts)
-        again.held = self.held
-        return again
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether any layer has dropped tokens or renumbered positions."""
-        return any(b is not None for b in self.base) or any(s is not None for s in self.shifts)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether no slot is hidden and no position turned back: steps without a mask need no other arguments then."""
-        return not any(self.ragged) and not any(self.shifts)
-
-    def base_of(self, layer: int) -> Tensor | None:
-        """`base` of a layer; None for layers that no prompt has reached."""
-        return self.base[layer] if layer < len(self.base) else None
-
-    def shift(self, layer: int) -> Shift | None:
-        """Shift of a layer's position ids; None if tokens keep theirs."""
-        return self.shifts[layer] if layer < len(self.shifts) else None
-
-    def removed(self, layer: int) -> int:
-        """Number of tokens that the layer has dropped."""
-        base = self.base_of(layer)
-        return 0 if base is None else self.length - base.shape[1]
-
-    def is_ragged(self, layer: int) -> bool:
-        """Whether some slots of the layer must not be attended to."""
-        return layer < len(self.ragged) and self.ragged[layer]
-
-    def slots(self, layer: int, count: int) -> Tensor | None:
-        """Positions `[B, count]` in the slots of a layer that holds `count` of them; None if slots equal positions."""
-        base = self.base_of(layer)
-        if base is None:
-            return None
-        if count <= base.shape[1]:
-            return base[:, :count]
-        tail = torch.arange(count - base.shape[1], device=base.device) + self.length
-        return torch.cat([base, tail.expand(base.shape[0], -1)], 1)
-
-    def selected(self, rows: Tensor) -> CacheState:
-        """State of the selected rows of the batch."""
-        return self._once("rows", rows, lambda: self._mapped(lambda x: x[to_device(rows, x.device)]))
-
-    def repeated(self, repeats: int) -> CacheState:
-        """State after every row of the batch was repeated."""
-        return self._once("repeats", repeats, lambda: self._mapped(lambda x: x.repeat_interleave(repeats, 0)))
-
-    def cropped(self, end: int) -> CacheState:
-        """State after the positions from `end` on, which is inside the prompt, were removed.
-
-        Raises:
-            VTPruneError: Samples of the batch would keep different numbers of tokens.
-        """
-        return self._once("end", end, lambda: self._cropped(end))
-
-    def _cropped(self, end: int) -> CacheState:
-        base: list[Tensor | None] = []
-        for slots in self.base:
-            if slots is None:
-                base.append(None)
-                continue
-            stays = (slots < end) & (slots >= 0)
-            left = int(stays[0].sum())
-            if not bool((stays == (torch.arange(stays.shape[1], device=stays.device) < left)).all()):
-                raise VTPruneError(
-                    "crop removes part of a pruned prompt from a batch whose samples keep different numbers of tokens; "
-                    "crop only tokens after the prompt, or generate the samples one by one"
-                )
-            base.append(None if left == end else slots[:, :left])
-        after = CacheState(base, end, self.shifts)
-        if self.held is not None:
-            after.held = self.held.masked_fill(self.held[..., :1] >= end, -1)
-        return after
-
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> CacheState:
-        done: dict[int, Any] = {}  # layers that share a tensor keep sharing it
-        base = [b if b is None else done.setdefault(id(b), function(b)) for b in self.base]
-        shifts = [s if s is None else done.setdefault(id(s), s.map(function)) for s in self.shifts]
-        after = CacheState(base, self.length, shifts)
-        after.held = None if self.held is None else function(self.held)
-        after.open = self.open
-        return after
-
-    def _once(self, kind: str, argument: Any, make: Callable[[], CacheState]) -> CacheState:
-        """What `make` returns, made once for all layers that are changed in the same way one after another."""
-        if self._next is not None and self._next[0] == kind:
-            same = self._next[1] is argument or (isinstance(argument, int) and self._next[1] == argument)
-            known = self._next[2]()
-            if same and known is not None:
-                return known
-        made = make()
-        self._next = (kind, argument, weakref.ref(made))
-        return made
 
 
 def state_of(cache: Any) -> CacheState | None:
@@ -220,7 +77,7 @@ def recover_state(cache: Any, recent: Iterable[CacheState]) -> CacheState | None
     keys = getattr(cache.layers[attending[-1]], "keys", None)
     if isinstance(keys, Tensor):
         for known in recent:
-            if known.matches(keys):
+            if known.mark is not None and known.mark.is_in(keys):
                 attach(cache, known.copy())
                 return state_of(cache)
     counts = {cached_tokens(cache, i) for i in attending}
@@ -300,16 +157,6 @@ class Caches:
         return state
 
 
-def mark_of(cache: Cache) -> tuple[int, Tensor] | None:
-    """Last slot of the last layer and its keys `[B, G, d]`, which depend on all tokens and so identify the cache."""
-    layer = next((x for x in reversed(cache.layers) if hasattr(x, "get_seq_length")), None)
-    keys = getattr(layer, "keys", None)
-    if layer is None or not isinstance(keys, Tensor) or keys.dim() != 4 or getattr(layer, "is_sliding", True):
-        return None
-    slot = int(layer.get_seq_length()) - 1
-    return (slot, keys[:, :, slot].detach().clone()) if 0 <= slot < keys.shape[2] else None
-
-
 def attach(cache: Cache, state: CacheState) -> None:
     """Makes `cache` a pruned cache with the given state."""
     _become_pruned(cache, PrunedCache)
@@ -378,7 +225,7 @@ class PrunedLayer(ABC):  # as layers are: otherwise Python does not let an objec
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Adds keys and values; refused outside calls of a patched model, which would use slots as positions."""
-        if not self._vtprune_state.reading and self._vtprune_state.is_pruned:
+        if not self._vtprune_state.calls and self._vtprune_state.is_pruned:
             raise VTPruneError(
                 "this KV cache was pruned, but the model that uses it is not patched (any more) and would give new "
                 "tokens wrong positions; patch the model (ratio=1.0 prunes nothing more), and keep the patch as long "
@@ -397,7 +244,7 @@ class PrunedLayer(ABC):  # as layers are: otherwise Python does not let an objec
             return
         after = state.cropped(end)
         plain.crop(self, end - after.removed(self._vtprune_number) - held)
-        if after.is_pruned or after.held is not None:
+        if after.is_pruned or after.visual is not None:
             self._vtprune_state = after
         else:
             _become_plain(self)  # the remaining tokens are those of an unpruned cache

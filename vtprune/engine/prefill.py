@@ -144,12 +144,12 @@ class DecoderCall(CallState):
     def start_reading(self) -> None:
         """Lets the cache's layers take keys and values until `stop_reading`."""
         if self.columns.state is not None:
-            self.columns.state.reading.append(None)
+            self.columns.state.calls.append(None)
 
     def stop_reading(self) -> None:
         """Lets the cache's layers refuse keys and values again, which models that are not patched would add."""
         if self.columns.state is not None:
-            self.columns.state.reading.pop()
+            self.columns.state.calls.pop()
 
     def finish(self, output: Any) -> Any:
         """Scatters the output to the length of the full prompt, and attaches the state of slots to the cache."""
@@ -166,7 +166,7 @@ class DecoderCall(CallState):
             return output
         if (self.columns.is_cut or ends_prompt) and self.columns.cache is not None:
             state = self.columns.state_after()
-            state.open = self.visual is not None and not self.options.generates
+            state.ends_in_visual = self.visual is not None and not self.options.generates
             kv_cache.attach(self.columns.cache, state)
             self.caches.recent.append(state)
         return self.full_length.restore(output)
@@ -288,7 +288,7 @@ def begin(
     if visual is None and state is None:
         return None
     if state is not None:
-        follows = state.open and state.length == kv_cache.length(cache)
+        follows = state.ends_in_visual and state.length == kv_cache.length(cache)
         given_apart = options.own_budget or not options.may_drop
         if visual is not None and follows and not given_apart and spec.window is None:
             raise UnsupportedModelError(

@@ -17,8 +17,8 @@ from ..core.transfer import to_device
 from ..errors import BudgetError, UnsupportedModelError
 from ..models.visual_tokens import VisualTokens
 from . import gather, kv_cache
+from .cache_state import CacheState
 from .call import CallState
-from .kv_cache import CacheState
 
 
 def evict(call: CallState, window: int) -> list[Tensor]:
@@ -43,7 +43,7 @@ def evict(call: CallState, window: int) -> list[Tensor]:
     state, before = kv_cache.state_of(cache), call.columns.state
     length = kv_cache.length(cache)
     state = state or CacheState([None] * len(cache.layers), length)
-    held = _with_new(before.held if before is not None else None, call, visual)
+    held = _with_new(before.visual if before is not None else None, call, visual)
     stays = _newest(held, window)
     evicted = [row[~keep & (row[:, 0] >= 0)][:, 0] for row, keep in zip(held, stays, strict=True)]
     bases = list(state.base)
@@ -54,7 +54,7 @@ def evict(call: CallState, window: int) -> list[Tensor]:
         bases = _drop(cache, state, dropped)
     after = CacheState(bases, length, state.shifts)
     left = [row[keep] for row, keep in zip(held, stays, strict=True)]
-    after.held = torch.nn.utils.rnn.pad_sequence(left, batch_first=True, padding_value=-1)
+    after.visual = torch.nn.utils.rnn.pad_sequence(left, batch_first=True, padding_value=-1)
     kv_cache.attach(cache, after)
     return evicted
 
