@@ -218,7 +218,7 @@ def _hidden_rows(tower: nn.Module, cut: TowerCut, inputs: Inputs) -> None:
             got = _states(tower, cut.parts.blocks, inputs)
     finally:
         del cut._begin
-    run = running[-1]
+    run = running[-1].state.cut
     if not run.groups:
         raise Failed("nothing was dropped")
     ran = torch.zeros(run.layout.batch, run.layout.length, dtype=torch.bool)
@@ -352,7 +352,7 @@ def _groups(model: nn.Module, cut: TowerCut, fed: Prompts) -> None:
             model(**fed.batch(ONE))
     finally:
         del cut._begin
-    layout = layouts[-1].layout
+    layout = layouts[-1].state.cut.layout
     members = (layout.unit == 1).nonzero()[:, 0]
     rows = layout.rows[members]
     embeds: list[Tensor] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from . import products
 from .copies import row_by_row
 from .method import TowerMethod
 from .run import RunningTower
+from .selecting import TowerCall
 from .structure import find_parts
 
 RUNS = "towers.runs"
@@ -213,16 +215,9 @@ class TowerCut:
                 "again; install transformers 5.23 or newer, or call gradient_checkpointing_disable()"
             )
         given = self._thread.given
-        return RunningTower(
-            self.parts,
-            self.method,
-            self.at,
-            given,
-            lambda: self._constant_rows(given),
-            lambda: self._up_to_blocks(given),
-            self.strict,
-            self._alone,
-        )
+        constant_rows, rerun = partial(self._constant_rows, given), partial(self._up_to_blocks, given)
+        call = TowerCall(self.parts, self.at, given, constant_rows, rerun, self.strict, self._alone)
+        return RunningTower(call, self.method)
 
     def _take(self) -> list[TowerRun] | None:
         finished, self._thread.finished = self._thread.finished, []
