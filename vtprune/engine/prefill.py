@@ -28,6 +28,7 @@ from ..report.image_source import Source, noted
 from ..report.record import PruningRecord
 from ..towers.cut import RUNS
 from . import checkpointing, gather, kv_cache, readers, token_view
+from .cache_state import CacheState
 from .call import CallOptions, CallState, MethodCall, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
@@ -287,25 +288,10 @@ def begin(
     state = caches.state_of(cache)
     if visual is None and state is None:
         return None
-    if state is not None:
-        follows = state.ends_in_visual and state.length == kv_cache.length(cache)
-        given_apart = options.own_budget or not options.may_drop
-        if visual is not None and follows and not given_apart and spec.window is None:
-            raise UnsupportedModelError(
-                "this call adds visual tokens right after a prompt with visual tokens, as if one prompt were passed in "
-                "several calls, each of which would be pruned by itself; pass the whole prompt in one call, or give "
-                "this call a budget of its own inside patch.using(...)"
-            )
-    states = kwargs.get("inputs_embeds")
-    states = states if states is not None else kwargs.get("input_ids")
-    if states is None:
-        raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds; pass one of them")
-    batch, length = states.shape[:2]
-    if visual is not None and visual.mask.shape != (batch, length):
-        raise UnsupportedModelError(
-            f"the decoder was called with {batch} x {length} tokens, but the prompt has {tuple(visual.mask.shape)}; "
-            "this model changes the length of its prompt, so the positions of visual tokens are unknown"
-        )
+    given_apart = options.own_budget or not options.may_drop
+    if visual is not None and state is not None and not given_apart and spec.window is None:
+        _refuse_parts(state, cache)
+    batch, length = _shape(kwargs, visual)
     past = kv_cache.length(cache)
     real, real_past, padded, uncut = None, None, False, None
     if visual is not None:  # decoding steps do not need the mask, and reading it would synchronize with the device
@@ -320,6 +306,31 @@ def begin(
     )
     call.start_reading()
     return call
+
+
+def _refuse_parts(state: CacheState, cache: Any) -> None:
+    """Refuses visual tokens right after a prompt with visual tokens."""
+    if state.ends_in_visual and state.length == kv_cache.length(cache):
+        raise UnsupportedModelError(
+            "this call adds visual tokens right after a prompt with visual tokens, as if one prompt were passed in "
+            "several calls, each of which would be pruned by itself; pass the whole prompt in one call, or give "
+            "this call a budget of its own inside patch.using(...)"
+        )
+
+
+def _shape(kwargs: dict[str, Any], visual: VisualTokens | None) -> tuple[int, int]:
+    """Shape `[B, T]` of a call of the decoder; refuses one that does not fit the positions of the visual tokens."""
+    states = kwargs.get("inputs_embeds")
+    states = states if states is not None else kwargs.get("input_ids")
+    if states is None:
+        raise UnsupportedModelError("the decoder was called without input_ids and inputs_embeds; pass one of them")
+    batch, length = states.shape[:2]
+    if visual is not None and visual.mask.shape != (batch, length):
+        raise UnsupportedModelError(
+            f"the decoder was called with {batch} x {length} tokens, but the prompt has {tuple(visual.mask.shape)}; "
+            "this model changes the length of its prompt, so the positions of visual tokens are unknown"
+        )
+    return batch, length
 
 
 def _real_columns(
