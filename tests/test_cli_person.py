@@ -139,6 +139,19 @@ def test_a_reader_that_goes_away_is_no_error():
     assert closed.returncode == 141 and closed.stderr == b""
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_table_whose_reader_goes_away_ends_like_other_output(stream):
+    # Of a table, rich would end the process with code 1.
+    read, write = os.pipe()
+    os.close(read)
+    demo = [sys.executable, "-m", "vtprune", "demo", "--small", "--repeats", "1", "--force"]
+    demo += ["--output", "/tmp/vtprune-closed.png"]
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    run = subprocess.run([*demo, *(["--json"] if stream == "stderr" else [])], **to, check=False)
+    os.close(write)
+    assert run.returncode == 141 and not run.stdout and not run.stderr
+
+
 @pytest.mark.parametrize("command", [["methods"], ["methods", "--json", "-"], ["--help"]])
 def test_a_full_disk_is_one_line(command):
     with open("/dev/full", "wb") as full:

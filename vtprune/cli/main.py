@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         _discard(sys.stdout)
+        _discard(sys.stderr)
         return PIPE_CLOSED
     except Exception as error:
         if "--debug" in arguments:

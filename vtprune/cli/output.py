@@ -99,14 +99,14 @@ class Output:
 
     def console(self) -> Console:
         """Console for text: standard output, or standard error if the JSON goes to standard output."""
-        from rich.console import Console
+        from ..study import progress
 
         stream = sys.stderr if self.to_stdout else sys.stdout
         # Without a terminal and without COLUMNS nothing is cut off; rich would take a COLUMNS of 0 as no width at all.
         given = os.environ.get("COLUMNS", "")
         is_set = given.isdigit() and int(given) > 0
         width = shutil.get_terminal_size().columns if stream.isatty() or is_set else WIDE
-        return Console(stderr=self.to_stdout, width=width)
+        return progress.make_console(stderr=self.to_stdout, width=width)
 
     def say(self, text: str) -> None:
         """Prints text."""

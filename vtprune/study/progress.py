@@ -7,6 +7,7 @@ machine, weights, settings. Work resumes with a file of the same header and refu
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..core.files import MAX_RESULTS, FileError, check_schema, read_json
 from ..errors import VTPruneError
@@ -140,7 +141,6 @@ def bar(what: str, total: int, done: int = 0, console: Console | None = None) ->
     Yields:
         Callable: Function to call after each step, with a text to show beside the bar.
     """
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -152,9 +152,8 @@ def bar(what: str, total: int, done: int = 0, console: Console | None = None) ->
 
     counts = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), *counts, TextColumn("{task.fields[now]}"))
-    place = console or Console(stderr=True)
     # Redirected standard output, such as to a file, must not be captured by the bar.
-    with Progress(*columns, console=place, redirect_stdout=sys.stdout.isatty()) as shown:
+    with Progress(*columns, console=console or make_console(stderr=True), redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total, completed=done, now="")
 
         def step(now: str = "") -> None:
@@ -257,7 +256,20 @@ def interruptible(path: str | Path | None) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _say(text: str) -> None:
+def make_console(**options: Any) -> Console:
+    """Makes a console that raises `BrokenPipeError` if its reader goes away, where rich ends the process with code 1.
+
+    Args:
+        options: Options of `rich.console.Console`.
+    """
     from rich.console import Console
 
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    class PipeConsole(Console):
+        def on_broken_pipe(self) -> NoReturn:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    return PipeConsole(**options)
+
+
+def _say(text: str) -> None:
+    make_console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
