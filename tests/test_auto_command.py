@@ -87,9 +87,10 @@ def test_tune_auto_writes_what_run_takes(capfd, tmp_path, pictures, photo) -> No
     assert "is no file of an automatic ratio" in _refused(capfd, *demo, "--auto", photo)
 
 
-def test_tune_pixels_writes_what_vllm_takes(capfd, tmp_path, pictures) -> None:
-    out = tmp_path / "ratio.json"
-    arguments = ["tune", "--pixels", "--images", pictures, "--mean-ratio", 0.2, "--out", out]
+def test_tune_pixels_writes_what_vllm_takes(capfd, tmp_path, monkeypatch, pictures) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "ratio.json"  # the default
+    arguments = ["tune", "--pixels", "--images", pictures, "--mean-ratio", 0.2]
     assert _run(*arguments) == 0
     printed = capfd.readouterr().out
     auto = parse(json.loads(out.read_text())["vtprune"]).auto

@@ -17,7 +17,7 @@ from vtprune.cli import answer
 from vtprune.cli.main import build_parser, main
 from vtprune.study.timing import Side
 
-COMMANDS = [name for name in build_parser().commands() if name not in ("help", "version")]
+COMMANDS = build_parser().commands()
 
 
 def _run(*arguments: object) -> int:
@@ -56,6 +56,7 @@ def test_help_of_every_command_starts_with_an_example_and_says_what_it_does(caps
         unknown = [w for w in words.split() if w.startswith("--") and w not in parser._option_string_actions]
         assert not unknown
     assert _run("help", command) == 0 and capsys.readouterr().out == text
+    assert "default: [" not in text  # written as on the command line
 
 
 @pytest.mark.parametrize(

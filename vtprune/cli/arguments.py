@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..refvlm.loading import EMBEDDED
+from ..refvlm.loading import EMBEDDED, EMBEDDED_MODELS
 
 if TYPE_CHECKING:
     from ..methods import Method
 
 MAX_QUESTION = 100_000  # characters; far more than the context length of models
-MODEL_HELP = "a local folder, or a name on the hub"
+MODEL_HELP = f"a local folder, a name on the hub, or a model inside the package: {' or '.join(EMBEDDED_MODELS)}"
 
 
 def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
@@ -45,8 +45,8 @@ def chosen_methods(names: Sequence[str] | None) -> dict[str, Method]:
 
 def add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """Adds `--model`."""
-    text = MODEL_HELP if required else f"{MODEL_HELP} (default: the model inside the package)"
     default = None if required else EMBEDDED
+    text = MODEL_HELP if required else f"{MODEL_HELP} (default: {default})"
     parser.add_argument("--model", required=required, default=default, metavar="NAME_OR_FOLDER", help=text)
 
 

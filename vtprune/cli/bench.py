@@ -59,7 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[default_method.NAME],
         metavar="METHOD",
-        help="NAME or NAME:option=value,... (default: %(default)s; random and pooling are always run)",
+        help=f"NAME or NAME:option=value,... (default: {default_method.NAME}; random and pooling are always run)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--ratios", nargs="+", type=share, metavar="SHARE", help="shares KEPT (default: 0.1)")

@@ -42,7 +42,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--confidence", type=probability, default=0.95, metavar="P", help="default: %(default)s")
     tested = parser.add_mutually_exclusive_group()
     tested.add_argument(
-        "--ratios", nargs="+", type=share, metavar="SHARE", help="ratios to test, from the largest down"
+        "--ratios",
+        nargs="+",
+        type=share,
+        metavar="SHARE",
+        help="ratios to test, from the largest down (default: from 0.9 down to 0.05)",
     )
     tested.add_argument(
         "--energies", nargs="+", type=probability, metavar="SHARE", help="energies of automatic ratios to test instead"

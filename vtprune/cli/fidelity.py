@@ -66,7 +66,12 @@ def add(commands: Any) -> None:
         help="NAME or NAME:option=value,..., or strategy files (default: all)",
     )
     parser.add_argument(
-        "--ratios", nargs="+", type=share, default=list(RATIOS), metavar="SHARE", help="default: %(default)s"
+        "--ratios",
+        nargs="+",
+        type=share,
+        default=list(RATIOS),
+        metavar="SHARE",
+        help=f"shares KEPT (default: {' '.join(map(str, RATIOS))})",
     )
     parser.add_argument("--max-new-tokens", type=count, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument(

@@ -94,11 +94,23 @@ def _add_help(parser: Parser, commands: argparse._SubParsersAction) -> None:
         topic = parser if args.topic is None else commands.choices[args.topic]
         print(topic.format_help(), end="")
 
-    topics = [*commands.choices]
-    helper = commands.add_parser("help", help="show the help of a command", examples=("help fidelity",))
-    helper.add_argument("topic", nargs="?", choices=topics, metavar="COMMAND")
+    helper = commands.add_parser(
+        "help",
+        help="show the help of a command",
+        description="Shows the help of a command, the same as COMMAND --help.",
+        examples=("help fidelity",),
+    )
+    helper.add_argument(
+        "topic",
+        nargs="?",
+        choices=[*commands.choices, "version"],
+        metavar="COMMAND",
+        help="a command; without one, the list of them",
+    )
     helper.set_defaults(command=show)
-    version = commands.add_parser("version", help="show the version", examples=("version",))
+    version = commands.add_parser(
+        "version", help="show the version", description="Shows the version of vtprune.", examples=("version",)
+    )
     version.set_defaults(command=lambda args: print(f"vtprune {__version__}"))
 
 

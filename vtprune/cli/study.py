@@ -39,7 +39,8 @@ def add(commands: Any) -> None:
             "compare --images FOLDER --question 'what is this?' --methods iwp fastv strategy.json --json table.json",
         ),
     )
-    _prompts(compare, mean_ratio=None, default="the smallest tenth that all shown methods can meet")
+    text = "mean share of visual tokens over all decoder layers, the same for all methods"
+    _prompts(compare, None, f"{text} (default: the smallest tenth that all shown methods can meet)")
     compare.add_argument(
         "--methods",
         nargs="+",
@@ -52,7 +53,9 @@ def add(commands: Any) -> None:
         action="store_true",
         help="the pictures of the folder are the frames of one clip, ordered by name; an even number",
     )
-    compare.add_argument("--repeats", type=count, default=3, metavar="N", help="timed calls per picture")
+    compare.add_argument(
+        "--repeats", type=count, default=3, metavar="N", help="timed calls per picture (default: %(default)s)"
+    )
     add_json(compare, "the table")
     compare.set_defaults(command=_compare)
 
@@ -69,7 +72,8 @@ def add(commands: Any) -> None:
             "tune --pixels --images FOLDER --mean-ratio 0.25 --out ratio.json",
         ),
     )
-    _prompts(tune, mean_ratio=0.25, default="%(default)s", required=False)
+    text = "mean share of visual tokens over all decoder layers; with --auto and --pixels, over the pictures"
+    _prompts(tune, 0.25, f"{text} (default: %(default)s)", required=False)
     kinds = tune.add_mutually_exclusive_group()
     kinds.add_argument(
         "--auto",
@@ -87,16 +91,16 @@ def add(commands: Any) -> None:
     tune.add_argument("--seed", type=int, metavar="N", help="of the search (default: 0)")
     tune.add_argument(
         "--out",
-        default="strategy.json",
         metavar="FILE",
-        help="file to write; the search writes it after every trial (default: %(default)s)",
+        help="file to write; the search writes it after every trial (default: strategy.json; auto.json with --auto, "
+        "ratio.json with --pixels)",
     )
     tune.add_argument("--resume", action="store_true", help="resume the search in the file")
     add_json(tune, "the best strategy and its agreement")
     tune.set_defaults(command=_tune)
 
 
-def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default: str, required: bool = True) -> None:
+def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, text: str, required: bool = True) -> None:
     parser.add_argument(
         "--image",
         "--images",
@@ -106,13 +110,7 @@ def _prompts(parser: argparse.ArgumentParser, mean_ratio: float | None, default:
     )
     parser.add_argument("--question", required=required, type=words, metavar="TEXT", help="asked about every picture")
     add_model(parser)
-    parser.add_argument(
-        "--mean-ratio",
-        type=share,
-        default=mean_ratio,
-        metavar="SHARE",
-        help=f"mean share of visual tokens over all decoder layers, the same for all (default: {default})",
-    )
+    parser.add_argument("--mean-ratio", type=share, default=mean_ratio, metavar="SHARE", help=text)
     add_device(parser)
 
 
@@ -199,6 +197,7 @@ def _tune(args: argparse.Namespace) -> None:
     _refuse_unused(args)
     args.trials, args.seed = args.trials or TRIALS, args.seed or 0
     args.min, args.max = args.min or LEAST, args.max or MOST
+    args.out = args.out or ("ratio.json" if args.pixels else "auto.json" if args.auto else "strategy.json")
     path = output.claim(args.out, lambda found: args.resume)
     if args.pixels:
         return _calibrate_pixels(args, output, path)
@@ -255,8 +254,8 @@ def _calibrate_pixels(args: argparse.Namespace, output: Output, path: Path) -> N
     config = {"ratio": {name: round(number, 6) for name, number in dataclasses.asdict(auto).items()}}
     files.write_text(path, json.dumps({"vtprune": config}) + "\n")
     output.say(
-        f"typical {auto.typical:.4g} keeps {sum(kept) / len(kept):.3f} of the tokens on average over {len(kept)} "
-        f"pictures, from {min(kept):.3f} to {max(kept):.3f}"
+        f"typical {auto.typical:.4g} keeps {sum(kept) / len(kept):.3f} of the tokens on average over "
+        f"{plural(len(kept), 'picture')}, from {min(kept):.3f} to {max(kept):.3f}"
     )
     output.say(f'written to {args.out}; use it with vllm serve MODEL --additional-config "$(cat {args.out})"')
     output.write(config | {"kept": kept})

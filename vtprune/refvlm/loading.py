@@ -183,7 +183,7 @@ def config(name: str) -> tuple[Any, bool]:
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:
-        where = "in this folder" if local else "neither as a folder here nor on the hub"
+        where = "in this folder" if local else "as a folder here or on the hub"
         raise InputError(f"cannot find the model {name} {where}: {one_line(error)}") from error
     if type(found) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(
