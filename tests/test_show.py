@@ -195,6 +195,9 @@ def test_the_report_is_text_and_the_log_is_json(embedded):
     assert (record["visual_tokens"], record["kept_tokens"]) == (144, 14) == last.tokens
     assert record["kv_bytes_after"] < record["kv_bytes"] and record["stages"] == [[record["stages"][0][0], [14]]]
     assert "144 -> 14" in last.report() == str(last)
+    # What an interactive session prints is one line, not the tensors.
+    assert repr(last) == "Pruning(iwp, ratio=0.1, 144 -> 14 visual tokens)"
+    assert repr(last.show(SCENE.image)) == f"Pictures(1 of {last!r}, mode='dropped')"
 
 
 def test_a_streamer_gets_every_token_of_a_pruned_generation(embedded):

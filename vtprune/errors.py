@@ -19,7 +19,7 @@ class MethodError(VTPruneError, ValueError):
 
 
 class NothingPrunedError(VTPruneError, RuntimeError):
-    """Visual tokens were present and fewer were asked for, but none was dropped."""
+    """Visual tokens of a call cannot be found or cut, so that none would be dropped although fewer were asked for."""
 
 
 class InputError(VTPruneError, ValueError):

@@ -70,7 +70,8 @@ class Pictures:
         if stage is None or stage not in scored:
             which = "any cut" if stage is None else f"cut {stage}"
             raise PictureError(
-                f"{self.pruning.method} gave no scores at {which} of this call; cuts with scores: {scored or 'none'}"
+                f"{self.pruning.method} gave no scores at {which} of this call; cuts with scores: {scored or 'none'}; "
+                "show() needs none, and methods that score every token, such as iwp, have a heat map"
             )
         return replace(self, mode="heat", stage=stage)
 
@@ -123,6 +124,9 @@ class Pictures:
                 f"cannot write a picture to {path}: {one_line(error)}; expected a name such as kept.png in a folder "
                 "that exists"
             ) from error
+
+    def __repr__(self) -> str:
+        return f"Pictures({len(self.views)} of {self.pruning!r}, mode={self.mode!r})"
 
     def _repr_png_(self) -> bytes:
         return draw.png(self.image)

@@ -55,6 +55,10 @@ class Pruning(PruningRecord):
     def __str__(self) -> str:
         return self.report()
 
+    def __repr__(self) -> str:
+        before, after = self.tokens
+        return f"Pruning({self.method}, {self.budget}, {before} -> {after} visual tokens)"
+
     def explain_token(self, token: int) -> TokenExplanation:
         """Score, rank and nearest kept token of one visual token.
 

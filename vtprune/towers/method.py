@@ -144,7 +144,7 @@ class TowerMethod:
         else:
             raise BudgetError(
                 f"{type(self).__name__}: keep is {shorten(keep)}; expected a share of the patches in (0, 1] such as "
-                "0.35, or a number of merge groups per picture that is at least 1"
+                "0.35, or an int of 1 or more, the number of merge groups per picture"
             )
 
     def block_of(self, count: int) -> int:
