@@ -127,5 +127,9 @@ def test_what_cannot_be_calibrated_is_refused(model_and_batches: Any) -> None:
     words = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     with pytest.raises(vtprune.MethodError, match="no prompt has a visual token"):
         calibration.fit(methods.Debiased(), model, [words])
+    with pytest.raises(vtprune.MethodError, match="expected a method with a curve"):
+        calibration.fit(methods.FastV(), model, batches)  # type: ignore[arg-type]
+    with pytest.raises(vtprune.MethodError, match="form is 'linear'; expected .*'log-linear'"):
+        Curve.fit([torch.ones(20)], form="linear")  # type: ignore[arg-type]
     with pytest.raises(vtprune.MethodError, match="not finite"):
         Curve.fit([torch.zeros(20)])

@@ -143,7 +143,7 @@ def test_common_ratio_is_the_least_tenth_above_the_latest_first_cut() -> None:
 
 def test_what_cannot_be_compared_is_refused(model: torch.nn.Module) -> None:
     with pytest.raises(vtprune.MethodError, match="did you mean 'fastv'"):
-        compare(model, batches(), 0.5, ["fastvv"])
+        compare(model, batches(), 0.5, "fastvv")
     with pytest.raises(vtprune.BudgetError, match="mean_ratio is 2"):
         compare(model, batches(), 2, ["fastv"])
     with pytest.raises(vtprune.VTPruneError, match="no prompts"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import vtprune
 from vtprune import refvlm
 from vtprune.refvlm import evaluate, scenes
 
@@ -106,6 +107,8 @@ def test_model_is_small_and_grouped(loaded):
 def test_load_takes_a_dtype():
     model, _ = refvlm.load(torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
+    with pytest.raises(vtprune.VTPruneError, match="name='qwen2_5_vl'"):
+        refvlm.load("qwen2_5_vl")
 
 
 def test_processor_expands_the_picture(loaded, drawn):

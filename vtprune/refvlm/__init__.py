@@ -82,11 +82,13 @@ def load(
         tuple[PreTrainedModel, ProcessorMixin]: The model, on the CPU, and its processor.
 
     Raises:
-        InputError: There is no model of this name.
+        InputError: There is no model of this name, or a name is in the place of the dtype.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    if isinstance(dtype, str) and dtype in MODELS:
+        raise InputError(f"dtype is {dtype!r}, the name of a built-in model; expected load(name={dtype!r})")
     if name not in MODELS:
         raise InputError(f"no built-in model {name!r}; expected one of {', '.join(MODELS)}")
     folder = MODELS[name]

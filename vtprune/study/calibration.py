@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Choice, Method, ScoreMethod, Stage, Tap
+from ..core.options import shorten
 from ..core.ragged import top_k
 from ..core.tokens import Tokens
 from ..engine.patching import patch, refuse_patched
@@ -124,7 +125,9 @@ def fit(
 
     Raises:
         InputError: The model is patched, or `batches` is a single batch or holds something else.
-        MethodError: No prompt has a picture, or there are too few scores for the form.
+        MethodError: The method has no curve, no prompt has a picture, or there are too few scores for the form.
     """
+    if not isinstance(method, Debiased):
+        raise MethodError(f"method is {shorten(method)}; expected a method with a curve, such as Debiased(FastV())")
     scores, seen = collect(method.host, method.padding_rule, model, batches, sizes)
     return method.fit(scores, seen, form, path)

@@ -70,7 +70,7 @@ def compare(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     mean_ratio: float,
-    methods: Sequence[str] | Mapping[str, str | Method] | None = None,
+    methods: str | Sequence[str] | Mapping[str, str | Method] | None = None,
     repeats: int = 3,
     log: Callable[[str], None] = lambda text: None,
     smaller: Callable[[int, int], tuple[Mapping[str, Any], int]] | None = None,
@@ -81,7 +81,8 @@ def compare(
         model: An unpatched vision-language model; it is unpatched afterwards.
         batches: Keyword arguments of its calls, each with one or more prompts, all with pictures.
         mean_ratio: The cost, in (0, 1].
-        methods: Names, or methods by label; by default all registered ones. `random` and `uniform` always run.
+        methods: One or several names, or methods by label; by default all registered ones. `random` and `uniform`
+            always run.
         repeats: Timed calls per batch; the first one of a method is a warm-up if there are others.
         log: Called with a line of text after every method.
         smaller: Makes prompt `n` with a smaller picture, and says how many visual tokens that has, at most those it is
@@ -99,7 +100,7 @@ def compare(
         VTPruneError: The model is patched, there are no prompts, or `repeats` is below 1.
         UnsupportedModelError: A part of the model was not found.
     """
-    given = names() if methods is None else methods
+    given = names() if methods is None else [methods] if isinstance(methods, str) else methods
     asked = dict(given) if isinstance(given, Mapping) else dict(zip(given, given, strict=True))
     chosen = {label: resolve(method) for label, method in ({name: name for name in BASELINES} | asked).items()}
     refuse_patched(model, "comparing methods")

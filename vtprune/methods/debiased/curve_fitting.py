@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ...core.options import shorten
 from ...errors import MethodError
 
 Form = Literal["exponential", "reciprocal-cubic"]
@@ -17,6 +18,8 @@ Fit = Literal["exponential", "log-linear", "reciprocal-cubic"]
 
 def fit_coefficients(scores: Sequence[Tensor], shown: Sequence[Tensor] | None, form: Fit) -> tuple[float, ...]:
     """Coefficients of a `Curve` of the given form; see `Curve.fit` for arguments and errors."""
+    if form not in get_args(Fit):
+        raise MethodError(f"form is {shorten(form)}; expected one of {', '.join(map(repr, get_args(Fit)))}")
     places, values = _mean_by_place(scores, shown)
     if len(places) < 4:
         raise MethodError(
