@@ -99,7 +99,11 @@ def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:
     """Certificates of `resprune` with a cut inside the decoder are refused: vLLM cuts before it."""
     numbers = {"risk": 0.1, "confidence": 0.9, "pictures": 9, "questions": 9, "changed": 0.0}
     texts = dict.fromkeys(("model", "config_hash", "weights_hash"), "x")
-    for layer, words in ((None, "found None; give layer=0"), (1, "found 1"), (0, None)):
+    for layer, words in (
+        (None, "found None; give layer=0, or certify --method resprune:layer=0"),
+        (1, "found 1"),
+        (0, None),
+    ):
         method = methods.ResPrune(layer=layer)
         options = dataclasses.asdict(method)
         found = {

@@ -270,7 +270,8 @@ def _method(name: Any, options: Mapping[str, Any], known: Sequence[str]) -> Meth
     for option, value in fixed.items():
         if options.get(option, value) != value:
             raise MethodError(
-                f"{name}: in vLLM {option} is {value!r}, found {shorten(options[option])}; give {option}={value!r}"
+                f"{name}: in vLLM {option} is {value!r}, found {shorten(options[option])}; give {option}={value!r}, or "
+                f"certify --method {name}:{','.join(f'{key}={fixed[key]}' for key in fixed)}"
             )
     method = make(str(name), {**fixed, **_DEFAULTS.get(str(name), {}), **options})
     layers = [stage.layer for stage in method.schedule(1)]
