@@ -159,6 +159,7 @@ def test_pages_have_no_open_ends():
     for place, text in PAGES.items():
         assert not re.search(r"<!-- (fill|include):", re.sub(r"`[^`\n]*`", "", text)), place
         assert tables.MISSING not in text or place.startswith("methods/"), place
+        assert " object at 0x" not in text, place  # the repr of something that has no text
 
 
 _RESULTS = {

@@ -22,6 +22,11 @@ ABOUT = {
     "Wrappers": "They correct the scores of another method, their host.",
     "Baselines": "A method that does not beat these is not worth its time.",
 }
+# What a method's `group` means to a reader.
+BUDGETS = {
+    "sample": "The pictures of a prompt share one budget",
+    "image": "Each picture and each clip has its own budget",
+}
 
 
 def names() -> list[str]:
@@ -78,7 +83,7 @@ def page(name: str) -> str:
 
     cls = methods.get(name)
     number = paper(name)
-    facts = f"* Cuts before layer (of 32): {cuts(name)}\n* A budget applies to each {cls.group}\n"
+    facts = f"* Cuts before layer (of 32): {cuts(name)}\n* {BUDGETS[cls().group]}\n"
     facts += f"* Paper: [arXiv {number}](https://arxiv.org/abs/{number})" if number else "* A control, without a paper"
     return f"""# `{name}`
 
