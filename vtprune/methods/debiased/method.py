@@ -27,10 +27,10 @@ _RULES = {"pyramiddrop": PaddingRule("area", 0.01), "sparsevlm": PaddingRule("bi
 @register("debiased")
 @dataclass
 class Debiased(Wrapper, ScoreMethod):
-    """Corrects the scores of another method: `Debiased(FastV())`, `Debiased(PyramidDrop())`,
-    `Debiased(SparseVLM())`.
+    """Corrects position bias and padding in the scores of another method, such as `Debiased(FastV())`.
 
-    Paper: Attention Debiasing for Token Pruning, arXiv 2508.17807. Cuts where the host cuts, reads what the host reads.
+    Paper: Attention Debiasing for Token Pruning, arXiv 2508.17807. Curves were released for `FastV`, `PyramidDrop` and
+    `SparseVLM`; others need one of their own (`fit`). Cuts where the host cuts, reads what the host reads.
 
     `score_i = w(i / (N - 1)) * shown_i * host_i`: `i` is the index of the token among the `N` original visual tokens
     of its sample, `w` a falling curve fitted to the host's mean scores, `shown_i` 0 for padding. Padding is computed
