@@ -41,7 +41,8 @@ def test_a_result_of_another_version_is_not_overwritten(tmp_path: Path, capfd: A
     [
         (["--model", "tiny", "--image", "a.png"], "architecture without a processor"),
         (["--model", "embedded", "--image", "a.png", "--visual-tokens", "9"], "leave --visual-tokens out"),
-        (["--model", "nowhere"], "no folder nowhere"),
+        (["--model", "nowhere"], "no folder nowhere: expected"),
+        (["--model", "lava-1.5-7b"], "or one of embedded, embedded-qwen2_5_vl, llava-1.5-7b, "),
         (["--model", "tiny", "--clip"], "takes the frames of a clip as pictures"),
         (["--model", "embedded-qwen2_5_vl", "--clip"], "--clip needs --image FOLDER"),
         (["--json", "/nowhere/a.json"], "its folder does not exist"),

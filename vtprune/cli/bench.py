@@ -201,8 +201,9 @@ def _model(args: argparse.Namespace, picture: Any) -> tuple[Any, Callable, str]:
 
     if not _is_shape(args.model):
         from ..bench.prompts import of_processor
+        from ..bench.shapes import SHAPES
 
-        loading.is_local(args.model)
+        loading.is_local(args.model, SHAPES)
         quiet()
         model, processor = loading.model_and_processor(args.model, args.device, args.dtype)
         name = (

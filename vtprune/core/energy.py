@@ -92,7 +92,9 @@ class Auto:
             data = read_json(path, schema)
             return cls(*(data[name] for name in numbers))
         except (FileError, BudgetError) as error:
-            raise BudgetError(f"{path} is no file of an automatic ratio, as `save` writes it: {error}") from error
+            raise BudgetError(
+                f"{path} is no file of an automatic ratio, as `vtprune tune --auto` writes: {error}"
+            ) from error
 
 
 def bounds(total: int, least: float, most: float) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +146,12 @@ def refuse_pickles(name: str) -> None:
         )
 
 
-def is_local(name: str) -> bool:
+def is_local(name: str, others: Iterable[str] = ()) -> bool:
     """Whether a model is local, by its name and folder alone.
+
+    Args:
+        name: As for `model_and_processor`.
+        others: Names that the caller knows besides, for the message.
 
     Raises:
         InputError: It is neither a model folder nor a possible name on the hub.
@@ -156,7 +160,10 @@ def is_local(name: str) -> bool:
         return True
     folder = Path(name).expanduser()
     if not folder.exists() and not _HUB_NAME.fullmatch(name):
-        raise InputError(f"no folder {name}: expected a local model folder, or a name on the hub such as owner/model")
+        known = ", ".join((*EMBEDDED_MODELS, *others))
+        raise InputError(
+            f"no folder {name}: expected a local model folder, a name on the hub such as owner/model, or one of {known}"
+        )
     if not name:
         raise InputError("the name of the model is empty; expected a local model folder, or a name on the hub")
     if folder.exists() and not (folder / "config.json").is_file():
