@@ -133,7 +133,7 @@ def test_a_search_is_repeatable_resumable_and_saved(
     with pytest.raises(vtprune.VTPruneError, match="mean_ratio=0.25, this one has 0.3"):
         tune.tune(model, batches, 0.3, trials=1, seed=3, path=path, resume=True)
 
-    with pytest.raises(vtprune.VTPruneError, match="exists; use --resume .* or --force to overwrite it"):
+    with pytest.raises(vtprune.VTPruneError, match="exists; pass resume=True .* or force=True to overwrite it"):
         tune.tune(model, batches, 0.25, trials=1, seed=3, path=path)
     moved = [{**about["trials"][0], "grid": 2.0}, *about["trials"][1:]]
     path.write_text(json.dumps(saved | {"about": about | {"trials": moved}}))
@@ -200,6 +200,25 @@ def test_the_command_writes_a_strategy_and_goes_on_with_it(capfd: Any, tmp_path:
     assert "mean_ratio=0.3" in capfd.readouterr().err
     assert main([*arguments[:-1], str(tmp_path / "none" / "a.json")]) == 2
     assert "folder does not exist" in capfd.readouterr().err
+
+
+def test_an_interrupted_command_says_how_its_search_goes_on(
+    capfd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refvlm.scenes.scene(3).image.save(tmp_path / "a.png")
+    arguments = ["tune", "--images", str(tmp_path / "a.png"), "--question", "x?", "--out", str(tmp_path / "s.json")]
+    arguments += ["--mean-ratio", "0.3", "--trials", "2"]
+    save = tune.Search.save
+
+    def interrupted(search: tune.Search, *given: Any) -> None:
+        save(search, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="130"):
+        patched.setattr(tune.Search, "save", interrupted)
+        main(arguments)
+    assert "run the same command with --resume" in capfd.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
 
 
 def test_prompts_without_pictures_are_refused(model: torch.nn.Module) -> None:

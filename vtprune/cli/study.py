@@ -211,7 +211,8 @@ def _tune(args: argparse.Namespace) -> None:
         step("")
 
     done = len(Search.load(path).trials) if args.resume else 0
-    with progress.interruptible(path), progress.bar("trials", max(args.trials, done), done) as step:
+    resume = "run the same command with --resume to continue"
+    with progress.interruptible(path, resume), progress.bar("trials", max(args.trials, done), done) as step:
         search = tune(
             model,
             batches,

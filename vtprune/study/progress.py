@@ -246,13 +246,18 @@ def script(path: str | Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(path: str | Path | None) -> Iterator[None]:
-    """Ends an interrupted script with exit code 130 and, if it has a result file, a hint on how to resume."""
+def interruptible(path: str | Path | None, resume: str = "run the same command to resume") -> Iterator[None]:
+    """Ends an interrupted script with exit code 130 and, if it has a result file, a hint on how to resume.
+
+    Args:
+        path: The result file, or None.
+        resume: The hint.
+    """
     try:
         yield
     except KeyboardInterrupt:
         where = f"finished results are in {path}; " if path is not None and Path(path).exists() else ""
-        _say(f"interrupted: {where}run the same command to resume" if path is not None else "interrupted")
+        _say(f"interrupted: {where}{resume}" if path is not None else "interrupted")
         raise SystemExit(130) from None
 
 

@@ -198,7 +198,7 @@ def tune(
     proposals = _Proposals()
     _check(model, mean_ratio, trials, seed)
     if path is not None and Path(path).exists() and not resume and not force:
-        raise VTPruneError(f"{path} exists; use --resume to continue its search, or --force to overwrite it")
+        raise VTPruneError(f"{path} exists; pass resume=True to continue its search, or force=True to overwrite it")
     batches = list(batches_of(batches))
     reference = [metrics.last_states(model, batch) for batch in batches]
     hashes = identity.inputs_hash(batches), identity.weights_hash(model)
