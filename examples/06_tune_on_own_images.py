@@ -4,7 +4,7 @@
     python examples/06_tune_on_own_images.py                                     # on scenes that the package draws
     python examples/06_tune_on_own_images.py --images FOLDER --trials 30 --model FOLDER_OR_HUB_NAME
 
-Needs optuna and scipy: `pip install 'vtprune[tune]'`. The command `vtprune tune` does the same.
+Needs optuna and scipy: `pip install ".[tune]"`. The command `vtprune tune` does the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def main() -> None:
     parser.add_argument("--model", default=loading.EMBEDDED)
     parser.add_argument("--mean-ratio", type=float, default=0.2)
     parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "vtprune-strategy.json")
+    parser.add_argument("--out", type=Path, help="a new file for the strategy (default: in a temporary folder)")
     args = parser.parse_args()
+    args.out = args.out or Path(tempfile.mkdtemp()) / "strategy.json"
 
     pictures = images.pictures(args.images) if args.images else [refvlm.scenes.scene(n).image for n in range(4)]
     model, processor = loading.model_and_processor(args.model)
