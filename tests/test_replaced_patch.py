@@ -55,3 +55,14 @@ def test_blocks_that_end_in_the_order_in_which_they_began_leave_no_patch():
     assert find_patch(model) is second
     second.__exit__()
     assert find_patch(model) is None
+
+
+def test_a_block_that_ends_before_one_inside_it_leaves_the_patch_around_both():
+    model, _ = refvlm.load()
+    outer, middle, inner = (vtprune.patch(model, ratio=ratio).__enter__() for ratio in (0.1, 0.3, 0.5))
+    middle.__exit__()
+    assert find_patch(model) is inner
+    inner.__exit__()
+    assert find_patch(model) is outer
+    outer.__exit__()
+    assert find_patch(model) is None

@@ -50,10 +50,9 @@ class Patch:
         self._session = Session(model, spec)
         self._handles: list[Any] = []
         self._certificates: list[Certificate] = []  # checked to be for this model
-        # For each open `with` block of this patch: the patch of another open block that it replaced, or None.
-        self._blocks: list[Patch | None] = []
-        self._replaced: Patch | None = None  # the one for the next block
-        self._waits = False  # whether another patch has its place, inside a block of its own
+        # The patch of every open `with` block, the innermost last; patches that replace one another share the list.
+        # Patches without a block are not in it: a program that patches in a loop would keep all of them.
+        self._open: list[Patch] = []
         self._attach(replaces)
 
     def _attach(self, replaces: Patch | None = None) -> None:
@@ -62,11 +61,8 @@ class Patch:
         The other one's go first, because two patches that replace the same method must be removed in reverse order.
         """
         if replaces is not None:
-            replaces.remove()
-            # Of patches without a block none is kept: a program that patches in a loop would hold all of them.
-            self._replaced = replaces if replaces._blocks else replaces._replaced
-            replaces._waits = bool(replaces._blocks)
-        self._waits = False
+            replaces._detach()
+            self._open = replaces._open
         attention_probe.install()
         # Also where the model is dropped without `remove`.
         self._uninstall = weakref.finalize(self, attention_probe.uninstall)
@@ -74,7 +70,7 @@ class Patch:
         try:
             self._session.attach(self, self._handles)
         except BaseException:
-            self.remove()
+            self._detach()
             if replaces is not None:
                 replaces._attach()
             raise
@@ -217,12 +213,15 @@ class Patch:
         Raises:
             VTPruneError: It is called inside a call of the model.
         """
+        self._detach()
+        self._open[:] = [patch for patch in self._open if patch is not self]  # it is not restored any more
+
+    def _detach(self) -> None:
         if self._handles:
             self._session.wait()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._waits = False
         self._session.detach()
         self._uninstall()
 
@@ -233,20 +232,20 @@ class Patch:
 
     def __enter__(self) -> Patch:
         if self.removed:
-            self._replaced = None
             self._attach(find_patch(self.model))
-        self._blocks.append(self._replaced)
-        self._replaced = None
+        self._open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        replaced = self._blocks.pop()
-        if replaced is None and self._blocks:
+        if self not in self._open:  # removed inside the block
             return
-        self.remove()
-        self._waits = bool(self._blocks)
-        if replaced is not None and replaced._waits and find_patch(self.model) is None:
-            replaced._attach()
+        del self._open[-1 - self._open[::-1].index(self)]  # blocks may end in the order in which they began
+        around = self._open[-1] if self._open else None
+        if around is self:
+            return
+        self._detach()
+        if around is not None and find_patch(self.model) is None:
+            around._attach()
 
     def __repr__(self) -> str:
         cuts = ", ".join(map(str, sorted({stage.layer for use in self.spec.uses for stage in use.schedule})))
