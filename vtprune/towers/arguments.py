@@ -34,7 +34,7 @@ class Rows:
 
     def take(self, x: Tensor, dim: int, of_entries: bool) -> Tensor:
         """Gathers the rows along `dim`; with `of_entries`, dimension 0 is the batch (or 1 for all entries)."""
-        if self.batch == 1 or not of_entries:  # without entries, one runs at a time, see `_groups` in `run`
+        if self.batch == 1 or not of_entries:  # without entries, one runs at a time, see `_groups` in `selecting`
             return x.index_select(dim, self.index[0])
         moved = (x.expand(self.batch, *x.shape[1:]) if x.shape[0] == 1 else x).movedim(dim, 1)
         if len(moved) == self.batch:

@@ -2,7 +2,7 @@
 """The contract of a tower method: the block before which it cuts, the patches it keeps, and states for the others.
 
 A tower method never sees a model. It gets `Patches`, the patches of every picture of one tower call laid out flat, and
-returns a `TowerChoice`. Class tokens, padding, windows and budgets are handled by `towers.run`.
+returns a `TowerChoice`. Class tokens, padding, windows and budgets are handled by `selecting` and `running`.
 """
 
 from __future__ import annotations
