@@ -113,7 +113,7 @@ FAULTS = (
           "        layer.forward(*args, **{**kwargs, 'past_key_values': None})\n",
           "test_11_cheap.py -k 'llava-input'"),
     Fault("12 open calls", "columns that somebody reads may be dropped", "engine/plan.py",
-          "required = read[visual.sample, visual.position] if bool(read.any()) else None", "required = None",
+          "read[visual.sample, visual.position] if bool(read.any()) else None", "None",
           "test_12_open_calls.py -k 'llava-random and (ends_in or labels_read)'"),
     Fault("12 open calls", "the answer chooses", "engine/token_view.py",
           "if call.answer_starts is not None:", "if False:",

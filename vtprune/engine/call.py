@@ -79,9 +79,9 @@ class Selection:
     states: Tensor | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class MethodPlan:
-    """The task of one method: the tokens it prunes, and how many it keeps at each cut.
+    """The task of one method in a call: the tokens it prunes, and how many it keeps at each cut.
 
     Attributes:
         use: The method.
@@ -97,17 +97,6 @@ class MethodPlan:
     def members(self) -> Tensor:
         """Mask `[M]` of the visual tokens of the call that the method prunes."""
         return self.groups.of_token >= 0
-
-
-@dataclass
-class MethodCall(MethodPlan):
-    """A plan that is carried out in one call.
-
-    Attributes:
-        memory: State that the method carries from stage to stage.
-    """
-
-    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -207,6 +196,7 @@ class CallState:
         differentiable: Whether gradients of returned hidden states may be requested.
         cuts: Methods that cut before a layer, by layer.
         live: `[M]` bool, the visual tokens that no cut has dropped so far; set if there are visual tokens.
+        memory: State that methods carry from stage to stage, by their prefix.
         selects: Whether a method is selecting tokens.
     """
 
@@ -228,6 +218,7 @@ class CallState:
     required: Tensor | None = None
     answer_starts: list[int] | None = None
     differentiable: bool = False
-    cuts: dict[int, list[MethodCall]] = field(default_factory=dict)
+    cuts: dict[int, list[MethodPlan]] = field(default_factory=dict)
     live: Tensor = field(init=False)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
     selects: bool = False

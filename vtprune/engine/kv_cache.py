@@ -37,14 +37,10 @@ def state_of(cache: Any) -> CacheState | None:
     Raises:
         VTPruneError: Only some of the layers are those of a pruned cache, or they were cropped differently.
     """
-    layers = getattr(cache, "layers", None)
-    if not layers:
-        if isinstance(cache, PrunedCache):  # emptied by hand
-            detach(cache)
-        return None
-    first = _first(cache)
-    state: CacheState | None = getattr(layers[first], _STATE, None)
-    if state is None or _slots_filled(cache, first) == 0:
+    layers = getattr(cache, "layers", None) or []
+    first = _first(cache) if layers else 0
+    state: CacheState | None = getattr(layers[first], _STATE, None) if layers else None
+    if state is None or _slots_filled(cache, first) == 0:  # never pruned, or emptied
         if isinstance(cache, PrunedCache):
             detach(cache)
         return None

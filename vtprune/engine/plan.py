@@ -23,12 +23,14 @@ class Plan:
     """The cuts of a call.
 
     Attributes:
-        methods: The methods that have tokens to drop.
+        cuts: The methods that drop tokens before a layer, by layer.
         required: `[M]` bool, visual tokens whose outputs the caller reads, so that they have to stay; None for none.
+        required_layer_inputs: Layers whose input these methods read.
     """
 
-    methods: list[MethodPlan]
+    cuts: dict[int, list[MethodPlan]]
     required: Tensor | None
+    required_layer_inputs: set[int]
 
 
 def plan_of(call: CallState, visual: VisualTokens) -> Plan:
@@ -41,25 +43,27 @@ def plan_of(call: CallState, visual: VisualTokens) -> Plan:
 
 
 def _make(call: CallState, visual: VisualTokens) -> Plan:
-    spec, arguments, budget = call.spec, call.options.arguments, call.options.budget
-    read = readers.read_columns(arguments, call.columns.real, spec.anatomy) & visual.mask
-    required = read[visual.sample, visual.position] if bool(read.any()) else None
-    parts, methods = _groups(spec, visual), []
-    groups = [members for _, members in parts]
+    arguments, budget, layers = call.options.arguments, call.options.budget, call.spec.anatomy.num_layers
+    read = readers.read_columns(arguments, call.columns.real, call.spec.anatomy) & visual.mask
+    plan = Plan({}, read[visual.sample, visual.position] if bool(read.any()) else None, set())
+    methods = _groups(call.spec, visual)
+    groups = [members for _, members in methods]
     # Required tokens count in the budget, and exceed it if necessary.
-    least = None if required is None else [members.count(required.nonzero()[:, 0]) for members in groups]
+    least = None if plan.required is None else [members.count(plan.required.nonzero()[:, 0]) for members in groups]
     lasts = _counts_of_pictures(call, visual, groups) if budget.auto is not None else _split_keep(budget, groups, least)
-    for number, ((use, members), last) in enumerate(zip(parts, lasts, strict=True)):
-        samples = [*members.by_sample.values()]
-        counts = budgets.plan(budget, use.schedule, spec.anatomy.num_layers, members.sizes, samples, last)
+    for number, ((use, members), last) in enumerate(zip(methods, lasts, strict=True)):
+        counts = budgets.plan(budget, use.schedule, layers, members.sizes, [*members.by_sample.values()], last)
         if least is not None:
             needed = least[number]
             readers.warn_of_labels(arguments, sum(needed), sum(counts[-1]))
             counts = [[max(pair) for pair in zip(stage, needed, strict=True)] for stage in counts]
-        if counts[-1] != members.sizes:
-            by_layer = {s.layer: count for s, count in zip(use.schedule, counts, strict=True)}
-            methods.append(MethodPlan(use, members, by_layer))
-    return Plan(methods, required)
+        if counts[-1] == members.sizes:
+            continue
+        part = MethodPlan(use, members, {s.layer: count for s, count in zip(use.schedule, counts, strict=True)})
+        for layer in part.counts:
+            plan.cuts.setdefault(layer, []).append(part)
+        plan.required_layer_inputs.update(use.method.required_layer_inputs(layers))
+    return plan
 
 
 def _groups(spec: PruneSpec, visual: VisualTokens) -> list[tuple[MethodUse, BudgetGroups]]:

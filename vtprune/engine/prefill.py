@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decoder call: at each stage the method selects tokens, and the others are cut from the layers' inputs.
 
-The decoder is called with the full prompt and makes masks and rotations for all of it. From the first cut on, every
-layer gets only the kept positions, with the rotation, position ids and masks of just these (`columns`). When the
-decoder returns, its last hidden state is scattered to the length of the full prompt. The same class handles later calls
-on a pruned cache, in which nothing is cut and masks have to be translated.
+The decoder is called with the full prompt and makes masks and rotations for all of it. Before each cut that is planned
+(`plan`), the methods select (`selection`). From the first one on, every layer gets only the kept positions (`columns`),
+with the rotation, position ids and masks of just these (`layer_arguments`). When the decoder returns, its last hidden
+state is scattered to the length of the full prompt (`restore`). The same class handles later calls on a pruned cache,
+in which nothing is cut and masks have to be translated.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ from ..report.record import PruningRecord
 from ..towers.cut import RUNS
 from . import checkpointing, gather, kv_cache, readers, token_view
 from .cache_state import CacheState
-from .call import CallOptions, CallState, MethodCall, Snapshot
+from .call import CallOptions, CallState, Snapshot
 from .columns import Columns
 from .hooks import is_compiled
 from .layer_arguments import LayerArguments
-from .plan import plan_of
+from .plan import Plan, plan_of
 from .restore import FullLength
 from .selection import select
 from .spec import PruneSpec
@@ -84,7 +85,7 @@ class LayerCut:
 class DecoderCall(CallState):
     """One call of the decoder: makes the cuts, and gives every layer the arguments for the positions that are left."""
 
-    required_layer_inputs: set[int] = field(default_factory=set)
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         self.layer_arguments = LayerArguments(self.columns, self.spec.attention_form)
@@ -93,17 +94,12 @@ class DecoderCall(CallState):
             self._follow_plan(self.visual)
 
     def _follow_plan(self, visual: VisualTokens) -> None:
-        anatomy, plan = self.spec.anatomy, plan_of(self, visual)
-        self.required = plan.required
+        self.plan = plan_of(self, visual)
+        self.cuts, self.required = self.plan.cuts, self.plan.required
         self.live = visual.cached("live", lambda: torch.ones(len(visual), dtype=torch.bool))
-        for method in plan.methods:
-            call = MethodCall(method.use, method.groups, method.counts)
-            for layer in method.counts:
-                self.cuts.setdefault(layer, []).append(call)
-            self.required_layer_inputs |= set(method.use.method.required_layer_inputs(anatomy.num_layers))
         if self.cuts:
-            end, real = self.options.question_end, self.columns.real
-            self.answer_starts = readers.answer_starts(end, self.options.arguments, real, visual.mask, anatomy)
+            end, arguments, real = self.options.question_end, self.options.arguments, self.columns.real
+            self.answer_starts = readers.answer_starts(end, arguments, real, visual.mask, self.spec.anatomy)
 
     def before_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Makes the cut before layer `number`, if any, and returns the layer's arguments; None if unchanged."""
@@ -124,7 +120,7 @@ class DecoderCall(CallState):
         changed = cut.arguments
         if self.differentiable and number == 0 and columns.is_cut and changed is not None:
             changed = self._through(number, *changed)
-        if number in self.required_layer_inputs:
+        if self.plan is not None and number in self.plan.required_layer_inputs:
             self.snapshots[number] = snapshot = Snapshot.take(self, number, layer, *(changed or (args, kwargs)))
             if cut.projections is None and not is_compiled():
                 snapshot.watch.start(snapshot.kwargs)

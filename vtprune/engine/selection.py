@@ -14,7 +14,7 @@ from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
 from ..report import explain
 from . import checkpointing, token_view
-from .call import CallState, MethodCall, Selection, Snapshot
+from .call import CallState, MethodPlan, Selection, Snapshot
 
 
 def select(call: CallState, number: int, live: Tensor, snapshot: Snapshot) -> Selection:
@@ -29,14 +29,14 @@ def select(call: CallState, number: int, live: Tensor, snapshot: Snapshot) -> Se
     methods = call.cuts[number]
     if len(call.spec.uses) == 1:
         return _select_own(call, methods[0], number, live, snapshot)
-    members = [method_call.members[live] for method_call in methods]
+    members = [plan.members[live] for plan in methods]
     selections = [_select_own(call, m, number, live[own], snapshot) for m, own in zip(methods, members, strict=True)]
     return _combine(live, list(zip(members, selections, strict=True)))
 
 
-def _select_own(call: CallState, method_call: MethodCall, number: int, flat: Tensor, snapshot: Snapshot) -> Selection:
+def _select_own(call: CallState, plan: MethodPlan, number: int, flat: Tensor, snapshot: Snapshot) -> Selection:
     """Lets one method select from the live tokens `flat` `[M]` that it prunes."""
-    method, groups, counts = method_call.use.method, method_call.groups, method_call.counts[number]
+    method, groups, counts = plan.use.method, plan.groups, plan.counts[number]
     if groups.count(flat) == counts:
         return Selection(flat)
     name = name_of(method)
@@ -45,7 +45,7 @@ def _select_own(call: CallState, method_call: MethodCall, number: int, flat: Ten
     differentiable = trains and method.differentiable and not checkpointing.runs_hooks_again(snapshot.layer)
     checks = DeferredChecks()
     with torch.set_grad_enabled(differentiable):
-        tokens, choice = _ask(call, method_call, number, flat, snapshot, checks)
+        tokens, choice = _ask(call, plan, number, flat, snapshot, checks)
     given = [] if choice.scores is None else [choice.scores.detach().to(torch.float32, copy=True)]
     chosen, *found = checks.raise_if_failed(choice.keep, *given)
     scores = found[0] if found else None
@@ -73,13 +73,13 @@ def _select_own(call: CallState, method_call: MethodCall, number: int, flat: Ten
 
 
 def _ask(
-    call: CallState, method_call: MethodCall, number: int, flat: Tensor, snapshot: Snapshot, checks: DeferredChecks
+    call: CallState, plan: MethodPlan, number: int, flat: Tensor, snapshot: Snapshot, checks: DeferredChecks
 ) -> tuple[Tokens, Choice]:
     """What a method sees before layer `number`, and its choice."""
-    method, lent = method_call.use.method, Lent()
+    method, lent = plan.use.method, Lent()
     name = name_of(method)
     try:
-        tokens = token_view.tokens(call, method_call, number, flat, snapshot, checks, lent)
+        tokens = token_view.tokens(call, plan, number, flat, snapshot, checks, lent)
         call.selects = True
         choice = method.choose(tokens)
     except Exception:

@@ -17,7 +17,7 @@ from ..core.transfer import DeferredChecks, to_device
 from ..errors import MethodError
 from ..models.attention_probe import QKV, expanded
 from ..models.visual_tokens import VisualTokens
-from .call import CallState, MethodCall, Snapshot
+from .call import CallState, MethodPlan, Snapshot
 from .columns import slot_of_position
 
 _PLACES = ("sample", "image", "frame", "crop", "grid_row", "grid_col", "index", "position", "feature")
@@ -40,7 +40,7 @@ def _text_key(call: CallState) -> tuple | None:
 
 def tokens(
     call: CallState,
-    method_call: MethodCall,
+    plan: MethodPlan,
     number: int,
     flat: Tensor,
     snapshot: Snapshot,
@@ -51,7 +51,7 @@ def tokens(
 
     Args:
         call: The call in progress.
-        method_call: The method's task in it.
+        plan: The method's task in it.
         number: The layer after the cut.
         flat: `[M]` numbers of the live tokens among all visual tokens of the call.
         snapshot: The layer's input.
@@ -66,9 +66,9 @@ def tokens(
 
     def lay_out() -> tuple[Tensor, dict[str, Any]]:
         places = to_device(rows * snapshot.hidden.shape[1] + slot, device)
-        return places, _fields(call, visual, method_call, number, flat, device)
+        return places, _fields(call, visual, plan, number, flat, device)
 
-    key = ("tokens", device, method_call.use.method.group, tuple(method_call.counts[number]), _text_key(call))
+    key = ("tokens", device, plan.use.method.group, tuple(plan.counts[number]), _text_key(call))
     places, fields = visual.cached(key, lay_out) if whole else lay_out()
     for name, value in (*fields.items(), *((f"prompt.{name}", x) for name, x in vars(fields["prompt"]).items())):
         lent.add(f"tokens.{name}", value)
@@ -82,10 +82,10 @@ def tokens(
         if which != number and which not in call.snapshots:
             raise MethodError(
                 f"the input of layer {which} was not kept; return the layer from `required_layer_inputs` of "
-                f"{type(method_call.use.method).__name__}"
+                f"{type(plan.use.method).__name__}"
             )
         snapshot_ = call.snapshots.get(which, snapshot)
-        inputs = attention_inputs(call, method_call, which, snapshot_, flat, rope, queries, checks)
+        inputs = attention_inputs(call, plan, which, snapshot_, flat, rope, queries, checks)
         for name in ("queries", "keys", "values"):
             lent.add(f"the layer's {name}", getattr(inputs, name))
         return inputs
@@ -93,25 +93,25 @@ def tokens(
     return Tokens(
         hidden=states,
         layer=number,
-        stage=list(method_call.counts).index(number),
+        stage=list(plan.counts).index(number),
         num_layers=call.spec.anatomy.num_layers,
-        recorded=_records(call, method_call, rows, slot),
+        recorded=_records(call, plan, rows, slot),
         inputs=call.inputs,
         anatomy=call.spec.anatomy,
-        memory=method_call.memory,
+        memory=call.memory.setdefault(plan.use.prefix, {}),
         reader=read,
         **fields,
     )
 
 
 def _fields(
-    call: CallState, visual: VisualTokens, method_call: MethodCall, number: int, flat: Tensor, device: torch.device
+    call: CallState, visual: VisualTokens, plan: MethodPlan, number: int, flat: Tensor, device: torch.device
 ) -> dict[str, Any]:
     """The fields of `Tokens` that depend on nothing but the layout of the prompt and the budget."""
-    groups, counts, whole = method_call.groups, method_call.counts[number], _is_uncut(call)
+    groups, counts, whole = plan.groups, plan.counts[number], _is_uncut(call)
     places = {name: getattr(visual, name) for name in _PLACES}
     if len(call.spec.uses) > 1:
-        places["index"] = _own_index(visual, method_call)
+        places["index"] = _own_index(visual, plan)
     sizes = groups.sizes if whole else groups.count(flat)
     return {n: to_device(x.clone() if whole else x[flat], device) for n, x in places.items()} | {
         "offsets": _offsets(sizes, device),
@@ -119,13 +119,13 @@ def _fields(
         "budgets": to_device(torch.tensor(counts), device),
         "max_budget": max(counts, default=0),
         "max_length": max(sizes, default=0),
-        "prompt": _prompt(call, method_call, flat).to(device),
+        "prompt": _prompt(call, plan, flat).to(device),
     }
 
 
-def _records(call: CallState, method_call: MethodCall, rows: Tensor, slot: Tensor) -> dict[str, list]:
+def _records(call: CallState, plan: MethodPlan, rows: Tensor, slot: Tensor) -> dict[str, list]:
     """The records of the method's taps; those over prompt positions at the tokens' rows and slots `[M]`."""
-    use, found = method_call.use, {}
+    use, found = plan.use, {}
     for name, values in call.recorded.items():
         if name in use.tap_names & call.spec.column_taps:
             values = [x[to_device(rows, x.device), to_device(slot, x.device)] for x in values]
@@ -144,9 +144,9 @@ def _refuse_states(states: Tensor, rows: Tensor, number: int) -> None:
         )
 
 
-def _own_index(visual: VisualTokens, method_call: MethodCall) -> Tensor:
+def _own_index(visual: VisualTokens, plan: MethodPlan) -> Tensor:
     """Index `[M]` of each visual token among those of its sample that the method prunes."""
-    own = method_call.members
+    own = plan.members
     before = own.cumsum(0) - own.long()
     first = torch.searchsorted(visual.sample, visual.sample)  # first token of the sample
     return before - before[first]
@@ -169,19 +169,19 @@ class _Sample:
     visual: Tensor
 
 
-def _samples(call: CallState, method_call: MethodCall, slot: Tensor, flat: Tensor) -> list[_Sample]:
+def _samples(call: CallState, plan: MethodPlan, slot: Tensor, flat: Tensor) -> list[_Sample]:
     visual = call.visual
     assert visual is not None
     if _is_uncut(call):
         key = ("samples", _text_key(call))
-        return visual.cached(key, lambda: list(_each_sample(call, visual, method_call, slot, flat)))
-    return list(_each_sample(call, visual, method_call, slot, flat))
+        return visual.cached(key, lambda: list(_each_sample(call, visual, plan, slot, flat)))
+    return list(_each_sample(call, visual, plan, slot, flat))
 
 
 def _each_sample(
-    call: CallState, visual: VisualTokens, method_call: MethodCall, slot: Tensor, flat: Tensor
+    call: CallState, visual: VisualTokens, plan: MethodPlan, slot: Tensor, flat: Tensor
 ) -> Iterator[_Sample]:
-    for row in method_call.groups.by_sample:
+    for row in plan.groups.by_sample:
         positions = ((slot[row] >= 0) & call.columns.real[row]).nonzero()[:, 0]
         last = visual.position[visual.sample == row].max()
         if call.answer_starts is not None:  # the selection must not depend on the answer
@@ -191,13 +191,13 @@ def _each_sample(
         yield _Sample(row, positions, text if len(text) else positions[-1:], own)
 
 
-def _prompt(call: CallState, method_call: MethodCall, flat: Tensor) -> Prompt:
+def _prompt(call: CallState, plan: MethodPlan, flat: Tensor) -> Prompt:
     """Positions of all tokens at this stage, in samples with visual tokens, on the CPU."""
     slot = call.columns.slot_of_position()
     batch, column, text, visual_rows = [], [], [], []
     lengths: list[int] = []
     text_lengths: list[int] = []
-    for sample in _samples(call, method_call, slot, flat):
+    for sample in _samples(call, plan, slot, flat):
         order = torch.full((call.columns.length,), -1)
         order[sample.positions] = torch.arange(len(sample.positions)) + sum(lengths)
         batch.append(torch.full_like(sample.positions, sample.row))
@@ -219,7 +219,7 @@ def _prompt(call: CallState, method_call: MethodCall, flat: Tensor) -> Prompt:
 
 def attention_inputs(
     call: CallState,
-    method_call: MethodCall,
+    plan: MethodPlan,
     number: int,
     snapshot: Snapshot,
     flat: Tensor,
@@ -231,7 +231,7 @@ def attention_inputs(
 
     Args:
         call: The call in progress.
-        method_call: The method's task in it.
+        plan: The method's task in it.
         number: The layer.
         snapshot: Its input.
         flat: `[M]` numbers of the live visual tokens.
@@ -246,7 +246,7 @@ def attention_inputs(
 
     def lay_out() -> _KeyLayout:
         befores = None if past is None else [len(keys) for keys, _ in past]
-        return _KeyLayout.of(call, method_call, snapshot, flat, queries, befores, device)
+        return _KeyLayout.of(call, plan, snapshot, flat, queries, befores, device)
 
     if past is None and _is_uncut(call):
         assert call.visual is not None
@@ -304,7 +304,7 @@ class _KeyLayout:
     def of(
         cls,
         call: CallState,
-        method_call: MethodCall,
+        plan: MethodPlan,
         snapshot: Snapshot,
         flat: Tensor,
         queries: str,
@@ -316,7 +316,7 @@ class _KeyLayout:
         samples, query_order, visual_rows = [], [], []
         query_lengths: list[int] = []
         key_lengths: list[int] = []
-        for sample in _samples(call, method_call, slot, flat):
+        for sample in _samples(call, plan, slot, flat):
             queried = sample.text if queries == "text" else sample.positions[-1:]
             key_slots = slot[sample.row, sample.positions]
             before = 0 if befores is None else befores[sample.row]
