@@ -21,7 +21,7 @@ from scripts.docs.tables import ROOT
 HOME = {"README.md": "index.md"}
 PROJECT = {
     "CONTRIBUTING.md": ("Contributing", "project/contributing.md"),
-    "vtprune/refvlm/README.md": ("The built-in model", "project/refvlm.md"),
+    "vtprune/refvlm/README.md": ("The built-in models", "project/refvlm.md"),
     "kernels/README.md": ("Kernels", "project/kernels.md"),
     "benchmarks/README.md": ("Benchmarks", "project/benchmarks.md"),
     "CHANGELOG.md": ("Changes", "project/changelog.md"),
