@@ -283,6 +283,10 @@ def test_the_table_says_where_pruning_does_not_pay(unpruned: float, pruned: floa
     screen = io.StringIO()
     table.show(data | {"dtype": "float32", "attention": "sdpa", "device": "cpu"}, Console(file=screen, width=220))
     assert verdict in screen.getvalue() and ("(no)" in screen.getvalue()) == verdict.startswith("does")
+    # On a narrow terminal no cell is cut off: every row is a block of lines.
+    narrow = io.StringIO()
+    table.show(data | {"dtype": "float32", "attention": "sdpa", "device": "cpu"}, Console(file=narrow, width=80))
+    assert "…" not in narrow.getvalue() and "\niwp keep=1\n  kept: 1\n" in narrow.getvalue()
 
 
 def test_variants_are_read(plain: list[str]) -> None:

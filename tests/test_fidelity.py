@@ -214,7 +214,9 @@ def command(embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path
     return run
 
 
-def test_the_command_shows_and_writes_what_it_measured(command: Any, capfd: Any, tmp_path: Path) -> None:
+def test_the_command_shows_and_writes_what_it_measured(
+    command: Any, capfd: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     assert command("--limit", 2, "--ratios", 1, 0.1) == 0
     out = capfd.readouterr().out
     assert "2 pictures (drawn scenes), 2 prompts" in out and "144 of 144" in out and "14 of 144" in out
@@ -228,8 +230,11 @@ def test_the_command_shows_and_writes_what_it_measured(command: Any, capfd: Any,
     assert data["rows"][0]["kl"] == {"value": 0, "interval": [0, 0]} and data["rows"][1]["kl"]["value"] > 0
     assert data["questions"] == "the scenes' own" and "records" not in data
     assert not charts.available() or "iwp" in (tmp_path / "out.svg").read_text()
+    monkeypatch.setenv("COLUMNS", "30")
     assert command("--limit", 2, "--ratios", 1, 0.1) == 0  # nothing is measured again
     assert json.loads((tmp_path / "out.json").read_text()) == data
+    out = capfd.readouterr().out  # a table that does not fit is a list
+    assert "random\n  kept: 14 of 144\n" in out and "…" not in out
 
 
 def test_clips_are_measured_beside_smaller_frames(monkeypatch: Any, tmp_path: Path, capfd: Any) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..study.terminal import print_table
 from . import summary
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _COLUMNS = (
     "",
@@ -51,7 +51,7 @@ def show(data: Mapping[str, Any], console: Console, cpu: bool = False) -> None:
             console.print(Text(f"{data['model']}, {name}: {setting['refused']}"))
             continue
         mine = summary.rows_of(setting, data["variants"], cpu)
-        console.print(_table(data, name, mine))
+        print_table(console, _title(data, name, mine), _COLUMNS, [_cells(row) for row in mine])
         for line in notes(mine):
             console.print(Text(line))
     clock = " All times are CPU times of the process." if cpu else ""
@@ -77,38 +77,33 @@ def notes(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{row['variant']}: the KV cache has {found:,} bytes, its formula gives {formula:,} bytes"
 
 
-def _table(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
+def _title(data: Mapping[str, Any], name: str, rows: list[dict[str, Any]]) -> str:
     some = next((row for row in rows if "refused" not in row), None)
     tokens = f"{some['visual']:,} visual and {some['text']:,} text tokens a sample, " if some else ""
-    title = f"{data['model']}, {name}: {tokens}{data['dtype']}, {data['attention']}, {data['device']}"
-    table = Table(title=Text(title), title_justify="left", pad_edge=False)
-    for number, heading in enumerate(_COLUMNS):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        if "refused" in row:
-            table.add_row(Text(row["variant"]), *["-"] * (len(_COLUMNS) - 1))
-            continue
-        prefill = row["prefill"]
-        pays = "" if not row.get("verdict") else " (no)"
-        table.add_row(
-            Text(row["variant"]),
-            f"{row['kept']:,}",
-            _ms(row["vision"]),
-            _ms(row["decision"]),
-            f"{_ms(prefill)} [dim]({1e3 * prefill['low']:.0f} to {1e3 * prefill['high']:.0f})[/dim]",
-            _times(row.get("speedup")),
-            "-" if row.get("gain") is None else f"{row['gain']:.0%}{pays}",
-            "-" if "flops_bound" not in row else f"{1e3 * row['flops_bound']:.1f}",
-            _ms(row["token"]),
-            _ms(row["end_to_end"]),
-            _times(row.get("speedup_end_to_end")),
-            _size(row["peak_bytes"]),
-            _size(row["kv_bytes"]),
-        )
-    return table
+    return f"{data['model']}, {name}: {tokens}{data['dtype']}, {data['attention']}, {data['device']}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Cells of a row under the headings `_COLUMNS`."""
+    if "refused" in row:
+        return [row["variant"], *["-"] * (len(_COLUMNS) - 1)]
+    prefill = row["prefill"]
+    pays = "" if not row.get("verdict") else " (no)"
+    return [
+        row["variant"],
+        f"{row['kept']:,}",
+        _ms(row["vision"]),
+        _ms(row["decision"]),
+        f"{_ms(prefill)} ({1e3 * prefill['low']:.0f} to {1e3 * prefill['high']:.0f})",
+        _times(row.get("speedup")),
+        "-" if row.get("gain") is None else f"{row['gain']:.0%}{pays}",
+        "-" if "flops_bound" not in row else f"{1e3 * row['flops_bound']:.1f}",
+        _ms(row["token"]),
+        _ms(row["end_to_end"]),
+        _times(row.get("speedup_end_to_end")),
+        _size(row["peak_bytes"]),
+        _size(row["kv_bytes"]),
+    ]
 
 
 def _ms(spread: Mapping[str, float] | None) -> str:

@@ -7,8 +7,9 @@ import argparse
 import dataclasses
 from typing import Any
 
+from ..study.terminal import wrap
 from .arguments import add_model, quiet
-from .output import Output, add_json, width, wrap
+from .output import Output, add_json, width
 from .parser import description
 
 LAYERS = 32  # depth of the decoder for which cuts are shown

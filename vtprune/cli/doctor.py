@@ -11,8 +11,9 @@ from typing import Any
 from .. import __version__
 from ..errors import InputError, VTPruneError, one_line
 from ..refvlm.loading import EMBEDDED_MODELS
+from ..study.terminal import wrap
 from .arguments import add_device, add_model, quiet
-from .output import Output, add_json, plural, width, wrap
+from .output import Output, add_json, plural, width
 from .parser import description
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "pillow", "rich", "jsonschema", "shtab")

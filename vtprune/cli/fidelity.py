@@ -113,7 +113,7 @@ def _fidelity(args: argparse.Namespace) -> None:
             rows = _measure(args, model, processor, pairs, variants, data, path)
         data = header | {"load": data.get("load"), "rows": rows}
         progress.save(path, data)
-    fidelity_view.print_table(data, output.console())
+    fidelity_view.show(data, output.console())
     if path is None:
         output.write(data)
     else:

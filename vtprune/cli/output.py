@@ -9,13 +9,13 @@ import os
 import shutil
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import files
 from ..errors import InputError
+from ..study.terminal import make_console, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,14 +99,12 @@ class Output:
 
     def console(self) -> Console:
         """Console for text: standard output, or standard error if the JSON goes to standard output."""
-        from ..study import progress
-
         stream = sys.stderr if self.to_stdout else sys.stdout
         # Without a terminal and without COLUMNS nothing is cut off; rich would take a COLUMNS of 0 as no width at all.
         given = os.environ.get("COLUMNS", "")
         is_set = given.isdigit() and int(given) > 0
         width = shutil.get_terminal_size().columns if stream.isatty() or is_set else WIDE
-        return progress.make_console(stderr=self.to_stdout, width=width)
+        return make_console(stderr=self.to_stdout, width=width)
 
     def say(self, text: str) -> None:
         """Prints text."""
@@ -120,25 +118,7 @@ class Output:
             headings: Headings of the columns; the first column names the row.
             rows: Cells of each row.
         """
-        from rich.measure import Measurement
-        from rich.table import Table
-        from rich.text import Text
-
-        console = self.console()
-        table = Table(title=Text(title, no_wrap=True, overflow="ellipsis"), title_justify="left")
-        for number, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
-            console.print(table)
-            return
-        lines = [title if len(title) <= console.width else f"{title[: console.width - 3]}..."]
-        for name, *cells in rows:
-            lines += ["", name or headings[0]]
-            for heading, cell in zip(headings[1:], cells, strict=True):
-                lines += wrap(f"{heading}: {cell}", console.width, "  ")
-        self.say("\n".join(lines))
+        print_table(self.console(), title, headings, rows)
 
     def write(self, data: Any) -> None:
         """Writes the JSON, if requested."""
@@ -150,12 +130,6 @@ class Output:
             return
         files.write_text(self.json, text)
         self.say(f"JSON written to {self.json}")
-
-
-def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """Wraps text without breaking words such as `mean_ratio=0.2`."""
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, max(width, 20), initial_indent=indent, subsequent_indent=indent + "  ", **options)  # type: ignore[arg-type]
 
 
 def width() -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .charts import Chart, Series
 from .resize import NAME
+from .terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,23 +46,19 @@ def chart(data: dict[str, Any]) -> Chart:
     )
 
 
-def print_table(data: dict[str, Any], console: Console) -> None:
+def show(data: dict[str, Any], console: Console) -> None:
     """Prints a row per method and ratio, with intervals on wide terminals and fewer columns on narrow ones."""
-    from rich.table import Table
     from rich.text import Text
 
     intervals = console.width >= 172
     shown = [0, 1, 2, 4, 8] if console.width < 100 else range(9)
-    table = Table(title=Text(_title(data)), title_justify="left")
-    for number in shown:
-        table.add_column(_HEADINGS[number], justify="right" if number else "left", no_wrap=True)
     ran = [row for row in data["rows"] if "refused" not in row]
+    sections = []
     for ratio in sorted({row["ratio"] for row in ran}, reverse=True):
-        for row in sorted((r for r in ran if r["ratio"] == ratio), key=lambda row: row["kl"]["value"]):
-            cells = _cells(row, intervals)
-            table.add_row(*(cells[number] for number in shown))
-        table.add_section()
-    console.print(table)
+        rows = sorted((row for row in ran if row["ratio"] == ratio), key=lambda row: row["kl"]["value"])
+        cells = [_cells(row, intervals) for row in rows]
+        sections.append([[row[number] for number in shown] for row in cells])
+    print_table(console, _title(data), [_HEADINGS[number] for number in shown], *sections)
     _print_beside_resizing(ran, console)
     for row in refusals(data["rows"]):
         console.print(Text(f"{row['method']} at {row['ratio']:g}: {row['refused']}"))
@@ -71,21 +68,13 @@ def print_table(data: dict[str, Any], console: Console) -> None:
 
 def _print_beside_resizing(rows: list[dict[str, Any]], console: Console) -> None:
     """Prints every row beside smaller pictures of as many tokens, and beside those that take no more time."""
-    from rich.table import Table
-    from rich.text import Text
-
     if not any(row.get("equal_tokens") or row.get("equal_time") for row in rows):
         return
     title = (
         "Beside smaller pictures: KL minus theirs (below 0 is nearer), and of the answers that they change, those kept"
     )
-    table = Table(title=Text(title), title_justify="left")
-    for number, heading in enumerate(BESIDE):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in sorted(rows, key=lambda row: (-row["ratio"], row["kl"]["value"])):
-        if row["method"] != NAME:
-            table.add_row(*beside_resizing(row))
-    console.print(table)
+    ordered = sorted(rows, key=lambda row: (-row["ratio"], row["kl"]["value"]))
+    print_table(console, title, BESIDE, [beside_resizing(row) for row in ordered if row["method"] != NAME])
 
 
 def refusals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ machine, weights, settings. Work resumes with a file of the same header and refu
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -15,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.files import MAX_RESULTS, FileError, check_schema, read_json
 from ..errors import VTPruneError
+from .terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -259,21 +259,6 @@ def interruptible(path: str | Path | None, resume: str = "run the same command t
         where = f"finished results are in {path}; " if path is not None and Path(path).exists() else ""
         _say(f"interrupted: {where}{resume}" if path is not None else "interrupted")
         raise SystemExit(130) from None
-
-
-def make_console(**options: Any) -> Console:
-    """Makes a console that raises `BrokenPipeError` if its reader goes away, where rich ends the process with code 1.
-
-    Args:
-        options: Options of `rich.console.Console`.
-    """
-    from rich.console import Console
-
-    class PipeConsole(Console):
-        def on_broken_pipe(self) -> NoReturn:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    return PipeConsole(**options)
 
 
 def _say(text: str) -> None:
