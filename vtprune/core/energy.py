@@ -24,7 +24,8 @@ class Auto:
     """Automatic token count for each image: as many tokens as explain a share of the energy of all of them.
 
     The residual energy of an image's projected features falls as tokens are picked by residual selection
-    (`methods.ResPrune`); the count is the first at which at most `1 - energy` of it is left. Any method can use it.
+    (`methods.ResPrune`); the count is the first at which at most `1 - energy` of it is left. Any method can use it;
+    those whose budget is for the whole sample get the sum over its images.
 
     Attributes:
         energy: Share to be explained, above 0 and below 1. `vtprune.study.auto.calibrate` finds the one that keeps a
