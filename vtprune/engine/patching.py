@@ -112,7 +112,10 @@ class Patch:
 
     @property
     def last(self) -> Pruning | None:
-        """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first."""
+        """Record of the most recent prefill: of this thread if it ran one, else of any. None before the first.
+
+        Calls without visual tokens, and those inside `paused`, leave it as it was.
+        """
         return self._session.state.last
 
     @contextmanager
