@@ -197,6 +197,11 @@ def test_a_strategy_of_another_method_is_refused(tmp_path: Any) -> None:
             methods.VFlowOpt.load(path)
 
 
+def test_options_of_the_command_line_are_those_of_the_class() -> None:
+    with pytest.raises(vtprune.MethodError, match=r"a name alone, or an instance with options, FastV\(layer=3\)"):
+        methods.resolve("fastv:layer=3")
+
+
 def test_options_of_a_certificate_must_be_its_methods(tmp_path: Any) -> None:
     text = dict.fromkeys(("method_repr", "model", "config_hash", "weights_hash"), "x")
     good = {"ratio": 0.1, "risk": 0.1, "confidence": 0.9, "pictures": 3, "questions": 3, "changed": 0.0}

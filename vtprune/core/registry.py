@@ -95,6 +95,12 @@ def resolve(method: str | Method | type[Method]) -> Method:
         MethodError: The name is unknown, an option has a wrong value, or it is no method.
     """
     if isinstance(method, str):
+        name, _, options = method.partition(":")
+        if options and name in _METHODS:  # as on the command line
+            raise MethodError(
+                f"method is {shorten(method)}; expected a name alone, or an instance with options, "
+                f"{_METHODS[name].__name__}({options})"
+            )
         method = get(method)
     if isinstance(method, type) and issubclass(method, Method):
         method = method()
