@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import posixpath
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import doc_commands  # noqa: E402
 
 import vtprune  # noqa: E402
 from scripts.docs import methods, pages, tables  # noqa: E402
+from scripts.docs import results as pages_results  # noqa: E402
 from vtprune import refvlm  # noqa: E402
 
 # Documents of the repository that are no pages of the site.
@@ -274,6 +276,18 @@ def test_includes_and_links():
     for wrong in ("<!-- fill: nothing -->", "<!-- include: CONTRIBUTING.md#Nothing -->"):
         with pytest.raises(ValueError, match="othing"):
             pages.complete(wrong, "docs/serving.md")
+
+
+def test_links_of_pages_lead_to_pages_and_files():
+    """Also those around charts, which MkDocs does not check."""
+    for place, text in PAGES.items():
+        if place in OTHERS:
+            continue
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", pages_results.linked(text), flags=re.S)
+        for target in re.findall(r"\]\(([^)\s#]+)", prose):
+            if not re.match(r"[a-z]+:", target):
+                path = posixpath.normpath(posixpath.join(posixpath.dirname(place), target))
+                assert path in PAGES or (ROOT / "docs" / path).is_file(), (place, target)
 
 
 def test_documents_type_no_numbers_of_results():

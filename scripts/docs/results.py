@@ -26,7 +26,7 @@ def place(title: str) -> str:
 
 def page(title: str) -> str:
     """Markdown of a section's page."""
-    return linked(f"# {title}\n\n{sections()[1][title]}\n")
+    return f"# {title}\n\n{sections()[1][title]}\n"
 
 
 def summary() -> str:
@@ -39,7 +39,7 @@ def summary() -> str:
         if chart:
             out.append(chart[0])
         out += [*_first_table(body), f"[All numbers: {title}](/{place(title)})"]
-    return linked("\n\n".join(out) + "\n")
+    return "\n\n".join(out) + "\n"
 
 
 def _first_table(body: str) -> list[str]:
@@ -56,6 +56,6 @@ def _first_table(body: str) -> list[str]:
 
 
 def linked(text: str) -> str:
-    """Makes every chart and every other picture but badges a link to its file."""
+    """Makes every chart and every other picture but badges a link to its file; the last step, on the complete page."""
     text = _CHART.sub(r"[![\1](\2)](\2){.chart}", text)
     return _PICTURE.sub(r"[![\1](\2)](\2)", text)
