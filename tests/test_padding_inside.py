@@ -55,3 +55,24 @@ def test_float_masks_hide_by_any_low_value(method: str, low: float) -> None:
         got = model(**batch | {"attention_mask": prepared}).logits[real]
         assert [columns.tolist() for columns in patch.last.kept] == kept
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("sees", ["itself", "everything"])
+@pytest.mark.parametrize("method", ["uniform", "iwp", "debiased"])
+@torch.no_grad()
+def test_what_padding_sees_does_not_matter(method: str, sees: str, side: str) -> None:
+    """Queries of padding that see something, so that softmax stays finite, make no difference to real tokens."""
+    model, batch = FAMILIES["llava"].build(), FAMILIES["llava"].batch([[3, Image(0), 5], [1, Image(0), 1], [4]], side)
+    real = batch["attention_mask"].bool()
+    length = real.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, :]
+    other = torch.eye(length, dtype=torch.bool) if sees == "itself" else torch.ones(1, dtype=torch.bool)
+    prepared = torch.where(real[:, :, None], causal, other)[:, None]
+    places = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)}
+    with vtprune.patch(model, ratio=0.3, method=method) as patch:
+        want = model(**batch, **places).logits[real]
+        kept = [columns.tolist() for columns in patch.last.kept]
+        got = model(**batch | {"attention_mask": prepared}, **places).logits[real]
+        assert [columns.tolist() for columns in patch.last.kept] == kept
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

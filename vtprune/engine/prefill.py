@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.transfer import to_device
 from ..errors import NothingPrunedError, UnsupportedModelError
 from ..models.arguments import hidden_states, with_hidden_states
-from ..models.attended import attended
+from ..models.attended import attended, attended_columns
 from ..models.attention_probe import Projections
 from ..models.transformers_names import cache_of
 from ..models.visual_tokens import VisualTokens
@@ -337,7 +337,7 @@ def _real_columns(
     for m in sorted(given, key=lambda m: not (isinstance(m, Tensor) and m.dim() == 2)):
         if not (isinstance(m, Tensor) and m.dim() == 2):
             seen = attended(m, batch, length)
-            m = None if seen is None else seen.any(1)  # a position is padding if no query attends to it
+            m = None if seen is None or seen.shape[2] < past + length else attended_columns(seen, past)
         if m is not None and m.shape[1] >= past + length:
             known = m.to("cpu", torch.bool, copy=True).expand(batch, -1)
             if m.shape[1] == length:

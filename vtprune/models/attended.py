@@ -40,3 +40,29 @@ def attended(mask: Any, batch: int, length: int, queries: Tensor | None = None) 
     first = mask[:, 0].expand(batch, -1, -1)
     first = first if queries is None else first[torch.arange(batch), queries.to(mask.device)][:, None]
     return first if first.dtype == torch.bool else first > _HIDES
+
+
+def attended_columns(seen: Tensor, past: int) -> Tensor:
+    """The columns that some query attends to, beside queries of padding.
+
+    So that softmax stays finite, padding may attend to itself and to nothing else, or to every column.
+
+    Args:
+        seen: `[B, Q, KV]` bool, see `attended`.
+        past: Column of the first query.
+
+    Returns:
+        Tensor: `[B, KV]` bool.
+    """
+    everywhere = seen.all(2)
+    everywhere[:, -1:] &= everywhere[:, :-1].any(1, keepdim=True)  # the last token sees every one before it
+    everywhere &= ~everywhere.all(1, keepdim=True)  # attention in both directions
+    seen = seen & ~everywhere[:, :, None]
+    itself = torch.zeros_like(seen[0])
+    itself.diagonal(past).fill_(True)
+    others = seen & ~itself
+    alone = ~(others.any(2) | others.any(1)[:, past : past + others.shape[1]])
+    alone &= ~alone.all(1, keepdim=True)  # a row of one token
+    columns = seen.any(1)
+    columns[:, past : past + others.shape[1]] &= ~alone
+    return columns
