@@ -17,25 +17,29 @@ class DecoderShape:
     Attributes:
         width: Hidden size `d`.
         mlp: Width `m` of the feed-forward layer of each layer.
-        keys: Number of values in the keys of one token, of each layer; its values have as many.
-        itemsize: Bytes per value in the cache.
+        cached: Bytes that each layer caches of one token.
+        held: For each layer, the largest number of tokens that its cache holds (a sliding window); None for all.
     """
 
     width: int
     mlp: tuple[int, ...]
-    keys: tuple[int, ...]
-    itemsize: int
+    cached: tuple[int, ...]
+    held: tuple[int | None, ...]
 
     @classmethod
     def of(cls, config: Any, layers: int, itemsize: int) -> DecoderShape:
-        """Reads the sizes from the transformers text config of a decoder with `layers` layers."""
+        """Reads the sizes from the transformers text config of a decoder with `layers` layers.
+
+        Layers are taken to cache keys and values of all tokens, with `itemsize` bytes per value.
+        """
         width, each = config.hidden_size, layer_configs(config, layers)
-        return cls(width, tuple(_mlp(c, width) for c in each), tuple(_keys(c, width) for c in each), itemsize)
+        cached = tuple(2 * _keys(c, width) * itemsize for c in each)
+        return cls(width, tuple(_mlp(c, width) for c in each), cached, (None,) * layers)
 
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return len(self.keys)
+        return len(self.cached)
 
 
 def _mlp(config: Any, width: int) -> int:
@@ -66,4 +70,5 @@ def decoder_flops(tokens: Sequence[float], shape: DecoderShape) -> float:
 
 def kv_bytes(slots: Sequence[int], batch: int, shape: DecoderShape) -> int:
     """Bytes of keys and values for `slots` cached tokens per layer."""
-    return sum(2 * batch * n * keys * shape.itemsize for n, keys in zip(slots, shape.keys, strict=True))
+    layers = zip(slots, shape.held, shape.cached, strict=True)
+    return sum(batch * size * (n if most is None else min(n, most)) for n, most, size in layers)
