@@ -6,7 +6,13 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2_5_VLForConditionalGeneration, generation
+from transformers import (
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    generation,
+)
 
 from vtprune.models import transformers_names
 
@@ -19,6 +25,14 @@ def test_a_name_that_is_gone_is_reported_in_plain_words(monkeypatch: pytest.Monk
     monkeypatch.delattr(generation.GenerationMixin, transformers_names.MAKE_CANDIDATES)
     [line] = transformers_names.missing()
     assert "GenerationMixin._get_candidate_generator" in line and "assisted" in line
+
+
+@pytest.mark.parametrize("name", [transformers_names.VARIES, transformers_names.OF_LAYERS])
+def test_names_of_configs_that_are_gone_are_reported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = next(cls for cls in PreTrainedConfig.__mro__ if name in vars(cls))
+    monkeypatch.delattr(owner, name)
+    [line] = transformers_names.missing()
+    assert f"PreTrainedConfig.{name}" in line and "settings" in line
 
 
 def test_caches_are_found_by_what_they_can_do() -> None:

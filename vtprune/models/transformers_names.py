@@ -20,6 +20,10 @@ ENCODER_OUTPUTS = "mm_encoder_outputs"  # features that were encoded before the 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 # Method of attention modules that cache latents; makes keys and values of what is cached as such.
 EXPAND_LATENTS = "expand_kv"
+# Method of processors that counts the placeholders of pictures from their sizes.
+COUNT_TOKENS = "_get_num_multimodal_tokens"
+# Attributes of configs: whether settings differ between layers, and the config of each layer.
+VARIES, OF_LAYERS = "is_heterogeneous", "per_layer_config"
 # Attributes of a cache's layers with a sliding window that keeps the prompt, wherever it moves.
 PROMPT_LENGTH, WINDOW = "prefill_length", "sliding_window"
 
@@ -78,9 +82,9 @@ def layer_configs(config: Any, count: int) -> list[Any]:
 
     Such a setting (head sizes in Gemma 4, numbers of experts in dots.note) cannot be read from the config of all.
     """
-    if not getattr(config, "is_heterogeneous", False):
+    if not getattr(config, VARIES, False):
         return [config] * count
-    return list(config.per_layer_config)[:count]
+    return list(getattr(config, OF_LAYERS))[:count]
 
 
 def missing() -> list[str]:
@@ -96,6 +100,8 @@ def missing() -> list[str]:
         (cache_utils.DynamicCache, "get_mask_sizes", "to recognize caches, and to override it in pruned ones"),
         (cache_utils.DynamicCache, "get_seq_length", "to let a pruned cache report the conversation's length"),
         (cache_utils.DynamicCache(), "layers", "to read keys and values of each layer"),
+        (transformers.PreTrainedConfig, VARIES, "to tell that settings differ between layers"),
+        (transformers.PreTrainedConfig, OF_LAYERS, "to read the settings of each layer"),
         (transformers, "AutoModelForImageTextToText", "to load models"),
     ]
     return [
