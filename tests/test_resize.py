@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers import LlavaNextProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import vtprune
 from vtprune import refvlm
-from vtprune.study.resize import ASPECT, Frames, resized
+from vtprune.study.resize import ASPECT, Frames, _sizes, resized
 
 
 def _prompt(processor: Any) -> Any:
@@ -138,3 +140,25 @@ def test_of_sizes_with_as_many_tokens_the_largest_is_shown() -> None:
     assert made.size == image.size
     with pytest.raises(vtprune.MethodError, match="resizing cannot reach 4 visual tokens"):  # not of another shape
         resized(processor, image, lambda p: p, lambda p: 5 if 1.2 < p.width / p.height < 1.5 else 1, 4)
+
+
+def test_tiles_whose_padding_is_left_out_do_not_mislead_the_search() -> None:
+    """LLaVA-NeXT leaves out tokens of padding by a size's rounded shape: larger pictures may have fewer tokens."""
+    grid = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    side = {"height": 336, "width": 336}
+    images = LlavaNextImageProcessorPil(image_grid_pinpoints=grid, crop_size=side, size={"shortest_edge": 336})
+    processor = LlavaNextProcessor.__new__(LlavaNextProcessor)
+    vars(processor).update(image_processor=images, patch_size=14, num_additional_image_tokens=1)
+    processor.vision_feature_select_strategy = "default"
+
+    def count(picture: Any) -> int:
+        return processor._get_num_multimodal_tokens(image_sizes=[picture.size[::-1]]).num_image_tokens[0]
+
+    for size in ((817, 469), (1401, 394), (640, 480)):
+        possible = {count(SimpleNamespace(size=it)) for it in [*_sizes(size, None, 0), size]}
+        assert len(possible) > 2
+        for tokens in possible:
+            picture, found = resized(processor, Image.new("RGB", size), lambda p: p, count, tokens)
+            assert found == count(picture) == tokens
+        with pytest.raises(vtprune.MethodError, match=f"at least {min(possible)} of"):
+            resized(processor, Image.new("RGB", size), lambda p: p, count, min(possible) - 1)

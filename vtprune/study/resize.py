@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import MethodError
+from ..models.transformers_names import COUNT_TOKENS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -111,6 +112,8 @@ def resized(
     resample = resample if isinstance(resample, int) else None  # Pillow's own
     steps: Sequence[Any] = range(1, tiles) if tiles else _sizes(image.size, _cell(images), _bound(processor, image))
     with _restored(processor):
+        if not (tiles or _cell(images) or isinstance(image, Frames)):
+            steps = _by_tokens(processor, steps)
         low, high = 0, len(steps)
         while low < high:
             tried = (low + high) // 2
@@ -131,6 +134,17 @@ def resized(
         f"resizing cannot reach {budget} visual tokens: {type(processor).__name__} makes at least {least} of a picture "
         "of any size"
     )
+
+
+def _by_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """Sizes in ascending order of the tokens that the processor makes of them, where it tells without a picture.
+
+    A larger picture may have fewer tokens than a smaller one: those of padding are left out, by its rounded shape.
+    """
+    if not hasattr(processor, COUNT_TOKENS):
+        return sizes
+    told = getattr(processor, COUNT_TOKENS)(image_sizes=[(height, width) for width, height in sizes])
+    return [size for _, size in sorted(zip(told.num_image_tokens, sizes, strict=True), key=lambda pair: pair[0])]
 
 
 def _cell(images: Any) -> int | None:
