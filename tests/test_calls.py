@@ -479,6 +479,26 @@ def test_a_model_without_a_decoder_is_named() -> None:
             call(model)
 
 
+def test_a_model_that_embeds_patches_in_its_decoder_is_no_text_model() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    if "neomme" not in MODEL_MAPPING_NAMES:
+        pytest.skip("this transformers has no NeoMME")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 2}
+    model = transformers.NeoMMEModel(transformers.NeoMMEConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    with pytest.raises(vtprune.UnsupportedModelError, match="embeds patches inside its decoder; models with") as error:
+        vtprune.patch(model, ratio=0.5)
+    assert "text-only" not in str(error.value)
+
+
+def test_a_model_that_holds_the_one_to_patch_names_it() -> None:
+    """Qwen2.5-Omni has no embeddings of its own, and its `generate` calls that of its thinker."""
+    with torch.device("meta"):
+        model = transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig())
+    with pytest.raises(vtprune.UnsupportedModelError, match="patch model.thinker instead"):
+        vtprune.patch(model, ratio=0.5)
+
+
 @pytest.mark.parametrize("model", ["llava", None])
 def test_what_is_no_model_is_named(model: Any) -> None:
     for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):

@@ -157,9 +157,11 @@ def find(model: nn.Module) -> Anatomy:
     try:
         inner.get_input_embeddings()
     except (NotImplementedError, AttributeError):
+        held = {name: type(part).__name__ for name, part in _held_models(inner).items() if _generates(part)}
+        found = "".join(f"; it holds one ({kind}): patch model.{name} instead" for name, kind in held.items())
         raise UnsupportedModelError(
             f"{type(inner).__name__} has no input embeddings: expected a vision-language model that generates text "
-            "from a prompt with visual tokens"
+            f"from a prompt with visual tokens{found}"
         ) from None
     paths = {module: name for name, module in inner.named_modules()}
     unsupported.refuse_encoder_decoder(inner)
@@ -229,6 +231,11 @@ def _held_models(module: nn.Module) -> dict[str, nn.Module]:
     return with_vision or found
 
 
+def _generates(module: nn.Module) -> bool:
+    """Whether a module is a model that generates text."""
+    return bool(getattr(module, "can_generate", lambda: False)())
+
+
 def _layer_list(module: nn.Module) -> nn.ModuleList | None:
     """The `ModuleList` among a module's children: the one called `layers`, or else the longest; None without any."""
     lists = [
@@ -292,10 +299,14 @@ def _find_vision_tower(
         # A patch embedding may be a single linear layer, which only its name gives away.
         if re.search("vis|image", name.rpartition(".")[2]):
             return module
+    reason = (
+        "this model embeds patches inside its decoder; models with a vision tower of their own work"
+        if _takes_images(model)
+        else "a text-only model has no visual tokens to prune"
+    )
     raise UnsupportedModelError(
         f"no vision tower found in {type(model).__name__}: expected a sub-model outside the decoder "
-        f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; a text-only model has no visual "
-        "tokens to prune"
+        f"({paths[decoder] or 'root'}: {type(decoder).__name__}) that takes pixels; {reason}"
     )
 
 
