@@ -19,7 +19,7 @@ from vtprune.methods.evs import EVS
 from vtprune.methods.fastvid import FastVID, plan, summarize
 from vtprune.methods.flashvid import FlashVID, diverse, tree_links, tree_means
 from vtprune.methods.holitom import HoliTom, fold, next_similarity, split
-from vtprune.methods.vcast import VCast, curvature
+from vtprune.methods.vcast import VCast, curvature, unit_means
 from vtprune.methods.vidcom2 import VidCom2
 
 SELECTING = (EVS, VCast, VidCom2, DyCoke)
@@ -192,6 +192,25 @@ def test_curvature_of_short_and_still_clips() -> None:
     unit = torch.nn.functional.normalize(rows(4), dim=-1)
     assert curvature(unit[:1]).tolist() == [1] and curvature(unit[:2]).tolist() == [1, 1]
     assert curvature(unit[:1].expand(4, -1)).tolist() == [1, 1, 1, 1]
+
+
+def test_rounding_is_no_motion_to_vcast() -> None:
+    """Copies of a frame whose features differ by rounding get the budgets of equal frames."""
+    clip, frame = Clip.of_grid(4, 6), rows(6)
+    for seed in range(5):
+        noise = 2e-7 * torch.randn(24, frame.shape[1], generator=torch.Generator().manual_seed(seed))
+        kept = VCast().choose_clip(frame.repeat(4, 1) * (1 + noise), clip, 10, None).keep
+        assert torch.bincount(clip.frame[kept]).tolist() == [3, 3, 2, 2]
+
+
+def test_curvature_of_slow_motion_is_precise() -> None:
+    start, way = torch.randn(2, 1, 40, 64, generator=torch.Generator().manual_seed(1))
+    bend = 3e-4 * torch.randn(12, 1, 64, generator=torch.Generator().manual_seed(2))
+    x = start + 3e-3 * torch.arange(12.0)[:, None, None] * way + bend
+    steps = torch.nn.functional.normalize(x.double().mean(1), dim=1).diff(dim=0)
+    expected = 1 - torch.cosine_similarity(steps[1:], steps[:-1])
+    found = curvature(unit_means(x.flatten(0, 1), Clip.of_grid(12, 40)))[1:-1]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_vidcom2_follows_a_permutation_of_frames() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from vtprune.core.frame_budget import frame_budgets
-from vtprune.methods.vcast import VCast, curvature, token_scores
+from vtprune.methods.vcast import VCast, curvature, most_unusual, token_scores, unit_means
 
 from .golden_files import cases, clip_of, close, same_kept
 
@@ -16,12 +15,16 @@ from .golden_files import cases, clip_of, close, same_kept
 def check(data: dict[str, np.ndarray]) -> None:
     for _, case in cases(data):
         x, clip = clip_of(case)
-        means = normalize(clip.frame_means(x), dim=-1)
+        means = unit_means(x, clip)
         turns, temperature, budget = curvature(means), float(case["temperature"]), int(case["budget"])
         close(turns, case["curvature"], extra=2e-5)
         weights = torch.softmax(turns / temperature, 0)
         close(weights, case["frame_weights"], extra=2e-5)
         floor = int(case["min_per_frame"])
-        assert frame_budgets(weights.tolist(), budget, clip.sizes, floor) == case["frame_budgets"].tolist()
-        close(token_scores(x, clip, means), case["scores"], extra=2e-6)
-        same_kept(VCast(temperature).choose_clip(x, clip, budget, None).keep, case)
+        counts = frame_budgets(weights.tolist(), budget, clip.sizes, floor)
+        assert counts == case["frame_budgets"].tolist()
+        scores = token_scores(x, clip, means)
+        close(scores, case["scores"], extra=2e-6)
+        same_kept(most_unusual(scores, clip, counts), case)
+        if floor == 1:
+            same_kept(VCast(temperature).choose_clip(x, clip, budget, None).keep, case)

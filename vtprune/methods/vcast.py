@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,15 @@ from ..core.options import AboveZero
 from ..core.registry import register
 
 
+def unit_means(x: Tensor, clip: Clip) -> Tensor:
+    """`[T, D]` means over the tokens of each frame of `x` `[n, D]`, divided by their length.
+
+    In float64 where the device has it: the curvature of slow motion is a difference of nearly equal means.
+    """
+    precise = torch.float32 if x.device.type == "mps" else torch.float64
+    return normalize(torch.stack([part.mean(0, dtype=precise) for part in x.split(clip.sizes)]), dim=-1)
+
+
 def curvature(means: Tensor) -> Tensor:
     """`[T]` turn of the path of the frame means at each frame, in [0, 2].
 
@@ -22,10 +32,12 @@ def curvature(means: Tensor) -> Tensor:
         means: `[T, D]` frame means of unit length.
 
     Returns:
-        Tensor: 1 minus the cosine of the steps to and from the frame; 1 at both ends and where nothing moves.
+        Tensor: 1 minus the cosine of the steps to and from the frame; 1 at both ends and where nothing moves, which
+            rounding makes a step of up to 1e-6.
     """
     steps = means.diff(dim=0)
-    steps = steps / steps.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    length = steps.norm(dim=-1, keepdim=True)
+    steps = torch.where(length > 1e-6, steps / length, 0.0)
     ends = means.new_ones(min(len(means), 1)), means.new_ones(min(max(len(means) - 1, 0), 1))
     return torch.cat([ends[0], 1 - (steps[:-1] * steps[1:]).sum(-1), ends[1]])
 
@@ -36,8 +48,17 @@ def token_scores(x: Tensor, clip: Clip, means: Tensor) -> Tensor:
     for part, mean in zip(x.split(clip.sizes), means, strict=True):
         length = part.norm(dim=-1)
         spread = (length - length.min()) / (length.max() - length.min() + 1e-6)
-        scores.append(1 - (normalize(part, dim=-1) * mean).sum(-1) + spread)
+        scores.append(1 - (normalize(part, dim=-1) * mean.to(part)).sum(-1) + spread)
     return torch.cat(scores)
+
+
+def most_unusual(scores: Tensor, clip: Clip, counts: Sequence[int]) -> Tensor:
+    """Indices of the `counts[t]` largest scores of each frame, ascending."""
+    keep, start = [], 0
+    for part, count in zip(scores.split(clip.sizes), counts, strict=True):
+        keep.append(largest(part, count) + start)
+        start += len(part)
+    return torch.cat(keep)
 
 
 @register("vcast")
@@ -63,12 +84,8 @@ class VCast(ClipMethod):
     temperature: AboveZero = 0.7
 
     def choose_clip(self, x: Tensor, clip: Clip, budget: int, attention: Tensor | None) -> ClipChoice:
-        means = normalize(clip.frame_means(x), dim=-1)
+        means = unit_means(x, clip)
         weights = torch.softmax(curvature(means).double().cpu() / self.temperature, 0)
         counts = frame_budgets(weights.tolist(), budget, clip.sizes, floor=1)
         scores = token_scores(x, clip, means)
-        keep, start = [], 0
-        for part, count in zip(scores.split(clip.sizes), counts, strict=True):
-            keep.append(largest(part, count) + start)
-            start += len(part)
-        return ClipChoice(torch.cat(keep), scores=scores)
+        return ClipChoice(most_unusual(scores, clip, counts), scores=scores)
