@@ -51,3 +51,15 @@ def test_neighbors_are_nearest_although_a_channel_is_large_in_all_patches() -> N
             same = torch.arange(90) < 40 if row < 40 else torch.arange(90) >= 40
             distance = (states.double() - states[row].double()).norm(dim=1).masked_fill(~(keep & same), torch.inf)
             assert sorted(found) == sorted(distance.topk(3, largest=False).indices.tolist())
+
+
+def test_of_equally_near_patches_the_first_are_the_neighbors() -> None:
+    """Flat areas: most patches of a picture are equal to many others."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        states = torch.randn(6, 20, generator=g)[torch.randint(6, (200,), generator=g)]
+        keep = torch.rand(200, generator=g) < 0.5
+        dropped, sources = nearest_kept(states, keep, torch.tensor([0, 200]), 10)
+        for row, found in zip(dropped.tolist(), sources.tolist(), strict=True):
+            distance = (states - states[row]).norm(dim=1).masked_fill(~keep, torch.inf)
+            assert found == distance.sort(stable=True).indices[:10].tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.options import Count, Positive
+from ..core.ragged import first_equal
 from .method import Patches, Rebuild, TowerChoice, TowerMethod
 
 _CHUNK = 1 << 24  # distances in memory at a time
@@ -53,6 +54,14 @@ def change(before: Tensor, after: Tensor) -> Tensor:
     return (after.float() - before.float()).norm(dim=-1)
 
 
+def nearest(distance: Tensor, count: int) -> Tensor:
+    """Columns `[R, count]` of the smallest distances of each row `[R, n]`, ascending; ties go to the smaller column."""
+    values, columns = distance.topk(min(count + 1, distance.shape[1]), dim=1, largest=False)
+    tied = (values[:, 1:] == values[:, :-1]).any(1)  # topk does not define the order of equals
+    columns[tied] = distance[tied].sort(dim=1, stable=True).indices[:, : columns.shape[1]]
+    return columns[:, :count]
+
+
 def nearest_kept(states: Tensor, keep: Tensor, offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The nearest kept patches of every dropped patch, within its picture.
 
@@ -74,12 +83,12 @@ def nearest_kept(states: Tensor, keep: Tensor, offsets: Tensor, count: int) -> t
         picture = states[start:end].float()
         picture = picture - picture.mean(0)
         points, size = picture[kept - start], min(count, len(kept))
-        norms = points.square().sum(1)
+        norms, first = points.square().sum(1), first_equal(points)
         found = []
         for part in dropped.split(max(1, _CHUNK // max(len(kept), 1))):
             # |a - b|^2 without |a|^2, which is the same for all candidates of a patch.
             distance = torch.addmm(norms, picture[part - start], points.t(), alpha=-2)
-            found.append(distance.topk(size, dim=1, largest=False).indices)
+            found.append(nearest(distance[:, first], size))  # the same for equal patches
         sources = kept[torch.cat(found)] if found else kept.new_zeros(0, size)
         if size < count:
             sources = nn.functional.pad(sources, (0, count - size), value=-1)
