@@ -64,7 +64,7 @@ def _rotated(x: torch.Tensor) -> torch.Tensor:
 
 def close(x: torch.Tensor, y: np.ndarray, extra: float = 0.0) -> None:
     """Scores and attention: |x-y| <= 1e-4*|y| + 1e-6*max|y| + extra."""
-    np.testing.assert_allclose(x.numpy().reshape(y.shape), y, rtol=1e-4, atol=1e-6 * np.abs(y).max() + extra)
+    np.testing.assert_allclose(x.numpy().reshape(y.shape), y, rtol=1e-4, atol=1e-6 * np.abs(y).max(initial=0) + extra)
 
 
 def merged_close(x: torch.Tensor, y: np.ndarray) -> None:

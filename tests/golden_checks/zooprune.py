@@ -28,10 +28,12 @@ def check(data: dict[str, np.ndarray]) -> None:
             return linear(gelu(linear(x, w["w1"], w["b1"])), w["w2"], w["b2"])
 
         np.testing.assert_allclose(project(t["features"]), case["projected_features"], rtol=1e-4, atol=1e-5)
-        found = difference_sensitivity(project, t["features"], u, float(case["h"]))
+        h = float(case["h"])
+        found = difference_sensitivity(project, t["features"], u, h)
         np.testing.assert_allclose(found, case["sensitivity"], rtol=1e-4)
-        np.testing.assert_allclose(jvp_sensitivity(project, t["features"], u), case["sensitivity_fp64"], rtol=1e-5)
-        exact = difference_sensitivity(project, t["features"].double(), u.double(), float(case["h"]))
+        limit = max(1e-5, h**2 / 10)  # differences are the derivative up to the square of the step
+        np.testing.assert_allclose(jvp_sensitivity(project, t["features"], u), case["sensitivity_fp64"], rtol=limit)
+        exact = difference_sensitivity(project, t["features"].double(), u.double(), h)
         np.testing.assert_allclose(exact, case["sensitivity_fp64"], rtol=1e-5)
         offsets = torch.tensor([0, len(t["features"])])
         order = select(t["projected_features"], t["sensitivity"], offsets, t["budget"][None])[0]
