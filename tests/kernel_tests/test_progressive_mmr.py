@@ -148,3 +148,17 @@ def test_large_shared_bias_does_not_blur_the_distances():
     counts = torch.tensor([30])
     expected = naive(relevance.double(), keys, values, offsets, counts)
     assert torch.equal(progressive_mmr(relevance, keys + 60, values, offsets, counts), expected)
+
+
+@pytest.mark.parametrize("length", [4, 12, 30])
+def test_long_keys_do_not_blur_the_distances(length):
+    """Keys of similar rows are much longer than their distances."""
+    _, keys, values, _ = case((60,), key_size=32)
+    keys = length * keys[torch.arange(60) % 7] + 0.3 * keys
+    k, unit = keys.double(), torch.nn.functional.normalize(values.double(), dim=-1)
+    distance = (k[:, None] - k).square().sum(-1) / (2 * 32**0.5)
+    expected = (torch.einsum("igd,jgd->ijg", unit, unit) * torch.exp(-distance)).mean(-1)
+    everything = torch.arange(60)
+    similarity = Duplication(keys, values)
+    for found in (similarity(everything, everything), similarity.all_pairs()):
+        torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=0)
