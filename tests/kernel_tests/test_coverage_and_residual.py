@@ -241,3 +241,28 @@ def test_the_first_of_several_copies_is_chosen(choose, rows, width, memory):
         weights = torch.rand(rows, generator=torch.Generator().manual_seed(seed)).repeat(2)
         order = choose(features, weights, torch.tensor([0, 2 * rows]), torch.tensor([rows // 4]))
         assert int(order.max()) < rows
+
+
+@pytest.mark.parametrize("rows", [40, 400])
+def test_a_slightly_larger_gain_wins(rows, memory):
+    """Rows in orthogonal pairs; the last pair is a little closer than the others."""
+    cosine = torch.full((rows // 2,), 0.5, dtype=torch.float64)
+    cosine[-1] += 2e-6
+    first = torch.eye(rows, dtype=torch.float64)[::2]
+    second = cosine[:, None] * first + (1 - cosine**2).sqrt()[:, None] * torch.eye(rows, dtype=torch.float64)[1::2]
+    features = torch.stack([first, second], 1).flatten(0, 1).float()
+    offsets, counts = torch.tensor([0, rows]), torch.tensor([2])
+    for weights in (None, torch.full((rows,), 3.0)):
+        for choose in (facility_location, naive_coverage):
+            assert choose(features, weights, offsets, counts).tolist() == [[rows - 2, 0]]
+
+
+def test_rounding_does_not_rank_many_copies(memory):
+    """All rows are one up to rounding, more than are evaluated together."""
+    noise = 1e-7 * torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
+    features = torch.linspace(-1, 2, 40) * (1 + noise)
+    weights = 1 + 1e-7 * torch.randn(300, generator=torch.Generator().manual_seed(2))
+    offsets, counts = torch.tensor([0, 300]), torch.tensor([5])
+    for weight in (None, weights):
+        for choose in (facility_location, naive_coverage):
+            assert choose(features, weight, offsets, counts).tolist() == [[0, 1, 2, 3, 4]]

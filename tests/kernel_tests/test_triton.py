@@ -186,6 +186,22 @@ def test_transition_variation(dtype, shape):
     torch.testing.assert_close(found, list(naive(before, after)), atol=1e-5, rtol=1e-5)
 
 
+def test_copies_tie_and_other_rows_do_not(memory):
+    run, naive = pair("facility_location")
+    features = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.75**0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0.500003, 0.866024]])
+    offsets, budgets = torch.tensor([0, 4]), torch.tensor([2])
+    for weights in (None, torch.ones(4)):
+        assert run(features, weights, offsets, budgets).tolist() == [[2, 0]]
+    noise = 3e-7 * torch.randn(40, 60, generator=torch.Generator().manual_seed(3))
+    features = clustered(20, 60, seed=1).repeat(2, 1) * (1 + noise)
+    weights = torch.rand(20, generator=torch.Generator().manual_seed(2)).repeat(2) * (1 + noise[:, 0])
+    offsets, budgets = torch.tensor([0, 40]), torch.tensor([12])
+    for weight in (None, weights):
+        order = run(features, weight, offsets, budgets)
+        assert int(order.max()) < 20
+        assert_order(order, naive(features, weight, offsets, budgets), offsets, budgets)
+
+
 @every_path_and_dtype
 @pytest.mark.parametrize("lengths, counts", [((1,), [1]), ((5, 0, 41, 1, 9), [5, 0, 13, 1, 1])], ids=str)
 def test_choices_of_diverse_rows(dtype, lengths, counts, memory):

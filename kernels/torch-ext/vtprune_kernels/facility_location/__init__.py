@@ -25,9 +25,9 @@ def facility_location(
     With `m_j` the largest cosine of row j to a selected row, 0 at first, the gain of row i is
     `sum_j max(0, cos_ij - m_j)`. Every pick has the largest `gain_i * weight_i`, or the largest `gain_i + weight_i`.
     Without weights the picks maximize `sum_j m_j` greedily, which reaches at least `1 - 1/e` of the best value.
-    Differences of cosines within float32 rounding count as 0, and values within it tie, so that rounding does not rank
-    copies of a row. On a GPU, where blocks of rows are summed in any order, cosines are rounded to 1/65536 instead, and
-    differences of one such step count as 0.
+    Differences of cosines up to 5e-7, the rounding of features in float32, count as 0, and values that differ by no
+    more tie. Copies of a row, whose rounding may add up over all terms of their gains, tie up to 1e-6. On the host,
+    products are summed in float64; on a GPU in float32, and cosines are rounded to 2^-22.
 
     Args:
         features: `[M, D]` float; only directions count. A row that is zero or not finite covers nothing.

@@ -20,18 +20,19 @@ from torch import Tensor
 from .._ragged import on, plan, self_cosine
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import groups_at_once, pairs, side_of, tile_of_products
-from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
-from .naive import usable
+from .._triton_rows import ROWS, column_block, factors, lengths, products
+from .naive import COPY, NOISE, TIE, usable
 
 _TILE, _SCAN = 64, 4096
-_GRID = 65536  # steps in a cosine of 1
+_GRID = 1 << 22  # steps in a cosine of 1; two of them are about the rounding of cosines in float32
+_IS_COPY, _NOISE, _TIE = tl.constexpr(1 - COPY), tl.constexpr(NOISE), tl.constexpr(TIE)
 
 
 @triton.jit
 def _gain(cosine, coverage, col_mask):
     """Gains `[R]` float64: sums over valid columns of the excess of cosines `[R, C]` over coverage `[C]`, in steps."""
     excess = tl.where(col_mask[None, :], cosine - coverage[None, :], 0.0)
-    return tl.sum(tl.where(excess > 1, excess, 0.0), 1).to(tl.float64)
+    return tl.sum(tl.where(excess > 2, excess, 0.0).to(tl.float64), 1)
 
 
 @triton.jit
@@ -40,31 +41,46 @@ def _steps(cosine, grid):
 
 
 @triton.jit
+def _least_tied(best, length, value_ptr, weights_ptr, WEIGHTED: tl.constexpr, ADD: tl.constexpr):
+    """See `naive.least_tied`, for the row `best` of a group of `length` rows."""
+    value = tl.load(value_ptr + best)
+    scale = 1.0
+    if WEIGHTED and not ADD:
+        scale = tl.load(weights_ptr + best)
+    return value - _NOISE * scale, value - _TIE * (tl.abs(value) + tl.sqrt(length.to(tl.float32)) * scale)
+
+
+@triton.jit
 def _offer(
-    gain, grid, weights_ptr, rows, row_mask, local_rows, chosen_ptr, key_ptr, last_row,
-    WEIGHTED: tl.constexpr, ADD: tl.constexpr,
+    gain, grid, weights_ptr, rows, row_mask, local_rows, value_ptr, new_value_ptr, key_ptr, last_row,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Raises the key at `key_ptr` to the largest key of the free rows; `last_row` is the previous pick."""
+    """Raises the key at `key_ptr` to the largest key of the free rows; `last_row` is the previous pick.
+
+    The values of all rows are stored, minus infinity for those that were picked.
+    """
     value = gain / grid
     if WEIGHTED:
         weight = tl.load(weights_ptr + rows, mask=row_mask, other=0.0).to(tl.float64)
         value = value + weight if ADD else value * weight
     value = value.to(tl.float32)
-    is_last = row_mask & (rows == last_row)
-    tl.store(chosen_ptr + rows, tl.full(rows.shape, 1, tl.int8), mask=is_last)
-    free = row_mask & (tl.load(chosen_ptr + rows, mask=row_mask, other=1) == 0) & (rows != last_row)
+    free = row_mask
+    if not IS_FIRST:
+        free = free & (rows != last_row) & (tl.load(value_ptr + rows, mask=row_mask, other=0.0) > float("-inf"))
+    tl.store(new_value_ptr + rows, tl.where(free, value, float("-inf")), mask=row_mask)
     tl.atomic_max(key_ptr, tl.max(tl.where(free, rank_key(value, local_rows), -0x7FFFFFFFFFFFFFFF), 0))
 
 
 @triton.jit(do_not_specialize=["first_group", "max_budget", "step"])
 def _pick(
-    matrix_ptr, self_ptr, weights_ptr, cov_ptr, new_cov_ptr, chosen_ptr, offsets_ptr, budget_ptr, best_ptr, side,
-    max_budget, first_group, step, grid,
+    matrix_ptr, self_ptr, weights_ptr, cov_ptr, new_cov_ptr, value_ptr, new_value_ptr, offsets_ptr, budget_ptr,
+    best_ptr, picked_ptr, side, max_budget, first_group, step, grid,
     WEIGHTED: tl.constexpr, ADD: tl.constexpr, IS_FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds pick `step - 1` to the coverage, and computes the gains of a block of rows for pick `step`."""
     group = first_group + tl.program_id(1)
-    if step >= tl.load(budget_ptr + group):
+    budget = tl.load(budget_ptr + group)
+    if step > budget:
         return
     start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
     length = stop - start
@@ -75,7 +91,18 @@ def _pick(
     matrix_ptr += tl.program_id(1).to(tl.int64) * side * side
     pivot = tl.full([], -1, tl.int32)
     if not IS_FIRST:
-        pivot = key_row(tl.load(best_ptr + group * max_budget + step - 1))
+        best = key_row(tl.load(best_ptr + group * max_budget + step - 1))
+        any_row, a_copy = _least_tied(start + best, length, value_ptr, weights_ptr, WEIGHTED, ADD)
+        pivot = best
+        for start_n in range(0, best, BLOCK_N):  # the first row that ties with the best one
+            cols = start_n + tl.arange(0, BLOCK_N)
+            is_copy = tl.load(matrix_ptr + best * side + cols, mask=cols < best, other=0.0) >= _IS_COPY
+            value = tl.load(value_ptr + start + cols, mask=cols < best, other=float("-inf"))
+            tied = (cols < best) & ((value >= any_row) | (is_copy & (value >= a_copy)))
+            pivot = tl.minimum(pivot, tl.min(tl.where(tied, cols, best), 0))
+        tl.store(picked_ptr + group * max_budget + step - 1, pivot, mask=tl.program_id(0) == 0)
+    if step >= budget:
+        return
     self_cosine = tl.load(self_ptr + start + rows, mask=row_mask, other=0.0) * grid
     gain = tl.zeros([BLOCK_M], tl.float64)
     for start_n in range(0, length, BLOCK_N):
@@ -92,13 +119,49 @@ def _pick(
         cosine = tl.where(rows[:, None] == cols[None, :], self_cosine[:, None], cosine)
         gain += _gain(cosine, coverage, col_mask)
     key_ptr = best_ptr + group * max_budget + step
-    _offer(gain, grid, weights_ptr, start + rows, row_mask, rows, chosen_ptr, key_ptr, start + pivot, WEIGHTED, ADD)
+    _offer(
+        gain, grid, weights_ptr, start + rows, row_mask, rows, value_ptr, new_value_ptr, key_ptr, start + pivot,
+        WEIGHTED, ADD, IS_FIRST,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_budget", "step"])
+def _first_tied(
+    x_ptr, stride_xm, stride_xd, factor_ptr, value_ptr, weights_ptr, block_group_ptr, block_start_ptr, offsets_ptr,
+    budget_ptr, best_ptr, picked_ptr, max_budget, step, n_groups,
+    WEIGHTED: tl.constexpr, ADD: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Makes pick `step - 1` the first row that ties with the best one, in a block of rows."""
+    group = tl.load(block_group_ptr + tl.program_id(0))
+    if group >= n_groups:
+        return
+    if step > tl.load(budget_ptr + group):
+        return
+    start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
+    rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
+    best = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+    any_row, a_copy = _least_tied(best, stop - start, value_ptr, weights_ptr, WEIGHTED, ADD)
+    value = tl.load(value_ptr + rows, mask=rows < best, other=float("-inf"))
+    maybe = (rows < best) & (value >= tl.minimum(any_row, a_copy))
+    if tl.max(maybe.to(tl.int32), 0) > 0:
+        scale = tl.load(factor_ptr + rows, mask=maybe, other=0.0) * tl.load(factor_ptr + best)
+        dot = products(x_ptr, stride_xm, stride_xd, rows, maybe, best, D, BLOCK_D)
+        is_copy = tl.where(scale == 0, 0.0, dot * scale) >= _IS_COPY
+        tied = maybe & ((value >= any_row) | (is_copy & (value >= a_copy)))
+        row = tl.min(tl.where(tied, rows, best), 0) - start
+        tl.atomic_min(picked_ptr + group * max_budget + step - 1, row.to(tl.int32))
+
+
+@triton.jit
+def _picked(best_ptr, picked_ptr, place):
+    """Local row of a pick, after `_first_tied`."""
+    return tl.minimum(key_row(tl.load(best_ptr + place)), tl.load(picked_ptr + place))
 
 
 @triton.jit(do_not_specialize=["max_budget", "step"])
 def _cover(
     x_ptr, stride_xm, stride_xd, factor_ptr, self_ptr, cov_ptr, new_cov_ptr, block_group_ptr, block_start_ptr,
-    offsets_ptr, budget_ptr, best_ptr, max_budget, step, n_groups, grid,
+    offsets_ptr, budget_ptr, best_ptr, picked_ptr, max_budget, step, n_groups, grid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds pick `step - 1` to the coverage of a block of rows."""
@@ -110,7 +173,7 @@ def _cover(
     start, stop = tl.load(offsets_ptr + group), tl.load(offsets_ptr + group + 1)
     rows = tl.load(block_start_ptr + tl.program_id(0)) + tl.arange(0, BLOCK_M)
     row_mask = rows < stop
-    pivot = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+    pivot = start + _picked(best_ptr, picked_ptr, group * max_budget + step - 1)
     scale = tl.load(factor_ptr + rows, mask=row_mask, other=0.0) * tl.load(factor_ptr + pivot)
     dot = products(x_ptr, stride_xm, stride_xd, rows, row_mask, pivot, D, BLOCK_D)
     cosine = tl.where(scale == 0, 0.0, dot * scale)
@@ -138,8 +201,8 @@ def _raised(cov_ptr, new_cov_ptr, columns_ptr, count_ptr, offsets_ptr, budget_pt
 @triton.jit(do_not_specialize=["max_budget", "step"])
 def _change(
     x_ptr, stride_xm, stride_xd, factor_ptr, self_ptr, weights_ptr, cov_ptr, new_cov_ptr, columns_ptr, count_ptr,
-    gains_ptr, chosen_ptr, block_group_ptr, block_start_ptr, offsets_ptr, budget_ptr, best_ptr, max_budget, step,
-    n_groups, grid,
+    gains_ptr, value_ptr, block_group_ptr, block_start_ptr, offsets_ptr, budget_ptr, best_ptr, picked_ptr, max_budget,
+    step, n_groups, grid,
     WEIGHTED: tl.constexpr, ADD: tl.constexpr, IS_FIRST: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +224,7 @@ def _change(
     gain = tl.zeros([BLOCK_N], tl.float64)
     length = stop - start
     if not IS_FIRST:
-        pivot = start + key_row(tl.load(best_ptr + group * max_budget + step - 1))
+        pivot = start + _picked(best_ptr, picked_ptr, group * max_budget + step - 1)
         gain = tl.load(gains_ptr + rows, mask=row_mask, other=0.0)
         length = tl.load(count_ptr + group).to(tl.int64)
     for start_n in range(0, length, BLOCK_N):
@@ -182,7 +245,10 @@ def _change(
         gain += _gain(cosine, new_coverage, col_mask)
     tl.store(gains_ptr + rows, gain, mask=row_mask)
     key_ptr = best_ptr + group * max_budget + step
-    _offer(gain, grid, weights_ptr, rows, row_mask, rows - start, chosen_ptr, key_ptr, pivot, WEIGHTED, ADD)
+    _offer(
+        gain, grid, weights_ptr, rows, row_mask, rows - start, value_ptr, value_ptr, key_ptr, pivot,
+        WEIGHTED, ADD, IS_FIRST,
+    )  # fmt: skip
 
 
 def facility_location(
@@ -203,41 +269,43 @@ def facility_location(
     factor, own = factors(length), self_cosine(length)
     weights = None if weights is None else usable(on(weights, device)).contiguous()
     best = torch.full((groups, max_budget), NOTHING, dtype=torch.int64, device=device)
-    inputs = (features, factor, own, weights, offsets, limit, best, max_length, combine == "sum")
+    picked = torch.full((groups, max_budget), 0x7FFFFFFF, dtype=torch.int32, device=device)
+    inputs = (features, factor, own, weights, offsets, limit, best, picked, max_length, combine == "sum")
     if groups_at_once(max_length, groups):
         _whole(*inputs)
     else:
         _stream(*inputs)
-    return decode(best, offsets, limit)
+    rows = offsets[:-1, None] + torch.minimum(picked, 0x7FFFFFFF - (best & 0x7FFFFFFF))
+    return torch.where(torch.arange(max_budget, device=device) < limit[:, None], rows, -1)
 
 
 def _whole(
     features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
-    best: Tensor, max_length: int, add: bool,
+    best: Tensor, picked: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
     """Selects from matrices of all pairs."""
     groups, max_budget, side, device = *best.shape, side_of(max_length), features.device
     together = groups_at_once(max_length, groups)
     matrix = torch.empty(together, side, side, device=device, dtype=torch.float32)
     covered, covered_new = torch.zeros(2, len(features), device=device, dtype=torch.float32).unbind()
-    chosen = torch.zeros(len(features), dtype=torch.int8, device=device)
+    value, value_new = torch.zeros(2, len(features), device=device, dtype=torch.float32).unbind()
     for first in range(0, groups, together):
         count = min(together, groups - first)
         pairs(features, factor, offsets, max_length, first, count, matrix, None)
-        for step in range(max_budget):
+        for step in range(max_budget + 1):
             _pick[(triton.cdiv(max_length, ROWS), count)](
-                matrix, own, own if weights is None else weights, covered, covered_new, chosen, offsets, limit, best,
-                side, max_budget, first, step, _GRID, WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0,
-                BLOCK_M=ROWS,
-                BLOCK_N=min(256, power_of_two(max_length)),
+                matrix, own, own if weights is None else weights, covered, covered_new, value, value_new, offsets,
+                limit, best, picked, side, max_budget, first, step, _GRID, WEIGHTED=weights is not None, ADD=add,
+                IS_FIRST=step == 0, BLOCK_M=ROWS, BLOCK_N=min(256, power_of_two(max_length)),
             )  # fmt: skip
+            value, value_new = value_new, value
             if step:
                 covered, covered_new = covered_new, covered
 
 
 def _stream(
     features: Tensor, factor: Tensor, own: Tensor, weights: Tensor | None, offsets: Tensor, limit: Tensor,
-    best: Tensor, max_length: int, add: bool,
+    best: Tensor, picked: Tensor, max_length: int, add: bool,
 ) -> None:  # fmt: skip
     """Selects from groups that are too long for a matrix of all pairs."""
     (groups, max_budget), total, device = best.shape, len(features), features.device
@@ -245,20 +313,28 @@ def _stream(
     columns = torch.empty(total, dtype=torch.int64, device=device)
     count = torch.zeros(groups, dtype=torch.int32, device=device)
     gains = torch.empty(total, dtype=torch.float64, device=device)
-    chosen = torch.zeros(total, dtype=torch.int8, device=device)
+    value = torch.zeros(total, device=device, dtype=torch.float32)
     few, tiles = blocks(offsets, total, ROWS), blocks(offsets, total, _TILE)
-    for step in range(max_budget):
+    weight, kind = own if weights is None else weights, {"WEIGHTED": weights is not None, "ADD": add}
+    wide = {"D": features.shape[1], "BLOCK_D": column_block(features.shape[1]), "BLOCK_M": ROWS}
+    for step in range(max_budget + 1):
+        if step:
+            _first_tied[(len(few[0]),)](
+                features, *features.stride(), factor, value, weight, *few, offsets, limit, best, picked, max_budget,
+                step, groups, **kind, **wide,
+            )  # fmt: skip
+        if step == max_budget:
+            break
         if step:
             _cover[(len(few[0]),)](
-                features, *features.stride(), factor, own, covered, covered_new, *few, offsets, limit, best, max_budget,
-                step, groups, _GRID, D=features.shape[1], BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
+                features, *features.stride(), factor, own, covered, covered_new, *few, offsets, limit, best, picked,
+                max_budget, step, groups, _GRID, **wide,
             )  # fmt: skip
             _raised[(groups,)](covered, covered_new, columns, count, offsets, limit, step, BLOCK_N=_SCAN, num_warps=16)
         _change[(len(tiles[0]),)](
-            features, *features.stride(), factor, own, own if weights is None else weights, covered, covered_new,
-            columns, count, gains, chosen, *tiles, offsets, limit, best, max_budget, step, groups, _GRID,
-            WEIGHTED=weights is not None, ADD=add, IS_FIRST=step == 0, D=features.shape[1],
-            BLOCK_D=64 if features.element_size() == 2 else 32, BLOCK_N=_TILE,
+            features, *features.stride(), factor, own, weight, covered, covered_new, columns, count, gains, value,
+            *tiles, offsets, limit, best, picked, max_budget, step, groups, _GRID, **kind, IS_FIRST=step == 0,
+            D=features.shape[1], BLOCK_D=64 if features.element_size() == 2 else 32, BLOCK_N=_TILE,
         )  # fmt: skip
         if step:
             covered, covered_new = covered_new, covered
