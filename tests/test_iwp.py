@@ -130,6 +130,17 @@ def test_duplicates_are_not_kept_while_others_are_worth_more():
     assert (blind[:40] == blind[40:]).all()
 
 
+@pytest.mark.parametrize("objective", ["linear", "log"])
+def test_rounding_of_logarithms_does_not_rank_copies(objective, monkeypatch):
+    """Magnitudes are logarithms in float32; between 8 and 16 they have steps of 1e-6."""
+    s, logs = doubled(40, seed=4), torch.linspace(-15, -8.1, 40)
+    logs = torch.cat([torch.nextafter(logs, torch.tensor(-torch.inf)), logs])
+    monkeypatch.setattr("vtprune.methods.iwp.method.rank1_relevance", lambda *inputs: logs)
+    for budget in (1, 7, 21, 35):
+        keep = kept(IWP(duplication=0, objective=objective), [s], [budget])[0]
+        assert not (keep[40:] & ~keep[:40]).any()
+
+
 def test_a_sample_in_a_batch_is_chosen_as_alone():
     samples = [sample(60, 5, seed=4), sample(7, 1, seed=5, before=0), sample(100, 9, seed=6)]
     budgets = [12, 3, 40]

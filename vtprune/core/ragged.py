@@ -56,7 +56,7 @@ def rank_in_group(scores: Tensor, offsets: Tensor, tolerance: float = TIE) -> Te
     return torch.empty_like(order).scatter_(0, order, place)
 
 
-def settle_ties(scores: Tensor, offsets: Tensor | None = None) -> Tensor:
+def settle_ties(scores: Tensor, offsets: Tensor | None = None, tolerance: float = TIE) -> Tensor:
     """Scores `[M]` in which rows of a group that tie (see `TIE`) all have the largest of their values.
 
     Greedy methods apply it before their first pick, so that rounding does not decide between equal tokens and a sample
@@ -65,9 +65,9 @@ def settle_ties(scores: Tensor, offsets: Tensor | None = None) -> Tensor:
     groups = _groups_if_several(offsets, len(scores))
     if groups is None and scores.device.type == "cpu":
         falling = sorted(scores.tolist(), reverse=True)
-        if all(a - b > 2 * TIE * abs(a) for a, b in itertools.pairwise(falling)):
+        if all(a - b > 2 * tolerance * abs(a) for a, b in itertools.pairwise(falling)):
             return scores
-    order, tie = _ties(scores, groups)
+    order, tie = _ties(scores, groups, tolerance)
     values = scores[order]
     first = torch.searchsorted(tie, tie)  # the first row of each tie holds the largest score
     return torch.empty_like(scores).index_copy_(0, order, values[first])

@@ -15,12 +15,15 @@ from vtprune_kernels.progressive_mmr import closest_other
 
 from ...core.method import Choice, Method, Stage
 from ...core.options import AtLeastZero, Count, Positive, Share
-from ...core.ragged import from_order, group_extreme, rank_in_group, settle_ties
+from ...core.ragged import TIE, from_order, group_extreme, rank_in_group, settle_ties
 from ...core.registry import register
 from ...core.tokens import Tokens
 from .query_free import query_free_magnitude
 
 logger = logging.getLogger("vtprune")
+
+# Relative difference up to which two relevances tie: float32 has logarithms around -10 to 1e-6 only.
+_TIE = 2e-6
 
 
 @dataclass
@@ -124,7 +127,8 @@ class IWP(Method):
 
     def choose(self, tokens: Tokens) -> Choice:
         rows = self.candidates(tokens)
-        rows = replace(rows, relevance=settle_ties(rows.relevance, tokens.offsets))
+        tolerance = TIE if self.objective == "log" else _TIE  # of logarithms, themselves about 10
+        rows = replace(rows, relevance=settle_ties(rows.relevance, tokens.offsets, tolerance))
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("iwp: %s", self.statistics(tokens, rows))
         order = self.order(rows, tokens.budgets, tokens.max_budget, tokens.max_length)
