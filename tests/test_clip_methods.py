@@ -194,6 +194,18 @@ def test_curvature_of_short_and_still_clips() -> None:
     assert curvature(unit[:1].expand(4, -1)).tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["evs", "vcast", "vidcom2", "dycoke", "fastvid", "holitom", "flashvid"])
+def test_rounding_does_not_rank_copies_of_a_frame(name: str) -> None:
+    """Tokens of a repeated frame are equal but for rounding, which differs between a clip in a batch and alone."""
+    clip, frame, attention = Clip.of_grid(6, 12), rows(12), torch.rand(12, generator=torch.Generator().manual_seed(1))
+    kept = []
+    for seed in range(4):
+        noise = 2e-7 * torch.randn(72, frame.shape[1], generator=torch.Generator().manual_seed(seed))
+        x, received = frame.repeat(6, 1) * (1 + noise), attention.repeat(6) * (1 + noise[:, 0])
+        kept.append(vtprune.methods.resolve(name).choose_clip(x, clip, 35, received).keep.sort().values.tolist())
+    assert all(one == kept[0] for one in kept)
+
+
 def test_rounding_is_no_motion_to_vcast() -> None:
     """Copies of a frame whose features differ by rounding get the budgets of equal frames."""
     clip, frame = Clip.of_grid(4, 6), rows(6)

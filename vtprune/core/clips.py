@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from ..models.anatomy import Anatomy
 
 
+# Distance, 1 minus the cosine, up to which tokens at the same place count as equal. The rounding of their features and
+# of the cosine, which differs between a clip in a batch and alone, makes about 2e-7.
+EQUAL = 1e-6
+
+
 @dataclass(frozen=True)
 class Clip:
     """Frame and place of every token of one clip, on the CPU; a picture is a clip of one frame.
@@ -76,12 +81,13 @@ class Clip:
 def similarity_to(x: Tensor, other: Tensor, missing: float) -> Tensor:
     """Cosine similarity `[n]` of every row of `x` `[n, D]` and row `other` `[n]`; `missing` where `other` is negative.
 
-    Equal rows have similarity 1 exactly. A row of zeros has similarity 0 to every other.
+    Rows that are equal up to rounding (see `EQUAL`) have similarity 1 exactly. A row of zeros has similarity 0 to every
+    other.
     """
     other = other.to(x.device)
     compared = x[other.clamp_min(0)]
     cosine = torch.cosine_similarity(x, compared, dim=-1, eps=1e-8)
-    cosine = torch.where((x == compared).all(-1) & (x != 0).any(-1), 1.0, cosine)
+    cosine = torch.where((cosine > 1 - EQUAL) | (x == compared).all(-1) & (x != 0).any(-1), 1.0, cosine)
     return torch.where(other < 0, missing, cosine)
 
 
