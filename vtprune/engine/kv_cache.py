@@ -16,7 +16,6 @@ import weakref
 from abc import ABC
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ..errors import VTPruneError
 from ..models.transformers_names import PROMPT_LENGTH, WINDOW, is_cache
-from ..report.cost import DecoderShape
+from ..report.cost import LayerSize
 from .cache_state import CacheState
 
 if TYPE_CHECKING:
@@ -108,31 +107,22 @@ def cached_tokens(cache: Any, layer: int) -> int:
     return int(cache.layers[layer].get_seq_length())
 
 
-def shape_in(cache: Any, shape: DecoderShape) -> DecoderShape:
-    """A decoder's sizes with what its layers keep in a cache: latents, a window, or nothing where they share another's
-    keys and values or have no attention. Unchanged without a cache."""
-    if cache is None:
-        return shape
-    each = [cache.layers[i] if i < len(cache.layers) else None for i in range(shape.layers)]
-    known = [_bytes_per_token(layer) for layer in each]
-    cached = (of if mine is None else mine for mine, of in zip(known, shape.cached, strict=True))
-    return replace(shape, cached=tuple(cached), held=tuple(map(_most_tokens, each)))
-
-
-def _bytes_per_token(layer: Any) -> int | None:
-    """Bytes of a token's keys and values in a layer of a cache; None if their number is unknown (quantized ones)."""
-    parts = [x for name in ("keys", "values") if isinstance(x := getattr(layer, name, None), Tensor)]
-    if any(x.dim() != 4 for x in parts):
-        return None
-    return sum(x.shape[1] * x.shape[3] * x.element_size() for x in parts)
-
-
-def _most_tokens(layer: Any) -> int | None:
-    """The largest number of tokens that a layer of a cache holds; None for all."""
-    if not getattr(layer, "is_sliding", False) or getattr(layer, PROMPT_LENGTH, None):
-        return None
-    window = getattr(layer, WINDOW, None)
-    return int(layer.max_cache_len if window is None else window - 1)
+def layer_sizes(cache: Any, layers: int) -> list[LayerSize]:
+    """What each of a decoder's layers keeps in a cache; nothing for those that share another's keys and values or have
+    no attention."""
+    sizes = []
+    for number in range(layers):  # once a prefill, so without functions for each layer
+        layer: Any = cache.layers[number] if number < len(cache.layers) else None
+        size: int | None = 0
+        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if part.__class__ is Tensor and size is not None:  # quantized ones have other dimensions
+                size = size + part.shape[1] * part.shape[3] * part.element_size() if part.dim() == 4 else None
+        most: int | None = None
+        if getattr(layer, "is_sliding", False) and not getattr(layer, PROMPT_LENGTH, None):
+            window = getattr(layer, WINDOW, None)
+            most = int(layer.max_cache_len) if window is None else window - 1
+        sizes.append((size, most))
+    return sizes
 
 
 def lasting_prompt(cache: Any, layer: int) -> int:

@@ -182,7 +182,7 @@ class DecoderCall(CallState):
         layout, seconds, inputs = (columns.index, columns.valid, columns.real), self.selection_time, noted(self.inputs)
         kept = [(selection.scores, selection.kept, selection.states) for selection in self.selections]
         cut_layers, budget = self.stages, self.options.budget
-        shape = kv_cache.shape_in(columns.cache, spec.shape)
+        sizes = None if columns.cache is None else kv_cache.layer_sizes(columns.cache, spec.anatomy.num_layers)
         runs = [run for runs in self.recorded.get(RUNS, []) for run in runs]
 
         def make() -> PruningRecord:
@@ -199,7 +199,7 @@ class DecoderCall(CallState):
                 columns=past + length,
                 slots=slots,
                 cached_before=past,
-                shape=shape,
+                shape=spec.shape if sizes is None else spec.shape.in_cache(sizes),
                 layout=layout,
                 places=visual,
                 scores=[scores for scores, _, _ in kept],

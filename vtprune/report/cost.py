@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models.transformers_names import layer_configs
+
+# Bytes that a layer caches of one token, None if unknown, and the most tokens that it holds, None for all.
+LayerSize = tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class DecoderShape:
         width, each = config.hidden_size, layer_configs(config, layers)
         cached = tuple(2 * _keys(c, width) * itemsize for c in each)
         return cls(width, tuple(_mlp(c, width) for c in each), cached, (None,) * layers)
+
+    def in_cache(self, sizes: Sequence[LayerSize]) -> DecoderShape:
+        """The same decoder with what its layers keep in a cache."""
+        known = zip(sizes, self.cached, strict=True)
+        cached = tuple(usual if size is None else size for (size, _), usual in known)
+        return replace(self, cached=cached, held=tuple(most for _, most in sizes))
 
     @property
     def layers(self) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 from .._ragged import on_host, unit_rows
 
 # Half a scaled squared length of keys up to which the distance of two keys, a difference of such lengths, is precise to
-# about 2e-6 in float32.
-_LARGE = 16.0
+# about 4e-6 in float32.
+_LARGE = 32.0
 
 
 class Duplication:
