@@ -499,6 +499,13 @@ def test_a_model_that_holds_the_one_to_patch_names_it() -> None:
         vtprune.patch(model, ratio=0.5)
 
 
+def test_parts_of_sound_are_no_projector() -> None:
+    """The audio encoder of Qwen2.5-Omni ends in the decoder's width, too."""
+    with torch.device("meta"):
+        model = transformers.Qwen2_5OmniForConditionalGeneration(transformers.Qwen2_5OmniConfig()).thinker
+    assert vtprune.inspect(model).projector is model.model.visual.merger
+
+
 @pytest.mark.parametrize("model", ["llava", None])
 def test_what_is_no_model_is_named(model: Any) -> None:
     for call in (vtprune.inspect, vtprune.unpatch, lambda wrong: vtprune.patch(wrong, ratio=0.5)):

@@ -34,6 +34,8 @@ _IMAGE_IDS = (
     "image_patch_id",
     "im_patch_id",
 )
+# Parts beside the projector whose output has the decoder's width: of sound, and of pictures that the model makes.
+_OF_OTHERS = re.compile("audio|sound|speech|generation", re.IGNORECASE)
 _VIDEO_IDS = ("video_token_id", "video_token_index", "video_pad_token_id", "video_patch_id")
 
 
@@ -361,7 +363,8 @@ def _find_projector(composite: nn.Module, decoder: nn.Module, tower: nn.Module) 
     config: Any = getattr(decoder, "config", None)
     width = getattr(config, "hidden_size", -1)
     related = set(decoder.modules()) | set(tower.modules())
-    own = [m for _, m in composite.named_children() if m not in related and not set(m.modules()) & related]
+    parts = [m for name, m in composite.named_children() if not _OF_OTHERS.search(name)]
+    own = [m for m in parts if m not in related and not set(m.modules()) & related]
     candidates = [m for m in own if _ends_in(m, width)]
     if not candidates:
         # In Qwen models the merger is the last part of the tower.
