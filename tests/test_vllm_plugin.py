@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtprune import methods
-from vtprune.integrations.vllm import hooks, prompts, readers, selection, serving
+from vtprune.integrations.vllm import hooks, prompts, readers, selection, serving, support
 from vtprune.integrations.vllm.mrope import Positions, read_digits, write_digits
 from vtprune.integrations.vllm.settings import CLIP_METHODS, QUESTION_FREE, ServingError, parse
 from vtprune.methods import Random
@@ -119,6 +119,36 @@ def test_a_certificate_of_a_cut_deeper_than_vllms_is_refused() -> None:
             continue
         with pytest.raises(ServingError, match=words):
             parse({"certificate": found})
+
+
+def _vllm_config(**multimodal: Any) -> Any:
+    """What `check_config` reads of a `VllmConfig` of a plain model."""
+    parts = SimpleNamespace(get_limit_per_prompt=lambda kind: 1, video_pruning_rate=None, **multimodal)
+    model = SimpleNamespace(
+        model="m", is_multimodal_model=True, is_encoder_decoder=False, uses_mrope=False, multimodal_config=parts
+    )
+    return SimpleNamespace(model_config=model, speculative_config=None, lora_config=None)
+
+
+def test_a_certificate_holds_for_tokens_numbered_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM numbers the tokens of a plain model through; a certificate of original positions says nothing of that."""
+    monkeypatch.setattr(support, "_check_certificate", lambda *given: None)
+    config, compact = _vllm_config(), methods.DivPrune(positions="compact")
+    for method, ratio, mrope, words in (
+        (compact, 0.3, False, None),
+        (methods.DivPrune(), 1.0, False, None),
+        (methods.DivPrune(), 0.3, True, None),
+        (methods.DivPrune(), 0.3, False, "certify divprune with positions=compact, or give"),
+        (methods.Uniform(), 0.3, False, "uniform has no such option: certify divprune or another with"),
+    ):
+        config.model_config.uses_mrope = mrope
+        asked = parse({"method": "divprune", "ratio": ratio})
+        asked = dataclasses.replace(asked, method=method, certificate="a certificate")  # type: ignore[arg-type]
+        if words is None:
+            support.check_config(config, asked)
+            continue
+        with pytest.raises(ServingError, match=words):
+            support.check_config(config, asked)
 
 
 def test_every_setting_has_a_fingerprint_of_its_own() -> None:

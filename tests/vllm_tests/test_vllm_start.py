@@ -239,7 +239,7 @@ def test_features_are_refused_where_the_method_reads_the_encoder(folders: Any) -
                 made("word1 <image>", items, None)
 
 
-def certificate(folder: Path, **changes: Any) -> dict[str, Any]:
+def certificate(folder: Path, positions: str = "compact") -> dict[str, Any]:
     """A certificate of a model in a folder, as `vtprune certify` writes it."""
     from transformers import AutoModelForImageTextToText
 
@@ -250,8 +250,8 @@ def certificate(folder: Path, **changes: Any) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_pretrained(folder)
     numbers = {"risk": 0.1, "confidence": 0.9, "pictures": 100, "questions": 100, "changed": 0.0}
     about = {"dtype": "float32", "files_hash": files_hash(folder)}
-    made = Certificate.of(model, DivPrune(), 0.4, **numbers, about=about)  # type: ignore[arg-type]
-    return {**dataclasses.asdict(made), **changes}
+    made = Certificate.of(model, DivPrune(positions=positions), 0.4, **numbers, about=about)  # type: ignore[arg-type]
+    return dataclasses.asdict(made)
 
 
 def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any, tmp_path: Path) -> None:
@@ -271,6 +271,7 @@ def test_a_certificate_is_taken_by_its_model_and_refused_for_others(folders: Any
         (folders("smolvlm"), good, "is for a Idefics3ForConditionalGeneration of another configuration"),
         (other, good, "with other weights"),
         (folders("idefics3"), {**good, "method_repr": "DivPrune(layer=1)"}, "is for the method DivPrune(layer=1)"),
+        (folders("idefics3"), certificate(folders("idefics3"), "original"), "certify divprune with positions=compact"),
         (folders("idefics3"), {**good, "method": "fastv"}, "method fastv is not available in vLLM"),
         (folders("idefics3"), {**good, "about": {"dtype": "bfloat16"}}, "is for bfloat16"),
         (folders("idefics3"), {**good, "auto": {"energy": 0.9, "min": 0.1, "max": 0.5}}, "automatic ratio by features"),

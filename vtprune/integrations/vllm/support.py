@@ -58,6 +58,8 @@ def check_config(config: Any, settings: Settings) -> None:
         )
     if settings.certificate is not None:
         _check_certificate(name, settings.certificate, model)
+        if settings.budget.may_drop and not model.uses_mrope:
+            _check_numbering(name, settings.method)
     _check_method(name, settings.method, config)
     _check_method(name, settings.video_method, config)
     if settings.tower is not None:
@@ -86,6 +88,18 @@ def _check_certificate(name: str, certificate: Certificate, model: Any) -> None:
             f"{name}: the certificate is for {certified}, and the model is served in {served}; serve it in "
             f"{certified}, or certify again"
         )
+
+
+def _check_numbering(name: str, method: Method) -> None:
+    """Refuses a certificate of answers with tokens at other positions than vLLM gives them on one axis."""
+    found = getattr(method, "positions", None)
+    if found == "compact":
+        return
+    remedy = f"certify {method.name}" if found else f"{method.name} has no such option: certify divprune or another"
+    raise ServingError(
+        f"{name}: the certificate is for kept tokens at their original positions, and vLLM numbers those of this model "
+        f"through; {remedy} with positions=compact, or give method and ratio without a certificate"
+    )
 
 
 def _check_tower(name: str, config: Any) -> None:
