@@ -151,6 +151,13 @@ def test_a_certificate_holds_for_tokens_numbered_through(monkeypatch: pytest.Mon
             support.check_config(config, asked)
 
 
+def test_methods_that_read_the_decoder_are_refused_where_it_is_not_loaded() -> None:
+    config = _vllm_config(mm_encoder_only=True)
+    support.check_config(config, parse({"method": "divprune", "ratio": 0.3}))
+    with pytest.raises(ServingError, match="iwp reads keys of the decoder, which mm_encoder_only does not load; use"):
+        support.check_config(config, parse({"method": "iwp", "ratio": 0.3}))
+
+
 def test_every_setting_has_a_fingerprint_of_its_own() -> None:
     configs: list[dict[str, Any]] = [{"method": method, "ratio": 0.25} for method in QUESTION_FREE]
     configs += [{"ratio": 0.5}, {"keep": 1}, {"keep": 2}, {"ratio": 0.2500001}]

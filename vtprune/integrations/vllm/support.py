@@ -118,6 +118,11 @@ def _check_method(name: str, method: Method, config: Any) -> None:
         raise ServingError(
             f"{name}: iwp reads keys of the first layer before requests have their adapters; with LoRA use divprune"
         )
+    if method.name == "iwp" and getattr(config.model_config.multimodal_config, "mm_encoder_only", False):
+        raise ServingError(
+            f"{name}: iwp reads keys of the decoder, which mm_encoder_only does not load; use divprune here and where "
+            "the decoder is served"
+        )
     if config.model_config.uses_mrope and getattr(method, "positions", None) == "compact":
         raise ServingError(
             f"{name}: kept tokens of models with M-RoPE keep their positions in vLLM; {method.name}: found "
