@@ -113,14 +113,14 @@ def test_questions_come_from_a_pipe_and_fidelity_answers_as_json(tmp_path):
 
 
 @pytest.mark.parametrize("width", ["40", "60", "80", "200"])
-def test_narrow_terminals_are_readable(width):
-    env = os.environ | {"COLUMNS": width}
-    out = _process("methods", env=env).stdout.decode()
+def test_narrow_terminals_are_readable(capsys, tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", width)
+    assert _run("methods") == 0
+    out = capsys.readouterr().out
     assert "scale_over=" in out and "…" not in out
     assert max(map(len, out.splitlines())) <= max(int(width), 60)
-    out = _process(
-        "demo", "--small", "--repeats", "1", "--output", "/tmp/vtprune-narrow.png", "--force", env=env
-    ).stdout.decode()
+    assert _run("demo", "--small", "--repeats", "1", "--output", tmp_path / "narrow.png") == 0
+    out = capsys.readouterr().out
     assert "KV cache" in out and "visual tokens" in out and "144" in out
     table = [line for line in out.splitlines() if line[:1] in "│┃"]
     assert all(len(line) <= int(width) for line in table) and "…" not in "".join(table)
