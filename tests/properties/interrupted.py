@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import sys
@@ -114,43 +115,58 @@ def check_interrupted(family: str, method: str) -> int:
     return count
 
 
-def check_every_call(family: str, method: str, inside: str, stride: int = 1, **options: Any) -> int:
-    """Interrupts generations at every `stride`-th call and return of a function in files whose name contains `inside`.
+def _places(model: torch.nn.Module, batch: dict[str, torch.Tensor], inside: str, at: int = 0) -> list[int]:
+    """Generates, and returns a hash of the stack at every call and return in files whose name contains `inside`.
 
-    These are places where Python handles a signal. Unlike `check_signals`, nothing is left to chance. `options` are
+    Raises:
+        KeyboardInterrupt: At event `at`, counted from 1.
+    """
+    seen: list[int] = []
+
+    def profile(frame: Any, event: str, what: Any) -> None:
+        if inside not in frame.f_code.co_filename or event not in ("call", "return", "c_return"):
+            return
+        stack: list[Any] = [event, getattr(what, "__name__", None) if event == "c_return" else None]
+        while not at and frame is not None:
+            stack.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        seen.append(hash(tuple(stack)))
+        if len(seen) == at:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        generated(model, batch)
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def check_every_call(family: str, method: str, inside: str, stride: int = 1, **options: Any) -> int:
+    """Interrupts generations at calls and returns of functions in files whose name contains `inside`.
+
+    These are places where Python handles a signal. Unlike `check_signals`, nothing is left to chance. Every place is
+    tried the first and the last time that it is reached with the same stack of calls: the times between, at further
+    layers and tokens, repeat them. With a `stride`, it is every `stride`-th call and return instead. `options` are
     those of `vtprune.patch`.
 
     Returns:
         int: Number of interrupted generations.
     """
     own, batch = model(family), batches(family)[0]
-
-    def interrupted(at: int) -> bool:
-        left = at
-
-        def profile(frame: Any, event: str, _: Any) -> None:
-            nonlocal left
-            if inside in frame.f_code.co_filename and event in ("call", "return", "c_return"):
-                left -= 1
-                if left == 0:
-                    sys.setprofile(None)
-                    raise KeyboardInterrupt
-
-        sys.setprofile(profile)
-        try:
-            generated(own, batch)
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.setprofile(None)
-        return False
-
     with vtprune.patch(own, method=method, ratio=0.3, **options) as patch:
-        want, at = answer(patch, batch), 1
-        while interrupted(at):
-            assert answer(patch, batch) == want, f"{family}, {method}: after event {at} in {inside}"
-            at += stride
-    return at // stride
+        want, seen = answer(patch, batch), _places(own, batch, inside)
+        first = {place: number for number, place in reversed(list(enumerate(seen, 1)))}
+        last = {place: number for number, place in enumerate(seen, 1)}
+        every = sorted({*first.values(), *last.values()})
+        numbers = every if stride == 1 else range(1, len(seen) + 1, stride)
+        for number in numbers:
+            with contextlib.suppress(KeyboardInterrupt):
+                _places(own, batch, inside, number)
+                raise AssertionError(f"{family}, {method}: there is no event {number} in {inside}")
+            assert answer(patch, batch) == want, f"{family}, {method}: after event {number} in {inside}"
+    return len(numbers)
 
 
 def check_signals(family: str, method: str, times: int, seed: int = 0) -> int:
