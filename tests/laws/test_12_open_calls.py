@@ -83,7 +83,7 @@ class Case:
         with reference(self.model, [drops], self.batch):
             want = call()
         self.patch.__enter__()
-        self.patch._blocks.clear()
+        self.patch._open.clear()
         return got, want
 
 
