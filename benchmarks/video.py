@@ -28,13 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageChops
-from torch.nn.functional import normalize
 
 import vtprune
 from benchmarks.accuracy import header
 from vtprune import refvlm
 from vtprune.core.clips import Clip
-from vtprune.methods.vcast import curvature
+from vtprune.methods.vcast import curvature, unit_means
 from vtprune.refvlm import clip_inputs, clips
 from vtprune.study import intervals, metrics, progress
 from vtprune.study.resize import rival
@@ -260,8 +259,7 @@ def turns(model: Any, processor: Any, real: dict[str, Frames]) -> list[dict[str,
         with torch.no_grad():
             seen = model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
         steps = FRAMES // 2
-        means = Clip.of_grid(steps, TOKENS).frame_means(torch.cat(list(seen)).float())
-        bends = curvature(normalize(means, dim=-1))
+        bends = curvature(unit_means(torch.cat(list(seen)), Clip.of_grid(steps, TOKENS)))
         shares = torch.softmax(bends / 0.7, 0) * steps
         rest = [t for t in range(1, steps - 1) if t not in at]
         out.append(

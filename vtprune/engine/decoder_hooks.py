@@ -20,21 +20,15 @@ from . import checkpointing, kv_cache, merged, prefill, requests, window
 from .call import CallOptions
 from .deepstack import intercept_deepstack
 from .model_hooks import requests_output
-from .patch_state import PatchState
+from .patch_state import PatchState, StateHooks
 from .thread_state import CompositeCall, LazyPruning
 
 
-class DecoderHooks:
-    """Hooks of the decoder and of its layers.
-
-    Attributes:
-        state: State of the patch.
-    """
+class DecoderHooks(StateHooks):
+    """Hooks of the decoder and of its layers."""
 
     def __init__(self, state: PatchState) -> None:
-        self.state = state
-        self.spec = state.spec
-        self.thread = state.thread
+        super().__init__(state)
         self._layouts = visual_tokens.LayoutMemo()
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -55,13 +49,12 @@ class DecoderHooks:
             thread.records = {} if thread.model is None else thread.records
         else:
             composite.has_visual = visual is not None
-        arguments = {} if visual is None else thread.arguments
+        arguments = {} if visual is None else {**thread.inputs, **thread.outer}
         own_budget = request.budget is not None or request.spec is not None
         options = CallOptions(self.state.budget, drops, request.question_end, arguments, own_budget, thread.generates)
         thread.end_decoder_call()
-        inputs = None if composite is None else composite.arguments
         call = thread.decoder = prefill.begin(
-            request.spec or self.spec, options, self.state.caches, inputs, kwargs, visual
+            request.spec or self.spec, options, self.state.caches, thread.inputs, kwargs, visual
         )
         if call is None:
             return None
@@ -141,8 +134,7 @@ class DecoderHooks:
             NothingPrunedError: There are merged features, and their positions are unknown.
         """
         thread, anatomy = self.thread, self.spec.anatomy
-        outer = {} if thread.model is None else thread.model.arguments
-        inputs = kwargs if thread.composite is None else thread.composite.arguments
+        outer, inputs = thread.outer, kwargs if thread.composite is None else thread.inputs
         columns, states = requests.current(self.state).visual, kwargs.get("inputs_embeds")
         sources: list[Encoded] = []
         if columns is not None and isinstance(states, torch.Tensor):
@@ -177,7 +169,7 @@ class DecoderHooks:
             for name, records in source.records.items():
                 thread.records.setdefault(name, []).extend(records)
         if call.columns.cache is None and call.cuts and kwargs.get("use_cache") is False:
-            call.memo = thread.cacheless.follow(call, {} if thread.composite is None else thread.composite.arguments)
+            call.memo = thread.cacheless.follow(call, thread.inputs)
 
     def _intercepted(self, call: prefill.DecoderCall, module: nn.Module, kwargs: dict) -> tuple[tuple, dict] | None:
         """The decoder's arguments in a call with cuts, which cut its DeepStack features; None without these."""

@@ -16,21 +16,19 @@ from ..models.encoder_outputs import Encoded
 from ..towers.cut import TowerCut
 from . import requests
 from .hooks import is_compiled
-from .patch_state import PatchState
+from .patch_state import PatchState, StateHooks
 
 
-class EncoderHooks:
+class EncoderHooks(StateHooks):
     """Hooks of encoders, and of modules that methods read.
 
     Attributes:
-        state: State of the patch.
         tower: The hooks that cut the vision tower or count its work, or None.
     """
 
     def __init__(self, state: PatchState, tower: TowerCut | None) -> None:
-        self.state = state
+        super().__init__(state)
         self.tower = tower
-        self.thread = state.thread
 
     def recorded(self, kind: str, encode: Callable) -> Callable:
         """A model's method `encode` for features of a kind, whose runs are recorded."""
@@ -64,13 +62,13 @@ class EncoderHooks:
     def after_tower(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.thread.composite is not None:
             self.thread.composite.ran_tower = True
-        if self.state.spec.anatomy.projector is None:
+        if self.spec.anatomy.projector is None:
             self.after_projector(module, args, kwargs, output)
 
     def after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.state.forget_dead_calls()
         if self.thread.composite is None and self.thread.encoding is None:  # called by hand
-            self.state.features.add(output, Encoded(next(iter(self.state.spec.anatomy.placeholders))))
+            self.state.features.add(output, Encoded(next(iter(self.spec.anatomy.placeholders))))
 
     def watch(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A layer that a tap watches is about to run."""

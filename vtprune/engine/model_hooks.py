@@ -14,21 +14,15 @@ from ..models import unsupported
 from ..models.arguments import parameters_of
 from ..models.transformers_names import cache_of
 from . import kv_cache, outputs
-from .patch_state import PatchState
+from .patch_state import PatchState, StateHooks
 from .thread_state import CompositeCall, ModelCall
 
 
-class ModelHooks:
-    """Hooks of the outermost model and of the composite.
-
-    Attributes:
-        state: State of the patch.
-    """
+class ModelHooks(StateHooks):
+    """Hooks of the outermost model and of the composite."""
 
     def __init__(self, state: PatchState) -> None:
-        self.state = state
-        self.spec = state.spec
-        self.thread = state.thread
+        super().__init__(state)
         configs = (getattr(state.model, "config", None), state.spec.anatomy.decoder.config)
         self._routes = any(hasattr(config, "output_router_logits") for config in configs)
 

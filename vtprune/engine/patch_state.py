@@ -14,7 +14,7 @@ from .call import CallOptions
 from .hooks import is_running
 from .kv_cache import Caches
 from .spec import PruneSpec
-from .thread_state import CompositeCall, LazyPruning, ModelCall, ThreadState
+from .thread_state import CompositeCall, LazyPruning, ModuleCall, ThreadState
 
 
 class PatchState:
@@ -91,7 +91,7 @@ class PatchState:
         refused, self.thread.is_refused = self.thread.is_refused, False
         return refused or self._selects
 
-    def refuse_nested(self, module: nn.Module, call: ModelCall | CompositeCall | CallOptions | None) -> None:
+    def refuse_nested(self, module: nn.Module, call: ModuleCall | CallOptions | None) -> None:
         """Refuses that a hook of the caller calls a module while a call of it that drops tokens is in progress."""
         if call is not None and call.may_drop and is_running(module):
             self.thread.is_refused = True
@@ -113,3 +113,18 @@ class PatchState:
             raise UnsupportedModelError(
                 "a layer of the decoder was replaced after the model was patched; patch the model again"
             )
+
+
+class StateHooks:
+    """Hooks over the state of a patch.
+
+    Attributes:
+        state: State of the patch.
+        spec: Its specification.
+        thread: Its state of the current thread.
+    """
+
+    def __init__(self, state: PatchState) -> None:
+        self.state = state
+        self.spec = state.spec
+        self.thread = state.thread

@@ -264,7 +264,7 @@ def begin(
     spec: PruneSpec,
     options: CallOptions,
     caches: kv_cache.Caches,
-    inputs: dict[str, Any] | None,
+    inputs: dict[str, Any],
     kwargs: dict,
     visual: VisualTokens | None,
 ) -> DecoderCall | None:
@@ -274,7 +274,7 @@ def begin(
         spec: Methods, budget and model of the patch.
         options: Settings of the call.
         caches: The caches that the patch knows.
-        inputs: Keyword arguments of the composite's call around it, None if the decoder was called directly.
+        inputs: Keyword arguments of the composite's call around it, empty if the decoder was called directly.
         kwargs: Arguments of the decoder, by name.
         visual: The visual tokens to prune, or None.
 
@@ -292,15 +292,13 @@ def begin(
     past = kv_cache.length(cache)
     real, real_past, padded, uncut = None, None, False, None
     if visual is not None:  # decoding steps do not need the mask, and reading it would synchronize with the device
-        real, real_past = _real_columns(inputs or {}, kwargs, batch, length, past)
+        real, real_past = _real_columns(inputs, kwargs, batch, length, past)
         padded = not bool(real.all())
         uncut = visual.cached("uncut", lambda: gather.all_positions(batch, length))
         visual = visual.visible(real) if padded else visual  # visual tokens that the mask hides are padding
     mixing = spec.anatomy.mixes_columns
     columns = Columns((batch, length), real, past, state, cache, spec.renumbers, mixing, padded, uncut)
-    call = DecoderCall(
-        spec, options, caches, columns, visual, inputs or {}, real_past, embeds=kwargs.get("inputs_embeds")
-    )
+    call = DecoderCall(spec, options, caches, columns, visual, inputs, real_past, embeds=kwargs.get("inputs_embeds"))
     call.start_reading()
     return call
 

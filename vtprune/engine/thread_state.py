@@ -33,47 +33,56 @@ class LazyPruning:
 
 
 @dataclass
-class ModelCall:
-    """A call of the outermost model, where that is not the composite itself.
+class ModuleCall:
+    """A call of a module.
 
     Attributes:
         arguments: Its keyword arguments.
         may_drop: Whether it may drop tokens.
+        was_seen: Whether its forward was seen on the stack, where a compiled one cannot be seen.
+    """
+
+    arguments: dict[str, Any]
+    may_drop: bool
+    was_seen: bool = False
+
+    def is_dead(self, module: nn.Module) -> bool:
+        """Whether an interrupt ended the call of `module`, after which torch runs no hooks."""
+        runs = is_running(module)
+        was_seen, self.was_seen = self.was_seen, self.was_seen or bool(runs)
+        return was_seen and runs is False
+
+
+@dataclass
+class ModelCall(ModuleCall):
+    """A call of the outermost model, where that is not the composite itself.
+
+    Attributes:
         as_tuple: Whether its caller asked for a tuple, and the model was asked for a dictionary instead.
         head_mask: Its attention mask `[B, past + T]`, if what follows the decoder may read it.
         prefill: The last prefill in it.
         ran_composite: Whether it called the composite.
-        was_seen: Whether its forward was seen on the stack, where a compiled one cannot be seen.
     """
 
-    arguments: dict[str, Any]
-    may_drop: bool
     as_tuple: bool = False
     head_mask: Tensor | None = None
     prefill: LazyPruning | None = None
     ran_composite: bool = False
-    was_seen: bool = False
 
 
 @dataclass
-class CompositeCall:
+class CompositeCall(ModuleCall):
     """A call of the composite, the module that merges visual features into the embeddings of a prompt.
 
     Attributes:
-        arguments: Its keyword arguments.
-        may_drop: Whether it may drop tokens.
         encoded_kinds: Kinds of features that were encoded in it.
         ran_tower: Whether it called the vision tower.
         has_visual: Whether visual tokens were found in it; None before its decoder is called.
-        was_seen: Whether its forward was seen on the stack, where a compiled one cannot be seen.
     """
 
-    arguments: dict[str, Any]
-    may_drop: bool
     encoded_kinds: set[str] = field(default_factory=set)
     ran_tower: bool = False
     has_visual: bool | None = None
-    was_seen: bool = False
 
 
 class ThreadState(threading.local):
@@ -105,10 +114,14 @@ class ThreadState(threading.local):
         self.cacheless = Generations()
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the calls in progress; those of the outermost model come first."""
-        given = {} if self.composite is None else self.composite.arguments
-        return given if self.model is None else {**given, **self.model.arguments}
+    def outer(self) -> dict[str, Any]:
+        """Keyword arguments of the outermost model's call; empty if none is in progress."""
+        return {} if self.model is None else self.model.arguments
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the composite's call; empty if none is in progress."""
+        return {} if self.composite is None else self.composite.arguments
 
     def end_decoder_call(self) -> None:
         """Forgets the decoder's call, also one that an error or an interrupt left unfinished."""
@@ -127,19 +140,8 @@ class ThreadState(threading.local):
         return call
 
     def forget_dead_calls(self, model: nn.Module, composite: nn.Module) -> None:
-        """Forgets calls of the two modules that an interrupt ended: torch runs no hooks after a KeyboardInterrupt.
-
-        Only calls that were seen on the stack before: a compiled forward is never seen there.
-        """
-        if self.model is not None:
-            runs = is_running(model)
-            if runs is False and self.model.was_seen:
-                self.model, self.records = None, {}
-            else:
-                self.model.was_seen = bool(runs)
-        if self.composite is not None:
-            runs = is_running(composite)
-            if runs is False and self.composite.was_seen:
-                self.end_composite_call()
-            else:
-                self.composite.was_seen = bool(runs)
+        """Forgets calls of the two modules that an interrupt ended."""
+        if self.model is not None and self.model.is_dead(model):
+            self.model, self.records = None, {}
+        if self.composite is not None and self.composite.is_dead(composite):
+            self.end_composite_call()

@@ -22,7 +22,7 @@ def unit_means(x: Tensor, clip: Clip) -> Tensor:
     In float64 where the device has it: the curvature of slow motion is a difference of nearly equal means.
     """
     precise = torch.float32 if x.device.type == "mps" else torch.float64
-    return normalize(torch.stack([part.mean(0, dtype=precise) for part in x.split(clip.sizes)]), dim=-1)
+    return normalize(clip.frame_means(x.to(precise)), dim=-1)
 
 
 def curvature(means: Tensor) -> Tensor:

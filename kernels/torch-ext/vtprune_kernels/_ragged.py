@@ -101,6 +101,11 @@ def finite(scores: Tensor) -> Tensor:
     return torch.nan_to_num(scores, nan=LOWEST, neginf=LOWEST, posinf=torch.finfo(torch.float32).max)
 
 
+def factors(length: Tensor, eps: float = 1e-6) -> Tensor:
+    """Inverse lengths of rows; zero for rows that are not finite."""
+    return torch.where(torch.isfinite(length), 1 / length.clamp_min(eps), 0.0)
+
+
 def self_cosine(length: Tensor, eps: float = 1e-6) -> Tensor:
     """Cosine of each row with itself, from its length: exactly 1, or 0 for rows that are zero or not finite."""
     return torch.where(torch.isfinite(length), (length / eps).clamp_max(1), 0.0).square()

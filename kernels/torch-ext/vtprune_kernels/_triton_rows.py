@@ -58,12 +58,11 @@ def lengths(features: Tensor) -> Tensor:
     return result
 
 
-def factors(length: Tensor, eps: float = 1e-6) -> Tensor:
-    """Inverse norms; zero for rows that are not finite."""
-    return torch.where(torch.isfinite(length), 1 / length.clamp_min(eps), 0.0)
+def rows_of(keys: Tensor) -> Tensor:
+    """Rows of keys of `rank_key`, counted in their groups."""
+    return 0x7FFFFFFF - (keys & 0x7FFFFFFF)
 
 
-def decode(best: Tensor, offsets: Tensor, limit: Tensor) -> Tensor:
-    """Row numbers `[S, max_budget]` from keys of `rank_key`, -1 beyond each group's `limit`."""
-    rows = offsets[:-1, None] + 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    return torch.where(torch.arange(best.shape[1], device=best.device) < limit[:, None], rows, -1)
+def picks(rows: Tensor, offsets: Tensor, limit: Tensor) -> Tensor:
+    """Row numbers `[S, max_budget]` from those counted in each group, -1 beyond each group's `limit`."""
+    return torch.where(torch.arange(rows.shape[1], device=rows.device) < limit[:, None], offsets[:-1, None] + rows, -1)

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import finite, plan, self_cosine
+from .._ragged import factors, finite, plan, self_cosine
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import groups_at_once, pairs, side_of
-from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
+from .._triton_rows import ROWS, column_block, lengths, picks, products, rows_of
 from .._triton_window import Window
 from .naive import EXHAUSTED
 
@@ -202,4 +202,4 @@ def _stream(window: Window, variance: Tensor, max_budget: int) -> Tensor:
         )  # fmt: skip
         if step:
             left, left_new = left_new, left
-    return decode(best, offsets, limit)
+    return picks(rows_of(best), offsets, limit)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from .._ragged import empty_order, groups
+from .._ragged import empty_order, factors, groups
 
 _GRID = 2**24  # steps in a cosine of 1: float32 holds all multiples of a step up to 1
 NOISE = 5e-7  # differences of cosines up to this are rounding of the features
@@ -18,10 +18,9 @@ COPY = 1e-6  # rows whose cosine is 1 up to this are copies, whose features may 
 TIE = 1e-6  # copies tie if their values differ by this share, or by this times the root of the number of rows
 
 
-def factors(rows: Tensor, eps: float = 1e-6) -> Tensor:
-    """Inverse lengths `[n]` float64 of float32 rows; 0 for rows that are zero or not finite."""
-    length = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return torch.where(torch.isfinite(length) & (length > 0), 1 / length.clamp_min(eps), 0.0)
+def inverse_lengths(rows: Tensor) -> Tensor:
+    """Inverse lengths `[n]` float64 of float32 rows; 0 for rows that are not finite."""
+    return factors(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
 
 
 def on_grid(products: Tensor, row_factors: Tensor, column_factors: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ def facility_location(
     order = empty_order(budgets, features.device, max_budget)
     for number, (start, stop, budget) in enumerate(groups(offsets, budgets)):
         rows = features[start:stop].float()
-        factor = factors(rows)
+        factor = inverse_lengths(rows)
         rows = torch.where(factor[:, None] > 0, rows, 0.0).double()
         cosines = on_grid(rows @ rows.T, factor, factor)  # [n, n]
         weight = None if weights is None else usable(weights[start:stop])

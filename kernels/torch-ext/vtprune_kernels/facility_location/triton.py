@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import on, plan, self_cosine
+from .._ragged import factors, on, plan, self_cosine
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import groups_at_once, pairs, side_of, tile_of_products
-from .._triton_rows import ROWS, column_block, factors, lengths, products
+from .._triton_rows import ROWS, column_block, lengths, picks, products, rows_of
 from .naive import COPY, NOISE, TIE, usable
 
 _TILE, _SCAN = 64, 4096
@@ -275,8 +275,7 @@ def facility_location(
         _whole(*inputs)
     else:
         _stream(*inputs)
-    rows = offsets[:-1, None] + torch.minimum(picked, 0x7FFFFFFF - (best & 0x7FFFFFFF))
-    return torch.where(torch.arange(max_budget, device=device) < limit[:, None], rows, -1)
+    return picks(torch.minimum(picked, rows_of(best)), offsets, limit)
 
 
 def _whole(

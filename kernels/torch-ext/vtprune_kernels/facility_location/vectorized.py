@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._lazy import Window, lazy_top
 from .._ragged import select_by_group
-from .naive import copies, factors, gains, least_tied, on_grid, usable, values
+from .naive import copies, gains, inverse_lengths, least_tied, on_grid, usable, values
 
 # Groups of up to 3,000 rows keep the cosines of all pairs, which the first gains need anyway.
 MATRIX_BYTES = 36_000_000
@@ -39,7 +39,7 @@ class _Cosines:
 
     def __init__(self, features: Tensor) -> None:
         rows = features.float()
-        self.factor = factors(rows)
+        self.factor = inverse_lengths(rows)
         self.rows = rows if bool((self.factor > 0).all()) else torch.where(self.factor[:, None] > 0, rows, 0.0)
 
     def __len__(self) -> int:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -29,40 +27,28 @@ class Duplication:
         self.scale = keys.shape[-1] ** -0.5 if scaling is None else scaling
         # Distances are invariant under a shift; without the mean of the keys (their bias), less precision is lost.
         self.keys = keys - keys.mean(0)
-        self.long = on_host(keys) and len(keys) > 0 and float(self.half.amax()) > _LARGE
+        self.half = self._half()
+        if on_host(keys) and len(keys) and float(self.half.amax()) > _LARGE:
+            self.keys = self.keys.double()
+            self.half = self._half()
         self.values = unit_rows(values)
 
-    @functools.cached_property
-    def half(self) -> Tensor:
+    def _half(self) -> Tensor:
         """`[n, G]` half the squared length of each key, scaled."""
         return self.keys.square().sum(-1) * (self.scale / 2)
 
     def __call__(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Similarity `[R, C]` of `rows` `[R]` and `columns` `[C]`, averaged over the KV heads."""
         key_rows, key_columns = self.keys[rows].transpose(0, 1), self.keys[columns].permute(1, 2, 0)  # [G, dk, C]
-        if self.long:
-            exponent = self._precise(key_rows, key_columns)
-        else:
-            exponent = torch.baddbmm(self.half[columns].T[:, None], key_rows, key_columns, beta=-1, alpha=self.scale)
-            exponent = (exponent - self.half[rows].T[..., None]).clamp_max_(0)  # [G, R, C]
+        exponent = torch.baddbmm(self.half[columns].T[:, None], key_rows, key_columns, beta=-1, alpha=self.scale)
+        exponent = (exponent - self.half[rows].T[..., None]).clamp_max_(0).float()  # [G, R, C]
         cosine = self.values[rows].transpose(0, 1) @ self.values[columns].permute(1, 2, 0)  # [G, R, C]
         return exponent.exp_().mul_(cosine).mean(0)
 
     def all_pairs(self) -> Tensor:
         """Similarity `[n, n]` of all rows; distances of equal keys are exactly 0."""
         keys, values = self.keys.transpose(0, 1), self.values.transpose(0, 1)
-        if self.long:
-            exponent = self._precise(keys, keys.mT)
-        else:
-            exponent = torch.bmm(keys, keys.mT).mul_(self.scale)  # [G, n, n]
-            half = exponent.diagonal(dim1=1, dim2=2) / 2
-            exponent.sub_(half[:, None]).sub_(half[..., None]).clamp_max_(0)
+        exponent = torch.bmm(keys, keys.mT).mul_(self.scale)  # [G, n, n]
+        half = exponent.diagonal(dim1=1, dim2=2) / 2
+        exponent = exponent.sub_(half[:, None]).sub_(half[..., None]).clamp_max_(0).float()
         return exponent.exp_().mul_(torch.bmm(values, values.mT)).mean(0)
-
-    def _precise(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """`-scaling |k_i - k_j|^2 / 2` `[G, R, C]` float32 of keys `[G, R, dk]` and `[G, dk, C]`, head by head."""
-        out = rows.new_empty(len(rows), rows.shape[1], columns.shape[2])
-        for head, (left, right) in enumerate(zip(rows.double(), columns.double(), strict=True)):
-            lengths = left.square().sum(1)[:, None] + right.square().sum(0)
-            out[head] = lengths.addmm_(left, right, beta=-0.5, alpha=1.0).mul_(self.scale).clamp_max_(0)
-        return out

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ragged import plan
+from .._ragged import factors, plan
 from .._triton import NOTHING, blocks, key_row, power_of_two, rank_key
 from .._triton_pairs import groups_at_once, pairs, side_of
-from .._triton_rows import ROWS, column_block, decode, factors, lengths, products
+from .._triton_rows import ROWS, column_block, lengths, picks, products, rows_of
 from .._triton_window import Window
 
 
@@ -141,4 +141,4 @@ def _stream(window: Window, value: Tensor, weighted: bool, max_budget: int) -> T
             step, groups, WEIGHTED=weighted, IS_FIRST=step == 0, D=features.shape[1],
             BLOCK_D=column_block(features.shape[1]), BLOCK_M=ROWS,
         )  # fmt: skip
-    return decode(best, offsets, limit)
+    return picks(rows_of(best), offsets, limit)
