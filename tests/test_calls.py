@@ -513,6 +513,16 @@ def test_what_is_no_model_is_named(model: Any) -> None:
             call(model)
 
 
+def small_model(architecture: str) -> tuple[Any, dict[str, Any]]:
+    """A small model of an architecture of `tests.architectures`, and a prompt; skips where transformers lacks it."""
+    from tests.architectures.run import prepare, registered
+
+    if architecture not in registered():
+        pytest.skip("not in this version of transformers")
+    built, prompts = prepare(architecture, registered()[architecture])
+    return built.model, prompts.batch([[3, "image", 5]])
+
+
 @pytest.mark.parametrize(
     ("architecture", "part", "differs"),
     [("gemma4", "text_config", "head_dim"), ("dots3_note", "vision_config", "num_local_experts")],
@@ -520,16 +530,12 @@ def test_what_is_no_model_is_named(model: Any) -> None:
 @torch.no_grad()
 def test_settings_that_differ_between_layers(architecture: str, part: str, differs: str) -> None:
     """Costs are those of each layer where heads (Gemma 4) or experts (dots.note) differ between layers."""
-    from tests.architectures.run import prepare, registered
-
-    if architecture not in registered():
-        pytest.skip("not in this version of transformers")
-    built, prompts = prepare(architecture, registered()[architecture])
-    config, batch = built.model.config, prompts.batch([[3, "image", 5]])
+    built, batch = small_model(architecture)
+    config = built.config
     own = getattr(config, part)
     changed = {i: {differs: 2 * getattr(layer, differs)} for i, layer in enumerate(own.per_layer_config) if i % 2}
     own.per_layer_config = changed
-    model = type(built.model)(config).eval()
+    model = type(built)(config).eval()
     whole = cache_bytes(model(**batch, use_cache=True).past_key_values)
     with pruned(model, "uniform", ratio=0.3) as (patch, _):
         left = cache_bytes(model(**batch, use_cache=True).past_key_values)
@@ -541,13 +547,7 @@ def test_settings_that_differ_between_layers(architecture: str, part: str, diffe
 @torch.no_grad()
 def test_reported_bytes_are_those_of_the_cache(architecture: str) -> None:
     """Latents (Kimi, dots.note), layers with a sliding window (dots.note, Gemma 3) or without attention (LFM3)."""
-    from tests.architectures.run import prepare, registered
-
-    if architecture not in registered():
-        pytest.skip("not in this version of transformers")
-    built, prompts = prepare(architecture, registered()[architecture])
-    model, batch = built.model, prompts.batch([[3, "image", 5]])
-
+    model, batch = small_model(architecture)
     whole = cache_bytes(model(**batch, use_cache=True).past_key_values)
     with pruned(model, "uniform", ratio=0.3) as (patch, _):
         left = cache_bytes(model(**batch, use_cache=True).past_key_values)
@@ -557,12 +557,7 @@ def test_reported_bytes_are_those_of_the_cache(architecture: str) -> None:
 @torch.no_grad()
 def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> None:
     """GLM-5 Next: hidden states `[B, T, S, D]` are zero at dropped tokens, and a static cache changes no answer."""
-    from tests.architectures.run import prepare, registered
-
-    if "glm5_next" not in registered():
-        pytest.skip("not in this version of transformers")
-    built, prompts = prepare("glm5_next", registered()["glm5_next"])
-    model, batch = built.model, prompts.batch([[3, "image", 5]])
+    model, batch = small_model("glm5_next")
     with pruned(model, "uniform", ratio=0.3) as (patch, _):
         states = model(**batch, output_hidden_states=True).hidden_states
         dropped = ~patch.last.mask[0]
@@ -577,12 +572,7 @@ def test_streams_of_hyper_connections_and_an_indexer_with_a_static_cache() -> No
 @torch.no_grad()
 def test_methods_get_one_state_a_token_of_hyper_connections(architecture: str) -> None:
     """Every method prunes, or says what the model lacks; merged states are copied to all streams before layer 0."""
-    from tests.architectures.run import prepare, registered
-
-    if architecture not in registered():
-        pytest.skip("not in this version of transformers")
-    built, prompts = prepare(architecture, registered()[architecture])
-    model, batch = built.model, prompts.batch([[3, "image", 5]])
+    model, batch = small_model(architecture)
     width = vtprune.inspect(model).decoder.config.hidden_size
     worked = []
     for method in vtprune.methods.names():
