@@ -216,3 +216,17 @@ def test_cached_latents_are_read_as_the_keys_that_are_attended_to(architecture, 
         cache = model(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
         with pytest.raises(vtprune.MethodError, match="has no no such method.*'divprune'"):
             model(**fresh(later) | {"attention_mask": None}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_hooks_work_again_after_a_run_without_them_that_failed(outer):
+    def failing():
+        assert attention_probe.is_probing()
+        raise RuntimeError
+
+    def run():
+        with pytest.raises(RuntimeError):
+            attention_probe.without_hooks(failing)
+        return attention_probe.is_probing()
+
+    assert (attention_probe.without_hooks(run) if outer else run()) is outer

@@ -82,7 +82,7 @@ def test_other_pictures_and_questions_are_not_mixed_with_the_first(run: Any, cap
     assert run(*TUNE, "--image", "0.png", *QUESTION) == 0
     capsys.readouterr()
     assert run(*TUNE, "--image", "1.png", *QUESTION, "--resume", "--trials", 3) == 2
-    assert "has a search with inputs=" in capsys.readouterr().err
+    assert "has a search over other prompts or pictures" in capsys.readouterr().err
     assert run("tune", "--image", "0.png", *QUESTION, "--seed", "-5", "--out", "n.json") == 2
     assert "found seed=-5" in capsys.readouterr().err and not Path("n.json").exists()
 

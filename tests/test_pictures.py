@@ -247,6 +247,8 @@ def test_every_frame_of_a_clip_has_its_own_tokens(family, steps):
         feature = patch.last.places.feature.numpy()
         with pytest.raises(vtprune.VTPruneError, match="0 image inputs and 1 were given"):
             patch.last.show(frames[0])
+        with pytest.raises(vtprune.VTPruneError, match=f"clip 0 has {steps - 1} frames, .* tokens of {steps}"):
+            patch.last.show(videos=[frames[: steps - 1]])
     assert [view.name for view in shown.views] == [f"frame {step}" for step in range(steps)]
     assert len(shown.panels()) == steps and shown.image.width > shown.image.height  # a strip
     for step, view in enumerate(shown.views):

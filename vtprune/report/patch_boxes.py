@@ -222,9 +222,12 @@ def _clip_views(
     crops = [_crops(places, tokens) for tokens in images]
     seen = None if "video" in source.stretched else _pixels(source, "video", sum(map(len, crops)))
     out, start = [], 0
-    for steps, frames in zip(crops, clips, strict=True):
-        if not frames:
-            raise PictureError("a clip has no frames")
+    for number, (steps, frames) in enumerate(zip(crops, clips, strict=True)):
+        if len(frames) < len(steps):
+            raise PictureError(
+                f"clip {number} has {len(frames)} frames, the model has tokens of {len(steps)}; pass all frames that "
+                "the model was given"
+            )
         # A model may merge or sample the given frames: each step is shown by the frame in its middle.
         shown = [frames[int((step + 0.5) * len(frames) / len(steps))] for step in range(len(steps))]
         box = WHOLE

@@ -302,17 +302,19 @@ def _released(space: Bounds, mean_ratio: float) -> dict[str, float]:
     return {name: min(max(float(params[name] or 0), low), high) for name, (low, high) in space.items()}
 
 
+_HASHED = {"inputs": "over other prompts or pictures", "weights": "of a model with other weights"}
+
+
 def _resumed(fresh: Search, path: str | Path | None) -> Search:
     if path is None:
         raise VTPruneError("resume=True needs a path; pass the file of the search to resume")
     old = Search.load(path)
     progress.load(path, {"about": {"versions": progress.versions()}})  # raises for another version
     for name in ("mean_ratio", "num_layers", "samples", "seed", "inputs", "weights"):
-        if getattr(old, name) != getattr(fresh, name):
-            raise VTPruneError(
-                f"{path} has a search with {name}={getattr(old, name)}, this one has {getattr(fresh, name)}; resume "
-                "with the same settings, or use another file"
-            )
+        found, expected = getattr(old, name), getattr(fresh, name)
+        if found != expected:
+            what = _HASHED.get(name, f"with {name}={found}, this one has {expected}")
+            raise VTPruneError(f"{path} has a search {what}; resume with the same settings, or use another file")
     space = bounds(fresh.mean_ratio)
     for number, trial in enumerate(old.trials):
         for name, (low, high) in space.items():
