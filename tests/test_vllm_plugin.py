@@ -244,6 +244,10 @@ def test_rows_with_one_token_between_them_are_one_group() -> None:
     states = kept[:, None].expand(-1, 2).float()
     states, places = selection.with_text(states, kept, ids, ids == prompts.VISUAL, model, 2)
     assert states[:, 0].tolist() == [1, -8, -8, 6, 7, 8] and places.tolist() == [1, 3, 7, 8, 9, 10]
+    missing = SimpleNamespace(embed_input_ids=lambda ids: torch.empty(len(ids), 2, device="meta"))
+    with pytest.raises(ServingError, match="text inside a picture or clip, whose embeddings mm_encoder_only does not"):
+        model = SimpleNamespace(get_language_model=lambda: missing)
+        selection.with_text(states[:4], kept, ids, ids == prompts.VISUAL, model, 2)
 
 
 @pytest.mark.parametrize("full", [[1, 1, 1], [1, 1, 8, 1], [1, 8, 1, 9, 1], [1, 1, 8, 8, 1, 1], [7, 9]], ids=repr)

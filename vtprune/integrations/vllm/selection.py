@@ -76,13 +76,21 @@ def with_text(
         visual: `[L]` bool, True for placeholders.
         model: A vLLM model.
         width: Of the decoder.
+
+    Raises:
+        ServingError: The decoder's table of embeddings was not loaded.
     """
     rows = visual.nonzero()[:, 0].to(feature.device)[kept]
     if bool(visual.all()):
         return feature, rows
     text = (~visual).nonzero()[:, 0]
-    words = model.get_language_model().embed_input_ids(ids[text].to(feature.device)).to(feature)
-    words = torch.nn.functional.pad(words, (0, feature.shape[1] - width))  # deeper features: none
+    words = model.get_language_model().embed_input_ids(ids[text].to(feature.device))
+    if words.is_meta:
+        raise ServingError(
+            f"vtprune: {type(model).__name__} has text inside a picture or clip, whose embeddings mm_encoder_only "
+            "does not load; serve it without mm_encoder_only, or leave vtprune out"
+        )
+    words = torch.nn.functional.pad(words.to(feature), (0, feature.shape[1] - width))  # deeper features: none
     rows, order = torch.cat([rows, text.to(feature.device)]).sort()
     return torch.cat([feature, words])[order], rows
 
