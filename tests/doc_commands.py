@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import tomllib
 from packaging.requirements import Requirement
 
 from vtprune.cli.main import build_parser
@@ -112,7 +111,11 @@ def _make(words: list[str], saved: list[str]) -> None:
 def _pip(words: list[str], saved: list[str]) -> None:
     if words[0] != "install":
         raise WrongCommand(f"pip: only installations are shown, not {words[0]}")
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    # Parsed without tomllib, which Python 3.10 lacks.
+    block = re.search(
+        r"^\[project\.optional-dependencies\]\n(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.S | re.M
+    )
+    known = re.findall(r"^([\w-]+) = ", block[1], re.M)
     for before, word in zip(words, words[1:], strict=False):
         if before == "-r" and not (ROOT / word).exists():
             raise WrongCommand(f"pip: there is no {word}")
