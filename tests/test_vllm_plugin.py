@@ -438,6 +438,27 @@ def test_text_between_frames_is_embedded_and_kept_tokens_are_untouched() -> None
     assert torch.equal(out[[3, 8]], feature)
 
 
+@pytest.mark.parametrize("between", [[WORD, IMAGE, WORD], [WORD, IMAGE, IMAGE], [IMAGE]], ids=str)
+def test_placeholders_of_the_other_kind_in_a_text_are_no_items(between: list[int]) -> None:
+    """Features of a clip go to its own columns, whatever a client writes before it."""
+    item, kept, places = Item((2, 1, 2), False), torch.tensor([0, 3]), Positions(Model())
+    about = {"grid": torch.tensor(item.grid)}
+    carried = places.carry(torch.zeros(2, 2), kept, torch.tensor(item.ids), "video", about, 2)
+    ids = [WORD, *between, VIDEO, VIDEO, WORD]
+    before = torch.arange(len(ids)).expand(3, -1)
+    found = places.recompute(ids, [carried], before, 0)[1]
+    at = len(ids) - 3
+    assert torch.equal(found[:, :at], before[:, :at])
+    assert found[:, at : at + 2].T.tolist() == [[at] * 3, [at + 1, at, at + 1]]
+
+
+def test_steps_without_features_leave_positions_alone() -> None:
+    positions = torch.tensor([[0, 1, 1, 5], [0, 1, 2, 5], [0, 1, 3, 5]])
+    places = Positions(Model())
+    places._visual = None  # type: ignore[method-assign,assignment]  # the prompt is not looked at
+    assert places.recompute([WORD, IMAGE, IMAGE, WORD], [], positions, 4) == ([], positions, 2)
+
+
 @given(st.lists(st.integers(-(2**23), 2**23 - 1), min_size=1, max_size=8))
 def test_digits_are_exact_in_every_type(numbers: list[int]) -> None:
     wanted = torch.tensor(numbers)[:, None]

@@ -28,7 +28,7 @@ from .prompts import IDS
 from .settings import ServingError
 
 _DIGITS, _ZERO = 3, 1 << 23  # of a number from -2**23 to 2**23 - 1
-_NUMBERS = 5  # column, end, and three positions, all counted from the first placeholder of the item
+_NUMBERS = 6  # column, end, and three positions, all counted from the first placeholder of the item, and its token id
 _CHANNELS = _DIGITS * _NUMBERS
 
 
@@ -105,7 +105,8 @@ class Positions:
         feature, rows = selection.with_text(feature, kept, ids, visual, self.model, width)
         column = torch.arange(len(rows), device=device)
         numbers = torch.stack([column, torch.full_like(column, end), *places.to(device)[:, rows]], 1) - lead
-        return torch.cat([feature, write_digits(numbers, feature.dtype)], 1)
+        token = torch.full_like(numbers[:, :1], int(ids[lead]))
+        return torch.cat([feature, write_digits(torch.cat([numbers, token], 1), feature.dtype)], 1)
 
     def recompute(
         self,
@@ -122,14 +123,18 @@ class Positions:
             mrope_positions: `[3, T]` as they were.
             num_computed_tokens: Where this step begins.
         """
+        if not multimodal_embeddings:  # most steps: vLLM asks for every request that is running
+            return [], mrope_positions, int(mrope_positions.max()) + 1 - len(input_ids)
         positions, features = mrope_positions.cpu().clone(), []
-        visual = self._visual(torch.as_tensor(input_ids).cpu())
-        starts = (visual & ~torch.nn.functional.pad(visual, (1, 0))[:-1]).nonzero()[:, 0]
+        prompt = torch.as_tensor(input_ids).cpu()
+        visual = self._visual(prompt)
+        starts = (visual & (prompt != torch.nn.functional.pad(prompt, (1, 0), value=-1)[:-1])).nonzero()[:, 0]
         last, at = int(positions.max()), num_computed_tokens
         for given in multimodal_embeddings:
             features.append(given[:, :-_CHANNELS])
-            column, end, *inside = read_digits(given[:, -_CHANNELS:].cpu()).T
-            fits = starts[starts + column[0] >= at]  # its first placeholder: the next one that has room before it
+            column, end, *inside, token = read_digits(given[:, -_CHANNELS:].cpu()).T
+            # Its first placeholder: the next one of its kind that has room before it. Texts may have others.
+            fits = starts[(starts + column[0] >= at) & (prompt[starts] == token[0])]
             if not len(fits):
                 raise ServingError(
                     "vtprune: features of an image that is not in the prompt; report it with the model's name"
