@@ -169,6 +169,7 @@ def test_every_setting_has_a_fingerprint_of_its_own() -> None:
     assert marks == [parse(config).fingerprint for config in configs]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), BUDGETS)
 def test_counts_are_exact(runs: list[int], budget: dict[str, Any]) -> None:
     counts, total = parse(budget).counts(runs), sum(runs)
@@ -177,12 +178,14 @@ def test_counts_are_exact(runs: list[int], budget: dict[str, Any]) -> None:
     assert all(0 <= count <= length for count, length in zip(counts, runs, strict=True))
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=60))
 def test_runs_are_those_that_a_loop_finds(mask: list[bool]) -> None:
     runs = [len(part) for part in "".join("x" if m else " " for m in mask).split()]
     assert prompts.runs_of(torch.tensor(mask, dtype=torch.bool)) == runs
 
 
+@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.data())
 def test_runs_are_shortened_and_nothing_else(mask: list[bool], data: st.DataObject) -> None:
     full = torch.tensor(mask)
@@ -459,6 +462,7 @@ def test_steps_without_features_leave_positions_alone() -> None:
     assert places.recompute([WORD, IMAGE, IMAGE, WORD], [], positions, 4) == ([], positions, 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-(2**23), 2**23 - 1), min_size=1, max_size=8))
 def test_digits_are_exact_in_every_type(numbers: list[int]) -> None:
     wanted = torch.tensor(numbers)[:, None]
