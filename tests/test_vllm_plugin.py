@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +128,12 @@ def _vllm_config(**multimodal: Any) -> Any:
     model = SimpleNamespace(
         model="m", is_multimodal_model=True, is_encoder_decoder=False, uses_mrope=False, multimodal_config=parts
     )
-    return SimpleNamespace(model_config=model, speculative_config=None, lora_config=None)
+    return SimpleNamespace(
+        model_config=model,
+        speculative_config=None,
+        lora_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, tensor_parallel_size=1),
+    )
 
 
 def test_a_certificate_holds_for_tokens_numbered_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +149,51 @@ def test_a_certificate_holds_for_tokens_numbered_through(monkeypatch: pytest.Mon
     ):
         config.model_config.uses_mrope = mrope
         asked = parse({"method": "divprune", "ratio": ratio})
-        asked = dataclasses.replace(asked, method=method, certificate="a certificate")  # type: ignore[arg-type]
+        asked = dataclasses.replace(asked, method=method, video_method=method, certificate="a certificate")  # type: ignore[arg-type]
         if words is None:
             support.check_config(config, asked)
             continue
         with pytest.raises(ServingError, match=words):
             support.check_config(config, asked)
+
+
+def test_a_method_for_clips_is_refused_where_clips_stay_whole() -> None:
+    config, asked = _vllm_config(), parse({"ratio": 0.3, "video_method": "evs"})
+    with pytest.raises(ServingError, match="^vtprune: m: found video_method evs, .*; leave video_method out$"):
+        support.check_config(config, asked)
+    config.model_config.uses_mrope = True
+    support.check_config(config, asked)
+
+
+def test_pipelines_are_refused_where_later_stages_would_have_other_positions() -> None:
+    config = _vllm_config()
+    config.parallel_config.pipeline_parallel_size = 2
+    support.check_config(config, parse({"ratio": 0.3}))
+    config.model_config.uses_mrope = True
+    with pytest.raises(ServingError, match="^vtprune: m: .* found pipeline_parallel_size=2, expected 1; use tensor_"):
+        support.check_config(config, parse({"ratio": 0.3}))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_later_stages_of_a_pipeline_read_and_choose_nothing(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM measures their memory with pictures, though they lack what `iwp` reads."""
+    group = SimpleNamespace(get_pp_group=lambda: SimpleNamespace(is_first_rank=first))
+    for name in ("vllm", "vllm.distributed"):
+        monkeypatch.setitem(sys.modules, name, group)  # type: ignore[arg-type]
+    model: Any = torch.nn.Linear(1, 1)
+    features = [torch.randn(4, 2)]
+    model.embed_multimodal = lambda **given: given or features
+    config = _vllm_config()
+    config.parallel_config.pipeline_parallel_size = 2
+    config.model_config.hf_text_config = SimpleNamespace(hidden_size=2)
+    asked = parse({"method": "iwp", "ratio": 0.5})
+    if first:
+        with pytest.raises(ServingError, match="iwp on Linear"):
+            hooks.Pruner(model, config, asked)
+        return
+    pruner = hooks.Pruner(model, config, asked)
+    fields = {prompts.RUNS: torch.tensor([[4]]), prompts.COUNTS: torch.tensor([[2]]), prompts.IDS: [torch.zeros(0)]}
+    assert pruner(**fields) is features
 
 
 def test_methods_that_read_the_decoder_are_refused_where_it_is_not_loaded() -> None:

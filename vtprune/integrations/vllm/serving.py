@@ -30,6 +30,9 @@ class Pruner:
         self.width = config.model_config.hf_text_config.hidden_size
         self.ranks = config.parallel_config.tensor_parallel_size
         self.positions = mrope.Positions(model) if config.model_config.uses_mrope else None
+        self.chooses = _is_first_stage(config)
+        if not self.chooses:
+            return
         # Images alone are pruned where positions have one axis.
         modalities = ("image",) if self.positions is None else ("image", "video")
         self.readers = {
@@ -56,7 +59,7 @@ class Pruner:
     def __call__(self, **kwargs: Any) -> Any:
         """What the model returns for the items of a call, images and clips pruned."""
         runs, counts, ids = (kwargs.pop(name, None) for name in (RUNS, COUNTS, IDS))
-        if runs is None:  # another modality
+        if runs is None or not self.chooses:  # another modality, or a stage that only measures its memory so
             return self.embed(**kwargs)
         modality = "image" if kwargs.get("video_grid_thw") is None else "video"
         with self.readers[modality].watch() as seen:
@@ -132,6 +135,15 @@ class Pruner:
 
         flat = get_tp_group().broadcast(torch.cat(chosen).contiguous(), src=0)
         return list(flat.split([len(x) for x in chosen]))
+
+
+def _is_first_stage(config: Any) -> bool:
+    """Whether this process has the first stage of a pipeline: embeddings, and the decoder's first layers."""
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return True
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_first_rank)
 
 
 def _grid_of_rows(visual: Tensor) -> list[int] | None:

@@ -38,6 +38,12 @@ def check_config(config: Any, settings: Settings) -> None:
         raise ServingError(
             f"{name}: M-RoPE positions of pruned images and speculative decoding are not tried together; leave one out"
         )
+    if model.uses_mrope and config.parallel_config.pipeline_parallel_size > 1:
+        raise ServingError(
+            f"{name}: vLLM tells M-RoPE positions of pruned images to the first stage of a pipeline alone; found "
+            f"pipeline_parallel_size={config.parallel_config.pipeline_parallel_size}, expected 1; use "
+            "tensor_parallel_size"
+        )
     if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
         raise ServingError(
             f"{name}: vLLM counts the vision encoder's tokens by the prompt's for enable_tower_connector_lora, which "
@@ -50,6 +56,11 @@ def check_config(config: Any, settings: Settings) -> None:
         raise ServingError(
             f"{name} takes no images here (limit_mm_per_prompt, language_model_only): its vision encoder is not "
             "loaded; leave 'vtprune' out"
+        )
+    if settings.video_method != settings.method and not model.uses_mrope:
+        raise ServingError(
+            f"{name}: found video_method {settings.video_method.name}, and clips of this model stay whole: the plug-in "
+            "prunes those of models with M-RoPE (Qwen2.5-VL, Qwen3-VL) alone; leave video_method out"
         )
     if multimodal.video_pruning_rate not in (None, 0, NO_RATE):
         raise ServingError(
