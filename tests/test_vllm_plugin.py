@@ -196,6 +196,74 @@ def test_later_stages_of_a_pipeline_read_and_choose_nothing(first: bool, monkeyp
     assert pruner(**fields) is features
 
 
+def _fake_vllm(monkeypatch: pytest.MonkeyPatch, lacking: str) -> Any:
+    """The modules of a vLLM that the plug-in enters, without one of its functions or classes; returns `VllmConfig`."""
+    kinds = {
+        "vllm.config": ("VllmConfig", "__post_init__"),
+        "vllm.model_executor.model_loader.base_loader": ("BaseModelLoader", "load_model"),
+        "vllm.model_executor.models.registry": ("_ModelRegistry", "resolve_model_cls"),
+        "vllm.multimodal.registry": ("MultiModalRegistry", "create_processor"),
+        "vllm.v1.worker.cpu_model_runner": ("CPUModelRunner", "load_model"),
+    }
+    modules: dict[str, Any] = {
+        "vllm": SimpleNamespace(__version__="0.99"),
+        "vllm.platforms": SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True)),
+    }
+    for name, (cls, function) in kinds.items():
+        made = type(cls, (), {} if lacking == function else {function: lambda self: "result"})
+        modules[name] = SimpleNamespace(**({} if lacking == cls else {cls: made}))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    return modules["vllm.config"].VllmConfig
+
+
+@pytest.mark.parametrize("lacking", ["", "CPUModelRunner", "create_processor", "_ModelRegistry"])
+def test_an_unknown_vllm_starts_as_ever_and_refuses_to_prune(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = _fake_vllm(monkeypatch, lacking)
+    hooks.install()
+    hooks.install()
+    config = cls()
+    config.additional_config, config.model_config, config.speculative_config = {}, SimpleNamespace(), None
+    assert config.__post_init__() == "result"
+    config.additional_config = {"vtprune": 5}
+    words = rf"^vtprune: vLLM 0.99 lacks .*{lacking}.*; expected vLLM 0.32; " if lacking else "the configuration is 5"
+    with pytest.raises(ServingError, match=words):
+        config.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"vt_prune": {"ratio": 0.5}}, "additional_config has 'vt_prune'; expected 'vtprune'; write the name so"),
+        ({"VTPrune": {"ratio": 0.5}}, "additional_config has 'VTPrune'"),
+        ({"other": {}, "vtprun": {"ratio": 0.5}}, "additional_config has 'vtprun'"),
+        (
+            {"method": "divprune", "ratio": 0.5},
+            "has 'method', 'ratio' by themselves; expected them as fields",
+        ),
+        ({"ratio": 0.5}, "{'vtprune': {'ratio': 0.5}}"),
+        ({"other": {"ratio": 0.5}, "prune": True}, None),
+        ({"ratio": 7}, None),
+        ({}, None),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    extra: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings under a misspelled name, or under none; those of other plug-ins are left alone."""
+    config = _vllm_config()
+    config.additional_config = extra
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    if words is None:
+        assert hooks._after_config("made", config) == "made" and hooks.settings_of(config.model_config) is None
+        return
+    with pytest.raises(ServingError) as caught:
+        hooks._after_config("made", config)
+    line = str(caught.value)
+    assert line.startswith("vtprune: ") and "\n" not in line and words in line
+
+
 def test_methods_that_read_the_decoder_are_refused_where_it_is_not_loaded() -> None:
     config = _vllm_config(mm_encoder_only=True)
     support.check_config(config, parse({"method": "divprune", "ratio": 0.3}))

@@ -18,30 +18,62 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from ...errors import one_line
 from . import prompts, support
 from .serving import Pruner
-from .settings import KEY, ServingError, Settings, parse, portable
+from .settings import KEY, ServingError, Settings, parse, portable, refuse_elsewhere
 
 _ATTRIBUTE = "_vtprune_config"  # of a ModelConfig: what stands under "vtprune"
 _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
 
 
 def install() -> None:
-    """Wraps the functions named in the module's docstring; a second call does nothing."""
+    """Wraps the functions named in the module's docstring; a second call does nothing.
+
+    In a vLLM that lacks one of them `"vtprune"` is refused, and all else goes on as if the plug-in were not installed.
+    """
+    import vllm
     from vllm.config import VllmConfig
+
+    try:
+        for place in _places():
+            _wrap(*place)
+    except (ImportError, AttributeError) as error:
+        reason = f"vLLM {getattr(vllm, '__version__', '')} lacks what the plug-in enters it by ({one_line(error)})"
+        _wrap(VllmConfig, "__post_init__", functools.partial(_refuse_config, reason))
+    else:
+        _wrap(VllmConfig, "__post_init__", _after_config)
+
+
+def _places() -> list[tuple[type, str, Callable[..., Any]]]:
+    """What is wrapped besides the configuration.
+
+    Raises:
+        ImportError, AttributeError: This vLLM has it not.
+    """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.models.registry import _ModelRegistry
     from vllm.multimodal.registry import MultiModalRegistry
     from vllm.platforms import current_platform
 
-    _wrap(VllmConfig, "__post_init__", _after_config)
-    _wrap(MultiModalRegistry, "create_processor", _after_processor)
-    _wrap(_ModelRegistry, "resolve_model_cls", _after_class)
-    _wrap(BaseModelLoader, "load_model", _after_weights)
+    places: list[tuple[type, str, Callable[..., Any]]] = [
+        (MultiModalRegistry, "create_processor", _after_processor),
+        (_ModelRegistry, "resolve_model_cls", _after_class),
+        (BaseModelLoader, "load_model", _after_weights),
+    ]
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-        _wrap(CPUModelRunner, "load_model", _after_load)
+        places.append((CPUModelRunner, "load_model", _after_load))
+    return places
+
+
+def _refuse_config(reason: str, result: Any, config: Any) -> Any:
+    """Refuses `"vtprune"` where it could not prune."""
+    if isinstance(config.additional_config, dict) and KEY in config.additional_config:
+        _end_in_one_line()
+        raise ServingError(f"vtprune: {reason}; expected vLLM 0.32; install that, or leave 'vtprune' out")
+    return result
 
 
 def _wrap(cls: type, name: str, after: Callable[..., Any]) -> None:
@@ -86,8 +118,11 @@ def _after_config(result: Any, config: Any) -> Any:
     model, drafts = config.model_config, config.speculative_config
     if drafts is not None and model is drafts.draft_model_config and model is not drafts.target_model_config:
         return result  # a draft model has a configuration of its own beside that of the model that is pruned
-    if isinstance(extra, dict) and KEY in extra and model is not None:
+    if isinstance(extra, dict) and extra and model is not None:
         _end_in_one_line()
+        if KEY not in extra:
+            refuse_elsewhere(extra)
+            return result
         support.check_config(config, parse(extra[KEY]))
         object.__setattr__(model, _ATTRIBUTE, portable(extra[KEY]))
     return result

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -172,6 +173,31 @@ def parse(config: Any) -> Settings:
         raise ServingError(
             f"vtprune: {one_line(error, 600)}".replace("ratio, keep and mean_ratio", "ratio and keep")
         ) from None
+
+
+def refuse_elsewhere(extra: Mapping[Any, Any]) -> None:
+    """Refuses settings that would do nothing: under a name that is nearly `"vtprune"`, or not under it.
+
+    Args:
+        extra: vLLM's `additional_config`, which has no `"vtprune"`.
+
+    Raises:
+        ServingError: One line with what was found and where it belongs.
+    """
+    for name in extra:
+        word = "".join(filter(str.isalnum, str(name).lower()))
+        if difflib.get_close_matches(word, [KEY], cutoff=0.85):
+            raise ServingError(
+                f"vtprune: additional_config has {shorten(name)}; expected {KEY!r}; write the name so, or leave it out"
+            )
+    try:
+        parse(extra)
+    except ServingError:
+        return  # of another plug-in
+    raise ServingError(
+        f"vtprune: additional_config has {', '.join(map(shorten, extra))} by themselves; expected them as fields of an "
+        f"object {KEY!r}: {shorten({KEY: dict(extra)})}"
+    )
 
 
 def _parse(config: Mapping[str, Any]) -> Settings:
