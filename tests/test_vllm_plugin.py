@@ -224,7 +224,10 @@ def test_an_unknown_vllm_starts_as_ever_and_refuses_to_prune(lacking: str, monke
     hooks.install()
     hooks.install()
     config = cls()
-    config.additional_config, config.model_config, config.speculative_config = {}, SimpleNamespace(), None
+    config.model_config, config.speculative_config = SimpleNamespace(), None
+    if lacking:
+        assert config.__post_init__() == "result"  # older ones have no additional_config
+    config.additional_config = {}
     assert config.__post_init__() == "result"
     config.additional_config = {"vtprune": 5}
     words = rf"^vtprune: vLLM 0.99 lacks .*{lacking}.*; expected vLLM 0.32; " if lacking else "the configuration is 5"

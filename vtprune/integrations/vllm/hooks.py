@@ -70,7 +70,8 @@ def _places() -> list[tuple[type, str, Callable[..., Any]]]:
 
 def _refuse_config(reason: str, result: Any, config: Any) -> Any:
     """Refuses `"vtprune"` where it could not prune."""
-    if isinstance(config.additional_config, dict) and KEY in config.additional_config:
+    extra = getattr(config, "additional_config", None)
+    if isinstance(extra, dict) and KEY in extra:
         _end_in_one_line()
         raise ServingError(f"vtprune: {reason}; expected vLLM 0.32; install that, or leave 'vtprune' out")
     return result
