@@ -85,7 +85,7 @@ def test_bad_configuration_is_one_line(config: Any, words: str) -> None:
 
 def test_a_cut_of_the_tower_alone_keeps_all_tokens() -> None:
     found = parse({"tower": 0.5})
-    assert found == parse({"tower": 0.5, "ratio": 1.0}) and found.tower is not None
+    assert found == parse({"tower": {"keep": 0.5}, "ratio": 1.0}) and found.tower is not None
     assert not found.budget.may_drop
 
 

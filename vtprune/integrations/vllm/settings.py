@@ -263,7 +263,7 @@ def tower_of(given: Any) -> TowerMethod | None:
             '{"method": "Similar", "keep": 0.35}'
         )
     options = dict(given)
-    name = options.pop("method", None)
+    name = options.pop("method", "Similar")  # the method of a share, see `towers.resolve`
     if name not in TOWER_METHODS:
         raise MethodError(f"tower method {shorten(name)}; in vLLM there are {', '.join(TOWER_METHODS)}")
     cls = getattr(towers, str(name))
