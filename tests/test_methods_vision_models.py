@@ -30,9 +30,8 @@ def test_estimators_agree_about_a_model(family: str) -> None:
     if family == "llava":
         assert torch.corrcoef(torch.stack([found["jvp"], found["exact"]]))[0, 1] > 0.99
     if not closed:
-        exact = vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator="exact"))
-        with exact, torch.no_grad(), pytest.raises(vtprune.MethodError, match="linear - activation - linear"):
-            model(**batch)
+        with pytest.raises(vtprune.MethodError, match="linear - activation - linear"):
+            vtprune.patch(model, ratio=0.5, method=methods.ZOOPrune(estimator="exact"))
 
 
 class Opaque(nn.Linear):

@@ -107,11 +107,8 @@ def accepted(family: str) -> tuple[str, ...]:
     """Registered methods that accept the family's model."""
     names = []
     for name in methods.for_pictures():
-        try:
-            vtprune.patch(model_of(family), ratio=0.5, method=name).remove()
-        except vtprune.MethodError:
-            continue
-        names.append(name)
+        if _accepts(family, methods.get(name), {}):
+            names.append(name)
     return tuple(names)
 
 
@@ -133,8 +130,9 @@ def _is_mrope(family: str) -> bool:
     return "mrope_section" in str(vtprune.inspect(model_of(family)).decoder.config.rope_parameters)
 
 
+@cache
 def _choices(cls: type[Method], family: str) -> dict[str, Sequence[Any]]:
-    """Options with a finite set of values, and these values."""
+    """Options with a finite set of values, and those of these values that the family's model accepts."""
     out: dict[str, Sequence[Any]] = {}
     for name, hint in get_type_hints(cls).items():
         if name in _LEFT_OUT or name not in {f.name for f in dataclasses.fields(cls)}:
@@ -145,7 +143,15 @@ def _choices(cls: type[Method], family: str) -> dict[str, Sequence[Any]]:
             out[name] = (False, True)
     if _is_mrope(family):
         out.pop("positions", None)
-    return out
+    return {name: [v for v in values if _accepts(family, cls, {name: v})] for name, values in out.items()}
+
+
+def _accepts(family: str, cls: type[Method], options: dict[str, Any]) -> bool:
+    try:
+        vtprune.patch(model_of(family), ratio=0.5, method=cls(**options)).remove()
+    except vtprune.MethodError:
+        return False
+    return True
 
 
 @st.composite

@@ -21,7 +21,7 @@ from ...core.tokens import Tokens
 from ...errors import MethodError
 from ...vision.crops import by_crop
 from ...vision.tower import Vision, over_patches, projector_tap
-from .sensitivity import ClosedForms, difference_sensitivity, jvp_sensitivity, unit_directions
+from .sensitivity import ClosedForms, TwoLinears, difference_sensitivity, jvp_sensitivity, unit_directions
 
 if TYPE_CHECKING:
     from ...models.anatomy import Anatomy
@@ -95,6 +95,9 @@ class ZOOPrune(Method):
         return (Stage(0, 0.1112),)
 
     def taps(self, anatomy: Anatomy) -> Iterable[Tap]:
+        projector = anatomy.projector
+        if self.estimator == "exact" and projector is not None and TwoLinears.of(projector) is None:
+            raise _no_closed_form(projector)
         return (projector_tap(anatomy, self.name),)
 
     def choose(self, tokens: Tokens) -> Choice:
@@ -121,10 +124,7 @@ class ZOOPrune(Method):
             if exact is not None:
                 return exact
         if self.estimator == "exact":
-            raise MethodError(
-                f"estimator='exact' needs a projector of the form (norm -) linear - activation - linear, which "
-                f"{type(vision.anatomy.projector).__name__} is not; use estimator='jvp'"
-            )
+            raise _no_closed_form(vision.anatomy.projector)
         patches, rows = x.shape[1], y.shape[1]
         k = patches // rows
         generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same draws for every device
@@ -149,3 +149,10 @@ class ZOOPrune(Method):
         if not self.half:
             x, shifts = x.float(), [u.float() for u in shifts]
         return difference_sensitivity(project, x, shifts, self.step).flatten().float()
+
+
+def _no_closed_form(projector: object) -> MethodError:
+    return MethodError(
+        f"estimator='exact' needs a projector of the form (norm -) linear - activation - linear, which "
+        f"{type(projector).__name__} is not; use estimator='jvp'"
+    )
