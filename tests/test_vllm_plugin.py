@@ -219,7 +219,7 @@ def _fake_vllm(monkeypatch: pytest.MonkeyPatch, lacking: str) -> Any:
 
 
 @pytest.mark.parametrize("lacking", ["", "CPUModelRunner", "create_processor", "_ModelRegistry"])
-def test_an_unknown_vllm_starts_as_ever_and_refuses_to_prune(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_vllm_starts_as_usual_and_refuses_to_prune(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = _fake_vllm(monkeypatch, lacking)
     hooks.install()
     hooks.install()
@@ -238,12 +238,12 @@ def test_an_unknown_vllm_starts_as_ever_and_refuses_to_prune(lacking: str, monke
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"vt_prune": {"ratio": 0.5}}, "additional_config has 'vt_prune'; expected 'vtprune'; write the name so"),
+        ({"vt_prune": {"ratio": 0.5}}, "additional_config has 'vt_prune'; expected 'vtprune'; rename it, or remove it"),
         ({"VTPrune": {"ratio": 0.5}}, "additional_config has 'VTPrune'"),
         ({"other": {}, "vtprun": {"ratio": 0.5}}, "additional_config has 'vtprun'"),
         (
             {"method": "divprune", "ratio": 0.5},
-            "has 'method', 'ratio' by themselves; expected them as fields",
+            "has 'method', 'ratio' at its top level; expected them inside 'vtprune'",
         ),
         ({"ratio": 0.5}, "{'vtprune': {'ratio': 0.5}}"),
         ({"other": {"ratio": 0.5}, "prune": True}, None),
@@ -254,7 +254,7 @@ def test_an_unknown_vllm_starts_as_ever_and_refuses_to_prune(lacking: str, monke
 def test_settings_that_would_do_nothing_are_refused(
     extra: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings under a misspelled name, or under none; those of other plug-ins are left alone."""
+    """Settings under a misspelled name, or at the top level; those of other plug-ins are left alone."""
     config = _vllm_config()
     config.additional_config = extra
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -576,6 +576,17 @@ def test_steps_without_features_leave_positions_alone() -> None:
     places = Positions(Model())
     places._visual = None  # type: ignore[method-assign,assignment]  # the prompt is not looked at
     assert places.recompute([WORD, IMAGE, IMAGE, WORD], [], positions, 4) == ([], positions, 2)
+
+
+def test_answers_to_a_prompt_that_ends_in_a_picture_begin_after_its_dropped_tokens() -> None:
+    item, places = Item((1, 2, 3), False), Positions(Model())
+    carried = places.carry(
+        torch.zeros(1, 2), torch.tensor([0]), torch.tensor(item.ids), "image", {"grid": torch.tensor(item.grid)}, 2
+    )
+    ids, positions = [WORD, IMAGE], torch.tensor([[0, 1]] * 3)
+    _, found, grown = places.recompute(ids, [carried], positions, 0)
+    assert found.tolist() == [[0, 1]] * 3 and grown == 1 + 3 - 2  # the last column of the grid is at 1 + 2
+    assert places.recompute(ids, [], positions, 2)[2] == grown
 
 
 @settings(deadline=None)

@@ -30,7 +30,7 @@ _MARK = "_vtprune_wraps"  # of a wrapper: the function it stands for
 def install() -> None:
     """Wraps the functions named in the module's docstring; a second call does nothing.
 
-    In a vLLM that lacks one of them `"vtprune"` is refused, and all else goes on as if the plug-in were not installed.
+    If this vLLM lacks one of them, `"vtprune"` is refused, and models without it are served as usual.
     """
     import vllm
     from vllm.config import VllmConfig
@@ -39,17 +39,17 @@ def install() -> None:
         for place in _places():
             _wrap(*place)
     except (ImportError, AttributeError) as error:
-        reason = f"vLLM {getattr(vllm, '__version__', '')} lacks what the plug-in enters it by ({one_line(error)})"
+        reason = f"vLLM {getattr(vllm, '__version__', '')} lacks a function that the plug-in wraps ({one_line(error)})"
         _wrap(VllmConfig, "__post_init__", functools.partial(_refuse_config, reason))
     else:
         _wrap(VllmConfig, "__post_init__", _after_config)
 
 
 def _places() -> list[tuple[type, str, Callable[..., Any]]]:
-    """What is wrapped besides the configuration.
+    """Class, function and wrapper of everything that is wrapped besides the configuration.
 
     Raises:
-        ImportError, AttributeError: This vLLM has it not.
+        ImportError, AttributeError: This vLLM lacks one of them.
     """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.model_executor.models.registry import _ModelRegistry
@@ -69,7 +69,7 @@ def _places() -> list[tuple[type, str, Callable[..., Any]]]:
 
 
 def _refuse_config(reason: str, result: Any, config: Any) -> Any:
-    """Refuses `"vtprune"` where it could not prune."""
+    """Refuses `"vtprune"` in a vLLM that the plug-in cannot prune in."""
     extra = getattr(config, "additional_config", None)
     if isinstance(extra, dict) and KEY in extra:
         _end_in_one_line()

@@ -28,8 +28,10 @@ from .prompts import IDS
 from .settings import ServingError
 
 _DIGITS, _ZERO = 3, 1 << 23  # of a number from -2**23 to 2**23 - 1
-_NUMBERS = 6  # column, end, and three positions, all counted from the first placeholder of the item, and its token id
+_NUMBERS = 6  # column, end and three positions, counted from the item's first placeholder, and that one's token id
 _CHANNELS = _DIGITS * _NUMBERS
+# On a request's positions: the largest of its prompt. If that ends in a picture, a dropped token may have it.
+_LAST = "_vtprune_last"
 
 
 def write_digits(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,7 +126,9 @@ class Positions:
             num_computed_tokens: Where this step begins.
         """
         if not multimodal_embeddings:  # most steps: vLLM asks for every request that is running
-            return [], mrope_positions, int(mrope_positions.max()) + 1 - len(input_ids)
+            last = getattr(mrope_positions, _LAST, None)
+            last = int(mrope_positions.max()) if last is None else last
+            return [], mrope_positions, last + 1 - len(input_ids)
         positions, features = mrope_positions.cpu().clone(), []
         prompt = torch.as_tensor(input_ids).cpu()
         visual = self._visual(prompt)
@@ -133,7 +137,7 @@ class Positions:
         for given in multimodal_embeddings:
             features.append(given[:, :-_CHANNELS])
             column, end, *inside, token = read_digits(given[:, -_CHANNELS:].cpu()).T
-            # Its first placeholder: the next one of its kind that has room before it. Texts may have others.
+            # Its first placeholder: the next of the same token id with room before it. Text may contain others.
             fits = starts[(starts + column[0] >= at) & (prompt[starts] == token[0])]
             if not len(fits):
                 raise ServingError(
@@ -143,6 +147,7 @@ class Positions:
             before = int(positions[:, start - 1].max()) + 1 if start else 0
             positions[:, start + column] = torch.stack(inside).to(positions) + before
             last, at = max(last, before + int(end[0]) - 1), start + int(column[-1]) + 1
+        setattr(mrope_positions, _LAST, last)  # vLLM copies the new positions into this tensor, which later steps get
         return features, positions.to(mrope_positions.device), last + 1 - len(visual)
 
     def _visual(self, ids: Tensor) -> Tensor:

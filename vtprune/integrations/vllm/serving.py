@@ -59,7 +59,7 @@ class Pruner:
     def __call__(self, **kwargs: Any) -> Any:
         """What the model returns for the items of a call, images and clips pruned."""
         runs, counts, ids = (kwargs.pop(name, None) for name in (RUNS, COUNTS, IDS))
-        if runs is None or not self.chooses:  # another modality, or a stage that only measures its memory so
+        if runs is None or not self.chooses:  # another modality, or a later stage that measures its memory
             return self.embed(**kwargs)
         modality = "image" if kwargs.get("video_grid_thw") is None else "video"
         with self.readers[modality].watch() as seen:

@@ -176,7 +176,7 @@ def parse(config: Any) -> Settings:
 
 
 def refuse_elsewhere(extra: Mapping[Any, Any]) -> None:
-    """Refuses settings that would do nothing: under a name that is nearly `"vtprune"`, or not under it.
+    """Refuses settings that would be ignored: under a misspelled `"vtprune"`, or at the top level.
 
     Args:
         extra: vLLM's `additional_config`, which has no `"vtprune"`.
@@ -188,15 +188,15 @@ def refuse_elsewhere(extra: Mapping[Any, Any]) -> None:
         word = "".join(filter(str.isalnum, str(name).lower()))
         if difflib.get_close_matches(word, [KEY], cutoff=0.85):
             raise ServingError(
-                f"vtprune: additional_config has {shorten(name)}; expected {KEY!r}; write the name so, or leave it out"
+                f"vtprune: additional_config has {shorten(name)}; expected {KEY!r}; rename it, or remove it"
             )
     try:
         parse(extra)
     except ServingError:
-        return  # of another plug-in
+        return  # these are another plug-in's
     raise ServingError(
-        f"vtprune: additional_config has {', '.join(map(shorten, extra))} by themselves; expected them as fields of an "
-        f"object {KEY!r}: {shorten({KEY: dict(extra)})}"
+        f"vtprune: additional_config has {', '.join(map(shorten, extra))} at its top level; expected them inside "
+        f"{KEY!r}: {shorten({KEY: dict(extra)})}"
     )
 
 

@@ -40,7 +40,7 @@ def check_config(config: Any, settings: Settings) -> None:
         )
     if model.uses_mrope and config.parallel_config.pipeline_parallel_size > 1:
         raise ServingError(
-            f"{name}: vLLM tells M-RoPE positions of pruned images to the first stage of a pipeline alone; found "
+            f"{name}: vLLM updates M-RoPE positions of pruned images on the first stage of a pipeline only; found "
             f"pipeline_parallel_size={config.parallel_config.pipeline_parallel_size}, expected 1; use "
             "tensor_parallel_size"
         )
@@ -59,8 +59,8 @@ def check_config(config: Any, settings: Settings) -> None:
         )
     if settings.video_method != settings.method and not model.uses_mrope:
         raise ServingError(
-            f"{name}: found video_method {settings.video_method.name}, and clips of this model stay whole: the plug-in "
-            "prunes those of models with M-RoPE (Qwen2.5-VL, Qwen3-VL) alone; leave video_method out"
+            f"{name}: found video_method {settings.video_method.name}, and clips of this model are not pruned: the "
+            "plug-in prunes those of models with M-RoPE only (Qwen2.5-VL, Qwen3-VL); leave video_method out"
         )
     if multimodal.video_pruning_rate not in (None, 0, NO_RATE):
         raise ServingError(
