@@ -138,98 +138,168 @@ def plain_map(queries: Tensor, keys: Tensor, scaling: float, order: Tensor | Non
     return logits.softmax(-1)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model with 7 billion weights and large pictures, and where its tensors go.
+
+    Attributes:
+        rows, keep: Visual tokens, and how many are kept.
+        scale: Divides widths and heads, for tests of the benchmark itself.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int = 2880
+    keep: int = 160
+    scale: int = 1
+    groups: int = 4
+    heads: int = 28
+    length: int = 40  # rows of text that attend
+    before: int = 35  # positions before the visual tokens
+
+    @property
+    def size(self) -> int:
+        return 128 // self.scale
+
+    @property
+    def width(self) -> int:
+        return 4096 // self.scale
+
+    @property
+    def total(self) -> int:
+        return self.before + self.rows + self.length
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number."""
+        return torch.empty(0, dtype=self.dtype).element_size()
+
+    def there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
 def cases(
     device: torch.device, dtype: torch.dtype, rows: int = 2880, keep: int = 160, scale: int = 1
 ) -> Iterator[Case]:
     """Yields every case; `scale` divides widths and heads, for tests of the benchmark itself."""
-    groups, heads, size, width, length = 4, 28, 128 // scale, 4096 // scale, 40
-    item = torch.empty(0, dtype=dtype).element_size()
-    offsets, budgets = torch.tensor([0, rows]), torch.tensor([keep])
-    size_of = f"N={rows}, K={keep}"
+    sizes = Sizes(device, dtype, rows, keep, scale)
+    for kind in (cached_choices, feature_choices, decoder_attention, tower_attention, layer_changes, compaction):
+        yield from kind(sizes)
 
-    def there(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype)
 
-    relevance = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device)
+def _relevance(of: Sizes) -> Tensor:
+    return torch.rand(of.rows, generator=torch.Generator().manual_seed(1)).to(of.device)
+
+
+def cached_choices(of: Sizes) -> Iterator[Case]:
+    """Choices by keys and values of the cache."""
+    relevance = _relevance(of)
     for data in ("clustered", "noise"):
-        k = there(features(rows, groups, size, data=data, seed=2) * 0.5)
-        v = there(features(rows, groups, size, data=data, seed=3))
+        k = of.there(features(of.rows, of.groups, of.size, data=data, seed=2) * 0.5)
+        v = of.there(features(of.rows, of.groups, of.size, data=data, seed=3))
         yield Case(
-            "progressive_mmr", f"{size_of}, G={groups}, d={size}", data, (relevance, k, v, offsets, budgets),
-            lambda k=k, v=v: plain_mmr(relevance, k, v, keep), 4 * rows * keep * groups * size,
-            2 * item * rows * groups * size + 4 * rows,
+            "progressive_mmr", f"N={of.rows}, K={of.keep}, G={of.groups}, d={of.size}", data,
+            (relevance, k, v, torch.tensor([0, of.rows]), torch.tensor([of.keep])),
+            lambda k=k, v=v: plain_mmr(relevance, k, v, of.keep), 4 * of.rows * of.keep * of.groups * of.size,
+            2 * of.item * of.rows * of.groups * of.size + 4 * of.rows,
         )  # fmt: skip
+
+
+def feature_choices(of: Sizes) -> Iterator[Case]:
+    """Choices by features of visual tokens."""
+    rows, keep, moved = of.rows, of.keep, of.item * of.rows * of.width
+    relevance, places = _relevance(of), (torch.tensor([0, rows]), torch.tensor([keep]))
+    size, triangle = f"N={rows}, K={keep}, D={of.width}", 2 * rows * keep * of.width + rows * keep**2
     for data in ("clustered", "noise"):
-        x = there(features(rows, width, data=data, seed=4))
+        x = of.there(features(rows, of.width, data=data, seed=4))
         for weights in (None, relevance):
             name = "DivPrune" if weights is None else "weighted, ZOO-Prune"
             pairs = rows * rows if weights is None else rows * keep
             yield Case(
-                "weighted_farthest_point", f"{size_of}, D={width}, {name}", data, (x, weights, offsets, budgets),
-                lambda x=x, w=weights: plain_farthest(x, w, keep), 2 * pairs * width, item * rows * width,
+                "weighted_farthest_point", f"{size}, {name}", data, (x, weights, *places),
+                lambda x=x, w=weights: plain_farthest(x, w, keep), 2 * pairs * of.width, moved,
             )  # fmt: skip
         yield Case(
-            "dpp_map", f"{size_of}, D={width}", data, (x, relevance + 0.1, offsets, budgets),
-            lambda x=x: plain_dpp(x, relevance + 0.1, keep), 2 * rows * keep * width + rows * keep**2,
-            item * rows * width,
+            "dpp_map", size, data, (x, relevance + 0.1, *places),
+            lambda x=x: plain_dpp(x, relevance + 0.1, keep), triangle, moved,
         )  # fmt: skip
         yield Case(
-            "facility_location", f"{size_of}, D={width}, SCOPE", data, (x, relevance + 0.1, offsets, budgets),
-            lambda x=x: plain_coverage(x, relevance + 0.1, keep), rows * rows * width, item * rows * width,
+            "facility_location", f"{size}, SCOPE", data, (x, relevance + 0.1, *places),
+            lambda x=x: plain_coverage(x, relevance + 0.1, keep), rows * rows * of.width, moved,
         )  # fmt: skip
         yield Case(
-            "residual_pivots", f"{size_of}, D={width}", data, (x, None, offsets, budgets),
-            lambda x=x: plain_residual(x, keep), 2 * rows * keep * width + rows * keep**2, item * rows * width,
+            "residual_pivots", size, data, (x, None, *places),
+            lambda x=x: plain_residual(x, keep), triangle, moved,
         )  # fmt: skip
-    total = rows + 35 + length
-    q = there(features(length, heads, size, data="noise", seed=5))
-    k, v = (there(features(total, groups, size, data="noise", seed=seed)) for seed in (6, 7))
-    order, visual = torch.arange(total - length, total, device=device), torch.arange(35, 35 + rows, device=device)
-    places = (torch.tensor([0, length]), torch.tensor([0, total]), order)
-    scaling = size**-0.5
+
+
+def decoder_attention(of: Sizes) -> Iterator[Case]:
+    """Scores by the attention of text in the decoder."""
+    q = of.there(features(of.length, of.heads, of.size, data="noise", seed=5))
+    k, v = (of.there(features(of.total, of.groups, of.size, data="noise", seed=seed)) for seed in (6, 7))
+    order = torch.arange(of.total - of.length, of.total, device=of.device)
+    visual = torch.arange(of.before, of.before + of.rows, device=of.device)
+    places, scaling = (torch.tensor([0, of.length]), torch.tensor([0, of.total]), order), of.size**-0.5
 
     def attention() -> Tensor:
         return plain_map(q.transpose(0, 1), k.transpose(0, 1), scaling, order)
 
     def magnitude() -> Tensor:
-        norm = v[visual].float().norm(dim=-1).T.repeat_interleave(heads // groups, 0)  # [H, N]
+        norm = v[visual].float().norm(dim=-1).T.repeat_interleave(of.heads // of.groups, 0)  # [H, N]
         return (attention()[..., visual] * norm[:, None]).mean((0, 1)).log()
 
-    products = 2 * length * heads * total * size
-    moved = item * (length * heads * size + total * groups * size)
-    what = f"{length} rows, {total} keys, H={heads}, G={groups}, d={size}"
+    products = 2 * of.length * of.heads * of.total * of.size
+    moved = of.item * (of.length * of.heads * of.size + of.total * of.groups * of.size)
+    what = f"{of.length} rows, {of.total} keys, H={of.heads}, G={of.groups}, d={of.size}"
     yield Case(
         "rank1_relevance", what, "noise", (q, k, v, *places, visual, scaling), magnitude, products,
-        moved + item * rows * groups * size + 4 * rows,
+        moved + of.item * of.rows * of.groups * of.size + 4 * of.rows,
     )  # fmt: skip
     yield Case(
         "attention_rows", what, "noise", (q, k, *places, scaling), lambda: attention().mean((0, 1)), products,
-        moved + 4 * total,
+        moved + 4 * of.total,
     )  # fmt: skip
-    vision = (16 // min(scale, 8), rows, 72 // min(scale, 4))
-    vq, vk = (there(features(*vision, data="noise", seed=seed))[None] for seed in (8, 9))
+
+
+def tower_attention(of: Sizes) -> Iterator[Case]:
+    """Scores by the attention in the vision tower."""
+    heads, size, scaling = 16 // min(of.scale, 8), 72 // min(of.scale, 4), of.size**-0.5
+    q, k = (of.there(features(heads, of.rows, size, data="noise", seed=seed))[None] for seed in (8, 9))
     yield Case(
-        "received_attention", f"H={vision[0]}, N={rows}, d={vision[2]}", "noise", (vq, vk, scaling),
-        lambda: plain_map(vq[0], vk[0], scaling).mean((0, 1))[None], 2 * vision[0] * rows * rows * vision[2],
-        2 * item * vision[0] * rows * vision[2] + 4 * rows,
+        "received_attention", f"H={heads}, N={of.rows}, d={size}", "noise", (q, k, scaling),
+        lambda: plain_map(q[0], k[0], scaling).mean((0, 1))[None], 2 * heads * of.rows * of.rows * size,
+        2 * of.item * heads * of.rows * size + 4 * of.rows,
     )  # fmt: skip
-    before, after = (there(features(rows, width, data="noise", seed=seed)) for seed in (10, 11))
+
+
+def layer_changes(of: Sizes) -> Iterator[Case]:
+    """Scores by what a layer changes."""
+    before, after = (of.there(features(of.rows, of.width, data="noise", seed=seed)) for seed in (10, 11))
 
     def variation() -> tuple[Tensor, Tensor]:
         a, b = before.float(), after.float()
         return b.norm(dim=-1) / a.norm(dim=-1), 1 - torch.cosine_similarity(b, a, dim=-1)
 
     yield Case(
-        "transition_variation", f"N={rows}, D={width}", "noise", (before, after), variation, 6 * rows * width,
-        2 * item * rows * width + 8 * rows,
+        "transition_variation", f"N={of.rows}, D={of.width}", "noise", (before, after), variation,
+        6 * of.rows * of.width, 2 * of.item * of.rows * of.width + 8 * of.rows,
     )  # fmt: skip
-    cache = [there(features(total, groups, size, data="noise", seed=seed)).transpose(0, 1)[None] for seed in (12, 13)]
-    hidden = there(features(total, width, data="noise", seed=14))[None]
-    tensors = [hidden, *(part.transpose(1, 2) for part in cache), order.new_zeros(1, total)]
-    index = torch.cat([torch.arange(35), 35 + torch.arange(keep) * rows // keep, torch.arange(35 + rows, total)])
-    index = index[None].to(device)
+
+
+def compaction(of: Sizes) -> Iterator[Case]:
+    """The removal of columns of hidden states, of positions and of one layer's cache."""
+    start, end = of.before, of.before + of.rows
+    cache = [
+        of.there(features(of.total, of.groups, of.size, data="noise", seed=seed)).transpose(0, 1)[None]
+        for seed in (12, 13)
+    ]
+    hidden = of.there(features(of.total, of.width, data="noise", seed=14))[None]
+    positions = torch.zeros(1, of.total, dtype=torch.long, device=of.device)
+    tensors = [hidden, *(part.transpose(1, 2) for part in cache), positions]
+    kept = start + torch.arange(of.keep) * of.rows // of.keep
+    index = torch.cat([torch.arange(start), kept, torch.arange(end, of.total)])[None].to(of.device)
     yield Case(
-        "compact", f"{total} to {index.shape[1]} columns, D={width}, one layer's cache", "noise", (tensors, index),
-        lambda: [tensor[:, index[0]] for tensor in tensors], 0,
-        2 * index.shape[1] * (item * (width + 2 * groups * size) + 8),
+        "compact", f"{of.total} to {index.shape[1]} columns, D={of.width}, one layer's cache", "noise",
+        (tensors, index), lambda: [tensor[:, index[0]] for tensor in tensors], 0,
+        2 * index.shape[1] * (of.item * (of.width + 2 * of.groups * of.size) + 8),
     )  # fmt: skip

@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -130,89 +131,125 @@ def untrained(name: str, seed: int) -> Learner:
     return learner_class(name)(qwen.build(seed, model.VOCABULARY, load()[0]))
 
 
-def work(worker: int, args: argparse.Namespace) -> None:
-    """One of `args.workers` processes."""
-    device = torch.device(args.device)
-    if device.type == "cpu":
+class Worker:
+    """One of `args.workers` processes that train a model together.
+
+    Attributes:
+        number: Which one; 0 validates, prints and saves.
+        step: Steps done.
+    """
+
+    def __init__(self, number: int, args: argparse.Namespace) -> None:
+        self.number, self.args, self.device = number, args, torch.device(args.device)
+        self.began, self.total = time.time(), args.look + args.answer
+        self.file, self.step = args.out / CHECKPOINT, 0
+        self.learner = untrained(args.model, args.seed)
+        torch.manual_seed(args.seed)
+        self.learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
+        self.learner.to(self.device)
+        states: list[dict[str, Any]] = []
+        if self.file.exists():
+            state, states, self.step = checkpoint.load(self.file, self.device)
+            self.learner.load_state_dict(state)
+        self.optims = optimizers(self.learner, self.step < args.look)
+        if self.step not in (0, args.look):  # each phase starts with new optimizers
+            for optim, known in zip(self.optims, states, strict=True):
+                optim.load_state_dict(known)
+        self.pool = data.Pool(args.seed, number, args.workers, args.pool, args.fresh, self.step)
+        self.held_out = validation(args.validate) if number == 0 else []
+        self.losses: list[float] = []
+
+    def train(self) -> None:
+        """Trains to the last step."""
+        weights = sum(weight.numel() for weight in self.learner.vlm.parameters())
+        self._say(f"{weights:,} weights, pool of {self.args.pool * self.args.workers} scenes drawn")
+        shown = progress.bar("steps", self.total, self.step) if self.number == 0 else nullcontext(lambda now: None)
+        with shown as tick:
+            while self.step < self.total:
+                looking = self.step < self.args.look
+                found = self._one_step(looking)
+                self.step += 1
+                tick("look" if looking else "answer")
+                if not looking and (self.step % self.args.average == 0 or self._saves()):
+                    # Synchronizing every step would halve the speed on a busy machine.
+                    share([weight.data for weight in self.learner.parameters()], self.args.workers)
+                if self.step % 25 == 0:
+                    self._say_losses(*found)
+                if self._saves() or self.step == self.args.look:
+                    self._save()
+        self._say(f"weights written to {self.args.out / 'weights'}")
+
+    def _one_step(self, looking: bool) -> tuple[Counter, dict[str, float]]:
+        """One update; returns the score of its questions and the hit rates of its patches."""
+        args, step = self.args, self.step
+        if step == args.look:
+            self.optims = optimizers(self.learner, looking)
+        factor = rate(step, 0, args.look) if looking else rate(step, args.look, self.total)
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = args.lr * factor * group["scale"]
+        batch, tally = self._batch(looking), Counter[tuple[str, str]]()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+            with torch.set_grad_enabled(looking or step >= self.total - args.joint):
+                patches, loss, hits = self.learner.look(batch)
+            of_task = loss
+            if not looking:
+                of_task, predicted = self.learner.answer(batch, patches, BLIND_SHARE)
+                loss = of_task + args.patch_weight * loss
+        self.losses.append(of_task.item())
+        loss.backward()
+        if looking:
+            share([weight.grad for weight in self.learner.parameters() if weight.grad is not None], args.workers)
+        elif (step + 1) % 25 == 0:
+            tally = score(batch, predicted)
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        for optim in self.optims:
+            optim.step()
+            optim.zero_grad()
+        return tally, hits
+
+    def _batch(self, looking: bool) -> data.Batch:
+        args = self.args
+        captions = args.captions if self.step < args.look + args.answer // 2 else args.captions / 3
+        pictures = args.batch // args.workers * (2 if looking else 1)
+        return self.pool.batch(self.step, pictures, pictures // 8, captions, self.learner.SIZES).to(self.device)
+
+    def _saves(self) -> bool:
+        return self.step % self.args.every == 0 or self.step == self.total
+
+    def _save(self) -> None:
+        if self.number == 0:
+            self._say(f"step {self.step} " + validate(self.learner, self.held_out, self.device))
+            checkpoint.save(self.file, self.learner, self.optims, self.step)
+            save_weights(self.learner, self.args.out / "weights")
+        if self.args.workers > 1:
+            torch.distributed.barrier()
+
+    def _say_losses(self, tally: Counter, hits: dict[str, float]) -> None:
+        asked, right = (
+            sum(number for (_, what), number in tally.items() if what == name) for name in ("asked", "right")
+        )
+        tail = f" right {right / asked:.3f}" if asked else ""
+        shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
+        self._say(f"step {self.step}/{self.total} loss {sum(self.losses) / len(self.losses):.4f}{tail} | {shown}")
+        self.losses.clear()
+
+    def _say(self, text: str) -> None:
+        if self.number == 0:
+            line = f"{time.time() - self.began:6.0f} s  {text}"
+            with (self.args.out / "log.txt").open("a") as log:
+                print(line, file=log)
+            print(line, flush=True)
+
+
+def work(number: int, args: argparse.Namespace) -> None:
+    """Trains in worker `number`, a process of its own if there are several."""
+    if torch.device(args.device).type == "cpu":
         torch.set_num_threads(args.threads)
     if args.workers > 1:
         store = f"file://{args.out.resolve()}/rendezvous"
-        torch.distributed.init_process_group("gloo", init_method=store, rank=worker, world_size=args.workers)
-    learner = untrained(args.model, args.seed)
-    torch.manual_seed(args.seed)
-    learner.heads.apply(lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None)
-    learner.to(device)
-    file, step = args.out / CHECKPOINT, 0
-    if file.exists():
-        state, states, step = checkpoint.load(file, device)
-        learner.load_state_dict(state)
-    optims = optimizers(learner, step < args.look)
-    if step not in (0, args.look):  # each phase starts with new optimizers
-        for optim, known in zip(optims, states, strict=True):
-            optim.load_state_dict(known)
-    total = args.look + args.answer
-    began = time.time()
-    pool = data.Pool(args.seed, worker, args.workers, args.pool, args.fresh, step)
-    held_out = validation(args.validate) if worker == 0 else []
-    log = (args.out / "log.txt").open("a") if worker == 0 else None
-
-    def say(text: str) -> None:
-        if log:
-            print(f"{time.time() - began:6.0f} s  {text}", file=log, flush=True)
-            print(f"{time.time() - began:6.0f} s  {text}", flush=True)
-
-    weights = sum(weight.numel() for weight in learner.vlm.parameters())
-    say(f"{weights:,} weights, pool of {args.pool * args.workers} scenes drawn")
-    losses: list[float] = []
-    with progress.bar("steps", total, step) if worker == 0 else nullcontext(lambda now: None) as tick:
-        while step < total:
-            looking = step < args.look
-            if step == args.look:
-                optims = optimizers(learner, looking)
-            factor = rate(step, 0, args.look) if looking else rate(step, args.look, total)
-            for optim in optims:
-                for group in optim.param_groups:
-                    group["lr"] = args.lr * factor * group["scale"]
-            captions = args.captions if step < args.look + args.answer // 2 else args.captions / 3
-            pictures = args.batch // args.workers * (2 if looking else 1)
-            batch = pool.batch(step, pictures, pictures // 8, captions, learner.SIZES).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                with torch.set_grad_enabled(looking or step >= total - args.joint):
-                    patches, loss, hits = learner.look(batch)
-                if not looking:
-                    answers, predicted = learner.answer(batch, patches, BLIND_SHARE)
-                    loss = answers + args.patch_weight * loss
-                    losses.append(answers.item())
-                else:
-                    losses.append(loss.item())
-            loss.backward()
-            if looking:
-                share([weight.grad for weight in learner.parameters() if weight.grad is not None], args.workers)
-            nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-            for optim in optims:
-                optim.step()
-                optim.zero_grad()
-            step += 1
-            tick("look" if looking else "answer")
-            if not looking and (step % args.average == 0 or step % args.every == 0 or step == total):
-                # Synchronizing every step would halve the speed on a busy machine.
-                share([weight.data for weight in learner.parameters()], args.workers)
-            if step % 25 == 0:
-                tally = Counter() if looking else score(batch, predicted)
-                right = sum(number for (_, what), number in tally.items() if what == "right")
-                tail = "" if looking else f" right {right / sum(map(len, batch.asked)):.3f}"
-                shown = " ".join(f"{group[:5]} {value:.2f}" for group, value in hits.items())
-                say(f"step {step}/{total} loss {sum(losses) / len(losses):.4f}{tail} | {shown}")
-                losses.clear()
-            if step % args.every == 0 or step == total or step == args.look:
-                if worker == 0:
-                    say(f"step {step} " + validate(learner, held_out, device))
-                    checkpoint.save(file, learner, optims, step)
-                    save_weights(learner, args.out / "weights")
-                if args.workers > 1:
-                    torch.distributed.barrier()
-    if worker == 0:
-        say(f"weights written to {args.out / 'weights'}")
+        torch.distributed.init_process_group("gloo", init_method=store, rank=number, world_size=args.workers)
+    Worker(number, args).train()
 
 
 def begin(args: argparse.Namespace) -> None:

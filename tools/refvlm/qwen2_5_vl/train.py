@@ -44,6 +44,7 @@ from ..learner import muon_and_adamw, score
 from . import build, data
 from .learner import BLIND_SHARE, Learner
 
+CHECKPOINT = "checkpoint.safetensors"
 FIND, GROWS = 420, 75  # steps of phase 4 with short pages, and after how many of them the pages grow
 HELD_OUT = (
     ("scene", (6, 6), 24), ("scene", (12, 12), 24), ("scene", (24, 24), 6), ("scene", (36, 36), 2),
@@ -147,6 +148,138 @@ def restore(file: Path, args: argparse.Namespace) -> tuple[Learner, list[torch.o
     return learner, optims, step
 
 
+class Run:
+    """A run of the training in the folder `args.out`, from its start or from where it stopped.
+
+    Attributes:
+        step: Steps done.
+        phase_start: Step at which the learning rate last began to warm up.
+        curve: Held-out accuracy over time, as in `curve.json`.
+        spent: Seconds of the run's earlier parts.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.newest, self.stable, self.curve_file = (
+            args.out / name for name in (CHECKPOINT, "stable.safetensors", "curve.json")
+        )
+        if args.fresh:
+            for file in (self.newest, self.stable, self.curve_file):
+                file.unlink(missing_ok=True)
+        self.curve = json.loads(self.curve_file.read_text()) if self.curve_file.exists() else []
+        self.spent = self.curve[-1]["minutes"] * 60 if self.curve else 0.0
+        resumes = self.newest.exists()
+        self.learner, self.optims, self.step = self._resume() if resumes else self._start()
+        edge = self.step in (args.look, args.look + args.small)
+        self.phase_start = max(0, self.step - 60) if resumes and not edge else self.step
+        self.source, self.held_out = data.Source(), [data.held_out(*what) for what in HELD_OUT]
+        self.losses: list[float] = []
+        self.rights: Counter = Counter()
+        self.began = self.saved = time.time()
+
+    def _resume(self) -> tuple[Learner, list[torch.optim.Optimizer], int]:
+        found = restore(self.newest, self.args)
+        if self.stable.exists() and self.args.steps - found[2] > self.args.cooldown:  # extends a finished run
+            found = restore(self.stable, self.args)
+            self.stable.unlink()
+        return found
+
+    def _start(self) -> tuple[Learner, list[torch.optim.Optimizer], int]:
+        args = self.args
+        if args.start is None:
+            learner = Learner(begin(args.earlier))
+            return learner, optimizers(learner, True), 0
+        learner = Learner(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32"))
+        deep = len(learner.vlm.model.language_model.layers) == build.LAYERS
+        step = args.at if args.at is not None else args.find if deep else args.look
+        return learner, optimizers(learner, False), step
+
+    def train(self) -> None:
+        """Trains to the last step."""
+        while self.step < self.args.steps:
+            self._enter_phase()
+            self._one_step()
+            self.step += 1
+            if self.step % 50 == 0:
+                self._print_losses()
+            at_edge = self.step in (self.args.look, self.args.steps, self.args.steps - self.args.cooldown)
+            if at_edge or time.time() - self.saved > 60 * self.args.minutes:
+                self._validate_and_save()
+                self.saved = time.time()
+
+    def _enter_phase(self) -> None:
+        """New optimizers where a phase begins, and the full depth where phase 3 does."""
+        look, grow = self.args.look, self.args.look + self.args.small
+        grows = self.step == grow and len(self.learner.vlm.model.language_model.layers) < build.LAYERS
+        if grows:
+            self.learner = Learner(build.grown(self.learner.vlm))
+        if grows or self.step == look and self.phase_start != look:
+            self.optims, self.phase_start = optimizers(self.learner, False), self.step
+
+    def _one_step(self) -> None:
+        looking = self.step < self.args.look
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = rate(self.step, self.phase_start, self.args, looking) * group["scale"]
+        for part in range(self.args.parts):
+            batch = self._batch(part, looking)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not self.args.float32):
+                loss = self._loss(batch, looking)
+            (loss / self.args.parts).backward()
+        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        for optim in self.optims:
+            optim.step()
+            optim.zero_grad()
+
+    def _batch(self, part: int, looking: bool) -> data.Batch:
+        budget = self.args.look_budget if looking else self.args.budget
+        found = self.step - self.args.find  # steps of phase 4
+        if part == 0 and 0 <= found < FIND:
+            return self.source.short_pages(self.step, budget, found // GROWS % len(data.SHORT))
+        size = budget // 2 if 0 <= found < FIND else budget
+        return self.source.batch(self.step, part, size, 0.25, text=not looking, find=found >= 0)
+
+    def _loss(self, batch: data.Batch, looking: bool) -> Tensor:
+        if looking:
+            loss = self.learner.look(batch)[1]
+            self.losses.append(loss.item())
+            return loss
+        moving = self.step % 3 == 0
+        if moving:
+            seen, loss, _ = self.learner.look(batch)
+        else:
+            with torch.no_grad():
+                seen = self.learner.see(batch)
+        answers, predicted = self.learner.answer(batch, seen, BLIND_SHARE)
+        self.rights += score(batch, predicted)
+        self.losses.append(answers.item())
+        return answers + 0.3 * loss if moving else answers
+
+    def _minutes(self) -> float:
+        return (self.spent + time.time() - self.began) / 60
+
+    def _print_losses(self) -> None:
+        asked, right = (
+            sum(number for (_, what), number in self.rights.items() if what == name) for name in ("asked", "right")
+        )
+        loss, share = sum(self.losses) / len(self.losses), right / max(1, asked)
+        print(f"{self._minutes():6.1f} min  step {self.step} loss {loss:.4f} right {share:.3f}", flush=True)
+        self.losses.clear()
+        self.rights.clear()
+
+    def _validate_and_save(self) -> None:
+        found = validate(self.learner, self.held_out, True, not self.args.float32)
+        self.curve.append({"step": self.step, "minutes": round(self._minutes(), 1), **found})
+        write(self.curve_file, self.curve)
+        shown = found["beds"] or found["visual tokens"]
+        print(f"{self.curve[-1]['minutes']:6.1f} min  step {self.step} held out {shown}", flush=True)
+        checkpoint.save(self.newest, self.learner, self.optims, self.step)
+        if self.step == self.args.steps - self.args.cooldown:
+            checkpoint.save(self.stable, self.learner, self.optims, self.step)
+        if self.step > self.args.look:
+            save_weights(self.learner, self.args.out / "weights")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/qwen2_5_vl"))
@@ -173,96 +306,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.float32:
         torch.optim._muon._zeropower_via_newtonschulz = orthogonalized  # it has no parameter for the dtype
     args.out.mkdir(parents=True, exist_ok=True)
-    newest, stable, curve_file = (
-        args.out / name for name in ("checkpoint.safetensors", "stable.safetensors", "curve.json")
-    )
-    if args.fresh:
-        for file in (newest, stable, curve_file):
-            file.unlink(missing_ok=True)
-    step, spent, curve = 0, 0.0, []
-    if curve_file.exists():
-        curve = json.loads(curve_file.read_text())
-        spent = curve[-1]["minutes"] * 60
-    if newest.exists():
-        learner, optims, step = restore(newest, args)
-        if stable.exists() and args.steps - step > args.cooldown:  # extends a finished run
-            learner, optims, step = restore(stable, args)
-            stable.unlink()
-    elif args.start is not None:
-        learner = Learner(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype="float32"))
-        deep = len(learner.vlm.model.language_model.layers) == build.LAYERS
-        step = args.at if args.at is not None else args.find if deep else args.look
-        optims = optimizers(learner, False)
-    else:
-        if args.earlier is None:
-            parser.error("a run without --start needs the earlier model: --earlier FOLDER")
-        learner = Learner(begin(args.earlier))
-        optims = optimizers(learner, True)
-    source = data.Source()
-    held_out = [data.held_out(*what) for what in HELD_OUT]
-    phase_start = step if step in (args.look, args.look + args.small) or not newest.exists() else max(0, step - 60)
-    losses: list[float] = []
-    rights: Counter = Counter()
-    began = last = time.time()
-    while step < args.steps:
-        looking = step < args.look
-        if step == args.look and phase_start != step:
-            optims, phase_start = optimizers(learner, False), step
-        if step == args.look + args.small and len(learner.vlm.model.language_model.layers) < build.LAYERS:
-            learner = Learner(build.grown(learner.vlm))
-            optims, phase_start = optimizers(learner, False), step
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = rate(step, phase_start, args, looking) * group["scale"]
-        moving = looking or step % 3 == 0
-        for part in range(args.parts):
-            budget = args.look_budget if looking else args.budget
-            if part == 0 and 0 <= step - args.find < FIND:
-                batch = source.short_pages(step, budget, (step - args.find) // GROWS % len(data.SHORT))
-            else:
-                size = budget // 2 if 0 <= step - args.find < FIND else budget
-                batch = source.batch(step, part, size, 0.25, text=not looking, find=step >= args.find)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
-                if moving:
-                    seen, loss, _ = learner.look(batch)
-                else:
-                    with torch.no_grad():
-                        seen = learner.see(batch)
-                if not looking:
-                    answers, predicted = learner.answer(batch, seen, BLIND_SHARE)
-                    loss = answers + 0.3 * loss if moving else answers
-                    rights += score(batch, predicted)
-                losses.append((loss if looking else answers).item())
-            (loss / args.parts).backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
-        step += 1
-        if step % 50 == 0:
-            asked = sum(number for (_, what), number in rights.items() if what == "asked")
-            right = sum(number for (_, what), number in rights.items() if what == "right") / max(1, asked)
-            print(
-                f"{(spent + time.time() - began) / 60:6.1f} min  step {step} loss {sum(losses) / len(losses):.4f} "
-                f"right {right:.3f}", flush=True,
-            )  # fmt: skip
-            losses.clear()
-            rights.clear()
-        at_edge = step in (args.look, args.steps, args.steps - args.cooldown)
-        if at_edge or time.time() - last > 60 * args.minutes:
-            minutes = round((spent + time.time() - began) / 60, 1)
-            curve.append({"step": step, "minutes": minutes, **validate(learner, held_out, True, not args.float32)})
-            write(curve_file, curve)
-            print(
-                f"{minutes:6.1f} min  step {step} held out {curve[-1]['beds'] or curve[-1]['visual tokens']}",
-                flush=True,
-            )
-            checkpoint.save(newest, learner, optims, step)
-            if step == args.steps - args.cooldown:
-                checkpoint.save(stable, learner, optims, step)
-            if not looking:
-                save_weights(learner, args.out / "weights")
-            last = time.time()
+    if args.start is None and args.earlier is None and (args.fresh or not (args.out / CHECKPOINT).exists()):
+        parser.error("a run without --start needs the earlier model: --earlier FOLDER")
+    Run(args).train()
 
 
 if __name__ == "__main__":
